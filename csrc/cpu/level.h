@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instruction set is chosen when the program runs, never by the machine that built it.
+//
+// A kernel body is an always_inline template; DRSEG_LEVELS stamps one function per instruction set from it, and
+// DRSEG_CALL picks one. DRSEG_CPU_LEVEL=plain|avx2|avx512 forces a lower one, so that each can be tested anywhere.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#define DRSEG_INLINE inline __attribute__((always_inline))
+
+namespace drseg {
+
+enum class Level { plain, avx2, avx512 };
+
+inline Level detect_level() {
+#if defined(__x86_64__)
+  const char* forced = std::getenv("DRSEG_CPU_LEVEL");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (forced != nullptr && std::strcmp(forced, "plain") == 0) return Level::plain;
+  if (forced != nullptr && std::strcmp(forced, "avx2") == 0 && avx2) return Level::avx2;
+  return avx512 ? Level::avx512 : (avx2 ? Level::avx2 : Level::plain);
+#else
+  return Level::plain;
+#endif
+}
+
+inline Level level() {
+  static const Level value = detect_level();
+  return value;
+}
+
+}  // namespace drseg
+
+#if defined(__x86_64__)
+#define DRSEG_LEVELS(name, body)                                                                       \
+  template <class T, class... A>                                                                       \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"))) void  \
+  name##_avx512(A... a) { body<T>(a...); }                                                             \
+  template <class T, class... A>                                                                       \
+  __attribute__((target("avx2,fma"))) void name##_avx2(A... a) { body<T>(a...); }                      \
+  template <class T, class... A>                                                                       \
+  void name##_plain(A... a) { body<T>(a...); }
+#define DRSEG_CALL(name, T, ...)                                   \
+  switch (::drseg::level()) {                                      \
+    case ::drseg::Level::avx512: name##_avx512<T>(__VA_ARGS__); break; \
+    case ::drseg::Level::avx2: name##_avx2<T>(__VA_ARGS__); break;     \
+    default: name##_plain<T>(__VA_ARGS__);                         \
+  }
+#else
+#define DRSEG_LEVELS(name, body) \
+  template <class T, class... A> \
+  void name##_plain(A... a) { body<T>(a...); }
+#define DRSEG_CALL(name, T, ...) name##_plain<T>(__VA_ARGS__)
+#endif

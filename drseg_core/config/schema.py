@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of the model, its training and its evaluation.
+
+Defaults are the paper's values where it states them (arXiv 2604.02010), those of the benchmark it follows
+otherwise. Equation numbers are the paper's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The CLIP image and text encoder (open_clip).
+
+    Args:
+        name: open_clip architecture; ``drseg-tiny`` is the small one that ships with this package.
+        weights: open_clip tag, path of a local weight file, or null for random initial weights.
+        image_size: side in pixels to which images are resized before CLIP.
+        guidance_blocks: two visual block indices (from 0) whose outputs guide the decoder.
+        trainable: ``attention`` trains the query and value projections of both towers, ``all`` everything.
+        template: prompt into which the class name is put.
+    """
+
+    name: str = "ViT-L-14-336-quickgelu"
+    weights: str | None = "openai"
+    image_size: int = 336
+    guidance_blocks: tuple[int, int] = (7, 15)
+    trainable: Literal["attention", "all", "none"] = "attention"
+    template: str = "A photo of a {} in the scene"
+
+
+@dataclass(frozen=True)
+class DinoConfig:
+    """The frozen structural prior (timm).
+
+    Args:
+        name: timm architecture; ``drseg-tiny`` is the small one that ships with this package.
+        weights: ``pretrained`` (timm's hub weights), path of a local weight file, or null for random initial weights.
+        image_size: side in pixels to which images are resized before DINO.
+        normalization: pixel mean and deviation: ``sat`` (SAT-493M), ``imagenet`` or ``clip``.
+        seed: seed of random initial weights.
+    """
+
+    name: str = "vit_large_patch16_dinov3.sat493m"
+    weights: str | None = "pretrained"
+    image_size: int = 384
+    normalization: Literal["sat", "imagenet", "clip"] = "sat"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SPSDConfig:
+    """Semantic-purity channel split, Eq. 1-6.
+
+    Args:
+        channels: path of a ranking made by ``drseg rank``; null ranks the channels when training starts.
+        semantic_ratio: rho of Eq. 5, the share of semantic channels; 0 sends all channels through the graph.
+        alpha: balance of entropy and similarity in Eq. 4.
+        prototypes_per_class: pixel features sampled per class (M).
+        entropy_activation: what makes activations non-negative in Eq. 1.
+        dead_channel_entropy: entropy of a channel that no class activates.
+        similarity: inter-class similarity of Eq. 3.
+        rank_ties: how equal scores are ranked in Eq. 4.
+    """
+
+    channels: str | None = None
+    semantic_ratio: float = 0.5
+    alpha: float = 0.5
+    prototypes_per_class: int = 100
+    entropy_activation: Literal["relu", "abs", "shift"] = "relu"
+    dead_channel_entropy: Literal["uniform", "zero"] = "uniform"
+    similarity: Literal["product", "neg_abs_diff", "rbf", "sign_agreement"] = "product"
+    rank_ties: Literal["ordinal", "average"] = "ordinal"
+
+
+@dataclass(frozen=True)
+class GraphConfig:
+    """Prior-driven graph rectification (PDGR), Eq. 7-9.
+
+    Args:
+        k: neighbours per node.
+        affinity: form of Eq. 7.
+        gamma: feature scale of Eq. 7; only ``decay / gamma`` matters for the choice of neighbours.
+        decay: strength of the spatial decay (lambda of Eq. 7).
+        self_loop: ``in_topk`` keeps the node among its own neighbours, ``exclude`` leaves it out,
+            ``extra`` leaves it out and adds an edge of weight one.
+        norm: degree normalisation of Eq. 9.
+        edge_hidden: hidden width of the edge MLP of Eq. 8.
+        normalize_prior: L2-normalise the prior before the edge MLP.
+        layers: number of propagation layers.
+        hidden: width between the layers; null takes the number of structural channels.
+        bias: bias of the layers' linear maps.
+        dropout: dropout between the layers.
+        residual: add the input of the graph to its output.
+        use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity.
+        backend: kernel backend; null takes the best that can run.
+    """
+
+    k: int = 75
+    affinity: Literal["exp", "linear", "power", "product", "gauss"] = "exp"
+    gamma: float = 1.0
+    decay: float = 1.0
+    self_loop: Literal["in_topk", "exclude", "extra"] = "in_topk"
+    norm: Literal["sym_row", "sym_count", "sym_inout", "row", "sym_undirected"] = "sym_row"
+    edge_hidden: int = 128
+    normalize_prior: bool = True
+    layers: int = 2
+    hidden: int | None = None
+    bias: bool = True
+    dropout: float = 0.0
+    residual: bool = False
+    use_affinity_as_weight: bool = False
+    backend: Literal["reference", "native", "triton"] | None = None
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How the original and the rectified correlation are joined (UGAF, Eq. 12-13, and the rows of Table 4).
+
+    Args:
+        kind: ``ugaf``; ``mean``, ``concat`` or ``separate`` of Table 4; ``none`` is the baseline without
+            prior, graph and rectified branch (first row of Table 2).
+        tau: temperature of Eq. 12; null makes it a learned parameter that starts at 0.01.
+        gate: form of Eq. 13.
+        detach_gate: do not send gradients through the uncertainty.
+        head: ``conv1x1`` with GroupNorm and ReLU, or ``conv7x7`` with sigmoid and residual.
+        multi_scale: reaches of the multi-scale block: 3x3 with three dilations, or kernels 3, 5, 7.
+    """
+
+    kind: Literal["ugaf", "mean", "concat", "separate", "none"] = "ugaf"
+    tau: float | None = 0.01
+    gate: Literal["sigmoid_proj", "residual", "direct", "feature", "proj_on_map"] = "sigmoid_proj"
+    detach_gate: bool = True
+    head: Literal["conv1x1", "conv7x7"] = "conv1x1"
+    multi_scale: Literal["dilation", "kernel"] = "dilation"
+
+
+@dataclass(frozen=True)
+class AggregatorConfig:
+    """Cost aggregation over space and classes.
+
+    Args:
+        kind: ``efficient``: reduced-key spatial attention and class attention.
+        layers: number of aggregation layers.
+        width: channels of the aggregated cost volume.
+        heads: attention heads.
+        mlp_hidden: hidden width of the gated MLPs.
+    """
+
+    kind: Literal["efficient"] = "efficient"
+    layers: int = 2
+    width: int = 128
+    heads: int = 8
+    mlp_hidden: int = 384
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Two up-sampling stages, each guided by one CLIP block.
+
+    Args:
+        widths: output channels of the two stages.
+        guidance_widths: guidance channels joined in the two stages.
+        guidance_hidden: channels of the up-sampled guidance before it is reduced to ``guidance_widths``.
+    """
+
+    widths: tuple[int, int] = (64, 32)
+    guidance_widths: tuple[int, int] = (32, 16)
+    guidance_hidden: tuple[int, int] = (256, 128)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The whole model. ``rotations`` is 4 (0, 90, 180, 270 degrees) or 1."""
+
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    dino: DinoConfig = field(default_factory=DinoConfig)
+    spsd: SPSDConfig = field(default_factory=SPSDConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    rotations: Literal[1, 4] = 4
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation. Defaults follow the benchmark protocol.
+
+    Args:
+        iterations: optimiser steps.
+        seconds: wall-clock limit; the learning rate then follows whichever of the two limits is nearer.
+        batch_size: images per step, over all processes.
+        crop_size: side of the square training crop in pixels.
+        learning_rate: base rate of AdamW.
+        clip_learning_rate_scale: factor on the base rate for the CLIP parameters.
+        weight_decay: decoupled weight decay; none for normalisation layers and embeddings.
+        gradient_clip: bound on the global L2 norm of the gradient.
+        schedule: learning rate over time.
+        warmup_iterations: steps of linear warm-up.
+        ignore_mode: pixels of id 255 are negative for every class (``zeros``, the protocol) or left out (``masked``).
+        color_jitter: photometric distortion of the training images.
+        workers: data loading processes.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: how many of the newest checkpoints are kept, at least 2.
+        log_every: steps between log lines.
+        nan_limit: non-finite losses in a row after which training stops.
+    """
+
+    iterations: int = 30_000
+    seconds: float | None = None
+    batch_size: int = 8
+    crop_size: int = 384
+    learning_rate: float = 2e-4
+    clip_learning_rate_scale: float = 0.01
+    weight_decay: float = 1e-4
+    gradient_clip: float = 0.01
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_iterations: int = 0
+    ignore_mode: Literal["zeros", "masked"] = "zeros"
+    color_jitter: bool = True
+    workers: int = 2
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    log_every: int = 20
+    nan_limit: int = 10
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Inference and scoring.
+
+    Args:
+        mode: ``whole`` resizes the whole image into the model (the protocol); ``tile`` runs overlapping tiles at
+            native resolution.
+        tile_size: side of a tile in pixels.
+        overlap: pixels shared by neighbouring tiles.
+        batch_size: images or tiles per forward pass.
+    """
+
+    mode: Literal["whole", "tile"] = "whole"
+    tile_size: int = 384
+    overlap: int = 128
+    batch_size: int = 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs besides its data and its output folder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0

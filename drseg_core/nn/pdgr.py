@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prior-Driven Graph Rectification (arXiv 2604.02010, Eq. 7-9)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from drseg_core.ops import degree_normalize, edge_weight, graph_propagate, knn_graph, padding_mask
+from drseg_core.ops._checks import check_choice, check_count, check_number
+
+Affinity = Literal["exp", "linear", "power", "product", "gauss"]
+SelfLoop = Literal["in_topk", "exclude", "extra"]
+Norm = Literal["sym_row", "sym_count", "sym_inout", "row", "sym_undirected"]
+
+# How each reading of Eq. 7 orders the candidates of a row; "power" and "product" multiply by the spatial decay.
+_FORM: dict[str, Literal["additive", "gauss", "multiplicative", "product"]] = {
+    "exp": "additive",
+    "linear": "additive",
+    "power": "multiplicative",
+    "product": "product",
+    "gauss": "gauss",
+}
+
+
+class PDGR(nn.Module):
+    """Rectifies a feature map by message passing on a graph that a frozen prior lays over it.
+
+    Every cell is a node. Its ``k`` neighbours are the cells of highest affinity (Eq. 7), which joins the cosine of the
+    prior's features with a spatial decay. Edges are weighted by a softplus MLP on the two prior features (Eq. 8), and
+    the features are propagated ``layers`` times with degree-normalised coefficients (Eq. 9), ReLU between the layers
+    and LayerNorm after the last. Weights and degrees are shared by the layers.
+
+    Gradients flow to the features and to this module's parameters; none to the prior or to the choice of neighbours.
+
+    Args:
+        channels: C, channels of the feature map.
+        prior_dim: D, channels of the prior.
+        k: neighbours per node; a grid with fewer cells uses all of them.
+        affinity: reading of Eq. 7: ``exp`` exp(gamma cos - decay dist), ``linear`` gamma cos - decay dist, ``power``
+            max(cos, 0)**gamma exp(-decay dist), ``product`` gamma cos exp(-decay dist), ``gauss`` as ``exp`` with
+            dist squared. ``dist`` is the distance of two cells divided by the longest on the grid.
+        gamma: feature scale of Eq. 7, > 0.
+        decay: spatial decay of Eq. 7 (lambda), >= 0.
+        self_loop: ``in_topk`` makes the node one of its own neighbours, ``exclude`` leaves it out, ``extra`` leaves it
+            out of the k and adds an edge to itself of weight one.
+        norm: degree normalisation, see ``drseg_core.ops.degree_normalize``; ``sym_undirected`` symmetrises the graph.
+        edge_hidden: E, hidden width of the edge MLP.
+        normalize_prior: L2-normalise the prior before the edge MLP.
+        layers: propagation layers.
+        hidden: width between the layers; None takes ``channels``.
+        bias: add a bias after each propagation.
+        dropout: dropout probability between the layers.
+        residual: add the input to the output.
+        use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity (negative affinities count as 0).
+        norm_scale: initial gain of the final LayerNorm.
+        backend: kernel backend of all ops; None takes the best that can run.
+
+    Shape:
+        features (B, C, h, w) and prior (B, D, h, w) to (B, C, h, w), in the dtype of the features (under autocast: of
+        the linear maps). B, h and w may be 0.
+
+    Note:
+        A cell whose prior is not finite gets a NaN output and influences no other cell.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        prior_dim: int,
+        *,
+        k: int = 75,
+        affinity: Affinity = "exp",
+        gamma: float = 1.0,
+        decay: float = 1.0,
+        self_loop: SelfLoop = "in_topk",
+        norm: Norm = "sym_row",
+        edge_hidden: int = 128,
+        normalize_prior: bool = True,
+        layers: int = 2,
+        hidden: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        residual: bool = False,
+        use_affinity_as_weight: bool = False,
+        norm_scale: float = 1.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in {
+            "channels": channels,
+            "prior_dim": prior_dim,
+            "edge_hidden": edge_hidden,
+            "layers": layers,
+        }.items():
+            check_count("PDGR", name, value)
+            if value == 0:
+                raise ValueError(f"PDGR: {name} is out of range; expected {name} >= 1, got 0")
+        check_count("PDGR", "k", k)
+        check_choice("PDGR", "affinity", affinity, get_args(Affinity))
+        check_choice("PDGR", "self_loop", self_loop, get_args(SelfLoop))
+        check_choice("PDGR", "norm", norm, get_args(Norm))
+        check_number("PDGR", "gamma", gamma, positive=True)
+        check_number("PDGR", "decay", decay)
+        self.channels, self.prior_dim, self.k = channels, prior_dim, k
+        self.affinity, self.gamma, self.decay = affinity, float(gamma), float(decay)
+        self.self_loop, self.norm = self_loop, norm
+        self.normalize_prior, self.residual = normalize_prior, residual
+        self.use_affinity_as_weight = use_affinity_as_weight
+        self.backend = backend
+
+        # the two halves of the edge MLP's first layer, so that [d_i || d_j] never exists
+        self.edge_source = nn.Linear(prior_dim, edge_hidden)
+        self.edge_target = nn.Linear(prior_dim, edge_hidden, bias=False)
+        self.edge_vector = nn.Parameter(torch.empty(edge_hidden))
+        self.edge_bias = nn.Parameter(torch.empty(()))
+        widths = [channels] + [channels if hidden is None else hidden] * (layers - 1) + [channels]
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(out, into)) for into, out in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.biases = nn.ParameterList(nn.Parameter(torch.empty(out)) for out in widths[1:]) if bias else None
+        self.dropout = nn.Dropout(dropout)
+        self.output_norm = nn.LayerNorm(channels)
+        self.norm_scale = norm_scale
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights: edge weights start near one, linear maps as in ``torch.nn.Linear``."""
+        # [d_i || d_j] is one layer of width 2D: both halves are drawn with its fan-in
+        bound = 1 / math.sqrt(2 * self.prior_dim)
+        for half in (self.edge_source, self.edge_target):
+            nn.init.uniform_(half.weight, -bound, bound)
+        nn.init.uniform_(self.edge_source.bias, -bound, bound)
+        nn.init.uniform_(self.edge_vector, -1 / math.sqrt(len(self.edge_vector)), 1 / math.sqrt(len(self.edge_vector)))
+        nn.init.constant_(self.edge_bias, math.log(math.e - 1))
+        for weight in self.weights:
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        for bias in self.biases or []:
+            nn.init.zeros_(bias)
+        self.output_norm.reset_parameters()
+        nn.init.constant_(self.output_norm.weight, self.norm_scale)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.channels}, {self.prior_dim}, k={self.k}, affinity={self.affinity!r}, gamma={self.gamma}, "
+            f"decay={self.decay}, self_loop={self.self_loop!r}, norm={self.norm!r}"
+        )
+
+    def _check(self, features: Tensor, prior: Tensor) -> None:
+        for name, value, width in (("features", features, self.channels), ("prior", prior, self.prior_dim)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"PDGR: {name} must be a tensor; expected torch.Tensor, got {type(value).__name__}")
+            if value.dim() != 4 or value.shape[1] != width:
+                raise ValueError(
+                    f"PDGR: {name} has the wrong shape; expected (B, {width}, h, w), got {tuple(value.shape)}"
+                )
+        if features.shape[0] != prior.shape[0] or features.shape[2:] != prior.shape[2:]:
+            raise ValueError(
+                "PDGR: prior does not match features; expected the same B, h, w as "
+                f"{tuple(features.shape)}, got {tuple(prior.shape)}"
+            )
+        if features.device != prior.device:
+            raise ValueError(f"PDGR: prior is on another device; expected {features.device}, got {prior.device}")
+
+    def _affinity(self, score: Tensor) -> Tensor:
+        """Eq. 7 from the score that orders the candidates."""
+        if self.affinity in ("exp", "gauss"):
+            return torch.exp(self.gamma * score)
+        positive = score.clamp_min(0)
+        return positive**self.gamma if self.affinity == "power" else self.gamma * positive
+
+    def graph(self, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """Neighbours and propagation coefficients for a prior map.
+
+        Args:
+            prior: (B, D, h, w).
+
+        Returns:
+            ``index`` (B, N, K) int32 and ``coefficient`` (B, N, K), where N = h * w and K is ``k``, plus one slot with
+            ``self_loop="extra"``.
+        """
+        grid = (prior.shape[2], prior.shape[3])
+        nodes = prior.detach().flatten(2).transpose(1, 2)
+        include_self = self.self_loop == "in_topk"
+        decay = self.decay if self.affinity == "product" else self.decay / self.gamma
+        index, score = knn_graph(
+            nodes,
+            grid,
+            min(self.k, nodes.shape[1]),
+            decay=decay,
+            form=_FORM[self.affinity],
+            include_self=include_self,
+            return_score=True,
+            pad=True,
+            backend=self.backend,
+        )
+        given = F.normalize(nodes, dim=-1) if self.normalize_prior else nodes
+        weight = edge_weight(
+            self.edge_source(given),
+            self.edge_target(given),
+            index,
+            self.edge_vector,
+            self.edge_bias,
+            mask=padding_mask(index, include_self=include_self),
+            backend=self.backend,
+        )
+        if self.use_affinity_as_weight:
+            weight = weight * self._affinity(score)
+        if self.self_loop == "extra":
+            own = torch.arange(nodes.shape[1], dtype=index.dtype, device=index.device)
+            index = torch.cat([index, own[:, None].expand(nodes.shape[0], -1, 1)], dim=2)
+            weight = torch.cat([weight, weight.new_ones(*weight.shape[:2], 1)], dim=2)
+        return index, degree_normalize(weight, index, norm=self.norm, backend=self.backend)
+
+    def _propagate(self, x: Tensor, index: Tensor, coefficient: Tensor) -> Tensor:
+        y = graph_propagate(x, index, coefficient, backend=self.backend)
+        if self.norm == "sym_undirected":
+            y = y + graph_propagate(x, index, coefficient, transpose=True, backend=self.backend)
+        return y
+
+    def forward(self, features: Tensor, prior: Tensor) -> Tensor:
+        """Rectify ``features`` (B, C, h, w) along the graph of ``prior`` (B, D, h, w)."""
+        self._check(features, prior)
+        index, coefficient = self.graph(prior)
+        x = features.flatten(2).transpose(1, 2)
+        for layer, weight in enumerate(self.weights):
+            # both orders give the same sum; propagate the narrower side
+            if weight.shape[0] > weight.shape[1]:
+                x = F.linear(self._propagate(x, index, coefficient), weight)
+            else:
+                x = self._propagate(F.linear(x, weight), index, coefficient)
+            if self.biases is not None:
+                x = x + self.biases[layer]
+            if layer < len(self.weights) - 1:
+                x = self.dropout(x.relu())
+        x = self.output_norm(x).transpose(1, 2).unflatten(2, features.shape[2:])
+        return features + x if self.residual else x

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four ops of Prior-Driven Graph Rectification; the only way to reach a kernel."""
+
+from drseg_core.ops._dispatch import backend_report, last_backend, use_backend
+from drseg_core.ops.degree_normalize.api import degree_normalize
+from drseg_core.ops.edge_weight.api import edge_weight
+from drseg_core.ops.graph_propagate.api import graph_propagate
+from drseg_core.ops.knn_graph.api import knn_graph, padding_mask
+
+__all__ = [
+    "backend_report",
+    "degree_normalize",
+    "edge_weight",
+    "graph_propagate",
+    "knn_graph",
+    "last_backend",
+    "padding_mask",
+    "use_backend",
+]

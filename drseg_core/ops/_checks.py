@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks of the ops. They run on the host, before any launch, for empty and fake tensors too.
+
+Every message reads ``<op>: <argument> <problem>; expected ..., got ...``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from drseg_core.errors import NumericalError
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensor(
+    op: str, name: str, value: object, shape: tuple[str, ...], dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
+) -> None:
+    """Refuse what is not a dense tensor with the ranks and dtypes the op takes.
+
+    ``shape`` names the dimensions of the batched form, e.g. ``("B", "N", "D")``; where it starts with ``B`` the
+    unbatched form is taken too.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor; expected torch.Tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{op}: {name} is a DTensor; expected torch.Tensor, got a distributed one: call .to_local()")
+    if value.is_nested or value.is_quantized or value.layout != torch.strided:
+        layout = "nested" if value.is_nested else "quantized" if value.is_quantized else str(value.layout)
+        raise TypeError(f"{op}: {name} has an unsupported layout; expected a dense strided tensor, got {layout}")
+    if value.dtype not in dtypes:
+        raise TypeError(
+            f"{op}: {name} has an unsupported dtype; expected one of {_names(dtypes)}, got {_names([value.dtype])}"
+        )
+    if value.device.type == "meta":
+        raise RuntimeError(f"{op}: {name} is a meta tensor; expected data, got none: meta tensors have no data")
+    ranks = {len(shape)} | ({len(shape) - 1} if shape[0] == "B" else set())
+    if value.dim() not in ranks:
+        forms = [f"({', '.join(shape)})"]
+        if len(ranks) == 2:
+            forms.insert(0, f"({', '.join(shape[1:])})")
+        raise ValueError(
+            f"{op}: {name} has the wrong rank; expected shape {' or '.join(forms)}, got {tuple(value.shape)}"
+        )
+
+
+def check_shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{op}: {name} has the wrong shape; expected {meaning} = {expected}, got {tuple(value.shape)}")
+
+
+def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    present = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    first_name, first = present[0]
+    for name, tensor in present[1:]:
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {name} is on another device; expected {first.device} as {first_name}, got {tensor.device}"
+            )
+
+
+def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} is unknown; expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_count(op: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an integer; expected int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{op}: {name} must not be negative; expected {name} >= 0, got {value}")
+
+
+def check_number(op: str, name: str, value: object, *, positive: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number; expected float, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        rule = "> 0" if positive else ">= 0"
+        raise ValueError(f"{op}: {name} is out of range; expected a finite number {rule}, got {value}")
+
+
+def check_index_values(op: str, index: Tensor, nodes: int) -> None:
+    """Refuse an index outside ``[0, nodes)``. Reads the data, so it synchronises a GPU."""
+    bad = (index < 0) | (index >= nodes)
+    if bool(bad.any()):
+        position = bad.nonzero()[0].tolist()
+        where = ", ".join(map(str, position))
+        value = int(index[tuple(position)])
+        raise ValueError(
+            f"{op}: index is out of range; expected 0 <= index < N = {nodes}, got index[{where}] = {value}"
+        )
+
+
+def check_weight_values(op: str, weight: Tensor) -> None:
+    """Refuse a negative or non-finite edge weight. Reads the data, so it synchronises a GPU."""
+    bad = ~(weight >= 0) | weight.isinf()
+    if bool(bad.any()):
+        position = bad.nonzero()[0].tolist()
+        where = ", ".join(map(str, position))
+        value = float(weight[tuple(position)])
+        raise NumericalError(
+            f"{op}: weight is negative or not finite; expected finite values >= 0, got weight[{where}] = {value}"
+        )
+
+
+def check_finite_rows(op: str, name: str, value: Tensor) -> None:
+    """Refuse non-finite features, naming the first bad node. Reads the data, so it synchronises a GPU."""
+    bad = (~value.isfinite()).sum(-1)
+    if bool(bad.any()):
+        position = bad.nonzero()[0].tolist()
+        count = int(bad[tuple(position)])
+        where = ", ".join(f"{axis}={i}" for axis, i in zip("bn"[2 - len(position) :], position, strict=True))
+        raise NumericalError(
+            f"{op}: {name}[{where}] has {count} non-finite values; expected finite values, got NaN or Inf"
+        )

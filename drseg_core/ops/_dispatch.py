@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation of an op runs, and why not another.
+
+An op's table lists its backends from the most to the least preferred. One predicate, ``why_not``, serves the choice,
+the error for a backend named in vain and ``drseg doctor``. Nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drseg_core.errors import BackendDtypeError, BackendUnavailableError
+
+BACKEND_NAMES = ("reference", "native", "triton")
+
+_override: str | None = None
+_last: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Args:
+        name: one of ``BACKEND_NAMES``.
+        run: what computes the op's forward; positional arguments of the registered op without ``backend``.
+        run_backward: what computes its gradients, or None for an op without any.
+        why_not: given a device type, says why this backend cannot run there, or returns None when it can.
+        dtypes: dtypes of the op's first tensor that it computes in.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    run_backward: Callable[..., Any] | None
+    why_not: Callable[[str], str | None]
+    dtypes: tuple[torch.dtype, ...]
+
+
+_tables: dict[str, Sequence[Backend]] = {}
+
+
+def add_table(op: str, backends: Sequence[Backend]) -> None:
+    """Make ``backends`` (most preferred first) the implementations of ``op``."""
+    _tables[op] = tuple(backends)
+
+
+def resolve(op: str, tensor: Tensor, requested: str) -> Backend:
+    """The backend that computes ``op`` on ``tensor``.
+
+    Args:
+        op: name of the op.
+        tensor: its first tensor; device and dtype decide.
+        requested: a backend's name, or ``"auto"`` for the most preferred one that can run.
+
+    Raises:
+        BackendUnavailableError: the named backend cannot run; the message says why.
+        BackendDtypeError: the named backend does not compute in this dtype (also a ``TypeError``).
+    """
+    reasons = {}
+    for backend in _tables[op]:
+        if requested not in ("auto", backend.name):
+            continue
+        reason = backend.why_not(tensor.device.type)
+        if reason is None and tensor.dtype not in backend.dtypes:
+            reason = f"it does not compute in {tensor.dtype}"
+            if requested == backend.name:
+                raise BackendDtypeError(
+                    f"{op}: backend {requested} cannot take {tensor.dtype}; "
+                    f"expected one of {', '.join(map(str, backend.dtypes))}, got {tensor.dtype}"
+                )
+        if reason is None:
+            _last[op] = backend.name
+            return backend
+        reasons[backend.name] = reason
+    able = [b.name for b in _tables[op] if b.why_not(tensor.device.type) is None and tensor.dtype in b.dtypes]
+    reason = reasons.get(requested, f"{op} has no {requested} kernel")
+    raise BackendUnavailableError(
+        f"{op}: backend {requested} cannot run on {tensor.device}: {reason}; "
+        f"expected one of {', '.join(able) or 'none'}, got {requested}"
+    )
+
+
+def requested_backend(op: str, backend: str | None) -> str:
+    """What a public function's ``backend`` argument asks for: the argument, then ``use_backend``, then ``auto``."""
+    if backend is None:
+        backend = _override
+    if backend is None:
+        return "auto"
+    if backend not in BACKEND_NAMES:
+        raise ValueError(f"{op}: backend is unknown; expected one of {', '.join(BACKEND_NAMES)}, got {backend!r}")
+    return backend
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the block every op whose ``backend`` is None uses this one (process-wide, not per thread)."""
+    global _override
+    requested_backend("use_backend", name)
+    previous, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def last_backend(op: str) -> str | None:
+    """Name of the backend that computed ``op`` last in this process."""
+    return _last.get(op)
+
+
+def backend_report() -> list[dict[str, Any]]:
+    """For every op, backend and device type: can it run here, and if not, why.
+
+    Returns:
+        Rows with the keys ``op``, ``backend``, ``device``, ``available`` and ``reason`` (None when available).
+    """
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    rows = []
+    for op, backends in _tables.items():
+        table = {backend.name: backend for backend in backends}
+        for name in BACKEND_NAMES:
+            for device in devices:
+                reason = table[name].why_not(device) if name in table else f"{op} has no {name} kernel"
+                rows.append(
+                    {"op": op, "backend": name, "device": device, "available": reason is None, "reason": reason}
+                )
+    return rows
+
+
+@contextlib.contextmanager
+def plain_float32(tensor: Tensor) -> Iterator[None]:
+    """Full float32 products: no autocast and no TF32 or bf16 shortcut, whatever the caller has set.
+
+    An op's body runs below autograd but not below autocast, and ``set_float32_matmul_precision`` is global; either
+    would round the affinities before the selection.
+    """
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(tensor.device.type, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
+
+
+def refuse_double_backward(op: str) -> Callable[..., Any]:
+    """Backward of a backward: raises, because no second derivative is implemented."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{op}: backward is not twice differentiable; expected create_graph=False, got a second derivative"
+        )
+
+    return backward

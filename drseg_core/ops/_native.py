@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds and loads the native library (csrc) once, and says why it cannot.
+
+Looked for in this order: the path in ``DRSEG_NATIVE_LIBRARY``, then ``drseg_core/_lib`` where the build puts it.
+``DRSEG_NATIVE=0`` leaves it out by choice.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+
+
+def library_path() -> Path:
+    """Where the CPU library is expected."""
+    named = os.environ.get("DRSEG_NATIVE_LIBRARY")
+    return Path(named) if named else Path(__file__).parents[1] / "_lib" / f"libdrseg_native{_SUFFIX}"
+
+
+@functools.cache
+def _load() -> str | None:
+    """Load the library; None, or the reason why it is not there."""
+    if os.environ.get("DRSEG_NATIVE") == "0":
+        return "left out by DRSEG_NATIVE=0"
+    path = library_path()
+    if not path.is_file():
+        reason = f"native library not built: {path.name} is not in {path.parent.name}/"
+    else:
+        try:
+            torch.ops.load_library(str(path))
+            return None
+        except OSError as error:
+            reason = f"native library does not load: {error}"
+    warnings.warn(f"drseg_core: {reason}; the CPU uses the slower reference", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+def why_not(device: str, *symbols: str) -> str | None:
+    """Why the native kernels cannot run on ``device``; None when they can.
+
+    ``symbols`` are the operators that the library must define (an older build may lack some).
+    """
+    if device != "cpu":
+        return f"the native library has no {device} kernels"
+    reason = _load()
+    if reason is None:
+        missing = [symbol for symbol in symbols if not hasattr(torch.ops.drseg_native, symbol)]
+        if missing:
+            reason = f"native library is older than this package: it lacks {', '.join(missing)}; build it again"
+    return reason

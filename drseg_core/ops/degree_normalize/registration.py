@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``drseg::degree_normalize``: schema, fake, autograd and backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drseg_core.ops import _dispatch
+from drseg_core.ops._checks import FLOAT_DTYPES
+from drseg_core.ops._dispatch import Backend
+from drseg_core.ops.degree_normalize import reference
+
+_dispatch.add_table(
+    "degree_normalize",
+    [
+        Backend(
+            name="reference",
+            run=reference.degree_normalize,
+            run_backward=reference.degree_normalize_backward,
+            why_not=lambda device: None,
+            dtypes=FLOAT_DTYPES,
+        )
+    ],
+)
+
+
+@torch.library.custom_op("drseg::degree_normalize", mutates_args=())
+def degree_normalize(weight: Tensor, index: Tensor, norm: str, eps: float, backend: str) -> Tensor:
+    chosen = _dispatch.resolve("degree_normalize", weight, backend)
+    with _dispatch.plain_float32(weight):
+        return chosen.run(weight, index, norm, eps)
+
+
+@degree_normalize.register_fake
+def _(weight: Tensor, index: Tensor, norm: str, eps: float, backend: str) -> Tensor:
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return weight.new_empty(weight.shape, dtype=wide)
+
+
+@torch.library.custom_op("drseg::degree_normalize_backward", mutates_args=())
+def degree_normalize_backward(
+    grad: Tensor, weight: Tensor, index: Tensor, norm: str, eps: float, backend: str
+) -> Tensor:
+    chosen = _dispatch.resolve("degree_normalize", weight, backend)
+    assert chosen.run_backward is not None
+    with _dispatch.plain_float32(weight):
+        return chosen.run_backward(grad, weight, index, norm, eps)
+
+
+@degree_normalize_backward.register_fake
+def _(grad: Tensor, weight: Tensor, index: Tensor, norm: str, eps: float, backend: str) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, index, ctx.norm, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(weight, index)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, index = ctx.saved_tensors
+    return degree_normalize_backward(grad, weight, index, ctx.norm, ctx.eps, ctx.backend), None, None, None, None
+
+
+degree_normalize.register_autograd(_backward, setup_context=_setup_context)
+degree_normalize_backward.register_autograd(_dispatch.refuse_double_backward("degree_normalize"))

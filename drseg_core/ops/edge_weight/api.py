@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public function of the op; validates and hands over to a backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from drseg_core.ops import _checks
+from drseg_core.ops._dispatch import requested_backend
+from drseg_core.ops.edge_weight import registration
+
+
+def _check(source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: Tensor, mask: Tensor | None) -> None:
+    op = "edge_weight"
+    _checks.check_tensor(op, "source", source, ("B", "N", "E"))
+    _checks.check_tensor(op, "target", target, ("B", "N", "E"))
+    _checks.check_tensor(op, "index", index, ("B", "N", "K"), _checks.INDEX_DTYPES)
+    _checks.check_tensor(op, "vector", vector, ("E",))
+    _checks.check_same_device(op, source=source, target=target, index=index, vector=vector, bias=bias, mask=mask)
+    _checks.check_shape(op, "target", target, tuple(source.shape), "the shape of source")
+    _checks.check_shape(op, "vector", vector, (source.shape[-1],), "(E,)")
+    if not isinstance(bias, Tensor) or bias.dtype not in _checks.FLOAT_DTYPES:
+        raise TypeError(f"{op}: bias must be a floating-point tensor; expected shape () or (1,), got {bias!r}")
+    if bias.numel() != 1:
+        raise ValueError(f"{op}: bias has the wrong shape; expected () or (1,), got {tuple(bias.shape)}")
+    if index.shape[:-1] != source.shape[:-1]:
+        raise ValueError(
+            f"{op}: index does not match source; expected {tuple(source.shape[:-1])} before K, got {tuple(index.shape)}"
+        )
+    if mask is not None:
+        _checks.check_tensor(op, "mask", mask, ("B", "N", "K"), (torch.bool,))
+        _checks.check_shape(op, "mask", mask, tuple(index.shape), "the shape of index")
+
+
+def edge_weight(
+    source: Tensor,
+    target: Tensor,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    *,
+    mask: Tensor | None = None,
+    validate: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Weight of every edge by a two-layer MLP with softplus output (arXiv 2604.02010, Eq. 8).
+
+    ``w_ik = softplus(vector . relu(source_i + target_j) + bias)`` with ``j = index_ik``. The first layer of
+    ``MLP([d_i || d_j])`` is linear, so its two halves are computed once per node (``source = d W_a^T + b``,
+    ``target = d W_b^T``) and the concatenation of every edge never exists.
+
+    Args:
+        source: (B, N, E) or (N, E), half of the first layer for the node itself; float32, float64, float16, bfloat16.
+        target: same shape, half for the neighbour.
+        index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
+        vector: (E,) second layer.
+        bias: () or (1,), its bias.
+        mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
+        validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
+        backend: ``reference``, ``native`` or ``triton``; None takes the best that can run.
+
+    Returns:
+        (B, N, K) weights >= 0, float32 (float64 if an input is): half precision would underflow to 0. Differentiable
+        once to ``source``, ``target``, ``vector`` and ``bias``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+        BackendUnavailableError: the named backend cannot run here.
+    """
+    _check(source, target, index, vector, bias, mask)
+    requested = requested_backend("edge_weight", backend)
+    if validate:
+        _checks.check_index_values("edge_weight", index, source.shape[-2])
+    if source.dim() == 3:
+        return registration.edge_weight(source, target, index, vector, bias, mask, requested)
+    mask = None if mask is None else mask[None]
+    return registration.edge_weight(source[None], target[None], index[None], vector, bias, mask, requested)[0]

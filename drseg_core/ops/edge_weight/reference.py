@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``edge_weight`` means, in plain PyTorch: forward (differentiable), and its gradients written out.
+
+Both work through blocks of rows, so that no tensor of all edges times the hidden width exists.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Bytes of one block of hidden activations; about four such buffers live at a time.
+_BLOCK_BYTES = 32 << 20
+
+
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return tuple(tensor.to(wide) for tensor in tensors)
+
+
+def _row_block(target: Tensor, k: int, block: int | None) -> int:
+    return block or max(1, _BLOCK_BYTES // max(1, k * target.shape[-1] * target.element_size()))
+
+
+def softplus(value: Tensor) -> Tensor:
+    """log(1 + exp(value)), accurate relative to its value at both ends (no linear switch)."""
+    return torch.logaddexp(value, torch.zeros((), dtype=value.dtype, device=value.device))
+
+
+def edge_weight(
+    source: Tensor,
+    target: Tensor,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    mask: Tensor | None = None,
+    *,
+    block: int | None = None,
+) -> Tensor:
+    """Edge weights in float32 (float64 for float64 inputs).
+
+    Args:
+        source: (B, N, E). target: (B, N, E). index: (B, N, K). vector: (E,). bias: (). mask: (B, N, K) bool or None.
+        block: rows computed at once; by default as many as take 32 MB.
+    """
+    source, target, vector, bias = _wide(source, target, vector, bias)
+    batch, nodes, k = index.shape
+    neighbour = index.long().clamp(0, max(nodes - 1, 0))
+    block = _row_block(target, k, block)
+    samples = []
+    for b in range(batch):
+        rows = []
+        for first in range(0, nodes, block):
+            near = target[b][neighbour[b, first : first + block]]
+            hidden = (source[b, first : first + block, None] + near).relu()
+            rows.append(softplus(hidden @ vector + bias))
+        samples.append(torch.cat(rows) if rows else source.new_empty(0, k))
+    weight = torch.stack(samples) if samples else source.new_empty(0, nodes, k)
+    # a product, not a choice: a row that is not finite must not look healthy because its slots are padding
+    return weight if mask is None else weight * mask
+
+
+def edge_weight_backward(
+    grad: Tensor,
+    weight: Tensor,
+    source: Tensor,
+    target: Tensor,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    mask: Tensor | None = None,
+    *,
+    block: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to ``source``, ``target``, ``vector`` and ``bias``, each in its input's dtype.
+
+    The ReLU mask is computed again. The derivative of softplus comes from the saved weight: 1 - exp(-weight).
+    """
+    inputs = (source, target, vector, bias)
+    grad, weight, source, target, vector, _ = _wide(grad, weight, *inputs)
+    batch, nodes, k = index.shape
+    neighbour = index.long().clamp(0, max(nodes - 1, 0))
+    block = _row_block(target, k, block)
+    # a masked slot has weight 0 and so derivative 0
+    grad_logit = grad * -torch.expm1(-weight)
+    grad_source, grad_target = torch.zeros_like(source), torch.zeros_like(target)
+    grad_vector = torch.zeros_like(vector)
+    for b in range(batch):
+        for first in range(0, nodes, block):
+            rows = slice(first, first + block)
+            near = neighbour[b, rows]
+            hidden = (source[b, rows, None] + target[b][near]).relu()
+            logit = grad_logit[b, rows]
+            grad_vector += (logit.unsqueeze(-1) * hidden).sum((0, 1))
+            grad_hidden = (logit.unsqueeze(-1) * vector).masked_fill(hidden <= 0, 0)
+            grad_source[b, rows] = grad_hidden.sum(1)
+            grad_target[b].index_add_(0, near.reshape(-1), grad_hidden.reshape(-1, grad_hidden.shape[-1]))
+    results = (grad_source, grad_target, grad_vector, grad_logit.sum())
+    source, target, vector, bias = (
+        result.to(given.dtype).reshape(given.shape) for result, given in zip(results, inputs, strict=True)
+    )
+    return source, target, vector, bias

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public function of the op; validates and hands over to a backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from drseg_core.ops import _checks
+from drseg_core.ops._dispatch import requested_backend
+from drseg_core.ops.graph_propagate import registration
+
+
+def graph_propagate(
+    x: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    *,
+    transpose: bool = False,
+    validate: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Sum of the neighbours' features, weighted by the edges' coefficients (arXiv 2604.02010, Eq. 9).
+
+    ``y_i = sum_k coefficient_ik x_j`` with ``j = index_ik``; with ``transpose`` the edges are followed backwards:
+    ``y_j = sum over (i, k) with index_ik = j of coefficient_ik x_i``.
+
+    Args:
+        x: (B, N, C) or (N, C) node features; float32, float64, float16 or bfloat16.
+        index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
+        coefficient: shape of ``index``, a floating-point dtype, not necessarily that of ``x``.
+        transpose: follow the edges from neighbour to node.
+        validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
+        backend: ``reference``, ``native`` or ``triton``; None takes the best that can run.
+
+    Returns:
+        (B, N, C) in the dtype of ``x``; sums in float32 (float64 if an input is) and rounds once. Differentiable once
+        to ``x`` and ``coefficient``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+        BackendUnavailableError: the named backend cannot run here.
+    """
+    op = "graph_propagate"
+    _checks.check_tensor(op, "x", x, ("B", "N", "C"))
+    _checks.check_tensor(op, "index", index, ("B", "N", "K"), _checks.INDEX_DTYPES)
+    _checks.check_tensor(op, "coefficient", coefficient, ("B", "N", "K"))
+    _checks.check_same_device(op, x=x, index=index, coefficient=coefficient)
+    _checks.check_shape(op, "coefficient", coefficient, tuple(index.shape), "the shape of index")
+    if index.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{op}: index does not match x; expected {tuple(x.shape[:-1])} before K, got {tuple(index.shape)}"
+        )
+    requested = requested_backend(op, backend)
+    if validate:
+        _checks.check_index_values(op, index, x.shape[-2])
+    if x.dim() == 3:
+        return registration.graph_propagate(x, index, coefficient, transpose, requested)
+    return registration.graph_propagate(x[None], index[None], coefficient[None], transpose, requested)[0]

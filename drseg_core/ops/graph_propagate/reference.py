@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``graph_propagate`` means, in plain PyTorch: forward (differentiable), and its gradients written out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Bytes of one block of gathered features; about two such buffers live at a time.
+_BLOCK_BYTES = 32 << 20
+
+
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return tuple(tensor.to(wide) for tensor in tensors)
+
+
+def _row_block(x: Tensor, k: int, block: int | None) -> int:
+    return block or max(1, _BLOCK_BYTES // max(1, k * x.shape[-1] * x.element_size()))
+
+
+def graph_propagate(
+    x: Tensor, index: Tensor, coefficient: Tensor, transpose: bool = False, *, block: int | None = None
+) -> Tensor:
+    """Weighted sums of neighbour features, accumulated in float32 or wider, in ``x``'s dtype.
+
+    Args:
+        x: (B, N, C). index: (B, N, K). coefficient: (B, N, K).
+        transpose: send along the edges in the other direction.
+        block: rows computed at once; by default as many as take 32 MB.
+    """
+    dtype = x.dtype
+    x, coefficient = _wide(x, coefficient)
+    batch, nodes, k = index.shape
+    neighbour = index.long().clamp(0, max(nodes - 1, 0))
+    block = _row_block(x, k, block)
+    samples = []
+    for b in range(batch):
+        total = torch.zeros_like(x[b])
+        rows = []
+        for first in range(0, nodes, block):
+            near, share = neighbour[b, first : first + block], coefficient[b, first : first + block]
+            if transpose:
+                message = share.unsqueeze(-1) * x[b, first : first + block, None]
+                total = total.index_add(0, near.reshape(-1), message.flatten(0, 1))
+            else:
+                rows.append((share.unsqueeze(1) @ x[b][near]).squeeze(1))
+        samples.append(total if transpose or not rows else torch.cat(rows))
+    return (torch.stack(samples) if samples else torch.zeros_like(x)).to(dtype)
+
+
+def graph_propagate_backward(
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    transpose: bool,
+    need_x: bool,
+    need_coefficient: bool,
+    *,
+    block: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to ``x`` and ``coefficient``; one that is not needed is an empty tensor.
+
+    To ``x``: the same propagation in the other direction. To ``coefficient``: the dot product of the gradient at the
+    node that receives with the features of the node that sends.
+    """
+    grad_x, grad_coefficient = x.new_empty(0), coefficient.new_empty(0)
+    if need_x:
+        grad_x = graph_propagate(grad, index, coefficient, not transpose, block=block).to(x.dtype)
+    if need_coefficient:
+        wide_grad, wide_x = _wide(grad, x)
+        start, end = (wide_x, wide_grad) if transpose else (wide_grad, wide_x)
+        batch, nodes, k = index.shape
+        neighbour = index.long().clamp(0, max(nodes - 1, 0))
+        block = _row_block(end, k, block)
+        grad_coefficient = torch.zeros_like(coefficient, memory_format=torch.contiguous_format)
+        for b in range(batch):
+            for first in range(0, nodes, block):
+                rows = slice(first, first + block)
+                dot = (end[b][neighbour[b, rows]] @ start[b, rows].unsqueeze(-1)).squeeze(-1)
+                grad_coefficient[b, rows] = dot.to(coefficient.dtype)
+    return grad_x, grad_coefficient

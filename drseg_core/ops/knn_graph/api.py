@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public function of the op; validates, prepares and hands over to a backend."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from drseg_core.ops import _checks
+from drseg_core.ops._dispatch import requested_backend
+from drseg_core.ops.knn_graph import registration
+from drseg_core.ops.knn_graph.reference import decay_table, prepare_prior
+
+FORMS = ("additive", "gauss", "multiplicative", "product")
+PRECISIONS = ("exact",)
+
+Form = Literal["additive", "gauss", "multiplicative", "product"]
+
+
+def _check(
+    prior: Tensor, grid: tuple[int, int], k: int, decay: float, form: str, include_self: bool, pad: bool, precision: str
+) -> None:
+    op = "knn_graph"
+    _checks.check_tensor(op, "prior", prior, ("B", "N", "D"))
+    nodes, channels = prior.shape[-2:]
+    if channels == 0:
+        raise ValueError(f"{op}: prior has no channels; expected D >= 1, got shape {tuple(prior.shape)}")
+    if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != 2:
+        raise ValueError(f"{op}: grid is not a pair; expected (h, w), got {grid!r}")
+    for name, value in zip(("grid height", "grid width"), grid, strict=True):
+        _checks.check_count(op, name, value)
+    if grid[0] * grid[1] != nodes:
+        raise ValueError(f"{op}: grid does not match prior; expected h * w = N = {nodes}, got {grid[0]} x {grid[1]}")
+    _checks.check_count(op, "k", k)
+    _checks.check_number(op, "decay", decay)
+    _checks.check_choice(op, "form", form, FORMS)
+    _checks.check_choice(op, "precision", precision, PRECISIONS)
+    candidates = nodes if include_self else nodes - 1
+    if k > candidates and nodes > 0 and not pad:
+        raise ValueError(
+            f"{op}: k exceeds the candidates; expected k <= {candidates} (N = {nodes}), got {k}: "
+            "pass pad=True or lower k"
+        )
+
+
+@overload
+def knn_graph(
+    prior: Tensor,
+    grid: tuple[int, int],
+    k: int,
+    *,
+    decay: float = ...,
+    form: Form = ...,
+    include_self: bool = ...,
+    return_score: Literal[False] = ...,
+    pad: bool = ...,
+    precision: Literal["exact"] = ...,
+    check_finite: bool = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def knn_graph(
+    prior: Tensor,
+    grid: tuple[int, int],
+    k: int,
+    *,
+    decay: float = ...,
+    form: Form = ...,
+    include_self: bool = ...,
+    return_score: Literal[True],
+    pad: bool = ...,
+    precision: Literal["exact"] = ...,
+    check_finite: bool = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def knn_graph(
+    prior: Tensor,
+    grid: tuple[int, int],
+    k: int,
+    *,
+    decay: float = 1.0,
+    form: Form = "additive",
+    include_self: bool = True,
+    return_score: bool = False,
+    pad: bool = False,
+    precision: Literal["exact"] = "exact",
+    check_finite: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The k nodes of highest affinity for every node of a grid (arXiv 2604.02010, Eq. 7).
+
+    With ``cos_ij`` the cosine of two features and ``delta_ij`` the distance of two cells divided by the longest
+    distance on the grid, nodes are ordered by
+
+    * ``additive``: ``cos_ij - decay * delta_ij`` (the exponential and the linear reading of Eq. 7),
+    * ``gauss``: ``cos_ij - decay * delta_ij**2``,
+    * ``multiplicative``: ``max(cos_ij, 0) * exp(-decay * delta_ij)`` (the power reading),
+    * ``product``: ``cos_ij * exp(-decay * delta_ij)``,
+
+    equal scores by ascending index. Node ``i`` is cell ``(i // w, i % w)``. The N x N matrix is never stored.
+
+    Args:
+        prior: (B, N, D) or (N, D) features, float32, float64, float16 or bfloat16; need not be normalised.
+        grid: (h, w) with ``h * w = N``.
+        k: neighbours per node, at most N (N - 1 without the node itself) unless ``pad``.
+        decay: strength of the spatial decay (lambda / gamma of Eq. 7), >= 0.
+        form: how cosine and distance are joined, see above.
+        include_self: every node is one of its own k neighbours; otherwise never.
+        return_score: return the scores too.
+        pad: where there are fewer than k candidates, fill up with the row's own index (see ``padding_mask``).
+        precision: ``exact`` ranks float32 affinities; nothing less is offered yet.
+        check_finite: refuse non-finite features (synchronises a GPU) instead of containing them.
+        backend: ``reference``, ``native`` or ``triton``; None takes the best that can run.
+
+    Returns:
+        ``index`` (B, N, k) int32, each row ascending with its padding last. With ``return_score`` also ``score``
+        (B, N, k), float32 (float64 for float64 features), ``-inf`` in padded slots. Neither carries a gradient.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
+        NumericalError: ``check_finite`` found a non-finite feature.
+        BackendUnavailableError: the named backend cannot run here.
+
+    Note:
+        A zero feature has cosine 0 with every node. A node with a non-finite feature is chosen by no other node; all
+        its own slots hold its own index with score NaN, and the other rows are as if it were not there: if that
+        leaves them fewer than k candidates, they are padded.
+    """
+    _check(prior, grid, k, decay, form, include_self, pad, precision)
+    requested = requested_backend("knn_graph", backend)
+    if check_finite:
+        _checks.check_finite_rows("knn_graph", "prior", prior)
+    # the choice is not differentiable, and a frozen prior must not be kept alive by a graph
+    prior = prior.detach()
+    batched = prior if prior.dim() == 3 else prior[None]
+    scaled, inverse_norm = prepare_prior(batched)
+    table = decay_table((int(grid[0]), int(grid[1])), decay, form, inverse_norm.dtype, prior.device)
+    index, score = registration.knn_graph(scaled, inverse_norm, table, k, form, include_self, requested)
+    if prior.dim() == 2:
+        index, score = index[0], score[0]
+    return (index, score) if return_score else index
+
+
+def padding_mask(index: Tensor, *, include_self: bool = True) -> Tensor:
+    """False in the slots that ``knn_graph(pad=True)`` filled up with the row's own index, True elsewhere.
+
+    Args:
+        index: (B, N, K) or (N, K) neighbour indices of ``knn_graph``.
+        include_self: as given to ``knn_graph``: the first slot with the own index is then a real neighbour.
+
+    Returns:
+        bool tensor of the shape of ``index``: the ``mask`` of ``edge_weight``.
+    """
+    _checks.check_tensor("padding_mask", "index", index, ("B", "N", "K"), _checks.INDEX_DTYPES)
+    own = index == torch.arange(index.shape[-2], device=index.device, dtype=index.dtype)[:, None]
+    return ~(own & (own.cumsum(-1) > 1)) if include_self else ~own

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``knn_graph`` means, in plain PyTorch: any float dtype, blockwise, never N x N."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Bytes of one block of scores; a few buffers of this size live at a time.
+_BLOCK_BYTES = 32 << 20
+
+
+def _exponent_scale(prior: Tensor) -> Tensor:
+    """Per row the power of two that brings its largest entry near one, (..., N, 1). Multiplying by it is exact."""
+    largest = prior.abs().amax(-1, keepdim=True)
+    # a float32 exponent may be -148 (subnormal); 2**148 would overflow
+    exponent = torch.frexp(torch.where(largest.isfinite(), largest, 1).float()).exponent.clamp(-126, 126)
+    return torch.ldexp(torch.ones_like(largest), -exponent).to(prior.dtype)
+
+
+def prepare_prior(prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows scaled by exact powers of two, and the inverse of their L2 norms.
+
+    The features stay in their dtype: products of bf16 or fp16 values are exact in float32, so ranking by
+    ``<d_i, d_j> * inverse_norm_i * inverse_norm_j`` rounds only in the sums. The scaling keeps float32 and bf16 rows
+    of any finite norm from overflowing or underflowing; float16 products cannot.
+
+    Args:
+        prior: (..., N, D) features.
+
+    Returns:
+        ``prior`` scaled, and ``inverse_norm`` (..., N) in float32 (float64 for float64): 0 for a zero row, NaN for a
+        row with a non-finite value.
+    """
+    if prior.dtype != torch.float16:
+        prior = prior * _exponent_scale(prior)
+    wide = prior if prior.dtype == torch.float64 else prior.float()
+    norm = wide.square().sum(-1).sqrt()
+    inverse = torch.where(norm > 0, norm.reciprocal(), 0)
+    return prior, torch.where(prior.isfinite().all(-1), inverse, torch.nan)
+
+
+def decay_table(grid: tuple[int, int], decay: float, form: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Spatial term of Eq. 7 over (|dy|, |dx|), shape (h, w): subtracted (additive, gauss) or multiplied.
+
+    Computed in float64 and rounded once, so that every backend reads the same numbers.
+    """
+    h, w = grid
+    dy = torch.arange(h, dtype=torch.float64, device=device)[:, None]
+    dx = torch.arange(w, dtype=torch.float64, device=device)[None, :]
+    longest = ((h - 1) ** 2 + (w - 1) ** 2) ** 0.5
+    relative = (dy.square() + dx.square()).sqrt() / max(longest, 1.0)
+    if form == "gauss":
+        relative = relative.square()
+    table = decay * relative
+    return (torch.exp(-table) if form in ("multiplicative", "product") else table).to(dtype)
+
+
+def combine(cosine: Tensor, decay: Tensor, form: str) -> Tensor:
+    """Order score of Eq. 7 from the cosine and the entry of the decay table."""
+    if form == "multiplicative":
+        return cosine.clamp_min(0) * decay
+    return cosine * decay if form == "product" else cosine - decay
+
+
+def select(score: Tensor, own: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best columns of each row by (score descending, index ascending), in ascending index.
+
+    Args:
+        score: (rows, N); ``-inf`` marks columns that may not be chosen, ``+inf`` one that must be.
+        own: (rows,) index put into slots for which there is no candidate.
+        k: slots.
+
+    Returns:
+        ``index`` (rows, k) int64 and ``found`` (rows, k) bool, False in the slots without a candidate (the last ones).
+    """
+    columns = torch.arange(score.shape[1], device=score.device)
+    threshold = score.topk(min(k, score.shape[1]), dim=1).values[:, -1:]
+    above = score > threshold
+    tied = (score == threshold) & (score > -torch.inf)
+    room = k - above.sum(1, keepdim=True)
+    chosen = above | (tied & (tied.cumsum(1) <= room))
+    # slot number of every chosen column; the others go to a spare last slot
+    slot = torch.where(chosen, chosen.cumsum(1) - 1, k)
+    index = own[:, None].repeat(1, k + 1)
+    index.scatter_(1, slot, columns.expand_as(slot))
+    found = torch.arange(k, device=score.device) < chosen.sum(1, keepdim=True)
+    return torch.where(found, index[:, :k], own[:, None]), found
+
+
+def knn_graph(
+    prior: Tensor,
+    inverse_norm: Tensor,
+    table: Tensor,
+    k: int,
+    form: str,
+    include_self: bool,
+    *,
+    block: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Neighbours and scores of prepared features.
+
+    Args:
+        prior: (B, N, D).
+        inverse_norm: (B, N), NaN for a node that no other may choose.
+        table: (h, w) decay table, h * w = N.
+        k: neighbours per node.
+        form: ``additive``, ``gauss`` (both subtract the table), ``multiplicative`` or ``product``.
+        include_self: the node itself is always, or never, among its neighbours.
+        block: rows of scores computed at once; by default as many as take 32 MB.
+
+    Returns:
+        ``index`` (B, N, k) int32 and ``score`` (B, N, k); see ``drseg_core.ops.knn_graph``.
+    """
+    batch, nodes, _ = prior.shape
+    w = table.shape[1]
+    wide = torch.float64 if prior.dtype == torch.float64 else torch.float32
+    index = torch.empty(batch, nodes, k, dtype=torch.int32, device=prior.device)
+    score = torch.empty(batch, nodes, k, dtype=wide, device=prior.device)
+    if index.numel() == 0:
+        return index, score
+    block = block or max(1, _BLOCK_BYTES // (nodes * table.element_size()))
+    everyone = torch.arange(nodes, device=prior.device)
+    y, x = everyone // w, everyone % w
+    for b in range(batch):
+        features, inverse = prior[b].to(wide), inverse_norm[b]
+        bad = inverse.isnan()
+        for first in range(0, nodes, block):
+            own = everyone[first : first + block]
+            cosine = features[own] @ features.T * inverse[own, None] * inverse
+            decay = table[(y[own, None] - y).abs(), (x[own, None] - x).abs()]
+            value = combine(cosine, decay, form)
+            key = value.masked_fill(bad | bad[own, None], -torch.inf)
+            diagonal = own[:, None] == everyone
+            key = key.masked_fill(diagonal, torch.inf if include_self else -torch.inf)
+            # a bad node keeps to itself: it has no neighbour but its own index in every slot
+            key = key.masked_fill(bad[own, None] & ~diagonal, -torch.inf)
+            chosen, found = select(key, own, k)
+            index[b, own] = chosen.int()
+            picked = value.gather(1, chosen).masked_fill(~found, -torch.inf)
+            score[b, own] = picked.masked_fill(bad[own, None], torch.nan)
+    return index, score
