@@ -83,7 +83,8 @@ def check_count(op: str, name: str, value: object) -> None:
 def check_number(op: str, name: str, value: object, *, positive: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number; expected float, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    # comparisons only: torch.compile traces no math.isfinite of a symbolic number
+    if not 0 <= value < math.inf or (positive and value == 0):
         rule = "> 0" if positive else ">= 0"
         raise ValueError(f"{op}: {name} is out of range; expected a finite number {rule}, got {value}")
 

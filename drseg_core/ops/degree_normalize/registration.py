@@ -31,7 +31,7 @@ _dispatch.add_table(
 def degree_normalize(weight: Tensor, index: Tensor, norm: str, eps: float, backend: str) -> Tensor:
     chosen = _dispatch.resolve("degree_normalize", weight, backend)
     with _dispatch.plain_float32(weight):
-        return chosen.run(weight, index, norm, eps)
+        return chosen.run(weight, index, norm, eps).contiguous()
 
 
 @degree_normalize.register_fake
@@ -47,7 +47,7 @@ def degree_normalize_backward(
     chosen = _dispatch.resolve("degree_normalize", weight, backend)
     assert chosen.run_backward is not None
     with _dispatch.plain_float32(weight):
-        return chosen.run_backward(grad, weight, index, norm, eps)
+        return chosen.run_backward(grad, weight, index, norm, eps).contiguous()
 
 
 @degree_normalize_backward.register_fake

@@ -83,8 +83,8 @@ def edge_weight_backward(
     block = _row_block(target, k, block)
     # a masked slot has weight 0 and so derivative 0
     grad_logit = grad * -torch.expm1(-weight)
-    grad_source, grad_target = torch.zeros_like(source), torch.zeros_like(target)
-    grad_vector = torch.zeros_like(vector)
+    grad_source, grad_target = source.new_zeros(source.shape), target.new_zeros(target.shape)
+    grad_vector = vector.new_zeros(vector.shape)
     for b in range(batch):
         for first in range(0, nodes, block):
             rows = slice(first, first + block)
@@ -94,7 +94,7 @@ def edge_weight_backward(
             grad_vector += (logit.unsqueeze(-1) * hidden).sum((0, 1))
             grad_hidden = (logit.unsqueeze(-1) * vector).masked_fill(hidden <= 0, 0)
             grad_source[b, rows] = grad_hidden.sum(1)
-            grad_target[b].index_add_(0, near.reshape(-1), grad_hidden.reshape(-1, grad_hidden.shape[-1]))
+            grad_target[b].index_add_(0, near.flatten(), grad_hidden.flatten(0, 1))
     results = (grad_source, grad_target, grad_vector, grad_logit.sum())
     source, target, vector, bias = (
         result.to(given.dtype).reshape(given.shape) for result, given in zip(results, inputs, strict=True)

@@ -36,7 +36,7 @@ def graph_propagate(
     block = _row_block(x, k, block)
     samples = []
     for b in range(batch):
-        total = torch.zeros_like(x[b])
+        total = x.new_zeros(x.shape[1:])
         rows = []
         for first in range(0, nodes, block):
             near, share = neighbour[b, first : first + block], coefficient[b, first : first + block]
@@ -46,7 +46,7 @@ def graph_propagate(
             else:
                 rows.append((share.unsqueeze(1) @ x[b][near]).squeeze(1))
         samples.append(total if transpose or not rows else torch.cat(rows))
-    return (torch.stack(samples) if samples else torch.zeros_like(x)).to(dtype)
+    return (torch.stack(samples) if samples else x.new_zeros(x.shape)).to(dtype)
 
 
 def graph_propagate_backward(
@@ -74,7 +74,7 @@ def graph_propagate_backward(
         batch, nodes, k = index.shape
         neighbour = index.long().clamp(0, max(nodes - 1, 0))
         block = _row_block(end, k, block)
-        grad_coefficient = torch.zeros_like(coefficient, memory_format=torch.contiguous_format)
+        grad_coefficient = coefficient.new_zeros(coefficient.shape)
         for b in range(batch):
             for first in range(0, nodes, block):
                 rows = slice(first, first + block)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every data set here is: numbered samples, class names in id order, and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from drseg_core.errors import ConfigError, DatasetError
+
+IGNORE = 255
+"""Mask value of pixels that are neither trained on nor scored."""
+
+
+class Sample(NamedTuple):
+    """One image with its mask.
+
+    ``image`` is (3, H, W) uint8 RGB, ``mask`` (H, W) uint8 class ids with 255 = ignore, ``name`` a path or scene name.
+    """
+
+    image: Tensor
+    mask: Tensor
+    name: str
+
+
+class SegmentationDataset(torch.utils.data.Dataset[Sample], ABC):
+    """A numbered set of samples whose mask value ``c`` means ``class_names[c]``."""
+
+    class_names: tuple[str, ...]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything that decides the content."""
+
+    def sample_name(self, index: int) -> str:
+        """Name of a sample without reading it, for error messages."""
+        return f"sample {index}"
+
+
+def check_class_names(class_names: Sequence[str], origin: str) -> tuple[str, ...]:
+    """The names as a tuple.
+
+    Raises:
+        DatasetError: no name, more than 255 names (id 255 means ignore), an empty or repeated name.
+    """
+    names = tuple(class_names)
+    if not 1 <= len(names) <= IGNORE:
+        raise DatasetError(f"{origin}: class names out of range; expected 1 to {IGNORE} names, got {len(names)}")
+    seen: dict[str, int] = {}
+    for index, name in enumerate(names):
+        if not name.strip():
+            raise DatasetError(f"{origin}: class name {index} is empty; expected text")
+        if name in seen:
+            raise DatasetError(
+                f"{origin}: class name {name!r} repeats; expected it once, got ids {seen[name]} and {index}"
+            )
+        seen[name] = index
+    return names
+
+
+def class_names_hash(class_names: Sequence[str]) -> str:
+    """SHA-256 (hex) of the names in order; names are part of an open-vocabulary model's input."""
+    return hashlib.sha256("\n".join(class_names).encode()).hexdigest()
+
+
+def open_dataset(spec: str, split: str = "train") -> SegmentationDataset:
+    """Open a data set by its specification.
+
+    * ``folder:PATH``: ``PATH/classes.txt`` and ``PATH/{split}/{images,masks}/*`` (see :class:`FolderDataset`).
+    * ``synthetic:seed=0,scenes=400,size=128,vocabulary=seen``: procedural scenes, made while they are read; every
+      option may be left out (see :class:`SyntheticDataset`).
+
+    Args:
+        spec: the specification.
+        split: ``train``, ``val`` or, for folders, any other folder of that layout.
+
+    Raises:
+        ConfigError: unknown kind, option or value.
+        DatasetError: the data set cannot be used.
+    """
+    kind, separator, rest = spec.partition(":")
+    if separator and kind == "folder":
+        from drseg_core.data.folder import FolderDataset
+
+        return FolderDataset(rest, split)
+    if kind == "synthetic":
+        from drseg_core.data.synthetic import SyntheticDataset
+
+        return SyntheticDataset.from_spec(rest, split)
+    raise ConfigError(f"open_dataset: spec is unknown; expected folder:PATH or synthetic:seed=0,..., got {spec!r}")

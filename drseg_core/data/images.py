@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading image and mask files: what is converted, and what is refused with its reason.
+
+Images (all become 8-bit RGB):
+
+===========================  =====================================================================
+file                         becomes
+===========================  =====================================================================
+RGB, YCbCr                   RGB
+palette, gray, black/white   RGB (gray repeated three times)
+alpha                        its colour; the alpha channel is dropped
+EXIF rotation                turned upright, as viewers show it (the mask must fit the upright image)
+TIFF with more bands         its first three bands, if they are 8-bit
+CMYK, Lab, 16-bit, float     refused: there is no one right conversion to 8-bit RGB
+===========================  =====================================================================
+
+Masks must hold one 8-bit band of class ids; of a palette image the indices are the ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from drseg_core.errors import DatasetError
+
+MAX_PIXELS = 100_000_000
+"""Default bound on the pixels of one file, checked before it is decoded."""
+
+_IMAGE_MODES = {"RGB", "RGBA", "RGBX", "RGBa", "YCbCr", "P", "PA", "L", "LA", "La", "1"}
+_MASK_MODES = {"L", "P", "1"}
+_EXIF_ORIENTATION = 0x0112
+
+
+def first_bytes(path: Path) -> str:
+    """The beginning of a file, as it is quoted in an error."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(16)
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
+    return repr(data) if data else "none (empty file)"
+
+
+@contextlib.contextmanager
+def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """Open with Pillow; whatever goes wrong becomes a DatasetError that names the file."""
+    try:
+        # the size limit below takes the place of Pillow's warning; its error at twice that size stays
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            _check_pixels(path, image.size, max_pixels)
+            yield image
+    except DatasetError:
+        raise
+    except FileNotFoundError:
+        raise DatasetError(f"read_image: {path} vanished; expected the file that was listed") from None
+    except UnidentifiedImageError:
+        raise DatasetError(
+            f"read_image: {path} is not an image or is cut short; expected PNG, JPEG or TIFF, "
+            f"got first bytes {first_bytes(path)}"
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise DatasetError(f"read_image: {path} is too large; expected at most {max_pixels} pixels: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
+        # Pillow's plugins report damage through all of these
+        raise DatasetError(f"read_image: {path} is damaged: {_one_line(error)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise DatasetError(
+            f"read_image: {path} is too large; expected at most {max_pixels} pixels, got {width} x {height}"
+        )
+
+
+def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) as the file's header gives it, after EXIF rotation. Decodes nothing.
+
+    Raises:
+        DatasetError: not an image, or more than ``max_pixels``.
+    """
+    if _needs_rasterio(path):
+        with _raster(path, max_pixels) as raster:
+            return raster.height, raster.width
+    with _opened(path, max_pixels) as image:
+        width, height = image.size
+        # PNG may keep EXIF behind the pixels, where only decoding finds it; read_image checks again
+        if image.format in ("JPEG", "MPO") and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:
+            width, height = height, width
+        return height, width
+
+
+def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode an image to (H, W, 3) uint8 RGB (see the table above).
+
+    Raises:
+        DatasetError: not an image, damaged, too large, or of a mode that is refused.
+    """
+    if _needs_rasterio(path):
+        return _read_raster_image(path, max_pixels)
+    with _opened(path, max_pixels) as image:
+        if image.mode not in _IMAGE_MODES:
+            raise DatasetError(
+                f"read_image: {path} has mode {image.mode}; expected 8-bit RGB, gray or palette (convert it first)"
+            )
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        return np.array(upright.convert("RGB"))
+
+
+def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode a mask to (H, W) uint8 ids.
+
+    Raises:
+        DatasetError: not an image, damaged, too large, or not one 8-bit band.
+    """
+    if _needs_rasterio(path):
+        return _read_raster_mask(path, max_pixels)
+    with _opened(path, max_pixels) as image:
+        if image.mode not in _MASK_MODES:
+            raise DatasetError(f"read_mask: {path} has mode {image.mode}; expected one 8-bit band of class ids")
+        image.load()
+        return np.array(ImageOps.exif_transpose(image)).astype(np.uint8)
+
+
+def _needs_rasterio(path: Path) -> bool:
+    """Whether a TIFF is of a kind that Pillow cannot open, such as five bands."""
+    if path.suffix.lower() not in (".tif", ".tiff") or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        if file.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(path).close()
+    except Image.DecompressionBombError:
+        return False
+    except Exception:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _raster(path: Path, max_pixels: int) -> Iterator[Any]:
+    try:
+        import rasterio
+    except ImportError:
+        raise DatasetError(
+            f"read_image: {path} is a TIFF that Pillow cannot read; expected rasterio to be installed, or 8-bit RGB"
+        ) from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            with rasterio.open(path) as raster:
+                _check_pixels(path, (raster.width, raster.height), max_pixels)
+                yield raster
+    except rasterio.errors.RasterioError as error:
+        raise DatasetError(
+            f"read_image: {path} is not an image or is cut short; expected PNG, JPEG or TIFF, "
+            f"got first bytes {first_bytes(path)}: {_one_line(error)}"
+        ) from None
+
+
+def _read_raster_image(path: Path, max_pixels: int) -> NDArray[np.uint8]:
+    with _raster(path, max_pixels) as raster:
+        if set(raster.dtypes) != {"uint8"} or raster.count == 2:
+            got = f"{raster.count} bands of {', '.join(sorted(set(raster.dtypes)))}"
+            raise DatasetError(f"read_image: {path} has {got}; expected 1, 3 or more of uint8")
+        data = raster.read([1, 1, 1] if raster.count == 1 else [1, 2, 3])
+        return np.ascontiguousarray(data.transpose(1, 2, 0))
+
+
+def _read_raster_mask(path: Path, max_pixels: int) -> NDArray[np.uint8]:
+    with _raster(path, max_pixels) as raster:
+        if raster.count != 1 or raster.dtypes[0] != "uint8":
+            got = f"{raster.count} bands of {raster.dtypes[0]}"
+            raise DatasetError(f"read_mask: {path} has {got}; expected one 8-bit band of class ids")
+        return raster.read(1)

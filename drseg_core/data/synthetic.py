@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Procedural overhead scenes with a compositional vocabulary: six kinds of object in six colours.
+
+Six of the 36 combinations never occur in scenes of the ``seen`` vocabulary, so a model trained on those can be asked
+for them by name. A scene is a pure function of (seed, split, index, vocabulary, size).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from drseg_core.data.dataset import Sample, SegmentationDataset
+from drseg_core.data.shapes import COLORS, KINDS, Sun, draw_object, soil
+from drseg_core.errors import ConfigError
+from drseg_core.files import write_text_atomic
+
+Vocabulary = Literal["seen", "full"]
+
+BACKGROUND = "bare soil"
+HELD_OUT = ("green roof", "white tank", "yellow field", "blue pond", "red court", "gray car")
+"""Combinations that scenes of the ``seen`` vocabulary never show: one per kind of object and one per colour."""
+
+SEEN_NAMES = (BACKGROUND, *(n for k in KINDS for c in COLORS if (n := f"{c} {k}") not in HELD_OUT))
+CLASS_NAMES = (*SEEN_NAMES, *HELD_OUT)
+"""All 37 names: bare soil, the 30 seen combinations, the 6 held-out ones (ids 31 to 36)."""
+
+HELD_OUT_IDS = tuple(range(len(SEEN_NAMES), len(CLASS_NAMES)))
+
+# part of every fingerprint: to be raised whenever a change alters any pixel
+GENERATOR = 1
+MARKER = "synthetic.json"
+_SPLITS = {"train": 0, "val": 1, "test": 2}
+
+
+def class_names(vocabulary: Vocabulary) -> tuple[str, ...]:
+    """The 31 ``seen`` or the 37 ``full`` names."""
+    if vocabulary not in ("seen", "full"):
+        raise ConfigError(f"synthetic: vocabulary is unknown; expected seen or full, got {vocabulary!r}")
+    return SEEN_NAMES if vocabulary == "seen" else CLASS_NAMES
+
+
+def render_scene(
+    index: int,
+    *,
+    seed: int = 0,
+    split: str = "train",
+    vocabulary: Vocabulary = "seen",
+    size: int | tuple[int, int] = 128,
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Draw one scene.
+
+    Every object is drawn from the combinations of the vocabulary with equal chance, so in ``full`` scenes a held-out
+    combination is as frequent as a seen one. About seven objects share 128 x 128 pixels; they never overlap. A smaller
+    scene shows smaller objects, a larger one more of them.
+
+    Args:
+        index: number of the scene, from 0.
+        seed: seed of the whole set.
+        split: ``train``, ``val`` or ``test``: three independent streams of scenes.
+        vocabulary: ``seen`` (30 combinations) or ``full`` (36).
+        size: side in pixels, or (height, width).
+
+    Returns:
+        image (H, W, 3) uint8 RGB and mask (H, W) uint8 with ids into :data:`CLASS_NAMES`.
+
+    Raises:
+        ConfigError: unknown split or vocabulary, negative index or seed, size below 32.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if split not in _SPLITS:
+        raise ConfigError(f"synthetic: split is unknown; expected one of {', '.join(_SPLITS)}, got {split!r}")
+    if index < 0 or seed < 0 or min(height, width) < 32:
+        raise ConfigError(
+            "synthetic: index, seed or size is out of range; expected index >= 0, seed >= 0, size >= 32, "
+            f"got {index}, {seed}, {height} x {width}"
+        )
+    names = class_names(vocabulary)
+    key = [GENERATOR, seed, _SPLITS[split], index, len(names), height, width]
+    rng = np.random.default_rng(np.random.SeedSequence(key))
+    scale = min(1.0, min(height, width) / 128)
+    image = soil(rng, height, width)
+    mask = np.zeros((height, width), np.uint8)
+    taken = np.zeros((height, width), bool)
+    sun = Sun(angle=float(rng.uniform(0, 2 * np.pi)), length=float(rng.uniform(0.7, 1.2)) * scale)
+    area = height * width / (128 * scale) ** 2
+    for _ in range(max(1, round(float(rng.uniform(6.5, 9.0)) * area))):
+        label = int(rng.integers(1, len(names)))
+        color, kind = names[label].split(" ")
+        draw_object(rng, image, mask, taken, label=label, kind=kind, color=color, scale=scale, sun=sun)
+    image *= rng.uniform(0.92, 1.05)
+    image += rng.normal(0, 3.0, size=image.shape).astype(np.float32)
+    return np.clip(image, 0, 255).astype(np.uint8), mask
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticOptions:
+    """Options of ``synthetic:...``: seed of the set, number of scenes, side in pixels, vocabulary."""
+
+    seed: int = 0
+    scenes: int = 400
+    size: int = 128
+    vocabulary: Vocabulary = "seen"
+
+
+class SyntheticDataset(SegmentationDataset):
+    """Scenes of :func:`render_scene`, drawn when they are read; nothing is stored.
+
+    Args:
+        options: which scenes.
+        split: ``train``, ``val`` or ``test``.
+    """
+
+    def __init__(self, options: SyntheticOptions | None = None, split: str = "train") -> None:
+        self.options = options or SyntheticOptions()
+        self.split = split
+        self.class_names = class_names(self.options.vocabulary)
+        if self.options.scenes < 1:
+            raise ConfigError(f"synthetic: scenes is out of range; expected >= 1, got {self.options.scenes}")
+        self._render(0)
+
+    @classmethod
+    def from_spec(cls, text: str, split: str = "train") -> SyntheticDataset:
+        """From ``seed=0,scenes=400,size=128,vocabulary=seen``."""
+        kinds = {field.name: field for field in dataclasses.fields(SyntheticOptions)}
+        values: dict[str, int | str] = {}
+        for part in filter(None, text.split(",")):
+            key, _, value = part.partition("=")
+            key = key.strip()
+            if key not in kinds or key in values:
+                raise ConfigError(
+                    f"synthetic: option {key!r} is unknown or repeated; expected each of {', '.join(kinds)} once"
+                )
+            try:
+                values[key] = value.strip() if key == "vocabulary" else int(value)
+            except ValueError:
+                raise ConfigError(f"synthetic: {key} is not a number; expected an integer, got {value!r}") from None
+        return cls(SyntheticOptions(**values), split)  # type: ignore[arg-type]
+
+    def _render(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        options = self.options
+        return render_scene(
+            index, seed=options.seed, split=self.split, vocabulary=options.vocabulary, size=options.size
+        )
+
+    def __len__(self) -> int:
+        return self.options.scenes
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"synthetic: index {index} is out of range; expected 0 to {len(self) - 1}")
+        image, mask = self._render(index)
+        chw = np.ascontiguousarray(image.transpose(2, 0, 1))
+        return Sample(torch.from_numpy(chw), torch.from_numpy(mask), self.sample_name(index))
+
+    def sample_name(self, index: int) -> str:
+        return f"synthetic {self.options.vocabulary} {self.split} scene {index} of seed {self.options.seed}"
+
+    def fingerprint(self) -> str:
+        content = [GENERATOR, self.split, dataclasses.asdict(self.options), self.class_names]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def write_scenes(
+    root: str | Path,
+    *,
+    splits: Mapping[str, int],
+    seed: int = 0,
+    size: int = 128,
+    vocabulary: Vocabulary = "seen",
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Write scenes as a folder that ``folder:ROOT`` reads; the folder appears only when it is complete.
+
+    The two sets of the demo::
+
+        write_scenes(out / "seen", splits={"train": 400, "val": 60}, vocabulary="seen")   # 31 classes
+        write_scenes(out / "full", splits={"val": 120}, vocabulary="full")                # 37 classes
+
+    Args:
+        root: folder to make: ``classes.txt``, ``{split}/{images,masks}/scene_00000.png`` and ``synthetic.json``,
+            which says how it was made.
+        splits: number of scenes of each split.
+        seed: seed of the set.
+        size: side of a scene in pixels.
+        vocabulary: ``seen`` or ``full``.
+        overwrite: replace a folder that this function wrote earlier.
+        progress: show a progress bar.
+
+    Returns:
+        ``root``.
+
+    Raises:
+        ConfigError: ``root`` exists and is not empty (or, with ``overwrite``, is not of this function's making).
+    """
+    from PIL import Image
+    from tqdm import tqdm
+
+    root = Path(root)
+    names = class_names(vocabulary)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        if not overwrite or not (root / MARKER).is_file():
+            raise ConfigError(f"write_scenes: {root} exists; expected a new folder, or one of its own with overwrite")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
+        temporary = Path(folder) / "scenes"
+        bar = tqdm(total=sum(splits.values()), desc="scenes", unit="scene", disable=not progress)
+        for split, count in splits.items():
+            for part in ("images", "masks"):
+                (temporary / split / part).mkdir(parents=True)
+            for index in range(count):
+                image, mask = render_scene(index, seed=seed, split=split, vocabulary=vocabulary, size=size)
+                name = f"scene_{index:05d}.png"
+                Image.fromarray(image).save(temporary / split / "images" / name, compress_level=1)
+                Image.fromarray(mask).save(temporary / split / "masks" / name, compress_level=1)
+                bar.update()
+        bar.close()
+        write_text_atomic(temporary / "classes.txt", "\n".join(names) + "\n")
+        made = {"generator": GENERATOR, "seed": seed, "size": size, "vocabulary": vocabulary, "splits": dict(splits)}
+        write_text_atomic(temporary / MARKER, json.dumps(made, indent=1) + "\n")
+        if root.exists():
+            shutil.rmtree(root)
+        temporary.replace(root)
+    return root

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named sizes with seeded inputs, shared by the tests, the benchmark and the tuner of every op."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size at which an op is tested and measured.
+
+    Args:
+        name: origin first, e.g. ``paper_vitl_24x24``.
+        batch, height, width: B, h, w; N = h * w nodes.
+        prior: D, prior channels.
+        hidden: E, width of the edge MLP.
+        channels: C, feature channels.
+        neighbours: K.
+        saturated: values at the edge of the number range instead of ordinary ones.
+        large: too large for every commit on a CPU.
+    """
+
+    name: str
+    batch: int
+    height: int
+    width: int
+    prior: int
+    hidden: int
+    channels: int
+    neighbours: int
+    saturated: bool = False
+    large: bool = False
+
+    @property
+    def nodes(self) -> int:
+        return self.height * self.width
+
+
+CASES = (
+    Case("tiny_3x4", 2, 3, 4, prior=8, hidden=4, channels=5, neighbours=3),
+    Case("tiny_one_node", 2, 1, 1, prior=3, hidden=2, channels=2, neighbours=1),
+    Case("odd_37_nodes", 2, 1, 37, prior=17, hidden=9, channels=23, neighbours=7),
+    Case("odd_all_neighbours", 1, 5, 7, prior=33, hidden=33, channels=65, neighbours=35),
+    Case("odd_231_channels", 1, 9, 11, prior=7, hidden=16, channels=231, neighbours=16),
+    Case("saturated_6x7", 2, 6, 7, prior=64, hidden=16, channels=33, neighbours=9, saturated=True),
+    Case("paper_vitb_24x24", 8, 24, 24, prior=1024, hidden=128, channels=256, neighbours=75, large=True),
+    Case("paper_vitl_24x24", 8, 24, 24, prior=1024, hidden=128, channels=384, neighbours=75, large=True),
+    Case("paper_rsib_24x24", 8, 24, 24, prior=768, hidden=128, channels=384, neighbours=75, large=True),
+    Case("grid_48x48", 1, 48, 48, prior=768, hidden=128, channels=384, neighbours=75, large=True),
+    Case("grid_64x64", 1, 64, 64, prior=1024, hidden=128, channels=384, neighbours=75, large=True),
+    Case("grid_128x128", 1, 128, 128, prior=768, hidden=128, channels=384, neighbours=75, large=True),
+)
+
+
+def generator(case: Case, seed: int = 0) -> torch.Generator:
+    """Random numbers that depend on nothing but the case and the seed; always on the CPU."""
+    return torch.Generator().manual_seed(sum(case.name.encode()) * 1000 + seed)
+
+
+def random_index(case: Case, random: torch.Generator) -> Tensor:
+    """(B, N, K) int32 neighbours, ascending and distinct in each row, with a few nodes that many rows choose."""
+    score = torch.rand(case.batch, case.nodes, case.nodes, generator=random)
+    score[:, :, : max(1, case.nodes // 16)] += 0.6
+    return score.topk(case.neighbours, dim=-1).indices.sort(-1).values.int()
+
+
+def vit_like_prior(case: Case, random: torch.Generator) -> Tensor:
+    """(B, N, D) float32 features as a vision transformer makes them: clusters, a shared mean, 2 % exact duplicates."""
+    shape = (case.batch, case.nodes, case.prior)
+    centre = torch.randn(case.batch, 6, case.prior, generator=random)
+    member = torch.randint(0, 6, shape[:2], generator=random)
+    prior = centre.gather(1, member[..., None].expand(shape)) + 0.5 * torch.randn(shape, generator=random)
+    prior = prior + 0.7 * torch.randn(case.prior, generator=random)
+    copies = math.ceil(case.nodes * 0.02) if case.nodes > 10 else 0
+    if copies:
+        order = torch.randperm(case.nodes, generator=random)
+        prior[:, order[:copies]] = prior[:, order[copies : 2 * copies]]
+    return prior

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a scene to its class map."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from drseg_core.data.dataset import IGNORE, check_class_names
+from drseg_core.data.palette import overlay, with_legend
+from drseg_core.errors import ConfigError, RasterError
+from drseg_core.evaluation.inference import Prediction, Predictor
+from drseg_core.files import atomic_path
+from drseg_core.scenes.reader import SceneReader, open_scene
+from drseg_core.scenes.writer import describe_classes, raster_like, written
+
+
+class SceneFiles(NamedTuple):
+    """What :func:`predict_scene` writes: ``classes`` GeoTIFF, ``overlay`` PNG, ``uncertainty`` GeoTIFF."""
+
+    classes: Path
+    overlay: Path
+    uncertainty: Path
+
+
+def scene_files(out_path: str | Path) -> SceneFiles:
+    """The three outputs that belong to a map: ``map.tif``, ``map_overlay.png``, ``map_uncertainty.tif``."""
+    path = Path(out_path)
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        raise ConfigError(f"predict_scene: out has a wrong suffix; expected a path ending in .tif, got {path}")
+    return SceneFiles(path, path.with_name(f"{path.stem}_overlay.png"), path.with_name(f"{path.stem}_uncertainty.tif"))
+
+
+def predict_scene(
+    predictor: Predictor,
+    image_path: str | Path,
+    out_path: str | Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    overwrite: bool = False,
+    bands: Sequence[int] | None = None,
+    overlay_side: int = 2000,
+    progress: bool = True,
+) -> SceneFiles:
+    """Predict a scene of any size and write its map.
+
+    The class raster is uint8 with the class ids, 255 = nodata where the scene is invalid, a colour table, and the names
+    in its tags. The uncertainty raster is float32, NaN where the scene is invalid. Both have exactly the scene's CRS,
+    transform (also rotated or south-up), ground control points and RPCs; a scene without georeference gives a map
+    without. The overlay is reduced to ``overlay_side`` and has a legend of the classes that occur.
+
+    Nothing appears before all three files are complete.
+
+    Args:
+        predictor: in ``tile`` mode one row of tiles is in memory at a time, in ``whole`` mode the scene.
+        image_path: a raster file that GDAL reads, such as GeoTIFF, PNG or JPEG.
+        out_path: the class raster, ``.tif``.
+        class_names: names for tags and legend; the predictor's own by default.
+        overwrite: replace existing outputs.
+        bands: one or three band numbers from 1; by default the first three, or the only one.
+        overlay_side: bound on the overlay's longer side in pixels.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: an output exists, is the input or cannot be written; or ``bands`` or names do not fit.
+        RasterError: the scene cannot be read in full.
+        ResourceError: an output cannot be written in full.
+    """
+    files = check_outputs(image_path, out_path, overwrite=overwrite)
+    names = predictor.class_names if class_names is None else check_class_names(class_names, "predict_scene")
+    if len(names) != len(predictor.class_names):
+        raise ConfigError(
+            f"predict_scene: class_names do not fit; expected {len(predictor.class_names)} names, got {len(names)}"
+        )
+    with open_scene(image_path, bands=bands) as scene:
+        # the class raster is entered first, so it is put in place last: where it is, the others are
+        with contextlib.ExitStack() as stack:
+            temporary = SceneFiles(*(stack.enter_context(_replaced(path)) for path in files))
+            _write(predictor, scene, files, temporary, names, overlay_side, progress)
+    return files
+
+
+def check_outputs(image_path: str | Path, out_path: str | Path, *, overwrite: bool = False) -> SceneFiles:
+    """The outputs of :func:`predict_scene`, after making sure that they may be written. Reads and writes nothing.
+
+    Raises:
+        ConfigError: an output exists, is the input, cannot be written or has a wrong suffix.
+    """
+    files, source = scene_files(out_path), Path(image_path)
+    for path in files:
+        if path.exists() and source.exists() and path.samefile(source):
+            raise ConfigError(f"predict_scene: out is the scene itself; expected another path than {path}")
+        if path.is_dir() or path.exists() and not overwrite:
+            raise ConfigError(f"predict_scene: {path} exists; expected a new path, or overwrite")
+    folder = files.classes.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"predict_scene: {files.classes} cannot be written; expected a folder with write permission")
+    return files
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """``atomic_path``, whose own failures (not those of the body) name ``path``."""
+    with contextlib.ExitStack() as stack:
+        with written(path):
+            temporary = stack.enter_context(atomic_path(path))
+        yield temporary
+        with written(path):
+            stack.close()
+
+
+class _Overlay:
+    """Collects every ``step``-th row and column of the scene."""
+
+    def __init__(self, height: int, width: int, side: int) -> None:
+        self.step = max(1, -(-max(height, width) // max(side, 1)))
+        self.image: list[NDArray[np.uint8]] = []
+        self.label: list[NDArray[np.uint8]] = []
+        self.count = np.zeros(256, np.int64)
+
+    def add(self, first: int, image: NDArray[np.uint8], label: NDArray[np.uint8]) -> None:
+        start = -first % self.step
+        self.image.append(image[:, start :: self.step, :: self.step].copy())
+        self.label.append(label[start :: self.step, :: self.step].copy())
+        self.count += np.bincount(label.ravel(), minlength=256)
+
+    def picture(self, names: Sequence[str]) -> NDArray[np.uint8]:
+        mixed = overlay(np.concatenate(self.image, 1), np.concatenate(self.label), len(names))
+        present = [int(i) for i in np.argsort(-self.count, kind="stable") if self.count[i] and i != IGNORE]
+        return with_legend(mixed, names, present)
+
+
+def _write(
+    predictor: Predictor,
+    scene: SceneReader,
+    files: SceneFiles,
+    temporary: SceneFiles,
+    names: Sequence[str],
+    overlay_side: int,
+    progress: bool,
+) -> None:
+    from PIL import Image
+    from rasterio.windows import Window
+    from tqdm import tqdm
+
+    picture = _Overlay(scene.height, scene.width, overlay_side)
+    nan = float("nan")
+    with (
+        raster_like(scene.source, temporary.classes, files.classes, dtype="uint8", nodata=IGNORE) as classes,
+        raster_like(scene.source, temporary.uncertainty, files.uncertainty, dtype="float32", nodata=nan) as gate,
+        tqdm(total=scene.height, desc="predict", unit="row", disable=not progress) as bar,
+    ):
+        describe_classes(classes, names)
+        gate.set_band_description(1, "uncertainty")
+        expected = 0
+        for first, prediction, image, valid in _predicted(predictor, scene):
+            if first != expected:
+                raise RasterError(f"predict_scene: a band is missing; expected row {expected}, got {first}")
+            label = np.where(valid, prediction.class_index.numpy(), np.uint8(IGNORE))
+            window = Window(0, first, scene.width, len(label))
+            with written(files.classes):
+                classes.write(label, 1, window=window)
+            with written(files.uncertainty):
+                gate.write(np.where(valid, prediction.uncertainty.numpy(), np.float32(nan)), 1, window=window)
+            picture.add(first, image.numpy(), label)
+            expected += len(label)
+            bar.update(len(label))
+        if expected != scene.height:
+            raise RasterError(f"predict_scene: rows are missing; expected {scene.height}, got {expected}")
+    with written(files.overlay):
+        Image.fromarray(picture.picture(names)).save(temporary.overlay, format="PNG")
+
+
+def _predicted(predictor: Predictor, scene: SceneReader) -> Iterator[tuple[int, Prediction, Tensor, NDArray[np.bool_]]]:
+    """Bands from top to bottom: first row, prediction, image, valid pixels."""
+    if predictor.mode == "whole":
+        image, valid = scene.rows(0, scene.height)
+        yield 0, predictor(image), image, valid
+        return
+    band = torch.empty(0), np.empty(0, np.bool_)
+
+    def read(first: int, last: int) -> Tensor:
+        nonlocal band
+        band = scene.rows(first, last)
+        return band[0]
+
+    for first, prediction in predictor.rows(read, scene.height, scene.width):
+        # the band that was read last begins at the same row and may reach further down
+        count = len(prediction.class_index)
+        yield first, prediction, band[0][:, :count], band[1][:count]

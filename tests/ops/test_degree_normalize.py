@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import OpContract
+from subjects import DEGREE_NORMALIZE
+from torch.library import opcheck
+
+from drseg_core import ops
+from drseg_core.ops._cases import CASES
+
+
+class TestDegreeNormalize(OpContract):
+    subject = DEGREE_NORMALIZE
+    backends = ("reference",)
+
+    def test_rows_sum_to_one(self, call):
+        inputs = self.inputs({})
+        total = call(**inputs, norm="row", eps=1e-12).sum(-1)
+        assert (total - 1).abs().max() <= 4 * inputs["index"].shape[2] * 2**-24
+
+    def test_zero_degree_is_finite(self, variant, call):
+        inputs = self.inputs(variant)
+        weight = torch.zeros_like(inputs["weight"]).requires_grad_()
+        coefficient = call(**{**inputs, "weight": weight})
+        coefficient.sum().backward()
+        assert not coefficient.any() and weight.grad.isfinite().all()
+
+    def test_undirected_operator_is_the_symmetric_matrix(self, call):
+        inputs = self.inputs({}, dtype=torch.float64)
+        weight, index = inputs["weight"][:1], inputs["index"][:1]
+        nodes = index.shape[1]
+        matrix = torch.zeros(nodes, nodes, dtype=torch.float64).scatter_add_(1, index[0].long(), weight[0])
+        matrix = (matrix + matrix.T) / 2
+        scale = (matrix.sum(1) + 1e-6).rsqrt()
+        expected = (scale[:, None] * matrix * scale) @ torch.eye(nodes, dtype=torch.float64)
+        coefficient = call(weight=weight, index=index, norm="sym_undirected")
+        unit = torch.eye(nodes, dtype=torch.float64)[None]
+        got = ops.graph_propagate(unit, index, coefficient) + ops.graph_propagate(
+            unit, index, coefficient, transpose=True
+        )
+        torch.testing.assert_close(got[0], expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["sym_row", "sym_count", "sym_inout", "row", "sym_undirected"])
+def test_opcheck(dtype, norm):
+    for case in CASES[:3]:
+        inputs = DEGREE_NORMALIZE.make_inputs(case, dtype)
+        weight = inputs["weight"]
+        for form in (weight, weight.mT.contiguous().mT):
+            args = (form.detach().requires_grad_(), inputs["index"], norm, 1e-6, "auto")
+            opcheck(torch.ops.drseg.degree_normalize.default, args)

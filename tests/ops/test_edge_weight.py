@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from contract import OpContract
+from subjects import EDGE_WEIGHT
+from torch.library import opcheck
+
+from drseg_core import ops
+from drseg_core.ops._cases import CASES
+
+
+class TestEdgeWeight(OpContract):
+    subject = EDGE_WEIGHT
+    backends = ("reference",)
+
+    def test_equals_the_mlp_on_concatenated_features(self, call):
+        random = torch.Generator().manual_seed(5)
+        prior = torch.randn(2, 12, 8, generator=random, dtype=torch.float64)
+        first = torch.randn(6, 16, generator=random, dtype=torch.float64)
+        first_bias, vector = torch.randn(2, 6, generator=random, dtype=torch.float64)
+        bias = torch.tensor(0.3, dtype=torch.float64)
+        pairs = oracle.literal_edge_weight(prior, first, first_bias, vector, bias)
+        index = torch.arange(12).expand(2, 12, 12)
+        got = call(
+            source=prior @ first[:, :8].T + first_bias,
+            target=prior @ first[:, 8:].T,
+            index=index,
+            vector=vector,
+            bias=bias,
+        )
+        torch.testing.assert_close(got, pairs, rtol=1e-9, atol=1e-12)
+
+    def test_padding_has_weight_zero_and_no_gradient(self, call):
+        prior = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(1))
+        index = ops.knn_graph(prior, (2, 3), 9, pad=True)
+        mask = ops.padding_mask(index)
+        source = torch.randn(1, 6, 5).requires_grad_()
+        vector = torch.ones(5, requires_grad=True)
+        inputs = {"source": source, "target": source.detach() + 0.3, "vector": vector, "bias": torch.zeros(())}
+        weight = call(**inputs, index=index, mask=mask)
+        assert (weight[~mask] == 0).all() and (weight[mask] > 0).all() and mask.sum() == 36
+        (full,) = torch.autograd.grad(weight.sum(), vector)
+        short = call(**inputs, index=index[..., :6])
+        (plain,) = torch.autograd.grad(short.sum(), vector)
+        torch.testing.assert_close(full, plain)
+
+    def test_a_masked_row_that_is_not_finite_stays_visible(self, call):
+        source = torch.ones(1, 2, 3)
+        source[0, 1, 0] = torch.nan
+        index = torch.tensor([[[0], [1]]])
+        mask = torch.zeros(1, 2, 1, dtype=torch.bool)
+        weight = call(
+            source=source,
+            target=torch.ones(1, 2, 3),
+            index=index,
+            vector=torch.ones(3),
+            bias=torch.zeros(()),
+            mask=mask,
+        )
+        assert weight[0, 0, 0] == 0 and weight[0, 1, 0].isnan()
+
+    def test_large_logits_do_not_overflow(self, call):
+        logit = torch.tensor([-1e4, -88.0, -87.0, -20.0, 0.0, 19.9, 20.1, 1e4])
+        source = logit.abs()[None, :, None].requires_grad_()
+        vector = torch.ones(1)
+        for sign in (1, -1):
+            weight = call(
+                source=source,
+                target=torch.zeros(1, 8, 1),
+                index=torch.arange(8).view(1, 8, 1),
+                vector=sign * vector,
+                bias=torch.zeros(()),
+            )
+            exact = torch.logaddexp(sign * source.detach().double(), torch.zeros((), dtype=torch.float64))
+            torch.testing.assert_close(weight.detach().double(), exact, rtol=8 * 2**-24, atol=2e-38)
+            (grad,) = torch.autograd.grad(weight.sum(), source)
+            assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(dtype, masked):
+    for case in CASES[:3]:
+        inputs = EDGE_WEIGHT.make_inputs(case, dtype)
+        source = inputs["source"]
+        for form in (source, source.mT.contiguous().mT, source.repeat(1, 1, 2)[..., ::2]):
+            args = [form, inputs["target"], inputs["index"], inputs["vector"], inputs["bias"]]
+            args = [value.detach().requires_grad_() if value.is_floating_point() else value for value in args]
+            mask = inputs["mask"] if masked else None
+            opcheck(torch.ops.drseg.edge_weight.default, (*args, mask, "auto"))

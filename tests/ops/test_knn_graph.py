@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The selection contract, for every backend of ``knn_graph``."""
+
+from __future__ import annotations
+
+import itertools
+
+import oracle
+import pytest
+import torch
+from contract import LAYOUTS, SMALL, at_offset
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+
+from drseg_core import ops
+from drseg_core.errors import NumericalError
+from drseg_core.ops import _numerics as numerics
+from drseg_core.ops._cases import CASES, vit_like_prior
+from drseg_core.ops.knn_graph import reference, registration
+from drseg_core.ops.knn_graph.cases import make_inputs
+
+BACKENDS = ("reference",)
+FORMS = ("additive", "gauss", "multiplicative", "product")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with ops.use_backend(request.param):
+        yield request.param
+    assert ops.last_backend("knn_graph") == request.param
+
+
+def check(inputs: dict, index: Tensor, score: Tensor, near_tie_share: float = 1.0) -> None:
+    """The gap rule on every sample, against float64 scores of the same bits."""
+    prior = inputs["prior"]
+    include_self = inputs.get("include_self", True)
+    truth = oracle.scores(prior, inputs["grid"], inputs.get("decay", 1.0), inputs.get("form", "additive"))
+    assert index.dtype == torch.int32 and not index.requires_grad and not score.requires_grad
+    for b in range(prior.shape[0]):
+        problem = numerics.compare_selection(
+            index[b],
+            score[b],
+            truth[b],
+            numerics.affinity_tolerance(prior.dtype),
+            include_self=include_self,
+            near_tie_share=near_tie_share,
+        )
+        assert problem is None, problem
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_gap_rule(case, dtype, form, include_self, backend):
+    inputs = {**make_inputs(case, dtype), "form": form, "include_self": include_self}
+    inputs["k"] = min(inputs["k"], case.nodes - (not include_self))
+    check(inputs, *ops.knn_graph(**inputs, return_score=True))
+
+
+def test_gap_rule_at_the_paper_size(backend):
+    case = next(case for case in CASES if case.name == "paper_vitl_24x24")
+    inputs = make_inputs(case)
+    inputs["prior"] = inputs["prior"][:2]
+    check(inputs, *ops.knn_graph(**inputs, return_score=True), near_tie_share=numerics.NEAR_TIE_SHARE)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 31, 32, 33, 63, 64, 65, 97, 128, 129])
+@pytest.mark.parametrize("k", [1, 2, 16])
+def test_sizes_around_block_borders(nodes, k, backend):
+    random = torch.Generator().manual_seed(nodes)
+    inputs = {
+        "prior": torch.randn(2, nodes, 17, generator=random),
+        "grid": (1, nodes),
+        "k": min(k, nodes),
+        "decay": 0.5,
+    }
+    check(inputs, *ops.knn_graph(**inputs, return_score=True))
+
+
+def select(prior: Tensor, grid: tuple[int, int], table: Tensor, k: int, form: str, include_self: bool, backend: str):
+    """The op after normalisation: integers stay exact."""
+    inverse = torch.ones(prior.shape[:2])
+    return registration.knn_graph(prior, inverse, table, k, form, include_self, backend)
+
+
+@pytest.mark.parametrize("channels,largest", [(8, 1), (8, 3), (256, 3), (1024, 3)])
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_integer_lattice_is_exact(channels, largest, include_self, dtype, backend):
+    random = torch.Generator().manual_seed(channels)
+    for grid, k in (((8, 8), 9), ((5, 13), 32), ((1, 97), 1), ((6, 6), 35)):
+        nodes = grid[0] * grid[1]
+        prior = torch.randint(-largest, largest + 1, (2, nodes, channels), generator=random).to(dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        table = torch.randint(0, 4, grid, generator=random).to(wide)
+        index, score = select(prior, grid, table, k, "additive", include_self, backend)
+        exact = prior.double() @ prior.double().mT
+        y, x = torch.arange(nodes) // grid[1], torch.arange(nodes) % grid[1]
+        exact = exact - table.double()[(y[:, None] - y).abs(), (x[:, None] - x).abs()]
+        key = exact.clone()
+        key.diagonal(dim1=1, dim2=2).fill_(torch.inf if include_self else -torch.inf)
+        # a stable sort keeps equal scores in ascending index: the first k are the answer, bit for bit
+        expected = key.sort(dim=2, descending=True, stable=True).indices[..., :k].sort(-1).values
+        assert torch.equal(index.long(), expected)
+        assert torch.equal(score.double(), exact.gather(2, expected))
+        for b in range(2):
+            assert numerics.compare_selection(index[b], score[b], exact[b], 0.0, include_self=include_self) is None
+
+
+def test_all_equal_rows_take_the_lowest_indices(backend):
+    for include_self in (True, False):
+        index = ops.knn_graph(torch.ones(1, 30, 4), (5, 6), 7, decay=0.0, include_self=include_self)
+        for i in range(30):
+            others = [j for j in range(30) if j != i]
+            expected = sorted([i, *others[:6]]) if include_self else others[:7]
+            assert index[0, i].tolist() == expected
+
+
+def test_narrow_range(backend):
+    # 1.00000x: scores differ in the last bits only, and many are equal
+    random = torch.Generator().manual_seed(0)
+    prior = torch.ones(1, 64, 16) + 3e-5 * torch.rand(1, 64, 16, generator=random)
+    inputs = {"prior": prior, "grid": (8, 8), "k": 9, "decay": 0.0}
+    check(inputs, *ops.knn_graph(**inputs, return_score=True))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-10, 1e10, 1e18, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scale_does_not_matter(scale, dtype, backend):
+    inputs = make_inputs(CASES[2], dtype)
+    scaled = {**inputs, "prior": (inputs["prior"].double() * scale).to(dtype)}
+    check(scaled, *ops.knn_graph(**scaled, return_score=True))
+
+
+@pytest.mark.parametrize("exponent", [-100, -20, 20, 100])
+def test_a_power_of_two_changes_no_bit(exponent, backend):
+    inputs = make_inputs(CASES[2])
+    expected = ops.knn_graph(**inputs, return_score=True)
+    inputs["prior"] = inputs["prior"] * 2.0**exponent
+    for got, value in zip(ops.knn_graph(**inputs, return_score=True), expected, strict=True):
+        assert torch.equal(got, value)
+
+
+def test_float16_norms_that_overflow(backend):
+    prior = torch.full((1, 12, 768), 9.25, dtype=torch.float16)
+    prior[0, ::2, ::3] *= -6000
+    assert prior.isfinite().all()
+    inputs = {"prior": prior, "grid": (3, 4), "k": 5}
+    check(inputs, *ops.knn_graph(**inputs, return_score=True))
+
+
+BAD = {
+    "nan": lambda row: row.fill_(torch.nan),
+    "one_nan": lambda row: row[3:4].fill_(-torch.nan),
+    "inf": lambda row: row[:1].fill_(torch.inf),
+    "minus_inf": lambda row: row.fill_(-torch.inf),
+    "mixed": lambda row: row.copy_(torch.tensor([torch.inf, -torch.inf]).repeat(row.numel())[: row.numel()]),
+}
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("which", [[0], [36], [5, 6, 20]])
+def test_non_finite_nodes_keep_to_themselves(which, kind, form, include_self, backend):
+    options = {"form": form, "include_self": include_self, "return_score": True}
+    inputs = make_inputs(CASES[2])
+    clean, k = inputs["prior"], inputs["k"]
+    bad = clean.clone()
+    for node in which:
+        BAD[kind](bad[0, node])
+    index, score = ops.knn_graph(bad, inputs["grid"], k, **options)
+    healthy = [i for i in range(37) if i not in which]
+    assert not torch.isin(index[0, healthy], torch.tensor(which, dtype=torch.int32)).any()
+    for node in which:
+        assert (index[0, node] == node).all() and score[0, node].isnan().all()
+    expected, expected_score = ops.knn_graph(clean, inputs["grid"], k, **options)
+    # the other sample does not notice
+    assert torch.equal(index[1], expected[1]) and torch.equal(score[1], expected_score[1])
+    # the other rows are as if the bad nodes had been at the far end of the ranking
+    truth = oracle.scores(bad, inputs["grid"], 1.0, form)[0]
+    for i in healthy:
+        row = truth[i].clone()
+        row[i] = torch.inf if include_self else -torch.inf
+        chosen = index[0, i].long()
+        threshold = row.sort(descending=True).values[k - 1]
+        assert (row[chosen] >= threshold - 4e-6).all()
+
+
+def test_all_nodes_non_finite(backend):
+    index, score = ops.knn_graph(torch.full((1, 6, 3), torch.nan), (2, 3), 4, return_score=True)
+    assert torch.equal(index[0], torch.arange(6, dtype=torch.int32)[:, None].expand(6, 4)) and score.isnan().all()
+
+
+def test_too_few_finite_candidates_are_padded(backend):
+    prior = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(0))
+    prior[0, 4:] = torch.nan
+    index, score = ops.knn_graph(prior, (2, 3), 6, return_score=True)
+    assert index[0, 1].tolist() == [0, 1, 2, 3, 1, 1]
+    assert (score[0, :4, 4:] == -torch.inf).all() and score[0, :4, :4].isfinite().all()
+    mask = ops.padding_mask(index)
+    assert mask[0, :4].sum(1).tolist() == [4, 4, 4, 4]
+
+
+def test_padding(backend):
+    for include_self, candidates in ((True, 6), (False, 5)):
+        prior = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+        index, score = ops.knn_graph(prior, (2, 3), 9, pad=True, include_self=include_self, return_score=True)
+        check({"prior": prior, "grid": (2, 3), "include_self": include_self}, index, score)
+        mask = ops.padding_mask(index, include_self=include_self)
+        assert (mask.sum(-1) == candidates).all() and (score[~mask] == -torch.inf).all()
+        assert (index.gather(2, (~mask).int().argsort(-1)[..., candidates:]) == torch.arange(6)[:, None]).all()
+
+
+def test_zero_vector_has_cosine_zero(backend):
+    inputs = make_inputs(CASES[2])
+    inputs["prior"][0, 7] = 0
+    for form in FORMS:
+        index, score = ops.knn_graph(**inputs, form=form, return_score=True)
+        check({**inputs, "form": form}, index, score)
+        assert 7 in index[0, 7]
+
+
+def test_constant_tile(backend):
+    # a nodata tile: every affinity is the decay alone
+    inputs = {"prior": torch.full((1, 49, 5), 0.3), "grid": (7, 7), "k": 9}
+    check(inputs, *ops.knn_graph(**inputs, return_score=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, backend):
+    for dtype in DTYPES[:3]:
+        inputs = make_inputs(CASES[2], dtype)
+        inputs["prior"] = LAYOUTS[layout](inputs["prior"])
+        check(inputs, *ops.knn_graph(**inputs, return_score=True))
+    for offset in (0, 1, 2, 3, 5, 7, 8):
+        inputs["prior"] = at_offset(inputs["prior"].contiguous(), offset)
+        check(inputs, *ops.knn_graph(**inputs, return_score=True))
+
+
+def test_map_seen_as_tokens(backend):
+    feature_map = torch.randn(2, 9, 5, 6, generator=torch.Generator().manual_seed(0))
+    inputs = {"prior": feature_map.flatten(2).transpose(1, 2), "grid": (5, 6), "k": 7}
+    check(inputs, *ops.knn_graph(**inputs, return_score=True))
+
+
+@pytest.mark.parametrize("shape,grid,k", [((0, 6, 3), (2, 3), 4), ((2, 0, 3), (0, 5), 0), ((2, 6, 3), (2, 3), 0)])
+def test_empty(shape, grid, k, backend):
+    index, score = ops.knn_graph(torch.ones(shape), grid, k, return_score=True)
+    assert index.shape == score.shape == (*shape[:2], k) and index.dtype == torch.int32
+    check(
+        {"prior": torch.ones(1, 6, 3), "grid": (2, 3)},
+        *ops.knn_graph(torch.ones(1, 6, 3), (2, 3), 4, return_score=True),
+    )
+
+
+def test_samples_are_independent_and_runs_repeat(backend):
+    inputs = make_inputs(CASES[2])
+    prior = inputs.pop("prior")
+    whole = ops.knn_graph(prior, **inputs, return_score=True)
+    for b, pick in itertools.product(range(2), (lambda b: slice(b, b + 1), lambda b: b)):
+        one = ops.knn_graph(prior[pick(b)], **inputs, return_score=True)
+        assert all(torch.equal(got, value[pick(b)]) for got, value in zip(one, whole, strict=True))
+    threads = torch.get_num_threads()
+    for count in range(20):
+        # the reference leaves its products to the BLAS, which may cut them by the number of threads
+        torch.set_num_threads(threads if backend == "reference" else 1 + count % 3)
+        again = ops.knn_graph(prior, **inputs, return_score=True)
+        assert all(torch.equal(got, value) for got, value in zip(again, whole, strict=True))
+    torch.set_num_threads(threads)
+
+
+def test_permuting_nodes_permutes_neighbours(backend):
+    prior = torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    plain = ops.knn_graph(prior, (1, 24), 5, decay=0.0)[0].long()
+    moved = ops.knn_graph(prior[:, order], (1, 24), 5, decay=0.0)[0].long()
+    for position, node in enumerate(order.tolist()):
+        assert set(order[moved[position]].tolist()) == set(plain[node].tolist())
+
+
+def test_neither_autocast_nor_matmul_precision_reaches_the_affinities(backend):
+    inputs = {"prior": vit_like_prior(CASES[5], torch.Generator().manual_seed(0)), "grid": (6, 7), "k": 9}
+    expected = ops.knn_graph(**inputs, return_score=True)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = ops.knn_graph(**inputs, return_score=True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_prior_is_not_written_and_gets_no_gradient(backend):
+    inputs = make_inputs(CASES[2])
+    copy = inputs["prior"].clone()
+    inputs["prior"].requires_grad_()
+    index, score = ops.knn_graph(**inputs, return_score=True)
+    assert torch.equal(inputs["prior"], copy) and not score.requires_grad and not index.requires_grad
+
+
+def test_poisoned_allocations(backend):
+    inputs = make_inputs(CASES[2])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        check(inputs, *ops.knn_graph(**inputs, return_score=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_check_finite_names_the_node(backend):
+    prior = torch.zeros(2, 6, 5)
+    prior[1, 4, :3] = torch.inf
+    with pytest.raises(NumericalError, match=r"prior\[b=1, n=4\] has 3 non-finite values"):
+        ops.knn_graph(prior, (2, 3), 2, check_finite=True)
+    with pytest.raises(NumericalError, match=r"prior\[n=4\] has 3"):
+        ops.knn_graph(prior[1], (2, 3), 2, check_finite=True)
+    ops.knn_graph(torch.ones(2, 6, 5), (2, 3), 2, check_finite=True)
+
+
+def test_compiles_without_a_break_and_with_few_recompilations(backend):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def function(prior: Tensor, h: int, w: int) -> Tensor:
+        return ops.knn_graph(prior, (h, w), 5, return_score=True)[0] + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+    for h, w in ((4, 5), (6, 7), (3, 9), (8, 8), (5, 5), (7, 10)):
+        prior = torch.randn(2, h * w, 6)
+        assert torch.equal(compiled(prior, h, w), function(prior, h, w))
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    inputs = make_inputs(CASES[0], dtype)
+    prior, inverse = reference.prepare_prior(inputs["prior"])
+    table = reference.decay_table(inputs["grid"], 1.0, "additive", inverse.dtype, prior.device)
+    for form in (prior, prior.mT.contiguous().mT, prior.repeat(1, 1, 2)[..., ::2], prior[:1].expand(prior.shape)):
+        opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, table, 3, "additive", True, "auto"))
+
+
+def test_reference_gives_the_same_for_any_block():
+    inputs = make_inputs(CASES[4])
+    prior, inverse = reference.prepare_prior(inputs["prior"])
+    table = reference.decay_table(inputs["grid"], 1.0, "additive", torch.float32, prior.device)
+    for block in (1, 7, 64, 1000):
+        index, score = reference.knn_graph(prior, inverse, table, 16, "additive", True, block=block)
+        check(inputs, index, score)
