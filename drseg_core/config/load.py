@@ -72,7 +72,7 @@ def parse_config(text: str, name: str = "configuration") -> Config:
     except RecursionError as error:
         raise ConfigError(f"load_config: {name}: nested too deeply; expected at most {DEPTH_LIMIT} levels") from error
     lines: dict[str, int] = {}
-    content = {} if root is None else _plain(root, name, "", lines, 0)
+    content = {} if root is None else _plain(root, name, "", lines, set())
     return _build(Config, content, name, "", lines)
 
 
@@ -121,10 +121,14 @@ _Loader.add_implicit_resolver(
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
 
 
-def _plain(node: yaml.Node, name: str, key: str, lines: dict[str, int], depth: int) -> Any:
+def _plain(node: yaml.Node, name: str, key: str, lines: dict[str, int], seen: set[int]) -> Any:
     line = node.start_mark.line + 1
     lines.setdefault(key, line)
-    if depth > DEPTH_LIMIT:
+    # an alias is the same node again: a few of them can stand for more values than fit in memory
+    if id(node) in seen:
+        raise ConfigError(f"load_config: {name}:{line}: {key} has a YAML alias; expected plain values")
+    seen.add(id(node))
+    if key.count(".") > DEPTH_LIMIT:
         raise ConfigError(f"load_config: {name}:{line}: {key} is nested too deeply; expected at most {DEPTH_LIMIT}")
     if node.tag not in _PLAIN_TAGS:
         raise ConfigError(f"load_config: {name}:{line}: {key or 'file'} has a YAML tag; expected none, got {node.tag}")
@@ -139,10 +143,10 @@ def _plain(node: yaml.Node, name: str, key: str, lines: dict[str, int], depth: i
                     f"load_config: {name}:{key_node.start_mark.line + 1}: {child} is given twice; expected it once"
                 )
             lines[child] = key_node.start_mark.line + 1
-            content[key_node.value] = _plain(value_node, name, child, lines, depth + 1)
+            content[key_node.value] = _plain(value_node, name, child, lines, seen)
         return content
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, name, key, lines, depth + 1) for item in node.value]
+        return [_plain(item, name, key, lines, seen) for item in node.value]
     try:
         return _Loader("").construct_object(node)
     except (yaml.YAMLError, ValueError) as error:

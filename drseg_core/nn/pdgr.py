@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drseg_core.ops import degree_normalize, edge_weight, graph_propagate, knn_graph, padding_mask
-from drseg_core.ops._checks import check_choice, check_count, check_number
+from drseg_core.ops._checks import check_choice, check_count, check_number, check_tensor
+from drseg_core.ops._dispatch import BACKEND_NAMES
 
 Affinity = Literal["exp", "linear", "power", "product", "gauss"]
 SelfLoop = Literal["in_topk", "exclude", "extra"]
@@ -25,6 +26,14 @@ _FORM: dict[str, Literal["additive", "gauss", "multiplicative", "product"]] = {
     "product": "product",
     "gauss": "gauss",
 }
+
+
+def _unit_rows(value: Tensor) -> Tensor:
+    """L2-normalised rows in float32 (float64 for float64) whatever their scale; a zero row stays zero."""
+    wide = value if value.dtype == torch.float64 else value.float()
+    # squares of large or small entries, and half precision's eps, would leave the range
+    largest = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
+    return F.normalize(wide / largest, dim=-1)
 
 
 class PDGR(nn.Module):
@@ -62,7 +71,7 @@ class PDGR(nn.Module):
 
     Shape:
         features (B, C, h, w) and prior (B, D, h, w) to (B, C, h, w), in the dtype of the features (under autocast: of
-        the linear maps). B, h and w may be 0.
+        the linear maps). The prior may have any floating-point dtype. B, h and w may be 0.
 
     Note:
         A cell whose prior is not finite gets a NaN output and influences no other cell.
@@ -96,6 +105,7 @@ class PDGR(nn.Module):
             "prior_dim": prior_dim,
             "edge_hidden": edge_hidden,
             "layers": layers,
+            "hidden": channels if hidden is None else hidden,
         }.items():
             check_count("PDGR", name, value)
             if value == 0:
@@ -106,6 +116,10 @@ class PDGR(nn.Module):
         check_choice("PDGR", "norm", norm, get_args(Norm))
         check_number("PDGR", "gamma", gamma, positive=True)
         check_number("PDGR", "decay", decay)
+        check_number("PDGR", "dropout", dropout)
+        check_number("PDGR", "norm_scale", norm_scale)
+        if backend is not None:
+            check_choice("PDGR", "backend", backend, BACKEND_NAMES)
         self.channels, self.prior_dim, self.k = channels, prior_dim, k
         self.affinity, self.gamma, self.decay = affinity, float(gamma), float(decay)
         self.self_loop, self.norm = self_loop, norm
@@ -152,8 +166,7 @@ class PDGR(nn.Module):
 
     def _check(self, features: Tensor, prior: Tensor) -> None:
         for name, value, width in (("features", features, self.channels), ("prior", prior, self.prior_dim)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"PDGR: {name} must be a tensor; expected torch.Tensor, got {type(value).__name__}")
+            check_tensor("PDGR", name, value, None)
             if value.dim() != 4 or value.shape[1] != width:
                 raise ValueError(
                     f"PDGR: {name} has the wrong shape; expected (B, {width}, h, w), got {tuple(value.shape)}"
@@ -165,6 +178,11 @@ class PDGR(nn.Module):
             )
         if features.device != prior.device:
             raise ValueError(f"PDGR: prior is on another device; expected {features.device}, got {prior.device}")
+        own = self.output_norm.weight.dtype
+        if features.dtype != own and not torch.is_autocast_enabled(features.device.type):
+            raise TypeError(
+                f"PDGR: features have another dtype than the module; expected {own} or autocast, got {features.dtype}"
+            )
 
     def _affinity(self, score: Tensor) -> Tensor:
         """Eq. 7 from the score that orders the candidates."""
@@ -185,12 +203,14 @@ class PDGR(nn.Module):
         """
         grid = (prior.shape[2], prior.shape[3])
         nodes = prior.detach().flatten(2).transpose(1, 2)
+        count = nodes.shape[1]
         include_self = self.self_loop == "in_topk"
         decay = self.decay if self.affinity == "product" else self.decay / self.gamma
         index, score = knn_graph(
             nodes,
             grid,
-            min(self.k, nodes.shape[1]),
+            # without itself a node has one candidate less; where it is alone, one padded slot shows a prior that is NaN
+            min(self.k, count if include_self else max(count - 1, 1)),
             decay=decay,
             form=_FORM[self.affinity],
             include_self=include_self,
@@ -198,7 +218,7 @@ class PDGR(nn.Module):
             pad=True,
             backend=self.backend,
         )
-        given = F.normalize(nodes, dim=-1) if self.normalize_prior else nodes
+        given = (_unit_rows(nodes) if self.normalize_prior else nodes).to(self.edge_vector.dtype)
         weight = edge_weight(
             self.edge_source(given),
             self.edge_target(given),
@@ -211,7 +231,7 @@ class PDGR(nn.Module):
         if self.use_affinity_as_weight:
             weight = weight * self._affinity(score)
         if self.self_loop == "extra":
-            own = torch.arange(nodes.shape[1], dtype=index.dtype, device=index.device)
+            own = torch.arange(count, dtype=index.dtype, device=index.device)
             index = torch.cat([index, own[:, None].expand(nodes.shape[0], -1, 1)], dim=2)
             weight = torch.cat([weight, weight.new_ones(*weight.shape[:2], 1)], dim=2)
         return index, degree_normalize(weight, index, norm=self.norm, backend=self.backend)
@@ -234,7 +254,8 @@ class PDGR(nn.Module):
             else:
                 x = self._propagate(F.linear(x, weight), index, coefficient)
             if self.biases is not None:
-                x = x + self.biases[layer]
+                # under autocast x is narrower than the parameters, and stays so
+                x = x + self.biases[layer].to(x.dtype)
             if layer < len(self.weights) - 1:
                 x = self.dropout(x.relu())
         x = self.output_norm(x).transpose(1, 2).unflatten(2, features.shape[2:])

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from drseg_core.errors import NumericalError
 
@@ -23,12 +24,12 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def check_tensor(
-    op: str, name: str, value: object, shape: tuple[str, ...], dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
+    op: str, name: str, value: object, shape: tuple[str, ...] | None, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
 ) -> None:
     """Refuse what is not a dense tensor with the ranks and dtypes the op takes.
 
     ``shape`` names the dimensions of the batched form, e.g. ``("B", "N", "D")``; where it starts with ``B`` the
-    unbatched form is taken too.
+    unbatched form is taken too. None leaves the rank to the caller.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor; expected torch.Tensor, got {type(value).__name__}")
@@ -43,6 +44,8 @@ def check_tensor(
         )
     if value.device.type == "meta":
         raise RuntimeError(f"{op}: {name} is a meta tensor; expected data, got none: meta tensors have no data")
+    if shape is None:
+        return
     ranks = {len(shape)} | ({len(shape) - 1} if shape[0] == "B" else set())
     if value.dim() not in ranks:
         forms = [f"({', '.join(shape)})"]
@@ -66,6 +69,22 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(
                 f"{op}: {name} is on another device; expected {first.device} as {first_name}, got {tensor.device}"
             )
+
+
+def check_no_tangent(op: str, **tensors: Tensor) -> None:
+    """Refuse forward-mode differentiation: a registered op would drop the tangent without a word."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise TypeError(
+                f"{op}: {name} has a forward-mode tangent; expected reverse-mode differentiation (backward), got jvp"
+            )
+
+
+def check_flag(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a flag; expected bool, got {type(value).__name__}")
 
 
 def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:

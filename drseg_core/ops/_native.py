@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 import sys
 import warnings
 from pathlib import Path
@@ -24,20 +25,33 @@ def library_path() -> Path:
     return Path(named) if named else Path(__file__).parents[1] / "_lib" / f"libdrseg_native{_SUFFIX}"
 
 
+def _cut_short(path: Path) -> bool:
+    """Whether an ELF file ends before its own section table: loading it would end the process with a bus error."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF\x02\x01"):
+        return False
+    (offset,) = struct.unpack_from("<Q", header, 40)
+    entry, count = struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < offset + entry * count
+
+
 @functools.cache
 def _load() -> str | None:
     """Load the library; None, or the reason why it is not there."""
-    if os.environ.get("DRSEG_NATIVE") == "0":
-        return "left out by DRSEG_NATIVE=0"
     path = library_path()
-    if not path.is_file():
+    if os.environ.get("DRSEG_NATIVE") == "0":
+        reason = "native library left out by DRSEG_NATIVE=0"
+    elif not path.is_file():
         reason = f"native library not built: {path.name} is not in {path.parent.name}/"
     else:
         try:
+            if _cut_short(path):
+                raise OSError(f"{path.name} is cut short")
             torch.ops.load_library(str(path))
             return None
         except OSError as error:
-            reason = f"native library does not load: {error}"
+            reason = f"native library does not load: {error.__cause__ or error}"
     warnings.warn(f"drseg_core: {reason}; the CPU uses the slower reference", RuntimeWarning, stacklevel=2)
     return reason
 

@@ -58,6 +58,7 @@ def degree_normalize(
     _checks.check_tensor(op, "weight", weight, ("B", "N", "K"))
     _checks.check_tensor(op, "index", index, ("B", "N", "K"), _checks.INDEX_DTYPES)
     _checks.check_same_device(op, weight=weight, index=index)
+    _checks.check_no_tangent(op, weight=weight)
     _checks.check_shape(op, "index", index, tuple(weight.shape), "the shape of weight")
     _checks.check_choice(op, "norm", norm, NORMS)
     _checks.check_number(op, "eps", eps, positive=True)

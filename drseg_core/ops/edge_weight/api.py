@@ -17,11 +17,13 @@ def _check(source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: 
     _checks.check_tensor(op, "target", target, ("B", "N", "E"))
     _checks.check_tensor(op, "index", index, ("B", "N", "K"), _checks.INDEX_DTYPES)
     _checks.check_tensor(op, "vector", vector, ("E",))
+    _checks.check_tensor(op, "bias", bias, None)
+    if mask is not None:
+        _checks.check_tensor(op, "mask", mask, ("B", "N", "K"), (torch.bool,))
     _checks.check_same_device(op, source=source, target=target, index=index, vector=vector, bias=bias, mask=mask)
+    _checks.check_no_tangent(op, source=source, target=target, vector=vector, bias=bias)
     _checks.check_shape(op, "target", target, tuple(source.shape), "the shape of source")
     _checks.check_shape(op, "vector", vector, (source.shape[-1],), "(E,)")
-    if not isinstance(bias, Tensor) or bias.dtype not in _checks.FLOAT_DTYPES:
-        raise TypeError(f"{op}: bias must be a floating-point tensor; expected shape () or (1,), got {bias!r}")
     if bias.numel() != 1:
         raise ValueError(f"{op}: bias has the wrong shape; expected () or (1,), got {tuple(bias.shape)}")
     if index.shape[:-1] != source.shape[:-1]:
@@ -29,7 +31,6 @@ def _check(source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: 
             f"{op}: index does not match source; expected {tuple(source.shape[:-1])} before K, got {tuple(index.shape)}"
         )
     if mask is not None:
-        _checks.check_tensor(op, "mask", mask, ("B", "N", "K"), (torch.bool,))
         _checks.check_shape(op, "mask", mask, tuple(index.shape), "the shape of index")
 
 

@@ -28,7 +28,7 @@ def _check(
     if channels == 0:
         raise ValueError(f"{op}: prior has no channels; expected D >= 1, got shape {tuple(prior.shape)}")
     if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != 2:
-        raise ValueError(f"{op}: grid is not a pair; expected (h, w), got {grid!r}")
+        raise ValueError(f"{op}: grid is not a pair; expected (h, w), got {' '.join(repr(grid).split())}")
     for name, value in zip(("grid height", "grid width"), grid, strict=True):
         _checks.check_count(op, name, value)
     if grid[0] * grid[1] != nodes:
@@ -36,6 +36,7 @@ def _check(
     _checks.check_count(op, "k", k)
     _checks.check_number(op, "decay", decay)
     _checks.check_choice(op, "form", form, FORMS)
+    _checks.check_flag(op, "include_self", include_self)
     _checks.check_choice(op, "precision", precision, PRECISIONS)
     candidates = nodes if include_self else nodes - 1
     if k > candidates and nodes > 0 and not pad:

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``drseg doctor``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from typing import Any
+
+from drseg_core.cli.parsers import Parser
+from drseg_core.errors import BackendUnavailableError
+
+USAGE = "drseg doctor"
+EPILOG = (
+    "Exit code 0: everything needed is here; 5: something that is needed cannot be used.\n\nexample:\n  drseg doctor\n"
+)
+# what training and prediction cannot do without
+NEEDED = ("torchvision", "timm", "open_clip", "safetensors", "rasterio")
+
+
+def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
+    parser.usage, parser.epilog = USAGE, EPILOG
+
+
+def run(args: Any) -> None:
+    print("versions")
+    for line in version_lines():
+        print(f"  {line}")
+    problems = list(import_problems())
+    print("devices")
+    for line in device_lines():
+        print(f"  {line}")
+    print("kernels")
+    for line in kernel_lines():
+        print(f"  {line}")
+    for problem in problems:
+        print(f"problem: {problem}")
+    if problems:
+        raise BackendUnavailableError(f"doctor: {len(problems)} problems found; the first: {problems[0]}")
+    print("no problems found")
+
+
+def version_lines() -> Iterator[str]:
+    """Installed libraries."""
+    from drseg_core.training.versions import LIBRARIES, git_revision, library_versions
+
+    found = library_versions()
+    yield f"python {found['python']} on {platform.platform()}"
+    for name in LIBRARIES:
+        yield f"{name} {found.get(name, 'not installed')}"
+    if revision := git_revision():
+        yield f"source {revision}"
+
+
+def import_problems() -> Iterator[str]:
+    """Libraries that are needed and cannot be imported, and torch beside a torchvision of another build."""
+    mismatch = torchvision_mismatch()
+    for name in NEEDED:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            if "torchvision::nms" in text or (mismatch and name in ("torchvision", "timm", "open_clip")):
+                text += f"; {mismatch or _advice()}"
+            yield f"{name} cannot be imported: {text}"
+
+
+def torchvision_mismatch() -> str | None:
+    """Why torch and torchvision cannot belong together, judged by their versions; None if they may."""
+    try:
+        versions = {name: metadata.version(name) for name in ("torch", "torchvision")}
+    except metadata.PackageNotFoundError:
+        return None
+    labels = {name: version.partition("+")[2] for name, version in versions.items()}
+    if (labels["torch"] == "cpu") == (labels["torchvision"] == "cpu"):
+        return None
+    return f"torch {versions['torch']} and torchvision {versions['torchvision']} are of different builds; {_advice()}"
+
+
+def _advice() -> str:
+    return "install torch and torchvision from the same index"
+
+
+def device_lines() -> Iterator[str]:
+    """The CPU, and every CUDA device or why there is none."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield f"cpu: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {cores} cores, " + (
+        f"{torch.get_num_threads()} threads"
+    )
+    if not torch.cuda.is_available():
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        yield f"cuda: none (torch is {build})"
+        return
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        memory = facts.total_memory / 2**30
+        yield f"cuda:{index}: {facts.name}, sm_{facts.major}{facts.minor}, {memory:.1f} GiB"
+
+
+def kernel_lines() -> Iterator[str]:
+    """For every op and device: the backend that runs, then why each other one does not."""
+    from drseg_core.ops import backend_report
+
+    preferred = ("triton", "native", "reference")
+    rows = backend_report()
+    for op, device in dict.fromkeys((row["op"], row["device"]) for row in rows):
+        own = [row for row in rows if (row["op"], row["device"]) == (op, device)]
+        able = sorted((row["backend"] for row in own if row["available"]), key=preferred.index)
+        yield f"{op} on {device}: {', then '.join(able) if able else 'nothing runs'}"
+        for row in own:
+            if not row["available"]:
+                yield f"  not {row['backend']}: {row['reason']}"

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``drseg evaluate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from drseg_core.cli.parsers import Parser, check_output
+
+USAGE = "drseg evaluate RUN --data DATA --out metrics.json [--split val] [options]"
+EPILOG = """\
+examples:
+  drseg evaluate run --data folder:tiles --split val --out metrics.json
+  drseg evaluate run --data folder:scenes --out metrics.json --mode tile --tile-size 384 --overlap 128
+
+The class names of the data set are the prompts; they need not be those of the training.
+"""
+
+
+def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
+    parser.usage, parser.epilog = USAGE, EPILOG
+    parser.add_argument("run", type=str, metavar="RUN", help="run folder, or one of its checkpoint folders")
+    parser.add_argument("--data", required=True, type=str, metavar="DATA", help="folder:PATH or synthetic:seed=0,...")
+    parser.add_argument("--split", type=str, default="val", metavar="SPLIT", help="part of the data")
+    parser.add_argument("--out", required=True, type=str, metavar="FILE", help="JSON file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    parser.add_argument(
+        "--mode",
+        type=Literal["whole", "tile"] | None,
+        help="whole image, or tiles at native resolution; the run's by default",
+    )
+    add_tile_arguments(parser)
+    parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
+
+
+def add_tile_arguments(parser: Parser) -> None:
+    """Options that override those of the run's configuration."""
+    for name, text in (
+        ("tile-size", "side of a tile in pixels; the run's by default"),
+        ("overlap", "pixels shared by neighbouring tiles; the run's by default"),
+        ("batch-size", "images or tiles per forward pass; the run's by default"),
+    ):
+        parser.add_argument(f"--{name}", type=int | None, metavar="N", help=text)
+
+
+def evaluation_options(config: Any, args: Any) -> Any:
+    """The run's evaluation options with those of the command line on top."""
+    names = ("mode", "tile_size", "overlap", "batch_size")
+    given = {name: getattr(args, name, None) for name in names}
+    return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def run(args: Any) -> None:
+    out = Path(args.out)
+    check_output(out, overwrite=args.overwrite)
+    from drseg_core.data import open_dataset
+    from drseg_core.evaluation.evaluate import evaluate
+    from drseg_core.files import write_text_atomic
+    from drseg_core.training.distributed import select_device
+    from drseg_core.training.run import load_run
+    from drseg_core.training.versions import git_revision, library_versions
+
+    device = select_device(args.device)
+    dataset = open_dataset(args.data, args.split)
+    loaded = load_run(args.run)
+    options = evaluation_options(loaded.config.evaluation, args)
+    scores = evaluate(loaded.model, dataset.class_names, dataset, options, device=device)
+    result = {
+        **scores,
+        "run": str(args.run),
+        "step": loaded.step,
+        "evaluation": dataclasses.asdict(options),
+        "data": {"spec": args.data, "split": args.split, "sha256": dataset.fingerprint()},
+        "versions": library_versions(),
+        "git": git_revision(),
+        "command": sys.argv,
+    }
+    write_text_atomic(out, json.dumps(result, indent=1) + "\n")
+    for name in ("mIoU", "mACC", "fwIoU", "pACC"):
+        value = scores[name]
+        print(f"{name:>6} {'-' if value is None else f'{value:.2f} %'}")
+    print(f"written: {out}")

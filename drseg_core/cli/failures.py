@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an exception becomes: one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+from drseg_core.errors import ConfigError, DRSegError
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ENOMEM}
+_MEMORY_HINT = {
+    "train": "lower --train.batch_size or --train.crop_size",
+    "evaluate": "lower --batch-size, or use --mode tile",
+    "predict": "lower --tile-size",
+    "rank": "use smaller images",
+}
+
+
+class UsageError(ConfigError):
+    """The command line cannot be understood; the message has a second line with the usage."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def failure(error: BaseException, command: str) -> tuple[str, int]:
+    """One line for stderr, and the exit code, for what a command raised.
+
+    Args:
+        error: the exception.
+        command: subcommand that ran, for hints.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return "drseg: interrupted", 130
+    if isinstance(error, Terminated):
+        return "drseg: terminated", 143
+    if isinstance(error, DRSegError):
+        return f"drseg: error: {_one_line(error)}", error.exit_code
+    if _out_of_memory(error):
+        hint = _MEMORY_HINT.get(command, "use smaller inputs")
+        return f"drseg: error: out of memory: {_one_line(error) or 'allocation refused'}; {hint}", 7
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return f"drseg: error: {_one_line(error)}", 7
+    if isinstance(error, PermissionError):
+        return f"drseg: error: {_one_line(error)}", 2
+    if isinstance(error, ImportError):
+        return f"drseg: error: a library cannot be imported: {_one_line(error)}; see drseg doctor", 5
+    if isinstance(error, RuntimeError) and "torchvision::nms" in str(error):
+        return f"drseg: error: torch and torchvision do not fit together: {_one_line(error)}; see drseg doctor", 5
+    name = type(error).__name__
+    return f"drseg: internal error: {name}: {_one_line(error)} (--debug shows where)", 1
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of the ``drseg`` command.
+
+Exit codes: 0 done, 1 internal error, 2 usage or configuration, 3 input data, 4 checkpoint, 5 environment or backend,
+6 numerical failure, 7 out of memory or disk, 130 / 143 stopped by SIGINT / SIGTERM, 141 output closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+
+from drseg_core import __version__
+from drseg_core.cli.failures import Terminated, UsageError, failure
+from drseg_core.cli.parsers import Parser
+
+COMMANDS = {
+    "demo": "make scenes, train a small model, score it and map a GeoTIFF, in a few minutes on a CPU",
+    "train": "train a model on your own images and masks",
+    "rank": "rank CLIP's channels on a training set (SPSD, offline)",
+    "evaluate": "score a trained model on images with masks",
+    "predict": "map an image or GeoTIFF by class names you choose",
+    "doctor": "say what is installed and which kernels run here",
+}
+EPILOG = """\
+begin with:
+  drseg doctor
+  drseg demo --out demo
+  drseg train --config tiny --data folder:DATA --out RUN
+  drseg predict RUN scene.tif --classes "building; field; pavement" --out map.tif
+
+drseg COMMAND --help tells more about one command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    _set_up_logging()
+    try:
+        with _termination_raises():
+            code = _run(arguments)
+            sys.stdout.flush()
+        return code
+    except SystemExit as stop:
+        # --help and --version
+        return _flushed(stop.code if isinstance(stop.code, int) else 0)
+    except BrokenPipeError:
+        return _output_closed()
+    except BaseException as error:
+        if isinstance(error, UsageError):
+            message, code = str(error), error.exit_code
+        else:
+            message, code = failure(error, arguments[0] if arguments else "")
+        with contextlib.suppress(BrokenPipeError):
+            print(message, file=sys.stderr)
+            if debug and code not in (130, 143):
+                traceback.print_exception(error, file=sys.stderr)
+            sys.stderr.flush()
+        return code
+
+
+def _run(arguments: list[str]) -> int:
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    parser = Parser(
+        prog="drseg",
+        description="Open-vocabulary segmentation of remote-sensing images.",
+        usage="drseg COMMAND [options]",
+        epilog=EPILOG,
+        version=__version__,
+    )
+    commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND", title="commands")
+    for name, summary in COMMANDS.items():
+        command = Parser(description=f"{summary[0].upper()}{summary[1:]}.")
+        if name == chosen:
+            module = importlib.import_module(f"drseg_core.cli.{_module(name)}")
+            module.add_arguments(command, arguments[arguments.index(name) + 1 :])
+            command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        commands.add_subcommand(name, command, help=summary)
+        command.prog = f"drseg {name}"
+    parsed = parser.parse_args(arguments)
+    module.run(parsed[parsed.command])
+    return 0
+
+
+def _module(name: str) -> str:
+    return "demo_command" if name == "demo" else name
+
+
+@contextlib.contextmanager
+def _termination_raises():
+    """SIGTERM unwinds the stack like Ctrl-C does, so that unfinished files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _set_up_logging() -> None:
+    logger = logging.getLogger("drseg_core")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("drseg: %(levelname)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _flushed(code: int) -> int:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _output_closed()
+    return code
+
+
+def _output_closed() -> int:
+    # the interpreter would complain once more when it flushes on exit
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parsing shared by the commands."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from drseg_core.cli.failures import UsageError
+from drseg_core.config.load import config_from_dict, load_config, preset_names
+from drseg_core.config.schema import Config
+from drseg_core.errors import ConfigError
+
+
+class _Formatter(DefaultHelpFormatter):
+    """Keeps the line breaks of the epilog, and says of plain options only what their names do not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        plain = not any("." in option for option in action.option_strings)
+        if not plain or isinstance(action, argparse._HelpAction):
+            return super()._get_help_string(action)
+        if action.required and action.option_strings:
+            return f"{action.help} (required)"
+        known = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        return action.help or "" if known else f"{action.help} (default: %(default)s)"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text.strip():
+            return "".join(indent + line for line in text.splitlines(keepends=True))
+        return super()._fill_text(text, width, indent)
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are one line, then the usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Formatter, default_env=False, print_config=None, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        text = " ".join(message.split())
+        usage = " ".join(parser.format_usage().split())
+        raise UsageError(f"{parser.prog}: error: {text}\n{usage}\nSee {parser.prog} --help.")
+
+
+def add_config_arguments(parser: Parser, argv: Sequence[str], *, fallback: Path | None = None) -> None:
+    """Add ``--config`` and every option of the configuration as ``--model.*``, ``--train.*``, ``--evaluation.*``.
+
+    The defaults are those of the file that ``argv`` names, so an option on the command line wins wherever it stands.
+
+    Args:
+        parser: parser of a subcommand.
+        argv: its arguments.
+        fallback: file that is read when ``argv`` names none.
+    """
+    source = _config_argument(argv)
+    if source is None and fallback is not None and fallback.is_file():
+        source = str(fallback)
+    config = Config() if source is None else load_config(source)
+    group = parser.add_argument_group("configuration")
+    group.add_argument(
+        "--config",
+        metavar="PRESET|FILE",
+        help=f"preset ({', '.join(preset_names())}) or YAML file; every option below overrides it",
+    )
+    group.add_argument(
+        "--print_config", action="store_true", help="print the configuration that results, as YAML, and exit"
+    )
+    parser.add_class_arguments(Config)
+    for action in parser._actions:
+        # whole groups from files of their own: --config is the one way
+        if type(action).__name__ == "_ActionConfigLoad":
+            action.help = argparse.SUPPRESS
+        elif action.dest == "seed":
+            action.help = "seed of the initial weights, the order of the images and their augmentation"
+    parser.set_defaults({name: value for name, value in _flat(config)})
+
+
+def chosen_config(args: Any) -> Config:
+    """The configuration that the parsed options make."""
+    content = {name: args[name] for name in ("model", "train", "evaluation", "seed")}
+    content = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in content.items()}
+    return config_from_dict(content, Config, "command line")
+
+
+def check_output(path: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuse, before any work, an output file that must not or cannot be written.
+
+    Raises:
+        ConfigError: it exists, is one of the inputs, is a folder, or its folder cannot be written to.
+    """
+    for source in inputs:
+        if path.exists() and source.exists() and path.samefile(source):
+            raise ConfigError(f"--out is an input of the command; expected another file, got {path}")
+    if path.is_dir():
+        raise ConfigError(f"--out is a folder; expected a file, got {path}")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"--out exists; expected a new file, or --overwrite, got {path}")
+    folder = path.absolute().parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out is not writable; expected a file in a writable folder, got {path}")
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Class names from ``"building; field; pavement"``."""
+    names = tuple(" ".join(name.split()) for name in text.split(";") if name.strip())
+    if not names:
+        raise ConfigError('--classes is empty; expected names such as "building; field; pavement"')
+    return names
+
+
+def _config_argument(argv: Sequence[str]) -> str | None:
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    scan.add_argument("--config")
+    try:
+        return scan.parse_known_args(list(argv))[0].config
+    except argparse.ArgumentError:
+        return None
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for field in dataclasses.fields(value):
+        item, name = getattr(value, field.name), f"{prefix}{field.name}"
+        found += _flat(item, f"{name}.") if dataclasses.is_dataclass(item) else [(name, item)]
+    return found

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``drseg predict``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from drseg_core.cli.evaluate import add_tile_arguments, evaluation_options
+from drseg_core.cli.parsers import Parser, check_output, split_names
+
+USAGE = 'drseg predict RUN IMAGE --out map.tif [--classes "building; field"] [options]'
+EPILOG = """\
+examples:
+  drseg predict run scene.tif --classes "building; field; pavement" --out map.tif
+  drseg predict run photo.jpg --out map.tif --tile-size 256 --overlap 64
+
+Written: the class raster --out with CRS, transform, colour table and class names; an overlay with a legend
+(map_overlay.png); the uncertainty of each pixel (map_uncertainty.tif).
+"""
+
+
+def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
+    parser.usage, parser.epilog = USAGE, EPILOG
+    parser.add_argument("run", type=str, metavar="RUN", help="run folder, or one of its checkpoint folders")
+    parser.add_argument("image", type=str, metavar="IMAGE", help="GeoTIFF, PNG or JPEG of any size")
+    parser.add_argument("--out", required=True, type=str, metavar="FILE", help="class raster to write (.tif)")
+    parser.add_argument(
+        "--classes", type=str | None, metavar="NAMES", help='"building; field; pavement"; the run\'s by default'
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    parser.add_argument("--bands", type=str | None, metavar="R,G,B", help="band numbers from 1; 1,2,3 by default")
+    parser.add_argument(
+        "--mode", type=Literal["whole", "tile"], default="tile", help="tiles at native resolution, or the whole image"
+    )
+    add_tile_arguments(parser)
+    parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
+
+
+def run(args: Any) -> None:
+    out, image = Path(args.out), Path(args.image)
+    names = None if args.classes is None else split_names(args.classes)
+    bands = None if args.bands is None else _bands(args.bands)
+    check_output(out, overwrite=args.overwrite, inputs=[image])
+    from drseg_core.evaluation.inference import Predictor
+    from drseg_core.scenes.predict import predict_scene, scene_files
+    from drseg_core.training.distributed import select_device
+    from drseg_core.training.run import load_run
+
+    scene_files(out)
+    device = select_device(args.device)
+    loaded = load_run(args.run)
+    options = evaluation_options(loaded.config.evaluation, args)
+    predictor = Predictor(
+        loaded.model,
+        names or loaded.class_names,
+        mode=options.mode,
+        tile_size=options.tile_size,
+        overlap=options.overlap,
+        batch_size=options.batch_size,
+        device=device,
+    )
+    for path in predict_scene(predictor, image, out, overwrite=args.overwrite, bands=bands):
+        print(f"written: {path}")
+
+
+def _bands(text: str) -> list[int]:
+    from drseg_core.errors import ConfigError
+
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--bands is no list of band numbers; expected for example 4,3,2, got {text!r}") from None

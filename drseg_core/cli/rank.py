@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``drseg rank``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from drseg_core.cli.parsers import Parser, add_config_arguments, check_output, chosen_config
+from drseg_core.config.load import to_yaml
+
+USAGE = "drseg rank RUN_OR_WEIGHTS --data DATA --out channels.safetensors [options]"
+EPILOG = """\
+examples:
+  drseg rank run --data folder:tiles --out channels.safetensors
+  drseg rank clip.safetensors --config vitb --data folder:tiles --out channels.safetensors
+  drseg train --config tiny --data folder:tiles --out run --model.spsd.channels channels.safetensors
+
+For a run the configuration is the run's; for a weight file, or an open_clip tag such as openai, it is that of
+--config. Options of --model.spsd are those of the command line in both cases.
+"""
+
+
+def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
+    parser.usage, parser.epilog = USAGE, EPILOG
+    parser.add_argument(
+        "source", type=str, metavar="RUN_OR_WEIGHTS", help="run folder, CLIP weight file, or open_clip tag"
+    )
+    parser.add_argument("--data", required=True, type=str, metavar="DATA", help="folder:PATH or synthetic:seed=0,...")
+    parser.add_argument("--split", type=str, default="train", metavar="SPLIT", help="part of the data")
+    parser.add_argument("--out", required=True, type=str, metavar="FILE", help="channel ranking to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
+    run_folder = next((Path(word) for word in argv if not word.startswith("-")), None)
+    add_config_arguments(parser, argv, fallback=run_folder / "config.yaml" if run_folder else None)
+
+
+def run(args: Any) -> None:
+    config = chosen_config(args)
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return
+    out, source = Path(args.out), Path(args.source)
+    check_output(out, overwrite=args.overwrite, inputs=[source])
+    import torch
+    from tqdm import tqdm
+
+    from drseg_core.data import open_dataset
+    from drseg_core.models.build import build_model
+    from drseg_core.training.distributed import select_device
+    from drseg_core.training.rank_channels import rank_channels, save_channels, weights_hash
+    from drseg_core.training.run import load_run
+
+    device = select_device(args.device)
+    dataset = open_dataset(args.data, args.split)
+    if source.is_dir():
+        loaded = load_run(source)
+        model, backbone = loaded.model, loaded.config.model.clip.name
+    else:
+        backbone = config.model.clip.name
+        clip = dataclasses.replace(config.model.clip, weights=args.source)
+        # the prior has no part in the ranking
+        fusion = dataclasses.replace(config.model.fusion, kind="none")
+        torch.manual_seed(config.seed)
+        model = build_model(dataclasses.replace(config.model, clip=clip, fusion=fusion))
+    model = model.to(device).eval()
+    with tqdm(total=len(dataset), desc="rank", unit="image", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        channels = rank_channels(
+            model,
+            dataset,
+            config.model.spsd,
+            backbone=backbone,
+            weights_hash=weights_hash(model.clip),
+            seed=config.seed,
+            device=device,
+            progress=show,
+        )
+    save_channels(out, channels)
+    print(
+        f"{out}: {len(channels.score)} channels of {backbone}, {len(channels.semantic_index)} semantic and "
+        f"{len(channels.structural_index)} structural, from {channels.metadata['prototypes']} pixels of "
+        f"{len(dataset)} images"
+    )

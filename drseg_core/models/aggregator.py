@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Aggregation of the cost embedding over space (within each class map) and over classes (at each place).
+
+The benchmark's efficient form: spatial attention with keys and values reduced by two, class attention on maps reduced
+by two. Guidance enters queries and keys; because a linear map of a concatenation is a sum of two linear maps, the
+guidance part is computed once per image (or class) and broadcast, never expanded to B x T.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GatedMLP(nn.Module):
+    """``fc3(relu6(fc1 x) * fc2 x)`` on the last dimension."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(width, hidden)
+        self.fc3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(F.relu6(self.fc1(x)) * self.fc2(x))
+
+
+class SpatialBlock(nn.Module):
+    """Attention among the places of each class map, then a gated MLP with a 7x7 depth-wise convolution.
+
+    Args:
+        width: channels.
+        heads: attention heads.
+        hidden: width inside the MLP.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.reduce = nn.Conv2d(width, width, 2, stride=2)
+        self.reduce_norm = nn.LayerNorm(width)
+        self.reduce_guidance = nn.Conv2d(width, width, 2, stride=2)
+        self.reduce_guidance_norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.query_guidance = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.key_guidance = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = GatedMLP(width, hidden)
+        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+
+    def forward(self, x: Tensor, guidance: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``x`` (B, T, hw, width) and ``guidance`` (B, width, h, w) to (B, T, hw, width)."""
+        batch, classes = x.shape[:2]
+        y = self.norm_attention(x)
+        query = self.query(y) + self.query_guidance(guidance.flatten(2).transpose(1, 2))[:, None]
+        small = self.reduce_norm(_tokens(self.reduce(_even(_map(y.flatten(0, 1), grid)))))
+        key, value = self.key_value(small).chunk(2, dim=-1)
+        small_guidance = self.reduce_guidance_norm(_tokens(self.reduce_guidance(_even(guidance))))
+        key = key.unflatten(0, (batch, classes)) + self.key_guidance(small_guidance)[:, None]
+        mixed = _attention(query.flatten(0, 1), key.flatten(0, 1), value, self.heads)
+        x = x + self.out(mixed).unflatten(0, (batch, classes))
+        y = self.mlp(self.norm_mlp(x))
+        return x + _tokens(self.depthwise(_map(y.flatten(0, 1), grid))).unflatten(0, (batch, classes))
+
+
+class ClassBlock(nn.Module):
+    """Attention among the classes at each place of maps pooled 2x2, resized back and added.
+
+    Args:
+        width: channels.
+        heads: attention heads.
+        hidden: width inside the MLP.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.query_key_guidance = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = GatedMLP(width, hidden)
+
+    def forward(self, x: Tensor, guidance: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``x`` (B, T, hw, width) and ``guidance`` (T, width) to (B, T, hw, width)."""
+        batch, classes = x.shape[:2]
+        pooled = F.avg_pool2d(_map(x.flatten(0, 1), grid), 2, ceil_mode=True)
+        small = pooled.shape[2:]
+        # classes become the sequence: (B*h'w', T, width)
+        z = _tokens(pooled).unflatten(0, (batch, classes)).transpose(1, 2).flatten(0, 1)
+        query, key, value = self.query_key_value(self.norm_attention(z)).chunk(3, dim=-1)
+        query_guidance, key_guidance = self.query_key_guidance(guidance).chunk(2, dim=-1)
+        z = z + self.out(_attention(query + query_guidance, key + key_guidance, value, self.heads))
+        z = z + F.relu6(self.mlp(self.norm_mlp(z)))
+        z = z.unflatten(0, (batch, -1)).permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, small)
+        z = F.interpolate(z, size=grid, mode="bilinear", align_corners=True)
+        return x + _tokens(z).unflatten(0, (batch, classes))
+
+
+class Aggregator(nn.Module):
+    """Layers of :class:`SpatialBlock` and :class:`ClassBlock` with visual and text guidance.
+
+    Args:
+        width: channels of the cost embedding.
+        embed_dim: channels of the dense CLIP features and of the text embeddings (C).
+        layers: number of layers.
+        heads: attention heads; must divide ``width``.
+        mlp_hidden: width inside the MLPs.
+    """
+
+    def __init__(self, width: int, embed_dim: int, *, layers: int = 2, heads: int = 8, mlp_hidden: int = 384) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"Aggregator: heads does not divide width; expected a divisor of {width}, got {heads}")
+        self.project_visual = nn.Conv2d(embed_dim, width, 3, padding=1)
+        self.project_text = nn.Linear(embed_dim, width)
+        self.spatial = nn.ModuleList(SpatialBlock(width, heads, mlp_hidden) for _ in range(layers))
+        self.classes = nn.ModuleList(ClassBlock(width, heads, mlp_hidden) for _ in range(layers))
+
+    def forward(self, embedding: Tensor, features: Tensor, text: Tensor) -> Tensor:
+        """Aggregate.
+
+        Args:
+            embedding: (B, width, T, h, w).
+            features: (B, C, h, w) canonical dense features.
+            text: (T, C).
+
+        Returns:
+            (B, width, T, h, w).
+        """
+        batch, _, classes, h, w = embedding.shape
+        if not len(self.spatial):
+            return embedding
+        visual = self.project_visual(features).relu()
+        words = self.project_text(text).relu()
+        x = _tokens(embedding.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, classes))
+        for spatial, across in zip(self.spatial, self.classes, strict=True):
+            x = across(spatial(x, visual, (h, w)), words, (h, w))
+        return x.permute(0, 3, 1, 2).unflatten(3, (h, w))
+
+
+def _tokens(maps: Tensor) -> Tensor:
+    # (X, width, h, w) to (X, hw, width); a view where memory is channels_last
+    return maps.flatten(2).transpose(1, 2).contiguous()
+
+
+def _map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    # (X, hw, width) to (X, width, h, w) in channels_last memory, a view
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def _even(maps: Tensor) -> Tensor:
+    # the 2x2 reduction must see the last row and column of an odd grid too
+    pad = (maps.shape[3] % 2, maps.shape[2] % 2)
+    return F.pad(maps, (0, pad[0], 0, pad[1]), mode="replicate") if any(pad) else maps
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    # (X, N, width), (X, M, width) twice
+    parts = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value)]
+    return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+
+

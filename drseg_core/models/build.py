@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One place where a configuration becomes a model."""
+
+from __future__ import annotations
+
+from drseg_core.config.schema import ModelConfig
+from drseg_core.models.drseg import DRSeg
+
+
+def build_model(config: ModelConfig) -> DRSeg:
+    """The model of ``config``, on the CPU (or the default device), in training mode.
+
+    Random initial weights are drawn from torch's global generator, those of the prior from ``config.dino.seed``.
+
+    Raises:
+        ValueError: options that do not fit together.
+        CheckpointError: CLIP or prior weights that cannot be had.
+    """
+    return DRSeg(config)

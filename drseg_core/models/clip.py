@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CLIP as a dense encoder: an adapter on open_clip's vision transformers.
+
+open_clip builds the architecture and names the weights; the forward passes here are the adapter's own, because the
+dense features need the last block's value path (:meth:`VisionTower.forward`), any grid size, and query, key and value
+projections that can be trained apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drseg_core.config.schema import ClipConfig
+from drseg_core.errors import CheckpointError
+from drseg_core.models.prompts import class_prompts
+from drseg_core.models.weights import difference, read_foreign_state
+
+# pixel statistics of OpenAI's CLIP, on [0, 1] RGB
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+TINY: dict[str, Any] = {
+    "embed_dim": 64,
+    "quick_gelu": False,
+    "vision_cfg": {"image_size": 128, "layers": 3, "width": 96, "patch_size": 8, "head_width": 24},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+ARCHITECTURES: Mapping[str, dict[str, Any]] = {"drseg-tiny": TINY}
+
+# what OpenAI's own state dicts carry beside weights
+OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+
+
+class DenseFeatures(NamedTuple):
+    """``features`` (B, C, h, w) in the joint space; ``guidance`` two maps (B', width, h, w) of inner blocks."""
+
+    features: Tensor
+    guidance: tuple[Tensor, ...]
+
+
+class SplitAttention(nn.Module):
+    """Multi-head self-attention whose query, key and value projections are layers of their own."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.heads = attention.num_heads
+        weights = attention.in_proj_weight.detach().chunk(3)
+        biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.detach().chunk(3)
+        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
+        self.out_proj = attention.out_proj
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        query, key, value = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    def value(self, x: Tensor) -> Tensor:
+        """Every token's own value, as if it attended to itself alone."""
+        return self.out_proj(self.v_proj(x))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block of open_clip with :class:`SplitAttention`."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        if not isinstance(block.attn, nn.MultiheadAttention) or not block.attn._qkv_same_embed_dim:
+            raise ValueError(
+                f"ClipEncoder: attention of {type(block).__name__} is not supported; "
+                "expected open_clip's default residual block"
+            )
+        self.ln_1 = block.ln_1
+        self.attn = SplitAttention(block.attn)
+        self.ls_1 = block.ls_1
+        self.ln_2 = block.ln_2
+        self.mlp = block.mlp
+        self.ls_2 = block.ls_2
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        x = x + self.ls_1(self.attn(self.ln_1(x), causal))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+    def forward_value(self, x: Tensor) -> Tensor:
+        """The value path of CAT-Seg: the residual of every token is the class token, not the token itself."""
+        x = x[:, :1] + self.ls_1(self.attn.value(self.ln_1(x)))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+
+class VisionTower(nn.Module):
+    """open_clip's vision transformer for any grid of patches."""
+
+    def __init__(self, visual: Any) -> None:
+        super().__init__()
+        self.patch_size: tuple[int, int] = tuple(visual.patch_size)
+        self.native_grid: tuple[int, int] = tuple(visual.grid_size)
+        self.conv1 = visual.conv1
+        self.class_embedding = visual.class_embedding
+        self.positional_embedding = visual.positional_embedding
+        self.ln_pre = visual.ln_pre
+        self.blocks = nn.ModuleList(Block(block) for block in visual.transformer.resblocks)
+        self.ln_post = visual.ln_post
+        self.proj = visual.proj
+
+    @property
+    def width(self) -> int:
+        return self.conv1.out_channels
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (B, 1 + hw, width) with position embedding, class token first, and the grid (h, w)."""
+        patches = self.conv1(pixels)
+        grid = (patches.shape[2], patches.shape[3])
+        tokens = patches.flatten(2).transpose(1, 2)
+        start = self.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
+        tokens = torch.cat((start, tokens), dim=1) + self.position(grid).to(tokens.dtype)
+        return self.ln_pre(tokens), grid
+
+    def position(self, grid: tuple[int, int]) -> Tensor:
+        """Position embedding (1 + hw, width), resized bicubically from the native grid."""
+        if grid == self.native_grid:
+            return self.positional_embedding
+        table = self.positional_embedding[1:].unflatten(0, self.native_grid).permute(2, 0, 1)[None]
+        table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)[0]
+        return torch.cat((self.positional_embedding[:1], table.flatten(1).transpose(0, 1)))
+
+    def forward(self, pixels: Tensor, blocks: Sequence[int] = (), guided: int | None = None) -> DenseFeatures:
+        """Dense joint-space features: all blocks but the last run as usual, the last runs its value path.
+
+        Args:
+            pixels: (B, 3, H, W) normalised.
+            blocks: inner blocks whose outputs are returned too.
+            guided: how many leading images have those outputs; None for all.
+        """
+        x, (h, w) = self.embed(pixels)
+        kept: dict[int, Tensor] = {}
+        for index, block in enumerate(self.blocks[:-1]):
+            x = block(x)
+            if index in blocks:
+                kept[index] = x[:guided, 1:].transpose(1, 2).unflatten(2, (h, w))
+        last: Any = self.blocks[-1]
+        x = self.ln_post(last.forward_value(x)) @ self.proj
+        return DenseFeatures(x[:, 1:].transpose(1, 2).unflatten(2, (h, w)), tuple(kept[index] for index in blocks))
+
+    def forward_ordinary(self, pixels: Tensor) -> Tensor:
+        """Class-token embedding (B, C) of the unmodified encoder."""
+        x, _ = self.embed(pixels)
+        for block in self.blocks:
+            x = block(x)
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class TextTower(nn.Module):
+    """open_clip's causal text transformer; tokens may stop at the longest prompt."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.context_length = int(model.context_length)
+        self.causal = model.attn_mask is not None
+        self.end_token = int(model.text_eos_id) if model.text_pool_type == "eos" else None
+        self.token_embedding = model.token_embedding
+        self.positional_embedding = model.positional_embedding
+        self.blocks = nn.ModuleList(Block(block) for block in model.transformer.resblocks)
+        self.ln_final = model.ln_final
+        self.text_projection = model.text_projection
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(T, L) token ids to (T, C) embeddings, not normalised."""
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x, causal=self.causal)
+        # the end token is the largest id of the vocabulary
+        end = tokens.argmax(dim=-1) if self.end_token is None else (tokens == self.end_token).int().argmax(dim=-1)
+        x = self.ln_final(x[torch.arange(len(x), device=x.device), end])
+        return self.text_projection(x) if isinstance(self.text_projection, nn.Linear) else x @ self.text_projection
+
+
+class ClipEncoder(nn.Module):
+    """Dense image features and class embeddings in CLIP's joint space.
+
+    Args:
+        config: architecture, weights and what is trained.
+
+    Raises:
+        ValueError: unknown or unsupported architecture, or weights that need another activation.
+        CheckpointError: weights that cannot be had or do not fit.
+    """
+
+    pixel_mean: Tensor
+    pixel_deviation: Tensor
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        model, mean, deviation = _build(config)
+        self.visual = VisionTower(model.visual)
+        self.text = TextTower(model)
+        self.embed_dim = int(model.visual.proj.shape[1])
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
+        self._tokenizer: Any = None
+        inner = len(self.visual.blocks) - 1
+        if len(config.guidance_blocks) != 2 or not all(0 <= index < inner for index in config.guidance_blocks):
+            raise ValueError(
+                f"ClipEncoder: guidance_blocks is out of range for {config.name}; "
+                f"expected two of 0..{inner - 1}, got {tuple(config.guidance_blocks)}"
+            )
+        if config.image_size % self.visual.patch_size[0] or config.image_size < self.visual.patch_size[0]:
+            raise ValueError(
+                f"ClipEncoder: image_size does not fit {config.name}; expected a multiple of "
+                f"{self.visual.patch_size[0]}, got {config.image_size}"
+            )
+        self._set_trainable()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Token grid (h, w) at the configured image size."""
+        side = self.config.image_size // self.visual.patch_size[0]
+        return side, side
+
+    def forward(self, image: Tensor, guided: int | None = None) -> DenseFeatures:
+        """(B, 3, H, W) RGB in [0, 1] to dense features; the first ``guided`` images have guidance maps too."""
+        return self.visual((image - self.pixel_mean) / self.pixel_deviation, self.config.guidance_blocks, guided)
+
+    def tokenize(self, class_names: Sequence[str]) -> Tensor:
+        """Prompts of the classes as token ids (T, L), int64, L the longest prompt.
+
+        Raises:
+            ValueError: an empty name, or one too long for the text encoder.
+        """
+        if self._tokenizer is None:
+            from open_clip.tokenizer import SimpleTokenizer
+
+            self._tokenizer = SimpleTokenizer(context_length=self.text.context_length)
+        prompts = class_prompts(class_names, self.config.template)
+        lengths = [len(self._tokenizer.encode(prompt)) + 2 for prompt in prompts]
+        for name, length in zip(class_names, lengths, strict=True):
+            if length > self.text.context_length:
+                raise ValueError(
+                    f"ClipEncoder.tokenize: class name {name!r} is too long; expected a prompt of at most "
+                    f"{self.text.context_length} tokens, got {length}"
+                )
+        tokens = self._tokenizer(prompts)
+        # padding after the end token cannot be seen under a causal mask, so it need not be computed
+        return tokens[:, : max(lengths)].contiguous() if self.text.causal else tokens
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(T, L) token ids to L2-normalised class embeddings (T, C)."""
+        return F.normalize(self.text(tokens), dim=-1)
+
+    def _set_trainable(self) -> None:
+        mode = self.config.trainable
+        if mode not in ("attention", "all", "none"):
+            raise ValueError(f"ClipEncoder: trainable is unknown; expected attention, all or none, got {mode!r}")
+        self.requires_grad_(mode == "all")
+        attentions = [module for module in self.modules() if isinstance(module, SplitAttention)]
+        if mode == "attention":
+            for attention in attentions:
+                attention.q_proj.weight.requires_grad_(True)
+                attention.v_proj.weight.requires_grad_(True)
+        # the value path never computes these, and a parameter without gradient stops DDP
+        last: Any = self.visual.blocks[-1]
+        last.attn.q_proj.requires_grad_(False)
+        last.attn.k_proj.requires_grad_(False)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone())
+    return layer
+
+
+def _architecture(name: str) -> dict[str, Any]:
+    if name in ARCHITECTURES:
+        return copy.deepcopy(ARCHITECTURES[name])
+    import open_clip
+
+    known = name in open_clip.list_models()
+    if not known:
+        raise ValueError(
+            f"ClipEncoder: name is unknown; expected {', '.join(ARCHITECTURES)} or an architecture of open_clip, "
+            f"got {name!r}"
+        )
+    return open_clip.get_model_config(name)
+
+
+def _build(config: ClipConfig) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
+    """An open_clip model with its weights, and its pixel statistics. No registry of open_clip is touched."""
+    from open_clip.model import CLIP
+
+    architecture = _architecture(config.name)
+    vision, text = architecture["vision_cfg"], architecture["text_cfg"]
+    if vision.get("timm_model_name") or not isinstance(vision.get("layers", 12), int):
+        raise ValueError(
+            f"ClipEncoder: vision tower of {config.name} is not a vision transformer of open_clip; "
+            "expected a ViT such as ViT-B-16-quickgelu"
+        )
+    if vision.get("attentional_pool"):
+        raise ValueError(
+            f"ClipEncoder: {config.name} pools by attention and has no dense joint space; expected a plain ViT"
+        )
+    special = architecture.get("custom_text") or architecture.get("multimodal_cfg")
+    if special or text.get("hf_model_name") or text.get("hf_tokenizer_name") or text.get("embed_cls"):
+        raise ValueError(f"ClipEncoder: text tower of {config.name} is not supported; expected CLIP's own text encoder")
+    if text.get("pool_type", "argmax") not in ("argmax", "eos"):
+        raise ValueError(f"ClipEncoder: text pooling of {config.name} is not supported; expected the end token")
+    vision["patch_dropout"] = 0.0
+    state, mean, deviation = _weights(config, bool(architecture.get("quick_gelu", False)))
+    model = CLIP(**architecture)
+    if state is not None:
+        _load(model, state, f"{config.name} from {config.weights}")
+    return model, mean, deviation
+
+
+def _weights(config: ClipConfig, quick_gelu: bool) -> tuple[dict[str, Tensor] | None, Any, Any]:
+    if config.weights is None:
+        return None, PIXEL_MEAN, PIXEL_DEVIATION
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+
+    tag = get_pretrained_cfg(config.name, config.weights)
+    if tag:
+        if bool(tag.get("quick_gelu", False)) != quick_gelu:
+            _refuse_activation(config, bool(tag.get("quick_gelu", False)))
+        try:
+            path = download_pretrained(tag)
+        except Exception as error:
+            raise CheckpointError(
+                f"ClipEncoder: weights {config.weights!r} of {config.name} cannot be fetched; expected a network or a "
+                f"local file in model.clip.weights, got {type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from error
+        state = read_foreign_state(path)
+        return state, tag.get("mean") or PIXEL_MEAN, tag.get("std") or PIXEL_DEVIATION
+    if not Path(config.weights).exists():
+        tags = ", ".join(list_pretrained_tags_by_model(config.name)) or "none"
+        raise CheckpointError(
+            f"ClipEncoder: weights {config.weights!r} not found; expected a file or a tag of {config.name} ({tags})"
+        )
+    state = read_foreign_state(config.weights)
+    if all(key in state for key in OPENAI_EXTRAS) and not quick_gelu:
+        _refuse_activation(config, True)
+    return state, PIXEL_MEAN, PIXEL_DEVIATION
+
+
+def _refuse_activation(config: ClipConfig, needs_quick: bool) -> None:
+    other = f"{config.name}-quickgelu" if needs_quick else config.name.removesuffix("-quickgelu")
+    raise ValueError(
+        f"ClipEncoder: weights {config.weights!r} were trained with {'Quick' if needs_quick else 'exact '}GELU; "
+        f"expected model.clip.name {other}, got {config.name}"
+    )
+
+
+def _load(model: Any, state: dict[str, Tensor], name: str) -> None:
+    from open_clip.model import resize_pos_embed
+
+    own = model.state_dict()
+    state = {key: value for key, value in state.items() if key not in OPENAI_EXTRAS and key != "attn_mask"}
+    # neither is used here, and checkpoints store them as numbers or as vectors of one
+    for key in ("logit_scale", "logit_bias"):
+        state.pop(key, None)
+        if key in own:
+            state[key] = own[key]
+    position = state.get("visual.positional_embedding")
+    if position is not None and position.dim() == 2 and math.isqrt(len(position) - 1) ** 2 == len(position) - 1:
+        resize_pos_embed(state, model)
+    # published checkpoints are often half precision
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    problem = difference(own, state)
+    if problem:
+        raise CheckpointError(f"ClipEncoder: {name} does not fit the architecture; {problem}")
+    if own["logit_scale"].device.type == "meta":
+        model.load_state_dict(state, assign=True)
+    else:
+        model.load_state_dict(state)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder: two up-sampling stages from the aggregated cost volume to logits at four times the token grid.
+
+Each stage joins guidance from one inner CLIP block. A convolution of ``cat(x, g)`` is ``conv_x(x) + conv_g(g)``; the
+guidance half is computed once per image and broadcast over the classes, so guidance is never expanded by B x T.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from drseg_core.nn.ugaf import group_norm
+
+
+class GuidedConv(nn.Module):
+    """3x3 convolution of class maps joined with per-image guidance, as two convolutions that are added.
+
+    Equal to ``Conv2d(width + guidance_width, out_width, 3)`` on their concatenation; no bias, as a norm follows.
+
+    Args:
+        width: channels of the class maps.
+        guidance_width: channels of the guidance.
+        out_width: channels of the result.
+    """
+
+    def __init__(self, width: int, guidance_width: int, out_width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, out_width, 3, padding=1, bias=False)
+        self.conv_guidance = nn.Conv2d(guidance_width, out_width, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
+        """``x`` (B*T, width, h, w) and ``guidance`` (B, guidance_width, h, w) to (B*T, out_width, h, w)."""
+        maps = self.conv(x)
+        # in place, as no backward needs the sum's parts: at this resolution memory is what costs
+        maps.unflatten(0, (guidance.shape[0], -1)).add_(self.conv_guidance(guidance)[:, None])
+        return maps
+
+
+class Stage(nn.Module):
+    """Doubles the resolution, joins guidance, and refines by two convolutions.
+
+    Args:
+        width: input channels.
+        guidance_width: guidance channels; the up-sampled maps have ``width - guidance_width``.
+        out_width: output channels.
+    """
+
+    def __init__(self, width: int, guidance_width: int, out_width: int) -> None:
+        super().__init__()
+        if not 0 < guidance_width < width:
+            raise ValueError(
+                f"Decoder: guidance_widths is out of range; expected 1..{width - 1} for a stage of {width} channels, "
+                f"got {guidance_width}"
+            )
+        self.up = nn.ConvTranspose2d(width, width - guidance_width, 2, stride=2)
+        self.join = GuidedConv(width - guidance_width, guidance_width, out_width)
+        self.norm_join = group_norm(out_width)
+        self.conv = nn.Conv2d(out_width, out_width, 3, padding=1, bias=False)
+        self.norm = group_norm(out_width)
+
+    def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
+        x = self.norm_join(self.join(self.up(x), guidance)).relu_()
+        return self.norm(self.conv(x)).relu_()
+
+
+class Decoder(nn.Module):
+    """Cost volume and two guidance maps to logits.
+
+    Args:
+        width: channels of the cost volume.
+        guidance_dim: channels of the CLIP blocks' outputs.
+        widths: output channels of the two stages.
+        guidance_widths: guidance channels of the two stages.
+        guidance_hidden: channels after the guidance is up-sampled.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        guidance_dim: int,
+        *,
+        widths: tuple[int, int] = (64, 32),
+        guidance_widths: tuple[int, int] = (32, 16),
+        guidance_hidden: tuple[int, int] = (256, 128),
+    ) -> None:
+        super().__init__()
+        self.guidance = nn.ModuleList(
+            nn.Sequential(
+                nn.ConvTranspose2d(guidance_dim, hidden, factor, stride=factor),
+                nn.Conv2d(hidden, out, 3, padding=1),
+                nn.ReLU(),
+            )
+            for factor, hidden, out in zip((2, 4), guidance_hidden, guidance_widths, strict=True)
+        )
+        self.stages = nn.ModuleList(
+            Stage(into, guided, out)
+            for into, guided, out in zip((width, widths[0]), guidance_widths, widths, strict=True)
+        )
+        self.head = nn.Conv2d(widths[1], 1, 3, padding=1)
+
+    def forward(self, embedding: Tensor, guidance: tuple[Tensor, ...]) -> Tensor:
+        """(B, width, T, h, w) and two maps (B, guidance_dim, h, w) to logits (B, T, 4h, 4w)."""
+        batch, _, classes = embedding.shape[:3]
+        x = embedding.transpose(1, 2).flatten(0, 1)
+        for stage, project, maps in zip(self.stages, self.guidance, guidance, strict=True):
+            x = stage(x, project(maps))
+        return self.head(x)[:, 0].unflatten(0, (batch, classes))

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DR-Seg: open-vocabulary segmentation by decoupled and rectified CLIP features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drseg_core.config.schema import ModelConfig, TrainConfig
+from drseg_core.models.aggregator import Aggregator
+from drseg_core.models.clip import ClipEncoder
+from drseg_core.models.correlation import correlation, cosine, rotate
+from drseg_core.models.decoder import Decoder
+from drseg_core.models.dino import DinoPrior
+from drseg_core.nn.pdgr import PDGR
+from drseg_core.nn.spsd import SPSD
+from drseg_core.nn.ugaf import build_fusion
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
+EMBEDDINGS = ("class_embedding", "positional_embedding")
+
+
+class DRSegOutput(NamedTuple):
+    """One forward pass.
+
+    ``logits`` (B, T, 4h, 4w); ``uncertainty`` (B, 1, h, w) in [0, 1]; ``original`` (B, T, h, w) cosines, mean over the
+    orientations; ``refined`` (B, T, h, w) cosines of the rectified features, None in the baseline.
+    """
+
+    logits: Tensor
+    uncertainty: Tensor
+    original: Tensor
+    refined: Tensor | None
+
+
+class DRSeg(nn.Module):
+    """The whole model (model of arXiv 2604.02010).
+
+    Dense CLIP features in four orientations and class embeddings give the original correlation (Eq. 10). The canonical
+    features are split into semantic and structural channels (SPSD), the structural ones are propagated over a graph
+    that a frozen prior decides (PDGR), and give the rectified correlation (Eq. 11). UGAF joins both; aggregation and
+    decoder turn the result into logits. ``fusion.kind = "none"`` is the baseline without prior, split and graph.
+
+    Args:
+        config: see :class:`drseg_core.config.schema.ModelConfig`.
+
+    Raises:
+        ValueError: options that do not fit together.
+        CheckpointError: CLIP or prior weights that cannot be had.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.clip = ClipEncoder(config.clip)
+        channels = self.clip.embed_dim
+        self.dino: DinoPrior | None = None
+        self.spsd: SPSD | None = None
+        self.pdgr: PDGR | None = None
+        if config.fusion.kind != "none":
+            self.dino = DinoPrior(config.dino)
+            self.spsd = SPSD(channels, config.spsd.semantic_ratio)
+            structural = len(self.spsd.structural_index)
+            if structural == 0:
+                raise ValueError("DRSeg: semantic_ratio leaves no structural channel; expected below 1")
+            graph = config.graph
+            self.pdgr = PDGR(
+                structural,
+                self.dino.width,
+                k=graph.k,
+                affinity=graph.affinity,
+                gamma=graph.gamma,
+                decay=graph.decay,
+                self_loop=graph.self_loop,
+                norm=graph.norm,
+                edge_hidden=graph.edge_hidden,
+                normalize_prior=graph.normalize_prior,
+                layers=graph.layers,
+                hidden=graph.hidden,
+                bias=graph.bias,
+                dropout=graph.dropout,
+                residual=graph.residual,
+                use_affinity_as_weight=graph.use_affinity_as_weight,
+                backend=graph.backend,
+            )
+        fusion, aggregator, decoder = config.fusion, config.aggregator, config.decoder
+        self.fusion = build_fusion(
+            fusion.kind,
+            config.rotations,
+            aggregator.width,
+            tau=fusion.tau,
+            gate=fusion.gate,
+            detach_gate=fusion.detach_gate,
+            head=fusion.head,
+            multi_scale=fusion.multi_scale,
+        )
+        self.aggregator = Aggregator(
+            aggregator.width,
+            channels,
+            layers=aggregator.layers,
+            heads=aggregator.heads,
+            mlp_hidden=aggregator.mlp_hidden,
+        )
+        self.decoder = Decoder(
+            aggregator.width,
+            self.clip.visual.width,
+            widths=decoder.widths,
+            guidance_widths=decoder.guidance_widths,
+            guidance_hidden=decoder.guidance_hidden,
+        )
+
+    def tokenize(self, class_names: Sequence[str]) -> Tensor:
+        """Class names to prompt tokens (T, L) int64 on the model's device."""
+        return self.clip.tokenize(class_names).to(self.clip.visual.conv1.weight.device)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Prompt tokens (T, L) to L2-normalised class embeddings (T, C)."""
+        return self.clip.encode_text(tokens)
+
+    def dense_features(self, image: Tensor) -> Tensor:
+        """Canonical dense CLIP features (B, C, h, w), not normalised; what SPSD ranks and splits."""
+        return self.clip(self._resized(image, "DRSeg.dense_features"), guided=0).features
+
+    def forward(self, image: Tensor, text: Tensor) -> DRSegOutput:
+        """Segment.
+
+        Args:
+            image: (B, 3, H, W) RGB in [0, 1], any size.
+            text: (T, L) integer tokens of :meth:`tokenize`, or (T, C) embeddings of :meth:`encode_text`.
+
+        Returns:
+            Logits and the maps behind them, see :class:`DRSegOutput`.
+
+        Raises:
+            TypeError: integer image.
+            ValueError: wrong shapes.
+        """
+        resized = self._resized(image, "DRSeg")
+        batch = image.shape[0]
+        text = self._class_embedding(text)
+        dense = self.clip(rotate(resized, self.config.rotations), guided=batch)
+        original = correlation(dense.features, text, self.config.rotations)
+        canonical = dense.features[:batch]
+        refined = None
+        if self.pdgr is not None:
+            refined = cosine(self.rectify(canonical, image), text)[:, None]
+        fused = self.fusion(original, refined)
+        embedding = self.aggregator(fused.embedding, canonical, text)
+        return DRSegOutput(
+            self.decoder(embedding, dense.guidance),
+            fused.uncertainty,
+            original.mean(dim=1),
+            None if refined is None else refined[:, 0],
+        )
+
+    def rectify(self, features: Tensor, image: Tensor) -> Tensor:
+        """Canonical features (B, C, h, w) with their structural channels propagated over the prior's graph."""
+        if self.dino is None or self.spsd is None or self.pdgr is None:
+            raise ValueError("DRSeg.rectify: the baseline has no prior; expected a fusion.kind other than none")
+        prior = self.dino(image, (features.shape[2], features.shape[3]))
+        semantic, structural = self.spsd.split(features)
+        rectified = self.pdgr(structural, prior)
+        return self.spsd.merge(semantic.to(rectified.dtype), rectified)
+
+    def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
+        """AdamW groups of everything that is trained.
+
+        CLIP has its own rate; normalisation layers and embeddings have no weight decay.
+        """
+        exempt = {
+            id(parameter)
+            for module in self.modules()
+            if isinstance(module, (*NORMS, nn.Embedding))
+            for parameter in module.parameters(recurse=False)
+        }
+        groups: dict[str, dict[str, Any]] = {}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            part = "clip" if name.startswith("clip.") else "head"
+            plain = id(parameter) in exempt or name.endswith(EMBEDDINGS)
+            key = f"{part}_{'no_decay' if plain else 'decay'}"
+            rate = train.learning_rate * (train.clip_learning_rate_scale if part == "clip" else 1.0)
+            group = groups.setdefault(
+                key, {"name": key, "params": [], "lr": rate, "weight_decay": 0.0 if plain else train.weight_decay}
+            )
+            group["params"].append(parameter)
+        return list(groups.values())
+
+    def _class_embedding(self, text: Tensor) -> Tensor:
+        if text.dim() != 2 or text.shape[0] == 0:
+            raise ValueError(f"DRSeg: text has a wrong shape; expected (T, L) or (T, C), got {tuple(text.shape)}")
+        if not text.is_floating_point():
+            return self.encode_text(text)
+        if text.shape[1] != self.clip.embed_dim:
+            raise ValueError(
+                f"DRSeg: text has a wrong width; expected embeddings (T, {self.clip.embed_dim}), "
+                f"got {tuple(text.shape)}"
+            )
+        return text
+
+    def _resized(self, image: Tensor, name: str) -> Tensor:
+        if not image.is_floating_point():
+            raise TypeError(f"{name}: image has a wrong dtype; expected floating point in [0, 1], got {image.dtype}")
+        if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
+            raise ValueError(f"{name}: image has a wrong shape; expected (B, 3, H, W), got {tuple(image.shape)}")
+        side = (self.config.clip.image_size, self.config.clip.image_size)
+        if image.shape[2:] == torch.Size(side):
+            return image
+        return F.interpolate(image, size=side, mode="bilinear", align_corners=False)

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights on disk: safetensors with a checksum and metadata, and careful reading of other people's files.
+
+Nothing here unpickles objects: our own files are safetensors, and foreign ``.pt`` files are read by torch's
+weights-only reader without a second try.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drseg_core.errors import CheckpointError, ResourceError
+from drseg_core.files import atomic_path
+
+FORMAT_VERSION = 1
+METADATA_KEY = "drseg"
+# safetensors' own bound on its header
+HEADER_LIMIT = 100_000_000
+LISTED = 10
+# options that say where things come from or how they run, not what the parameters mean
+FREE_FIELDS = frozenset({"clip.weights", "dino.weights", "spsd.channels", "graph.backend"})
+
+
+def save_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a state dict as safetensors, complete or not at all.
+
+    Args:
+        path: file to write; what it held before stays until the new file is whole.
+        state: tensors by name, on any device.
+        metadata: JSON-serialisable; comes back from :func:`load_weights`.
+
+    Raises:
+        ResourceError: the file cannot be written (disk full, read-only).
+        TypeError: metadata is not JSON.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    # clones: safetensors refuses tensors that share memory
+    held = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in sorted(state.items())}
+    record = {"format_version": FORMAT_VERSION, "sha256": payload_hash(held), "metadata": dict(metadata)}
+    text = json.dumps(record, sort_keys=True)
+    try:
+        with atomic_path(path) as temporary:
+            save_file(held, temporary, metadata={METADATA_KEY: text})
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(f"save_weights: {path} cannot be written; {error}") from error
+
+
+def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save_weights` wrote, on the CPU, verified against its checksum.
+
+    Returns:
+        The tensors by name, and the metadata.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, damaged, not ours, of a newer format, or not finite.
+    """
+    file = _readable(path, "load_weights")
+    header = _header(file)
+    record = _record(header, file)
+    state = _tensors(file)
+    found = payload_hash(state)
+    if found != record["sha256"]:
+        raise CheckpointError(
+            f"load_weights: {path} is damaged (checksum mismatch); expected {record['sha256'][:12]}, got {found[:12]}"
+        )
+    check_finite(state, f"load_weights: {path}")
+    # copied out of the file's mapping: a file replaced later must not change loaded weights
+    return {name: value.clone() for name, value in state.items()}, record["metadata"]
+
+
+def payload_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of CPU tensors, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].contiguous()
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        if value.numel():
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors a checkpoint of ``model`` holds.
+
+    Everything but the parts that are frozen and can be had again: a prior or an untrained CLIP with published or local
+    weights. Random initial weights are always kept.
+    """
+    left_out = _left_out(model)
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(left_out)}
+
+
+def load_into(
+    model: nn.Module, state: Mapping[str, Tensor], *, name: str, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Copy a checkpoint's tensors into ``model``, or refuse without having changed anything.
+
+    Args:
+        model: built from the same configuration.
+        state: what :func:`model_state` gave when it was saved.
+        name: what to call the checkpoint in errors.
+        metadata: if given and it has the model's configuration under ``model``, that is compared first.
+
+    Raises:
+        CheckpointError: another configuration; missing, unexpected, misshapen or non-finite tensors; a channel split
+            that is no partition. No dtype is cast.
+    """
+    saved = (metadata or {}).get("model")
+    if isinstance(saved, Mapping) and hasattr(model, "config"):
+        compare_config(saved, model.config, name=name)
+    expected = model_state(model)
+    problem = difference(expected, state)
+    if problem:
+        raise CheckpointError(f"load_into: {name} does not fit the model; {problem}")
+    check_finite(state, f"load_into: {name}")
+    spsd = getattr(model, "spsd", None)
+    if spsd is not None:
+        from drseg_core.nn.spsd import check_partition
+
+        check_partition(state["spsd.semantic_index"], state["spsd.structural_index"], spsd.channels)
+    model.load_state_dict(dict(state), strict=False)
+
+
+def compare_config(saved: Mapping[str, Any], config: Any, *, name: str) -> None:
+    """Refuse a checkpoint whose model configuration differs where it matters; names the fields and both values.
+
+    Raises:
+        CheckpointError: some field of the configuration differs.
+    """
+    from dataclasses import asdict
+
+    # through JSON, so that tuples and lists compare equal
+    own = _flat(json.loads(json.dumps(asdict(config))))
+    other = _flat(json.loads(json.dumps(saved)))
+    differing = [
+        f"{key} is {other.get(key, 'absent')!r} there and {own.get(key, 'absent')!r} here"
+        for key in sorted(own.keys() | other.keys())
+        if key not in FREE_FIELDS and own.get(key, "absent") != other.get(key, "absent")
+    ]
+    if differing:
+        raise CheckpointError(f"load_into: {name} is of another model; {_some(differing, '; ')}")
+
+
+def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """What keeps ``found`` from being loaded as ``expected``, in one line; empty if nothing does."""
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    if missing or extra:
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} missing: {_some(missing)}")
+        if extra:
+            parts.append(f"{len(extra)} unexpected: {_some(extra)}")
+        return f"{'; '.join(parts)} (is it a checkpoint of another architecture or configuration?)"
+    wrong = [
+        f"{key} expected {_kind(value)}, got {_kind(found[key])}"
+        for key, value in expected.items()
+        if value.shape != found[key].shape or value.dtype != found[key].dtype
+    ]
+    return f"{len(wrong)} of another shape or dtype: {_some(wrong, '; ')}" if wrong else ""
+
+
+def check_finite(state: Mapping[str, Tensor], name: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        CheckpointError: names the tensors and how many values are non-finite.
+    """
+    bad = []
+    for key, value in state.items():
+        if value.is_floating_point() and not value.is_meta:
+            count = int((~torch.isfinite(value)).sum())
+            if count:
+                bad.append(f"{key} has {count} non-finite values")
+    if bad:
+        raise CheckpointError(f"{name} is not finite; {_some(bad, '; ')}")
+
+
+def read_foreign_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """A published checkpoint (safetensors, or a ``.pt`` file of tensors) as a flat state dict on the CPU.
+
+    Unwraps the usual containers (``state_dict``, ``model``, ``teacher``) and strips ``module.`` and ``backbone.``.
+
+    Raises:
+        CheckpointError: missing, unreadable or damaged, or holding anything but tensors and plain values.
+    """
+    file = _readable(path, "read_foreign_state")
+    with open(file, "rb") as stream:
+        start = stream.read(9)
+    if file.suffix == ".safetensors" or start[8:9] == b"{":
+        _header(file)
+        content: Any = _tensors(file)
+    else:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"read_foreign_state: {path} refused (unsafe or damaged content); expected safetensors, or a state "
+                "dict that torch.load(weights_only=True) reads (convert TorchScript and pickled models first), "
+                f"got {type(error).__name__}"
+            ) from error
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"read_foreign_state: {path} has no state dict; expected tensors by name, got {type(content).__name__}"
+        )
+    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    for prefix in ("module.", "backbone."):
+        if state and all(key.startswith((prefix, "head.")) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    if not state:
+        raise CheckpointError(f"read_foreign_state: {path} holds no tensors; expected a state dict")
+    check_finite(state, f"read_foreign_state: {path}")
+    return state
+
+
+def _readable(path: str | os.PathLike[str], caller: str) -> Path:
+    file = Path(path)
+    try:
+        if file.is_dir():
+            raise CheckpointError(f"{caller}: {path} is a directory; expected a file of weights")
+        size = file.stat().st_size
+        with open(file, "rb"):
+            pass
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{caller}: {path} not found; expected a file of weights") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{caller}: {path} is not readable; {error}") from error
+    if size == 0:
+        raise CheckpointError(f"{caller}: {path} is empty; expected a file of weights, got 0 bytes")
+    return file
+
+
+def _header(file: Path) -> dict[str, Any]:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        start = stream.read(512)
+        if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" or start[257:262] == b"ustar":
+            raise CheckpointError(
+                f"load_weights: {file} refused (unsafe content: a pickle or archive); expected safetensors"
+            )
+        length = int.from_bytes(start[:8], "little")
+        if len(start) < 8 or length > min(HEADER_LIMIT, size - 8):
+            raise CheckpointError(
+                f"load_weights: {file} is no safetensors file or is truncated; expected a header of at most "
+                f"{max(0, min(HEADER_LIMIT, size - 8))} bytes, got {length}"
+            )
+        stream.seek(8)
+        text = stream.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"load_weights: {file} has a damaged header; {str(error).splitlines()[0]}") from error
+    if not isinstance(header, dict) or "" in header:
+        raise CheckpointError(f"load_weights: {file} has a damaged header; expected tensors by name")
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _record(header: dict[str, Any], file: Path) -> dict[str, Any]:
+    metadata = header.get("__metadata__")
+    text = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise CheckpointError(f"load_weights: {file} was not written by drseg; expected its metadata in the header")
+    try:
+        record = json.loads(text)
+        version, digest, content = record["format_version"], record["sha256"], record["metadata"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"load_weights: {file} has damaged metadata; {error}") from error
+    if not isinstance(version, int) or not isinstance(digest, str) or not isinstance(content, dict):
+        raise CheckpointError(f"load_weights: {file} has damaged metadata; expected version, checksum and fields")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"load_weights: {file} is of a newer version; expected format_version up to {FORMAT_VERSION}, got {version}"
+        )
+    return record
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file, device="cpu")
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"load_weights: {file} is damaged; {str(error).splitlines()[0]}") from error
+
+
+def _left_out(model: nn.Module) -> tuple[str, ...]:
+    parts = []
+    for name in ("clip", "dino"):
+        part = getattr(model, name, None)
+        if part is not None and getattr(getattr(part, "config", None), "weights", None) is not None:
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                parts.append(f"{name}.")
+    return tuple(parts)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _some(items: list[str], separator: str = ", ") -> str:
+    shown = separator.join(items[:LISTED])
+    return shown if len(items) <= LISTED else f"{shown} and {len(items) - LISTED} more"
+
+
+def _kind(value: Tensor) -> str:
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"

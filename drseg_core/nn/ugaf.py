@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Uncertainty-guided adaptive fusion (UGAF) of the original and the rectified correlation, and its simpler rivals.
+
+Every fusion has one call, ``fusion(original (B,R,T,h,w), refined (B,1,T,h,w) | None) -> FusionOutput``, acts on each
+class map alone (classes are folded into the batch), and so takes any number of classes T at any time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Gate = Literal["sigmoid_proj", "residual", "direct", "feature", "proj_on_map"]
+
+
+class FusionOutput(NamedTuple):
+    """``embedding`` (B, width, T, h, w) of every class map; ``uncertainty`` (B, 1, h, w) float32 in [0, 1]."""
+
+    embedding: Tensor
+    uncertainty: Tensor
+
+
+def uncertainty(correlation: Tensor, tau: float | Tensor = 0.01) -> Tensor:
+    """Normalised class entropy of every place (Eq. 12): 0 is certain, 1 is ambiguous.
+
+    ``q = softmax_c(M / tau)``, ``U = -sum_c q_c log q_c / log T``; ``U = 0`` for T = 1.
+
+    Args:
+        correlation: (B, T, h, w) cosine of every class.
+        tau: temperature, above 0.
+
+    Returns:
+        (B, 1, h, w) float32 (float64 for float64 input).
+    """
+    if correlation.dim() != 4 or correlation.shape[1] == 0:
+        raise ValueError(
+            f"uncertainty: correlation has a wrong shape; expected (B, T, h, w), got {tuple(correlation.shape)}"
+        )
+    value = correlation if correlation.dtype == torch.float64 else correlation.float()
+    # relative to the best class, so that no temperature overflows; exp(-1e4) is 0 in every format
+    logit = ((value - value.amax(dim=1, keepdim=True).detach()) / tau).clamp_min(-1e4)
+    log_share = logit.log_softmax(dim=1)
+    entropy = -(log_share.exp() * log_share).sum(dim=1, keepdim=True)
+    classes = correlation.shape[1]
+    return (entropy / (math.log(classes) if classes > 1 else 1.0)).clamp(0.0, 1.0)
+
+
+def group_norm(channels: int, per_group: int = 16) -> nn.GroupNorm:
+    """GroupNorm with about ``per_group`` channels in a group, whatever the width."""
+    groups = max(1, channels // per_group)
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels)
+
+
+class _Fusion(nn.Module):
+    """What all fusions share: folding of the classes and the uncertainty map."""
+
+    def __init__(self, width: int, tau: float | None) -> None:
+        super().__init__()
+        if tau is not None and not tau > 0:
+            raise ValueError(f"fusion: tau is out of range; expected above 0, got {tau}")
+        self.width = width
+        self.tau = 0.01 if tau is None else tau
+
+    def forward(self, original: Tensor, refined: Tensor | None = None) -> FusionOutput:
+        _check_maps(original, refined)
+        batch, _, classes = original.shape[:3]
+        embedding = self._embed(_fold(original), None if refined is None else _fold(refined))
+        with torch.no_grad():
+            ambiguity = uncertainty(original.mean(dim=1), self.tau)
+        return FusionOutput(_unfold(embedding, batch, classes), ambiguity)
+
+    def _embed(self, original: Tensor, refined: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class NoFusion(_Fusion):
+    """The baseline: 7x7 convolution of the original maps alone; the rectified map is not looked at."""
+
+    def __init__(self, rotations: int, width: int, *, tau: float | None = 0.01) -> None:
+        super().__init__(width, tau)
+        self.embed = nn.Conv2d(rotations, width, 7, padding=3)
+
+    def _embed(self, original: Tensor, refined: Tensor | None) -> Tensor:
+        return self.embed(original)
+
+
+class MeanFusion(_Fusion):
+    """Table 4 ``mean``: 7x7 convolution of the average of all R + 1 maps."""
+
+    def __init__(self, rotations: int, width: int, *, tau: float | None = 0.01) -> None:
+        super().__init__(width, tau)
+        self.embed = nn.Conv2d(1, width, 7, padding=3)
+
+    def _embed(self, original: Tensor, refined: Tensor | None) -> Tensor:
+        return self.embed(torch.cat((original, _required(refined)), dim=1).mean(dim=1, keepdim=True))
+
+
+class ConcatFusion(_Fusion):
+    """Table 4 ``concat``: 7x7 convolution of all R + 1 maps."""
+
+    def __init__(self, rotations: int, width: int, *, tau: float | None = 0.01) -> None:
+        super().__init__(width, tau)
+        self.embed = nn.Conv2d(rotations + 1, width, 7, padding=3)
+
+    def _embed(self, original: Tensor, refined: Tensor | None) -> Tensor:
+        return self.embed(torch.cat((original, _required(refined)), dim=1))
+
+
+class SeparateFusion(_Fusion):
+    """Table 4 ``separate``: each branch embedded alone, then joined by a 7x7 convolution, plus the original branch."""
+
+    def __init__(self, rotations: int, width: int, *, tau: float | None = 0.01) -> None:
+        super().__init__(width, tau)
+        self.embed_original = nn.Conv2d(rotations, width, 7, padding=3)
+        self.embed_refined = nn.Conv2d(1, width, 7, padding=3)
+        self.head = nn.Conv2d(2 * width, width, 7, padding=3)
+
+    def _embed(self, original: Tensor, refined: Tensor | None) -> Tensor:
+        first = self.embed_original(original).sigmoid()
+        second = self.embed_refined(_required(refined)).sigmoid()
+        return self.head(torch.cat((first, second), dim=1)).sigmoid() + first
+
+
+class MultiScaleBlock(nn.Module):
+    """Depth-wise convolutions of three reaches beside the input, joined by a 1x1 convolution, with a residual.
+
+    Args:
+        width: channels.
+        kind: ``dilation`` (3x3, dilation 1, 2, 3) or ``kernel`` (3x3, 5x5, 7x7).
+    """
+
+    def __init__(self, width: int, kind: Literal["dilation", "kernel"] = "dilation") -> None:
+        super().__init__()
+        if kind == "dilation":
+            reach = [nn.Conv2d(width, width, 3, padding=d, dilation=d, groups=width) for d in (1, 2, 3)]
+        elif kind == "kernel":
+            reach = [nn.Conv2d(width, width, k, padding=k // 2, groups=width) for k in (3, 5, 7)]
+        else:
+            raise ValueError(f"MultiScaleBlock: kind is unknown; expected dilation or kernel, got {kind!r}")
+        self.reach = nn.ModuleList(reach)
+        self.join = nn.Conv2d(4 * width, width, 1, bias=False)
+        self.norm = group_norm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.cat([x, *(conv(x) for conv in self.reach)], dim=1)
+        return x + self.norm(self.join(wide)).relu_()
+
+
+class UGAF(nn.Module):
+    """Lets the rectified map speak where the original one is ambiguous (Eq. 12-13).
+
+    ``U`` is the class entropy of the mean original map; the gate of Eq. 13 weighs the rectified map by it:
+
+    * ``sigmoid_proj``: ``sigmoid(a U + b) M_r`` (a, b learned, from 4 and -2);
+    * ``residual``: ``(1 + sigmoid(a U + b)) M_r``;
+    * ``direct``: ``U M_r``;
+    * ``feature``: ``sigmoid(a U + b)`` with one a, b per channel, on the embedded map;
+    * ``proj_on_map``: ``U sigmoid(a M_r + b)``.
+
+    Args:
+        rotations: original maps per class (R).
+        width: channels of the embedding.
+        tau: temperature of Eq. 12; None learns it, from 0.01.
+        gate: form of Eq. 13.
+        detach_gate: the uncertainty sends no gradient into the original maps (a learned tau still gets its own).
+        head: joins both embeddings by ``conv1x1`` with GroupNorm and ReLU, or by ``conv7x7`` with sigmoid and residual.
+        multi_scale: see :class:`MultiScaleBlock`.
+    """
+
+    def __init__(
+        self,
+        rotations: int,
+        width: int,
+        *,
+        tau: float | None = 0.01,
+        gate: Gate = "sigmoid_proj",
+        detach_gate: bool = True,
+        head: Literal["conv1x1", "conv7x7"] = "conv1x1",
+        multi_scale: Literal["dilation", "kernel"] = "dilation",
+    ) -> None:
+        super().__init__()
+        if tau is not None and not tau > 0:
+            raise ValueError(f"UGAF: tau is out of range; expected above 0, got {tau}")
+        self.width = width
+        self.tau = tau
+        self.log_tau = nn.Parameter(torch.tensor(math.log(0.01))) if tau is None else None
+        self.gate = gate
+        self.detach_gate = detach_gate
+        self.project: nn.Conv2d | None = None
+        if gate in ("sigmoid_proj", "residual", "feature", "proj_on_map"):
+            self.project = nn.Conv2d(1, width if gate == "feature" else 1, 1)
+            nn.init.constant_(self.project.weight, 4.0)
+            # more uncertain means more correction from the first step: sigmoid(-2) .. sigmoid(2)
+            nn.init.constant_(_bias(self.project), 0.0 if gate == "proj_on_map" else -2.0)
+        elif gate != "direct":
+            raise ValueError(
+                "UGAF: gate is unknown; expected sigmoid_proj, residual, direct, feature or proj_on_map, "
+                f"got {gate!r}"
+            )
+        self.embed_original = nn.Conv2d(rotations, width, 7, padding=3)
+        self.embed_refined = nn.Conv2d(1, width, 7, padding=3)
+        self.multi_scale = MultiScaleBlock(width, multi_scale)
+        self.head: nn.Module
+        if head == "conv1x1":
+            join = nn.Conv2d(2 * width, width, 1, bias=False)
+            self.head = nn.Sequential(join, group_norm(width), nn.ReLU(inplace=True))
+        elif head == "conv7x7":
+            self.head = nn.Sequential(nn.Conv2d(2 * width, width, 7, padding=3), nn.Sigmoid())
+        else:
+            raise ValueError(f"UGAF: head is unknown; expected conv1x1 or conv7x7, got {head!r}")
+        self.head_residual = head == "conv7x7"
+
+    def forward(self, original: Tensor, refined: Tensor | None = None) -> FusionOutput:
+        _check_maps(original, refined)
+        refined = _required(refined)
+        batch, _, classes = original.shape[:3]
+        mean = original.mean(dim=1)
+        tau = self.log_tau.exp() if self.log_tau is not None else self.tau
+        ambiguity = uncertainty(mean.detach() if self.detach_gate else mean, 0.01 if tau is None else tau)
+        first = self.embed_original(_fold(original))
+        second = _channels_last(self.embed_refined(_fold(self._modulate(refined, ambiguity))))
+        if self.gate == "feature" and self.project is not None:
+            weight = self.project(ambiguity).sigmoid()
+            second = (second.unflatten(0, (batch, classes)) * weight[:, None]).flatten(0, 1)
+        second = self.multi_scale(second)
+        joined = self.head(torch.cat((first, second), dim=1))
+        if self.head_residual:
+            joined = joined + first
+        return FusionOutput(_unfold(joined, batch, classes), ambiguity.detach())
+
+    def _modulate(self, refined: Tensor, ambiguity: Tensor) -> Tensor:
+        # ambiguity (B,1,h,w) is the same for every class: a dimension of one stands for T
+        if self.gate == "direct":
+            return ambiguity[:, None] * refined
+        if self.gate == "proj_on_map" and self.project is not None:
+            gate = self.project(refined.flatten(2, 3)).sigmoid().view_as(refined)
+            return ambiguity[:, None] * gate
+        if self.gate in ("sigmoid_proj", "residual") and self.project is not None:
+            gate = self.project(ambiguity).sigmoid()
+            return (1 + gate if self.gate == "residual" else gate)[:, None] * refined
+        return refined
+
+
+def build_fusion(
+    kind: Literal["ugaf", "mean", "concat", "separate", "none"],
+    rotations: int,
+    width: int,
+    *,
+    tau: float | None = 0.01,
+    gate: Gate = "sigmoid_proj",
+    detach_gate: bool = True,
+    head: Literal["conv1x1", "conv7x7"] = "conv1x1",
+    multi_scale: Literal["dilation", "kernel"] = "dilation",
+) -> UGAF | _Fusion:
+    """The fusion of that name; options that a kind does not have are not looked at."""
+    if kind == "ugaf":
+        return UGAF(
+            rotations, width, tau=tau, gate=gate, detach_gate=detach_gate, head=head, multi_scale=multi_scale
+        )
+    simple = {"mean": MeanFusion, "concat": ConcatFusion, "separate": SeparateFusion, "none": NoFusion}
+    if kind not in simple:
+        raise ValueError(f"fusion: kind is unknown; expected ugaf, mean, concat, separate or none, got {kind!r}")
+    return simple[kind](rotations, width, tau=tau)
+
+
+def _check_maps(original: Tensor, refined: Tensor | None) -> None:
+    if original.dim() != 5:
+        raise ValueError(f"fusion: original has a wrong shape; expected (B, R, T, h, w), got {tuple(original.shape)}")
+    if refined is not None:
+        expected = (original.shape[0], 1, *original.shape[2:])
+        if tuple(refined.shape) != expected:
+            raise ValueError(f"fusion: refined has a wrong shape; expected {expected}, got {tuple(refined.shape)}")
+
+
+def _required(refined: Tensor | None) -> Tensor:
+    if refined is None:
+        raise ValueError("fusion: refined is missing; expected (B, 1, T, h, w), got None")
+    return refined
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
+
+
+def _fold(maps: Tensor) -> Tensor:
+    return _channels_last(maps.transpose(1, 2).flatten(0, 1))
+
+
+def _channels_last(maps: Tensor) -> Tensor:
+    # convolutions of few channels run twice as fast so on a CPU, and the token layers that follow see
+    # (B*T, h*w, width) without a copy; one channel alone is both formats, so its result has to be asked for
+    return maps.contiguous(memory_format=torch.channels_last)
+
+
+def _unfold(embedding: Tensor, batch: int, classes: int) -> Tensor:
+    return embedding.unflatten(0, (batch, classes)).transpose(1, 2)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device of this process and, under ``torchrun``, the processes it trains with."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from drseg_core.errors import BackendUnavailableError, ConfigError
+from drseg_core.training.loss import LossSum
+
+
+class Agreed(NamedTuple):
+    """Over all processes: mean loss, number of its terms, the main one's clock, and a signal one of them received."""
+
+    loss: float
+    terms: float
+    elapsed: float
+    signal: int
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """This process among ``world_size``; a group of one communicates nothing."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Element-wise sum over the processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def broadcast(self, value: Tensor) -> Tensor:
+        """The main process's tensor, in place."""
+        if self.world_size > 1:
+            dist.broadcast(value, src=0)
+        return value
+
+    def agree(self, loss: LossSum, elapsed: float, received: int) -> Agreed:
+        """What all processes must know alike in a step, in one exchange: otherwise their weights would part."""
+        value = torch.zeros(5, dtype=torch.float64, device=self.device)
+        value[0], value[1] = loss.total.detach(), loss.terms
+        value[2] = elapsed if self.is_main else 0.0
+        value[3], value[4] = received == signal.SIGINT, received == signal.SIGTERM
+        total, terms, elapsed, interrupts, terminations = self.sum(value).tolist()
+        stop = signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
+        return Agreed(total / max(terms, 1.0), terms, elapsed, int(stop))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank."""
+        if self.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with averaged gradients. Frozen tensors, the prior among them, stay out of all communication."""
+        if self.world_size == 1:
+            return model
+        still = [name for name, value in model.named_parameters() if not value.requires_grad]
+        still += [name for name, _ in model.named_buffers()]
+        parallel = nn.parallel.DistributedDataParallel
+        parallel._set_params_and_buffers_to_ignore_for_model(model, still)
+        return parallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+
+def select_device(name: str | None, *, local_rank: int = 0) -> torch.device:
+    """A device by name; None takes CUDA where there is one.
+
+    Raises:
+        ConfigError: no name of a device.
+        BackendUnavailableError: the device is not here.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: name is unknown; expected cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = local_rank if device.index is None else device.index
+        if index >= count:
+            build = f"with CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+            raise BackendUnavailableError(
+                f"device: {name} is not available; {count} CUDA devices found, torch is built {build}"
+            )
+        return torch.device("cuda", index)
+    if device.type != "cpu":
+        raise ConfigError(f"device: type is not supported; expected cpu, cuda or cuda:N, got {name!r}")
+    return device
+
+
+@contextlib.contextmanager
+def process_group(device: str | None) -> Iterator[ProcessGroup]:
+    """Join the processes that ``torchrun`` started (gloo on CPU, nccl on CUDA), or go alone."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield ProcessGroup(select_device(device))
+        return
+    chosen = select_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield ProcessGroup(chosen, dist.get_rank(), world_size)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from drseg_core.config.schema import Config
+from drseg_core.data import SegmentationDataset, open_dataset
+from drseg_core.data.loader import training_batches
+from drseg_core.errors import CheckpointError, ConfigError, NumericalError
+from drseg_core.models.build import build_model
+from drseg_core.models.drseg import DRSeg
+from drseg_core.models.weights import load_into, model_state
+from drseg_core.training.checkpoint import (
+    WEIGHTS,
+    Checkpoint,
+    newest_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+    set_aside_damaged,
+)
+from drseg_core.training.diagnose import first_nonfinite
+from drseg_core.training.distributed import ProcessGroup, process_group
+from drseg_core.training.lock import run_lock
+from drseg_core.training.logs import Clock, Progress, RunLog, Window
+from drseg_core.training.loss import segmentation_loss
+from drseg_core.training.optim import build_optimizer, learning_rate_factor, set_learning_rate, training_progress
+from drseg_core.training.randomness import random_state, restore_random_state, seed_everything
+from drseg_core.training.rank_channels import load_channels, rank_channels, save_channels, weights_hash
+from drseg_core.training.run import CHANNELS, check_output, check_resumable, plain_config, warm_start, write_run_files
+from drseg_core.training.signals import StopSignals, TrainingStopped
+
+_log = logging.getLogger(__name__)
+
+
+def train(
+    config: Config,
+    data: str,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    init: str | Path | None = None,
+    device: str | None = None,
+    show_progress: bool = True,
+    on_step: Callable[[int], None] | None = None,
+) -> Path:
+    """Train a model and leave it in a run folder.
+
+    Under ``torchrun`` the processes share every batch; on the CPU the result of a run without a time limit, stopped and
+    resumed any number of times, is bit for bit that of a run that was never stopped.
+
+    Args:
+        config: model, optimisation and seed.
+        data: data set, see :func:`drseg_core.data.open_dataset`; its split ``train`` is used.
+        out: run folder; new or empty, unless ``resume``.
+        resume: go on after the newest undamaged checkpoint in ``out``.
+        init: run folder, checkpoint folder or weight file; its weights are the first ones wherever they fit.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None takes CUDA where there is one.
+        show_progress: a progress bar, or lines where stderr is no terminal.
+        on_step: called after every step with the number of steps taken.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ConfigError: ``out`` is not empty, or options contradict each other.
+        CheckpointError: nothing to resume, another configuration, or the folder is in use.
+        NumericalError: ``train.nan_limit`` steps in a row were not finite.
+        ResourceError: the disk is full.
+        TrainingStopped: a signal ended the training, after its state was saved.
+    """
+    run = Path(out)
+    if resume and init is not None:
+        raise ConfigError("train: resume and init exclude each other; a resumed run goes on with its own weights")
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(process_group(device))
+        if config.train.batch_size % group.world_size:
+            raise ConfigError(
+                f"train: train.batch_size cannot be shared; expected a multiple of the {group.world_size} processes, "
+                f"got {config.train.batch_size}"
+            )
+        check_output(run, resume=resume)
+        dataset = open_dataset(data, "train")
+        if group.is_main:
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(run_lock(run))
+            check_output(run, resume=resume)
+            remove_leftovers(run)
+        group.barrier()
+        checkpoint = newest_checkpoint(run) if resume else None
+        if checkpoint is not None:
+            check_resumable(checkpoint, config, dataset.class_names)
+        trainer = Trainer(config, dataset, run, group)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        if group.is_main:
+            facts = {
+                "command": sys.argv,
+                "device": str(group.device),
+                "processes": group.world_size,
+                "data": {"spec": data, "sha256": trainer.fingerprint, "samples": len(dataset)},
+                "init": None if init is None else str(init),
+            }
+            write_run_files(run, config, dataset.class_names, facts, resumed_at=trainer.step if resume else None)
+        if checkpoint is None:
+            if resume and group.is_main:
+                _log.warning("resume: %s has no checkpoint yet; training starts at step 0", run)
+            trainer.start(None if init is None else Path(init))
+        trainer.fit(show_progress=show_progress, on_step=on_step)
+    return run
+
+
+class Trainer:
+    """One run in this process: the model, the optimiser, and how far they are."""
+
+    def __init__(self, config: Config, dataset: SegmentationDataset, run: Path, group: ProcessGroup) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.run = run
+        self.group = group
+        seed_everything(config.seed)
+        self.model: DRSeg = build_model(config.model).to(group.device)
+        self.optimizer = build_optimizer(self.model.parameter_groups(config.train), config.train)
+        self.parameters = [value for entry in self.optimizer.param_groups for value in entry["params"]]
+        self.tokens = self.model.tokenize(dataset.class_names).to(group.device)
+        # the initial weights above are the same in all processes, what they drop out below is not
+        seed_everything(config.seed + group.rank)
+        self.fingerprint = dataset.fingerprint()
+        self.step = self.position = self.skipped = 0
+        self.saved_step = -1
+        self.elapsed = 0.0
+
+    def start(self, init: Path | None) -> None:
+        """First step of a new run: take weights from another one, and split the channels."""
+        split_is_set = init is not None and warm_start(self.model, init)
+        split, spsd = self.model.spsd, self.config.model.spsd
+        if split is None or spsd.semantic_ratio == 0 or (spsd.channels is None and split_is_set):
+            return
+        backbone = self.config.model.clip.name
+        if spsd.channels is not None:
+            ranking = load_channels(spsd.channels, channels=split.channels, backbone=backbone)
+            ranking = ranking.split_again(spsd.semantic_ratio)
+        elif self.group.is_main:
+            ranking = rank_channels(
+                self.model,
+                self.dataset,
+                spsd,
+                backbone=backbone,
+                weights_hash=weights_hash(self.model.clip),
+                seed=self.config.seed,
+                device=self.group.device,
+            )
+        score = torch.zeros(split.channels, dtype=torch.float64)
+        if self.group.is_main:
+            save_channels(self.run / CHANNELS, ranking)
+            score = ranking.score
+        split.set_ranking(self.group.broadcast(score.to(self.group.device)))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to where a checkpoint was made.
+
+        Raises:
+            CheckpointError: it belongs to other data, or its content does not fit the model.
+        """
+        state = checkpoint.training_state()
+        if state["dataset_sha256"] != self.fingerprint:
+            raise CheckpointError(
+                f"resume: the data are not those of {checkpoint.path}; "
+                f"dataset_sha256: {state['dataset_sha256'][:12]} then, {self.fingerprint[:12]} now"
+            )
+        load_into(self.model, checkpoint.weights(), name=str(checkpoint.path / WEIGHTS))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
+        self.elapsed = state["elapsed"]
+        if len(state["random"]) == self.group.world_size:
+            restore_random_state(state["random"][self.group.rank])
+        elif self.group.is_main:
+            _log.warning(
+                "resume: %d processes then, %d now; dropout goes on with other random values",
+                len(state["random"]),
+                self.group.world_size,
+            )
+        self.saved_step = self.step
+        if self.group.is_main:
+            set_aside_damaged(self.run, self.step)
+
+    def fit(self, *, show_progress: bool = True, on_step: Callable[[int], None] | None = None) -> None:
+        """Train until the first limit; save at the set intervals, at the end, and when a signal asks for a stop."""
+        options = self.config.train
+        network = self.group.wrap(self.model.train())
+        batches = training_batches(
+            self.dataset,
+            crop_size=options.crop_size,
+            batch_size=options.batch_size,
+            seed=self.config.seed,
+            start=self.position,
+            color_jitter=options.color_jitter,
+            workers=options.workers,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+        )
+        progress = training_progress(self.step, self.elapsed, options)
+        window = Window(len(self.dataset.class_names), self.group)
+        refused = 0
+        with contextlib.ExitStack() as stack:
+            signals = stack.enter_context(StopSignals())
+            clock = Clock(self.elapsed)
+            log = stack.enter_context(RunLog(self.run, step=self.step)) if self.group.is_main else None
+            bar = Progress(start=self.step, total=options.iterations, enabled=show_progress and self.group.is_main)
+            stack.callback(bar.close)
+            while progress < 1.0:
+                batch = next(batches)
+                image, mask = batch.image.to(self.group.device), batch.mask.to(self.group.device)
+                logits = network(image, self.tokens).logits
+                loss = segmentation_loss(logits, mask, ignore_mode=options.ignore_mode)
+                shared = self.group.agree(loss, clock.seconds(), signals.received)
+                self.elapsed = shared.elapsed
+                # the processes' gradients are averaged: this makes their average that of all pixels
+                (loss.total * (self.group.world_size / max(shared.terms, 1.0))).backward()
+                norm = float(nn.utils.clip_grad_norm_(self.parameters, options.gradient_clip))
+                if math.isfinite(shared.loss) and math.isfinite(norm):
+                    progress = training_progress(self.step, self.elapsed, options)
+                    set_learning_rate(self.optimizer, learning_rate_factor(progress, self.step, options))
+                    self.optimizer.step()
+                    window.add(shared.loss, norm, logits.detach(), mask)
+                    refused = 0
+                else:
+                    self.skipped += 1
+                    refused += 1
+                    if refused >= options.nan_limit:
+                        cause = first_nonfinite(self.model, image, self.tokens)
+                        raise NumericalError(
+                            f"train: {refused} steps in a row were not finite, the last at step {self.step + 1}; "
+                            f"the first bad tensor is {cause}"
+                        )
+                self.optimizer.zero_grad(set_to_none=True)
+                self.step += 1
+                self.position = batch.position + options.batch_size
+                progress = training_progress(self.step, self.elapsed, options)
+                bar.step()
+                if self.step % options.log_every == 0 or progress >= 1.0:
+                    record = window.close(self.step, self.optimizer, self.skipped, self.position, self.elapsed)
+                    if log is not None:
+                        log.add(record)
+                        bar.record(record, progress)
+                if shared.signal or progress >= 1.0 or (self.step % options.checkpoint_every == 0):
+                    self.save()
+                if on_step is not None:
+                    on_step(self.step)
+                if shared.signal and progress < 1.0:
+                    name = signal.Signals(shared.signal).name
+                    message = f"train: stopped by {name} after step {self.step}; go on with --resume"
+                    raise TrainingStopped(message, shared.signal)
+
+    def save(self) -> None:
+        """Write a checkpoint; all processes take part."""
+        random = self.group.gather(random_state())
+        if self.group.is_main and self.saved_step != self.step:
+            save_checkpoint(
+                self.run,
+                self.step,
+                model=model_state(self.model),
+                training={
+                    "step": self.step,
+                    "position": self.position,
+                    "skipped": self.skipped,
+                    "elapsed": self.elapsed,
+                    "optimizer": self.optimizer.state_dict(),
+                    "random": random,
+                    "dataset_sha256": self.fingerprint,
+                },
+                config=plain_config(self.config),
+                class_names=self.dataset.class_names,
+                keep=self.config.train.keep_checkpoints,
+            )
+        self.saved_step = self.step
+        self.group.barrier()

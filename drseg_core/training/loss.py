@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loss: one binary decision per class and pixel."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drseg_core.data import IGNORE
+
+
+class LossSum(NamedTuple):
+    """A loss before division: the mean is ``total / terms``, and 0 where ``terms`` is 0."""
+
+    total: Tensor
+    terms: Tensor
+
+    def mean(self) -> Tensor:
+        return self.total / self.terms.clamp(min=1)
+
+
+def segmentation_loss(logits: Tensor, mask: Tensor, *, ignore_mode: Literal["zeros", "masked"] = "zeros") -> LossSum:
+    """Sum of binary cross-entropies with logits, and the number of terms in it.
+
+    ``sum_{b,t,x} softplus(l_btx) - sum_{b,x valid} l_{b,y(b,x),x}``, which is the cross-entropy against the one-hot
+    mask without that mask ever being made. The logits are first brought to the size of the mask (bilinear).
+
+    Args:
+        logits: (B, T, h, w), one score per class; any float dtype, the sum is taken in float32 or wider.
+        mask: (B, H, W) class indices 0..T-1, 255 where there is no label; any integer dtype.
+        ignore_mode: pixels of id 255 are negative for every class (``zeros``), or left out (``masked``).
+
+    Returns:
+        ``LossSum(total, terms)``, two scalars. Kept apart so that processes which hold different numbers of valid
+        pixels can divide by the number of all of them. Without a valid pixel ``masked`` gives a total of 0 with
+        zero gradients.
+
+    Raises:
+        ValueError: sizes that do not belong together, or an unknown ``ignore_mode``.
+        TypeError: a mask that holds no integers.
+    """
+    if logits.dim() != 4 or mask.dim() != 3 or logits.shape[0] != mask.shape[0]:
+        raise ValueError(
+            f"segmentation_loss: mask does not fit the logits; expected logits (B, T, h, w) and mask (B, H, W), "
+            f"got {tuple(logits.shape)} and {tuple(mask.shape)}"
+        )
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"segmentation_loss: mask has the wrong dtype; expected an integer dtype, got {mask.dtype}")
+    if ignore_mode not in ("zeros", "masked"):
+        raise ValueError(
+            f"segmentation_loss: ignore_mode is unknown; expected 'zeros' or 'masked', got {ignore_mode!r}"
+        )
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if logits.shape[-2:] != mask.shape[-2:]:
+        logits = F.interpolate(logits, size=mask.shape[-2:], mode="bilinear", align_corners=False)
+    valid = mask != IGNORE
+    label = mask.long().masked_fill(~valid, 0)[:, None]
+    positive = (logits.gather(1, label) * valid[:, None]).sum()
+    negative = F.softplus(logits)
+    if ignore_mode == "masked":
+        return LossSum((negative * valid[:, None]).sum() - positive, valid.sum() * logits.shape[1])
+    return LossSum(negative.sum() - positive, torch.tensor(logits.numel(), device=logits.device))

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offline SPSD calibration: score CLIP's channels once per backbone and training set (Eq. 1-5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drseg_core.config.schema import SPSDConfig
+from drseg_core.data import IGNORE, Sample, SegmentationDataset
+from drseg_core.errors import CheckpointError, DatasetError
+from drseg_core.files import atomic_path
+from drseg_core.nn.spsd import check_partition, rank_by_prototypes, split_by_score
+
+FORMAT_VERSION = 1
+_log = logging.getLogger(__name__)
+
+
+class DenseEncoder(Protocol):
+    """What the calibration needs of a model."""
+
+    def dense_features(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to (B, C, h, w)."""
+
+
+@dataclass(frozen=True)
+class ChannelFile:
+    """Content of ``channels.safetensors``.
+
+    Args:
+        score: (C,) g of Eq. 4, float64; larger is more semantic.
+        semantic_index: channels of the semantic subspace, ascending.
+        structural_index: all others, ascending.
+        entropy: (C,) H of Eq. 2.
+        similarity: (C,) S of Eq. 3.
+        metadata: backbone, weights_sha256, dataset_sha256, class_names, alpha, semantic_ratio,
+            prototypes_per_class, seed and the other options of the ranking.
+    """
+
+    score: Tensor
+    semantic_index: Tensor
+    structural_index: Tensor
+    entropy: Tensor
+    similarity: Tensor
+    metadata: dict[str, Any]
+
+    def split_again(self, semantic_ratio: float) -> ChannelFile:
+        """The same ranking with another share of semantic channels (Eq. 5)."""
+        semantic, structural = split_by_score(self.score, semantic_ratio)
+        metadata = {**self.metadata, "semantic_ratio": semantic_ratio}
+        return dataclasses.replace(self, semantic_index=semantic, structural_index=structural, metadata=metadata)
+
+
+def rank_channels(
+    model: DenseEncoder,
+    dataset: SegmentationDataset,
+    options: SPSDConfig,
+    *,
+    backbone: str,
+    weights_hash: str,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> ChannelFile:
+    """Sample class prototypes on a training set and rank the channels by them.
+
+    Every image is seen once, unrotated and whole. The mask is brought to the feature grid by nearest neighbour, each
+    pixel feature is L2-normalised, and a uniform sample of at most ``options.prototypes_per_class`` of them is kept
+    per class, so memory does not grow with the data.
+
+    Args:
+        model: gives dense CLIP features; its weights are not changed.
+        dataset: training split.
+        options: ranking options and the share of semantic channels.
+        backbone: name of the image encoder, written into the result.
+        weights_hash: hash of its weights, written into the result.
+        seed: seed of the sample; the result does not depend on ``batch_size`` beyond rounding.
+        batch_size: images per forward pass (of equal size).
+        device: where the model is.
+        progress: called with images done and their number.
+
+    Raises:
+        DatasetError: fewer than two classes have labelled pixels.
+    """
+    classes = len(dataset.class_names)
+    reservoir = Reservoir(classes, options.prototypes_per_class, seed)
+    done = 0
+    for samples in _equal_sized(dataset, batch_size):
+        feature = dense_features(model, torch.stack([sample.image for sample in samples]).to(device)).cpu()
+        mask = torch.stack([sample.mask for sample in samples])
+        label = label_on_grid(mask, (feature.shape[-2], feature.shape[-1]))
+        for one_feature, one_label in zip(feature, label, strict=True):
+            reservoir.add(one_feature.flatten(1).T, one_label.flatten())
+        done += len(samples)
+        if progress is not None:
+            progress(done, len(dataset))
+    prototype, label = reservoir.content()
+    present = label.unique()
+    if len(present) < 2:
+        raise DatasetError(
+            f"rank: the data set has too few classes with labelled pixels; expected at least 2, got {len(present)}"
+        )
+    if len(present) < classes:
+        missing = [name for index, name in enumerate(dataset.class_names) if index not in present]
+        _log.warning(
+            "rank: %d of %d classes have no labelled pixel: %s", len(missing), classes, ", ".join(missing[:10])
+        )
+    ranking = rank_by_prototypes(prototype, label, classes, options=options)
+    semantic, structural = split_by_score(ranking.score, options.semantic_ratio)
+    return ChannelFile(
+        score=ranking.score,
+        semantic_index=semantic,
+        structural_index=structural,
+        entropy=ranking.entropy,
+        similarity=ranking.similarity,
+        metadata={
+            "format_version": FORMAT_VERSION,
+            "backbone": backbone,
+            "weights_sha256": weights_hash,
+            "dataset_sha256": dataset.fingerprint(),
+            "class_names": list(dataset.class_names),
+            "prototypes": len(label),
+            "seed": seed,
+            "alpha": options.alpha,
+            "semantic_ratio": options.semantic_ratio,
+            "prototypes_per_class": options.prototypes_per_class,
+            "entropy_activation": options.entropy_activation,
+            "dead_channel_entropy": options.dead_channel_entropy,
+            "similarity": options.similarity,
+            "rank_ties": options.rank_ties,
+        },
+    )
+
+
+class Reservoir:
+    """A uniform sample, without replacement, of at most ``size`` rows per class of a stream of unknown length.
+
+    Every row gets a random key and the ``size`` smallest keys of each class stay, so the sample depends on the
+    order of the stream and the seed alone.
+    """
+
+    def __init__(self, classes: int, size: int, seed: int) -> None:
+        self.size = size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._row: list[Tensor | None] = [None] * classes
+        self._key: list[Tensor] = [torch.empty(0, dtype=torch.float64)] * classes
+
+    def add(self, feature: Tensor, label: Tensor) -> None:
+        """Offer (n, C) rows with their (n,) labels; rows labelled 255 are passed over. Rows are L2-normalised."""
+        key = torch.rand(len(label), dtype=torch.float64, generator=self._generator)
+        for index in label.unique().tolist():
+            if index == IGNORE:
+                continue
+            own = (label == index).nonzero().squeeze(1)
+            own = own[key[own].argsort()[: self.size]]
+            row, kept = F.normalize(feature[own].float(), dim=1), key[own]
+            before = self._row[index]
+            if before is not None:
+                row, kept = torch.cat((before, row)), torch.cat((self._key[index], kept))
+            order = kept.argsort()[: self.size]
+            self._row[index], self._key[index] = row[order], kept[order]
+
+    def content(self) -> tuple[Tensor, Tensor]:
+        """The kept rows (M, C) in class order, and their labels (M,)."""
+        kept = [(index, row) for index, row in enumerate(self._row) if row is not None]
+        if not kept:
+            return torch.empty(0, 0), torch.empty(0, dtype=torch.long)
+        return torch.cat([row for _, row in kept]), torch.cat([torch.full((len(row),), index) for index, row in kept])
+
+
+@torch.no_grad()
+def dense_features(model: DenseEncoder, image: Tensor) -> Tensor:
+    """Dense CLIP features (B, C, h, w) of (B, 3, H, W) uint8 images, the model in evaluation mode meanwhile."""
+    training = isinstance(model, nn.Module) and model.training
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        return model.dense_features(image.float() / 255.0)
+    finally:
+        if training and isinstance(model, nn.Module):
+            model.train()
+
+
+def label_on_grid(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, H, W) mask to the class at the centre of each of (B, h, w) grid cells."""
+    return F.interpolate(mask[:, None].float(), size=grid, mode="nearest-exact")[:, 0].long()
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a module's tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_channels(path: str | os.PathLike[str], channels: ChannelFile) -> None:
+    """Write ``channels.safetensors``, complete or not at all."""
+    from safetensors.torch import save_file
+
+    names = ("score", "semantic_index", "structural_index", "entropy", "similarity")
+    with atomic_path(path) as temporary:
+        save_file(
+            {name: getattr(channels, name).contiguous() for name in names},
+            temporary,
+            metadata={"drseg_channels": json.dumps(channels.metadata)},
+        )
+
+
+def load_channels(
+    path: str | os.PathLike[str], *, channels: int | None = None, backbone: str | None = None
+) -> ChannelFile:
+    """Read ``channels.safetensors`` and check that it is whole.
+
+    Args:
+        path: file made by ``drseg rank``.
+        channels: C that the model has.
+        backbone: name of the model's image encoder.
+
+    Raises:
+        CheckpointError: not readable, of another kind or model, or its indices are no partition of the channels.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = json.loads((file.metadata() or {})["drseg_channels"])
+            tensor = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        content = ChannelFile(metadata=metadata, **tensor)
+        version = int(metadata["format_version"])
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"load_channels: file not found; expected a file made by drseg rank, got {path}"
+        ) from None
+    except Exception as error:
+        raise CheckpointError(
+            f"load_channels: {path} is no channel ranking; expected a file made by drseg rank"
+        ) from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"load_channels: {path} format_version is newer than this program; expected at most {FORMAT_VERSION}, "
+            f"got {version}"
+        )
+    score = content.score
+    if score.dim() != 1 or not score.is_floating_point() or not torch.isfinite(score).all():
+        raise CheckpointError(f"load_channels: {path} score is not usable; expected (C,) finite floating point values")
+    check_partition(content.semantic_index, content.structural_index, len(score))
+    if channels is not None and len(score) != channels:
+        raise CheckpointError(
+            f"load_channels: {path} is of another model; expected {channels} channels, got {len(score)}"
+        )
+    found = metadata.get("backbone")
+    if backbone is not None and found != backbone:
+        raise CheckpointError(
+            f"load_channels: {path} is of another model; expected backbone {backbone!r}, got {found!r}"
+        )
+    return content
+
+
+def _equal_sized(dataset: SegmentationDataset, batch_size: int) -> Iterator[list[Sample]]:
+    """Samples in order, in groups of one image size."""
+    group: list[Sample] = []
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        if group and (len(group) == batch_size or group[0].image.shape != sample.image.shape):
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run folder: what a training writes besides its checkpoints, and how a trained model is read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drseg_core.config.load import config_from_dict, to_yaml
+from drseg_core.config.schema import Config
+from drseg_core.errors import CheckpointError, ConfigError
+from drseg_core.files import write_text_atomic
+from drseg_core.models.build import build_model
+from drseg_core.models.drseg import DRSeg
+from drseg_core.models.weights import load_into, load_weights
+from drseg_core.training.checkpoint import (
+    DESCRIPTION,
+    FOLDER,
+    WEIGHTS,
+    Checkpoint,
+    newest_checkpoint,
+    open_checkpoint,
+)
+from drseg_core.training.versions import git_revision, library_versions
+
+CONFIG, CLASSES, MANIFEST, CHANNELS = "config.yaml", "classes.txt", "manifest.json", "channels.safetensors"
+# what may differ between the parts of one run: limits, intervals and what depends on the machine
+_FREE = (
+    "train.seconds",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.nan_limit",
+    "train.workers",
+    "model.graph.backend",
+    "evaluation.",
+)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model on the CPU, in evaluation mode, with what it was trained for."""
+
+    model: DRSeg
+    config: Config
+    class_names: tuple[str, ...]
+    step: int
+    path: Path
+
+
+def load_run(path: str | Path) -> LoadedRun:
+    """Read the newest undamaged checkpoint of a run folder, or one checkpoint folder.
+
+    Args:
+        path: ``RUN`` or ``RUN/checkpoints/step-XXXXXXXX``.
+
+    Raises:
+        CheckpointError: not found, damaged, or of another model than its configuration says.
+    """
+    checkpoint = find_checkpoint(Path(path))
+    config = config_from_dict(checkpoint.config, Config, str(checkpoint.path / DESCRIPTION))
+    model = build_model(config.model)
+    load_into(model, checkpoint.weights(), name=str(checkpoint.path / WEIGHTS))
+    return LoadedRun(model.eval(), config, checkpoint.class_names, checkpoint.step, checkpoint.path)
+
+
+def plain_config(config: Config) -> dict[str, Any]:
+    """A configuration as JSON has it: lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint a run folder or a checkpoint folder stands for, its checksums verified.
+
+    Raises:
+        CheckpointError: there is none that can be used.
+    """
+    try:
+        is_folder, is_checkpoint, is_run = path.is_dir(), (path / DESCRIPTION).is_file(), (path / CONFIG).is_file()
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"load_run: {path} is not readable ({error})") from None
+    if not is_folder:
+        problem = "is not a folder" if exists else "not found"
+        raise CheckpointError(f"load_run: {path} {problem}; expected the folder of a training run or of a checkpoint")
+    if is_checkpoint:
+        return open_checkpoint(path)
+    checkpoint = newest_checkpoint(path)
+    if checkpoint is None:
+        reason = f"has no checkpoint in {FOLDER}/ yet" if is_run else "is not the folder of a training run"
+        raise CheckpointError(f"load_run: {path} {reason}; expected a folder written by drseg train")
+    return checkpoint
+
+
+def check_output(run: Path, *, resume: bool) -> None:
+    """Refuse a folder that a new run must not write into, or that a resumed run cannot go on in.
+
+    Hidden files do not count: a lock and unfinished files are all that a run killed at its very start leaves.
+
+    Raises:
+        ConfigError: a new run, and the folder has something in it, or is a file.
+        CheckpointError: a resumed run, and there is none.
+    """
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"train: out is not a folder; expected a new or empty folder, got {run}")
+    if resume:
+        if not (run / CONFIG).is_file():
+            problem = f"has no {CONFIG}" if run.is_dir() else "not found"
+            raise CheckpointError(f"train: {run} {problem}; expected the folder of a run to resume")
+    elif run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
+        raise ConfigError(f"train: out is not empty; expected a new folder, or --resume to go on with it, got {run}")
+
+
+def check_resumable(checkpoint: Checkpoint, config: Config, class_names: tuple[str, ...]) -> None:
+    """Refuse to go on with another configuration or other classes than the checkpoint's.
+
+    Limits may be raised, and logging, checkpoint and evaluation options changed.
+
+    Raises:
+        CheckpointError: naming the first fields that differ, with both values.
+    """
+    differing = [
+        f"{name}: {old!r} then, {new!r} now"
+        for name, old, new in _differences(checkpoint.config, plain_config(config))
+        if not name.startswith(_FREE) and not (name == "train.iterations" and new > old)
+    ]
+    if checkpoint.class_names != class_names:
+        differing.append(_class_difference(checkpoint.class_names, class_names))
+    if differing:
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        run = checkpoint.path.parent.parent
+        raise CheckpointError(f"resume: the run in {run} was started otherwise; {'; '.join(differing[:5])}{more}")
+
+
+def write_run_files(
+    run: Path, config: Config, class_names: tuple[str, ...], facts: dict[str, Any], *, resumed_at: int | None
+) -> None:
+    """Write config.yaml first (a folder that has it can be resumed), then classes.txt and manifest.json.
+
+    A resumed run keeps the manifest of its start and adds an entry to its list ``resumed``.
+    """
+    from drseg_core.ops import backend_report
+
+    write_text_atomic(run / CONFIG, to_yaml(config))
+    write_text_atomic(run / CLASSES, "".join(f"{name}\n" for name in class_names))
+    entry = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git": git_revision(),
+        "versions": library_versions(),
+        "seed": config.seed,
+        "backends": backend_report(),
+        **facts,
+    }
+    manifest = entry
+    if resumed_at is not None:
+        try:
+            manifest = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
+            manifest.setdefault("resumed", []).append({"step": resumed_at, **entry})
+        except (OSError, ValueError, AttributeError):
+            manifest = entry
+    write_text_atomic(run / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def warm_start(model: DRSeg, path: Path) -> bool:
+    """Copy the weights of another run wherever names and shapes match, and say how many did.
+
+    Returns:
+        True when the channel split came along; the graph's weights belong to it, so it must be kept.
+
+    Raises:
+        CheckpointError: nothing matches, or there is no such run.
+    """
+    state = load_weights(path)[0] if path.is_file() else find_checkpoint(path).weights()
+    own = model.state_dict()
+    matching = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    learned = {name for name, _ in model.named_parameters()} & matching.keys()
+    if not learned:
+        raise CheckpointError(f"init: no tensor of {path} has the name and shape of one of the model's {len(own)}")
+    model.load_state_dict(matching, strict=False)
+    print(f"init: {len(matching)} of {len(own)} tensors taken from {path}", file=sys.stderr)
+    missing = sorted({name for name, value in model.named_parameters() if value.requires_grad} - matching.keys())
+    if missing:
+        _log.info("init: %d trainable tensors start anew: %s", len(missing), ", ".join(missing[:10]))
+    return {"spsd.semantic_index", "spsd.structural_index"} <= matching.keys()
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        prefix = f"{name}." if name else ""
+        return [item for key in keys for item in _differences(old.get(key), new.get(key), f"{prefix}{key}")]
+    return [] if old == new else [(name, old, new)]
+
+
+def _class_difference(old: tuple[str, ...], new: tuple[str, ...]) -> str:
+    if len(old) != len(new):
+        return f"classes: {len(old)} then, {len(new)} now"
+    place, (before, now) = next((i, pair) for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
+    return f"classes[{place}]: {before!r} then, {now!r} now"

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PDGR under DistributedDataParallel: two processes on the CPU, every parameter with a gradient in every step.
+
+The test starts this very file once per rank; a rank that hangs is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from drseg_core.nn import PDGR
+
+WORLD = 2
+C, D = 6, 5
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 60
+
+# options of PDGR, grid, and the ranks whose every pixel is ignored by the loss
+SCENARIOS: dict[str, tuple[dict[str, Any], tuple[int, int], tuple[int, ...]]] = {
+    "ordinary": ({}, (4, 5), ()),
+    "affinity as weight": ({"use_affinity_as_weight": True, "norm": "sym_undirected"}, (4, 5), ()),
+    "no neighbours": ({"k": 0}, (4, 5), ()),
+    "every slot is padding": ({"self_loop": "exclude"}, (1, 1), ()),
+    "one rank ignores all": ({}, (4, 5), (1,)),
+    "both ranks ignore all": ({"residual": True}, (4, 5), (0, 1)),
+}
+
+
+def batch(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, prior and loss weights of both ranks: the first half of the samples is rank 0's."""
+    _, grid, ignoring = SCENARIOS[name]
+    random = torch.Generator().manual_seed(4)
+    features = torch.randn(2 * WORLD, C, *grid, generator=random)
+    prior = torch.randn(2 * WORLD, D, *grid, generator=random)
+    weight = torch.ones(2 * WORLD, 1, *grid)
+    for rank in ignoring:
+        weight[2 * rank : 2 * rank + 2] = 0
+    return features, prior, weight
+
+
+def model(name: str) -> nn.Module:
+    torch.manual_seed(7)
+    return PDGR(C, D, **{"k": 5, "edge_hidden": 4, **SCENARIOS[name][0]})
+
+
+def two_steps(module: nn.Module, features: Tensor, prior: Tensor, weight: Tensor) -> list[dict[str, Tensor]]:
+    """Gradients of two steps of SGD. The second one fails if the first left a parameter without."""
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.05)
+    steps = []
+    for _ in range(2):
+        optimiser.zero_grad(set_to_none=True)
+        loss = (module(features, prior).square() * weight).mean()
+        loss.backward()
+        optimiser.step()
+        named = {key.removeprefix("module."): value.grad for key, value in module.named_parameters()}
+        missing = [key for key, grad in named.items() if grad is None]
+        if missing:
+            raise RuntimeError(f"no gradient for {', '.join(missing)}")
+        steps.append({key: grad.clone() for key, grad in named.items() if grad is not None})
+    return steps
+
+
+def work(rank: int, store: str, results: str) -> None:
+    """What one rank does, for every scenario."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT / 2)
+    )
+    found = {}
+    for name in SCENARIOS:
+        module = DistributedDataParallel(model(name), find_unused_parameters=False)
+        half = slice(2 * rank, 2 * rank + 2)
+        found[name] = two_steps(module, *(part[half] for part in batch(name)))
+    torch.save(found, results)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, list[dict[str, Tensor]]]]:
+    folder = tmp_path_factory.mktemp("ddp")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    results = [folder / f"rank-{rank}.pt" for rank in range(WORLD)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder / "store"), str(results[rank])],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        for rank, process in enumerate(processes):
+            output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            assert process.returncode == 0, f"rank {rank}: {output}"
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [torch.load(result, weights_only=True) for result in results]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_gradients_are_those_of_the_joint_batch(name, ranks):
+    expected = two_steps(model(name), *batch(name))
+    silent = "edge_vector" if name in ("no neighbours", "every slot is padding") else None
+    for step in range(2):
+        first, second = (rank[name][step] for rank in ranks)
+        assert set(first) == set(expected[step]) == {key for key, _ in model(name).named_parameters()}
+        for key, value in expected[step].items():
+            assert torch.equal(first[key], second[key]), f"{key} differs between the ranks"
+            scale = float(value.abs().max())
+            torch.testing.assert_close(
+                first[key], value, rtol=1e-4, atol=1e-5 * scale + 1e-9, msg=f"{key} is not the mean"
+            )
+        if silent:
+            assert not first[silent].any()
+        elif name == "both ranks ignore all":
+            assert not any(value.any() for value in first.values())
+        else:
+            assert all(value.any() for value in first.values())
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), sys.argv[2], sys.argv[3])

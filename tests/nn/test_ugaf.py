@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from drseg_core.nn.ugaf import UGAF, FusionOutput, MultiScaleBlock, build_fusion, group_norm, uncertainty
+
+KINDS = ("ugaf", "mean", "concat", "separate", "none")
+GATES = ("sigmoid_proj", "residual", "direct", "feature", "proj_on_map")
+
+
+def maps(classes: int = 5, rotations: int = 4, grid: tuple[int, int] = (6, 4)) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(classes)
+    shape = (classes, *grid)
+    original = torch.rand(2, rotations, *shape, generator=generator) * 0.2
+    return original, torch.rand(2, 1, *shape, generator=generator) * 0.2
+
+
+def test_uncertainty_is_the_normalised_entropy() -> None:
+    m = torch.randn(2, 7, 3, 4, dtype=torch.float64) * 0.05
+    q = torch.softmax(m / 0.02, dim=1)
+    expected = -(q * q.log()).sum(1, keepdim=True) / math.log(7)
+    torch.testing.assert_close(uncertainty(m, 0.02), expected)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 17, 255])
+def test_uncertainty_is_one_when_uniform_and_zero_when_certain(classes: int) -> None:
+    uniform = torch.full((1, classes, 2, 2), 0.3)
+    certain = torch.zeros(1, classes, 2, 2)
+    certain[:, 0] = 1.0
+    torch.testing.assert_close(uncertainty(uniform, 0.01), torch.ones(1, 1, 2, 2))
+    torch.testing.assert_close(uncertainty(certain, 0.001), torch.zeros(1, 1, 2, 2))
+
+
+def test_uncertainty_of_one_class_is_zero() -> None:
+    assert torch.equal(uncertainty(torch.randn(2, 1, 3, 3), 0.01), torch.zeros(2, 1, 3, 3))
+
+
+@pytest.mark.parametrize("tau", [1e-30, 1e-6, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_uncertainty_stays_finite_with_finite_gradients(tau: float, dtype: torch.dtype) -> None:
+    m = torch.tensor([1.0, -1.0, 0.999, 0.5], dtype=dtype).view(1, 4, 1, 1).requires_grad_()
+    u = uncertainty(m, tau)
+    u.sum().backward()
+    assert 0 <= float(u.detach()) <= 1 and torch.isfinite(m.grad).all()
+
+
+def test_uncertainty_depends_on_temperature_as_specified() -> None:
+    # model.md 2.4: cosines of deviation 0.04 and 17 classes
+    m = torch.randn(1, 17, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.04
+    for tau, expected in {1.0: 0.9997, 0.1: 0.974, 0.07: 0.948, 0.02: 0.595, 0.01: 0.311}.items():
+        assert float(uncertainty(m, tau).mean()) == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_fusion_has_one_call_and_any_number_of_classes(kind: str) -> None:
+    torch.manual_seed(0)
+    fusion = build_fusion(kind, 4, 16)
+    for classes in (1, 3, 9):
+        original, refined = maps(classes)
+        result = fusion(original, None if kind == "none" else refined)
+        assert isinstance(result, FusionOutput)
+        assert result.embedding.shape == (2, 16, classes, 6, 4)
+        assert result.uncertainty.shape == (2, 1, 6, 4)
+        torch.testing.assert_close(result.uncertainty, uncertainty(original.mean(1), 0.01))
+
+
+@pytest.mark.parametrize(("kind", "gate"), [(kind, "sigmoid_proj") for kind in KINDS] + [("ugaf", "feature")])
+def test_classes_are_treated_alike_and_apart(kind: str, gate: str) -> None:
+    torch.manual_seed(0)
+    fusion = build_fusion(kind, 4, 8, gate=gate).eval()
+    original, refined = maps(6)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    whole = fusion(original, refined).embedding
+    permuted = fusion(original[:, :, order], refined[:, :, order]).embedding
+    torch.testing.assert_close(permuted, whole[:, :, order], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tau", [0.01, None])
+@pytest.mark.parametrize("classes", [1, 4])
+def test_every_parameter_gets_a_gradient(kind: str, tau: float | None, classes: int) -> None:
+    variants = (
+        [{"gate": g, "head": h, "detach_gate": d} for g in GATES for h in ("conv1x1", "conv7x7") for d in (True, False)]
+        if kind == "ugaf"
+        else [{}]
+    )
+    original, refined = maps(classes)
+    for variant in variants:
+        fusion = build_fusion(kind, 4, 8, tau=tau, **variant)
+        fusion(original, refined).embedding.square().mean().backward()
+        for name, parameter in fusion.named_parameters():
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), (variant, name)
+
+
+def test_detached_gate_sends_no_gradient_into_the_original_maps() -> None:
+    torch.manual_seed(0)
+    original, refined = maps()
+    gradients = []
+    for detach in (True, False):
+        fusion = UGAF(4, 8, detach_gate=detach, tau=0.05)
+        nn.init.zeros_(fusion.embed_original.weight)
+        leaf = original.clone().requires_grad_()
+        fusion(leaf, refined).embedding.square().mean().backward()
+        gradients.append(float(leaf.grad.abs().sum()))
+    assert gradients[0] == 0 and gradients[1] > 0
+
+
+def test_gate_forms() -> None:
+    original, refined = maps()
+    u = uncertainty(original.mean(1), 0.05)[:, None]
+    expected = {
+        "sigmoid_proj": torch.sigmoid(4 * u - 2) * refined,
+        "residual": (1 + torch.sigmoid(4 * u - 2)) * refined,
+        "direct": u * refined,
+        "proj_on_map": u * torch.sigmoid(4 * refined),
+        "feature": refined,
+    }
+    for gate, value in expected.items():
+        fusion = UGAF(4, 8, gate=gate, tau=0.05)
+        torch.testing.assert_close(fusion._modulate(refined, u[:, 0]), value)
+
+
+def test_feature_gate_weighs_the_embedding() -> None:
+    torch.manual_seed(0)
+    original, refined = maps()
+    fusion = UGAF(4, 8, gate="feature", tau=0.05)
+    seen: list[Tensor] = []
+    fusion.multi_scale.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    fusion(original, refined)
+    weight = torch.sigmoid(4 * uncertainty(original.mean(1), 0.05) - 2)
+    embedded = fusion.embed_refined(refined.transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 5)) * weight[:, None]
+    torch.testing.assert_close(seen[0].unflatten(0, (2, 5)), embedded)
+
+
+def test_simple_fusions_are_those_of_table_4() -> None:
+    torch.manual_seed(0)
+    original, refined = maps(3)
+    stack = torch.cat((original, refined), dim=1).transpose(1, 2).flatten(0, 1)
+
+    def unfold(x: Tensor) -> Tensor:
+        return x.unflatten(0, (2, 3)).transpose(1, 2)
+
+    mean = build_fusion("mean", 4, 8)
+    torch.testing.assert_close(mean(original, refined).embedding, unfold(mean.embed(stack.mean(1, keepdim=True))))
+    concat = build_fusion("concat", 4, 8)
+    torch.testing.assert_close(concat(original, refined).embedding, unfold(concat.embed(stack)))
+    none = build_fusion("none", 4, 8)
+    torch.testing.assert_close(none(original, None).embedding, unfold(none.embed(stack[:, :4])))
+    separate = build_fusion("separate", 4, 8)
+    first = separate.embed_original(stack[:, :4]).sigmoid()
+    second = separate.embed_refined(stack[:, 4:]).sigmoid()
+    joined = separate.head(torch.cat((first, second), 1)).sigmoid() + first
+    torch.testing.assert_close(separate(original, refined).embedding, unfold(joined))
+
+
+@pytest.mark.parametrize("kind", ["dilation", "kernel"])
+def test_multi_scale_block(kind: str) -> None:
+    block = MultiScaleBlock(8, kind)
+    x = torch.randn(3, 8, 7, 5)
+    assert block(x).shape == x.shape
+    nn.init.zeros_(block.join.weight)
+    torch.testing.assert_close(block(x), x)
+
+
+def test_group_norm_adapts_to_the_width() -> None:
+    assert [group_norm(width).num_groups for width in (1, 8, 24, 32, 48, 96, 128)] == [1, 1, 1, 2, 3, 6, 8]
+    for width in range(1, 130):
+        assert width % group_norm(width).num_groups == 0
+
+
+def test_learned_temperature_is_positive_and_starts_at_one_hundredth() -> None:
+    fusion = UGAF(4, 8, tau=None)
+    assert float(fusion.log_tau.detach().exp()) == pytest.approx(0.01)
+    assert "log_tau" not in UGAF(4, 8).state_dict()
+
+
+def test_runs_under_autocast() -> None:
+    original, refined = maps()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = UGAF(4, 8)(original, refined)
+    assert result.uncertainty.dtype == torch.float32 and torch.isfinite(result.embedding).all()
+
+
+def test_bad_input() -> None:
+    original, refined = maps()
+    with pytest.raises(ValueError, match="kind is unknown"):
+        build_fusion("sum", 4, 8)
+    with pytest.raises(ValueError, match="tau is out of range"):
+        build_fusion("ugaf", 4, 8, tau=0.0)
+    with pytest.raises(ValueError, match="gate is unknown"):
+        UGAF(4, 8, gate="x")
+    with pytest.raises(ValueError, match="head is unknown"):
+        UGAF(4, 8, head="x")
+    with pytest.raises(ValueError, match="refined is missing"):
+        UGAF(4, 8)(original, None)
+    with pytest.raises(ValueError, match="refined has a wrong shape"):
+        UGAF(4, 8)(original, refined[:, :, :2])
+    with pytest.raises(ValueError, match="original has a wrong shape"):
+        UGAF(4, 8)(original[0], refined)
+    with pytest.raises(ValueError, match="correlation has a wrong shape"):
+        uncertainty(original)

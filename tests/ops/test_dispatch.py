@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs, what happens without the native library, and what an import does not do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contract import compare, run
+from subjects import SUBJECTS
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import drseg_core
+from drseg_core import ops
+from drseg_core.errors import BackendDtypeError, BackendUnavailableError
+from drseg_core.nn import PDGR
+from drseg_core.ops import _dispatch, _native
+from drseg_core.ops._cases import CASES
+
+OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
+# most preferred first, as each op's registration lists them
+PREFERRED = {op: "native" if op == "graph_propagate" else "reference" for op in OPS}
+ROOT = Path(__file__).parents[2]
+HEAVY = ("triton", "timm", "open_clip", "torchvision", "rasterio", "matplotlib")
+
+
+def arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    if op == "knn_graph":
+        return {
+            "prior": torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0)).to(dtype),
+            "grid": (3, 4),
+            "k": 3,
+        }
+    return SUBJECTS[op].make_inputs(CASES[0], dtype)
+
+
+def call(op: str, **changes: Any) -> Any:
+    return getattr(ops, op)(**{**arguments(op), **changes})
+
+
+def fresh(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a new interpreter."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_none_takes_the_preferred_backend(op):
+    for options in ({}, {"backend": None}):
+        call(op, **options)
+        assert ops.last_backend(op) == PREFERRED[op]
+    assert ops.last_backend("no such op") is None
+
+
+def test_another_device_takes_what_can_run_there():
+    with FakeTensorMode():
+        tensor = torch.empty(1, 2, 3, device="cuda")
+        assert _dispatch.resolve("graph_propagate", tensor, "auto").name == "reference"
+        with pytest.raises(BackendUnavailableError) as caught:
+            _dispatch.resolve("graph_propagate", tensor, "native")
+    assert str(caught.value) == (
+        "graph_propagate: backend native cannot run on cuda:0: the native library has no cuda kernels; "
+        "expected one of reference, got native"
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_named_backend_runs_or_says_why_not(op):
+    for name in _dispatch.BACKEND_NAMES:
+        if name in ("reference", PREFERRED[op]):
+            call(op, backend=name)
+            assert ops.last_backend(op) == name
+            continue
+        with pytest.raises(BackendUnavailableError) as caught:
+            call(op, backend=name)
+        able = "native, reference" if op == "graph_propagate" else "reference"
+        assert str(caught.value) == (
+            f"{op}: backend {name} cannot run on cpu: {op} has no {name} kernel; expected one of {able}, got {name}"
+        )
+        assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_unknown_backend_lists_the_choices(op):
+    before = ops.last_backend(op)
+    for name in ("cuda", "", "NATIVE", 3):
+        with pytest.raises(
+            ValueError, match=rf"^{op}: backend is unknown; expected one of reference, native, triton, got "
+        ):
+            call(op, backend=name)
+    with pytest.raises(ValueError, match="^use_backend: backend is unknown; expected one of reference, native, triton"):
+        with ops.use_backend("cuda"):
+            pytest.fail("entered the block")
+    assert ops.last_backend(op) == before
+    call(op)
+    assert ops.last_backend(op) == PREFERRED[op]
+
+
+def test_use_backend_nests_and_ends():
+    def chosen(**options: Any) -> str | None:
+        call("graph_propagate", **options)
+        return ops.last_backend("graph_propagate")
+
+    with ops.use_backend("reference"):
+        assert chosen() == "reference"
+        assert chosen(backend="native") == "native"
+        with ops.use_backend("native"):
+            assert chosen() == "native"
+            with ops.use_backend(None):
+                assert chosen() == "native" and chosen(backend="reference") == "reference"
+        assert chosen() == "reference"
+        with ops.use_backend("triton"), pytest.raises(BackendUnavailableError):
+            chosen()
+        assert chosen() == "reference"
+    assert chosen() == "native"
+    with pytest.raises(KeyError):
+        with ops.use_backend("reference"):
+            raise KeyError
+    assert chosen() == "native"
+
+
+@pytest.mark.parametrize("inside,outside", [("reference", "native"), ("native", "reference")])
+def test_the_backward_uses_the_backend_of_the_forward(inside, outside):
+    given = arguments("graph_propagate")
+    x = given["x"].requires_grad_()
+    with ops.use_backend(inside):
+        output = ops.graph_propagate(**given)
+        module = PDGR(5, 8, k=3, backend=None)
+    with ops.use_backend(outside):
+        call("graph_propagate")
+        assert ops.last_backend("graph_propagate") == outside
+        output.sum().backward()
+        assert ops.last_backend("graph_propagate") == inside and x.grad is not None
+        # a module asks when it is called, not when it is made
+        if outside == "reference":
+            module(torch.ones(1, 5, 3, 4), torch.ones(1, 8, 3, 4))
+            assert ops.last_backend("graph_propagate") == outside
+
+
+def test_the_named_backend_of_a_module_reaches_every_op():
+    given = torch.ones(1, 5, 3, 4, requires_grad=True), torch.ones(1, 8, 3, 4)
+    output = PDGR(5, 8, k=3, backend="reference")(*given)
+    assert {ops.last_backend(op) for op in OPS} == {"reference"}
+    call("graph_propagate")
+    output.sum().backward()
+    assert ops.last_backend("graph_propagate") == "reference"
+    PDGR(5, 8, k=3)(*given)
+    assert {op: ops.last_backend(op) for op in OPS} == PREFERRED
+    # not every op has a native kernel yet, and none is replaced in silence
+    with pytest.raises(BackendUnavailableError, match="^knn_graph: backend native cannot run on cpu: knn_graph has no"):
+        PDGR(5, 8, k=3, backend="native")(*given)
+
+
+@pytest.mark.parametrize("op", SUBJECTS)
+def test_float64_is_computed_in_float64(op):
+    subject, inputs = SUBJECTS[op], arguments(op, torch.float64)
+    compare(subject, inputs, run(subject, inputs, subject.function))
+    assert ops.last_backend(op) == PREFERRED[op]
+
+
+def test_a_dtype_that_a_backend_lacks():
+    def nothing(*_: Any) -> None:
+        return None
+
+    table = [
+        _dispatch.Backend("native", nothing, None, lambda device: None, (torch.float32,)),
+        _dispatch.Backend("reference", nothing, None, lambda device: None, (torch.float32, torch.float64)),
+    ]
+    _dispatch.add_table("made_up", table)
+    try:
+        single, double = torch.ones(2), torch.ones(2).double()
+        assert _dispatch.resolve("made_up", single, "auto").name == "native"
+        assert _dispatch.resolve("made_up", double, "auto").name == "reference"
+        assert ops.last_backend("made_up") == "reference"
+        with pytest.raises(BackendDtypeError) as caught:
+            _dispatch.resolve("made_up", double, "native")
+        assert isinstance(caught.value, TypeError) and str(caught.value) == (
+            "made_up: backend native cannot take torch.float64; expected one of torch.float32, got torch.float64"
+        )
+        with pytest.raises(BackendUnavailableError, match="expected one of none, got auto"):
+            _dispatch.resolve("made_up", single.half(), "auto")
+    finally:
+        del _dispatch._tables["made_up"], _dispatch._last["made_up"]
+
+
+def test_the_report_is_what_the_calls_do():
+    rows = ops.backend_report()
+    assert rows == drseg_core.backends()
+    on_cpu = [row for row in rows if row["device"] == "cpu"]
+    assert [(row["op"], row["backend"]) for row in on_cpu] == [
+        (op, name) for op in dict.fromkeys(row["op"] for row in rows) for name in _dispatch.BACKEND_NAMES
+    ]
+    assert {row["op"] for row in rows} == set(OPS)
+    for row in on_cpu:
+        assert set(row) == {"op", "backend", "device", "available", "reason"}
+        assert row["available"] is (row["reason"] is None)
+        if row["available"]:
+            call(row["op"], backend=row["backend"])
+            assert ops.last_backend(row["op"]) == row["backend"]
+        else:
+            with pytest.raises(BackendUnavailableError) as caught:
+                call(row["op"], backend=row["backend"])
+            assert row["reason"] in str(caught.value)
+
+
+@pytest.fixture
+def another_library(monkeypatch):
+    """Forget the library that is loaded, and find another one."""
+
+    def use(path: Path) -> None:
+        monkeypatch.setenv("DRSEG_NATIVE_LIBRARY", str(path))
+        monkeypatch.delenv("DRSEG_NATIVE", raising=False)
+        _native._load.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    _native._load.cache_clear()
+    call("graph_propagate", backend="native")
+
+
+def check_library_refused(reason: str) -> None:
+    """One warning with the reason, the reference by itself, an error for who names the native backend."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            output = call("graph_propagate")
+            assert ops.last_backend("graph_propagate") == "reference"
+    assert [warning.category for warning in caught] == [RuntimeWarning]
+    assert reason in str(caught[0].message) and "\n" not in str(caught[0].message)
+    assert torch.equal(output, call("graph_propagate", backend="reference"))
+    with pytest.raises(BackendUnavailableError) as error:
+        call("graph_propagate", backend="native")
+    assert reason in str(error.value) and "expected one of reference, got native" in str(error.value)
+    report = {(row["op"], row["backend"]): row["reason"] for row in ops.backend_report() if row["device"] == "cpu"}
+    assert reason in report["graph_propagate", "native"]
+
+
+def test_a_missing_library(another_library, tmp_path):
+    another_library(tmp_path / "absent" / "libdrseg_native.so")
+    check_library_refused("native library not built: libdrseg_native.so is not in absent/")
+
+
+def test_a_folder_in_place_of_the_library(another_library, tmp_path):
+    another_library(tmp_path)
+    check_library_refused("native library not built")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library", b"<html>404</html>" * 100, b"\x7fELF\x02\x01" + bytes(200)])
+def test_a_file_that_is_no_library(another_library, tmp_path, content):
+    path = tmp_path / "libdrseg_native.so"
+    path.write_bytes(content)
+    another_library(path)
+    check_library_refused("native library does not load: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the check reads the ELF format")
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.99])
+def test_a_library_cut_short_does_not_kill_the_process(another_library, tmp_path, share):
+    path = tmp_path / "libdrseg_native.so"
+    content = _native.library_path().read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    another_library(path)
+    check_library_refused("native library does not load: libdrseg_native.so is cut short")
+
+
+def test_a_whole_copy_of_the_library_loads(another_library, tmp_path):
+    path = tmp_path / "libdrseg_native.so"
+    shutil.copy(_native.library_path(), path)
+    assert not _native._cut_short(path)
+
+
+def test_an_older_library_names_what_it_lacks():
+    reason = _native.why_not("cpu", "graph_propagate", "no_such_operator")
+    assert reason == "native library is older than this package: it lacks no_such_operator; build it again"
+    assert _native.why_not("cpu", "graph_propagate") is None
+    assert _native.why_not("mps") == "the native library has no mps kernels"
+
+
+WITHOUT_NATIVE = """
+import json, sys, warnings
+for name in {blocked!r}:
+    sys.modules[name] = None
+import torch
+with warnings.catch_warnings(record=True) as early:
+    warnings.simplefilter("always")
+    import drseg_core
+    from drseg_core import ops
+    from drseg_core.nn import PDGR
+with warnings.catch_warnings(record=True) as late:
+    warnings.simplefilter("always")
+    module = PDGR(5, 8, k=3)
+    features = torch.randn(1, 5, 3, 4, requires_grad=True)
+    for _ in range(2):
+        module(features, torch.randn(1, 8, 3, 4)).square().sum().backward()
+try:
+    ops.graph_propagate(torch.ones(2, 3), torch.zeros(2, 1).int(), torch.ones(2, 1), backend="native")
+    error = None
+except drseg_core.BackendUnavailableError as caught:
+    error = str(caught)
+ours = lambda found: [[w.category.__name__, str(w.message)] for w in found if "drseg" in str(w.message)]
+print(json.dumps({{
+    "early": ours(early), "late": ours(late), "error": error, "backend": ops.last_backend("graph_propagate"),
+    "finite": bool(features.grad.isfinite().all()), "loaded": bool(torch.ops.loaded_libraries),
+}}))
+"""
+
+
+@pytest.mark.parametrize(
+    "blocked,environment,reason",
+    [
+        ((), {"DRSEG_NATIVE": "0"}, "native library left out by DRSEG_NATIVE=0"),
+        (
+            HEAVY,
+            {"DRSEG_NATIVE_LIBRARY": "absent/lib.so", "HOME": "/nonexistent", "CUDA_VISIBLE_DEVICES": ""},
+            "native library not built: lib.so is not in absent/",
+        ),
+    ],
+    ids=["by choice", "no library, no triton, no home, no GPU"],
+)
+def test_a_stripped_environment_works_after_one_warning(blocked, environment, reason):
+    result = fresh(WITHOUT_NATIVE.format(blocked=blocked), **environment)
+    assert result.returncode == 0, result.stderr
+    got = json.loads(result.stdout.splitlines()[-1])
+    assert got["early"] == [], "importing warns"
+    assert got["late"] == [["RuntimeWarning", f"drseg_core: {reason}; the CPU uses the slower reference"]]
+    assert got["backend"] == "reference" and got["finite"] and not got["loaded"]
+    assert got["error"] == (
+        f"graph_propagate: backend native cannot run on cpu: {reason}; expected one of reference, got native"
+    )
+
+
+IMPORTS = f"""
+import json, sys
+import torch
+given = [name for name in {HEAVY!r} if name in sys.modules]
+import drseg_core
+found = lambda: [name for name in {HEAVY!r} if name in sys.modules and name not in given]
+state = lambda: [found(), torch.cuda.is_initialized(), [str(path) for path in torch.ops.loaded_libraries]]
+first = state()
+import importlib, pkgutil
+names = [module.name for module in pkgutil.walk_packages(drseg_core.__path__, "drseg_core.")]
+guilty = []
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+        if state() != first:
+            guilty.append([name, *state()])
+            break
+print(json.dumps([first, guilty, names]))
+"""
+
+
+def test_importing_loads_no_heavy_package_and_touches_no_device():
+    result = fresh(IMPORTS)
+    assert result.returncode == 0, result.stderr
+    first, guilty, names = json.loads(result.stdout.splitlines()[-1])
+    assert first == [[], False, []]
+    assert guilty == []
+    assert {"drseg_core.ops.knn_graph.api", "drseg_core.nn.pdgr", "drseg_core.ops._native"} <= set(names)
+
+
+LEVEL = """
+import sys
+import torch
+from contract import SMALL, compare, run
+from subjects import GRAPH_PROPAGATE as subject
+
+def call(**inputs):
+    return subject.function(**inputs, backend="native")
+
+kept = []
+for case in SMALL:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for variant in subject.variants:
+            inputs = {**subject.make_inputs(case, dtype), **variant}
+            got = run(subject, inputs, call)
+            compare(subject, inputs, got)
+            kept.append(got)
+torch.save(kept, sys.argv[1])
+"""
+LEVELS = ("plain", "avx2", "avx512")
+
+
+def levels_here() -> int:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return 3 if capability.startswith("AVX512") else 2 if capability == "AVX2" else 1
+
+
+@pytest.fixture(scope="module")
+def level_results(tmp_path_factory) -> dict[str, list[dict[str, Tensor]]]:
+    """What the library computes at each instruction set that this CPU has, each within the contract's limits."""
+    results = {}
+    for level in LEVELS[: levels_here()]:
+        path = tmp_path_factory.mktemp("levels") / level
+        code = LEVEL.replace("sys.argv[1]", repr(str(path)))
+        result = fresh(code, DRSEG_CPU_LEVEL=level)
+        assert result.returncode == 0, f"{level}: {result.stderr}"
+        results[level] = torch.load(path, weights_only=True)
+    return results
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set_keeps_the_limits(level, level_results):
+    if level not in level_results:
+        pytest.skip(f"this CPU has no {level}")
+    assert len(level_results[level]) == 36 and all(torch.isfinite(got["output"]).all() for got in level_results[level])
+
+
+def test_the_instruction_set_that_was_asked_for_ran(level_results):
+    if len(level_results) == 1:
+        pytest.skip("this CPU has one instruction set")
+    # fused multiply-add rounds once where the plain code rounds twice, so some bit differs
+    pairs = zip(level_results["plain"], level_results["avx2"], strict=True)
+    assert any(not torch.equal(plain["output"], wide["output"]) for plain, wide in pairs)

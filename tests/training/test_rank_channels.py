@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from drseg_core.config.schema import SPSDConfig
+from drseg_core.data import Sample, SegmentationDataset
+from drseg_core.errors import CheckpointError, DatasetError
+from drseg_core.nn.spsd import rank_by_prototypes
+from drseg_core.training.rank_channels import (
+    Reservoir,
+    label_on_grid,
+    load_channels,
+    rank_channels,
+    save_channels,
+    weights_hash,
+)
+
+
+class Blocks(SegmentationDataset):
+    """Images whose red value says the class of the left and of the right half."""
+
+    class_names = ("left", "right", "absent")
+
+    def __init__(self, images: int = 6, size: int = 16) -> None:
+        self.images, self.size = images, size
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitem__(self, index: int) -> Sample:
+        side = self.size + 4 * (index % 2)
+        generator = torch.Generator().manual_seed(index)
+        mask = torch.zeros(side, side, dtype=torch.uint8)
+        mask[:, side // 2 :] = 1
+        mask[0] = 255
+        image = torch.randint(0, 50, (3, side, side), generator=generator, dtype=torch.uint8)
+        image[0] += 100 * (mask == 1).to(torch.uint8)
+        return Sample(image, mask, str(index))
+
+    def fingerprint(self) -> str:
+        return "f" * 64
+
+
+class Pooled:
+    """Features of 8 channels: much red, little red, and noise that does not know the class."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, ...]] = []
+
+    def dense_features(self, image: torch.Tensor) -> torch.Tensor:
+        self.calls.append(tuple(image.shape))
+        pooled = F.adaptive_avg_pool2d(image, 4)
+        red, rest = pooled[:, :1], pooled[:, 1:]
+        return torch.cat(((red - 0.3).relu(), (0.3 - red).relu(), rest, rest.flip(-1), rest.flip(-2)), dim=1)
+
+
+def rank(**options):
+    settings = SPSDConfig(prototypes_per_class=20)
+    return rank_channels(Pooled(), Blocks(), settings, backbone="pooled", weights_hash="0" * 64, **options)
+
+
+def test_channels_that_know_the_class_come_first():
+    found = rank()
+    assert set(found.score.topk(2).indices.tolist()) == {0, 1}
+    assert set(found.semantic_index.tolist()) | set(found.structural_index.tolist()) == set(range(8))
+    assert len(found.semantic_index) == 4
+    assert found.metadata["prototypes"] == 40
+    assert found.metadata["class_names"] == ["left", "right", "absent"]
+
+
+def test_missing_classes_are_named(caplog):
+    rank()
+    assert "1 of 3 classes have no labelled pixel: absent" in caplog.text
+
+
+def test_the_same_seed_gives_the_same_ranking_for_any_batch_size():
+    one, two = rank(seed=3, batch_size=1), rank(seed=3, batch_size=4)
+    assert torch.allclose(one.score, two.score) and one.metadata == two.metadata
+    assert not torch.equal(one.entropy, rank(seed=4).entropy)
+
+
+def test_every_image_is_seen_once_in_batches_of_one_size():
+    model = Pooled()
+    rank_channels(model, Blocks(5), SPSDConfig(), backbone="", weights_hash="", batch_size=3)
+    assert sum(shape[0] for shape in model.calls) == 5
+    assert {shape[2] for shape in model.calls} == {16, 20}
+
+
+def test_too_few_classes_are_refused():
+    class One(Blocks):
+        def __getitem__(self, index: int) -> Sample:
+            sample = super().__getitem__(index)
+            return sample._replace(mask=torch.zeros_like(sample.mask))
+
+    with pytest.raises(DatasetError, match="expected at least 2, got 1") as caught:
+        rank_channels(Pooled(), One(), SPSDConfig(), backbone="", weights_hash="")
+    assert caught.value.exit_code == 3
+
+    class Nothing(Blocks):
+        def __getitem__(self, index: int) -> Sample:
+            sample = super().__getitem__(index)
+            return sample._replace(mask=torch.full_like(sample.mask, 255))
+
+    with pytest.raises(DatasetError, match="expected at least 2, got 0"):
+        rank_channels(Pooled(), Nothing(), SPSDConfig(), backbone="", weights_hash="")
+
+
+def test_the_ranking_is_that_of_the_sampled_prototypes():
+    everything = SPSDConfig(prototypes_per_class=10_000)
+    found = rank_channels(Pooled(), Blocks(), everything, backbone="", weights_hash="")
+    feature, label = [], []
+    for index in range(6):
+        sample = Blocks()[index]
+        one = Pooled().dense_features(sample.image[None] / 255.0)[0].flatten(1).T
+        feature.append(F.normalize(one, dim=1))
+        label.append(label_on_grid(sample.mask[None], (4, 4)).flatten())
+    prototype, ids = torch.cat(feature), torch.cat(label)
+    expected = rank_by_prototypes(prototype[ids != 255], ids[ids != 255], 3, options=everything)
+    torch.testing.assert_close(found.score, expected.score)
+    torch.testing.assert_close(found.entropy, expected.entropy)
+
+
+def test_the_reservoir_is_a_fair_sample_of_bounded_size():
+    chosen: Counter[int] = Counter()
+    value = torch.arange(12, dtype=torch.float32)
+    row = torch.stack((value + 1, torch.full((12,), 5.0)), dim=1)
+    for seed in range(600):
+        reservoir = Reservoir(2, 3, seed)
+        for start in (0, 5, 6):
+            part = slice(start, {0: 5, 5: 6, 6: 12}[start])
+            reservoir.add(row[part], torch.ones(12, dtype=torch.long)[part])
+        kept, label = reservoir.content()
+        assert kept.shape == (3, 2) and label.tolist() == [1, 1, 1]
+        torch.testing.assert_close(kept.norm(dim=1), torch.ones(3))
+        chosen.update(int(round(float(r[0] / r[1] * 5) - 1)) for r in kept)
+    # 150 expected of each, with a deviation of 10.6
+    assert len(chosen) == 12 and all(100 < count < 200 for count in chosen.values())
+
+
+def test_masks_come_to_the_grid_by_the_centre_of_each_cell():
+    mask = torch.arange(36).view(1, 6, 6)
+    assert label_on_grid(mask, (2, 2)).tolist() == [[[7, 10], [25, 28]]]
+    assert label_on_grid(mask, (6, 6)).equal(mask)
+
+
+def test_the_file_gives_everything_back(tmp_path):
+    found = rank()
+    save_channels(tmp_path / "channels.safetensors", found)
+    again = load_channels(tmp_path / "channels.safetensors", channels=8, backbone="pooled")
+    for name in ("score", "semantic_index", "structural_index", "entropy", "similarity"):
+        assert torch.equal(getattr(again, name), getattr(found, name))
+    assert again.metadata == found.metadata
+    wanted = {"backbone", "weights_sha256", "dataset_sha256", "class_names", "alpha", "semantic_ratio", "seed"}
+    assert wanted | {"prototypes_per_class"} <= set(again.metadata)
+
+
+def test_another_share_of_the_same_ranking():
+    found = rank()
+    other = found.split_again(0.25)
+    assert len(other.semantic_index) == 2 and other.metadata["semantic_ratio"] == 0.25
+    assert set(other.semantic_index.tolist()) <= set(found.semantic_index.tolist())
+
+
+def damaged(path: Path, **changes) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    found = rank()
+    save_channels(path, found)
+    tensors = {**load_file(path), **{key: value for key, value in changes.items() if key != "metadata"}}
+    metadata = {"drseg_channels": json.dumps({**found.metadata, **changes.get("metadata", {})})}
+    save_file({key: value for key, value in tensors.items() if value is not None}, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"semantic_index": torch.tensor([0, 1, 2, 2])}, "no partition"),
+        ({"structural_index": torch.tensor([4, 5, 6, 8])}, "no partition"),
+        ({"score": torch.full((8,), torch.nan)}, "score is not usable"),
+        ({"score": torch.ones(8, dtype=torch.long)}, "score is not usable"),
+        ({"score": None}, "no channel ranking"),
+        ({"extra": torch.ones(1)}, "no channel ranking"),
+        ({"metadata": {"format_version": 9}}, "expected at most 1, got 9"),
+        ({"metadata": {"backbone": "ViT-B-16"}}, "expected backbone 'pooled', got 'ViT-B-16'"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(tmp_path, changes, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_channels(damaged(tmp_path / "c.safetensors", **changes), channels=8, backbone="pooled")
+    assert caught.value.exit_code == 4
+
+
+def test_other_files_are_refused(tmp_path):
+    save_channels(tmp_path / "c.safetensors", rank())
+    with pytest.raises(CheckpointError, match="expected 9 channels, got 8"):
+        load_channels(tmp_path / "c.safetensors", channels=9)
+    with pytest.raises(CheckpointError, match="not found"):
+        load_channels(tmp_path / "absent")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(CheckpointError, match="no channel ranking"):
+        load_channels(tmp_path / "text")
+    content = (tmp_path / "c.safetensors").read_bytes()
+    (tmp_path / "c.safetensors").write_bytes(content[:-5])
+    with pytest.raises(CheckpointError, match="no channel ranking"):
+        load_channels(tmp_path / "c.safetensors")
+
+
+def test_the_hash_knows_every_weight():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    before = weights_hash(model)
+    assert before == weights_hash(model)
+    with torch.no_grad():
+        model[1].bias[1] += 1e-6
+    assert weights_hash(model) != before

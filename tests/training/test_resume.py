@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is stopped or killed, and goes on, ends bit for bit like one that was never stopped (on the CPU)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drseg_core.config.load import override
+from drseg_core.errors import CheckpointError, ConfigError
+from drseg_core.training import loop
+from drseg_core.training.checkpoint import TRAINING, generations, newest_checkpoint
+from drseg_core.training.logs import read_log
+from drseg_core.training.loop import train
+from drseg_core.training.signals import TrainingStopped
+
+
+def differences(a: Any, b: Any, name: str = "") -> list[str]:
+    """Names of values that are not bit for bit equal; the clock's reading is no part of the comparison."""
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [f"{name}: keys"]
+        return [item for key in a if key != "elapsed" for item in differences(a[key], b[key], f"{name}.{key}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{name}: length"]
+        return [item for i, (x, y) in enumerate(zip(a, b, strict=True)) for item in differences(x, y, f"{name}.{i}")]
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [name]
+    return [] if a == b else [name]
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    checkpoint = newest_checkpoint(run)
+    return {"step": checkpoint.step, "weights": checkpoint.weights(), "training": checkpoint.training_state()}
+
+
+def stop_after(step: int, number: int = signal.SIGTERM):
+    """The signal comes while step ``step + 1`` runs, so that one is finished and saved."""
+
+    def on_step(done: int) -> None:
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    return on_step
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, data, tmp_path_factory) -> dict[str, Any]:
+    """The state after 6 steps of 2 images, of 5 there are: step 3 ends in the middle of the second pass."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    train(config, data, run, show_progress=False)
+    return final_state(run)
+
+
+def stopped_run(config, data, run: Path, step: int = 2) -> None:
+    with pytest.raises(TrainingStopped) as caught:
+        train(config, data, run, show_progress=False, on_step=stop_after(step))
+    assert caught.value.exit_code == 143
+    assert newest_checkpoint(run).step == step + 1
+
+
+def test_two_runs_are_equal(config, data, tmp_path, uninterrupted):
+    train(config, data, tmp_path / "run", show_progress=False)
+    assert differences(uninterrupted, final_state(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_resumed_equals_uninterrupted(config, data, tmp_path, uninterrupted, step):
+    run = tmp_path / "run"
+    stopped_run(config, data, run, step)
+    torch.manual_seed(99)
+    train(config, data, run, resume=True, show_progress=False)
+    assert differences(uninterrupted, final_state(run)) == []
+    assert [record["step"] for record in read_log(run)] == [2, 4, 6]
+    assert len(json.loads((run / "manifest.json").read_text())["resumed"]) == 1
+
+
+def test_resumed_at_the_boundary_of_a_pass_over_the_data(config, tmp_path):
+    from drseg_core.data import open_dataset
+
+    spec = "synthetic:seed=0,scenes=4,size=32"
+    assert len(open_dataset(spec)) == 4
+    train(config, spec, tmp_path / "straight", show_progress=False)
+    stopped_run(config, spec, tmp_path / "run", step=1)
+    train(config, spec, tmp_path / "run", resume=True, show_progress=False)
+    assert differences(final_state(tmp_path / "straight"), final_state(tmp_path / "run")) == []
+
+
+def test_the_number_of_workers_does_not_matter(config, data, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    stopped_run(override(config, {"train.workers": 1}), data, run)
+    train(config, data, run, resume=True, show_progress=False)
+    assert differences(uninterrupted, final_state(run)) == []
+
+
+def test_several_stops(config, data, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    for step in (1, 3):
+        with pytest.raises(TrainingStopped):
+            train(config, data, run, resume=step > 1, show_progress=False, on_step=stop_after(step))
+    train(config, data, run, resume=True, show_progress=False)
+    assert differences(uninterrupted, final_state(run)) == []
+
+
+@pytest.mark.parametrize("sabotage", ["random", "position", "optimizer", "weights"])
+def test_a_resume_that_forgets_something_fails_the_comparison(
+    config, data, tmp_path, uninterrupted, monkeypatch, sabotage
+):
+    run = tmp_path / "run"
+    stopped_run(config, data, run)
+    if sabotage == "random":
+        monkeypatch.setattr(loop, "restore_random_state", lambda state: None)
+    elif sabotage == "position":
+        original = loop.training_batches
+        monkeypatch.setattr(loop, "training_batches", lambda *a, **options: original(*a, **{**options, "start": 0}))
+    elif sabotage == "optimizer":
+        monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
+    else:
+        monkeypatch.setattr(loop, "load_into", lambda *arguments, **options: None)
+    train(config, data, run, resume=True, show_progress=False)
+    changed = differences(uninterrupted, final_state(run))
+    assert any(name.startswith(".weights") for name in changed)
+
+
+def test_killed_at_random_times(config, data, tmp_path, uninterrupted, fork, caplog):
+    """SIGKILL, ten times, during ranking, steps and saving; after each the run goes on from a whole checkpoint."""
+    run = tmp_path / "run"
+    config = override(config, {"train.checkpoint_every": 1})
+    generator = random.Random(1)
+    steps = [0]
+    for _ in range(10):
+        resume = (run / "config.yaml").is_file()
+        status = fork(lambda resume=resume: part(config, data, run, resume), kill_after=generator.uniform(0.1, 0.9))
+        assert status in (-9, 0)
+        found = newest_checkpoint(run)
+        steps.append(found.step if found else 0)
+        assert steps[-1] >= steps[-2]
+        if steps[-1] == config.train.iterations:
+            break
+    assert "checksum" not in caplog.text
+    resume = (run / "config.yaml").is_file()
+    assert fork(lambda: part(config, data, run, resume)) == 0
+    assert differences(uninterrupted, final_state(run)) == []
+
+
+def part(config, data, run: Path, resume: bool) -> None:
+    # slow steps, so that kills fall between the first and the last
+    train(config, data, run, resume=resume, show_progress=False, on_step=lambda step: time.sleep(0.05))
+
+
+def test_damage_goes_back_one_checkpoint(config, data, tmp_path, uninterrupted, caplog):
+    run = tmp_path / "run"
+    train(config, data, run, show_progress=False)
+    newest = generations(run)[0]
+    content = (newest / TRAINING).read_bytes()
+    (newest / TRAINING).write_bytes(content[: len(content) // 2])
+    train(config, data, run, resume=True, show_progress=False)
+    assert "checksum mismatch in training.pt; using previous step-00000004" in caplog.text
+    assert differences(uninterrupted, final_state(run)) == []
+
+
+def test_a_finished_run_resumes_to_nothing(config, data, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    train(config, data, run, show_progress=False)
+    before = generations(run)[0].stat().st_mtime_ns
+    train(config, data, run, resume=True, show_progress=False)
+    assert generations(run)[0].stat().st_mtime_ns == before
+
+
+def test_more_iterations_may_be_asked_for(config, data, tmp_path):
+    run = tmp_path / "run"
+    train(config, data, run, show_progress=False)
+    longer = override(config, {"train.iterations": 8, "train.checkpoint_every": 5, "train.log_every": 1})
+    train(longer, data, run, resume=True, show_progress=False)
+    assert newest_checkpoint(run).step == 8
+    with pytest.raises(CheckpointError, match="train.iterations: 8 then, 6 now"):
+        train(config, data, run, resume=True, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.graph.k": 4}, "model.graph.k: 3 then, 4 now"),
+        ({"seed": 1}, "seed: 0 then, 1 now"),
+        ({"model.decoder.widths": [8, 8]}, r"model.decoder.widths: \[16, 8\] then, \[8, 8\] now"),
+        ({"train.learning_rate": 0.5}, "train.learning_rate: 0.001 then, 0.5 now"),
+        ({"train.batch_size": 1}, "train.batch_size: 2 then, 1 now"),
+    ],
+)
+def test_another_configuration_is_refused(config, data, tmp_path, change, message):
+    run = tmp_path / "run"
+    stopped_run(config, data, run, step=1)
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        train(override(config, change), data, run, resume=True, show_progress=False)
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_other_classes_and_other_data_are_refused(config, data, other_data, tmp_path):
+    run = tmp_path / "run"
+    stopped_run(config, data, run, step=1)
+    manifest = (run / "manifest.json").read_bytes()
+    with pytest.raises(CheckpointError, match="dataset_sha256: [0-9a-f]{12} then, [0-9a-f]{12} now"):
+        train(config, other_data, run, resume=True, show_progress=False)
+    names = Path(other_data.removeprefix("folder:")) / "classes.txt"
+    original = names.read_text()
+    try:
+        names.write_text(original.replace("red roof", "red shed"))
+        with pytest.raises(CheckpointError, match=r"classes\[1\]: 'red roof' then, 'red shed' now"):
+            train(config, other_data, run, resume=True, show_progress=False)
+        names.write_text(original + "yellow field\n")
+        with pytest.raises(CheckpointError, match="classes: 3 then, 4 now"):
+            train(config, other_data, run, resume=True, show_progress=False)
+    finally:
+        names.write_text(original)
+    assert (run / "manifest.json").read_bytes() == manifest
+
+
+def test_a_folder_in_use_is_not_overwritten(config, data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="out is not empty") as caught:
+        train(config, data, out, show_progress=False)
+    assert caught.value.exit_code == 2
+    assert [path.name for path in out.iterdir()] == ["letter.txt"]
+    with pytest.raises(ConfigError, match="out is not a folder"):
+        train(config, data, out / "letter.txt", show_progress=False)
+    with pytest.raises(CheckpointError, match="has no config.yaml"):
+        train(config, data, out, resume=True, show_progress=False)
+    with pytest.raises(CheckpointError, match="not found"):
+        train(config, data, tmp_path / "absent", resume=True, show_progress=False)
+    with pytest.raises(ConfigError, match="resume and init exclude each other"):
+        train(config, data, out, resume=True, init=out, show_progress=False)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_second_trainer_is_refused(config, data, tmp_path):
+    run = tmp_path / "run"
+    messages = []
+
+    def second(step: int) -> None:
+        if step == 1:
+            with pytest.raises(CheckpointError, match=f"locked by pid {os.getpid()} on host") as caught:
+                train(config, data, run, resume=True, show_progress=False)
+            messages.append(str(caught.value))
+
+    train(override(config, {"train.iterations": 1}), data, run, show_progress=False, on_step=second)
+    assert len(messages) == 1
+
+
+def test_killed_before_the_first_checkpoint(config, data, tmp_path, uninterrupted, fork, caplog):
+    run = tmp_path / "run"
+    late = override(config, {"train.checkpoint_every": 1000})
+
+    def stall() -> None:
+        train(late, data, run, show_progress=False, on_step=lambda step: os.kill(os.getpid(), signal.SIGKILL))
+
+    assert fork(stall) == -9
+    train(config, data, run, resume=True, show_progress=False)
+    assert "has no checkpoint yet; training starts at step 0" in caplog.text
+    assert differences(uninterrupted, final_state(run)) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_second_signal_ends_at_once(config, data, tmp_path, fork, number, code):
+    run = tmp_path / "run"
+
+    def twice() -> None:
+        def on_step(step: int) -> None:
+            if step == 3:
+                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)
+                os._exit(99)
+
+        train(config, data, run, show_progress=False, on_step=on_step)
+
+    assert fork(twice) == code
+    assert newest_checkpoint(run).step == 2
+    train(config, data, run, resume=True, show_progress=False)
+    assert newest_checkpoint(run).step == 6
+
+
+def test_interrupt_says_how_to_go_on(config, data, tmp_path):
+    with pytest.raises(TrainingStopped, match="stopped by SIGINT after step 3; go on with --resume") as caught:
+        train(config, data, tmp_path / "run", show_progress=False, on_step=stop_after(2, signal.SIGINT))
+    assert caught.value.exit_code == 130
+
+
+def test_two_processes_resume_as_one_and_say_so(config, data, tmp_path):
+    """Two gloo processes see the batches of one, give the same loss, and their run can be resumed by one."""
+    config = override(config, {"model.graph.dropout": 0.0})
+    train(config, data, tmp_path / "one", show_progress=False)
+    (tmp_path / "config.yaml").write_text((tmp_path / "one" / "config.yaml").read_text())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += [
+        "-m",
+        "drseg_core",
+        "train",
+        "--config",
+        str(tmp_path / "config.yaml"),
+        "--data",
+        data,
+        "--device",
+        "cpu",
+    ]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root}/kernels"}
+    command += ["--out", str(tmp_path / "two")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
+    assert [record["samples"] for record in two] == [record["samples"] for record in one] == [4, 8, 12]
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
+    assert json.loads((tmp_path / "two" / "manifest.json").read_text())["processes"] == 2
+    assert len(newest_checkpoint(tmp_path / "two").training_state()["random"]) == 2
+    longer = override(config, {"train.iterations": 7})
+    train(longer, data, tmp_path / "two", resume=True, show_progress=False)
+    assert newest_checkpoint(tmp_path / "two").step == 7

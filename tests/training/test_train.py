@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import csv
+import json
+import logging
+
+import pytest
+import torch
+
+from drseg_core.config.load import load_config, override
+from drseg_core.errors import BackendUnavailableError, CheckpointError, ConfigError, NumericalError, ResourceError
+from drseg_core.models.build import build_model
+from drseg_core.training import checkpoint as checkpoint_module
+from drseg_core.training import loop
+from drseg_core.training.checkpoint import generations, newest_checkpoint
+from drseg_core.training.distributed import select_device
+from drseg_core.training.loop import train
+from drseg_core.training.loss import LossSum, segmentation_loss
+from drseg_core.training.rank_channels import load_channels, save_channels
+from drseg_core.training.run import load_run
+
+
+def test_a_run_folder(config, data, tmp_path):
+    run = train(config, data, tmp_path / "run", show_progress=False)
+    visible = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    assert visible - {"tensorboard"} == {
+        "config.yaml",
+        "manifest.json",
+        "classes.txt",
+        "channels.safetensors",
+        "log.jsonl",
+        "log.csv",
+        "checkpoints",
+    }
+    assert [path.name for path in generations(run)] == ["step-00000006", "step-00000004"]
+    assert load_config(run / "config.yaml") == config
+    assert (run / "classes.txt").read_text().splitlines() == ["bare soil", "red roof", "blue pond"]
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2, 4, 6]
+    with open(run / "log.csv", newline="") as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == [record["loss"] for record in records]
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert set(manifest) >= {"started", "git", "versions", "seed", "backends", "command", "device", "data", "processes"}
+    assert manifest["data"] == {"spec": data, "sha256": manifest["data"]["sha256"], "samples": 5}
+    assert manifest["versions"]["torch"] and manifest["backends"]
+
+
+def test_training_learns(config, plain_data, tmp_path):
+    changes = {"train.iterations": 60, "train.checkpoint_every": 100, "train.log_every": 10, "train.batch_size": 4}
+    changes |= {"train.color_jitter": False, "model.graph.dropout": 0.0}
+    run = train(override(config, changes), plain_data, tmp_path / "run", show_progress=False)
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert records[-1]["loss"] < 0.85 * records[0]["loss"]
+    # one of three classes everywhere scores at most 33
+    assert max(record["miou"] for record in records) > 40
+
+
+def test_a_loaded_run_is_the_trained_model(config, data, tmp_path):
+    run = train(config, data, tmp_path / "run", show_progress=False)
+    loaded = load_run(run)
+    assert (loaded.step, loaded.config, loaded.class_names[1]) == (6, config, "red roof")
+    assert not loaded.model.training
+    saved = newest_checkpoint(run).weights()
+    assert all(torch.equal(value, saved[name]) for name, value in loaded.model.state_dict().items() if name in saved)
+    older = load_run(generations(run)[1])
+    assert older.step == 4
+    name = "decoder"
+    changed = [
+        not torch.equal(a, b)
+        for (key, a), b in zip(loaded.model.state_dict().items(), older.model.state_dict().values(), strict=True)
+        if key.startswith(name) and key.endswith("weight")
+    ]
+    assert any(changed)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("absent", "not found"), ("empty", "not the folder of a training run"), ("file", "is not a folder")],
+)
+def test_what_is_no_run_is_refused(tmp_path, path, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_run(tmp_path / path)
+    assert caught.value.exit_code == 4
+
+
+def test_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(CheckpointError):
+        load_run(tmp_path / "loop")
+
+
+def test_a_time_limit_ends_the_training(config, data, tmp_path):
+    limited = override(config, {"train.iterations": 100_000, "train.seconds": 0.5, "train.checkpoint_every": 100_000})
+    run = train(limited, data, tmp_path / "run", show_progress=False)
+    record = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert 0.5 <= record["seconds"] < 5
+    assert record["learning_rate"] < 0.5 * config.train.learning_rate
+    assert newest_checkpoint(run).step == record["step"]
+
+
+def poisoned(times: int):
+    """The loss, but not a number in the first ``times`` calls."""
+    calls = []
+
+    def loss(logits, mask, **options):
+        calls.append(None)
+        total, terms = segmentation_loss(logits, mask, **options)
+        return LossSum(total * float("nan"), terms) if len(calls) <= times else LossSum(total, terms)
+
+    return loss
+
+
+def test_single_bad_steps_are_skipped_and_counted(config, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "segmentation_loss", poisoned(2))
+    run = train(override(config, {"train.nan_limit": 3}), data, tmp_path / "run", show_progress=False)
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [record["skipped"] for record in records] == [2, 2, 2]
+    assert records[0]["loss"] is None and records[1]["loss"] > 0
+    assert all(torch.isfinite(value).all() for value in newest_checkpoint(run).weights().values())
+
+
+def test_bad_steps_in_a_row_stop_the_training(config, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "segmentation_loss", poisoned(100))
+    with pytest.raises(NumericalError, match="3 steps in a row were not finite, the last at step 3") as caught:
+        train(override(config, {"train.nan_limit": 3}), data, tmp_path / "run", show_progress=False)
+    assert caught.value.exit_code == 6
+
+
+def test_the_first_bad_tensor_is_named(config, data, tmp_path, monkeypatch):
+    def build(model_config):
+        model = build_model(model_config)
+        with torch.no_grad():
+            next(model.aggregator.parameters()).flatten()[0] = float("inf")
+        return model
+
+    monkeypatch.setattr(loop, "build_model", build)
+    limited = override(config, {"train.nan_limit": 1})
+    with pytest.raises(NumericalError, match=r"the first bad tensor is parameter aggregator\.\S+ \(1 of \d+ values\)"):
+        train(limited, data, tmp_path / "run", show_progress=False)
+
+
+def test_an_activation_is_named_by_its_module(config, data, tmp_path, monkeypatch):
+    def build(model_config):
+        model = build_model(model_config)
+        model.decoder.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+        return model
+
+    monkeypatch.setattr(loop, "build_model", build)
+    limited = override(config, {"train.nan_limit": 1})
+    with pytest.raises(NumericalError, match=r"the first bad tensor is output of decoder"):
+        train(limited, data, tmp_path / "run", show_progress=False)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(config, data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    original = checkpoint_module.save_weights
+
+    def save(path, state, metadata):
+        if metadata["step"] > 2:
+            raise OSError(28, "No space left on device")
+        original(path, state, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "save_weights", save)
+        with pytest.raises(ResourceError, match="No space left on device") as caught:
+            train(config, data, run, show_progress=False)
+    assert caught.value.exit_code == 7
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    train(config, data, run, resume=True, show_progress=False)
+    assert newest_checkpoint(run).step == 6
+
+
+def test_another_run_gives_the_first_weights(config, data, tmp_path, capsys):
+    baseline = override(config, {"model.fusion.kind": "none", "train.iterations": 2})
+    train(baseline, data, tmp_path / "baseline", show_progress=False)
+    assert not (tmp_path / "baseline" / "channels.safetensors").exists()
+    capsys.readouterr()
+    first = {}
+
+    class Stop(Exception):
+        pass
+
+    def look(self, **options):
+        first.update({name: value.clone() for name, value in self.model.state_dict().items()})
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "fit", look)
+        with pytest.raises(Stop):
+            train(config, data, tmp_path / "run", init=tmp_path / "baseline", show_progress=False)
+    text = capsys.readouterr().err
+    before = newest_checkpoint(tmp_path / "baseline").weights()
+    shared = {name for name in before if name in first and before[name].shape == first[name].shape}
+    assert f"init: {len(shared)} of {len(first)} tensors taken from" in text
+    assert all(torch.equal(first[name], before[name]) for name in shared)
+    assert any(name.startswith("pdgr.") for name in first.keys() - shared)
+
+
+def test_the_split_of_a_graph_is_kept_with_its_weights(config, data, tmp_path):
+    short = override(config, {"train.iterations": 1})
+    train(short, data, tmp_path / "first", show_progress=False)
+    before = load_run(tmp_path / "first").model.spsd.semantic_index
+    other = override(short, {"seed": 5, "model.spsd.alpha": 0.0})
+    train(other, data, tmp_path / "second", init=tmp_path / "first", show_progress=False)
+    assert torch.equal(load_run(tmp_path / "second").model.spsd.semantic_index, before)
+
+
+def test_weights_that_do_not_fit_at_all_are_refused(config, data, tmp_path):
+    from drseg_core.models.weights import save_weights
+
+    save_weights(tmp_path / "odd.safetensors", {"something": torch.ones(3)}, {})
+    with pytest.raises(CheckpointError, match="no tensor of .*odd.safetensors has the name and shape"):
+        train(config, data, tmp_path / "run", init=tmp_path / "odd.safetensors", show_progress=False)
+    with pytest.raises(CheckpointError, match="not found"):
+        train(config, data, tmp_path / "other", init=tmp_path / "absent", show_progress=False)
+
+
+def test_channels_are_ranked_once_or_given(config, data, tmp_path):
+    short = override(config, {"train.iterations": 1})
+    run = train(short, data, tmp_path / "run", show_progress=False)
+    ranking = load_channels(run / "channels.safetensors")
+    split = load_run(run).model.spsd
+    assert torch.equal(split.semantic_index, ranking.semantic_index)
+    assert not torch.equal(split.semantic_index, torch.arange(len(split.semantic_index)))
+
+    # the same scores backwards
+    given = tmp_path / "given.safetensors"
+    save_channels(given, type(ranking)(**{**vars(ranking), "score": -ranking.score}))
+    path = override(short, {"model.spsd.channels": str(given), "model.spsd.semantic_ratio": 0.25})
+    other = load_run(train(path, data, tmp_path / "other", show_progress=False)).model.spsd
+    expected = (-ranking.score).argsort(descending=True, stable=True)[: len(other.semantic_index)].sort().values
+    assert torch.equal(other.semantic_index, expected)
+    assert len(other.semantic_index) == len(split.semantic_index) // 2
+    assert load_channels(tmp_path / "other" / "channels.safetensors").metadata["semantic_ratio"] == 0.25
+
+
+def test_without_semantic_channels_nothing_is_ranked(config, data, tmp_path):
+    everything = override(config, {"train.iterations": 1, "model.spsd.semantic_ratio": 0.0})
+    run = train(everything, data, tmp_path / "run", show_progress=False)
+    assert not (run / "channels.safetensors").exists()
+
+
+def test_the_prior_is_frozen_and_the_rest_is_not(config, data, tmp_path):
+    torch.manual_seed(0)
+    run = train(config, data, tmp_path / "run", show_progress=False)
+    first, last = (dict(load_run(path).model.named_parameters()) for path in reversed(generations(run)))
+    moved = {name for name in first if not torch.equal(first[name], last[name])}
+    assert not any(name.startswith("dino.") for name in moved)
+    for part in ("clip.", "pdgr.", "fusion.", "aggregator.", "decoder."):
+        assert any(name.startswith(part) for name in moved), part
+
+
+def test_devices():
+    assert select_device("cpu").type == "cpu"
+    with pytest.raises(ConfigError, match="got 'gpu'"):
+        select_device("gpu")
+    with pytest.raises(ConfigError, match="not supported"):
+        select_device("meta")
+    if not torch.cuda.is_available():
+        assert select_device(None).type == "cpu"
+        with pytest.raises(BackendUnavailableError, match="0 CUDA devices found") as caught:
+            select_device("cuda")
+        assert caught.value.exit_code == 5
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(config, data, tmp_path, monkeypatch):
+    import contextlib
+
+    from drseg_core.training.distributed import ProcessGroup
+
+    @contextlib.contextmanager
+    def three(device):
+        yield ProcessGroup(torch.device("cpu"), 0, 3)
+
+    monkeypatch.setattr(loop, "process_group", three)
+    with pytest.raises(ConfigError, match="expected a multiple of the 3 processes, got 2"):
+        train(config, data, tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lines_where_there_is_no_terminal(config, data, tmp_path, capsys, caplog):
+    caplog.set_level(logging.INFO)
+    train(override(config, {"train.iterations": 2}), data, tmp_path / "run")
+    assert "step 2/2: loss 0." in capsys.readouterr().err
