@@ -94,6 +94,8 @@ def _run(arguments: list[str]) -> int:
             command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         commands.add_subcommand(name, command, help=summary)
         command.prog = f"drseg {name}"
+        if name == chosen:
+            parser.chosen = command
     parsed = parser.parse_args(arguments)
     module.run(parsed[parsed.command])
     return 0

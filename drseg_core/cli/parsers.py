@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,8 @@ from drseg_core.cli.failures import UsageError
 from drseg_core.config.load import config_from_dict, load_config, preset_names
 from drseg_core.config.schema import Config
 from drseg_core.errors import ConfigError
+
+_required = re.compile(r"arguments are required: (.+)$")
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -37,16 +40,30 @@ class _Formatter(DefaultHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors are one line, then the usage."""
+    """A parser whose errors are one line, then the usage.
+
+    ``chosen`` is the parser of the subcommand at hand, whose usage is the one to show.
+    """
+
+    chosen: Parser | None = None
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=_Formatter, default_env=False, print_config=None, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", None) or self
-        text = " ".join(message.split())
+        parser = getattr(ex, "subcommand_parser", None) or self.chosen or self
+        text = _required.sub(lambda match: parser.named(match.group(1)), " ".join(message.split()))
         usage = " ".join(parser.format_usage().split())
         raise UsageError(f"{parser.prog}: error: {text}\n{usage}\nSee {parser.prog} --help.")
+
+    def named(self, destinations: str) -> str:
+        """``"train.data, train.out"`` of the library's message as what is typed: ``"--data, --out"``."""
+        shown = []
+        for destination in destinations.split(", "):
+            name = destination.rpartition(".")[2]
+            found = next((action for action in self._actions if action.dest == name), None)
+            shown.append(name if found is None else (found.option_strings or [str(found.metavar)])[0])
+        return f"arguments are required: {', '.join(shown)}"
 
 
 def add_config_arguments(parser: Parser, argv: Sequence[str], *, fallback: Path | None = None) -> None:

@@ -48,10 +48,9 @@ def run(args: Any) -> None:
     from tqdm import tqdm
 
     from drseg_core.data import open_dataset
-    from drseg_core.models.build import build_model
     from drseg_core.training.distributed import select_device
     from drseg_core.training.rank_channels import rank_channels, save_channels, weights_hash
-    from drseg_core.training.run import load_run
+    from drseg_core.training.run import load_run, model_of
 
     device = select_device(args.device)
     dataset = open_dataset(args.data, args.split)
@@ -64,7 +63,8 @@ def run(args: Any) -> None:
         # the prior has no part in the ranking
         fusion = dataclasses.replace(config.model.fusion, kind="none")
         torch.manual_seed(config.seed)
-        model = build_model(dataclasses.replace(config.model, clip=clip, fusion=fusion))
+        bare = dataclasses.replace(config.model, clip=clip, fusion=fusion)
+        model = model_of(dataclasses.replace(config, model=bare))
     model = model.to(device).eval()
     with tqdm(total=len(dataset), desc="rank", unit="image", disable=None) as bar:
 

@@ -48,9 +48,7 @@ def load_config(source: str | os.PathLike[str]) -> Config:
         return parse_config(text, f"{name}.yaml")
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(
-            f"load_config: {name} not found; expected a YAML file or one of {', '.join(preset_names())}"
-        )
+        raise ConfigError(f"load_config: {name} not found; expected a YAML file or one of {', '.join(preset_names())}")
     try:
         if path.stat().st_size > SIZE_LIMIT:
             raise ConfigError(f"load_config: {name} is too large; expected at most {SIZE_LIMIT} bytes")
@@ -112,9 +110,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads ``1e-3`` as a number, as YAML 1.2 does."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    key: list(pairs) for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+_Loader.yaml_implicit_resolvers = {key: list(pairs) for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

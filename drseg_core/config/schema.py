@@ -122,7 +122,8 @@ class FusionConfig:
 
     Args:
         kind: ``ugaf``; ``mean``, ``concat`` or ``separate`` of Table 4; ``none`` is the baseline without
-            prior, graph and rectified branch (first row of Table 2).
+            prior, graph and rectified branch (first row of Table 2); ``cosine`` is the dual encoder alone, its
+            logits being scaled cosines: it makes a CLIP out of random weights.
         tau: temperature of Eq. 12; null makes it a learned parameter that starts at 0.01.
         gate: form of Eq. 13.
         detach_gate: do not send gradients through the uncertainty.
@@ -130,7 +131,7 @@ class FusionConfig:
         multi_scale: reaches of the multi-scale block: 3x3 with three dilations, or kernels 3, 5, 7.
     """
 
-    kind: Literal["ugaf", "mean", "concat", "separate", "none"] = "ugaf"
+    kind: Literal["ugaf", "mean", "concat", "separate", "none", "cosine"] = "ugaf"
     tau: float | None = 0.01
     gate: Literal["sigmoid_proj", "residual", "direct", "feature", "proj_on_map"] = "sigmoid_proj"
     detach_gate: bool = True
@@ -165,11 +166,13 @@ class DecoderConfig:
         widths: output channels of the two stages.
         guidance_widths: guidance channels joined in the two stages.
         guidance_hidden: channels of the up-sampled guidance before it is reduced to ``guidance_widths``.
+        initial_logit: where the logits start; below zero says that most classes are absent at most pixels.
     """
 
     widths: tuple[int, int] = (64, 32)
     guidance_widths: tuple[int, int] = (32, 16)
     guidance_hidden: tuple[int, int] = (256, 128)
+    initial_logit: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,8 @@ class TrainConfig:
         clip_learning_rate_scale: factor on the base rate for the CLIP parameters.
         weight_decay: decoupled weight decay; none for normalisation layers and embeddings.
         gradient_clip: bound on the global L2 norm of the gradient.
+        loss: ``binary`` cross-entropy of every class and pixel (the protocol), or ``softmax`` cross-entropy over the
+            classes at the resolution of the logits.
         schedule: learning rate over time.
         warmup_iterations: steps of linear warm-up.
         ignore_mode: pixels of id 255 are negative for every class (``zeros``, the protocol) or left out (``masked``).
@@ -218,6 +223,7 @@ class TrainConfig:
     clip_learning_rate_scale: float = 0.01
     weight_decay: float = 1e-4
     gradient_clip: float = 0.01
+    loss: Literal["binary", "softmax"] = "binary"
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_iterations: int = 0
     ignore_mode: Literal["zeros", "masked"] = "zeros"

@@ -163,5 +163,3 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     # (X, N, width), (X, M, width) twice
     parts = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value)]
     return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
-
-

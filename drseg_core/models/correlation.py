@@ -25,9 +25,7 @@ def rotate(image: Tensor, rotations: int) -> Tensor:
 
 def rotate_back(maps: Tensor, rotations: int) -> Tensor:
     """(R*B, T, h, w) maps of :func:`rotate`'s images to (B, R, T, h, w), each turned back."""
-    return torch.stack(
-        [torch.rot90(part, -turn, (2, 3)) for turn, part in enumerate(maps.chunk(rotations))], dim=1
-    )
+    return torch.stack([torch.rot90(part, -turn, (2, 3)) for turn, part in enumerate(maps.chunk(rotations))], dim=1)
 
 
 def cosine(features: Tensor, text: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ guidance half is computed once per image and broadcast over the classes, so guid
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from drseg_core.nn.ugaf import group_norm
@@ -72,6 +73,7 @@ class Decoder(nn.Module):
         widths: output channels of the two stages.
         guidance_widths: guidance channels of the two stages.
         guidance_hidden: channels after the guidance is up-sampled.
+        initial_logit: initial bias of the logits.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Decoder(nn.Module):
         widths: tuple[int, int] = (64, 32),
         guidance_widths: tuple[int, int] = (32, 16),
         guidance_hidden: tuple[int, int] = (256, 128),
+        initial_logit: float = 0.0,
     ) -> None:
         super().__init__()
         self.guidance = nn.ModuleList(
@@ -97,6 +100,7 @@ class Decoder(nn.Module):
             for into, guided, out in zip((width, widths[0]), guidance_widths, widths, strict=True)
         )
         self.head = nn.Conv2d(widths[1], 1, 3, padding=1)
+        self.head.bias = nn.Parameter(torch.full((1,), initial_logit))
 
     def forward(self, embedding: Tensor, guidance: tuple[Tensor, ...]) -> Tensor:
         """(B, width, T, h, w) and two maps (B, guidance_dim, h, w) to logits (B, T, 4h, 4w)."""

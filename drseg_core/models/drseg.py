@@ -18,17 +18,18 @@ from drseg_core.models.decoder import Decoder
 from drseg_core.models.dino import DinoPrior
 from drseg_core.nn.pdgr import PDGR
 from drseg_core.nn.spsd import SPSD
-from drseg_core.nn.ugaf import build_fusion
+from drseg_core.nn.ugaf import build_fusion, uncertainty
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
-EMBEDDINGS = ("class_embedding", "positional_embedding")
+EMBEDDINGS = ("class_embedding", "positional_embedding", "logit_scale", "logit_bias")
 
 
 class DRSegOutput(NamedTuple):
     """One forward pass.
 
-    ``logits`` (B, T, 4h, 4w); ``uncertainty`` (B, 1, h, w) in [0, 1]; ``original`` (B, T, h, w) cosines, mean over the
-    orientations; ``refined`` (B, T, h, w) cosines of the rectified features, None in the baseline.
+    ``logits`` (B, T, 4h, 4w), of the dual encoder alone (B, T, h, w); ``uncertainty`` (B, 1, h, w) in [0, 1];
+    ``original`` (B, T, h, w) cosines, mean over the orientations; ``refined`` (B, T, h, w) cosines of the rectified
+    features, None in the baselines.
     """
 
     logits: Tensor
@@ -43,7 +44,9 @@ class DRSeg(nn.Module):
     Dense CLIP features in four orientations and class embeddings give the original correlation (Eq. 10). The canonical
     features are split into semantic and structural channels (SPSD), the structural ones are propagated over a graph
     that a frozen prior decides (PDGR), and give the rectified correlation (Eq. 11). UGAF joins both; aggregation and
-    decoder turn the result into logits. ``fusion.kind = "none"`` is the baseline without prior, split and graph.
+    decoder turn the result into logits. ``fusion.kind = "none"`` is the baseline without prior, split and graph;
+    ``"cosine"`` is the dual encoder alone, whose logits are the original correlation times a learned scale plus a
+    learned bias.
 
     Args:
         config: see :class:`drseg_core.config.schema.ModelConfig`.
@@ -61,7 +64,14 @@ class DRSeg(nn.Module):
         self.dino: DinoPrior | None = None
         self.spsd: SPSD | None = None
         self.pdgr: PDGR | None = None
-        if config.fusion.kind != "none":
+        self.decoder: Decoder | None = None
+        kind = config.fusion.kind
+        if kind == "cosine":
+            # the usual start of a dual encoder that learns by one sigmoid per pair
+            self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
+            self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+            return
+        if kind != "none":
             self.dino = DinoPrior(config.dino)
             self.spsd = SPSD(channels, config.spsd.semantic_ratio)
             structural = len(self.spsd.structural_index)
@@ -89,7 +99,7 @@ class DRSeg(nn.Module):
             )
         fusion, aggregator, decoder = config.fusion, config.aggregator, config.decoder
         self.fusion = build_fusion(
-            fusion.kind,
+            kind,
             config.rotations,
             aggregator.width,
             tau=fusion.tau,
@@ -111,6 +121,7 @@ class DRSeg(nn.Module):
             widths=decoder.widths,
             guidance_widths=decoder.guidance_widths,
             guidance_hidden=decoder.guidance_hidden,
+            initial_logit=decoder.initial_logit,
         )
 
     def tokenize(self, class_names: Sequence[str]) -> Tensor:
@@ -142,8 +153,14 @@ class DRSeg(nn.Module):
         resized = self._resized(image, "DRSeg")
         batch = image.shape[0]
         text = self._class_embedding(text)
-        dense = self.clip(rotate(resized, self.config.rotations), guided=batch)
+        guided = 0 if self.decoder is None else batch
+        dense = self.clip(rotate(resized, self.config.rotations), guided=guided)
         original = correlation(dense.features, text, self.config.rotations)
+        if self.decoder is None:
+            mean = original.mean(dim=1)
+            with torch.no_grad():
+                ambiguity = uncertainty(mean, self.config.fusion.tau or 0.01)
+            return DRSegOutput(mean * self.logit_scale.exp() + self.logit_bias, ambiguity, mean, None)
         canonical = dense.features[:batch]
         refined = None
         if self.pdgr is not None:

@@ -199,8 +199,7 @@ class UGAF(nn.Module):
             nn.init.constant_(_bias(self.project), 0.0 if gate == "proj_on_map" else -2.0)
         elif gate != "direct":
             raise ValueError(
-                "UGAF: gate is unknown; expected sigmoid_proj, residual, direct, feature or proj_on_map, "
-                f"got {gate!r}"
+                f"UGAF: gate is unknown; expected sigmoid_proj, residual, direct, feature or proj_on_map, got {gate!r}"
             )
         self.embed_original = nn.Conv2d(rotations, width, 7, padding=3)
         self.embed_refined = nn.Conv2d(1, width, 7, padding=3)
@@ -259,9 +258,7 @@ def build_fusion(
 ) -> UGAF | _Fusion:
     """The fusion of that name; options that a kind does not have are not looked at."""
     if kind == "ugaf":
-        return UGAF(
-            rotations, width, tau=tau, gate=gate, detach_gate=detach_gate, head=head, multi_scale=multi_scale
-        )
+        return UGAF(rotations, width, tau=tau, gate=gate, detach_gate=detach_gate, head=head, multi_scale=multi_scale)
     simple = {"mean": MeanFusion, "concat": ConcatFusion, "separate": SeparateFusion, "none": NoFusion}
     if kind not in simple:
         raise ValueError(f"fusion: kind is unknown; expected ugaf, mean, concat, separate or none, got {kind!r}")

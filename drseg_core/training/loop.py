@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from drseg_core.config.schema import Config
 from drseg_core.data import SegmentationDataset, open_dataset
 from drseg_core.data.loader import training_batches
 from drseg_core.errors import CheckpointError, ConfigError, NumericalError
-from drseg_core.models.build import build_model
 from drseg_core.models.drseg import DRSeg
 from drseg_core.models.weights import load_into, model_state
 from drseg_core.training.checkpoint import (
@@ -33,11 +33,20 @@ from drseg_core.training.diagnose import first_nonfinite
 from drseg_core.training.distributed import ProcessGroup, process_group
 from drseg_core.training.lock import run_lock
 from drseg_core.training.logs import Clock, Progress, RunLog, Window
-from drseg_core.training.loss import segmentation_loss
+from drseg_core.training.loss import segmentation_loss, softmax_loss
 from drseg_core.training.optim import build_optimizer, learning_rate_factor, set_learning_rate, training_progress
 from drseg_core.training.randomness import random_state, restore_random_state, seed_everything
 from drseg_core.training.rank_channels import load_channels, rank_channels, save_channels, weights_hash
-from drseg_core.training.run import CHANNELS, check_output, check_resumable, plain_config, warm_start, write_run_files
+from drseg_core.training.run import (
+    CHANNELS,
+    CONFIG,
+    check_output,
+    check_resumable,
+    model_of,
+    plain_config,
+    warm_start,
+    write_run_files,
+)
 from drseg_core.training.signals import StopSignals, TrainingStopped
 
 _log = logging.getLogger(__name__)
@@ -57,7 +66,8 @@ def train(
     """Train a model and leave it in a run folder.
 
     Under ``torchrun`` the processes share every batch; on the CPU the result of a run without a time limit, stopped and
-    resumed any number of times, is bit for bit that of a run that was never stopped.
+    resumed any number of times, is bit for bit that of a run that was never stopped. Processes that ``torchrun`` starts
+    again after a failure (``--max-restarts``) go on from the last checkpoint.
 
     Args:
         config: model, optimisation and seed.
@@ -80,6 +90,8 @@ def train(
         TrainingStopped: a signal ended the training, after its state was saved.
     """
     run = Path(out)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (run / CONFIG).is_file():
+        resume, init = True, None
     if resume and init is not None:
         raise ConfigError("train: resume and init exclude each other; a resumed run goes on with its own weights")
     with contextlib.ExitStack() as stack:
@@ -129,7 +141,7 @@ class Trainer:
         self.run = run
         self.group = group
         seed_everything(config.seed)
-        self.model: DRSeg = build_model(config.model).to(group.device)
+        self.model: DRSeg = model_of(config).to(group.device)
         self.optimizer = build_optimizer(self.model.parameter_groups(config.train), config.train)
         self.parameters = [value for entry in self.optimizer.param_groups for value in entry["params"]]
         self.tokens = self.model.tokenize(dataset.class_names).to(group.device)
@@ -222,7 +234,10 @@ class Trainer:
                 batch = next(batches)
                 image, mask = batch.image.to(self.group.device), batch.mask.to(self.group.device)
                 logits = network(image, self.tokens).logits
-                loss = segmentation_loss(logits, mask, ignore_mode=options.ignore_mode)
+                if options.loss == "softmax":
+                    loss = softmax_loss(logits, mask)
+                else:
+                    loss = segmentation_loss(logits, mask, ignore_mode=options.ignore_mode)
                 shared = self.group.agree(loss, clock.seconds(), signals.received)
                 self.elapsed = shared.elapsed
                 # the processes' gradients are averaged: this makes their average that of all pixels

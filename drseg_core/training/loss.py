@@ -22,6 +22,30 @@ class LossSum(NamedTuple):
         return self.total / self.terms.clamp(min=1)
 
 
+def softmax_loss(logits: Tensor, mask: Tensor) -> LossSum:
+    """Sum of softmax cross-entropies over the classes at the resolution of the logits, and the number of terms in it.
+
+    The mask is brought to the size of the logits (nearest), which is what makes this loss cheap: it trains the dual
+    encoder alone. Pixels of id 255 are left out; without any other the total is 0 with zero gradients.
+
+    Args:
+        logits: (B, T, h, w), one score per class; any float dtype, the sum is taken in float32 or wider.
+        mask: (B, H, W) class indices 0..T-1, 255 where there is no label; any integer dtype.
+
+    Raises:
+        ValueError: sizes that do not belong together.
+        TypeError: a mask that holds no integers.
+    """
+    _check("softmax_loss", logits, mask)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if logits.shape[-2:] != mask.shape[-2:]:
+        size = (logits.shape[-2], logits.shape[-1])
+        mask = F.interpolate(mask[:, None].float(), size=size, mode="nearest-exact")[:, 0]
+    total = F.cross_entropy(logits, mask.long(), ignore_index=IGNORE, reduction="sum")
+    return LossSum(total, (mask != IGNORE).sum())
+
+
 def segmentation_loss(logits: Tensor, mask: Tensor, *, ignore_mode: Literal["zeros", "masked"] = "zeros") -> LossSum:
     """Sum of binary cross-entropies with logits, and the number of terms in it.
 
@@ -42,13 +66,7 @@ def segmentation_loss(logits: Tensor, mask: Tensor, *, ignore_mode: Literal["zer
         ValueError: sizes that do not belong together, or an unknown ``ignore_mode``.
         TypeError: a mask that holds no integers.
     """
-    if logits.dim() != 4 or mask.dim() != 3 or logits.shape[0] != mask.shape[0]:
-        raise ValueError(
-            f"segmentation_loss: mask does not fit the logits; expected logits (B, T, h, w) and mask (B, H, W), "
-            f"got {tuple(logits.shape)} and {tuple(mask.shape)}"
-        )
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"segmentation_loss: mask has the wrong dtype; expected an integer dtype, got {mask.dtype}")
+    _check("segmentation_loss", logits, mask)
     if ignore_mode not in ("zeros", "masked"):
         raise ValueError(
             f"segmentation_loss: ignore_mode is unknown; expected 'zeros' or 'masked', got {ignore_mode!r}"
@@ -64,3 +82,13 @@ def segmentation_loss(logits: Tensor, mask: Tensor, *, ignore_mode: Literal["zer
     if ignore_mode == "masked":
         return LossSum((negative * valid[:, None]).sum() - positive, valid.sum() * logits.shape[1])
     return LossSum(negative.sum() - positive, torch.tensor(logits.numel(), device=logits.device))
+
+
+def _check(name: str, logits: Tensor, mask: Tensor) -> None:
+    if logits.dim() != 4 or mask.dim() != 3 or logits.shape[0] != mask.shape[0]:
+        raise ValueError(
+            f"{name}: mask does not fit the logits; expected logits (B, T, h, w) and mask (B, H, W), "
+            f"got {tuple(logits.shape)} and {tuple(mask.shape)}"
+        )
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"{name}: mask has the wrong dtype; expected an integer dtype, got {mask.dtype}")

@@ -66,9 +66,21 @@ def load_run(path: str | Path) -> LoadedRun:
     """
     checkpoint = find_checkpoint(Path(path))
     config = config_from_dict(checkpoint.config, Config, str(checkpoint.path / DESCRIPTION))
-    model = build_model(config.model)
+    model = model_of(config)
     load_into(model, checkpoint.weights(), name=str(checkpoint.path / WEIGHTS))
     return LoadedRun(model.eval(), config, checkpoint.class_names, checkpoint.step, checkpoint.path)
+
+
+def model_of(config: Config) -> DRSeg:
+    """The untrained model of a configuration.
+
+    Raises:
+        ConfigError: options that do not fit together.
+    """
+    try:
+        return build_model(config.model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def plain_config(config: Config) -> dict[str, Any]:

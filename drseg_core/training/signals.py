@@ -36,6 +36,9 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in self.handled:
+                # a background job of a shell is not to be interrupted by its terminal
+                if signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -49,3 +52,5 @@ class StopSignals:
         if self.received:
             os._exit(128 + number)
         self.received = number
+        # not print: the handler may run in the middle of one
+        os.write(2, b"drseg: stopping after this step; a second signal stops at once\n")

@@ -71,3 +71,9 @@ def test_paper_widths() -> None:
 def test_guidance_cannot_take_the_whole_width() -> None:
     with pytest.raises(ValueError, match="guidance_widths is out of range"):
         Stage(8, 8, 4)
+
+
+def test_logits_start_where_they_are_told_to() -> None:
+    for start in (0.0, -4.0):
+        decoder = Decoder(16, 20, widths=(8, 6), guidance_widths=(4, 3), initial_logit=start)
+        assert decoder.head.bias is not None and decoder.head.bias.tolist() == [start]

@@ -36,7 +36,9 @@ def write_folder(root: Path, *, images: int = 5, size: int = 40, block: int = 8,
             (root / split / part).mkdir(parents=True)
         for index in range(images):
             side = size // block
-            mask = np.kron((generator.integers(0, min(side, 3), (side, side)) + index) % 3, np.ones((block, block), int))
+            mask = np.kron(
+                (generator.integers(0, min(side, 3), (side, side)) + index) % 3, np.ones((block, block), int)
+            )
             mask = mask.astype(np.uint8)
             image = COLORS[mask] + generator.integers(-20, 20, (*mask.shape, 3))
             mask[0] = 255
@@ -73,6 +75,7 @@ def config() -> Config:
             "model.graph.k": 3,
             "model.graph.dropout": 0.2,
             "model.spsd.prototypes_per_class": 5,
+            "model.decoder.initial_logit": 0.0,
             "train.iterations": 6,
             "train.batch_size": 2,
             "train.crop_size": 32,

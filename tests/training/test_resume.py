@@ -298,7 +298,18 @@ def test_interrupt_says_how_to_go_on(config, data, tmp_path):
     assert caught.value.exit_code == 130
 
 
-def test_two_processes_resume_as_one_and_say_so(config, data, tmp_path):
+def test_processes_started_again_by_torchrun_go_on(config, data, tmp_path, uninterrupted, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    stopped_run(config, data, run)
+    with pytest.raises(ConfigError, match="not empty"):
+        train(config, data, run, show_progress=False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(config, data, run, show_progress=False)
+    assert differences(uninterrupted, final_state(run)) == []
+
+
+def test_two_processes_resume_as_one_and_say_so(config, data, tmp_path, caplog):
     """Two gloo processes see the batches of one, give the same loss, and their run can be resumed by one."""
     config = override(config, {"model.graph.dropout": 0.0})
     train(config, data, tmp_path / "one", show_progress=False)
@@ -328,4 +339,5 @@ def test_two_processes_resume_as_one_and_say_so(config, data, tmp_path):
     assert len(newest_checkpoint(tmp_path / "two").training_state()["random"]) == 2
     longer = override(config, {"train.iterations": 7})
     train(longer, data, tmp_path / "two", resume=True, show_progress=False)
+    assert "2 processes then, 1 now" in caplog.text
     assert newest_checkpoint(tmp_path / "two").step == 7

@@ -47,13 +47,13 @@ def test_a_run_folder(config, data, tmp_path):
 
 
 def test_training_learns(config, plain_data, tmp_path):
-    changes = {"train.iterations": 60, "train.checkpoint_every": 100, "train.log_every": 10, "train.batch_size": 4}
+    changes = {"train.iterations": 50, "train.checkpoint_every": 100, "train.log_every": 10, "train.batch_size": 4}
     changes |= {"train.color_jitter": False, "model.graph.dropout": 0.0}
+    changes |= {"train.learning_rate": 5e-4, "train.schedule": "constant"}
     run = train(override(config, changes), plain_data, tmp_path / "run", show_progress=False)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert records[-1]["loss"] < 0.85 * records[0]["loss"]
-    # one of three classes everywhere scores at most 33
-    assert max(record["miou"] for record in records) > 40
+    # a model that gives every class its share of one third, whatever the image, has a loss of 0.637
+    assert records[-1]["loss"] < 0.55, records
 
 
 def test_a_loaded_run_is_the_trained_model(config, data, tmp_path):
@@ -130,25 +130,25 @@ def test_bad_steps_in_a_row_stop_the_training(config, data, tmp_path, monkeypatc
 
 
 def test_the_first_bad_tensor_is_named(config, data, tmp_path, monkeypatch):
-    def build(model_config):
-        model = build_model(model_config)
+    def build(config):
+        model = build_model(config.model)
         with torch.no_grad():
             next(model.aggregator.parameters()).flatten()[0] = float("inf")
         return model
 
-    monkeypatch.setattr(loop, "build_model", build)
+    monkeypatch.setattr(loop, "model_of", build)
     limited = override(config, {"train.nan_limit": 1})
     with pytest.raises(NumericalError, match=r"the first bad tensor is parameter aggregator\.\S+ \(1 of \d+ values\)"):
         train(limited, data, tmp_path / "run", show_progress=False)
 
 
 def test_an_activation_is_named_by_its_module(config, data, tmp_path, monkeypatch):
-    def build(model_config):
-        model = build_model(model_config)
+    def build(config):
+        model = build_model(config.model)
         model.decoder.register_forward_hook(lambda module, inputs, output: output * float("inf"))
         return model
 
-    monkeypatch.setattr(loop, "build_model", build)
+    monkeypatch.setattr(loop, "model_of", build)
     limited = override(config, {"train.nan_limit": 1})
     with pytest.raises(NumericalError, match=r"the first bad tensor is output of decoder"):
         train(limited, data, tmp_path / "run", show_progress=False)
@@ -285,3 +285,24 @@ def test_lines_where_there_is_no_terminal(config, data, tmp_path, capsys, caplog
     caplog.set_level(logging.INFO)
     train(override(config, {"train.iterations": 2}), data, tmp_path / "run")
     assert "step 2/2: loss 0." in capsys.readouterr().err
+
+
+def test_a_bar_with_loss_and_score_on_a_terminal(config, data, tmp_path, monkeypatch):
+    import io
+    import sys
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    train(config, data, tmp_path / "run")
+    shown = terminal.getvalue()
+    assert "6/6" in shown and "loss 0." in shown and "mIoU" in shown
+
+
+def test_one_process_agrees_with_itself(config):
+    from drseg_core.training.distributed import ProcessGroup
+
+    group = ProcessGroup(torch.device("cpu"))
+    agreed = group.agree(LossSum(torch.tensor(6.0), torch.tensor(4)), 2.5, 15)
+    assert agreed == (1.5, 4.0, 2.5, 15)
+    assert group.agree(LossSum(torch.tensor(0.0), torch.tensor(0)), 0.0, 0) == (0.0, 0.0, 0.0, 0)

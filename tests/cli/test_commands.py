@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each command does when all is well."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from drseg_core.training.checkpoint import newest_checkpoint
+from drseg_core.training.rank_channels import load_channels
+
+
+def test_train_writes_a_run_and_says_what_is_next(drseg, run, data):
+    assert newest_checkpoint(run).step == 2
+    assert (run / "manifest.json").is_file()
+
+
+def test_resume_takes_the_configuration_of_the_run(drseg, data, small, tmp_path):
+    out = tmp_path / "run"
+    assert drseg("train", *small, "--data", data, "--out", out, "--seed", 7)[0] == 0
+    code, text, _ = drseg("train", "--data", data, "--out", out, "--resume", "--train.iterations", 3)
+    assert code == 0 and "steps: 3" in text and f"next: drseg evaluate {out}" in text
+    assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 7
+
+
+def test_options_win_over_the_file_wherever_they_stand(drseg, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("model:\n  graph:\n    k: 9\n    layers: 3\n")
+    for words in (["--model.graph.k", 5, "--config", file], [f"--config={file}", "--model.graph.k=5"]):
+        code, text, _ = drseg("train", *words, "--print_config")
+        assert code == 0
+        graph = yaml.safe_load(text)["model"]["graph"]
+        assert (graph["k"], graph["layers"], graph["gamma"]) == (5, 3, 1.0)
+
+
+def test_a_printed_configuration_is_read_back(drseg, tmp_path):
+    text = drseg("train", "--config", "tiny", "--train.seconds", 2.5, "--print_config")[1]
+    (tmp_path / "printed.yaml").write_text(text)
+    assert drseg("train", "--config", tmp_path / "printed.yaml", "--print_config")[1] == text
+    assert yaml.safe_load(text)["train"]["seconds"] == 2.5
+
+
+@pytest.mark.parametrize("preset", ["tiny", "vitb", "vitl"])
+def test_presets_by_name(drseg, preset):
+    assert yaml.safe_load(drseg("train", "--config", preset, "--print_config")[1])["model"]["clip"]["name"]
+
+
+def test_rank_a_run_and_train_with_it(drseg, run, data, small, tmp_path):
+    out = tmp_path / "channels.safetensors"
+    code, text, _ = drseg("rank", run, "--data", data, "--out", out, "--model.spsd.prototypes_per_class", 4)
+    assert code == 0 and "semantic and" in text
+    ranking = load_channels(out)
+    assert ranking.metadata["prototypes_per_class"] == 4 and ranking.metadata["prototypes"] <= 12
+    assert ranking.metadata["backbone"] == "drseg-tiny" and ranking.metadata["semantic_ratio"] == 0.5
+    words = ["--data", data, "--out", tmp_path / "run", "--model.spsd.channels", out, "--init", run]
+    code, _, errors = drseg("train", *small, *words)
+    assert code == 0 and "tensors taken from" in errors
+
+
+def test_rank_a_weight_file_without_a_prior(drseg, data, small, tmp_path):
+    open_clip = pytest.importorskip("open_clip.model")
+    from safetensors.torch import save_file
+
+    from drseg_core.models.clip import ARCHITECTURES
+
+    state = open_clip.CLIP(**ARCHITECTURES["drseg-tiny"]).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "clip.safetensors")
+    words = ["--data", data, "--out", tmp_path / "c.safetensors", "--model.dino.weights", "absent.safetensors"]
+    code, text, errors = drseg("rank", tmp_path / "clip.safetensors", *small, *words)
+    assert code == 0, errors
+    assert "channels of drseg-tiny" in text
+    assert load_channels(tmp_path / "c.safetensors").metadata["backbone"] == "drseg-tiny"
+
+
+def test_evaluate_writes_the_promised_keys(drseg, run, data, tmp_path):
+    out = tmp_path / "metrics.json"
+    code, text, _ = drseg("evaluate", run, "--data", data, "--split", "val", "--out", out)
+    assert code == 0 and "mIoU" in text
+    result = json.loads(out.read_text())
+    assert set(result) >= {"mIoU", "mACC", "fwIoU", "pACC", "per_class", "versions", "command", "data"}
+    assert set(result["per_class"]) == {"bare soil", "red roof", "blue pond"}
+    assert len(result["data"]["sha256"]) == 64 and result["data"]["split"] == "val"
+    assert result["step"] == 2 and result["versions"]["torch"]
+    tiled = tmp_path / "tiled.json"
+    code, _, _ = drseg(
+        "evaluate", run, "--data", data, "--out", tiled, "--mode", "tile", "--tile-size", 32, "--overlap", 16
+    )
+    assert code == 0 and json.loads(tiled.read_text())["evaluation"]["overlap"] == 16
+
+
+def test_predict_maps_an_image(drseg, run, folder, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    image = folder / "val" / "images" / "0.png"
+    out = tmp_path / "map.tif"
+    code, text, _ = drseg("predict", run, image, "--classes", "building; open  field ;pavement", "--out", out)
+    assert code == 0
+    assert [line.split("/")[-1] for line in text.splitlines()] == ["map.tif", "map_overlay.png", "map_uncertainty.tif"]
+    with rasterio.open(out) as raster:
+        index = raster.read(1)
+        assert index.shape == Image.open(image).size[::-1] and set(np.unique(index)) <= {0, 1, 2}
+        assert "open field" in str(raster.tags()) + str(raster.tags(1))
+
+
+def test_one_checkpoint_can_be_named(drseg, run, data, tmp_path):
+    newest = newest_checkpoint(run).path
+    assert drseg("evaluate", newest, "--data", data, "--out", tmp_path / "m.json")[0] == 0
+
+
+def test_doctor_reports(drseg, monkeypatch):
+    code, text, _ = drseg("doctor")
+    assert code == 0
+    for word in ("torch ", "torchvision ", "cpu:", "cuda", "knn_graph on cpu", "no problems found"):
+        assert word in text
+    assert "reference" in text and "not triton: " in text
+
+
+def test_demo_is_started_with_its_arguments(drseg, monkeypatch, tmp_path):
+    import sys
+    import types
+
+    calls = []
+    fake = types.ModuleType("drseg_core.cli.demo")
+    fake.run = lambda out, **options: calls.append((out, options))
+    monkeypatch.setitem(sys.modules, "drseg_core.cli.demo", fake)
+    assert drseg("demo", "--out", tmp_path / "demo", "--seed", 3)[0] == 0
+    assert calls[0][0] == tmp_path / "demo" and calls[0][1]["seed"] == 3
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "rank", "evaluate", "predict", "doctor"])
+def test_help_has_examples(drseg, command):
+    code, text, _ = drseg(command, "--help")
+    assert code == 0
+    assert text.startswith(f"usage: drseg {command}")
+    assert "example" in text and f"drseg {command}" in text.split("example")[1]
+    assert "None" not in text.split("The whole model")[0]
+
+
+def test_help_is_quick_and_needs_no_torch(process):
+    begin = time.monotonic()
+    started = process("--help")
+    text, _ = started.communicate(timeout=30)
+    assert started.returncode == 0 and "drseg COMMAND --help" in text
+    assert time.monotonic() - begin < 3
+    import os
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from drseg_core.cli.main import main; main(['train', '--help']); sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ, cwd=os.getcwd())
+    assert done.returncode == 0
+
+
+def test_version(drseg):
+    import drseg_core
+
+    code, text, _ = drseg("--version")
+    assert code == 0 and text.strip() == f"drseg {drseg_core.__version__}"

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports go one way: the syntax trees of all sources are walked and every import is held to the rules below.
+
+The rules are those of CONTRIBUTING.md: ``cli`` to ``scenes``, ``training``, ``evaluation``, to ``models``, ``data``,
+to ``nn``, to ``ops``; kernels never know of the package; heavy libraries are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "drseg_core"
+
+_BASE = {"errors", "files", "config"}
+_BLOCKS = _BASE | {"ops", "nn"}
+_PARTS = _BLOCKS | {"models", "data"}
+# part of the package -> parts it may import besides itself
+MAY_IMPORT: dict[str, set[str]] = {
+    "": {"errors", "ops"},
+    "__main__": {"cli"},
+    "errors": set(),
+    "files": {"errors"},
+    "config": {"errors", "files"},
+    "ops": {"errors"},
+    "nn": {"ops", "errors"},
+    "models": _BLOCKS,
+    "data": _BASE | {"nn"},
+    "training": _PARTS,
+    "evaluation": _PARTS,
+    "scenes": _PARTS | {"evaluation"},
+    "studies": _PARTS | {"training", "evaluation", "scenes"},
+    "cli": _PARTS | {"training", "evaluation", "scenes", "studies", ""},
+}
+# imported inside the function that needs them, so that importing the package stays quick and builds nothing
+LAZY = {"timm", "open_clip", "triton", "torchvision", "rasterio", "matplotlib", "drseg_kernels"}
+KERNELS_MAY_IMPORT = {"torch", "triton", "drseg_kernels", "__future__"} | set(sys.stdlib_module_names)
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module: ``lazy`` inside a function body, ``typing`` only for the type checker."""
+
+    target: str
+    line: int
+    lazy: bool = False
+    typing: bool = False
+
+
+def _exists(module: str) -> bool:
+    for base in (ROOT, ROOT / "kernels"):
+        path = base.joinpath(*module.split("."))
+        if path.with_suffix(".py").is_file() or (path / "__init__.py").is_file():
+            return True
+    return False
+
+
+def imports(source: str, module: str, is_package: bool = False) -> list[Import]:
+    """Every import of a source; ``from a import b`` counts as ``a.b`` where that is a module."""
+    found: list[Import] = []
+
+    def visit(node: ast.AST, lazy: bool, typing: bool) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            lazy = True
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            typing = True
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, node.lineno, lazy, typing) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = module.split(".")[: len(module.split(".")) - node.level + is_package]
+                base = ".".join([*parent, *([base] if base else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                found.append(Import(inner if _exists(inner) else base, node.lineno, lazy, typing))
+        called = isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__")
+        if called and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+            found.append(Import(node.args[0].value, node.lineno, lazy, typing))
+        for child in ast.iter_child_nodes(node):
+            visit(child, lazy, typing)
+
+    visit(ast.parse(source), False, False)
+    return found
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def _ops_problem(module: str, target: str) -> str | None:
+    """Rules inside ``ops``, and for who reaches into it."""
+    inside = target.split(".")[2:]
+    if part_of(module) != "ops":
+        # a function of the package has the name of its op's folder
+        public = not inside or len(inside) == 1 and not inside[0].startswith("_") or inside[1:] == ["api"]
+        if public or part_of(module) == "nn" and inside[0] in ("_checks", "_dispatch"):
+            return None
+        return "only the public ops may be imported from outside"
+    own = module.split(".")[2:]
+    if not own or not inside:
+        return None if not own else "an op does not import the package that gathers them"
+    if inside[0].startswith("_"):
+        return None if not own[-1].startswith("reference") else "a reference imports nothing of ours"
+    if own[0].startswith("_"):
+        return "what the ops share imports none of them"
+    if own[0] != inside[0]:
+        return "an op does not import another op"
+    role, wanted = own[-1], inside[-1]
+    if role == "api" and wanted in ("reference", "registration"):
+        return None
+    if role == "registration" and wanted == "reference":
+        return None
+    return f"{role} does not import {wanted}"
+
+
+def problem(module: str, found: Import) -> str | None:
+    """Why ``module`` must not import this; None when it may."""
+    target, root = found.target, found.target.split(".")[0]
+    if root in ("tests", "bench") and not module.startswith("tests"):
+        return f"nothing imports {root}"
+    if module.startswith("drseg_kernels"):
+        return None if root in KERNELS_MAY_IMPORT else "a kernel imports torch and triton only"
+    if not module.startswith(PACKAGE):
+        return None
+    if root in LAZY and not (found.lazy or found.typing):
+        return f"{root} is imported inside the function that needs it"
+    if root == "drseg_kernels" and not re.fullmatch(r"drseg_core\.ops\.\w+\.registration", module):
+        return "only a registration reaches a kernel"
+    if root != PACKAGE:
+        return None
+    mine, theirs = part_of(module), part_of(target)
+    if mine != theirs and theirs not in MAY_IMPORT.get(mine, set()):
+        return f"{mine or PACKAGE} does not import {theirs or PACKAGE}"
+    if mine == "scenes" and theirs == "evaluation" and target != f"{PACKAGE}.evaluation.inference":
+        return "scenes imports nothing of evaluation but its inference"
+    return _ops_problem(module, target) if theirs == "ops" else None
+
+
+def sources() -> list[tuple[str, Path]]:
+    found = []
+    for base, folder in ((ROOT, PACKAGE), (ROOT / "kernels", "drseg_kernels"), (ROOT, "bench"), (ROOT, "tests")):
+        for path in sorted((base / folder).rglob("*.py")):
+            parts = path.relative_to(base).with_suffix("").parts
+            found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    return found
+
+
+def test_every_import_goes_the_right_way():
+    wrong = []
+    modules = sources()
+    assert len(modules) > 40
+    for module, path in modules:
+        for found in imports(path.read_text(encoding="utf-8"), module, path.stem == "__init__"):
+            reason = problem(module, found)
+            if reason:
+                wrong.append(f"{path.relative_to(ROOT)}:{found.line}: imports {found.target}: {reason}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_part_of_the_package_has_a_rule():
+    parts = {path.stem for path in (ROOT / PACKAGE).glob("*.py")} - {"__init__"}
+    parts |= {path.parent.name for path in (ROOT / PACKAGE).glob("*/__init__.py")}
+    assert parts <= set(MAY_IMPORT)
+
+
+FAULTS = [
+    ("drseg_core.nn.pdgr", "from drseg_core.models import drseg"),
+    ("drseg_core.nn.pdgr", "def f():\n    from drseg_core.training.loop import train"),
+    ("drseg_core.nn.pdgr", "from drseg_core.ops.knn_graph.reference import prepare_prior"),
+    ("drseg_core.nn.pdgr", "from drseg_core.ops.graph_propagate import registration"),
+    ("drseg_core.nn.pdgr", "from ..ops.graph_propagate import registration"),
+    ("drseg_core.nn.pdgr", "import drseg_kernels"),
+    ("drseg_core.nn.pdgr", "def f():\n    import drseg_kernels"),
+    ("drseg_core.models.clip", "import open_clip"),
+    ("drseg_core.models.clip", "from timm.models import create_model"),
+    ("drseg_core.models.clip", "class A:\n    import torchvision.transforms"),
+    ("drseg_core.models.clip", "try:\n    import triton\nexcept ImportError:\n    pass"),
+    ("drseg_core.models.clip", "from drseg_core.data import folder"),
+    ("drseg_core.models.clip", "from drseg_core.ops import _numerics"),
+    ("drseg_core.data.loader", "from drseg_core.models.drseg import DRSeg"),
+    ("drseg_core.training.loop", "from drseg_core.evaluation.metrics import ConfusionMatrix"),
+    ("drseg_core.evaluation.evaluate", "import drseg_core.training.loop"),
+    ("drseg_core.scenes.predict", "from drseg_core.evaluation.metrics import ConfusionMatrix"),
+    ("drseg_core.scenes.predict", "from drseg_core.training import run"),
+    ("drseg_core.config.schema", "from drseg_core.nn.pdgr import PDGR"),
+    ("drseg_core.errors", "from drseg_core.files import atomic_path"),
+    ("drseg_core.training.loop", "from drseg_core.cli.main import main"),
+    ("drseg_core.studies.speed", "from bench.run import gate"),
+    ("drseg_core.ops._numerics", "import tests.ops.oracle"),
+    ("drseg_core.ops._dispatch", "from drseg_core.ops.knn_graph import registration"),
+    ("drseg_core.ops.knn_graph.api", "from drseg_core.ops.edge_weight import reference"),
+    ("drseg_core.ops.knn_graph.api", "from drseg_core.ops import graph_propagate"),
+    ("drseg_core.ops.knn_graph.reference", "from drseg_core.ops._checks import check_tensor"),
+    ("drseg_core.ops.knn_graph.registration", "from drseg_core.ops.knn_graph.api import knn_graph"),
+    ("drseg_core.ops.knn_graph.registration", "import drseg_kernels.knn_graph"),
+    ("drseg_core.ops.knn_graph.api", "def f():\n    import drseg_kernels.knn_graph"),
+    ("drseg_core.ops.knn_graph.api", "import importlib\nimportlib.import_module('triton')"),
+    ("drseg_kernels.knn_graph", "from drseg_core.ops import _numerics"),
+    ("drseg_kernels.knn_graph", "import numpy"),
+    ("bench.compare", "from tests.ops import oracle"),
+]
+ALLOWED = [
+    ("drseg_core.cli.main", "from drseg_core import __version__"),
+    ("drseg_core.nn.pdgr", "from drseg_core.ops import knn_graph, padding_mask"),
+    ("drseg_core.nn.pdgr", "from drseg_core.ops.knn_graph.api import padding_mask"),
+    ("drseg_core.models.clip", "def f():\n    import open_clip"),
+    ("drseg_core.models.clip", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import open_clip"),
+    ("drseg_core.scenes.predict", "from drseg_core.evaluation.inference import Predictor"),
+    ("drseg_core.ops.knn_graph.api", "from drseg_core.ops.knn_graph import registration"),
+    ("drseg_core.ops.knn_graph.registration", "def f():\n    from drseg_kernels import knn_graph"),
+    ("drseg_kernels.knn_graph", "import torch\nimport triton.language as tl\nfrom drseg_kernels import _blocks"),
+    ("bench.run", "from drseg_core.ops import _numerics"),
+    ("tests.bench.test_gate", "from bench import run"),
+]
+
+
+@pytest.mark.parametrize("module,source", FAULTS)
+def test_planted_imports_are_refused(module, source):
+    assert any(problem(module, found) for found in imports(source, module))
+
+
+@pytest.mark.parametrize("module,source", ALLOWED)
+def test_good_imports_are_not(module, source):
+    assert imports(source, module) and not any(problem(module, found) for found in imports(source, module))
+
+
+def test_native_sources_include_the_stable_interface_only():
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu")]
+    assert files
+    for path in files:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            included = re.match(r'\s*#\s*include\s*([<"])([^>"]+)', line)
+            if not included:
+                continue
+            bracket, name = included.groups()
+            if bracket == '"':
+                assert (ROOT / "csrc" / name).is_file(), f"{path.name}: {name}"
+            elif "/" in name:
+                assert name.startswith(("torch/csrc/stable/", "torch/headeronly/")), f"{path.name}: {name}"
+            else:
+                assert not name.startswith(("Python", "pybind")), f"{path.name}: {name}"
