@@ -61,9 +61,7 @@ def test_entropy_is_equation_2(counts) -> None:
 def test_product_closed_form_is_the_mean_over_pairs(seed: int, counts: list[int]) -> None:
     z, label = prototypes(seed, tuple(counts), channels=4)
     expected = pair_mean(z, label, lambda a, b: a * b)
-    torch.testing.assert_close(
-        rank_by_prototypes(z, label, len(counts)).similarity, expected, rtol=1e-10, atol=1e-13
-    )
+    torch.testing.assert_close(rank_by_prototypes(z, label, len(counts)).similarity, expected, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("counts", [(4, 4, 4), (1, 6, 3)])
