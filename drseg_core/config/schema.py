@@ -204,6 +204,8 @@ class TrainConfig:
         gradient_clip: bound on the global L2 norm of the gradient.
         loss: ``binary`` cross-entropy of every class and pixel (the protocol), or ``softmax`` cross-entropy over the
             classes at the resolution of the logits.
+        alignment_weight: weight of an additional softmax cross-entropy on the original correlation (over 0.1): it
+            tells a CLIP with random weights what to match. 0 in the protocol, whose CLIP is trained already.
         schedule: learning rate over time.
         warmup_iterations: steps of linear warm-up.
         ignore_mode: pixels of id 255 are negative for every class (``zeros``, the protocol) or left out (``masked``).
@@ -224,6 +226,7 @@ class TrainConfig:
     weight_decay: float = 1e-4
     gradient_clip: float = 0.01
     loss: Literal["binary", "softmax"] = "binary"
+    alignment_weight: float = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_iterations: int = 0
     ignore_mode: Literal["zeros", "masked"] = "zeros"

@@ -33,7 +33,7 @@ from drseg_core.training.diagnose import first_nonfinite
 from drseg_core.training.distributed import ProcessGroup, process_group
 from drseg_core.training.lock import run_lock
 from drseg_core.training.logs import Clock, Progress, RunLog, Window
-from drseg_core.training.loss import segmentation_loss, softmax_loss
+from drseg_core.training.loss import training_loss
 from drseg_core.training.optim import build_optimizer, learning_rate_factor, set_learning_rate, training_progress
 from drseg_core.training.randomness import random_state, restore_random_state, seed_everything
 from drseg_core.training.rank_channels import load_channels, rank_channels, save_channels, weights_hash
@@ -233,11 +233,8 @@ class Trainer:
             while progress < 1.0:
                 batch = next(batches)
                 image, mask = batch.image.to(self.group.device), batch.mask.to(self.group.device)
-                logits = network(image, self.tokens).logits
-                if options.loss == "softmax":
-                    loss = softmax_loss(logits, mask)
-                else:
-                    loss = segmentation_loss(logits, mask, ignore_mode=options.ignore_mode)
+                output = network(image, self.tokens)
+                loss = training_loss(output, mask, options)
                 shared = self.group.agree(loss, clock.seconds(), signals.received)
                 self.elapsed = shared.elapsed
                 # the processes' gradients are averaged: this makes their average that of all pixels
@@ -247,7 +244,7 @@ class Trainer:
                     progress = training_progress(self.step, self.elapsed, options)
                     set_learning_rate(self.optimizer, learning_rate_factor(progress, self.step, options))
                     self.optimizer.step()
-                    window.add(shared.loss, norm, logits.detach(), mask)
+                    window.add(shared.loss, norm, output.logits.detach(), mask)
                     refused = 0
                 else:
                     self.skipped += 1

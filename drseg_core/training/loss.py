@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drseg_core.config.schema import TrainConfig
 from drseg_core.data import IGNORE
+from drseg_core.models.drseg import DRSegOutput
+
+# About where a dual encoder's learned temperature settles on a few dozen classes.
+ALIGNMENT_TEMPERATURE = 0.1
 
 
 class LossSum(NamedTuple):
@@ -44,6 +49,21 @@ def softmax_loss(logits: Tensor, mask: Tensor) -> LossSum:
         mask = F.interpolate(mask[:, None].float(), size=size, mode="nearest-exact")[:, 0]
     total = F.cross_entropy(logits, mask.long(), ignore_index=IGNORE, reduction="sum")
     return LossSum(total, (mask != IGNORE).sum())
+
+
+def training_loss(output: DRSegOutput, mask: Tensor, train: TrainConfig) -> LossSum:
+    """The loss that ``train`` asks for: binary or softmax, plus the weighted alignment of the original correlation.
+
+    The alignment's mean is added to the mean of the rest, so the terms are those of the rest.
+    """
+    if train.loss == "softmax":
+        loss = softmax_loss(output.logits, mask)
+    else:
+        loss = segmentation_loss(output.logits, mask, ignore_mode=train.ignore_mode)
+    if train.alignment_weight == 0:
+        return loss
+    alignment = softmax_loss(output.original / ALIGNMENT_TEMPERATURE, mask).mean()
+    return LossSum(loss.total + train.alignment_weight * loss.terms * alignment, loss.terms)
 
 
 def segmentation_loss(logits: Tensor, mask: Tensor, *, ignore_mode: Literal["zeros", "masked"] = "zeros") -> LossSum:
