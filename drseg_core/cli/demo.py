@@ -8,6 +8,7 @@ seen in training and six combinations of colour and object that were not.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from drseg_core.studies import pdgr_speed
 from drseg_core.training.run import load_run
 from drseg_core.training.versions import library_versions
 
+MARK = "made-by-drseg-demo.txt"
 TRAINING_SCENES, TEST_SCENES = 400, 60
 # Optimiser steps; together they take about three minutes on two cores.
 BASELINE_STEPS, DRSEG_STEPS = 2000, 350
@@ -39,15 +41,14 @@ def run(out: Path, *, seed: int = 0) -> None:
     """Make scenes, train a baseline and DR-Seg on top of it, score both, map a GeoTIFF, time PDGR.
 
     Args:
-        out: new or empty folder. Left there: ``results.json``, ``results.md``, ``overlay.png``, ``scene.tif`` with
+        out: new or empty folder, or that of an earlier demo, which is replaced. Left there: ``results.json``, ``results.md``, ``overlay.png``, ``scene.tif`` with
             its map, the scenes, both runs and the channel ranking.
         seed: decides the scenes, the initial weights and the order of the training.
 
     Raises:
-        ConfigError: ``out`` is not empty.
+        ConfigError: ``out`` holds something else.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"demo: out is not empty; expected a new or empty folder, got {out}")
+    _make_room(out)
     begin = time.perf_counter()
     seen, full = out / "scenes" / "seen", out / "scenes" / "full"
     print(f"demo: seed {seed}; everything is written to {out}")
@@ -87,6 +88,15 @@ def run(out: Path, *, seed: int = 0) -> None:
     write_text_atomic(out / "results.md", table)
     print(f"\n{table}\nwritten to {out}: results.md, results.json, overlay.png, map.tif, map_overlay.png")
     print(f"demo: {result['seconds']:.0f} seconds")
+
+
+def _make_room(out: Path) -> None:
+    """An empty folder with the demo's mark, so that the next demo may replace it and nothing else."""
+    if (out / MARK).is_file():
+        shutil.rmtree(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"demo: out is not empty; expected a new or empty folder, got {out}")
+    write_text_atomic(out / MARK, "Made by drseg demo, which replaces this folder when it runs again.\n")
 
 
 def _command(*words: object) -> None:

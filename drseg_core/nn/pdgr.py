@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drseg_core.ops import degree_normalize, edge_weight, graph_propagate, knn_graph, padding_mask
-from drseg_core.ops._checks import check_choice, check_count, check_number, check_tensor
+from drseg_core.ops._checks import check_choice, check_count, check_flag, check_number, check_tensor
 from drseg_core.ops._dispatch import BACKEND_NAMES
 
 Affinity = Literal["exp", "linear", "power", "product", "gauss"]
@@ -118,6 +118,13 @@ class PDGR(nn.Module):
         check_number("PDGR", "decay", decay)
         check_number("PDGR", "dropout", dropout)
         check_number("PDGR", "norm_scale", norm_scale)
+        for name, flag in {
+            "normalize_prior": normalize_prior,
+            "bias": bias,
+            "residual": residual,
+            "use_affinity_as_weight": use_affinity_as_weight,
+        }.items():
+            check_flag("PDGR", name, flag)
         if backend is not None:
             check_choice("PDGR", "backend", backend, BACKEND_NAMES)
         self.channels, self.prior_dim, self.k = channels, prior_dim, k

@@ -133,22 +133,57 @@ def backend_report() -> list[dict[str, Any]]:
     return rows
 
 
+# entries of torch's table of float32 precisions that decide on matrix products
+_PRODUCTS = (("cuda", "matmul"), ("mkldnn", "matmul"))
+
+
+def _own_precision(backend: str, op: str) -> str:
+    """What the entry itself holds, ``none`` if it takes the value of the levels above it.
+
+    The getter tells the effective value only, so those levels are lifted while it is read.
+    """
+    outer: list[tuple[str, str, str]] = []
+    try:
+        for level in (("generic", "all"), (backend, "all")):
+            outer.append((*level, torch._C._get_fp32_precision_getter(*level)))
+            torch._C._set_fp32_precision_setter(*level, "none")
+        return torch._C._get_fp32_precision_getter(backend, op)
+    finally:
+        for level_backend, level_op, precision in outer:
+            torch._C._set_fp32_precision_setter(level_backend, level_op, precision)
+
+
 @contextlib.contextmanager
 def plain_float32(tensor: Tensor) -> Iterator[None]:
     """Full float32 products: no autocast and no TF32 or bf16 shortcut, whatever the caller has set.
 
-    An op's body runs below autograd but not below autocast, and ``set_float32_matmul_precision`` is global; either
-    would round the affinities before the selection.
+    An op's body runs below autograd but not below autocast, and the precision of float32 products is global; either
+    would round the affinities before the selection. The precision has two interfaces, ``fp32_precision`` of
+    ``torch.backends`` and ``set_float32_matmul_precision``; both are put back as they were.
     """
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
+    legacy: str | None
     try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # torch refuses to read the older setting where the newer one contradicts it; only the newer one counts then
+        legacy = None
+    newer = hasattr(torch._C, "_get_fp32_precision_getter")
+    reduced = newer and any(torch._C._get_fp32_precision_getter(*entry) not in ("none", "ieee") for entry in _PRODUCTS)
+    changes = reduced or legacy not in (None, "highest")
+    own = [(*entry, _own_precision(*entry)) for entry in _PRODUCTS] if changes and newer else []
+    try:
+        if changes and legacy is not None:
+            torch.set_float32_matmul_precision("highest")
+        for backend, op, _ in own:
+            torch._C._set_fp32_precision_setter(backend, op, "ieee")
         with torch.autocast(tensor.device.type, enabled=False):
             yield
     finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+        # the older setter writes the newer entries too, so these come last
+        if changes and legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        for backend, op, precision in own:
+            torch._C._set_fp32_precision_setter(backend, op, precision)
 
 
 def refuse_double_backward(op: str) -> Callable[..., Any]:

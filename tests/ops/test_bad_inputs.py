@@ -243,7 +243,19 @@ TABLE: list[tuple[str, str, str, Any, type[Exception], str]] = [
     ("40", "knn_graph", "form", "cubic", ValueError, "one of additive, gauss, multiplicative, product, got 'cubic'$"),
     ("40", "knn_graph", "form", ["additive"], ValueError, "is unknown"),
     ("40", "knn_graph", "precision", "tf32", ValueError, "expected one of exact, got 'tf32'$"),
-    ("40", "knn_graph", "include_self", "no", TypeError, "expected bool, got str$"),
+    ("30", "knn_graph", "decay", 1e300, ValueError, r"is too large; expected decay <= 3.403e\+38, got 1e\+300$"),
+    *(
+        ("40", op, name, value, TypeError, f"must be a flag; expected bool, got {type(value).__name__}$")
+        for op, names in {
+            "knn_graph": ("include_self", "return_score", "pad", "check_finite"),
+            "edge_weight": ("validate",),
+            "degree_normalize": ("validate",),
+            "graph_propagate": ("transpose", "validate"),
+            "padding_mask": ("include_self",),
+        }.items()
+        for name in names
+        for value in ("no", 1, None, torch.tensor(True))
+    ),
     ("24", "edge_weight", "target", torch.ones(B, N + 1, E), ValueError, r"= \(2, 6, 4\), got \(2, 7, 4\)$"),
     ("24", "edge_weight", "target", torch.ones(1, N, E), ValueError, r"= \(2, 6, 4\), got \(1, 6, 4\)$"),
     ("24", "edge_weight", "target", torch.ones(N, E), ValueError, r"= \(2, 6, 4\), got \(6, 4\)$"),
@@ -258,6 +270,10 @@ TABLE: list[tuple[str, str, str, Any, type[Exception], str]] = [
         ("30", "degree_normalize", "eps", eps, ValueError, "expected a finite number > 0")
         for eps in (0, 0.0, -1e-6, float("nan"), float("inf"))
     ),
+    *(
+        ("30", "degree_normalize", "eps", eps, ValueError, f"is too small; expected eps >= 1e-20, got {eps}$")
+        for eps in (9e-21, 1e-30, 1e-50)
+    ),
     *(("30", "degree_normalize", "eps", eps, TypeError, "expected float") for eps in ("1e-6", None, True)),
     ("40", "degree_normalize", "norm", "sym", ValueError, "one of sym_row, sym_count, .*, got 'sym'$"),
     ("40", "degree_normalize", "norm", None, ValueError, "is unknown"),
@@ -265,7 +281,6 @@ TABLE: list[tuple[str, str, str, Any, type[Exception], str]] = [
     ("24", "graph_propagate", "x", torch.ones(B, 5, C), ValueError, r"expected \(2, 5\) before K, got \(2, 6, 3\)$"),
     ("24", "graph_propagate", "x", torch.ones(3, N, C), ValueError, r"expected \(3, 6\) before K, got \(2, 6, 3\)$"),
     ("24", "graph_propagate", "x", torch.ones(N, C), ValueError, r"does not match x"),
-    ("40", "graph_propagate", "transpose", "yes", TypeError, "expected bool, got str$"),
     *(
         ("40", op, "backend", name, ValueError, "one of reference, native, triton, got ")
         for op in ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
@@ -325,6 +340,11 @@ CONSTRUCTOR: list[tuple[str, Any, type[Exception], str]] = [
     ("self_loop", "none", ValueError, "one of in_topk, exclude, extra, got 'none'$"),
     ("norm", "sym", ValueError, "one of sym_row, sym_count, sym_inout, row, sym_undirected, got 'sym'$"),
     ("norm", None, ValueError, "got None$"),
+    *(
+        (name, value, TypeError, f"must be a flag; expected bool, got {type(value).__name__}$")
+        for name in ("normalize_prior", "bias", "residual", "use_affinity_as_weight")
+        for value in ("no", 0, None)
+    ),
     ("gamma", 0.0, ValueError, "finite number > 0, got 0.0$"),
     ("gamma", float("nan"), ValueError, "finite number > 0, got nan$"),
     ("gamma", "1", TypeError, "expected float, got str$"),

@@ -105,7 +105,7 @@ def degree_of_the_column(**inputs) -> Tensor:
 
 
 def degree_without_eps(**inputs) -> Tensor:
-    return ops.degree_normalize(**inputs, eps=1e-30)
+    return ops.degree_normalize(**inputs, eps=1e-18)
 
 
 def normalise_twice(**inputs) -> Tensor:

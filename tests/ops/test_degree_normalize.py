@@ -27,6 +27,17 @@ class TestDegreeNormalize(OpContract):
         coefficient.sum().backward()
         assert not coefficient.any() and weight.grad.isfinite().all()
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+    def test_smallest_eps_is_finite(self, variant, call, dtype):
+        inputs = self.inputs(variant)
+        empty = torch.arange(inputs["index"].shape[1])[:, None] % 2 == 0
+        for mask in (empty, torch.ones_like(empty)):
+            weight = inputs["weight"].masked_fill(mask, 0).to(dtype).requires_grad_()
+            coefficient = call(**{**inputs, "weight": weight}, eps=1e-20)
+            (grad,) = torch.autograd.grad(coefficient.sum(), weight)
+            # a gradient of order 1 / eps leaves the range of float16 only
+            assert coefficient.isfinite().all() and (dtype == torch.float16 or grad.isfinite().all())
+
     def test_undirected_operator_is_the_symmetric_matrix(self, call):
         inputs = self.inputs({}, dtype=torch.float64)
         weight, index = inputs["weight"][:1], inputs["index"][:1]

@@ -427,3 +427,111 @@ def test_the_instruction_set_that_was_asked_for_ran(level_results):
     # fused multiply-add rounds once where the plain code rounds twice, so some bit differs
     pairs = zip(level_results["plain"], level_results["avx2"], strict=True)
     assert any(not torch.equal(plain["output"], wide["output"]) for plain, wide in pairs)
+
+
+LEVELS = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), ("cuda", "matmul"), ("mkldnn", "matmul"))
+
+
+def _write(level: tuple[str, str], precision: str) -> None:
+    torch._C._set_fp32_precision_setter(*level, precision)
+
+
+def _default_precision() -> None:
+    for level in LEVELS:
+        _write(level, "none")
+    torch.set_float32_matmul_precision("highest")
+    for level in LEVELS:
+        _write(level, "none")
+
+
+def _precision() -> list[str]:
+    """All that can be read of the precision of float32 products, and how it follows a change of the outer levels."""
+
+    def read() -> list[str]:
+        found = [torch._C._get_fp32_precision_getter(*level) for level in LEVELS]
+        for getter in (torch.get_float32_matmul_precision, lambda: str(torch.backends.cuda.matmul.allow_tf32)):
+            try:
+                found.append(getter())
+            except RuntimeError:
+                found.append("mixed")
+        return found
+
+    state = read()
+    outer = []
+    for level in LEVELS[:3]:
+        outer.append(torch._C._get_fp32_precision_getter(*level))
+        for precision in ("tf32", "none"):
+            _write(level, precision)
+            state += read()
+    for level, precision in zip(LEVELS, outer, strict=False):
+        _write(level, precision)
+    return state
+
+
+def _set(target: Any, name: str, value: Any) -> Any:
+    return lambda: setattr(target, name, value)
+
+
+def _all(*settings: Any) -> Any:
+    return lambda: [setting() for setting in settings]
+
+
+BACKENDS = torch.backends
+WAYS = {
+    "default": lambda: None,
+    "legacy highest": lambda: torch.set_float32_matmul_precision("highest"),
+    "legacy high": lambda: torch.set_float32_matmul_precision("high"),
+    "legacy medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": _set(BACKENDS.cuda.matmul, "allow_tf32", True),
+    "all tf32": _set(BACKENDS, "fp32_precision", "tf32"),
+    "all bf16": _set(BACKENDS, "fp32_precision", "bf16"),
+    "all ieee": _set(BACKENDS, "fp32_precision", "ieee"),
+    "cuda": _set(BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
+    "cudnn": _set(BACKENDS.cudnn, "fp32_precision", "tf32"),
+    "mkldnn": _set(BACKENDS.mkldnn, "fp32_precision", "bf16"),
+    "mkldnn level": lambda: _write(("mkldnn", "all"), "bf16"),
+    "mkldnn products bf16": _set(BACKENDS.mkldnn.matmul, "fp32_precision", "bf16"),
+    "mkldnn products tf32": _set(BACKENDS.mkldnn.matmul, "fp32_precision", "tf32"),
+    # the entry holds by itself what it would take from above
+    "all and products": _all(
+        _set(BACKENDS, "fp32_precision", "bf16"), _set(BACKENDS.mkldnn.matmul, "fp32_precision", "bf16")
+    ),
+    "all but products": _all(
+        _set(BACKENDS, "fp32_precision", "tf32"), _set(BACKENDS.cuda.matmul, "fp32_precision", "ieee")
+    ),
+    "legacy, then newer": _all(
+        lambda: torch.set_float32_matmul_precision("medium"), _set(BACKENDS.cuda.matmul, "fp32_precision", "ieee")
+    ),
+    "newer, then legacy": _all(
+        _set(BACKENDS, "fp32_precision", "bf16"), lambda: torch.set_float32_matmul_precision("high")
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_precision_setting_reaches_an_op_and_all_are_left_alone(way):
+    def answers() -> list[Tensor]:
+        found = []
+        random = torch.Generator().manual_seed(0)
+        prior = torch.randn(1, 196, 768, generator=random)
+        found += ops.knn_graph(prior, (14, 14), 9, return_score=True)
+        for op in OPS[1:]:
+            found += run(SUBJECTS[op], SUBJECTS[op].make_inputs(CASES[2]), getattr(ops, op)).values()
+        return [value for value in found if isinstance(value, Tensor)]
+
+    _default_precision()
+    try:
+        expected = answers()
+        assert len(expected) > 5
+        WAYS[way]()
+        before = _precision()
+        got = answers()
+        assert _precision() == before
+        with pytest.raises(RuntimeError, match="planted"), _dispatch.plain_float32(got[1]):
+            for entry in _dispatch._PRODUCTS:
+                assert torch._C._get_fp32_precision_getter(*entry) in ("ieee", "none")
+            raise RuntimeError("planted")
+        assert _precision() == before
+    finally:
+        _default_precision()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

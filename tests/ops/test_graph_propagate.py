@@ -44,3 +44,25 @@ def test_opcheck(dtype, transpose):
         for form in (x, x.mT.contiguous().mT, x.repeat(1, 1, 2)[..., ::2], x[:1].expand(x.shape)):
             args = (form.detach().requires_grad_(), inputs["index"], coefficient, transpose, "auto")
             opcheck(torch.ops.drseg.graph_propagate.default, args)
+
+
+@pytest.mark.parametrize("far", [2**31, 2**32, 2**32 + 1, 2**40, -(2**31) - 1, -(2**32), -(2**33), 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_an_index_beyond_int32_is_clamped_like_any_other(far, transpose):
+    inputs = GRAPH_PROPAGATE.make_inputs(CASES[2])
+    index = inputs["index"].long()
+    nodes = index.shape[1]
+    index[:, ::2, 0] = far
+    clamped = index.clamp(0, nodes - 1)
+    results = {}
+    for name, backend, given in (
+        ("native", "native", index),
+        ("reference", "reference", index),
+        ("good", "native", clamped),
+    ):
+        x, coefficient = (inputs[key].detach().clone().requires_grad_() for key in ("x", "coefficient"))
+        y = ops.graph_propagate(x, given, coefficient, transpose=transpose, backend=backend)
+        results[name] = (y, *torch.autograd.grad(y.square().sum(), (x, coefficient)))
+    for native, expected, good in zip(results["native"], results["reference"], results["good"], strict=True):
+        assert torch.equal(native, good)
+        torch.testing.assert_close(native, expected, rtol=1e-5, atol=1e-5)

@@ -351,3 +351,46 @@ def test_reference_gives_the_same_for_any_block():
     for block in (1, 7, 64, 1000):
         index, score = reference.knn_graph(prior, inverse, table, 16, "additive", True, block=block)
         check(inputs, index, score)
+
+
+@pytest.mark.parametrize("exponent", [-1060, -500, 500, 1000])
+def test_scaling_float64_features_changes_nothing(exponent, backend):
+    prior = torch.randn(2, 42, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # bits to spare, so that subnormal features are exact too
+    prior = (prior * 2**10).round() / 2**10
+    expected = ops.knn_graph(prior, (6, 7), 9, return_score=True)
+    # in two steps: 2.0**-1060 is itself subnormal, and 2**10 * 2**1000 must stay in range
+    half = 2.0 ** (exponent // 2)
+    got = ops.knn_graph(prior * half * half, (6, 7), 9, return_score=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e-150, 1e150, 1e160, 1e300])
+def test_float64_features_of_any_size_have_the_same_neighbours(scale, backend):
+    prior = torch.randn(2, 42, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    index, score = ops.knn_graph(prior, (6, 7), 9, return_score=True)
+    rows = torch.ones(42, 1, dtype=torch.float64)
+    rows[::2] = scale
+    for scaled in (prior * scale, prior * rows):
+        got, value = ops.knn_graph(scaled, (6, 7), 9, return_score=True)
+        assert torch.equal(got, index)
+        torch.testing.assert_close(value, score, rtol=0, atol=1e-14)
+
+
+def test_scales_are_exact_powers_of_two():
+    exponent = torch.arange(-1022, 1024)
+    prior = torch.tensor([2.0**e for e in exponent.tolist()], dtype=torch.float64)[:, None]
+    scaled, inverse = reference.prepare_prior(prior)
+    assert torch.equal(torch.frexp(scaled).mantissa, torch.full_like(prior, 0.5))
+    assert (scaled[1:-4] == 0.5).all() and inverse.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["additive", "gauss", "multiplicative", "product"])
+def test_decay_stays_in_the_range_of_the_scores(form, backend):
+    prior = torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(0))
+    for dtype, largest in ((torch.float32, 3.4e38), (torch.bfloat16, 3.4e38), (torch.float64, 1.7e308)):
+        _, score = ops.knn_graph(prior.to(dtype), (2, 3), 3, decay=largest, form=form, return_score=True)
+        assert score.isfinite().all()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        with pytest.raises(ValueError, match=r"decay is too large; expected decay <= 3.403e\+38, got 1e\+300$"):
+            ops.knn_graph(prior.to(dtype), (2, 3), 3, decay=1e300, form=form)

@@ -11,6 +11,9 @@ from drseg_core.ops import _checks
 from drseg_core.ops._dispatch import requested_backend
 from drseg_core.ops.degree_normalize import registration
 
+# a row without weights has gradients of order eps**-1.5, which must stay finite in float32
+SMALLEST_EPS = 1e-20
+
 NORMS = ("sym_row", "sym_count", "sym_inout", "row", "sym_undirected")
 
 Norm = Literal["sym_row", "sym_count", "sym_inout", "row", "sym_undirected"]
@@ -42,7 +45,7 @@ def degree_normalize(
         weight: (B, N, K) or (N, K) edge weights >= 0; float32, float64, float16 or bfloat16.
         index: same shape, neighbour indices, int32 or int64.
         norm: see above.
-        eps: added to every degree, > 0.
+        eps: added to every degree, at least 1e-20: gradients of a row of zeros grow as ``eps**-1.5``.
         validate: refuse negative or non-finite weights and indices outside [0, N) (synchronises a GPU).
         backend: ``reference``, ``native`` or ``triton``; None takes the best that can run.
 
@@ -62,6 +65,9 @@ def degree_normalize(
     _checks.check_shape(op, "index", index, tuple(weight.shape), "the shape of weight")
     _checks.check_choice(op, "norm", norm, NORMS)
     _checks.check_number(op, "eps", eps, positive=True)
+    if eps < SMALLEST_EPS:
+        raise ValueError(f"{op}: eps is too small; expected eps >= {SMALLEST_EPS}, got {eps}")
+    _checks.check_flag(op, "validate", validate)
     requested = requested_backend(op, backend)
     if validate:
         _checks.check_index_values(op, index, index.shape[-2])

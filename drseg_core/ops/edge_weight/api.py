@@ -70,6 +70,7 @@ def edge_weight(
         BackendUnavailableError: the named backend cannot run here.
     """
     _check(source, target, index, vector, bias, mask)
+    _checks.check_flag("edge_weight", "validate", validate)
     requested = requested_backend("edge_weight", backend)
     if validate:
         _checks.check_index_values("edge_weight", index, source.shape[-2])

@@ -47,6 +47,7 @@ def graph_propagate(
     _checks.check_same_device(op, x=x, index=index, coefficient=coefficient)
     _checks.check_no_tangent(op, x=x, coefficient=coefficient)
     _checks.check_flag(op, "transpose", transpose)
+    _checks.check_flag(op, "validate", validate)
     _checks.check_shape(op, "coefficient", coefficient, tuple(index.shape), "the shape of index")
     if index.shape[:-1] != x.shape[:-1]:
         raise ValueError(

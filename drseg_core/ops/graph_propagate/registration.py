@@ -20,9 +20,16 @@ def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(wide).contiguous() for tensor in tensors)
 
 
+def _neighbours(index: Tensor, nodes: int) -> Tensor:
+    """Contiguous int32, as the library takes them; it clamps them itself, but only after they fit."""
+    if index.dtype == torch.int64:
+        index = index.clamp(0, max(nodes - 1, 0))
+    return index.int().contiguous()
+
+
 def _run_native(x: Tensor, index: Tensor, coefficient: Tensor, transpose: bool) -> Tensor:
     features, share = _operands(x, coefficient)
-    neighbour = index.int().contiguous()
+    neighbour = _neighbours(index, x.shape[1])
     return torch.ops.drseg_native.graph_propagate(features, neighbour, share, transpose).to(x.dtype)
 
 
@@ -40,7 +47,7 @@ def _run_native_backward(
         grad_x = _run_native(grad, index, coefficient, not transpose).to(x.dtype)
     if need_coefficient:
         start, end = _operands(*((x, grad) if transpose else (grad, x)))
-        dot = torch.ops.drseg_native.graph_edge_dot(start, end, index.int().contiguous())
+        dot = torch.ops.drseg_native.graph_edge_dot(start, end, _neighbours(index, x.shape[1]))
         grad_coefficient = dot.to(coefficient.dtype)
     return grad_x, grad_coefficient
 

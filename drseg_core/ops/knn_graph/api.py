@@ -20,7 +20,16 @@ Form = Literal["additive", "gauss", "multiplicative", "product"]
 
 
 def _check(
-    prior: Tensor, grid: tuple[int, int], k: int, decay: float, form: str, include_self: bool, pad: bool, precision: str
+    prior: Tensor,
+    grid: tuple[int, int],
+    k: int,
+    decay: float,
+    form: str,
+    include_self: bool,
+    return_score: bool,
+    pad: bool,
+    precision: str,
+    check_finite: bool,
 ) -> None:
     op = "knn_graph"
     _checks.check_tensor(op, "prior", prior, ("B", "N", "D"))
@@ -35,8 +44,17 @@ def _check(
         raise ValueError(f"{op}: grid does not match prior; expected h * w = N = {nodes}, got {grid[0]} x {grid[1]}")
     _checks.check_count(op, "k", k)
     _checks.check_number(op, "decay", decay)
+    largest = torch.finfo(torch.float64 if prior.dtype == torch.float64 else torch.float32).max
+    if decay > largest:
+        raise ValueError(f"{op}: decay is too large; expected decay <= {largest:.4g}, got {decay}")
     _checks.check_choice(op, "form", form, FORMS)
-    _checks.check_flag(op, "include_self", include_self)
+    for name, flag in (
+        ("include_self", include_self),
+        ("return_score", return_score),
+        ("pad", pad),
+        ("check_finite", check_finite),
+    ):
+        _checks.check_flag(op, name, flag)
     _checks.check_choice(op, "precision", precision, PRECISIONS)
     candidates = nodes if include_self else nodes - 1
     if k > candidates and nodes > 0 and not pad:
@@ -110,7 +128,7 @@ def knn_graph(
         prior: (B, N, D) or (N, D) features, float32, float64, float16 or bfloat16; need not be normalised.
         grid: (h, w) with ``h * w = N``.
         k: neighbours per node, at most N (N - 1 without the node itself) unless ``pad``.
-        decay: strength of the spatial decay (lambda / gamma of Eq. 7), >= 0.
+        decay: strength of the spatial decay (lambda / gamma of Eq. 7), >= 0 and in the range of the scores' dtype.
         form: how cosine and distance are joined, see above.
         include_self: every node is one of its own k neighbours; otherwise never.
         return_score: return the scores too.
@@ -133,7 +151,7 @@ def knn_graph(
         its own slots hold its own index with score NaN, and the other rows are as if it were not there: if that
         leaves them fewer than k candidates, they are padded.
     """
-    _check(prior, grid, k, decay, form, include_self, pad, precision)
+    _check(prior, grid, k, decay, form, include_self, return_score, pad, precision, check_finite)
     requested = requested_backend("knn_graph", backend)
     if check_finite:
         _checks.check_finite_rows("knn_graph", "prior", prior)
@@ -159,5 +177,6 @@ def padding_mask(index: Tensor, *, include_self: bool = True) -> Tensor:
         bool tensor of the shape of ``index``: the ``mask`` of ``edge_weight``.
     """
     _checks.check_tensor("padding_mask", "index", index, ("B", "N", "K"), _checks.INDEX_DTYPES)
+    _checks.check_flag("padding_mask", "include_self", include_self)
     own = index == torch.arange(index.shape[-2], device=index.device, dtype=index.dtype)[:, None]
     return ~(own & (own.cumsum(-1) > 1)) if include_self else ~own

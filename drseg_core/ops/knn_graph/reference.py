@@ -13,9 +13,12 @@ _BLOCK_BYTES = 32 << 20
 def _exponent_scale(prior: Tensor) -> Tensor:
     """Per row the power of two that brings its largest entry near one, (..., N, 1). Multiplying by it is exact."""
     largest = prior.abs().amax(-1, keepdim=True)
-    # a float32 exponent may be -148 (subnormal); 2**148 would overflow
-    exponent = torch.frexp(torch.where(largest.isfinite(), largest, 1).float()).exponent.clamp(-126, 126)
-    return torch.ldexp(torch.ones_like(largest), -exponent).to(prior.dtype)
+    wide = largest if prior.dtype == torch.float64 else largest.float()
+    # the exponent of a subnormal is lower still (-148 in float32), and 2**148 would overflow
+    limit = 1020 if prior.dtype == torch.float64 else 126
+    exponent = torch.frexp(torch.where(wide.isfinite(), wide, 1)).exponent.clamp(-limit, limit)
+    # written as the bits of a float64, because torch.ldexp takes its power in float32
+    return ((1023 - exponent.long()) << 52).view(torch.float64).to(prior.dtype)
 
 
 def prepare_prior(prior: Tensor) -> tuple[Tensor, Tensor]:
