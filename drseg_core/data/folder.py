@@ -52,7 +52,8 @@ class FolderDataset(SegmentationDataset):
     """``ROOT/classes.txt`` and ``ROOT/{split}/{images,masks}/*``; a mask has the name of its image, any suffix.
 
     Files are paired by name without suffix and ordered by it. Making the data set reads every header (sizes must
-    agree) and no pixels. :mod:`drseg_core.data.images` says which formats are converted and which refused.
+    agree, a mask must be one) and no pixels. :mod:`drseg_core.data.images` says which formats are converted and which
+    refused.
 
     Args:
         root: the folder.
@@ -68,7 +69,7 @@ class FolderDataset(SegmentationDataset):
         self.root = Path(root)
         self.split = split
         self.max_pixels = max_pixels
-        if not str(root) or not self.root.is_dir():
+        if not str(root) or not _is_folder(self.root):
             raise DatasetError(f"FolderDataset: {self.root} is not a folder; expected {_layout(split)}")
         if split in ("", ".", "..") or Path(split).name != split:
             raise DatasetError(f"FolderDataset: split {split!r} is not a folder name; expected such as train or val")
@@ -88,24 +89,28 @@ class FolderDataset(SegmentationDataset):
         pairs = []
         for stem in sorted(images):
             image, mask = images[stem], masks[stem]
-            pairs.append(Pair(image, mask, image.stat().st_size, mask.stat().st_size))
+            pairs.append(Pair(image, mask, _bytes(image), _bytes(mask)))
         return tuple(pairs)
 
     def _list(self, part: str) -> dict[str, Path]:
         """Files by name without suffix."""
         folder = self.root / self.split / part
-        if not folder.is_dir():
+        if not _is_folder(folder):
             raise DatasetError(f"FolderDataset: {folder} is not a folder; expected {_layout(self.split)}")
         home = self.root.resolve()
         found: dict[str, Path] = {}
-        with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if not e.name.startswith("."))
+        try:
+            names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        except OSError as error:
+            raise DatasetError(f"FolderDataset: {_printable(folder)} cannot be listed: {error.strerror}") from None
         for name in names:
             path = folder / name
             if path.suffix.lower() not in SUFFIXES:
                 continue
             try:
                 target = path.resolve(strict=True)
+            except PermissionError as error:
+                raise DatasetError(f"FolderDataset: {_printable(path)} cannot be read: {error.strerror}") from None
             except (OSError, RuntimeError):
                 raise DatasetError(f"FolderDataset: {_printable(path)} is a broken link; expected a file") from None
             if not target.is_relative_to(home):
@@ -122,7 +127,7 @@ class FolderDataset(SegmentationDataset):
         wrong = []
         for pair in self.pairs:
             image = image_size(pair.image, max_pixels=self.max_pixels)
-            mask = image_size(pair.mask, max_pixels=self.max_pixels)
+            mask = image_size(pair.mask, max_pixels=self.max_pixels, mask=True)
             if image != mask:
                 wrong.append(f"{_printable(pair.image)} {image[0]} x {image[1]}, its mask {mask[0]} x {mask[1]}")
         if wrong:
@@ -180,18 +185,35 @@ class FolderDataset(SegmentationDataset):
                     _check_unchanged(path, size)
                     name = os.fsencode(path.relative_to(self.root))
                     digest.update(b"\0%d %d\0" % (len(name), size) + name)
-                    with open(path, "rb") as file:
-                        while block := file.read(1 << 20):
-                            digest.update(block)
+                    try:
+                        with open(path, "rb") as file:
+                            while block := file.read(1 << 20):
+                                digest.update(block)
+                    except OSError as error:
+                        reason = f"cannot be read: {error.strerror}"
+                        raise DatasetError(f"FolderDataset: {_printable(path)} {reason}") from None
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
 
-def _check_unchanged(path: Path, size: int) -> None:
+def _is_folder(path: Path) -> bool:
     try:
-        now = path.stat().st_size
-    except OSError:
+        return path.is_dir()
+    except OSError as error:
+        raise DatasetError(f"FolderDataset: {_printable(path)} cannot be opened: {error.strerror}") from None
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
         raise DatasetError(f"FolderDataset: {_printable(path)} vanished; expected the file that was listed") from None
+    except OSError as error:
+        raise DatasetError(f"FolderDataset: {_printable(path)} cannot be read: {error.strerror}") from None
+
+
+def _check_unchanged(path: Path, size: int) -> None:
+    now = _bytes(path)
     if now != size:
         raise DatasetError(
             f"FolderDataset: {_printable(path)} changed after it was listed; expected {size} bytes, got {now}"

@@ -12,9 +12,12 @@ alpha                        its colour; the alpha channel is dropped
 EXIF rotation                turned upright, as viewers show it (the mask must fit the upright image)
 TIFF with more bands         its first three bands, if they are 8-bit
 CMYK, Lab, 16-bit, float     refused: there is no one right conversion to 8-bit RGB
+other formats                refused, whatever the name of the file says
 ===========================  =====================================================================
 
-Masks must hold one 8-bit band of class ids; of a palette image the indices are the ids.
+Masks are PNG or TIFF and hold one band of class ids, of at most 8 bits; of a palette image the indices are the ids.
+The ids are the stored numbers: gray of 2 or 4 bits is not spread over 0 to 255, as viewers do. JPEG, which does not
+keep numbers, and TIFF that stores white as zero are refused.
 """
 
 from __future__ import annotations
@@ -27,16 +30,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from drseg_core.errors import DatasetError
 
 MAX_PIXELS = 100_000_000
 """Default bound on the pixels of one file, checked before it is decoded."""
 
+FORMATS = ("PNG", "JPEG", "TIFF")
+"""What Pillow may take a file for (JPEG includes MPO); its other plugins stay out, as some start programs."""
+
 _IMAGE_MODES = {"RGB", "RGBA", "RGBX", "RGBa", "YCbCr", "P", "PA", "L", "LA", "La", "1"}
 _MASK_MODES = {"L", "P", "1"}
+# by which factor Pillow spreads gray of so many bits over 0 to 255; mode 1 and palettes it leaves alone
+_SPREAD = {2: 85, 4: 17, 8: 1}
 _EXIF_ORIENTATION = 0x0112
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+_LOSSY = {"jpeg", "tiff_jpeg", "webp"}
 
 
 def first_bytes(path: Path) -> str:
@@ -56,7 +66,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         # the size limit below takes the place of Pillow's warning; its error at twice that size stays
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image = Image.open(path, formats=FORMATS)
         with image:
             _check_pixels(path, image.size, max_pixels)
             yield image
@@ -72,6 +82,8 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise DatasetError(f"read_image: {path} is too large; expected at most {max_pixels} pixels: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DatasetError(f"read_image: {path} cannot be read: {error.strerror}") from None
         # Pillow's plugins report damage through all of these
         raise DatasetError(f"read_image: {path} is damaged: {_one_line(error)}") from None
 
@@ -88,8 +100,38 @@ def _check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def _stored_bits(path: Path, image: Image.Image) -> int:
+    """Bits of a channel as the file stores it; Pillow's mode does not tell, because it converts while it reads."""
+    if image.format == "PNG":
+        with open(path, "rb") as file:
+            header = file.read(26)
+        if header[12:16] != b"IHDR":
+            raise DatasetError(f"read_image: {path} is damaged: PNG does not begin with IHDR")
+        return header[24]
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
+    return 8
+
+
+def _check_mask(path: Path, image: Image.Image) -> None:
+    """Refuse, by its header, a mask whose numbers are not ids."""
+    tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
+    if image.format not in ("PNG", "TIFF") or tiff and image.info.get("compression") in _LOSSY:
+        how = f"TIFF with {image.info['compression']} compression" if tiff else "JPEG"
+        raise DatasetError(f"read_mask: {path} is {how}, which changes ids; expected lossless PNG or TIFF")
+    if image.mode not in _MASK_MODES or image.mode == "L" and _stored_bits(path, image) not in _SPREAD:
+        raise DatasetError(f"read_mask: {path} has mode {image.mode}; expected one 8-bit band of class ids")
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
+        raise DatasetError(f"read_mask: {path} stores white as zero; expected black as zero, or a palette")
+
+
+def image_size(path: Path, *, max_pixels: int = MAX_PIXELS, mask: bool = False) -> tuple[int, int]:
     """(height, width) as the file's header gives it, after EXIF rotation. Decodes nothing.
+
+    Args:
+        path: the file.
+        max_pixels: bound on the pixels.
+        mask: refuse what :func:`read_mask` refuses, as far as the header shows it.
 
     Raises:
         DatasetError: not an image, or more than ``max_pixels``.
@@ -98,6 +140,8 @@ def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         with _raster(path, max_pixels) as raster:
             return raster.height, raster.width
     with _opened(path, max_pixels) as image:
+        if mask:
+            _check_mask(path, image)
         width, height = image.size
         # PNG may keep EXIF behind the pixels, where only decoding finds it; read_image checks again
         if image.format in ("JPEG", "MPO") and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:
@@ -118,37 +162,44 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
             raise DatasetError(
                 f"read_image: {path} has mode {image.mode}; expected 8-bit RGB, gray or palette (convert it first)"
             )
+        bits = _stored_bits(path, image)
+        if bits > 8:
+            raise DatasetError(f"read_image: {path} has {bits} bits per channel; expected 8 (convert it first)")
         image.load()
         upright = ImageOps.exif_transpose(image)
         return np.array(upright.convert("RGB"))
 
 
 def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Decode a mask to (H, W) uint8 ids.
+    """Decode a mask to (H, W) uint8 ids, the numbers that the file stores.
 
     Raises:
-        DatasetError: not an image, damaged, too large, or not one 8-bit band.
+        DatasetError: not an image, damaged, too large, JPEG, or not one band of at most 8 bits.
     """
     if _needs_rasterio(path):
         return _read_raster_mask(path, max_pixels)
     with _opened(path, max_pixels) as image:
-        if image.mode not in _MASK_MODES:
-            raise DatasetError(f"read_mask: {path} has mode {image.mode}; expected one 8-bit band of class ids")
+        _check_mask(path, image)
+        spread = _SPREAD[_stored_bits(path, image)] if image.mode == "L" else 1
         image.load()
-        return np.array(ImageOps.exif_transpose(image)).astype(np.uint8)
+        return np.array(ImageOps.exif_transpose(image)).astype(np.uint8) // np.uint8(spread)
 
 
 def _needs_rasterio(path: Path) -> bool:
     """Whether a TIFF is of a kind that Pillow cannot open, such as five bands."""
-    if path.suffix.lower() not in (".tif", ".tiff") or not path.is_file():
+    if path.suffix.lower() not in (".tif", ".tiff"):
         return False
-    with open(path, "rb") as file:
-        if file.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            return False
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+                return False
+    except OSError:
+        # _opened says why
+        return False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            Image.open(path).close()
+            Image.open(path, formats=FORMATS).close()
     except Image.DecompressionBombError:
         return False
     except Exception:
@@ -167,7 +218,7 @@ def _raster(path: Path, max_pixels: int) -> Iterator[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            with rasterio.open(path) as raster:
+            with rasterio.open(path, driver="GTiff") as raster:
                 _check_pixels(path, (raster.width, raster.height), max_pixels)
                 yield raster
     except rasterio.errors.RasterioError as error:
@@ -191,4 +242,10 @@ def _read_raster_mask(path: Path, max_pixels: int) -> NDArray[np.uint8]:
         if raster.count != 1 or raster.dtypes[0] != "uint8":
             got = f"{raster.count} bands of {raster.dtypes[0]}"
             raise DatasetError(f"read_mask: {path} has {got}; expected one 8-bit band of class ids")
+        compression = str(raster.tags(ns="IMAGE_STRUCTURE").get("COMPRESSION", "")).lower()
+        if compression.endswith("jpeg") or compression in _LOSSY:
+            raise DatasetError(
+                f"read_mask: {path} is TIFF with {compression} compression, which changes ids; "
+                "expected lossless PNG or TIFF"
+            )
         return raster.read(1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from drseg_core.config.schema import EvaluationConfig
-from drseg_core.data.dataset import IGNORE, Sample, SegmentationDataset
+from drseg_core.data.dataset import IGNORE, Sample, SegmentationDataset, class_names_hash
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.evaluation.inference import Predictor
 from drseg_core.evaluation.metrics import CONVENTIONS, ConfusionMatrix
@@ -41,8 +41,8 @@ def evaluate(
     Returns:
         a dictionary that JSON can hold (a mean over nothing is None). In percent: ``mIoU`` (convention ``present``),
         ``mACC``, ``fwIoU``, ``pACC``, ``mIoU_conventions``, ``per_class`` {name: iou, accuracy, pixels}, ``subsets``
-        {name: mIoU, mACC, classes}; further ``confusion`` (rows = truth), ``images``, ``ignored_pixels`` and
-        ``images_all_ignored``.
+        {name: mIoU, mACC, classes}; further ``confusion`` (rows = truth), ``images``, ``ignored_pixels``,
+        ``images_all_ignored`` and ``class_names_sha256`` (the names are part of the model's input).
 
     Raises:
         ConfigError: fewer names than the data set has classes, or an unknown id in ``subsets``.
@@ -79,6 +79,7 @@ def evaluate(
             bar.update(len(samples))
     return {
         **summary(confusion, class_names, subsets=subsets),
+        "class_names_sha256": class_names_hash(class_names),
         "images": len(dataset),
         "images_all_ignored": all_ignored,
     }

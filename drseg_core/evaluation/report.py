@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from drseg_core.data.palette import Image8, colorize, save_png, with_legend
+from drseg_core.data.palette import Image8, colorize, with_legend
 
-__all__ = ["SheetRow", "heat", "markdown_table", "overlay_sheet", "save_png", "scores_table"]
+__all__ = ["SheetRow", "heat", "markdown_table", "overlay_sheet"]
 
 
 class SheetRow(NamedTuple):
@@ -49,17 +49,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.1f}"
     return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def scores_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown table of several results of :func:`evaluate`, one row each, with a column for every subset's mIoU."""
-    rows = []
-    for name, result in results.items():
-        row: dict[str, Any] = {"": name, **{key: result[key] for key in ("mIoU", "mACC", "fwIoU", "pACC")}}
-        row.update({f"mIoU {subset}": value["mIoU"] for subset, value in result.get("subsets", {}).items()})
-        rows.append(row)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return markdown_table(rows, columns)
 
 
 def heat(value: Any) -> Image8:

@@ -93,16 +93,24 @@ def check_outputs(image_path: str | Path, out_path: str | Path, *, overwrite: bo
 
     Raises:
         ConfigError: an output exists, is the input, cannot be written or has a wrong suffix.
+        RasterError: the system refuses the scene's path, such as one that is too long.
     """
     files, source = scene_files(out_path), Path(image_path)
-    for path in files:
-        if path.exists() and source.exists() and path.samefile(source):
-            raise ConfigError(f"predict_scene: out is the scene itself; expected another path than {path}")
-        if path.is_dir() or path.exists() and not overwrite:
-            raise ConfigError(f"predict_scene: {path} exists; expected a new path, or overwrite")
+    try:
+        source_exists = source.exists()
+    except OSError as error:
+        raise RasterError(f"predict_scene: {source} cannot be opened: {error.strerror}") from None
     folder = files.classes.parent
-    while not folder.exists():
-        folder = folder.parent
+    try:
+        for path in files:
+            if path.exists() and source_exists and path.samefile(source):
+                raise ConfigError(f"predict_scene: out is the scene itself; expected another path than {path}")
+            if path.is_dir() or path.exists() and not overwrite:
+                raise ConfigError(f"predict_scene: {path} exists; expected a new path, or overwrite")
+        while not folder.exists():
+            folder = folder.parent
+    except OSError as error:
+        raise ConfigError(f"predict_scene: {files.classes} cannot be written: {error.strerror}") from None
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"predict_scene: {files.classes} cannot be written; expected a folder with write permission")
     return files

@@ -128,7 +128,11 @@ def open_scene(path: str | Path, *, bands: Sequence[int] | None = None) -> Itera
     import rasterio
 
     path = Path(path)
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise RasterError(f"read_scene: {path} cannot be opened: {error.strerror}") from None
+    if not is_file:
         raise RasterError(f"read_scene: {path} is not a file; expected an image")
     # libjpeg only warns of a file that is cut short, and GDAL would hand out gray
     with rasterio.Env(GDAL_ERROR_ON_LIBJPEG_WARNING="YES"), warnings.catch_warnings():

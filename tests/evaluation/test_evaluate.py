@@ -10,9 +10,11 @@ import torch
 
 from drseg_core.config.schema import EvaluationConfig
 from drseg_core.data import Sample, SegmentationDataset
+from drseg_core.data.dataset import class_names_hash
+from drseg_core.data.palette import save_png
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.evaluation.evaluate import evaluate
-from drseg_core.evaluation.report import SheetRow, markdown_table, overlay_sheet, save_png, scores_table
+from drseg_core.evaluation.report import SheetRow, markdown_table, overlay_sheet
 from tests.evaluation.fake import COLORS, ColorModel, color_image
 
 NAMES = list(COLORS)
@@ -64,6 +66,23 @@ def test_evaluate(mode):
     assert result["images"] == 5 and result["images_all_ignored"] == 1 and result["ignored_pixels"] > 0
 
 
+def test_nothing_to_score():
+    class Ignored(Colors):
+        def __getitem__(self, index: int) -> Sample:
+            return super().__getitem__(1)
+
+    result = evaluate(ColorModel(), NAMES, Ignored(1), progress=False)
+    assert [result[key] for key in ("mIoU", "mACC", "fwIoU", "pACC")] == [None] * 4
+    assert list(result["per_class"]) == NAMES and result["images_all_ignored"] == 1
+
+
+def test_class_names_are_hashed():
+    result = evaluate(ColorModel(), NAMES, Colors(1), progress=False)
+    assert result["class_names_sha256"] == class_names_hash(NAMES) and len(class_names_hash(NAMES)) == 64
+    other = evaluate(ColorModel(), NAMES[:3], Colors(1), progress=False)
+    assert other["class_names_sha256"] != result["class_names_sha256"]
+
+
 def test_refusals():
     with pytest.raises(ConfigError, match="class_names are too few; expected a name for each of 3 mask ids, got 2"):
         evaluate(ColorModel(), NAMES[:2], Colors(), progress=False)
@@ -74,13 +93,7 @@ def test_refusals():
     assert evaluate(ColorModel(), NAMES[:3], Colors(1), progress=False)["pACC"] == 100
 
 
-def test_tables():
-    result = evaluate(ColorModel(), NAMES, Colors(), subsets={"held-out": [3], "seen": [0, 1]}, progress=False)
-    table = scores_table({"baseline": result, "DR-Seg": result})
-    lines = table.splitlines()
-    assert lines[0] == "|  | mIoU | mACC | fwIoU | pACC | mIoU held-out | mIoU seen |"
-    assert lines[1].startswith("|---|---:|") and len(lines) == 4
-    assert lines[2].startswith("| baseline | ") and " - " in lines[2]
+def test_table():
     assert markdown_table([{"a": "x|y\nz", "b": 1.25}]) == "| a | b |\n|---|---:|\n| x\\|y z | 1.2 |\n"
     assert markdown_table([]) == "|  |\n||\n"
 

@@ -367,3 +367,23 @@ def test_real_image(tmp_path):
     with open_scene(image) as scene:
         for _, band in model.rows(lambda a, b: scene.rows(a, b)[0], scene.height, scene.width):
             assert torch.all(band.score == 1)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a/" * 2500])
+def test_long_path(tmp_path, name):
+    with pytest.raises(RasterError, match="cannot be opened: File name too long") as caught:
+        run(tmp_path / name, tmp_path / "map.tif")
+    assert caught.value.exit_code == 3
+    with pytest.raises(RasterError, match="cannot be opened: File name too long"), open_scene(tmp_path / name):
+        pass
+    image = write(tmp_path / "in.tif", color_image(truth()).numpy())
+    with pytest.raises(ConfigError, match="cannot be written: File name too long"):
+        check_outputs(image, tmp_path / name / "map.tif")
+    assert [p.name for p in tmp_path.iterdir()] == ["in.tif"]
+
+
+def test_program_named_png_is_no_image(tmp_path):
+    path = tmp_path / "in.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 20\n%%EndComments\nshowpage\n")
+    with pytest.raises(RasterError, match="in.png is not an image"):
+        run(path, tmp_path / "map.tif")
