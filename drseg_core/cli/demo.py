@@ -41,8 +41,8 @@ def run(out: Path, *, seed: int = 0) -> None:
     """Make scenes, train a baseline and DR-Seg on top of it, score both, map a GeoTIFF, time PDGR.
 
     Args:
-        out: new or empty folder, or that of an earlier demo, which is replaced. Left there: ``results.json``, ``results.md``, ``overlay.png``, ``scene.tif`` with
-            its map, the scenes, both runs and the channel ranking.
+        out: new or empty folder, or that of an earlier demo, which is replaced. Left there: ``results.json``,
+            ``results.md``, ``overlay.png``, ``scene.tif`` with its map, the scenes, both runs and the ranking.
         seed: decides the scenes, the initial weights and the order of the training.
 
     Raises:

@@ -62,12 +62,13 @@ def run(args: Any) -> None:
     from drseg_core.evaluation.evaluate import evaluate
     from drseg_core.files import write_text_atomic
     from drseg_core.training.distributed import select_device
-    from drseg_core.training.run import load_run
+    from drseg_core.training.run import check_class_names, load_run
     from drseg_core.training.versions import git_revision, library_versions
 
     device = select_device(args.device)
     dataset = open_dataset(args.data, args.split)
     loaded = load_run(args.run)
+    check_class_names(loaded.model, dataset.class_names)
     options = evaluation_options(loaded.config.evaluation, args)
     scores = evaluate(loaded.model, dataset.class_names, dataset, options, device=device)
     result = {

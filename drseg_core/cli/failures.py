@@ -43,6 +43,8 @@ def failure(error: BaseException, command: str) -> tuple[str, int]:
         return f"drseg: error: out of memory: {_one_line(error) or 'allocation refused'}; {hint}", 7
     if isinstance(error, OSError) and error.errno in _DISK:
         return f"drseg: error: {_one_line(error)}", 7
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"drseg: error: path is too long: {str(error.filename)[:80]}...", 2
     if isinstance(error, PermissionError):
         return f"drseg: error: {_one_line(error)}", 2
     if isinstance(error, ImportError):

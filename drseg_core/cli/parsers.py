@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from drseg_core.cli.failures import UsageError
 from drseg_core.config.load import config_from_dict, load_config, preset_names
 from drseg_core.config.schema import Config
+from drseg_core.config.validate import validate
 from drseg_core.errors import ConfigError
 
 _required = re.compile(r"arguments are required: (.+)$")
@@ -100,10 +101,16 @@ def add_config_arguments(parser: Parser, argv: Sequence[str], *, fallback: Path 
 
 
 def chosen_config(args: Any) -> Config:
-    """The configuration that the parsed options make."""
+    """The configuration that the parsed options make.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
     content = {name: args[name] for name in ("model", "train", "evaluation", "seed")}
     content = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in content.items()}
-    return config_from_dict(content, Config, "command line")
+    config = config_from_dict(content, Config, "command line")
+    validate(config)
+    return config
 
 
 def check_output(path: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
@@ -131,6 +138,9 @@ def split_names(text: str) -> tuple[str, ...]:
     names = tuple(" ".join(name.split()) for name in text.split(";") if name.strip())
     if not names:
         raise ConfigError('--classes is empty; expected names such as "building; field; pavement"')
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"--classes has a name twice; expected every name once, got {twice[0]!r}")
     return names
 
 

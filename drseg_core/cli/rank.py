@@ -33,8 +33,8 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("--out", required=True, type=str, metavar="FILE", help="channel ranking to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
-    run_folder = next((Path(word) for word in argv if not word.startswith("-")), None)
-    add_config_arguments(parser, argv, fallback=run_folder / "config.yaml" if run_folder else None)
+    run_folder = _first_positional(parser, argv)
+    add_config_arguments(parser, argv, fallback=Path(run_folder) / "config.yaml" if run_folder else None)
 
 
 def run(args: Any) -> None:
@@ -50,7 +50,7 @@ def run(args: Any) -> None:
     from drseg_core.data import open_dataset
     from drseg_core.training.distributed import select_device
     from drseg_core.training.rank_channels import rank_channels, save_channels, weights_hash
-    from drseg_core.training.run import load_run, model_of
+    from drseg_core.training.run import check_class_names, load_run, model_of
 
     device = select_device(args.device)
     dataset = open_dataset(args.data, args.split)
@@ -65,6 +65,7 @@ def run(args: Any) -> None:
         torch.manual_seed(config.seed)
         bare = dataclasses.replace(config.model, clip=clip, fusion=fusion)
         model = model_of(dataclasses.replace(config, model=bare))
+    check_class_names(model, dataset.class_names)
     model = model.to(device).eval()
     with tqdm(total=len(dataset), desc="rank", unit="image", disable=None) as bar:
 
@@ -87,3 +88,16 @@ def run(args: Any) -> None:
         f"{len(channels.structural_index)} structural, from {channels.metadata['prototypes']} pixels of "
         f"{len(dataset)} images"
     )
+
+
+def _first_positional(parser: Parser, argv: Sequence[str]) -> str | None:
+    # before the parser is complete; the options it does not have yet all take a value, but for this one
+    flags = {"--print_config", "--debug"}
+    flags |= {option for action in parser._actions if action.nargs == 0 for option in action.option_strings}
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("-"):
+            return word
+        if "=" not in word and word not in flags:
+            next(words, None)
+    return None

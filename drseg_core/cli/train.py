@@ -45,6 +45,7 @@ def run(args: Any) -> None:
         return
     if args.resume and args.init:
         raise ConfigError("--resume and --init exclude each other; a resumed run goes on with its own weights")
+    from drseg_core.training.checkpoint import generations
     from drseg_core.training.logs import read_log
     from drseg_core.training.loop import train
 
@@ -56,7 +57,8 @@ def run(args: Any) -> None:
     if records:
         last = records[-1]
         print(f"steps: {last['step']}, loss: {_number(last['loss'], 4)}, training mIoU: {_number(last['miou'], 1)} %")
-    print(f"next: drseg evaluate {run} --data {args.data} --split val --out metrics.json")
+    if generations(run):
+        print(f"next: drseg evaluate {run} --data {args.data} --split val --out metrics.json")
 
 
 def _value(argv: Sequence[str], option: str) -> str | None:

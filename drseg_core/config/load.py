@@ -47,7 +47,11 @@ def load_config(source: str | os.PathLike[str]) -> Config:
         text = (resources.files("drseg_core.config") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
         return parse_config(text, f"{name}.yaml")
     path = Path(name)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise ConfigError(f"load_config: path is not usable; {error.strerror}") from error
+    if not found:
         raise ConfigError(f"load_config: {name} not found; expected a YAML file or one of {', '.join(preset_names())}")
     try:
         if path.stat().st_size > SIZE_LIMIT:

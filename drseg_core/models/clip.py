@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drseg_core.config.schema import ClipConfig
-from drseg_core.errors import CheckpointError
+from drseg_core.errors import CheckpointError, ConfigError
 from drseg_core.models.prompts import class_prompts
 from drseg_core.models.weights import difference, read_foreign_state
 
@@ -189,6 +189,7 @@ class ClipEncoder(nn.Module):
 
     Args:
         config: architecture, weights and what is trained.
+        read_weights: False leaves the initial weights random, for a checkpoint that holds all of them.
 
     Raises:
         ValueError: unknown or unsupported architecture, or weights that need another activation.
@@ -198,10 +199,10 @@ class ClipEncoder(nn.Module):
     pixel_mean: Tensor
     pixel_deviation: Tensor
 
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(self, config: ClipConfig, *, read_weights: bool = True) -> None:
         super().__init__()
         self.config = config
-        model, mean, deviation = _build(config)
+        model, mean, deviation = _build(config, read_weights)
         self.visual = VisionTower(model.visual)
         self.text = TextTower(model)
         self.embed_dim = int(model.visual.proj.shape[1])
@@ -235,7 +236,7 @@ class ClipEncoder(nn.Module):
         """Prompts of the classes as token ids (T, L), int64, L the longest prompt.
 
         Raises:
-            ValueError: an empty name, or one too long for the text encoder.
+            ConfigError: an empty name, or one too long for the text encoder.
         """
         if self._tokenizer is None:
             from open_clip.tokenizer import SimpleTokenizer
@@ -245,7 +246,7 @@ class ClipEncoder(nn.Module):
         lengths = [len(self._tokenizer.encode(prompt)) + 2 for prompt in prompts]
         for name, length in zip(class_names, lengths, strict=True):
             if length > self.text.context_length:
-                raise ValueError(
+                raise ConfigError(
                     f"ClipEncoder.tokenize: class name {name!r} is too long; expected a prompt of at most "
                     f"{self.text.context_length} tokens, got {length}"
                 )
@@ -295,7 +296,7 @@ def _architecture(name: str) -> dict[str, Any]:
     return open_clip.get_model_config(name)
 
 
-def _build(config: ClipConfig) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
+def _build(config: ClipConfig, read_weights: bool) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     """An open_clip model with its weights, and its pixel statistics. No registry of open_clip is touched."""
     from open_clip.model import CLIP
 
@@ -316,14 +317,14 @@ def _build(config: ClipConfig) -> tuple[Any, tuple[float, ...], tuple[float, ...
     if text.get("pool_type", "argmax") not in ("argmax", "eos"):
         raise ValueError(f"ClipEncoder: text pooling of {config.name} is not supported; expected the end token")
     vision["patch_dropout"] = 0.0
-    state, mean, deviation = _weights(config, bool(architecture.get("quick_gelu", False)))
+    state, mean, deviation = _weights(config, bool(architecture.get("quick_gelu", False)), read_weights)
     model = CLIP(**architecture)
     if state is not None:
         _load(model, state, f"{config.name} from {config.weights}")
     return model, mean, deviation
 
 
-def _weights(config: ClipConfig, quick_gelu: bool) -> tuple[dict[str, Tensor] | None, Any, Any]:
+def _weights(config: ClipConfig, quick_gelu: bool, read_weights: bool) -> tuple[dict[str, Tensor] | None, Any, Any]:
     if config.weights is None:
         return None, PIXEL_MEAN, PIXEL_DEVIATION
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
@@ -332,6 +333,9 @@ def _weights(config: ClipConfig, quick_gelu: bool) -> tuple[dict[str, Tensor] | 
     if tag:
         if bool(tag.get("quick_gelu", False)) != quick_gelu:
             _refuse_activation(config, bool(tag.get("quick_gelu", False)))
+        mean, deviation = tag.get("mean") or PIXEL_MEAN, tag.get("std") or PIXEL_DEVIATION
+        if not read_weights:
+            return None, mean, deviation
         try:
             path = download_pretrained(tag)
         except Exception as error:
@@ -339,8 +343,9 @@ def _weights(config: ClipConfig, quick_gelu: bool) -> tuple[dict[str, Tensor] | 
                 f"ClipEncoder: weights {config.weights!r} of {config.name} cannot be fetched; expected a network or a "
                 f"local file in model.clip.weights, got {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
-        state = read_foreign_state(path)
-        return state, tag.get("mean") or PIXEL_MEAN, tag.get("std") or PIXEL_DEVIATION
+        return read_foreign_state(path), mean, deviation
+    if not read_weights:
+        return None, PIXEL_MEAN, PIXEL_DEVIATION
     if not Path(config.weights).exists():
         tags = ", ".join(list_pretrained_tags_by_model(config.name)) or "none"
         raise CheckpointError(

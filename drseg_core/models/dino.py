@@ -35,7 +35,7 @@ class DinoPrior(nn.Module):
         config: architecture, weights, input size and pixel normalisation.
 
     Raises:
-        ValueError: unknown architecture, or one without feature maps.
+        ValueError: unknown architecture, one without feature maps, or an image size that is no multiple of its patch.
         CheckpointError: weights that cannot be had or do not fit.
     """
 
@@ -114,8 +114,12 @@ def _build(config: DinoConfig) -> Any:
     with _seeded(config.seed):
         try:
             encoder = _create(timm, name, pretrained, options, config.image_size)
-        except (ValueError, TypeError, AssertionError):
+        except (ValueError, TypeError):
             raise
+        except AssertionError as error:
+            raise ValueError(
+                f"DinoPrior: image_size does not fit {config.name}; got {config.image_size} ({error})"
+            ) from error
         except Exception as error:
             raise CheckpointError(
                 f"DinoPrior: weights of {config.name} cannot be fetched; expected a network or a local file in "
@@ -123,6 +127,12 @@ def _build(config: DinoConfig) -> Any:
             ) from error
     if not hasattr(encoder, "forward_intermediates"):
         raise ValueError(f"DinoPrior: {config.name} has no feature maps; expected a model with forward_intermediates")
+    patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
+    side = patch[0] if isinstance(patch, (tuple, list)) else patch
+    if isinstance(side, int) and config.image_size % side:
+        raise ValueError(
+            f"DinoPrior: image_size does not fit {config.name}; expected a multiple of {side}, got {config.image_size}"
+        )
     if config.weights is not None and not pretrained:
         _load(encoder, config)
     return encoder

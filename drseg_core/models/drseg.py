@@ -50,16 +50,17 @@ class DRSeg(nn.Module):
 
     Args:
         config: see :class:`drseg_core.config.schema.ModelConfig`.
+        read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
 
     Raises:
         ValueError: options that do not fit together.
         CheckpointError: CLIP or prior weights that cannot be had.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, read_clip: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.clip = ClipEncoder(config.clip)
+        self.clip = ClipEncoder(config.clip, read_weights=read_clip)
         channels = self.clip.embed_dim
         self.dino: DinoPrior | None = None
         self.spsd: SPSD | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from drseg_core.errors import ConfigError
+
 
 def class_prompt(name: str, template: str = "A photo of a {} in the scene") -> str:
     """``template`` with the class name put in.
@@ -13,13 +15,13 @@ def class_prompt(name: str, template: str = "A photo of a {} in the scene") -> s
     benchmark protocol.
 
     Raises:
-        ValueError: empty name, or a template without exactly one ``{}``.
+        ConfigError: empty name, or a template without exactly one ``{}``.
     """
     if template.count("{}") != 1:
-        raise ValueError(f"class_prompt: template is not usable; expected exactly one {{}}, got {template!r}")
+        raise ConfigError(f"class_prompt: template is not usable; expected exactly one {{}}, got {template!r}")
     word = name.split(", ", 1)[0].strip()
     if not word:
-        raise ValueError(f"class_prompt: name is empty; expected a class name, got {name!r}")
+        raise ConfigError(f"class_prompt: name is empty; expected a class name, got {name!r}")
     return template.replace("{}", word)
 
 
@@ -28,5 +30,5 @@ def class_prompts(names: Sequence[str], template: str = "A photo of a {} in the 
     if isinstance(names, str):
         raise TypeError(f"class_prompts: names has a wrong type; expected a sequence of names, got the text {names!r}")
     if not names:
-        raise ValueError("class_prompts: names is empty; expected at least one class name, got none")
+        raise ConfigError("class_prompts: names is empty; expected at least one class name, got none")
     return [class_prompt(name, template) for name in names]

@@ -25,8 +25,6 @@ METADATA_KEY = "drseg"
 # safetensors' own bound on its header
 HEADER_LIMIT = 100_000_000
 LISTED = 10
-# options that say where things come from or how they run, not what the parameters mean
-FREE_FIELDS = frozenset({"clip.weights", "dino.weights", "spsd.channels", "graph.backend"})
 
 
 def save_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -41,18 +39,28 @@ def save_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], meta
         ResourceError: the file cannot be written (disk full, read-only).
         TypeError: metadata is not JSON.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     # clones: safetensors refuses tensors that share memory
     held = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in sorted(state.items())}
     record = {"format_version": FORMAT_VERSION, "sha256": payload_hash(held), "metadata": dict(metadata)}
-    text = json.dumps(record, sort_keys=True)
+    write_tensors(path, held, {METADATA_KEY: json.dumps(record, sort_keys=True)}, "save_weights")
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str], caller: str
+) -> None:
+    """A safetensors file, complete or not at all.
+
+    Raises:
+        ResourceError: the file cannot be written; the message begins with ``caller``.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
         with atomic_path(path) as temporary:
-            save_file(held, temporary, metadata={METADATA_KEY: text})
+            save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        raise ResourceError(f"save_weights: {path} cannot be written; {error}") from error
+        raise ResourceError(f"{caller}: {path} cannot be written; {error}") from error
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -99,24 +107,57 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if not name.startswith(left_out)}
 
 
-def load_into(
-    model: nn.Module, state: Mapping[str, Tensor], *, name: str, metadata: Mapping[str, Any] | None = None
-) -> None:
+def left_out_hashes(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of each part that :func:`model_state` leaves out, by name (``clip``, ``dino``).
+
+    Position tables are not counted: they may be resampled when they are read, which rounds otherwise on other machines.
+    """
+    hashes = {}
+    for prefix in _left_out(model):
+        part = model.get_submodule(prefix[:-1])
+        held = {
+            name: value.detach().cpu()
+            for name, value in part.named_parameters()
+            if not name.endswith(("pos_embed", "positional_embedding"))
+        }
+        hashes[prefix[:-1]] = payload_hash(held)
+    return hashes
+
+
+def check_left_out(model: nn.Module, expected: Mapping[str, str], *, name: str) -> None:
+    """Refuse frozen weights, read from elsewhere, that are not those a checkpoint was trained with.
+
+    Args:
+        model: built from the checkpoint's configuration.
+        expected: :func:`left_out_hashes` of the model that was saved; empty where it was not recorded.
+        name: what to call the checkpoint in errors.
+
+    Raises:
+        CheckpointError: names the part.
+    """
+    if not expected:
+        return
+    found = left_out_hashes(model)
+    for part, digest in expected.items():
+        if part in found and found[part] != digest:
+            raise CheckpointError(
+                f"check_left_out: weights in model.{part}.weights are not those that {name} was trained with; "
+                f"expected SHA-256 {digest[:12]}, got {found[part][:12]}"
+            )
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor], *, name: str) -> None:
     """Copy a checkpoint's tensors into ``model``, or refuse without having changed anything.
 
     Args:
         model: built from the same configuration.
         state: what :func:`model_state` gave when it was saved.
         name: what to call the checkpoint in errors.
-        metadata: if given and it has the model's configuration under ``model``, that is compared first.
 
     Raises:
-        CheckpointError: another configuration; missing, unexpected, misshapen or non-finite tensors; a channel split
-            that is no partition. No dtype is cast.
+        CheckpointError: missing, unexpected, misshapen or non-finite tensors; a channel split that is no partition. No
+            dtype is cast.
     """
-    saved = (metadata or {}).get("model")
-    if isinstance(saved, Mapping) and hasattr(model, "config"):
-        compare_config(saved, model.config, name=name)
     expected = model_state(model)
     problem = difference(expected, state)
     if problem:
@@ -128,26 +169,6 @@ def load_into(
 
         check_partition(state["spsd.semantic_index"], state["spsd.structural_index"], spsd.channels)
     model.load_state_dict(dict(state), strict=False)
-
-
-def compare_config(saved: Mapping[str, Any], config: Any, *, name: str) -> None:
-    """Refuse a checkpoint whose model configuration differs where it matters; names the fields and both values.
-
-    Raises:
-        CheckpointError: some field of the configuration differs.
-    """
-    from dataclasses import asdict
-
-    # through JSON, so that tuples and lists compare equal
-    own = _flat(json.loads(json.dumps(asdict(config))))
-    other = _flat(json.loads(json.dumps(saved)))
-    differing = [
-        f"{key} is {other.get(key, 'absent')!r} there and {own.get(key, 'absent')!r} here"
-        for key in sorted(own.keys() | other.keys())
-        if key not in FREE_FIELDS and own.get(key, "absent") != other.get(key, "absent")
-    ]
-    if differing:
-        raise CheckpointError(f"load_into: {name} is of another model; {_some(differing, '; ')}")
 
 
 def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
@@ -313,16 +334,6 @@ def _left_out(model: nn.Module) -> tuple[str, ...]:
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 parts.append(f"{name}.")
     return tuple(parts)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _some(items: list[str], separator: str = ", ") -> str:

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Checkpoint:
         config: configuration it was trained with, as plain values.
         class_names: classes it was trained on.
         versions: libraries that wrote it.
+        left_out: SHA-256 of each frozen part whose weights are not in it.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Checkpoint:
     config: dict[str, Any]
     class_names: tuple[str, ...]
     versions: dict[str, str]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors, on the CPU."""
@@ -83,6 +85,7 @@ def save_checkpoint(
     config: dict[str, Any],
     class_names: tuple[str, ...],
     keep: int = 2,
+    left_out: dict[str, str] | None = None,
 ) -> Path:
     """Write generation ``step`` and drop all but the newest ``keep`` (at least 2).
 
@@ -94,6 +97,7 @@ def save_checkpoint(
         config: configuration as plain values.
         class_names: classes the model is trained on.
         keep: generations that stay.
+        left_out: SHA-256 of each frozen part that ``model`` lacks.
 
     Returns:
         Folder of the generation.
@@ -110,7 +114,7 @@ def save_checkpoint(
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o777 & ~mask)
-        _write_generation(temporary, step, model, training, config, class_names)
+        _write_generation(temporary, step, model, training, config, class_names, left_out or {})
         if target.exists():
             _remove(target)
         os.rename(temporary, target)
@@ -187,6 +191,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         config=description["config"],
         class_names=tuple(description["class_names"]),
         versions=description["versions"],
+        left_out=description.get("left_out", {}),
     )
 
 
@@ -243,6 +248,7 @@ def _write_generation(
     training: dict[str, Any],
     config: dict[str, Any],
     class_names: tuple[str, ...],
+    left_out: dict[str, str],
 ) -> None:
     save_weights(folder / WEIGHTS, model, {"step": step, "class_names": list(class_names)})
     with open(folder / TRAINING, "wb") as file:
@@ -253,6 +259,7 @@ def _write_generation(
         "config": config,
         "config_sha256": content_hash(config),
         "class_names": list(class_names),
+        "left_out": left_out,
         "versions": library_versions(),
         "files": {
             name: {"sha256": file_hash(folder / name), "bytes": (folder / name).stat().st_size}

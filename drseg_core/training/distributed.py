@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,10 +19,10 @@ from drseg_core.training.loss import LossSum
 
 
 class Agreed(NamedTuple):
-    """Over all processes: mean loss, number of its terms, the main one's clock, and a signal one of them received."""
+    """Over all processes: mean loss, terms of each of its parts, the main clock, a signal received anywhere."""
 
     loss: float
-    terms: float
+    terms: tuple[float, ...]
     elapsed: float
     signal: int
 
@@ -51,15 +51,18 @@ class ProcessGroup:
             dist.broadcast(value, src=0)
         return value
 
-    def agree(self, loss: LossSum, elapsed: float, received: int) -> Agreed:
+    def agree(self, loss: Sequence[LossSum], elapsed: float, received: int) -> Agreed:
         """What all processes must know alike in a step, in one exchange: otherwise their weights would part."""
-        value = torch.zeros(5, dtype=torch.float64, device=self.device)
-        value[0], value[1] = loss.total.detach(), loss.terms
-        value[2] = elapsed if self.is_main else 0.0
-        value[3], value[4] = received == signal.SIGINT, received == signal.SIGTERM
-        total, terms, elapsed, interrupts, terminations = self.sum(value).tolist()
+        value = torch.zeros(3 + 2 * len(loss), dtype=torch.float64, device=self.device)
+        value[0] = elapsed if self.is_main else 0.0
+        value[1], value[2] = received == signal.SIGINT, received == signal.SIGTERM
+        for place, part in enumerate(loss):
+            value[3 + 2 * place], value[4 + 2 * place] = part.total.detach(), part.terms
+        elapsed, interrupts, terminations, *sums = self.sum(value).tolist()
+        terms = tuple(sums[1::2])
+        mean = sum(total / max(count, 1.0) for total, count in zip(sums[::2], terms, strict=True))
         stop = signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
-        return Agreed(total / max(terms, 1.0), terms, elapsed, int(stop))
+        return Agreed(mean, terms, elapsed, int(stop))
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank."""

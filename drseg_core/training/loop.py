@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from drseg_core.config.schema import Config
+from drseg_core.config.validate import validate
 from drseg_core.data import SegmentationDataset, open_dataset
 from drseg_core.data.loader import training_batches
 from drseg_core.errors import CheckpointError, ConfigError, NumericalError
+from drseg_core.models.count import count_parameters
 from drseg_core.models.drseg import DRSeg
-from drseg_core.models.weights import load_into, model_state
+from drseg_core.models.weights import check_left_out, left_out_hashes, load_into, model_state
 from drseg_core.training.checkpoint import (
     WEIGHTS,
     Checkpoint,
@@ -36,12 +38,20 @@ from drseg_core.training.logs import Clock, Progress, RunLog, Window
 from drseg_core.training.loss import training_loss
 from drseg_core.training.optim import build_optimizer, learning_rate_factor, set_learning_rate, training_progress
 from drseg_core.training.randomness import random_state, restore_random_state, seed_everything
-from drseg_core.training.rank_channels import load_channels, rank_channels, save_channels, weights_hash
+from drseg_core.training.rank_channels import (
+    ChannelFile,
+    load_channels,
+    rank_channels,
+    save_channels,
+    weights_hash,
+)
 from drseg_core.training.run import (
     CHANNELS,
     CONFIG,
+    check_class_names,
     check_output,
     check_resumable,
+    holds_clip,
     model_of,
     plain_config,
     warm_start,
@@ -83,12 +93,14 @@ def train(
         The run folder.
 
     Raises:
-        ConfigError: ``out`` is not empty, or options contradict each other.
+        ConfigError: ``out`` is not empty, or options are out of range or contradict each other.
+        DatasetError: the data cannot be read, or have class names that cannot be prompts.
         CheckpointError: nothing to resume, another configuration, or the folder is in use.
         NumericalError: ``train.nan_limit`` steps in a row were not finite.
         ResourceError: the disk is full.
         TrainingStopped: a signal ended the training, after its state was saved.
     """
+    validate(config)
     run = Path(out)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (run / CONFIG).is_file():
         resume, init = True, None
@@ -103,18 +115,28 @@ def train(
             )
         check_output(run, resume=resume)
         dataset = open_dataset(data, "train")
-        if group.is_main:
-            run.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(run_lock(run))
-            check_output(run, resume=resume)
-            remove_leftovers(run)
-        group.barrier()
-        checkpoint = newest_checkpoint(run) if resume else None
+        checkpoint = None
+        if resume:
+            if group.is_main:
+                stack.enter_context(run_lock(run))
+                remove_leftovers(run)
+            group.barrier()
+            checkpoint = newest_checkpoint(run)
+        ranking = None
         if checkpoint is not None:
             check_resumable(checkpoint, config, dataset.class_names)
-        trainer = Trainer(config, dataset, run, group)
-        if checkpoint is not None:
+            trainer = Trainer(config, dataset, run, group, read_clip=not holds_clip(checkpoint.weights()))
             trainer.restore(checkpoint)
+        else:
+            if resume and group.is_main:
+                _log.warning("resume: %s has no checkpoint yet; training starts at step 0", run)
+            trainer = Trainer(config, dataset, run, group)
+            ranking = trainer.start(None if init is None else Path(init))
+        # a new folder only after everything that may refuse, so that the corrected command can have its name
+        if not resume and group.is_main:
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(run_lock(run))
+            check_output(run, resume=False)
         if group.is_main:
             facts = {
                 "command": sys.argv,
@@ -124,10 +146,10 @@ def train(
                 "init": None if init is None else str(init),
             }
             write_run_files(run, config, dataset.class_names, facts, resumed_at=trainer.step if resume else None)
-        if checkpoint is None:
-            if resume and group.is_main:
-                _log.warning("resume: %s has no checkpoint yet; training starts at step 0", run)
-            trainer.start(None if init is None else Path(init))
+            count = count_parameters(trainer.model)["total"]
+            _log.info("model: %d of %d parameters are trained", count.trainable, count.total)
+            if ranking is not None:
+                save_channels(run / CHANNELS, ranking)
         trainer.fit(show_progress=show_progress, on_step=on_step)
     return run
 
@@ -135,13 +157,22 @@ def train(
 class Trainer:
     """One run in this process: the model, the optimiser, and how far they are."""
 
-    def __init__(self, config: Config, dataset: SegmentationDataset, run: Path, group: ProcessGroup) -> None:
+    def __init__(
+        self,
+        config: Config,
+        dataset: SegmentationDataset,
+        run: Path,
+        group: ProcessGroup,
+        *,
+        read_clip: bool = True,
+    ) -> None:
         self.config = config
         self.dataset = dataset
         self.run = run
         self.group = group
         seed_everything(config.seed)
-        self.model: DRSeg = model_of(config).to(group.device)
+        self.model: DRSeg = model_of(config, read_clip=read_clip).to(group.device)
+        check_class_names(self.model, dataset.class_names)
         self.optimizer = build_optimizer(self.model.parameter_groups(config.train), config.train)
         self.parameters = [value for entry in self.optimizer.param_groups for value in entry["params"]]
         self.tokens = self.model.tokenize(dataset.class_names).to(group.device)
@@ -150,15 +181,21 @@ class Trainer:
         self.fingerprint = dataset.fingerprint()
         self.step = self.position = self.skipped = 0
         self.saved_step = -1
+        self.left_out: dict[str, str] | None = None
         self.elapsed = 0.0
 
-    def start(self, init: Path | None) -> None:
-        """First step of a new run: take weights from another one, and split the channels."""
+    def start(self, init: Path | None) -> ChannelFile | None:
+        """First step of a new run: take weights from another one, and split the channels.
+
+        Returns:
+            The ranking behind the split, in the main process; None where there is none.
+        """
         split_is_set = init is not None and warm_start(self.model, init)
         split, spsd = self.model.spsd, self.config.model.spsd
         if split is None or spsd.semantic_ratio == 0 or (spsd.channels is None and split_is_set):
-            return
+            return None
         backbone = self.config.model.clip.name
+        ranking = None
         if spsd.channels is not None:
             ranking = load_channels(spsd.channels, channels=split.channels, backbone=backbone)
             ranking = ranking.split_again(spsd.semantic_ratio)
@@ -173,10 +210,10 @@ class Trainer:
                 device=self.group.device,
             )
         score = torch.zeros(split.channels, dtype=torch.float64)
-        if self.group.is_main:
-            save_channels(self.run / CHANNELS, ranking)
+        if ranking is not None:
             score = ranking.score
         split.set_ranking(self.group.broadcast(score.to(self.group.device)))
+        return ranking
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was made.
@@ -191,6 +228,7 @@ class Trainer:
                 f"dataset_sha256: {state['dataset_sha256'][:12]} then, {self.fingerprint[:12]} now"
             )
         load_into(self.model, checkpoint.weights(), name=str(checkpoint.path / WEIGHTS))
+        check_left_out(self.model, checkpoint.left_out, name=str(checkpoint.path))
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
         self.elapsed = state["elapsed"]
@@ -238,7 +276,8 @@ class Trainer:
                 shared = self.group.agree(loss, clock.seconds(), signals.received)
                 self.elapsed = shared.elapsed
                 # the processes' gradients are averaged: this makes their average that of all pixels
-                (loss.total * (self.group.world_size / max(shared.terms, 1.0))).backward()
+                shares = [self.group.world_size / max(terms, 1.0) for terms in shared.terms]
+                torch.stack([part.total * share for part, share in zip(loss, shares, strict=True)]).sum().backward()
                 norm = float(nn.utils.clip_grad_norm_(self.parameters, options.gradient_clip))
                 if math.isfinite(shared.loss) and math.isfinite(norm):
                     progress = training_progress(self.step, self.elapsed, options)
@@ -278,6 +317,9 @@ class Trainer:
         """Write a checkpoint; all processes take part."""
         random = self.group.gather(random_state())
         if self.group.is_main and self.saved_step != self.step:
+            if self.left_out is None:
+                # frozen, so once is enough
+                self.left_out = left_out_hashes(self.model)
             save_checkpoint(
                 self.run,
                 self.step,
@@ -294,6 +336,7 @@ class Trainer:
                 config=plain_config(self.config),
                 class_names=self.dataset.class_names,
                 keep=self.config.train.keep_checkpoints,
+                left_out=self.left_out,
             )
         self.saved_step = self.step
         self.group.barrier()

@@ -51,19 +51,20 @@ def softmax_loss(logits: Tensor, mask: Tensor) -> LossSum:
     return LossSum(total, (mask != IGNORE).sum())
 
 
-def training_loss(output: DRSegOutput, mask: Tensor, train: TrainConfig) -> LossSum:
+def training_loss(output: DRSegOutput, mask: Tensor, train: TrainConfig) -> tuple[LossSum, ...]:
     """The loss that ``train`` asks for: binary or softmax, plus the weighted alignment of the original correlation.
 
-    The alignment's mean is added to the mean of the rest, so the terms are those of the rest.
+    Returns:
+        Parts whose means add up to the loss. Each has its own terms, so that processes can divide by those of all.
     """
     if train.loss == "softmax":
         loss = softmax_loss(output.logits, mask)
     else:
         loss = segmentation_loss(output.logits, mask, ignore_mode=train.ignore_mode)
     if train.alignment_weight == 0:
-        return loss
-    alignment = softmax_loss(output.original / ALIGNMENT_TEMPERATURE, mask).mean()
-    return LossSum(loss.total + train.alignment_weight * loss.terms * alignment, loss.terms)
+        return (loss,)
+    alignment = softmax_loss(output.original / ALIGNMENT_TEMPERATURE, mask)
+    return loss, LossSum(train.alignment_weight * alignment.total, alignment.terms)
 
 
 def segmentation_loss(logits: Tensor, mask: Tensor, *, ignore_mode: Literal["zeros", "masked"] = "zeros") -> LossSum:

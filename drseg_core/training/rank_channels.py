@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from drseg_core.config.schema import SPSDConfig
 from drseg_core.data import IGNORE, Sample, SegmentationDataset
 from drseg_core.errors import CheckpointError, DatasetError
-from drseg_core.files import atomic_path
+from drseg_core.models.weights import write_tensors
 from drseg_core.nn.spsd import check_partition, rank_by_prototypes, split_by_score
 
 FORMAT_VERSION = 1
@@ -207,16 +207,14 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def save_channels(path: str | os.PathLike[str], channels: ChannelFile) -> None:
-    """Write ``channels.safetensors``, complete or not at all."""
-    from safetensors.torch import save_file
+    """Write ``channels.safetensors``, complete or not at all.
 
+    Raises:
+        ResourceError: the file cannot be written (disk full, read-only).
+    """
     names = ("score", "semantic_index", "structural_index", "entropy", "similarity")
-    with atomic_path(path) as temporary:
-        save_file(
-            {name: getattr(channels, name).contiguous() for name in names},
-            temporary,
-            metadata={"drseg_channels": json.dumps(channels.metadata)},
-        )
+    tensors = {name: getattr(channels, name).contiguous() for name in names}
+    write_tensors(path, tensors, {"drseg_channels": json.dumps(channels.metadata)}, "save_channels")
 
 
 def load_channels(

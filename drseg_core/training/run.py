@@ -8,17 +8,20 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from drseg_core.config.load import config_from_dict, to_yaml
 from drseg_core.config.schema import Config
-from drseg_core.errors import CheckpointError, ConfigError
+from drseg_core.errors import CheckpointError, ConfigError, DatasetError
 from drseg_core.files import write_text_atomic
 from drseg_core.models.build import build_model
 from drseg_core.models.drseg import DRSeg
-from drseg_core.models.weights import load_into, load_weights
+from drseg_core.models.weights import check_left_out, load_into, load_weights
 from drseg_core.training.checkpoint import (
     DESCRIPTION,
     FOLDER,
@@ -62,23 +65,52 @@ def load_run(path: str | Path) -> LoadedRun:
         path: ``RUN`` or ``RUN/checkpoints/step-XXXXXXXX``.
 
     Raises:
-        CheckpointError: not found, damaged, or of another model than its configuration says.
+        CheckpointError: not found, damaged, of another model than its configuration says, or with an option that this
+            version does not know; or a frozen part that it leaves out has other weights now.
     """
     checkpoint = find_checkpoint(Path(path))
-    config = config_from_dict(checkpoint.config, Config, str(checkpoint.path / DESCRIPTION))
-    model = model_of(config)
-    load_into(model, checkpoint.weights(), name=str(checkpoint.path / WEIGHTS))
+    state = checkpoint.weights()
+    try:
+        config = config_from_dict(checkpoint.config, Config, str(checkpoint.path / DESCRIPTION))
+        model = model_of(config, read_clip=not holds_clip(state))
+    except ConfigError as error:
+        raise CheckpointError(
+            f"load_run: {checkpoint.path} has a configuration that cannot be used; {error}"
+        ) from error
+    load_into(model, state, name=str(checkpoint.path / WEIGHTS))
+    check_left_out(model, checkpoint.left_out, name=str(checkpoint.path))
     return LoadedRun(model.eval(), config, checkpoint.class_names, checkpoint.step, checkpoint.path)
 
 
-def model_of(config: Config) -> DRSeg:
+def holds_clip(state: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint has CLIP's tensors, so that the file or tag they came from is not needed any more."""
+    return any(name.startswith("clip.") for name in state)
+
+
+def check_class_names(model: DRSeg, class_names: Sequence[str]) -> None:
+    """Refuse class names of a data set that cannot be prompts.
+
+    Raises:
+        DatasetError: an empty name, or one too long for the text encoder.
+    """
+    try:
+        model.tokenize(class_names)
+    except ConfigError as error:
+        raise DatasetError(f"data set: a class name cannot be used; {error}") from error
+
+
+def model_of(config: Config, *, read_clip: bool = True) -> DRSeg:
     """The untrained model of a configuration.
+
+    Args:
+        config: all options.
+        read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
 
     Raises:
         ConfigError: options that do not fit together.
     """
     try:
-        return build_model(config.model)
+        return build_model(config.model, read_clip=read_clip)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -120,7 +152,11 @@ def check_output(run: Path, *, resume: bool) -> None:
         ConfigError: a new run, and the folder has something in it, or is a file.
         CheckpointError: a resumed run, and there is none.
     """
-    if run.exists() and not run.is_dir():
+    try:
+        exists = run.exists()
+    except OSError as error:
+        raise ConfigError(f"train: out is not usable; expected a new or empty folder ({error.strerror})") from error
+    if exists and not run.is_dir():
         raise ConfigError(f"train: out is not a folder; expected a new or empty folder, got {run}")
     if resume:
         if not (run / CONFIG).is_file():
@@ -189,7 +225,11 @@ def warm_start(model: DRSeg, path: Path) -> bool:
     Raises:
         CheckpointError: nothing matches, or there is no such run.
     """
-    state = load_weights(path)[0] if path.is_file() else find_checkpoint(path).weights()
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"init: path is not readable; {error.strerror}") from error
+    state = load_weights(path)[0] if is_file else find_checkpoint(path).weights()
     own = model.state_dict()
     matching = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     learned = {name for name, _ in model.named_parameters()} & matching.keys()

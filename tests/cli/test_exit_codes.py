@@ -217,7 +217,7 @@ def test_memory_and_disk_are_7(drseg, small, data, tmp_path, monkeypatch):
         return torch.empty(2**58, dtype=torch.uint8)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "segmentation_loss", huge)
+        patch.setattr(loop, "training_loss", huge)
         result = drseg("train", *small, "--data", data, "--out", tmp_path / "b")
     check(result, 7, "out of memory", "288230376151711744 bytes", "--train.batch_size")
 

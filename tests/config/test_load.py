@@ -67,7 +67,10 @@ def test_numbers(text: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train:\n  iteration: 5", "x.yaml:2: train.iteration is unknown; expected one of batch_size"),
+        (
+            "train:\n  iteration: 5",
+            "x.yaml:2: train.iteration is unknown; expected one of alignment_weight, batch_size",
+        ),
         ("modell: {}", "x.yaml:1: modell is unknown"),
         ("train:\n  iterations: many", "x.yaml:2: train.iterations has a wrong type; expected int, got str 'many'"),
         ("train:\n  iterations: 1.5", "expected int, got float"),

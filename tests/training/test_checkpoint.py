@@ -234,7 +234,7 @@ def save_in_place(run: Path, step: int) -> None:
     """The control: the same files, written straight to where they are read."""
     path = run / FOLDER / f"step-{step:08d}"
     path.mkdir(parents=True, exist_ok=True)
-    module._write_generation(path, step, {"weight": torch.rand(1_000_000)}, {"step": step}, CONFIG, NAMES)
+    module._write_generation(path, step, {"weight": torch.rand(1_000_000)}, {"step": step}, CONFIG, NAMES, {})
     for old in generations(run)[2:]:
         shutil.rmtree(old)
 

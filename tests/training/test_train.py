@@ -16,7 +16,7 @@ from drseg_core.training import loop
 from drseg_core.training.checkpoint import generations, newest_checkpoint
 from drseg_core.training.distributed import select_device
 from drseg_core.training.loop import train
-from drseg_core.training.loss import LossSum, segmentation_loss
+from drseg_core.training.loss import LossSum, training_loss
 from drseg_core.training.rank_channels import load_channels, save_channels
 from drseg_core.training.run import load_run
 
@@ -105,16 +105,17 @@ def poisoned(times: int):
     """The loss, but not a number in the first ``times`` calls."""
     calls = []
 
-    def loss(logits, mask, **options):
+    def loss(output, mask, options):
         calls.append(None)
-        total, terms = segmentation_loss(logits, mask, **options)
-        return LossSum(total * float("nan"), terms) if len(calls) <= times else LossSum(total, terms)
+        parts = training_loss(output, mask, options)
+        factor = float("nan") if len(calls) <= times else 1.0
+        return tuple(LossSum(part.total * factor, part.terms) for part in parts)
 
     return loss
 
 
 def test_single_bad_steps_are_skipped_and_counted(config, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "segmentation_loss", poisoned(2))
+    monkeypatch.setattr(loop, "training_loss", poisoned(2))
     run = train(override(config, {"train.nan_limit": 3}), data, tmp_path / "run", show_progress=False)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [record["skipped"] for record in records] == [2, 2, 2]
@@ -123,14 +124,14 @@ def test_single_bad_steps_are_skipped_and_counted(config, data, tmp_path, monkey
 
 
 def test_bad_steps_in_a_row_stop_the_training(config, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "segmentation_loss", poisoned(100))
+    monkeypatch.setattr(loop, "training_loss", poisoned(100))
     with pytest.raises(NumericalError, match="3 steps in a row were not finite, the last at step 3") as caught:
         train(override(config, {"train.nan_limit": 3}), data, tmp_path / "run", show_progress=False)
     assert caught.value.exit_code == 6
 
 
 def test_the_first_bad_tensor_is_named(config, data, tmp_path, monkeypatch):
-    def build(config):
+    def build(config, **options):
         model = build_model(config.model)
         with torch.no_grad():
             next(model.aggregator.parameters()).flatten()[0] = float("inf")
@@ -143,7 +144,7 @@ def test_the_first_bad_tensor_is_named(config, data, tmp_path, monkeypatch):
 
 
 def test_an_activation_is_named_by_its_module(config, data, tmp_path, monkeypatch):
-    def build(config):
+    def build(config, **options):
         model = build_model(config.model)
         model.decoder.register_forward_hook(lambda module, inputs, output: output * float("inf"))
         return model
@@ -284,7 +285,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(config, data, tmp_path, monkey
 def test_lines_where_there_is_no_terminal(config, data, tmp_path, capsys, caplog):
     caplog.set_level(logging.INFO)
     train(override(config, {"train.iterations": 2}), data, tmp_path / "run")
-    assert "step 2/2: loss 0." in capsys.readouterr().err
+    assert "step 2/2: loss " in capsys.readouterr().err
 
 
 def test_a_bar_with_loss_and_score_on_a_terminal(config, data, tmp_path, monkeypatch):
@@ -296,13 +297,14 @@ def test_a_bar_with_loss_and_score_on_a_terminal(config, data, tmp_path, monkeyp
     monkeypatch.setattr(sys, "stderr", terminal)
     train(config, data, tmp_path / "run")
     shown = terminal.getvalue()
-    assert "6/6" in shown and "loss 0." in shown and "mIoU" in shown
+    assert "6/6" in shown and "loss " in shown and "mIoU" in shown
 
 
 def test_one_process_agrees_with_itself(config):
     from drseg_core.training.distributed import ProcessGroup
 
     group = ProcessGroup(torch.device("cpu"))
-    agreed = group.agree(LossSum(torch.tensor(6.0), torch.tensor(4)), 2.5, 15)
-    assert agreed == (1.5, 4.0, 2.5, 15)
-    assert group.agree(LossSum(torch.tensor(0.0), torch.tensor(0)), 0.0, 0) == (0.0, 0.0, 0.0, 0)
+    parts = (LossSum(torch.tensor(6.0), torch.tensor(4)), LossSum(torch.tensor(3.0), torch.tensor(2)))
+    assert group.agree(parts[:1], 2.5, 15) == (1.5, (4.0,), 2.5, 15)
+    assert group.agree(parts, 2.5, 15) == (3.0, (4.0, 2.0), 2.5, 15)
+    assert group.agree((LossSum(torch.tensor(0.0), torch.tensor(0)),), 0.0, 0) == (0.0, (0.0,), 0.0, 0)

@@ -9,7 +9,7 @@ import torch
 
 from drseg_core.config.schema import TrainConfig
 from drseg_core.models.drseg import DRSegOutput
-from drseg_core.training.loss import ALIGNMENT_TEMPERATURE, segmentation_loss, softmax_loss, training_loss
+from drseg_core.training.loss import ALIGNMENT_TEMPERATURE, LossSum, segmentation_loss, softmax_loss, training_loss
 
 
 def make_output() -> tuple[DRSegOutput, torch.Tensor]:
@@ -21,29 +21,50 @@ def make_output() -> tuple[DRSegOutput, torch.Tensor]:
     return DRSegOutput(logits, torch.zeros(2, 1, 4, 4), original, None), mask
 
 
+def mean(parts: tuple[LossSum, ...]) -> torch.Tensor:
+    return sum((part.mean() for part in parts), torch.zeros(()))
+
+
 def test_the_protocol_is_the_binary_loss_alone():
     output, mask = make_output()
     for mode in ("zeros", "masked"):
         loss = training_loss(output, mask, TrainConfig(ignore_mode=mode))
-        assert torch.equal(loss.mean(), segmentation_loss(output.logits, mask, ignore_mode=mode).mean())
+        assert torch.equal(mean(loss), segmentation_loss(output.logits, mask, ignore_mode=mode).mean())
 
 
 def test_softmax():
     output, mask = make_output()
     loss = training_loss(output, mask, TrainConfig(loss="softmax"))
-    assert torch.equal(loss.mean(), softmax_loss(output.logits, mask).mean())
+    assert torch.equal(mean(loss), softmax_loss(output.logits, mask).mean())
 
 
 def test_alignment_adds_its_weighted_mean_and_trains_the_correlation():
     output, mask = make_output()
     train = TrainConfig(alignment_weight=0.5)
-    plain = training_loss(output, mask, dataclasses.replace(train, alignment_weight=0.0)).mean()
+    plain = mean(training_loss(output, mask, dataclasses.replace(train, alignment_weight=0.0)))
     extra = softmax_loss(output.original / ALIGNMENT_TEMPERATURE, mask).mean()
-    loss = training_loss(output, mask, train).mean()
+    loss = mean(training_loss(output, mask, train))
     torch.testing.assert_close(loss, plain + 0.5 * extra)
     (grad,) = torch.autograd.grad(loss, output.original)
     assert grad.abs().sum() > 0
     # nothing but ignored pixels: no alignment, and no NaN
-    empty = training_loss(output, torch.full_like(mask, 255), train).mean()
+    empty = mean(training_loss(output, torch.full_like(mask, 255), train))
     (grad,) = torch.autograd.grad(empty, output.original)
     assert empty.isfinite() and not grad.any()
+
+
+def test_two_processes_with_other_numbers_of_pixels_make_the_loss_of_one():
+    output, mask = make_output()
+    mask[1, :14] = 255
+    train = TrainConfig(alignment_weight=0.5, ignore_mode="masked")
+    whole = training_loss(output, mask, train)
+    halves = [
+        training_loss(
+            DRSegOutput(output.logits[i : i + 1], output.uncertainty, output.original[i : i + 1], None), one, train
+        )
+        for i, one in enumerate(mask.split(1))
+    ]
+    joined = tuple(LossSum(a.total + b.total, a.terms + b.terms) for a, b in zip(*halves, strict=True))
+    torch.testing.assert_close(mean(joined), mean(whole))
+    for one, other in zip(joined, whole, strict=True):
+        assert one.terms == other.terms

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranges of the numeric options, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from drseg_core.config.schema import Config
+from drseg_core.errors import ConfigError
+
+# generators take seeds of 63 bits
+SEED_LIMIT = 2**63
+
+
+def _at_least(bound: float) -> tuple[str, Callable[[Any], bool]]:
+    return f"at least {bound}", lambda value: value >= bound
+
+
+_POSITIVE: tuple[str, Callable[[Any], bool]] = ("above 0", lambda value: value > 0)
+_SHARE: tuple[str, Callable[[Any], bool]] = ("0 to below 1", lambda value: 0 <= value < 1)
+_SEED: tuple[str, Callable[[Any], bool]] = (f"0 to below {SEED_LIMIT}", lambda value: 0 <= value < SEED_LIMIT)
+# null passes everywhere: where an option may not be null its type says so; of a pair both values are checked
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "seed": _SEED,
+    "model.clip.image_size": _at_least(1),
+    "model.clip.guidance_blocks": _at_least(0),
+    "model.clip.template": ("exactly one {}", lambda value: value.count("{}") == 1),
+    "model.dino.image_size": _at_least(1),
+    "model.dino.seed": _SEED,
+    "model.spsd.semantic_ratio": _SHARE,
+    "model.spsd.alpha": ("0 to 1", lambda value: 0 <= value <= 1),
+    "model.spsd.prototypes_per_class": _at_least(1),
+    "model.graph.k": _at_least(0),
+    "model.graph.gamma": _POSITIVE,
+    "model.graph.decay": _at_least(0),
+    "model.graph.edge_hidden": _at_least(1),
+    "model.graph.layers": _at_least(1),
+    "model.graph.hidden": _at_least(1),
+    "model.graph.dropout": _SHARE,
+    "model.fusion.tau": _POSITIVE,
+    "model.aggregator.layers": _at_least(0),
+    "model.aggregator.width": _at_least(1),
+    "model.aggregator.heads": _at_least(1),
+    "model.aggregator.mlp_hidden": _at_least(1),
+    "model.decoder.widths": _at_least(1),
+    "model.decoder.guidance_widths": _at_least(1),
+    "model.decoder.guidance_hidden": _at_least(1),
+    "train.iterations": _at_least(1),
+    "train.seconds": _POSITIVE,
+    "train.batch_size": _at_least(1),
+    "train.crop_size": _at_least(1),
+    "train.learning_rate": _POSITIVE,
+    "train.clip_learning_rate_scale": _at_least(0),
+    "train.weight_decay": _at_least(0),
+    "train.gradient_clip": _POSITIVE,
+    "train.alignment_weight": _at_least(0),
+    "train.warmup_iterations": _at_least(0),
+    "train.workers": _at_least(0),
+    "train.checkpoint_every": _at_least(1),
+    "train.keep_checkpoints": _at_least(1),
+    "train.log_every": _at_least(1),
+    "train.nan_limit": _at_least(1),
+    "evaluation.tile_size": _at_least(1),
+    "evaluation.overlap": _at_least(0),
+    "evaluation.batch_size": _at_least(1),
+}
+
+
+def validate(config: Config) -> None:
+    """Refuse numbers that no model, training or evaluation can use.
+
+    Raises:
+        ConfigError: names the option, what is expected and what was given.
+    """
+    for name, (expected, fits) in RANGES.items():
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        for item in value if isinstance(value, tuple) else (value,):
+            if item is not None and not fits(item):
+                raise ConfigError(f"validate: {name} is out of range; expected {expected}, got {value!r}")
+    aggregator, evaluation = config.model.aggregator, config.evaluation
+    if aggregator.width % aggregator.heads:
+        raise ConfigError(
+            "validate: model.aggregator.heads does not divide model.aggregator.width; expected a divisor of "
+            f"{aggregator.width}, got {aggregator.heads}"
+        )
+    if evaluation.overlap >= evaluation.tile_size:
+        raise ConfigError(
+            "validate: evaluation.overlap is not below evaluation.tile_size; expected less than "
+            f"{evaluation.tile_size}, got {evaluation.overlap}"
+        )
