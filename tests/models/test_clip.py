@@ -185,7 +185,7 @@ def test_prompts_take_the_part_before_the_comma() -> None:
 
 def test_bad_class_names() -> None:
     encoder = ClipEncoder(CONFIG)
-    with pytest.raises(ValueError, match="too long; expected a prompt of at most 32 tokens"):
+    with pytest.raises(ValueError, match="too long; expected a prompt of at most 16 tokens"):
         encoder.tokenize(["a very long name of a class that nobody would ever write down " * 3])
     with pytest.raises(ValueError, match="name is empty"):
         encoder.tokenize(["roof", " "])
