@@ -38,6 +38,11 @@ class BuildNative(build_ext):
         # loaded by torch, not imported by Python: no interpreter tag in its name
         return os.path.join(*fullname.split(".")[:-1], LIBRARY)
 
+    def copy_extensions_to_source(self) -> None:
+        # an editable install copies into the checkout, where the folder of built files is not tracked
+        (ROOT / "drseg_core" / "_lib").mkdir(exist_ok=True)
+        super().copy_extensions_to_source()
+
     def build_extension(self, ext: Extension) -> None:
         import torch
 
