@@ -18,6 +18,7 @@ from drseg_core.data.images import MAX_PIXELS, image_size, read_image, read_mask
 from drseg_core.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+MANIFEST = "manifest.sha256"
 LISTED = 10
 """How many offending files an error names."""
 
@@ -55,6 +56,9 @@ class FolderDataset(SegmentationDataset):
     agree, a mask must be one) and no pixels. :mod:`drseg_core.data.images` says which formats are converted and which
     refused.
 
+    Decoders do not notice a flipped bit in a JPEG or raw TIFF. Where the folder holds ``manifest.sha256`` (lines of
+    ``sha256sum``, paths relative to the folder), every file of the split is read once and held to it.
+
     Args:
         root: the folder.
         split: name of the folder below it.
@@ -62,7 +66,7 @@ class FolderDataset(SegmentationDataset):
 
     Raises:
         DatasetError: folder missing or empty, files without partner, sizes that differ (the first ten are named), no
-            image, a link that leaves the folder, unusable class names.
+            image, a link that leaves the folder, unusable class names, a file that is not what the manifest says.
     """
 
     def __init__(self, root: str | Path, split: str = "train", *, max_pixels: int = MAX_PIXELS) -> None:
@@ -76,6 +80,7 @@ class FolderDataset(SegmentationDataset):
         self.class_names = read_class_names(self.root / "classes.txt")
         self.pairs = self._find_pairs()
         self._check_sizes()
+        self._check_manifest()
         self._fingerprint: str | None = None
 
     def _find_pairs(self) -> tuple[Pair, ...]:
@@ -132,6 +137,30 @@ class FolderDataset(SegmentationDataset):
                 wrong.append(f"{_printable(pair.image)} {image[0]} x {image[1]}, its mask {mask[0]} x {mask[1]}")
         if wrong:
             raise DatasetError(f"FolderDataset: {len(wrong)} masks differ from their image in size: {_some(wrong)}")
+
+    def _check_manifest(self) -> None:
+        manifest = self.root / MANIFEST
+        if not manifest.is_file():
+            return
+        try:
+            lines = manifest.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DatasetError(f"FolderDataset: {manifest} cannot be read as UTF-8 text: {error}") from None
+        # "<hex>  path", with "*" before the path where sha256sum read in binary mode
+        expected = {os.path.normpath(line[66:]): line[:64].lower() for line in lines if len(line) > 66}
+        for path in (path for pair in self.pairs for path in (pair.image, pair.mask)):
+            name = os.path.relpath(path, self.root)
+            if name not in expected:
+                raise DatasetError(f"FolderDataset: {_printable(path)} is not in {MANIFEST}; expected every file")
+            try:
+                found = hashlib.sha256(path.read_bytes()).hexdigest()
+            except OSError as error:
+                raise DatasetError(f"FolderDataset: {_printable(path)} cannot be read: {error.strerror}") from None
+            if found != expected[name]:
+                raise DatasetError(
+                    f"FolderDataset: {_printable(path)} has changed; expected SHA-256 {expected[name][:12]}... of "
+                    f"{MANIFEST}, got {found[:12]}..."
+                )
 
     def __len__(self) -> int:
         return len(self.pairs)
