@@ -429,7 +429,7 @@ def test_the_instruction_set_that_was_asked_for_ran(level_results):
     assert any(not torch.equal(plain["output"], wide["output"]) for plain, wide in pairs)
 
 
-LEVELS = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), ("cuda", "matmul"), ("mkldnn", "matmul"))
+ENTRIES = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), ("cuda", "matmul"), ("mkldnn", "matmul"))
 
 
 def _write(level: tuple[str, str], precision: str) -> None:
@@ -437,10 +437,10 @@ def _write(level: tuple[str, str], precision: str) -> None:
 
 
 def _default_precision() -> None:
-    for level in LEVELS:
+    for level in ENTRIES:
         _write(level, "none")
     torch.set_float32_matmul_precision("highest")
-    for level in LEVELS:
+    for level in ENTRIES:
         _write(level, "none")
 
 
@@ -448,7 +448,7 @@ def _precision() -> list[str]:
     """All that can be read of the precision of float32 products, and how it follows a change of the outer levels."""
 
     def read() -> list[str]:
-        found = [torch._C._get_fp32_precision_getter(*level) for level in LEVELS]
+        found = [torch._C._get_fp32_precision_getter(*level) for level in ENTRIES]
         for getter in (torch.get_float32_matmul_precision, lambda: str(torch.backends.cuda.matmul.allow_tf32)):
             try:
                 found.append(getter())
@@ -458,12 +458,12 @@ def _precision() -> list[str]:
 
     state = read()
     outer = []
-    for level in LEVELS[:3]:
+    for level in ENTRIES[:3]:
         outer.append(torch._C._get_fp32_precision_getter(*level))
         for precision in ("tf32", "none"):
             _write(level, precision)
             state += read()
-    for level, precision in zip(LEVELS, outer, strict=False):
+    for level, precision in zip(ENTRIES, outer, strict=False):
         _write(level, precision)
     return state
 
