@@ -59,7 +59,10 @@ class SPSDConfig:
         channels: path of a ranking made by ``drseg rank``; null ranks the channels when training starts.
         semantic_ratio: rho of Eq. 5, the share of semantic channels; 0 sends all channels through the graph.
         alpha: balance of entropy and similarity in Eq. 4.
-        prototypes_per_class: pixel features sampled per class (M).
+        prototypes_per_class: prototypes per class (M).
+        sampling: prototypes are ``random`` pixel features, the mean of each class in each image (``image_mean``), or
+            the centroids of ``kmeans``.
+        label_to_grid: class of a grid cell: at its centre (``nearest``), or of more than half of it (``majority``).
         entropy_activation: what makes activations non-negative in Eq. 1.
         dead_channel_entropy: entropy of a channel that no class activates.
         similarity: inter-class similarity of Eq. 3.
@@ -70,6 +73,8 @@ class SPSDConfig:
     semantic_ratio: float = 0.5
     alpha: float = 0.5
     prototypes_per_class: int = 100
+    sampling: Literal["random", "image_mean", "kmeans"] = "random"
+    label_to_grid: Literal["nearest", "majority"] = "nearest"
     entropy_activation: Literal["relu", "abs", "shift"] = "relu"
     dead_channel_entropy: Literal["uniform", "zero"] = "uniform"
     similarity: Literal["product", "neg_abs_diff", "rbf", "sign_agreement"] = "product"
@@ -96,6 +101,7 @@ class GraphConfig:
         dropout: dropout between the layers.
         residual: add the input of the graph to its output.
         use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity.
+        norm_scale: initial gain of the final LayerNorm; it sets how much the rectified channels weigh in the cosine.
         backend: kernel backend; null takes the best that can run.
     """
 
@@ -113,6 +119,7 @@ class GraphConfig:
     dropout: float = 0.0
     residual: bool = False
     use_affinity_as_weight: bool = False
+    norm_scale: float = 1.0
     backend: Literal["reference", "native", "triton"] | None = None
 
 

@@ -96,6 +96,7 @@ class DRSeg(nn.Module):
                 dropout=graph.dropout,
                 residual=graph.residual,
                 use_affinity_as_weight=graph.use_affinity_as_weight,
+                norm_scale=graph.norm_scale,
                 backend=graph.backend,
             )
         fusion, aggregator, decoder = config.fusion, config.aggregator, config.decoder

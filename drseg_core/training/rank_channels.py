@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -75,9 +75,9 @@ def rank_channels(
 ) -> ChannelFile:
     """Sample class prototypes on a training set and rank the channels by them.
 
-    Every image is seen once, unrotated and whole. The mask is brought to the feature grid by nearest neighbour, each
-    pixel feature is L2-normalised, and a uniform sample of at most ``options.prototypes_per_class`` of them is kept
-    per class, so memory does not grow with the data.
+    Every image is seen once, unrotated and whole. The mask is brought to the feature grid, each pixel feature is
+    L2-normalised, and a uniform sample of at most ``options.prototypes_per_class`` of them (ten times as many for
+    k-means, which makes that many centroids of them) is kept per class, so memory does not grow with the data.
 
     Args:
         model: gives dense CLIP features; its weights are not changed.
@@ -94,18 +94,24 @@ def rank_channels(
         DatasetError: fewer than two classes have labelled pixels.
     """
     classes = len(dataset.class_names)
-    reservoir = Reservoir(classes, options.prototypes_per_class, seed)
+    kept = options.prototypes_per_class * (10 if options.sampling == "kmeans" else 1)
+    reservoir = Reservoir(classes, kept, seed)
     done = 0
     for samples in _equal_sized(dataset, batch_size):
         feature = dense_features(model, torch.stack([sample.image for sample in samples]).to(device)).cpu()
         mask = torch.stack([sample.mask for sample in samples])
-        label = label_on_grid(mask, (feature.shape[-2], feature.shape[-1]))
+        label = label_on_grid(mask, (feature.shape[-2], feature.shape[-1]), options.label_to_grid)
         for one_feature, one_label in zip(feature, label, strict=True):
-            reservoir.add(one_feature.flatten(1).T, one_label.flatten())
+            row, own = one_feature.flatten(1).T, one_label.flatten()
+            if options.sampling == "image_mean":
+                row, own = class_means(row, own)
+            reservoir.add(row, own)
         done += len(samples)
         if progress is not None:
             progress(done, len(dataset))
     prototype, label = reservoir.content()
+    if options.sampling == "kmeans":
+        prototype, label = class_centroids(prototype, label, options.prototypes_per_class)
     present = label.unique()
     if len(present) < 2:
         raise DatasetError(
@@ -135,6 +141,8 @@ def rank_channels(
             "alpha": options.alpha,
             "semantic_ratio": options.semantic_ratio,
             "prototypes_per_class": options.prototypes_per_class,
+            "sampling": options.sampling,
+            "label_to_grid": options.label_to_grid,
             "entropy_activation": options.entropy_activation,
             "dead_channel_entropy": options.dead_channel_entropy,
             "similarity": options.similarity,
@@ -192,9 +200,42 @@ def dense_features(model: DenseEncoder, image: Tensor) -> Tensor:
             model.train()
 
 
-def label_on_grid(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, H, W) mask to the class at the centre of each of (B, h, w) grid cells."""
-    return F.interpolate(mask[:, None].float(), size=grid, mode="nearest-exact")[:, 0].long()
+def label_on_grid(mask: Tensor, grid: tuple[int, int], rule: Literal["nearest", "majority"] = "nearest") -> Tensor:
+    """(B, H, W) mask to the class of each of (B, h, w) grid cells: at its centre, or of more than half of it."""
+    if rule == "nearest":
+        return F.interpolate(mask[:, None].float(), size=grid, mode="nearest-exact")[:, 0].long()
+    label = torch.full((mask.shape[0], *grid), IGNORE)
+    for index in mask.unique().tolist():
+        share = F.adaptive_avg_pool2d((mask == index).float(), grid)
+        label = torch.where(share > 0.5, index, label)
+    return label
+
+
+def class_means(row: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the L2-normalised rows (n, C) of each class in an image, and the classes."""
+    present = label[label != IGNORE].unique()
+    unit = F.normalize(row.float(), dim=1)
+    means = [unit[label == index].mean(0) for index in present]
+    return (torch.stack(means) if means else unit[:0]), present
+
+
+def class_centroids(row: Tensor, label: Tensor, count: int, rounds: int = 20) -> tuple[Tensor, Tensor]:
+    """Spherical k-means (Lloyd) in each class: at most ``count`` L2-normalised centroids of the rows, and their class.
+
+    The first ``count`` rows of a class start; the rows are a random sample already.
+    """
+    rows, labels = [], []
+    for index in label.unique():
+        own = row[label == index]
+        centre = own[:count]
+        for _ in range(rounds if len(own) > count else 0):
+            nearest = (own @ centre.T).argmax(1)
+            total = torch.zeros_like(centre).index_add_(0, nearest, own)
+            empty = total.norm(dim=1, keepdim=True) == 0
+            centre = torch.where(empty, centre, F.normalize(total, dim=1))
+        rows.append(centre)
+        labels.append(index.repeat(len(centre)))
+    return (torch.cat(rows), torch.cat(labels)) if rows else (row, label)
 
 
 def weights_hash(module: nn.Module) -> str:
