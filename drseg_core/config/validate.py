@@ -33,6 +33,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model.spsd.prototypes_per_class": _at_least(1),
     "model.graph.k": _at_least(0),
     "model.graph.gamma": _POSITIVE,
+    "model.graph.norm_scale": _POSITIVE,
     "model.graph.decay": _at_least(0),
     "model.graph.edge_hidden": _at_least(1),
     "model.graph.layers": _at_least(1),
