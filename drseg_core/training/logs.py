@@ -21,8 +21,9 @@ from torch import Tensor
 from drseg_core.data import IGNORE
 from drseg_core.files import write_text_atomic
 from drseg_core.training.distributed import ProcessGroup
+from drseg_core.training.loss import labelled
 
-FIELDS = ("step", "loss", "miou", "learning_rate", "gradient_norm", "skipped", "samples", "seconds")
+FIELDS = ("step", "loss", "miou", "learning_rate", "gradient_norm", "skipped", "unlabelled", "samples", "seconds")
 
 
 class RunLog:
@@ -103,8 +104,8 @@ class Window:
     def _reset(self) -> None:
         self._loss: list[float] = []
         self._norm: float | None = None
-        size = self._classes**2
-        self._confusion = torch.zeros(size, dtype=torch.long, device=self._group.device)
+        # pairs of class and prediction, and images without a label: one tensor, summed over the processes at once
+        self._counts = torch.zeros(self._classes**2 + 1, dtype=torch.long, device=self._group.device)
 
     def add(self, loss: float, norm: float, logits: Tensor, mask: Tensor) -> None:
         """Take in one step: (B, T, h, w) logits and the (B, H, W) mask they were trained on."""
@@ -114,13 +115,18 @@ class Window:
         target = F.interpolate(mask[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
         valid = target != IGNORE
         pair = target[valid] * self._classes + logits.argmax(1)[valid]
-        self._confusion += torch.bincount(pair, minlength=len(self._confusion))
+        self._counts[:-1] += torch.bincount(pair, minlength=self._classes**2)
+        self._counts[-1] += (~labelled(mask)).sum()
 
     def close(
         self, step: int, optimizer: torch.optim.Optimizer, skipped: int, position: int, elapsed: float
     ) -> dict[str, Any]:
-        """The record of the steps since the last one. ``miou`` is the mean over classes that occur, in percent."""
-        confusion = self._group.sum(self._confusion).view(self._classes, self._classes).double().cpu()
+        """The record of the steps since the last one.
+
+        ``miou`` is the mean over classes that occur, in percent; ``unlabelled`` counts the images without any label.
+        """
+        counts = self._group.sum(self._counts).cpu()
+        confusion = counts[:-1].view(self._classes, self._classes).double()
         union = confusion.sum(0) + confusion.sum(1) - confusion.diag()
         present = confusion.sum(1) > 0
         miou = float((confusion.diag()[present] / union[present]).mean() * 100) if present.any() else None
@@ -131,6 +137,7 @@ class Window:
             "learning_rate": max(group["lr"] for group in optimizer.param_groups),
             "gradient_norm": self._norm,
             "skipped": skipped,
+            "unlabelled": int(counts[-1]),
             "samples": position,
             "seconds": round(elapsed, 3),
         }

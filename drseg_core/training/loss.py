@@ -71,7 +71,8 @@ def segmentation_loss(logits: Tensor, mask: Tensor, *, ignore_mode: Literal["zer
     """Sum of binary cross-entropies with logits, and the number of terms in it.
 
     ``sum_{b,t,x} softplus(l_btx) - sum_{b,x valid} l_{b,y(b,x),x}``, which is the cross-entropy against the one-hot
-    mask without that mask ever being made. The logits are first brought to the size of the mask (bilinear).
+    mask without that mask ever being made. The logits are first brought to the size of the mask (bilinear). An image
+    without a single labelled pixel tells nothing and has no part in the loss, in either mode.
 
     Args:
         logits: (B, T, h, w), one score per class; any float dtype, the sum is taken in float32 or wider.
@@ -80,8 +81,7 @@ def segmentation_loss(logits: Tensor, mask: Tensor, *, ignore_mode: Literal["zer
 
     Returns:
         ``LossSum(total, terms)``, two scalars. Kept apart so that processes which hold different numbers of valid
-        pixels can divide by the number of all of them. Without a valid pixel ``masked`` gives a total of 0 with
-        zero gradients.
+        pixels can divide by the number of all of them. Without a valid pixel the total is 0 with zero gradients.
 
     Raises:
         ValueError: sizes that do not belong together, or an unknown ``ignore_mode``.
@@ -100,9 +100,14 @@ def segmentation_loss(logits: Tensor, mask: Tensor, *, ignore_mode: Literal["zer
     label = mask.long().masked_fill(~valid, 0)[:, None]
     positive = (logits.gather(1, label) * valid[:, None]).sum()
     negative = F.softplus(logits)
-    if ignore_mode == "masked":
-        return LossSum((negative * valid[:, None]).sum() - positive, valid.sum() * logits.shape[1])
-    return LossSum(negative.sum() - positive, torch.tensor(logits.numel(), device=logits.device))
+    if ignore_mode == "zeros":
+        valid = labelled(mask)[:, None, None].expand_as(valid)
+    return LossSum((negative * valid[:, None]).sum() - positive, valid.sum() * logits.shape[1])
+
+
+def labelled(mask: Tensor) -> Tensor:
+    """(B,) bool: which masks (B, H, W) have a labelled pixel."""
+    return (mask != IGNORE).flatten(1).any(1)
 
 
 def _check(name: str, logits: Tensor, mask: Tensor) -> None:

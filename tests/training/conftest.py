@@ -59,6 +59,15 @@ def plain_data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def partly_labelled_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Five images, three of them without any label."""
+    folder = write_folder(tmp_path_factory.mktemp("data") / "partly")
+    for index in (0, 2, 3):
+        Image.fromarray(np.full((40, 40), 255, np.uint8)).save(folder / "train" / "masks" / f"{index}.png")
+    return f"folder:{folder}"
+
+
+@pytest.fixture(scope="session")
 def other_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"folder:{write_folder(tmp_path_factory.mktemp('data') / 'others', seed=1)}"
 

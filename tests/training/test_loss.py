@@ -44,20 +44,33 @@ def test_the_two_ignore_modes_differ():
     assert not torch.isclose(zeros, masked)
 
 
-def test_a_batch_without_labels_is_zero_with_zero_gradients():
+@pytest.mark.parametrize("ignore_mode", ["zeros", "masked"])
+def test_a_batch_without_labels_is_zero_with_zero_gradients(ignore_mode):
     logits, mask = example()
     logits = logits.requires_grad_()
-    loss = segmentation_loss(logits, torch.full_like(mask, 255), ignore_mode="masked").mean()
+    loss = segmentation_loss(logits, torch.full_like(mask, 255), ignore_mode=ignore_mode).mean()
     loss.backward()
     assert loss == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
+@pytest.mark.parametrize("ignore_mode", ["zeros", "masked"])
+def test_an_image_without_labels_has_no_part_in_the_loss(ignore_mode):
+    logits, mask = example()
+    mask[0] = 255
+    assert len(mask) > 1 and (mask[1:] != 255).any()
+    both = segmentation_loss(logits, mask, ignore_mode=ignore_mode).mean()
+    torch.testing.assert_close(both, segmentation_loss(logits[1:], mask[1:], ignore_mode=ignore_mode).mean())
+
+
 def test_ignored_pixels_are_negative_for_every_class_in_the_protocol():
     logits = torch.full((1, 3, 4, 4), -30.0)
-    ignored = torch.full((1, 4, 4), 255)
-    assert segmentation_loss(logits, ignored).mean() < 1e-9
-    assert segmentation_loss(-logits, ignored).mean() == pytest.approx(30)
+    mask = torch.full((1, 4, 4), 255)
+    # one labelled pixel, which is right, among fifteen that are ignored
+    mask[0, 0, 0], logits[0, 1, 0, 0] = 1, 30.0
+    assert segmentation_loss(logits, mask).mean() < 1e-9
+    logits[:, :, 1:] = 30.0
+    assert segmentation_loss(logits, mask).mean() == pytest.approx(30 * 12 / 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])

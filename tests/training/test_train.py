@@ -123,6 +123,14 @@ def test_single_bad_steps_are_skipped_and_counted(config, data, tmp_path, monkey
     assert all(torch.isfinite(value).all() for value in newest_checkpoint(run).weights().values())
 
 
+def test_images_without_labels_are_counted(config, partly_labelled_data, tmp_path):
+    changes = {"train.batch_size": 5, "train.iterations": 2, "train.log_every": 1}
+    run = train(override(config, changes), partly_labelled_data, tmp_path / "run", show_progress=False)
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [record["unlabelled"] for record in records] == [3, 3]
+    assert all(record["loss"] > 0 and record["miou"] is not None for record in records)
+
+
 def test_bad_steps_in_a_row_stop_the_training(config, data, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "training_loss", poisoned(100))
     with pytest.raises(NumericalError, match="3 steps in a row were not finite, the last at step 3") as caught:
