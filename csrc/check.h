@@ -12,8 +12,9 @@ namespace drseg {
 
 using torch::headeronly::ScalarType;
 
-inline void check_operand(const char* op, const char* name, const torch::stable::Tensor& tensor, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.dim() == 3, op, ": ", name, " has rank ", tensor.dim(), "; expected 3");
+inline void check_operand(
+    const char* op, const char* name, const torch::stable::Tensor& tensor, int64_t rank, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.dim() == rank, op, ": ", name, " has rank ", tensor.dim(), "; expected ", rank);
   STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " has an unexpected dtype");
 }

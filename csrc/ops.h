@@ -4,9 +4,38 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
 namespace drseg {
 
 using torch::stable::Tensor;
+
+// Rows scaled by powers of two, and their inverse norms: 0 for a zero row, NaN for one that is not finite.
+// (B,N,D) -> (B,N,D), (B,N)
+std::tuple<Tensor, Tensor> prepare_prior(const Tensor& prior);
+
+// The k best of every node, ascending, with their scores. `form` counts additive, gauss, multiplicative, product.
+// (B,N,D), (B,N), (h,w) -> (B,N,k) int32, (B,N,k)
+std::tuple<Tensor, Tensor> knn_graph(
+    const Tensor& prior, const Tensor& inverse_norm, const Tensor& table, int64_t k, int64_t form, bool include_self);
+
+// softplus(vector . relu(source_i + target_j) + bias). (B,N,E), (B,N,E), (B,N,K) int32, (E,), (), (B,N,K) -> (B,N,K)
+Tensor edge_weight(
+    const Tensor& source, const Tensor& target, const Tensor& index, const Tensor& vector, const Tensor& bias,
+    std::optional<Tensor> mask);
+
+// Gradients to source, target, vector and bias (1,).
+std::tuple<Tensor, Tensor, Tensor, Tensor> edge_weight_backward(
+    const Tensor& grad, const Tensor& weight, const Tensor& source, const Tensor& target, const Tensor& index,
+    const Tensor& vector);
+
+// `norm` counts sym_row, sym_count, sym_inout, row, sym_undirected. (B,N,K), (B,N,K) int32 -> (B,N,K)
+Tensor degree_normalize(const Tensor& weight, const Tensor& index, int64_t norm, double eps);
+
+Tensor degree_normalize_backward(
+    const Tensor& grad, const Tensor& weight, const Tensor& index, int64_t norm, double eps);
 
 // y_i = sum_k coefficient_ik x_j, or the same along reversed edges. (B,N,C), (B,N,K) int32, (B,N,K) -> (B,N,C)
 Tensor graph_propagate(const Tensor& x, const Tensor& index, const Tensor& coefficient, bool transpose);

@@ -8,16 +8,19 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "check.h"
 #include "cpu/level.h"
+#include "cpu/reverse.h"
+#include "cpu/vector.h"
 #include "ops.h"
 
 namespace drseg {
 namespace {
 
-// Channels summed at once: four AVX-512 registers of float, so that the sums of a row stay in registers.
-constexpr int64_t kTile = 64;
+// Nodes whose neighbours are much the same: a tile of channels of all of them stays in the cache.
+constexpr int64_t kNodes = 64;
 
 template <class T>
 struct Graph {
@@ -26,78 +29,138 @@ struct Graph {
   int64_t nodes, slots, channels;
 };
 
+// What the nodes [first, last) of one sample receive: `from` and `share` of node n are in [begin_n, begin_n+1).
 template <class T>
-DRSEG_INLINE void gather_rows(Graph<T> graph, const T* x, T* y, int64_t first, int64_t last) {
-  for (int64_t row = first; row < last; ++row) {
-    const T* sample = x + row / graph.nodes * graph.nodes * graph.channels;
-    const int32_t* index = graph.index + row * graph.slots;
-    const T* coefficient = graph.coefficient + row * graph.slots;
-    for (int64_t start = 0; start < graph.channels; start += kTile) {
-      const int64_t width = std::min(kTile, graph.channels - start);
-      T sum[kTile] = {};
-      for (int64_t k = 0; k < graph.slots; ++k) {
-        const T* source = sample + clamp_index(index[k], graph.nodes) * graph.channels + start;
-        const T share = coefficient[k];
-        if (width == kTile) {
-          for (int64_t c = 0; c < kTile; ++c) sum[c] += share * source[c];
-        } else {
-          for (int64_t c = 0; c < width; ++c) sum[c] += share * source[c];
-        }
-      }
-      std::copy(sum, sum + width, y + row * graph.channels + start);
-    }
-  }
-}
+struct Received {
+  const int32_t* from;
+  const T* share;
+  const int64_t* begin;  // nullptr: `slots` for each
+  int64_t slots, nodes, channels;
 
-// One tile of channels of one sample: no other task writes them.
-template <class T>
-DRSEG_INLINE void scatter_tiles(Graph<T> graph, const T* x, T* y, int64_t first, int64_t last) {
-  const int64_t tiles = (graph.channels + kTile - 1) / kTile;
-  for (int64_t task = first; task < last; ++task) {
-    const int64_t sample = task / tiles * graph.nodes;
-    const int64_t start = task % tiles * kTile;
-    const int64_t width = std::min(kTile, graph.channels - start);
-    T* out = y + sample * graph.channels + start;
-    for (int64_t i = 0; i < graph.nodes; ++i) std::fill_n(out + i * graph.channels, width, T(0));
-    for (int64_t i = 0; i < graph.nodes; ++i) {
-      const T* source = x + (sample + i) * graph.channels + start;
-      for (int64_t k = 0; k < graph.slots; ++k) {
-        const int64_t edge = (sample + i) * graph.slots + k;
-        T* target = out + clamp_index(graph.index[edge], graph.nodes) * graph.channels;
-        const T share = graph.coefficient[edge];
-        for (int64_t c = 0; c < width; ++c) target[c] += share * source[c];
-      }
+  DRSEG_INLINE int64_t start_of(int64_t node) const { return begin != nullptr ? begin[node] : node * slots; }
+};
+
+// kCount registers of channels.
+template <class T, int kBytes, int kCount>
+DRSEG_INLINE void gather_tile(
+    const Received<T>& received, int64_t share_offset, const T* x, T* y, int64_t first, int64_t last) {
+  typedef Register<T, kBytes> R;
+  for (int64_t node = first; node < last; ++node) {
+    typename R::type sum[kCount] = {};
+    const int64_t end = received.start_of(node + 1);
+    for (int64_t e = received.start_of(node); e < end; ++e) {
+      const T* source = x + clamp_index(received.from[e], received.nodes) * received.channels;
+      const T share = received.share[e - share_offset];
+      for (int n = 0; n < kCount; ++n) sum[n] += share * R::load(source + n * R::lanes);
     }
+    for (int n = 0; n < kCount; ++n) R::store(y + node * received.channels + n * R::lanes, sum[n]);
   }
 }
 
 template <class T>
+DRSEG_INLINE void gather_channel(
+    const Received<T>& received, int64_t share_offset, const T* x, T* y, int64_t first, int64_t last) {
+  for (int64_t node = first; node < last; ++node) {
+    T sum = 0;
+    for (int64_t e = received.start_of(node); e < received.start_of(node + 1); ++e)
+      sum += received.share[e - share_offset] * x[clamp_index(received.from[e], received.nodes) * received.channels];
+    y[node * received.channels] = sum;
+  }
+}
+
+// All channels in tiles of kCount registers; the last tile overlaps the one before and writes the same bits again.
+template <class T, int kBytes, int kCount>
+DRSEG_INLINE void gather_nodes(
+    const Received<T>& received, int64_t share_offset, const T* x, T* y, int64_t first, int64_t last) {
+  constexpr int64_t width = kCount * Register<T, kBytes>::lanes;
+  if (received.channels < width) {
+    if constexpr (kCount > 1) {
+      gather_nodes<T, kBytes, kCount / 2>(received, share_offset, x, y, first, last);
+    } else {
+      for (int64_t c = 0; c < received.channels; ++c)
+        gather_channel(received, share_offset, x + c, y + c, first, last);
+    }
+    return;
+  }
+  for (int64_t node = first; node < last; node += kNodes) {
+    for (int64_t c = 0; c < received.channels; c += width) {
+      const int64_t start = std::min(c, received.channels - width);
+      gather_tile<T, kBytes, kCount>(received, share_offset, x + start, y + start, node, std::min(last, node + kNodes));
+    }
+  }
+}
+
+template <class T, int kBytes>
+DRSEG_INLINE void gather_along(Graph<T> graph, const T* x, T* y, int64_t first, int64_t last) {
+  while (first < last) {
+    const int64_t sample = first / graph.nodes, begin = sample * graph.nodes;
+    const int64_t end = std::min(last, begin + graph.nodes);
+    const Received<T> received{
+        graph.index + begin * graph.slots, graph.coefficient + begin * graph.slots, nullptr,
+        graph.slots, graph.nodes, graph.channels};
+    const int64_t offset = begin * graph.channels;
+    gather_nodes<T, kBytes, 8>(received, 0, x + offset, y + offset, first - begin, end - begin);
+    first = end;
+  }
+}
+
+// `x`, `y` and `coefficient` of one sample.
+template <class T, int kBytes>
+DRSEG_INLINE void gather_against(
+    Graph<T> graph, const Reverse* reverse, const T* coefficient, const T* x, T* y, int64_t first, int64_t last) {
+  const int64_t begin = reverse->begin[first], count = reverse->begin[last] - begin;
+  std::vector<T> share(count);
+  for (int64_t n = 0; n < count; ++n) share[n] = coefficient[reverse->edge[begin + n]];
+  const Received<T> received{
+      reverse->start.data(), share.data(), reverse->begin.data(), graph.slots, graph.nodes, graph.channels};
+  gather_nodes<T, kBytes, 8>(received, begin, x, y, first, last);
+}
+
+template <class T, int kBytes, int kCount>
+DRSEG_INLINE void dots_of(const T* left, const T* const* right, int64_t channels, T* dot) {
+  typedef Register<T, kBytes> R;
+  typename R::type sum[kCount] = {};
+  int64_t c = 0;
+  for (; c + R::lanes <= channels; c += R::lanes) {
+    const auto value = R::load(left + c);
+    for (int n = 0; n < kCount; ++n) sum[n] += value * R::load(right[n] + c);
+  }
+  for (int n = 0; n < kCount; ++n) {
+    T rest = 0;
+    for (int64_t d = c; d < channels; ++d) rest += left[d] * right[n][d];
+    dot[n] = R::sum(sum[n]) + rest;
+  }
+}
+
+template <class T, int kBytes>
 DRSEG_INLINE void dot_rows(Graph<T> graph, const T* start, const T* end, T* dot, int64_t first, int64_t last) {
-  constexpr int64_t kLanes = 32;
+  constexpr int kCount = 8;
   for (int64_t row = first; row < last; ++row) {
     const T* left = start + row * graph.channels;
     const T* sample = end + row / graph.nodes * graph.nodes * graph.channels;
-    for (int64_t k = 0; k < graph.slots; ++k) {
-      const int64_t edge = row * graph.slots + k;
-      const T* right = sample + clamp_index(graph.index[edge], graph.nodes) * graph.channels;
-      T lane[kLanes] = {};
-      int64_t c = 0;
-      for (; c + kLanes <= graph.channels; c += kLanes)
-        for (int64_t l = 0; l < kLanes; ++l) lane[l] += left[c + l] * right[c + l];
-      for (int64_t l = 0; c < graph.channels; ++c, ++l) lane[l] += left[c] * right[c];
-      for (int64_t half = kLanes / 2; half > 0; half /= 2)
-        for (int64_t l = 0; l < half; ++l) lane[l] += lane[l + half];
-      dot[edge] = lane[0];
+    const int32_t* index = graph.index + row * graph.slots;
+    T* out = dot + row * graph.slots;
+    int64_t k = 0;
+    for (; k + kCount <= graph.slots; k += kCount) {
+      const T* right[kCount];
+      for (int n = 0; n < kCount; ++n) right[n] = sample + clamp_index(index[k + n], graph.nodes) * graph.channels;
+      dots_of<T, kBytes, kCount>(left, right, graph.channels, out + k);
+    }
+    for (; k < graph.slots; ++k) {
+      const T* right = sample + clamp_index(index[k], graph.nodes) * graph.channels;
+      dots_of<T, kBytes, 1>(left, &right, graph.channels, out + k);
     }
   }
 }
 
-DRSEG_LEVELS(gather, gather_rows)
-DRSEG_LEVELS(scatter, scatter_tiles)
+DRSEG_LEVELS(gather, gather_along)
+DRSEG_LEVELS(gather_reversed, gather_against)
 DRSEG_LEVELS(edge_dot, dot_rows)
 
 // Rows per task, so that a task is worth the hand-over to a thread.
-int64_t grain(int64_t slots, int64_t channels) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, slots * channels)); }
+int64_t grain(int64_t slots, int64_t channels) {
+  return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, slots * channels));
+}
 
 template <class T>
 void propagate(const Tensor& x, const Tensor& index, const Tensor& coefficient, bool transpose, Tensor& y) {
@@ -105,15 +168,19 @@ void propagate(const Tensor& x, const Tensor& index, const Tensor& coefficient, 
   const Graph<T> graph{index.const_data_ptr<int32_t>(), coefficient.const_data_ptr<T>(), nodes, slots, channels};
   const T* in = x.const_data_ptr<T>();
   T* out = y.mutable_data_ptr<T>();
-  if (transpose) {
-    const int64_t tasks = batch * ((channels + kTile - 1) / kTile);
-    torch::stable::parallel_for(
-        0, tasks, 1, [&](int64_t first, int64_t last) { DRSEG_CALL(scatter, T, graph, in, out, first, last); });
-  } else {
+  if (!transpose) {
     torch::stable::parallel_for(0, batch * nodes, grain(slots, channels), [&](int64_t first, int64_t last) {
       DRSEG_CALL(gather, T, graph, in, out, first, last);
     });
+    return;
   }
+  for_ends(
+      graph.index, batch, nodes, slots, grain(slots, channels),
+      [&](int64_t b, const Reverse& reverse, int64_t first, int64_t last) {
+        const int64_t offset = b * nodes * channels;
+        const T* shares = graph.coefficient + b * nodes * slots;
+        DRSEG_CALL(gather_reversed, T, graph, &reverse, shares, in + offset, out + offset, first, last);
+      });
 }
 
 }  // namespace
@@ -121,9 +188,9 @@ void propagate(const Tensor& x, const Tensor& index, const Tensor& coefficient, 
 Tensor graph_propagate(const Tensor& x, const Tensor& index, const Tensor& coefficient, bool transpose) {
   constexpr const char* op = "drseg_native::graph_propagate";
   const ScalarType dtype = check_floating(op, x);
-  check_operand(op, "x", x, dtype);
-  check_operand(op, "index", index, ScalarType::Int);
-  check_operand(op, "coefficient", coefficient, dtype);
+  check_operand(op, "x", x, 3, dtype);
+  check_operand(op, "index", index, 3, ScalarType::Int);
+  check_operand(op, "coefficient", coefficient, 3, dtype);
   check_leading(op, "index", index, x);
   check_leading(op, "coefficient", coefficient, x);
   STD_TORCH_CHECK(coefficient.size(2) == index.size(2), op, ": coefficient and index differ in K");
@@ -151,9 +218,9 @@ static void all_dots(const Tensor& start, const Tensor& end, const Tensor& index
 Tensor graph_edge_dot(const Tensor& start, const Tensor& end, const Tensor& index) {
   constexpr const char* op = "drseg_native::graph_edge_dot";
   const ScalarType dtype = check_floating(op, start);
-  check_operand(op, "start", start, dtype);
-  check_operand(op, "end", end, dtype);
-  check_operand(op, "index", index, ScalarType::Int);
+  check_operand(op, "start", start, 3, dtype);
+  check_operand(op, "end", end, 3, dtype);
+  check_operand(op, "index", index, 3, ScalarType::Int);
   check_leading(op, "end", end, start);
   check_leading(op, "index", index, start);
   STD_TORCH_CHECK(end.size(2) == start.size(2), op, ": start and end differ in C");

@@ -35,15 +35,16 @@ inline Level level() {
 
 }  // namespace drseg
 
+// body<T, bytes>: bytes is the width of the level's vector registers
 #if defined(__x86_64__)
 #define DRSEG_LEVELS(name, body)                                                                       \
   template <class T, class... A>                                                                       \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"))) void  \
-  name##_avx512(A... a) { body<T>(a...); }                                                             \
+  name##_avx512(A... a) { body<T, 64>(a...); }                                                         \
   template <class T, class... A>                                                                       \
-  __attribute__((target("avx2,fma"))) void name##_avx2(A... a) { body<T>(a...); }                      \
+  __attribute__((target("avx2,fma"))) void name##_avx2(A... a) { body<T, 32>(a...); }                  \
   template <class T, class... A>                                                                       \
-  void name##_plain(A... a) { body<T>(a...); }
+  void name##_plain(A... a) { body<T, 16>(a...); }
 #define DRSEG_CALL(name, T, ...)                                   \
   switch (::drseg::level()) {                                      \
     case ::drseg::Level::avx512: name##_avx512<T>(__VA_ARGS__); break; \
@@ -53,6 +54,6 @@ inline Level level() {
 #else
 #define DRSEG_LEVELS(name, body) \
   template <class T, class... A> \
-  void name##_plain(A... a) { body<T>(a...); }
+  void name##_plain(A... a) { body<T, 16>(a...); }
 #define DRSEG_CALL(name, T, ...) name##_plain<T>(__VA_ARGS__)
 #endif

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drseg_core.ops import degree_normalize, edge_weight, graph_propagate, knn_graph, padding_mask
+from drseg_core.ops import degree_normalize, edge_weight, graph_propagate, knn_graph, prepare_prior
 from drseg_core.ops._checks import check_choice, check_count, check_flag, check_number, check_tensor
 from drseg_core.ops._dispatch import BACKEND_NAMES
 
@@ -26,14 +26,6 @@ _FORM: dict[str, Literal["additive", "gauss", "multiplicative", "product"]] = {
     "product": "product",
     "gauss": "gauss",
 }
-
-
-def _unit_rows(value: Tensor) -> Tensor:
-    """L2-normalised rows in float32 (float64 for float64) whatever their scale; a zero row stays zero."""
-    wide = value if value.dtype == torch.float64 else value.float()
-    # squares of large or small entries, and half precision's eps, would leave the range
-    largest = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
-    return F.normalize(wide / largest, dim=-1)
 
 
 class PDGR(nn.Module):
@@ -213,8 +205,9 @@ class PDGR(nn.Module):
         count = nodes.shape[1]
         include_self = self.self_loop == "in_topk"
         decay = self.decay if self.affinity == "product" else self.decay / self.gamma
+        prepared = prepare_prior(nodes, backend=self.backend)
         index, score = knn_graph(
-            nodes,
+            prepared,
             grid,
             # without itself a node has one candidate less; where it is alone, one padded slot shows a prior that is NaN
             min(self.k, count if include_self else max(count - 1, 1)),
@@ -225,14 +218,20 @@ class PDGR(nn.Module):
             pad=True,
             backend=self.backend,
         )
-        given = (_unit_rows(nodes) if self.normalize_prior else nodes).to(self.edge_vector.dtype)
+        if self.normalize_prior:
+            source = prepared.linear(self.edge_source.weight, self.edge_source.bias)
+            target = prepared.linear(self.edge_target.weight)
+        else:
+            given = nodes.to(self.edge_vector.dtype)
+            source, target = self.edge_source(given), self.edge_target(given)
         weight = edge_weight(
-            self.edge_source(given),
-            self.edge_target(given),
+            source,
+            target,
             index,
             self.edge_vector,
             self.edge_bias,
-            mask=padding_mask(index, include_self=include_self),
+            # padded slots have no score
+            mask=score != -torch.inf,
             backend=self.backend,
         )
         if self.use_affinity_as_weight:

@@ -5,9 +5,10 @@ from drseg_core.ops._dispatch import backend_report, last_backend, use_backend
 from drseg_core.ops.degree_normalize.api import degree_normalize
 from drseg_core.ops.edge_weight.api import edge_weight
 from drseg_core.ops.graph_propagate.api import graph_propagate
-from drseg_core.ops.knn_graph.api import knn_graph, padding_mask
+from drseg_core.ops.knn_graph.api import PreparedPrior, knn_graph, padding_mask, prepare_prior
 
 __all__ = [
+    "PreparedPrior",
     "backend_report",
     "degree_normalize",
     "edge_weight",
@@ -15,5 +16,6 @@ __all__ = [
     "knn_graph",
     "last_backend",
     "padding_mask",
+    "prepare_prior",
     "use_backend",
 ]

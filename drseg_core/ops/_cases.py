@@ -81,3 +81,52 @@ def vit_like_prior(case: Case, random: torch.Generator) -> Tensor:
         order = torch.randperm(case.nodes, generator=random)
         prior[:, order[:copies]] = prior[:, order[copies : 2 * copies]]
     return prior
+
+
+def _waves(batch: int, height: int, width: int, count: int, random: torch.Generator) -> Tensor:
+    """(B, N, count) smooth fields on the grid, each a wave of at most one and a half periods, values in [-1, 1]."""
+    y = torch.linspace(0, 1, height)[:, None, None]
+    x = torch.linspace(0, 1, width)[None, :, None]
+    turns = torch.empty(2, batch, 1, 1, count).uniform_(-1.5, 1.5, generator=random)
+    phase = torch.rand(batch, 1, 1, count, generator=random)
+    return torch.sin(2 * math.pi * (turns[0] * y + turns[1] * x + phase)).flatten(1, 2)
+
+
+def dino_like_prior(batch: int, height: int, width: int, channels: int, random: torch.Generator) -> Tensor:
+    """Features with the structure of a self-supervised vision transformer's on an aerial image.
+
+    A few regions with curved, soft borders and one direction each, a smooth field inside them, noise per patch, a mean
+    that all share, outlier channels of 10 to 20 times the usual size, 2 % exact copies of other patches, and a
+    rectangle of zeros (nodata) on about 3 % of the area.
+
+    Args:
+        batch, height, width, channels: B, h, w, D; N = h * w nodes.
+        random: source of every number.
+
+    Returns:
+        (B, N, D) float32. Nothing else of that size is allocated on the way.
+    """
+    nodes, regions, fields = height * width, 6, 8
+    logit = 4 * _waves(batch, height, width, 3 * regions, random).unflatten(2, (3, regions)).sum(2)
+    basis = torch.cat(
+        [logit.softmax(-1), _waves(batch, height, width, fields, random), torch.ones(batch, nodes, 1)], dim=2
+    )
+    direction = torch.randn(batch, basis.shape[2], channels, generator=random)
+    direction[:, regions:-1] *= 0.5 / math.sqrt(fields)
+    # the mean is that of the backbone, the same for every image
+    direction[:, -1] = 0.7 * torch.randn(channels, generator=random)
+    prior = torch.randn(batch, nodes, channels, generator=random)
+    prior.mul_(0.5).baddbmm_(basis, direction)
+    outliers = torch.randperm(channels, generator=random)[: math.ceil(channels / 256)]
+    prior[:, :, outliers] *= torch.empty(len(outliers)).uniform_(10, 20, generator=random)
+    if nodes > 10:
+        copies = math.ceil(nodes * 0.02)
+        order = torch.randperm(nodes, generator=random)
+        prior[:, order[:copies]] = prior[:, order[copies : 2 * copies]]
+        hole = [max(1, round(side * math.sqrt(0.03))) for side in (height, width)]
+        top, left = (
+            int(torch.randint(side - cut + 1, (), generator=random))
+            for side, cut in zip((height, width), hole, strict=True)
+        )
+        prior.unflatten(1, (height, width))[:, top : top + hole[0], left : left + hole[1]] = 0
+    return prior

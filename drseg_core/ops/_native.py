@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
@@ -54,6 +55,19 @@ def _load() -> str | None:
             reason = f"native library does not load: {error.__cause__ or error}"
     warnings.warn(f"drseg_core: {reason}; the CPU uses the slower reference", RuntimeWarning, stacklevel=2)
     return reason
+
+
+def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous and in float32, or all in float64, as the library takes them."""
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return tuple(tensor.to(wide).contiguous() for tensor in tensors)
+
+
+def neighbours(index: Tensor) -> Tensor:
+    """Contiguous int32, as the library takes them; it clamps them itself, but only after they fit."""
+    if index.dtype == torch.int64:
+        index = index.clamp(0, max(index.shape[1] - 1, 0))
+    return index.int().contiguous()
 
 
 def why_not(device: str, *symbols: str) -> str | None:

@@ -13,7 +13,7 @@ from drseg_core.ops._cases import CASES
 
 class TestDegreeNormalize(OpContract):
     subject = DEGREE_NORMALIZE
-    backends = ("reference",)
+    backends = ("reference", "native")
 
     def test_rows_sum_to_one(self, call):
         inputs = self.inputs({})

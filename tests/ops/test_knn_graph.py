@@ -16,11 +16,11 @@ from torch.library import opcheck
 from drseg_core import ops
 from drseg_core.errors import NumericalError
 from drseg_core.ops import _numerics as numerics
-from drseg_core.ops._cases import CASES, vit_like_prior
+from drseg_core.ops._cases import CASES, dino_like_prior, vit_like_prior
 from drseg_core.ops.knn_graph import reference, registration
 from drseg_core.ops.knn_graph.cases import make_inputs
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "native")
 FORMS = ("additive", "gauss", "multiplicative", "product")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -108,6 +108,49 @@ def test_integer_lattice_is_exact(channels, largest, include_self, dtype, backen
         assert torch.equal(score.double(), exact.gather(2, expected))
         for b in range(2):
             assert numerics.compare_selection(index[b], score[b], exact[b], 0.0, include_self=include_self) is None
+
+
+# beyond the size up to which the native backend keeps all scores of an image, with sides that no block divides
+LARGE = [(33, 35), (1, 1301), (1301, 1), (3, 401), (130, 9)]
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grid", LARGE, ids=str)
+def test_large_grids_are_exact(grid, form, include_self, backend):
+    nodes = grid[0] * grid[1]
+    random = torch.Generator().manual_seed(nodes)
+    everyone = nodes - (not include_self) if grid == LARGE[0] else 700
+    for k, channels in ((1, 3), (9, 24), (75, 6), (everyone, 5)):
+        prior = torch.randint(-3, 4, (1, nodes, channels), generator=random).float()
+        prior[0, 100:200] = 0
+        # not a decay that falls with the distance: nothing may be left out because it is far
+        table = torch.randint(0, 4, grid, generator=random).float()
+        if form in ("multiplicative", "product"):
+            table = 2.0**-table
+        inverse = torch.ones(1, nodes)
+        inverse[0, 5:9] = torch.nan
+        got = registration.knn_graph(prior, inverse, table, k, form, include_self, backend)
+        expected = reference.knn_graph(prior, inverse, table, k, form, include_self)
+        assert torch.equal(got[0], expected[0])
+        torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("decay", [0.0, 2.0, 40.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gap_rule_on_large_grids(decay, dtype, backend):
+    # smooth regions: with a strong decay a row needs to look at few blocks only
+    inputs = {"prior": dino_like_prior(2, 37, 41, 48, torch.Generator().manual_seed(3)).to(dtype), "grid": (37, 41)}
+    inputs |= {"k": 20, "decay": decay}
+    check(inputs, *ops.knn_graph(**inputs, return_score=True))
+
+
+def test_equal_features_on_a_large_grid_take_the_lowest_indices(backend):
+    # 0.25 is exact in any order of summation; the native kernel gives equal rows equal scores whatever they hold
+    for value in (0.3 if backend == "native" else 0.5, 0.0):
+        index = ops.knn_graph(torch.full((1, 1200, 5), value), (30, 40), 7, decay=0.0)
+        for i in (0, 3, 700, 1199):
+            assert index[0, i].tolist() == sorted({i} | set([j for j in range(8) if j != i][:6]))
 
 
 def test_all_equal_rows_take_the_lowest_indices(backend):

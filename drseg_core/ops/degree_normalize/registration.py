@@ -8,21 +8,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drseg_core.ops import _dispatch
+from drseg_core.ops import _dispatch, _native
 from drseg_core.ops._checks import FLOAT_DTYPES
 from drseg_core.ops._dispatch import Backend
 from drseg_core.ops.degree_normalize import reference
 
+# the order in which the library counts them
+_NORMS = ("sym_row", "sym_count", "sym_inout", "row", "sym_undirected")
+
+
+def _run_native(weight: Tensor, index: Tensor, norm: str, eps: float) -> Tensor:
+    (wide,) = _native.operands(weight)
+    return torch.ops.drseg_native.degree_normalize(wide, _native.neighbours(index), _NORMS.index(norm), eps)
+
+
+def _run_native_backward(grad: Tensor, weight: Tensor, index: Tensor, norm: str, eps: float) -> Tensor:
+    grad, wide = _native.operands(grad, weight)
+    ends, number = _native.neighbours(index), _NORMS.index(norm)
+    return torch.ops.drseg_native.degree_normalize_backward(grad, wide, ends, number, eps).to(weight.dtype)
+
+
 _dispatch.add_table(
     "degree_normalize",
     [
+        Backend(
+            name="native",
+            run=_run_native,
+            run_backward=_run_native_backward,
+            why_not=lambda device: _native.why_not(device, "degree_normalize", "degree_normalize_backward"),
+            dtypes=FLOAT_DTYPES,
+        ),
         Backend(
             name="reference",
             run=reference.degree_normalize,
             run_backward=reference.degree_normalize_backward,
             why_not=lambda device: None,
             dtypes=FLOAT_DTYPES,
-        )
+        ),
     ],
 )
 

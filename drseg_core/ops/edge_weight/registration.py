@@ -8,21 +8,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drseg_core.ops import _dispatch
+from drseg_core.ops import _dispatch, _native
 from drseg_core.ops._checks import FLOAT_DTYPES
 from drseg_core.ops._dispatch import Backend
 from drseg_core.ops.edge_weight import reference
 
+
+def _run_native(
+    source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: Tensor, mask: Tensor | None
+) -> Tensor:
+    given = _native.operands(source, target, vector, bias)
+    mask = None if mask is None else mask.contiguous()
+    return torch.ops.drseg_native.edge_weight(*given[:2], _native.neighbours(index), *given[2:], mask)
+
+
+def _run_native_backward(
+    grad: Tensor,
+    weight: Tensor,
+    source: Tensor,
+    target: Tensor,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+) -> tuple[Tensor, ...]:
+    # a masked slot has weight 0, whose slope is 0: the mask itself is not needed again
+    grad, weight, *given = _native.operands(grad, weight, source, target, vector)
+    grads = torch.ops.drseg_native.edge_weight_backward(grad, weight, *given[:2], _native.neighbours(index), given[2])
+    inputs = (source, target, vector, bias)
+    return tuple(value.to(like.dtype).reshape(like.shape) for value, like in zip(grads, inputs, strict=True))
+
+
 _dispatch.add_table(
     "edge_weight",
     [
+        Backend(
+            name="native",
+            run=_run_native,
+            run_backward=_run_native_backward,
+            why_not=lambda device: _native.why_not(device, "edge_weight", "edge_weight_backward"),
+            dtypes=FLOAT_DTYPES,
+        ),
         Backend(
             name="reference",
             run=reference.edge_weight,
             run_backward=reference.edge_weight_backward,
             why_not=lambda device: None,
             dtypes=FLOAT_DTYPES,
-        )
+        ),
     ],
 )
 

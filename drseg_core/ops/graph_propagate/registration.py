@@ -14,22 +14,9 @@ from drseg_core.ops._dispatch import Backend
 from drseg_core.ops.graph_propagate import reference
 
 
-def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous and in float32, or all in float64, as the library takes them."""
-    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    return tuple(tensor.to(wide).contiguous() for tensor in tensors)
-
-
-def _neighbours(index: Tensor, nodes: int) -> Tensor:
-    """Contiguous int32, as the library takes them; it clamps them itself, but only after they fit."""
-    if index.dtype == torch.int64:
-        index = index.clamp(0, max(nodes - 1, 0))
-    return index.int().contiguous()
-
-
 def _run_native(x: Tensor, index: Tensor, coefficient: Tensor, transpose: bool) -> Tensor:
-    features, share = _operands(x, coefficient)
-    neighbour = _neighbours(index, x.shape[1])
+    features, share = _native.operands(x, coefficient)
+    neighbour = _native.neighbours(index)
     return torch.ops.drseg_native.graph_propagate(features, neighbour, share, transpose).to(x.dtype)
 
 
@@ -46,8 +33,8 @@ def _run_native_backward(
     if need_x:
         grad_x = _run_native(grad, index, coefficient, not transpose).to(x.dtype)
     if need_coefficient:
-        start, end = _operands(*((x, grad) if transpose else (grad, x)))
-        dot = torch.ops.drseg_native.graph_edge_dot(start, end, _neighbours(index, x.shape[1]))
+        start, end = _native.operands(*((x, grad) if transpose else (grad, x)))
+        dot = torch.ops.drseg_native.graph_edge_dot(start, end, _native.neighbours(index))
         grad_coefficient = dot.to(coefficient.dtype)
     return grad_x, grad_coefficient
 

@@ -3,20 +3,72 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from drseg_core.ops import _checks
 from drseg_core.ops._dispatch import requested_backend
 from drseg_core.ops.knn_graph import registration
-from drseg_core.ops.knn_graph.reference import decay_table, prepare_prior
+from drseg_core.ops.knn_graph.reference import decay_table
 
 FORMS = ("additive", "gauss", "multiplicative", "product")
 PRECISIONS = ("exact",)
 
 Form = Literal["additive", "gauss", "multiplicative", "product"]
+
+
+class PreparedPrior(NamedTuple):
+    """Features of a prior with what normalises them: work shared by the selection and by linear maps.
+
+    Args:
+        scaled: (B, N, D) or (N, D), contiguous, each row times a power of two that brings its largest entry near one
+            (float16: as given, its products cannot leave the range of float32).
+        inverse_norm: (B, N) or (N,), float32 (float64 for float64 features): inverse L2 norms of the scaled rows, 0 for
+            a zero row, NaN for a row with a non-finite value.
+    """
+
+    scaled: Tensor
+    inverse_norm: Tensor
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A linear map of the L2-normalised rows, as ``torch.nn.functional.linear`` of them; NaN for a NaN norm.
+
+        The norm is applied to the result, which is narrower than the rows.
+
+        Args:
+            weight: (E, D). bias: (E,).
+
+        Returns:
+            (B, N, E) or (N, E) in the dtype of ``weight`` (under autocast: of linear maps).
+        """
+        scaled, factor = self.scaled, self.inverse_norm[..., None]
+        if scaled.dtype == torch.float16:
+            scaled, factor = scaled.float() * factor, torch.ones_like(factor)
+        result = F.linear(scaled.to(weight.dtype), weight)
+        result = result * factor.to(result.dtype)
+        return result if bias is None else result + bias.to(result.dtype)
+
+
+def prepare_prior(prior: Tensor, *, backend: str | None = None) -> PreparedPrior:
+    """Normalisation of a prior, done once for ``knn_graph`` and for the edge MLP. It carries no gradient.
+
+    Args:
+        prior: (B, N, D) or (N, D) features, float32, float64, float16 or bfloat16.
+        backend: as for ``knn_graph``.
+
+    Raises:
+        TypeError, ValueError: ``prior`` has the wrong type, dtype or rank, or no channels.
+        BackendUnavailableError: the named backend cannot run here.
+    """
+    _checks.check_tensor("prepare_prior", "prior", prior, ("B", "N", "D"))
+    if prior.shape[-1] == 0:
+        raise ValueError(f"prepare_prior: prior has no channels; expected D >= 1, got shape {tuple(prior.shape)}")
+    requested = requested_backend("knn_graph", backend)
+    # the choice is not differentiable, and a frozen prior must not be kept alive by a graph
+    return PreparedPrior(*registration.prepare_prior(prior.detach(), requested))
 
 
 def _check(
@@ -66,7 +118,7 @@ def _check(
 
 @overload
 def knn_graph(
-    prior: Tensor,
+    prior: Tensor | PreparedPrior,
     grid: tuple[int, int],
     k: int,
     *,
@@ -83,7 +135,7 @@ def knn_graph(
 
 @overload
 def knn_graph(
-    prior: Tensor,
+    prior: Tensor | PreparedPrior,
     grid: tuple[int, int],
     k: int,
     *,
@@ -99,7 +151,7 @@ def knn_graph(
 
 
 def knn_graph(
-    prior: Tensor,
+    prior: Tensor | PreparedPrior,
     grid: tuple[int, int],
     k: int,
     *,
@@ -125,7 +177,8 @@ def knn_graph(
     equal scores by ascending index. Node ``i`` is cell ``(i // w, i % w)``. The N x N matrix is never stored.
 
     Args:
-        prior: (B, N, D) or (N, D) features, float32, float64, float16 or bfloat16; need not be normalised.
+        prior: (B, N, D) or (N, D) features, float32, float64, float16 or bfloat16; need not be normalised. Or what
+            ``prepare_prior`` made of them, where the normalised features are used elsewhere too.
         grid: (h, w) with ``h * w = N``.
         k: neighbours per node, at most N (N - 1 without the node itself) unless ``pad``.
         decay: strength of the spatial decay (lambda / gamma of Eq. 7), >= 0 and in the range of the scores' dtype.
@@ -151,17 +204,17 @@ def knn_graph(
         its own slots hold its own index with score NaN, and the other rows are as if it were not there: if that
         leaves them fewer than k candidates, they are padded.
     """
-    _check(prior, grid, k, decay, form, include_self, return_score, pad, precision, check_finite)
+    features = prior.scaled if isinstance(prior, PreparedPrior) else prior
+    _check(features, grid, k, decay, form, include_self, return_score, pad, precision, check_finite)
     requested = requested_backend("knn_graph", backend)
     if check_finite:
-        _checks.check_finite_rows("knn_graph", "prior", prior)
-    # the choice is not differentiable, and a frozen prior must not be kept alive by a graph
-    prior = prior.detach()
-    batched = prior if prior.dim() == 3 else prior[None]
-    scaled, inverse_norm = prepare_prior(batched)
-    table = decay_table((int(grid[0]), int(grid[1])), decay, form, inverse_norm.dtype, prior.device)
+        _checks.check_finite_rows("knn_graph", "prior", features)
+    scaled, inverse_norm = prior if isinstance(prior, PreparedPrior) else prepare_prior(prior, backend=backend)
+    if features.dim() == 2:
+        scaled, inverse_norm = scaled[None], inverse_norm[None]
+    table = decay_table((int(grid[0]), int(grid[1])), decay, form, inverse_norm.dtype, features.device)
     index, score = registration.knn_graph(scaled, inverse_norm, table, k, form, include_self, requested)
-    if prior.dim() == 2:
+    if features.dim() == 2:
         index, score = index[0], score[0]
     return (index, score) if return_score else index
 
