@@ -31,16 +31,17 @@ int64_t row_stride(int64_t width) {
 // kRows x kColumns dots in registers.
 template <class T, int kBytes, int kRows, int kColumns>
 DRSEG_INLINE void dots_in_registers(
-    const T* const* left, const T* right, int64_t stride, int64_t width, T* out, int64_t out_stride) {
+    const T* const* left, const T* const* right, int64_t width, T* out, int64_t out_stride) {
   typedef Register<T, kBytes> R;
   typename R::type sum[kRows][kColumns] = {};
-  const T* row[kRows];
+  const T *row[kRows], *column[kColumns];
   for (int r = 0; r < kRows; ++r) row[r] = left[r];
+  for (int c = 0; c < kColumns; ++c) column[c] = right[c];
   for (int64_t d = 0; d < width; d += R::lanes) {
     typename R::type a[kRows];
     for (int r = 0; r < kRows; ++r) a[r] = R::load(row[r] + d);
     for (int c = 0; c < kColumns; ++c) {
-      const auto b = R::load(right + c * stride + d);
+      const auto b = R::load(column[c] + d);
       for (int r = 0; r < kRows; ++r) sum[r][c] += a[r] * b;
     }
   }
@@ -55,37 +56,35 @@ DRSEG_INLINE void dots_in_registers(
 
 template <class T, int kBytes, int kColumns>
 DRSEG_INLINE void dots_of_columns(
-    const T* const* left, int64_t rows, const T* right, int64_t stride, int64_t width, T* out, int64_t out_stride) {
+    const T* const* left, int64_t rows, const T* const* right, int64_t width, T* out, int64_t out_stride) {
   // as many sums as there are registers for: 32 in AVX-512, otherwise 16
   constexpr int kRows = kBytes == 64 ? 6 : 3;
   if (rows < kRows) {
     for (int64_t r = 0; r < rows; ++r)
-      dots_in_registers<T, kBytes, 1, kColumns>(left + r, right, stride, width, out + r * out_stride, out_stride);
+      dots_in_registers<T, kBytes, 1, kColumns>(left + r, right, width, out + r * out_stride, out_stride);
     return;
   }
   for (int64_t r = 0; r < rows; r += kRows) {
     // the last rows overlap the ones before: the same bits are written twice
     const int64_t start = std::min(r, rows - kRows);
-    dots_in_registers<T, kBytes, kRows, kColumns>(
-        left + start, right, stride, width, out + start * out_stride, out_stride);
+    dots_in_registers<T, kBytes, kRows, kColumns>(left + start, right, width, out + start * out_stride, out_stride);
   }
 }
 
-// out[r][c] = <left_r, right_c> for any rows and for adjacent columns; `width` is padded. Columns stay in the first
-// cache level while the rows pass by.
+// out[r][c] = <left_r, right_c>; `width` is padded. A few columns stay in the first cache level while the rows pass by.
 template <class T, int kBytes>
 DRSEG_INLINE void dot_block(
-    const T* const* left, int64_t rows, const T* right, int64_t columns, int64_t stride, int64_t width, T* out,
+    const T* const* left, int64_t rows, const T* const* right, int64_t columns, int64_t width, T* out,
     int64_t out_stride) {
   constexpr int kColumns = 4;
   if (columns < kColumns) {
     for (int64_t c = 0; c < columns; ++c)
-      dots_of_columns<T, kBytes, 1>(left, rows, right + c * stride, stride, width, out + c, out_stride);
+      dots_of_columns<T, kBytes, 1>(left, rows, right + c, width, out + c, out_stride);
     return;
   }
   for (int64_t c = 0; c < columns; c += kColumns) {
     const int64_t start = std::min(c, columns - kColumns);
-    dots_of_columns<T, kBytes, kColumns>(left, rows, right + start * stride, stride, width, out + start, out_stride);
+    dots_of_columns<T, kBytes, kColumns>(left, rows, right + start, width, out + start, out_stride);
   }
 }
 

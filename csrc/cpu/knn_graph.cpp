@@ -15,9 +15,11 @@
 #include <memory>
 #include <numeric>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "check.h"
+#include "cpu/coarse.h"
 #include "cpu/dot_tile.h"
 #include "cpu/grid.h"
 #include "cpu/level.h"
@@ -29,6 +31,8 @@ namespace {
 
 // Largest N whose N x N scores are held at once: 4 MB in float32.
 constexpr int64_t kSmallGrid = 1024;
+// From here on rows are reduced to a few bits first; fewer channels are not worth it.
+constexpr int64_t kCoarseGrid = 2048, kCoarseChannels = 96;
 // Memory for the scores of several small images.
 constexpr int64_t kScoreBytes = 32 << 20;
 
@@ -57,6 +61,10 @@ struct Rows {
   }
 
   T* at(int64_t position) const { return value + position * stride; }
+
+  void list(int64_t first, int64_t count, const T** row) const {
+    for (int64_t n = 0; n < count; ++n) row[n] = at(first + n);
+  }
 };
 
 template <class T>
@@ -81,21 +89,25 @@ void copy_rows(const Problem<T>& problem, const T* prior, const T* inverse, Rows
   }
 }
 
-// Scores of one row with a block: NaN where either node is not finite. `dot` is overwritten.
+// Scores of one row with some others: NaN where either node is not finite. All scores are made here, so that equal
+// dots are equal scores whatever the compiler makes of the products.
+template <class T>
+DRSEG_INLINE void finish_scores(
+    const Problem<T>& problem, T own, const T* inverse, const T* dot, const T* decay, int64_t count, T* score) {
+  if (problem.subtract) {
+    for (int64_t c = 0; c < count; ++c) score[c] = dot[c] * own * inverse[c] - decay[c];
+  } else {
+    for (int64_t c = 0; c < count; ++c) score[c] = join(dot[c] * own * inverse[c], decay[c], false, problem.clamp);
+  }
+}
+
 template <class T>
 DRSEG_INLINE void finish_row(
-    const Problem<T>& problem, const Rows<T>& rows, int64_t p, const Block& columns, T* dot, T* score) {
+    const Problem<T>& problem, const Rows<T>& rows, int64_t p, const Block& columns, const T* dot, T* score) {
   const int64_t node = problem.grid.node[p];
   T decay[kBlock];
   decay_of_block(problem.decay, columns, node / problem.grid.width, node % problem.grid.width, decay);
-  const T own = rows.inverse[p];
-  const T* inverse = rows.inverse + columns.first;
-  if (problem.subtract) {
-    for (int64_t c = 0; c < columns.count; ++c) score[c] = dot[c] * own * inverse[c] - decay[c];
-  } else {
-    for (int64_t c = 0; c < columns.count; ++c)
-      score[c] = join(dot[c] * own * inverse[c], decay[c], false, problem.clamp);
-  }
+  finish_scores(problem, rows.inverse[p], rows.inverse + columns.first, dot, decay, columns.count, score);
 }
 
 // The row's answer from the chosen others in ascending node order.
@@ -152,10 +164,10 @@ DRSEG_INLINE void score_pair(const Problem<T>& problem, SmallImage<T>& image, co
   const Rows<T>& rows = image.rows;
   const int64_t nodes = problem.grid.nodes();
   T dot[kBlock * kBlock], turned[kBlock * kBlock], score[kBlock];
-  const T* row[kBlock];
-  for (int64_t r = 0; r < one.count; ++r) row[r] = rows.at(one.first + r);
-  dot_block<T, kBytes>(
-      row, one.count, rows.at(other.first), other.count, rows.stride, rows.width, dot, kBlock);
+  const T *row[kBlock], *column[kBlock];
+  rows.list(one.first, one.count, row);
+  rows.list(other.first, other.count, column);
+  dot_block<T, kBytes>(row, one.count, column, other.count, rows.width, dot, kBlock);
   for (int64_t r = 0; r < one.count; ++r) {
     finish_row(problem, rows, one.first + r, other, dot + r * kBlock, score);
     keep_scores(image, one.first + r, other, score, nodes);
@@ -324,16 +336,37 @@ DRSEG_INLINE void cut_back(const Problem<T>& problem, Candidates<T>& candidates,
   if (count == problem.others()) candidates.threshold[r] = lowest;
 }
 
+// Takes those of a row's scores with a block that reach its threshold: an equal one may still win by its lower index.
+template <class T, int kBytes>
+DRSEG_INLINE void take_scores(
+    const Problem<T>& problem, int64_t r, const T* score, const int32_t* name, int64_t count,
+    Candidates<T>& candidates, Scratch<T>& scratch) {
+  const T threshold = candidates.threshold[r];
+  int32_t passing = 0;
+  for (int64_t c = 0; c < count; ++c) passing += score[c] >= threshold;
+  if (passing == 0) return;
+  T* kept = candidates.score.data() + r * candidates.room;
+  int32_t* node = candidates.node.data() + r * candidates.room;
+  int64_t held = candidates.count[r];
+  for (int64_t c = 0; c < count; ++c) {
+    kept[held] = score[c];
+    node[held] = name[c];
+    held += score[c] >= threshold;
+  }
+  candidates.count[r] = held;
+  if (held + kBlock > candidates.room) cut_back<T, kBytes>(problem, candidates, scratch, r);
+}
+
 // Scores of some rows of a block, given by their places in it, with another block.
 template <class T, int kBytes>
 DRSEG_INLINE void visit_block(
     const Problem<T>& problem, const Rows<T>& rows, const Block& block, const int32_t* live, int64_t count,
     const Block& columns, Candidates<T>& candidates, Scratch<T>& scratch) {
   T dot[kBlock * kBlock], score[kBlock];
-  const T* row[kBlock];
+  const T *row[kBlock], *column[kBlock];
   for (int64_t n = 0; n < count; ++n) row[n] = rows.at(block.first + live[n]);
-  dot_block<T, kBytes>(row, count, rows.at(columns.first), columns.count, rows.stride, rows.width, dot, kBlock);
-  const int32_t* names = problem.grid.node.data() + columns.first;
+  rows.list(columns.first, columns.count, column);
+  dot_block<T, kBytes>(row, count, column, columns.count, rows.width, dot, kBlock);
   for (int64_t n = 0; n < count; ++n) {
     const int64_t r = live[n];
     finish_row(problem, rows, block.first + r, columns, dot + n * kBlock, score);
@@ -341,28 +374,54 @@ DRSEG_INLINE void visit_block(
       candidates.own[r] = score[r];
       score[r] = std::numeric_limits<T>::quiet_NaN();
     }
-    // an equal score may still win by its lower index
+    take_scores<T, kBytes>(
+        problem, r, score, problem.grid.node.data() + columns.first, columns.count, candidates, scratch);
+  }
+}
+
+// The same, but computes only what the coarse bounds cannot rule out.
+template <class T, int kBytes>
+DRSEG_INLINE void visit_coarsely(
+    const Problem<T>& problem, const Rows<T>& rows, const Coarse& coarse, const Block& block, const int32_t* live,
+    int64_t count, const Block& columns, Candidates<T>& candidates, Scratch<T>& scratch) {
+  T upper[kBlock * kBlock], decay[kBlock], dot[kBlock], inverse[kBlock], score[kBlock];
+  int64_t position[kBlock];
+  for (int64_t n = 0; n < count; ++n) position[n] = block.first + live[n];
+  coarse.bounds(position, count, columns.first, columns.count, upper, kBlock);
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t r = live[n], node = problem.grid.node[position[n]];
     const T threshold = candidates.threshold[r];
-    int32_t passing = 0;
-    for (int64_t c = 0; c < columns.count; ++c) passing += score[c] >= threshold;
-    if (passing == 0) continue;
-    T* kept = candidates.score.data() + r * candidates.room;
-    int32_t* node = candidates.node.data() + r * candidates.room;
-    int64_t held = candidates.count[r];
-    for (int64_t c = 0; c < columns.count; ++c) {
-      kept[held] = score[c];
-      node[held] = names[c];
-      held += score[c] >= threshold;
+    decay_of_block(problem.decay, columns, node / problem.grid.width, node % problem.grid.width, decay);
+    const T* bound = upper + n * kBlock;
+    uint8_t flag[kBlock + 8] = {};
+    if (problem.subtract) {
+      for (int64_t c = 0; c < columns.count; ++c) flag[c] = bound[c] - decay[c] >= threshold;
+    } else {
+      // a negative decay is none, but a table may hold one
+      for (int64_t c = 0; c < columns.count; ++c)
+        flag[c] = std::max(bound[c], T(0)) * std::abs(decay[c]) >= threshold || !(decay[c] >= 0);
     }
-    candidates.count[r] = held;
-    if (held + kBlock > candidates.room) cut_back<T, kBytes>(problem, candidates, scratch, r);
+    int32_t place[kBlock], name[kBlock];
+    const T *row = rows.at(position[n]), *column[kBlock];
+    const int64_t passing = set_places(flag, columns.count, place);
+    if (passing == 0) continue;
+    for (int64_t c = 0; c < passing; ++c) column[c] = rows.at(columns.first + place[c]);
+    dot_block<T, kBytes>(&row, 1, column, passing, rows.width, dot, kBlock);
+    for (int64_t c = 0; c < passing; ++c) {
+      name[c] = problem.grid.node[columns.first + place[c]];
+      inverse[c] = rows.inverse[columns.first + place[c]];
+      // places ascend, so this overwrites nothing that is still to be read
+      decay[c] = decay[place[c]];
+    }
+    finish_scores(problem, rows.inverse[position[n]], inverse, dot, decay, passing, score);
+    take_scores<T, kBytes>(problem, r, score, name, passing, candidates, scratch);
   }
 }
 
 template <class T, int kBytes>
 DRSEG_INLINE void search_block(
-    const Problem<T>* given, const Rows<T>* rows_given, const Bounds<T>* bounds, Candidates<T>* candidates_given,
-    Scratch<T>* scratch_given, int64_t which, int32_t* index, T* out) {
+    const Problem<T>* given, const Rows<T>* rows_given, const Bounds<T>* bounds, const Coarse* coarse,
+    Candidates<T>* candidates_given, Scratch<T>* scratch_given, int64_t which, int32_t* index, T* out) {
   const Problem<T>& problem = *given;
   const Rows<T>& rows = *rows_given;
   Candidates<T>& candidates = *candidates_given;
@@ -384,6 +443,8 @@ DRSEG_INLINE void search_block(
   int32_t live[kBlock];
   std::iota(live, live + kBlock, 0);
   visit_block<T, kBytes>(problem, rows, block, live, block.count, block, candidates, scratch);
+  const int64_t nearest = 9 + problem.k / kBlock;
+  int64_t visited = 1;
   for (const auto& [negative, other] : scratch.order) {
     if (other == which) continue;
     int64_t count = 0;
@@ -392,7 +453,17 @@ DRSEG_INLINE void search_block(
       count += -negative >= candidates.threshold[r];
     }
     if (count == 0) break;
-    visit_block<T, kBytes>(problem, rows, block, live, count, problem.grid.blocks[other], candidates, scratch);
+    const Block& columns = problem.grid.blocks[other];
+    if constexpr (std::is_same_v<T, float>) {
+      if (coarse != nullptr && visited >= nearest) {
+        visit_coarsely<T, kBytes>(problem, rows, *coarse, block, live, count, columns, candidates, scratch);
+        continue;
+      }
+    }
+    visit_block<T, kBytes>(problem, rows, block, live, count, columns, candidates, scratch);
+    // the thresholds are to be good before bounds are held against them
+    if (++visited == nearest)
+      for (int64_t r = 0; r < block.count; ++r) cut_back<T, kBytes>(problem, candidates, scratch, r);
   }
   for (int64_t r = 0; r < block.count; ++r) {
     const int64_t node = problem.grid.node[block.first + r];
@@ -424,11 +495,21 @@ void large_grid(
   Rows<T> rows(problem.grid.nodes(), problem.channels);
   Bounds<T> bounds(problem, table);
   bounds.longest.resize(blocks);
+  std::unique_ptr<Coarse> coarse;
+  if constexpr (std::is_same_v<T, float>) {
+    if (Coarse::available() && problem.grid.nodes() >= kCoarseGrid && problem.channels >= kCoarseChannels)
+      coarse = std::make_unique<Coarse>(problem.grid.nodes(), problem.channels);
+  }
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       const Block& block = problem.grid.blocks[b];
       copy_rows(problem, prior, inverse, rows, block.first, block.first + block.count);
       bounds.longest[b] = longest_row(problem, rows, block);
+      if constexpr (std::is_same_v<T, float>) {
+        if (coarse != nullptr)
+          coarse->reduce(
+              rows.at(block.first), rows.stride, problem.channels, rows.inverse + block.first, block.first, block.count);
+      }
     }
   });
   // blocks differ in what they can leave out, so threads take them one by one; results do not depend on which
@@ -437,7 +518,8 @@ void large_grid(
     Candidates<T> candidates(problem.others());
     Scratch<T> scratch(candidates.room, problem.k);
     for (int64_t which = next++; which < blocks; which = next++) {
-      DRSEG_CALL(search, T, &problem, &rows, &bounds, &candidates, &scratch, which, index, score);
+      DRSEG_CALL(
+          search, T, &problem, &rows, &bounds, coarse.get(), &candidates, &scratch, which, index, score);
     }
   });
 }

@@ -400,6 +400,7 @@ with ops.use_backend("native"):
         test_knn_graph.test_integer_lattice_is_exact(256, 3, True, dtype, "native")
     for form in test_knn_graph.FORMS:
         test_knn_graph.test_large_grids_are_exact((33, 35), form, False, "native")
+    test_knn_graph.test_grids_that_are_searched_coarsely_first("outliers", "additive", "native")
 torch.save(kept, sys.argv[1])
 """
 LEVELS = ("plain", "avx2", "avx512")

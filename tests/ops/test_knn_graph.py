@@ -145,12 +145,42 @@ def test_gap_rule_on_large_grids(decay, dtype, backend):
     check(inputs, *ops.knn_graph(**inputs, return_score=True))
 
 
+@pytest.mark.parametrize("form", ["additive", "multiplicative"])
+@pytest.mark.parametrize("kind", ["dino", "random", "outliers", "integers"])
+def test_grids_that_are_searched_coarsely_first(kind, form, backend):
+    # more nodes and channels than it takes for the native backend to reduce rows to a few bits
+    h, w, channels = 43, 50, 100
+    random = torch.Generator().manual_seed(7)
+    prior = torch.randn(1, h * w, channels, generator=random)
+    if kind == "dino":
+        prior = dino_like_prior(1, h, w, channels, random)
+    elif kind == "outliers":
+        prior[..., 3] *= 50
+        prior[..., 17] += 400
+        prior[0, 1000:1010] = prior[0, 5]
+    elif kind == "integers":
+        prior = torch.randint(-2, 3, prior.shape, generator=random).float()
+    inputs = {"prior": prior, "grid": (h, w), "k": 30, "decay": 3.0, "form": form}
+    check(inputs, *ops.knn_graph(**inputs, return_score=True))
+    if kind == "integers":
+        prior[0, 77] = torch.nan
+        inverse = torch.where(torch.arange(h * w) == 77, torch.nan, 1.0)[None]
+        table = torch.randint(0, 9, (h, w), generator=random).float()
+        table = table if form == "additive" else 2.0**-table
+        got = registration.knn_graph(prior, inverse, table, 30, form, True, backend)
+        expected = reference.knn_graph(prior, inverse, table, 30, form, True)
+        assert torch.equal(got[0], expected[0])
+        torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0, equal_nan=True)
+
+
 def test_equal_features_on_a_large_grid_take_the_lowest_indices(backend):
     # 0.25 is exact in any order of summation; the native kernel gives equal rows equal scores whatever they hold
     for value in (0.3 if backend == "native" else 0.5, 0.0):
-        index = ops.knn_graph(torch.full((1, 1200, 5), value), (30, 40), 7, decay=0.0)
-        for i in (0, 3, 700, 1199):
-            assert index[0, i].tolist() == sorted({i} | set([j for j in range(8) if j != i][:6]))
+        for grid, channels in (((30, 40), 5), ((43, 50), 97)):
+            nodes = grid[0] * grid[1]
+            index = ops.knn_graph(torch.full((1, nodes, channels), value), grid, 7, decay=0.0)
+            for i in (0, 3, 700, nodes - 1):
+                assert index[0, i].tolist() == sorted({i} | set([j for j in range(8) if j != i][:6]))
 
 
 def test_all_equal_rows_take_the_lowest_indices(backend):
