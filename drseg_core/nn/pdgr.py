@@ -263,6 +263,7 @@ class PDGR(nn.Module):
                 # under autocast x is narrower than the parameters, and stays so
                 x = x + self.biases[layer].to(x.dtype)
             if layer < len(self.weights) - 1:
-                x = self.dropout(x.relu())
+                # in place where the sum is new: it is not needed for a gradient
+                x = self.dropout(x.relu() if self.biases is None else x.relu_())
         x = self.output_norm(x).transpose(1, 2).unflatten(2, features.shape[2:])
         return features + x if self.residual else x

@@ -519,7 +519,9 @@ def test_autocast_is_close_to_float32(options):
         if name == "edge_bias":
             continue
         error = (got - exact[name]).norm() / exact[name].norm()
-        assert error < 0.1, f"{name}: {error:.3f}"
+        # and for the other bias of that MLP little more: 0.04 to 0.11 in eight runs (CPU, 2026-11)
+        limit = 0.2 if name == "edge_source.bias" else 0.1
+        assert error < limit, f"{name}: {error:.3f}"
 
 
 @pytest.fixture

@@ -42,14 +42,13 @@ class PreparedPrior(NamedTuple):
             weight: (E, D). bias: (E,).
 
         Returns:
-            (B, N, E) or (N, E) in the dtype of ``weight`` (under autocast: of linear maps).
+            (B, N, E) or (N, E) in float32 (float64 where the features or ``weight`` are).
         """
         scaled, factor = self.scaled, self.inverse_norm[..., None]
         if scaled.dtype == torch.float16:
             scaled, factor = scaled.float() * factor, torch.ones_like(factor)
         result = F.linear(scaled.to(weight.dtype), weight)
-        result = result * factor.to(result.dtype)
-        return result if bias is None else result + bias.to(result.dtype)
+        return result * factor if bias is None else torch.addcmul(bias.to(factor.dtype), result, factor)
 
 
 def prepare_prior(prior: Tensor, *, backend: str | None = None) -> PreparedPrior:
