@@ -7,7 +7,18 @@ OUT ?= demo
 # the versions that CI installs; they need Python 3.11 or newer, older Pythons take what the bounds allow
 CONSTRAINTS ?= $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: help install demo test lint format clean
+# of each sanitizer build: what it looks for, what must be in the process before Python, and how it is told to behave
+SANITIZE_address := address,undefined
+PRELOAD_address := libasan.so libstdc++.so
+SANITIZE_thread := thread
+PRELOAD_thread := libtsan.so
+# every way into the native library; kernels that are added come in by the tests they inherit
+SANITIZE_TESTS ?= tests/ops tests/nn/test_pdgr.py -k "native or test_pdgr"
+# Python never frees some of its memory; torch is not instrumented, so what it does is no finding
+SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
+
+.PHONY: help install demo test test-sanitize test-sanitize-address test-sanitize-thread lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -26,10 +37,27 @@ demo: install  ## train, evaluate and map on synthetic scenes; results in ./demo
 test: install  ## all tests, on the CPU
 	$(BIN)/python -m pytest -q --durations=15
 
+test-sanitize: test-sanitize-address test-sanitize-thread  ## native kernels under ASan, UBSan and TSan (g++)
+
+test-sanitize-address test-sanitize-thread: test-sanitize-%: install
+	PATH="$(abspath $(BIN)):$$PATH" cmake -G Ninja -S . -B build/sanitize-$* -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DCMAKE_CXX_COMPILER=$(CXX) -DDRSEG_SANITIZE=$(SANITIZE_$*) -DDRSEG_OUTPUT_DIR=$(CURDIR)/build/sanitize-$* \
+		-DDRSEG_TORCH_DIR="$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')"
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-$*
+	export DRSEG_NATIVE_LIBRARY=$(CURDIR)/build/sanitize-$*/libdrseg_native.so $(SANITIZER_OPTIONS) \
+		LD_PRELOAD="$(foreach library,$(PRELOAD_$*),$(shell $(CXX) -print-file-name=$(library)))"; \
+	$(BIN)/python -c 'from drseg_core.ops._native import why_not; raise SystemExit(why_not("cpu"))' && \
+	$(BIN)/python -m pytest -q --capture=sys $(SANITIZE_TESTS)
+
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+aot: install  ## compile every Triton kernel for every GPU in view, without one (TRITON=3.6.0 for another version)
+	test -z "$(TRITON)" || test -d build/triton-$(TRITON) || \
+		$(BIN)/python -m pip install -q --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH="$(if $(TRITON),build/triton-$(TRITON))" $(BIN)/python bench/aot.py
 
 format: install  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .

@@ -1,148 +1,113 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the ops at their named cases, every backend that can run, and prints one JSON row each.
+"""Times the engine beside its baselines at named cases; prints a table, writes JSON lines.
 
-    python bench/run.py --op graph_propagate --case paper_vitl_24x24 --out bench/results/cpu/ops.jsonl
+    python bench/run.py --op pdgr --case pdgr_8x576 --out bench/results/cpu/pdgr.jsonl
+    python bench/run.py --op knn_graph --case knn_4096 --data dino
+    python bench/run.py --op graph_propagate --case paper_vitl_24x24 --mode fwd+bwd
 
-Backends are interleaved and the median counts. A row is written only when the backend's result passed the gate: the
-first backend's result and the reference's must agree within the op's error budget.
+Cases ``pdgr_*`` are the whole module beside the module as the paper writes it, factored, compiled, and the floor of its
+matrix products; ``knn_*`` are the selection beside plain torch and faiss; every other case times the backends of one
+op. All that is compared is interleaved in one process and the median counts. A row is written only where its result
+passed the gate; where one did not, the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from datetime import date
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
+sys.path[:0] = [
+    str(path) for path in (Path(__file__).parent, *(Path(__file__).parents[1] / n for n in ("", "kernels")))
+]
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
+import ops  # noqa: E402
+import pdgr  # noqa: E402
+import record  # noqa: E402
+import selection  # noqa: E402
+import torch  # noqa: E402
 
-from drseg_core import ops  # noqa: E402
-from drseg_core.ops import _numerics as numerics  # noqa: E402
-from drseg_core.ops._cases import CASES, Case  # noqa: E402
+from drseg_core.ops._cases import CASES  # noqa: E402
 
-OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
-
-
-def device_name(device: str) -> str:
-    """What the figures belong to."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return f"{names[0] if names else platform.processor()} ({torch.get_num_threads()} threads)"
+Measurement = Callable[[], tuple[list[record.Row], list[str]]]
+PDGR_CASES = {case.name: case for case in pdgr.CASES}
+SELECTION_CASES = {what.case.name: what for what in selection.CASES}
+OP_CASES = {case.name: case for case in CASES}
 
 
-def commit() -> str | None:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return done.stdout.strip() or None
+def _jobs(op: str, case: str, args: argparse.Namespace) -> Iterator[tuple[str, Measurement]]:
+    """(label, measurement) of everything asked for at one case; nothing where the op has no such case."""
+    common = {"repeats": args.repeats, "device": args.device}
+    for mode in args.mode or pdgr.MODES:
+        forward_only = op == "knn_graph" and mode != "fwd"
+        for data in args.data or pdgr.DATA:
+            label = f"{op} {case} {mode} {data}"
+            if op == "pdgr" and case in PDGR_CASES:
+                yield (
+                    label,
+                    partial(
+                        pdgr.measure,
+                        PDGR_CASES[case],
+                        data,
+                        mode,
+                        slow=args.slow_repeats,
+                        with_memory=args.memory,
+                        **common,
+                    ),
+                )
+            elif op == "knn_graph" and case in SELECTION_CASES and not forward_only:
+                yield label, partial(selection.measure, SELECTION_CASES[case], data, slow=args.slow_repeats, **common)
+        if op in ops.OPS and case in OP_CASES and not forward_only:
+            yield f"{op} {case} {mode}", partial(ops.measure, op, OP_CASES[case], mode, **common)
 
 
-def gate(op: str, result: torch.Tensor, reference: torch.Tensor) -> str | None:
-    """Why a result must not be timed; None when it may. Selections are held to the gap rule by the tests."""
-    if op == "knn_graph":
-        share = float((result == reference).float().mean())
-        return None if share > 0.999 else f"only {share:.4f} of the neighbours agree with the reference"
-    limit = 1e-4 * reference.double().abs().max()
-    return numerics.compare_values(result, reference.double(), limit).problem
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected a number >= 1")
+    return value
 
 
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure(op: str, case: Case, device: str, repeats: int) -> list[dict[str, Any]]:
-    """One row for each backend and pass of an op at a case."""
-    inputs = importlib.import_module(f"drseg_core.ops.{op}.cases").make_inputs(case, device=device)
-    names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    function: Callable[..., torch.Tensor] = getattr(ops, op)
-    backends = [
-        row["backend"]
-        for row in ops.backend_report()
-        if row["op"] == op and row["device"] == device and row["available"]
-    ]
-    with torch.no_grad():
-        reference = function(**inputs, backend="reference")
-    rows = []
-    for backward in (False, True) if op != "knn_graph" else (False,):
-        given = {
-            name: value.clone().requires_grad_(backward) if name in names else value for name, value in inputs.items()
-        }
-        seconds: dict[str, list[float]] = {backend: [] for backend in backends}
-        problems = {}
-        for turn in range(repeats + 1):
-            for backend in backends:
-                _synchronise(device)
-                begin = time.perf_counter()
-                result = function(**given, backend=backend)
-                if backward:
-                    result.sum().backward()
-                _synchronise(device)
-                if turn:
-                    seconds[backend].append(time.perf_counter() - begin)
-                else:
-                    problems[backend] = gate(op, result.detach(), reference)
-        for backend in backends:
-            if problems[backend] is not None:
-                print(f"{op} {case.name} {backend}: refused: {problems[backend]}", file=sys.stderr)
-                continue
-            rows.append(
-                {
-                    "op": op,
-                    "case": case.name,
-                    "pass": "forward + backward" if backward else "forward",
-                    "backend": backend,
-                    "median_ms": 1000 * statistics.median(seconds[backend]),
-                    "min_ms": 1000 * min(seconds[backend]),
-                    "repeats": repeats,
-                    "device": device_name(device),
-                    "torch": torch.__version__,
-                    "commit": commit(),
-                    "date": date.today().isoformat(),
-                }
-            )
-    return rows
-
-
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=OPS, action="append", help="op to measure; all by default")
-    parser.add_argument("--case", action="append", help="named case; paper_vitl_24x24 by default")
+    parser.add_argument("--op", choices=("pdgr", *ops.OPS), action="append", help="what to measure; all by default")
+    parser.add_argument("--case", action="append", help="named case; paper_vitl_24x24 and pdgr_8x576 by default")
+    parser.add_argument("--mode", choices=pdgr.MODES, action="append", help="both by default")
+    parser.add_argument("--data", choices=pdgr.DATA, action="append", help="of pdgr_* and knn_*; both by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=_positive, default=7, help="timed calls")
+    parser.add_argument("--slow-repeats", type=_positive, default=2, help="of the literal module and the largest cases")
+    parser.add_argument("--threads", type=_positive, help="torch's threads")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="peaks of pdgr_* cases")
     parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
-    args = parser.parse_args()
-    chosen = args.case or ["paper_vitl_24x24"]
-    cases = {case.name: case for case in CASES}
-    unknown = [name for name in chosen if name not in cases]
-    if unknown:
-        parser.error(f"unknown case {unknown[0]}; expected one of {', '.join(cases)}")
-    for name in chosen:
-        for op in args.op or OPS:
-            for row in measure(op, cases[name], args.device, args.repeats):
-                line = json.dumps(row)
-                print(line, flush=True)
-                if args.out:
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
-                    with args.out.open("a") as file:
-                        file.write(line + "\n")
-    return 0
+    args = parser.parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    known = {**OP_CASES, **PDGR_CASES, **SELECTION_CASES}
+    for name in args.case or ():
+        if name not in known:
+            parser.error(f"unknown case {name}; expected one of {', '.join(known)}")
+    jobs = [
+        job
+        for case in args.case or ("paper_vitl_24x24", "pdgr_8x576")
+        for op in args.op or ("pdgr", *ops.OPS)
+        for job in _jobs(op, case, args)
+    ]
+    if not jobs:
+        parser.error("no such op has such a case; expected pdgr with pdgr_*, knn_graph with knn_*, or an op's own case")
+    failed = False
+    for label, measurement in jobs:
+        rows, refused = measurement()
+        for problem in refused:
+            print(f"{label}: refused: {problem}", file=sys.stderr)
+        failed |= bool(refused)
+        if rows:
+            print(record.table(rows), flush=True)
+            if args.out:
+                record.append(args.out, rows)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,20 @@ def test_grids_that_are_searched_coarsely_first(kind, form, backend):
         torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0, equal_nan=True)
 
 
+def test_large_grids_give_the_same_bits_for_any_threads():
+    prior = dino_like_prior(1, 43, 50, 100, torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            found.append(ops.knn_graph(prior, (43, 50), 30, decay=2.0, return_score=True, backend="native"))
+    finally:
+        torch.set_num_threads(threads)
+    for index, score in found[1:]:
+        assert torch.equal(index, found[0][0]) and torch.equal(score, found[0][1])
+
+
 def test_equal_features_on_a_large_grid_take_the_lowest_indices(backend):
     # 0.25 is exact in any order of summation; the native kernel gives equal rows equal scores whatever they hold
     for value in (0.3 if backend == "native" else 0.5, 0.0):

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,22 @@ def _run_native(
     return torch.ops.drseg_native.knn_graph(*given, k, _FORMS.index(form), include_self)
 
 
+def _why_not_triton(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return "Triton kernels need a CUDA device (TRITON_INTERPRET=1 interprets them on the CPU, slowly)"
+
+
+def _run_triton(
+    prior: Tensor, inverse_norm: Tensor, table: Tensor, k: int, form: str, include_self: bool
+) -> tuple[Tensor, Tensor]:
+    from drseg_kernels.knn_graph import knn_graph as launch
+
+    return launch(prior, inverse_norm, table, k, form, include_self)
+
+
 _dispatch.add_table(
     "knn_graph",
     [
@@ -32,6 +51,13 @@ _dispatch.add_table(
             run_backward=None,
             why_not=lambda device: _native.why_not(device, "prepare_prior", "knn_graph"),
             dtypes=FLOAT_DTYPES,
+        ),
+        Backend(
+            name="triton",
+            run=_run_triton,
+            run_backward=None,
+            why_not=_why_not_triton,
+            dtypes=(torch.float32, torch.float16, torch.bfloat16),
         ),
         Backend(
             name="reference",

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every Triton kernel in every shipped configuration for every GPU in view, without a GPU.
+
+    python bench/aot.py              # check against bench/aot_baseline.json
+    python bench/aot.py --update     # write the figures there
+
+Shared memory, registers, stack and spills are read from the compiler and held to each device's limits; against the
+baseline of the same Triton version none may grow by more than a tenth. The PTX must keep float32 products in float32,
+use no local arrays, fuse nothing and form no address from a 32-bit product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "kernels"))
+
+BASELINE = Path(__file__).parent / "aot_baseline.json"
+GROWTH = 1.1
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU: its architecture, the device whose sizes the launch rule is given, and what one block may take."""
+
+    arch: int
+    name: str
+    l2_bytes: int
+    shared_bytes: int
+
+    @property
+    def machine(self) -> str:
+        return f"sm_{self.arch}{'a' if self.arch >= 90 else ''}"
+
+
+TARGETS = (
+    Target(80, "NVIDIA A100-SXM4-80GB", 40 << 20, 166_912),
+    Target(90, "NVIDIA H200", 60 << 20, 232_448),
+    Target(120, "NVIDIA GeForce RTX 5090", 96 << 20, 101_376),
+)
+REGISTERS_PER_THREAD = 255
+REGISTERS_PER_BLOCK = 65_536
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its compile-time arguments, ready for the compiler."""
+
+    name: str
+    kernel: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    shared_bytes: int
+
+
+# nodes, neighbours, form, include_self, and whether the row already holds a result: every branch of the kernel, the
+# smallest and the largest sizes
+KNN_GRAPH = (
+    (576, 75, "additive", True, True),
+    (16_384, 75, "additive", True, True),
+    (16_384, 75, "additive", True, False),
+    (16_384, 75, "multiplicative", False, False),
+    (16_384, 75, "product", True, False),
+    (16_384, 512, "additive", True, False),
+    (16_384, 2_048, "additive", False, False),
+    (16, 4, "additive", True, True),
+)
+
+
+def variants(target: Target) -> Iterator[Variant]:
+    """What is shipped for a device: the rule's configurations, and every one of its table."""
+    from drseg_kernels import _launch, knn_graph
+
+    device = _launch.Device(target.name, target.l2_bytes, target.shared_bytes)
+    asked = [(*case, _launch.choose("knn_graph", device, case[0], case[1])) for case in KNN_GRAPH]
+    for nodes, k, configuration in _launch.table("knn_graph", device):
+        asked += [(nodes, k, "additive", True, first, configuration) for first in (True, False)]
+    pointers = {name: "*fp32" for name in ("product_ptr", "inverse_norm_ptr", "table_ptr", "score_ptr")}
+    seen = set()
+    for _, k, form, include_self, first, configuration in asked:
+        constants = knn_graph.constants(k, form, include_self, first, configuration)
+        name = "knn_graph " + " ".join(f"{key.lower()}={value}" for key, value in constants.items())
+        name += f" num_warps={configuration.num_warps}"
+        if name not in seen:
+            seen.add(name)
+            yield Variant(
+                name,
+                knn_graph._knn_graph_fwd_kernel_merge,
+                {**pointers, "index_ptr": "*i32"},
+                constants,
+                {"num_warps": configuration.num_warps, **knn_graph.OPTIONS},
+                configuration.shared_bytes(),
+            )
+
+
+def build(variant: Variant, target: Target) -> tuple[str, dict[str, int]]:
+    """PTX of a variant, and what the assembler says it takes (bytes, registers per thread)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    signature = {
+        name: "constexpr" if name in variant.constants else variant.pointers.get(name, "i32") for name in names
+    }
+    # torch's allocations are aligned; offsets inside them are not assumed to be
+    aligned = {
+        (position,): [["tt.divisibility", 16]] for position, name in enumerate(names) if name in variant.pointers
+    }
+    source = ASTSource(variant.kernel, signature, variant.constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target.arch, 32), options=variant.options)
+    ptx = compiled.asm["ptx"]
+    tool = getattr(get_ptxas(target.arch), "path", None) or get_ptxas(target.arch)[0]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        fused = [] if variant.options.get("enable_fp_fusion", True) else ["--fmad=false"]
+        command = [tool, "-v", *fused, f"--gpu-name={target.machine}", file.name, "-o", "/dev/null"]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return ptx, {"shared": compiled.metadata.shared, **read_log(log)}
+
+
+def read_log(log: str) -> dict[str, int]:
+    """Figures of ``ptxas -v``."""
+    patterns = {
+        "registers": r"Used (\d+) registers",
+        "stack": r"(\d+) bytes stack frame",
+        "spill_stores": r"(\d+) bytes spill stores",
+        "spill_loads": r"(\d+) bytes spill loads",
+    }
+    figures = {}
+    for name, pattern in patterns.items():
+        found = re.findall(pattern, log)
+        if len(found) != 1:
+            raise RuntimeError(
+                f"aot: ptxas says {name} {len(found)} times; expected once, got: {' '.join(log.split())}"
+            )
+        figures[name] = int(found[0])
+    return figures
+
+
+def limit_problems(figures: dict[str, int], target: Target, num_warps: int, expected_shared: int) -> list[str]:
+    """What a forward kernel takes beyond a device's limits, or beyond what the launcher expects."""
+    found = []
+    # the hardware hands out registers by the eight
+    block = -(-figures["registers"] // 8) * 8 * 32 * num_warps
+    for name, value, most in (
+        ("shared memory", figures["shared"], target.shared_bytes),
+        ("shared memory expected by the launcher", figures["shared"], expected_shared),
+        ("registers", figures["registers"], REGISTERS_PER_THREAD),
+        ("registers of a block", block, REGISTERS_PER_BLOCK),
+        ("spill stores", figures["spill_stores"], 0),
+        ("spill loads", figures["spill_loads"], 0),
+    ):
+        if value > most:
+            found.append(f"{name}: expected at most {most}, got {value}")
+    return found
+
+
+_SOURCE = re.compile(r"(mul|mad)\.lo\.[subx]32\b")
+_GLOBAL = re.compile(r"\b(?:ld|st|atom|red|cp)\.[\w.:]*global")
+_OPERAND = re.compile(r"\[([^\]]*)\]")
+_REGISTER = re.compile(r"%\w+")
+
+
+def narrow_addresses(ptx: str) -> list[str]:
+    """Accesses to global memory whose address depends on a 32-bit product, which wraps silently."""
+    lines = [line.split("//")[0].strip() for line in ptx.splitlines()]
+    tainted: set[str] = set()
+    size = -1
+    # again for registers that a loop carries backwards
+    while size != len(tainted):
+        size = len(tainted)
+        for line in lines:
+            body = re.sub(r"^@!?%\w+\s+", "", line)
+            operation, _, operands = body.partition(" ") if " " in body else body.partition("\t")
+            registers = _REGISTER.findall(operands)
+            if not registers or operation.startswith(("ld.", "st.", "cp.", "setp", "bra", "atom", "red.")):
+                continue
+            if _SOURCE.match(operation) or tainted.intersection(registers[1:]):
+                tainted.add(registers[0])
+    found = []
+    for line in lines:
+        # a copy names its target in shared memory first
+        address = _OPERAND.findall(line)[-1:] if _GLOBAL.search(line) else []
+        if address and tainted.intersection(_REGISTER.findall(address[0])):
+            found.append(f"an address depends on a 32-bit product: {line}")
+    return found
+
+
+def ptx_problems(ptx: str, fusion: bool) -> list[str]:
+    """Rules of the text: float32 stays float32, nothing is kept in local memory, addresses are 64 bits wide."""
+    found = narrow_addresses(ptx)
+    for line in ptx.splitlines():
+        if "tf32" in line:
+            found.append(f"a product is rounded to TF32: {line.strip()}")
+        if re.match(r"\s*\.local\b", line):
+            found.append(f"an array lies in local memory: {line.strip()}")
+        if not fusion and re.match(r"\s*(@!?%\w+\s+)?fma\.\w+\.f32", line):
+            found.append(f"a product is fused although fusion is off: {line.strip()}")
+    return found
+
+
+def growth_problems(figures: dict[str, int], before: dict[str, int]) -> list[str]:
+    return [
+        f"{name} grew: expected at most {GROWTH:g} x {before[name]}, got {value}"
+        for name, value in figures.items()
+        if value > GROWTH * before[name]
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write the figures to the baseline")
+    parser.add_argument("--arch", type=int, action="append", choices=[target.arch for target in TARGETS])
+    args = parser.parse_args()
+    import triton
+
+    baseline = json.loads(BASELINE.read_text(encoding="utf-8")) if BASELINE.exists() else {}
+    before: dict[str, dict[str, int]] = baseline.get(triton.__version__, {})
+    if not before and not args.update:
+        print(f"aot: the baseline has no figures of Triton {triton.__version__}: limits only")
+    rows: dict[str, dict[str, int]] = {}
+    failed = 0
+    for target in TARGETS:
+        if args.arch and target.arch not in args.arch:
+            continue
+        for variant in variants(target):
+            begin = time.perf_counter()
+            key = f"sm_{target.arch} {variant.name}"
+            ptx, figures = build(variant, target)
+            problems = limit_problems(figures, target, variant.options["num_warps"], variant.shared_bytes)
+            problems += ptx_problems(ptx, variant.options["enable_fp_fusion"])
+            if before and not args.update:
+                if key in before:
+                    problems += growth_problems(figures, before[key])
+                else:
+                    problems.append("not in the baseline; expected a row, got none: run bench/aot.py --update")
+            rows[key] = figures
+            words = " ".join(f"{name}={value}" for name, value in figures.items())
+            print(f"{key}: {words} ({time.perf_counter() - begin:.1f} s)", flush=True)
+            for problem in problems:
+                print(f"  FAILED {problem}", flush=True)
+            failed += bool(problems)
+    if args.update and not failed:
+        kept = {key: value for key, value in before.items() if args.arch and int(key[3:].split()[0]) not in args.arch}
+        baseline[triton.__version__] = dict(sorted({**kept, **rows}.items()))
+        BASELINE.write_text(json.dumps(baseline, indent=1) + "\n", encoding="utf-8")
+    print(f"aot: {len(rows)} kernels built with Triton {triton.__version__}, {failed} failed")
+    return 1 if failed or not rows else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

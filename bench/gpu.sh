@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Tests and measures the kernels on a bare machine with an NVIDIA GPU: python3 with torch >= 2.10, triton and pytest,
+# nvcc and cmake. No network, nothing is installed: it runs the source tree.
+#
+#     bench/gpu.sh FOLDER [SLICE...]
+#
+# Slices, each of at most nine minutes, all by default: environment, build, aot, test, bench (CASES="..." names the
+# cases). A slice that cannot run here is skipped and says why. In FOLDER: a log per slice, rows.jsonl with the
+# measurements, environment.json, summary.txt with one line per slice. PYTHON names another interpreter.
+set -uo pipefail
+
+if [ $# -lt 1 ]; then
+    sed -n '3,11s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+mkdir -p "$1" || exit 2
+OUT=$(cd "$1" && pwd)
+shift
+cd "$(dirname "$0")/.." || exit 2
+ROOT=$PWD
+PYTHON=${PYTHON:-python3}
+CASES=${CASES:-paper_vitl_24x24 grid_64x64 grid_128x128}
+SECONDS_PER_SLICE=${SECONDS_PER_SLICE:-530}
+export PYTHONPATH="$ROOT:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+failed=0
+
+report() { # slice, outcome, words
+    printf '%-12s %-8s %s\n' "$1" "$2" "$3" | tee -a "$OUT/summary.txt"
+}
+
+run() { # slice, command...
+    local slice=$1 code begin=$SECONDS
+    shift
+    timeout --kill-after=10 "$SECONDS_PER_SLICE" "$@" >"$OUT/$slice.log" 2>&1
+    code=$?
+    if [ $code -eq 0 ]; then
+        report "$slice" passed "$((SECONDS - begin)) s: $(grep -v '^ *$' "$OUT/$slice.log" | tail -1 | cut -c1-150)"
+    elif [ $code -eq 124 ] || [ $code -eq 137 ]; then
+        report "$slice" failed "stopped after $SECONDS_PER_SLICE s, see $slice.log"
+    else
+        report "$slice" failed "exit code $code, see $slice.log: $(tail -1 "$OUT/$slice.log" | cut -c1-150)"
+    fi
+    [ $code -eq 0 ] || failed=1
+}
+
+no_card() { # why no CUDA kernel can run here; silent where one can
+    "$PYTHON" - <<'CODE' 2>/dev/null || echo "$PYTHON has no torch"
+import torch
+if not torch.cuda.is_available():
+    print(f"torch {torch.__version__} sees no CUDA device")
+CODE
+}
+
+environment() {
+    "$PYTHON" - "$OUT/environment.json" <<'CODE'
+import importlib.util, json, platform, shutil, subprocess, sys
+
+def output(*command):
+    if shutil.which(command[0]) is None:
+        return None
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+import torch
+
+found = {
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "cuda": torch.version.cuda,
+    "triton": __import__("triton").__version__ if importlib.util.find_spec("triton") else None,
+    "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    "gpu": output("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv"),
+    "nvcc": output("nvcc", "--version"),
+    "cmake": output("cmake", "--version"),
+    "commit": output("git", "describe", "--always", "--dirty"),
+}
+with open(sys.argv[1], "w") as file:
+    json.dump(found, file, indent=1)
+print(" ".join(f"{name}={found[name]}" for name in ("python", "torch", "triton", "device")))
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10) or found["triton"] is None:
+    raise SystemExit("gpu.sh: environment is too old; expected torch >= 2.10 and triton, got " + str(found["torch"]))
+CODE
+}
+
+build() {
+    local torch
+    torch=$("$PYTHON" -c 'import torch; print(torch.__path__[0])') &&
+        cmake -S . -B "$OUT/build" -DCMAKE_BUILD_TYPE=Release -DDRSEG_TORCH_DIR="$torch" -DDRSEG_OUTPUT_DIR="$OUT/lib" &&
+        cmake --build "$OUT/build" --parallel &&
+        DRSEG_NATIVE_LIBRARY="$OUT/lib/libdrseg_native.so" "$PYTHON" -c '
+from drseg_core.ops import _native
+reason = _native.why_not("cpu")
+print(reason or "the native library loads")
+raise SystemExit(reason is not None)'
+}
+
+measure() {
+    local case code=0
+    for case in $CASES; do
+        "$PYTHON" bench/run.py --device cuda --op knn_graph --case "$case" --out "$OUT/rows.jsonl" || code=1
+    done
+    return $code
+}
+
+for slice in "${@:-environment build aot test bench}"; do
+    for name in $slice; do
+        reason=
+        case $name in
+        environment) ;;
+        build) command -v cmake >/dev/null || reason="cmake is not on the path" ;;
+        aot) "$PYTHON" -c 'import triton' 2>/dev/null || reason="$PYTHON has no triton" ;;
+        test) "$PYTHON" -c 'import pytest' 2>/dev/null || reason="$PYTHON has no pytest" ;;
+        bench) ;;
+        *)
+            echo "gpu.sh: slice is unknown; expected one of environment, build, aot, test, bench, got $name" >&2
+            exit 2
+            ;;
+        esac
+        case $name in test | bench) [ -n "$reason" ] || reason=$(no_card) ;; esac
+        if [ -n "$reason" ]; then
+            report "$name" skipped "$reason"
+            continue
+        fi
+        library="$OUT/lib/libdrseg_native.so"
+        [ ! -f "$library" ] || export DRSEG_NATIVE_LIBRARY="$library"
+        case $name in
+        environment | build) export -f environment build && export OUT PYTHON && run "$name" bash -c "$name" ;;
+        aot) run aot "$PYTHON" bench/aot.py ;;
+        test) run test "$PYTHON" -m pytest -q -p no:cacheprovider --gpu tests/kernels/contract_*.py ;;
+        bench) export -f measure && export OUT PYTHON CASES && run bench bash -c measure ;;
+        esac
+    done
+done
+exit $failed

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole PDGR, default options: the engine beside the module as the paper writes it, factored, compiled, the floor."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import gate
+import memory
+import torch
+from baselines import FactoredPDGR, Floor, pdgr_products
+from record import Row, rows_of
+from timing import Contender, interleave
+from torch import Tensor
+
+from drseg_core.nn import PDGR
+from drseg_core.ops import last_backend
+from drseg_core.ops._cases import Case, dino_like_prior, generator
+from drseg_core.studies.pdgr_speed import OPS, LiteralPDGR
+
+MODES = ("fwd", "fwd+bwd")
+DATA = ("random", "dino")
+
+
+def _case(name: str, batch: int, side: int) -> Case:
+    return Case(name, batch, side, side, prior=1024, hidden=256, channels=384, neighbours=75, large=True)
+
+
+CASES = (
+    _case("pdgr_8x576", 8, 24),
+    _case("pdgr_1x576", 1, 24),
+    _case("pdgr_1x4096", 1, 64),
+    _case("pdgr_1x16384", 1, 128),
+    _case("pdgr_1x65536", 1, 256),
+)
+# what stands beside the engine at most nodes per image: one edge tensor of the literal module is 10 GB at 16384
+_MOST_NODES = {"literal": 4096, "factored": 4096, "compiled": 4096, "floor": 16384}
+# rows of edges at once where the gate cannot hold all of them
+_GATE_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A module and what goes into it.
+
+    Args:
+        engine: PDGR with the sizes of the case.
+        features: (B, C, h, w), with gradient.
+        prior: (B, D, h, w).
+        gradient: (B, C, h, w) that comes back to the output.
+    """
+
+    engine: PDGR
+    features: Tensor
+    prior: Tensor
+    gradient: Tensor
+
+    @property
+    def differentiated(self) -> list[Tensor]:
+        return [self.features, *self.engine.parameters()]
+
+    @property
+    def names(self) -> list[str]:
+        return ["features", *(name for name, _ in self.engine.named_parameters())]
+
+
+def make(case: Case, data: str, device: str = "cpu") -> Problem:
+    """Seeded weights and inputs of a case; ``data`` is ``random`` or ``dino``."""
+    random = generator(case)
+    grid = (case.height, case.width)
+    if data == "dino":
+        nodes = dino_like_prior(case.batch, *grid, case.prior, random)
+        # a backbone's map, as the adapters hand it over
+        prior = nodes.transpose(1, 2).unflatten(2, grid).contiguous()
+        del nodes
+    else:
+        prior = torch.randn(case.batch, case.prior, *grid, generator=random)
+    features, gradient = (torch.randn(case.batch, case.channels, *grid, generator=random) for _ in range(2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        engine = PDGR(case.channels, case.prior, k=case.neighbours, edge_hidden=case.hidden)
+    return Problem(engine.to(device), features.to(device).requires_grad_(), prior.to(device), gradient.to(device))
+
+
+def step(
+    module: Callable[[Tensor, Tensor], Tensor], problem: Problem, backward: bool
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The output and, with ``backward``, the gradients of ``problem.differentiated``."""
+    with torch.set_grad_enabled(backward):
+        output = module(problem.features, problem.prior)
+    if not backward:
+        return output, ()
+    return output, torch.autograd.grad(output, problem.differentiated, problem.gradient)
+
+
+def peak(case: dict[str, Any], data: str, name: str, backward: bool) -> dict[str, float]:
+    """Peak memory of one step of ``engine`` or ``literal`` in this process, which should do nothing else.
+
+    Returns:
+        ``peak_mb`` above the loaded program and the inputs, ``process_mb`` of the whole process, both in MiB.
+    """
+
+    def run(problem: Problem) -> None:
+        step(problem.engine if name == "engine" else LiteralPDGR(problem.engine), problem, backward)
+
+    run(make(dataclasses.replace(Case(**case), batch=1, height=4, width=4), data))
+    problem = make(Case(**case), data)
+    made = memory.high_water()
+    before = memory.settle()
+    run(problem)
+    after = memory.high_water()
+    return {"peak_mb": (after - before) / 2**20, "process_mb": max(made, after) / 2**20}
+
+
+def _gate(case: Case, problem: Problem, index: Tensor, backward: bool) -> tuple[str | None, Row]:
+    """What is wrong with the engine, and for its row what it was held against."""
+    engine = problem.engine
+    nodes = problem.prior.flatten(2).transpose(1, 2)
+    wrong = gate.selection(index, nodes, (case.height, case.width), engine.decay / engine.gamma)
+    if wrong is not None:
+        return wrong, {}
+    got, got_gradients = step(engine, problem, backward)
+    backends = {op: last_backend(op) for op in OPS}
+    if case.nodes <= _MOST_NODES["literal"]:
+        against = "literal"
+        with gate.GivenSelection(index):
+            expected, gradients = step(LiteralPDGR(engine), problem, backward)
+    else:
+        against = "factored"
+        expected, gradients = step(partial(FactoredPDGR(engine, _GATE_ROWS), index=index), problem, backward)
+    difference = float((got - expected).detach().abs().max())
+    wrong = gate.output(got, expected)
+    if wrong is None and backward:
+        wrong = gate.gradients(problem.names, got_gradients, gradients, {"edge_bias": "edge_vector"})
+    return wrong, {"backends": backends, "gate": {"against": against, "max_difference": difference}}
+
+
+def _baselines(
+    case: Case, problem: Problem, index: Tensor, mode: str, repeats: int, slow: int, refused: list[str]
+) -> Iterator[Contender]:
+    """What stands beside the engine, warm; what must not be timed goes to ``refused``."""
+    backward = mode == "fwd+bwd"
+    wanted = [name for name, most in _MOST_NODES.items() if case.nodes <= most]
+    if "literal" in wanted:
+        # the gate has just run it
+        yield Contender("literal", partial(step, LiteralPDGR(problem.engine), problem, backward), slow, {})
+    if "factored" in wanted:
+        factored = FactoredPDGR(problem.engine)
+        right, _ = step(problem.engine, problem, False)
+        wrong = gate.output(step(partial(factored, index=index), problem, False)[0], right)
+        expected, _ = step(factored, problem, backward)
+        if wrong is None:
+            yield Contender("factored", partial(step, factored, problem, backward), repeats, {})
+        else:
+            refused.append(f"factored: {wrong}")
+        compiled = torch.compile(factored)
+        try:
+            got, _ = step(compiled, problem, backward)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            print(f"pdgr {case.name} compiled: left out: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
+            wrong = gate.most_cells(got, expected)
+            if wrong is None:
+                yield Contender("compiled", partial(step, compiled, problem, backward), repeats, {})
+            else:
+                refused.append(f"compiled: {wrong}")
+    if "floor" in wanted:
+        floor = Floor(pdgr_products(case, backward), problem.prior.device.type)
+        floor()
+        yield Contender("floor", floor, repeats, {"note": "matrix products only"})
+
+
+def measure(
+    case: Case, data: str, mode: str, *, repeats: int = 7, slow: int = 2, with_memory: bool = True, device: str = "cpu"
+) -> tuple[list[Row], list[str]]:
+    """The rows of one case, and what was refused.
+
+    Args:
+        case: sizes. data: ``random`` or ``dino``. mode: ``fwd`` or ``fwd+bwd``.
+        repeats: timed calls. slow: those of the literal module and of the largest case.
+        with_memory: measure peaks too (CPU only).
+        device: ``cpu`` or ``cuda``.
+    """
+    backward = mode == "fwd+bwd"
+    problem = make(case, data, device)
+    with torch.no_grad():
+        index, _ = problem.engine.graph(problem.prior)
+    wrong, fields = _gate(case, problem, index, backward)
+    if wrong is not None:
+        return [], [f"engine: {wrong}"]
+    refused: list[str] = []
+    engine = Contender(
+        "engine", partial(step, problem.engine, problem, backward), repeats if case.nodes <= 16384 else slow, fields
+    )
+    contenders = [engine, *_baselines(case, problem, index, mode, repeats, slow, refused)]
+    if with_memory and device == "cpu":
+        for contender in contenders:
+            if contender.name in ("engine", "literal"):
+                contender.fields.update(
+                    memory.in_child("pdgr", "peak", dataclasses.asdict(case), data, contender.name, backward)
+                )
+    common = {
+        "op": "pdgr",
+        "case": case.name,
+        "sizes": {
+            "B": case.batch,
+            "h": case.height,
+            "w": case.width,
+            "D": case.prior,
+            "E": case.hidden,
+            "C": case.channels,
+            "K": case.neighbours,
+            "layers": len(problem.engine.weights),
+            "decay": problem.engine.decay,
+        },
+        "mode": mode,
+        "dtype": "float32",
+        "data": data,
+    }
+    return rows_of(contenders, interleave(contenders, device), common, device), refused

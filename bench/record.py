@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of figures: what they belong to, as JSON lines for a file and as a table for a reader."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import Contender
+
+ROOT = Path(__file__).resolve().parents[1]
+Row = dict[str, Any]
+
+# columns of the table: heading, field, format
+_COLUMNS = (
+    ("op", "op", "{}"),
+    ("case", "case", "{}"),
+    ("mode", "mode", "{}"),
+    ("data", "data", "{}"),
+    ("name", "name", "{}"),
+    ("p20 ms", "p20_ms", "{:.2f}"),
+    ("p50 ms", "p50_ms", "{:.2f}"),
+    ("p80 ms", "p80_ms", "{:.2f}"),
+    ("/ engine", "ratio_to_engine", "{:.2f}"),
+    ("peak MB", "peak_mb", "{:.0f}"),
+    ("process MB", "process_mb", "{:.0f}"),
+)
+
+
+def device_name(device: str) -> str:
+    """What the figures belong to."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _git(*command: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+@functools.cache
+def _checkout() -> Row:
+    state = _git("status", "--porcelain")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if state is None else bool(state)}
+
+
+def environment(device: str) -> Row:
+    """Where and with what a figure was made."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        # what torch found; the native kernels look for the same unless they are told otherwise
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "forced_level": os.environ.get("DRSEG_CPU_LEVEL"),
+        "torch": torch.__version__,
+        **_checkout(),
+        "date": date.today().isoformat(),
+    }
+
+
+def rows_of(
+    contenders: Sequence[Contender], seconds: Sequence[Sequence[float]], common: Row, device: str = "cpu"
+) -> list[Row]:
+    """A row for each contender: ``common``, its percentiles and its median over that of the first one, the engine."""
+    median = [float(torch.tensor(taken, dtype=torch.float64).quantile(0.5)) for taken in seconds]
+    rows = []
+    for contender, taken, middle in zip(contenders, seconds, median, strict=True):
+        low, high = torch.tensor(taken, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8]).double()).tolist()
+        rows.append(
+            {
+                **common,
+                "name": contender.name,
+                "p20_ms": 1000 * low,
+                "p50_ms": 1000 * middle,
+                "p80_ms": 1000 * high,
+                "ratio_to_engine": middle / median[0],
+                "repeats": len(taken),
+                **contender.fields,
+                **environment(device),
+            }
+        )
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows for a reader."""
+    lines = [[heading for heading, _, _ in _COLUMNS]]
+    for row in rows:
+        lines.append(["-" if row.get(key) is None else form.format(row[key]) for _, key, form in _COLUMNS])
+    width = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
+    return "\n".join("  ".join(cell.rjust(size) for cell, size in zip(line, width, strict=True)) for line in lines)
+
+
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """Add the rows to a JSON-lines file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)

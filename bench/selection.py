@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selection with spatial decay: the engine's ``knn_graph`` beside plain torch, faiss (no decay) and its product."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import gate
+import torch
+from baselines import Floor, best_block, faiss_selection, grid_distance, naive_selection, scores_product
+from record import Row, rows_of
+from timing import Contender, interleave
+from torch import Tensor
+
+from drseg_core.ops import knn_graph, last_backend
+from drseg_core.ops._cases import Case, dino_like_prior, generator
+
+# with more nodes only the engine runs; up to the second, plain torch takes all rows at once
+_MOST_NODES, _MOST_AT_ONCE = 16384, 4096
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A size and the strength of its decay."""
+
+    case: Case
+    decay: float
+
+
+def _case(name: str, batch: int, side: int, prior: int) -> Case:
+    return Case(name, batch, side, side, prior=prior, hidden=0, channels=0, neighbours=75, large=True)
+
+
+CASES = (
+    Selection(_case("knn_8x576", 8, 24, 1024), 1.0),
+    Selection(_case("knn_4096", 1, 64, 1024), 2.0),
+    Selection(_case("knn_16384", 1, 128, 768), 4.0),
+    Selection(_case("knn_65536", 1, 256, 768), 4.0),
+)
+
+
+def make_prior(case: Case, data: str, device: str = "cpu") -> Tensor:
+    """(B, N, D) seeded features; ``data`` is ``random`` or ``dino``."""
+    random = generator(case)
+    if data == "dino":
+        return dino_like_prior(case.batch, case.height, case.width, case.prior, random).to(device)
+    return torch.randn(case.batch, case.nodes, case.prior, generator=random).to(device)
+
+
+def measure(
+    what: Selection, data: str, *, repeats: int = 7, slow: int = 2, device: str = "cpu"
+) -> tuple[list[Row], list[str]]:
+    """The rows of one size, and what was refused. ``slow``: timed calls at the largest size."""
+    case, grid, k = what.case, (what.case.height, what.case.width), what.case.neighbours
+    prior = make_prior(case, data, device)
+    small = case.nodes <= _MOST_NODES
+    chosen = knn_graph(prior, grid, k, decay=what.decay)
+    wrong = gate.selection(chosen, prior, grid, what.decay)
+    if wrong is None and bool((chosen.diff(dim=-1) <= 0).any()):
+        wrong = "a row is not strictly ascending"
+    if wrong is not None:
+        return [], [f"engine: {wrong}"]
+    backends = {"knn_graph": last_backend("knn_graph")}
+    contenders = [
+        Contender(
+            "engine",
+            partial(knn_graph, prior, grid, k, decay=what.decay),
+            repeats if small else slow,
+            {"backends": backends},
+        )
+    ]
+    refused = []
+    if small:
+        distance = grid_distance(grid, prior.device)
+        at_once = case.nodes <= _MOST_AT_ONCE
+        block = case.nodes if at_once else best_block(prior, distance, what.decay, k)
+        naive: Callable[[], Tensor] = partial(naive_selection, prior, distance, what.decay, k, block)
+        note = "N x N at once" if at_once else f"fastest row block of those tried: {block}"
+        candidates = [("naive", naive, what.decay, {"note": note, "row_block": block})]
+        if device == "cpu":
+            try:
+                candidates.append(("faiss", faiss_selection(prior, k), 0.0, {"note": "no decay: an easier problem"}))
+            except ImportError:
+                print("selection: faiss is not installed, its row is left out; pip install faiss-cpu", file=sys.stderr)
+        for name, run, decay, fields in candidates:
+            # without decay, or for a zero feature, a node need not be among its own
+            wrong = gate.selection(run(), prior, grid, decay, include_self=False)
+            if wrong is None:
+                contenders.append(Contender(name, run, repeats, fields))
+            else:
+                refused.append(f"{name}: {wrong}")
+        floor = Floor([scores_product(case)], device)
+        floor()
+        contenders.append(Contender("floor", floor, repeats, {"note": "matrix product of the scores only"}))
+    common = {
+        "op": "knn_graph",
+        "case": case.name,
+        "sizes": {"B": case.batch, "h": case.height, "w": case.width, "D": case.prior, "K": k, "decay": what.decay},
+        "mode": "fwd",
+        "dtype": "float32",
+        "data": data,
+    }
+    return rows_of(contenders, interleave(contenders, device), common, device), refused

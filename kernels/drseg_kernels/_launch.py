@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large tiles and programs are: an argument, then the device's table in ``tuned/``, then a rule.
+
+Nothing is timed at run time: two processes on the same device always choose the same sizes.
+A table is ``tuned/<device>/<op>.json``, the device's name in lower case with ``_`` for what is no letter or digit::
+
+    {"configurations": [{"nodes": 576, "k": 128, "configuration": {"tile_bytes": ..., ...}}, ...]}
+
+The first entry with ``nodes`` and ``k`` at least those of the call counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TUNED = Path(__file__).parent / "tuned"
+
+# Shared memory that one block may take on the smallest device in view (sm_86, sm_89, sm_120), bytes.
+SMALLEST_SHARED = 101_376
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Sizes of a launch.
+
+    Args:
+        tile_bytes: float32 scores that live at a time, bytes: at most about half of the L2 cache.
+        columns: columns of a tile, a power of two.
+        rows_per_program: rows that one program merges, a power of two.
+        num_warps: warps of one program, a power of two.
+    """
+
+    tile_bytes: int
+    columns: int
+    rows_per_program: int
+    num_warps: int
+
+    def __post_init__(self) -> None:
+        for name in ("columns", "rows_per_program", "num_warps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1 or value & (value - 1):
+                raise ValueError(f"Configuration: {name} is out of range; expected a power of two, got {value!r}")
+        if not isinstance(self.tile_bytes, int) or self.tile_bytes < 4 * self.columns:
+            raise ValueError(
+                f"Configuration: tile_bytes is too small; expected at least a row of {self.columns} columns "
+                f"({4 * self.columns} bytes), got {self.tile_bytes!r}"
+            )
+
+    def shared_bytes(self) -> int:
+        """Upper bound of a block's shared memory: the parts of sums over a row that its warps exchange.
+
+        ``bench/aot.py`` compares it with what the compiler asks for.
+        """
+        return 64 * self.rows_per_program * self.num_warps
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a rule needs to know of a device: name, L2 cache and shared memory per block, bytes."""
+
+    name: str
+    l2_bytes: int
+    shared_bytes: int
+
+
+def device_of(device: torch.device) -> Device:
+    if device.type != "cuda":
+        # the interpreter runs program by program, and its cost is per instruction
+        return Device("interpreter", 32 << 20, SMALLEST_SHARED)
+    found: Any = torch.cuda.get_device_properties(device)
+    shared = getattr(found, "shared_memory_per_block_optin", SMALLEST_SHARED)
+    return Device(found.name, getattr(found, "L2_cache_size", 32 << 20), shared)
+
+
+def _power_of_two_from(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def rule(device: Device, nodes: int, k: int) -> Configuration:
+    """Sizes for a device without a table."""
+    slots = _power_of_two_from(k)
+    if device.name == "interpreter":
+        columns = min(2048, max(16, _power_of_two_from(nodes)))
+        return Configuration(device.l2_bytes, columns, min(512, columns), 4)
+    columns = min(2048, max(32, _power_of_two_from(nodes)))
+    while True:
+        # about 16 keys per thread: enough to hide the loads, few enough to stay in registers
+        warps = min(16, max(1, _power_of_two_from((columns + slots) // 1024 * 2)))
+        tile = max(4 * columns, min(32 << 20, device.l2_bytes // 2))
+        chosen = Configuration(tile, columns, 1, warps)
+        if chosen.shared_bytes() <= device.shared_bytes or columns == 32:
+            return chosen
+        columns //= 2
+
+
+def folder_of(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+@functools.cache
+def _read(path: Path) -> tuple[tuple[int, int, Configuration], ...]:
+    if not path.is_file():
+        return ()
+    fields = {field.name for field in dataclasses.fields(Configuration)}
+    rows = []
+    for entry in json.loads(path.read_text(encoding="utf-8"))["configurations"]:
+        given = entry["configuration"]
+        if set(given) != fields:
+            raise ValueError(f"{path.name}: configuration is wrong; expected {sorted(fields)}, got {sorted(given)}")
+        rows.append((entry["nodes"], entry["k"], Configuration(**given)))
+    return tuple(rows)
+
+
+def table(op: str, device: Device, tuned: Path = TUNED) -> tuple[tuple[int, int, Configuration], ...]:
+    """Rows (nodes, k, configuration) of a device's table, empty where there is none."""
+    return _read(tuned / folder_of(device.name) / f"{op}.json")
+
+
+def choose(op: str, device: Device, nodes: int, k: int, tuned: Path = TUNED) -> Configuration:
+    """The device's table if an entry is large enough and fits the device's shared memory, else the rule."""
+    for up_to_nodes, up_to_k, found in table(op, device, tuned):
+        if nodes <= up_to_nodes and k <= up_to_k and found.shared_bytes() <= device.shared_bytes:
+            return found
+    return rule(device, nodes, k)
+
+
+# asking torch takes longer than a launch
+_device_of = functools.cache(device_of)
+
+
+def configuration_of(op: str, device: torch.device, nodes: int, k: int) -> Configuration:
+    """Sizes of a launch on ``device`` for N nodes and k neighbours."""
+    return choose(op, _device_of(device), nodes, k)

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark runs at tiny sizes, says in its rows what they belong to, and refuses a wrong engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import memory
+import pdgr
+import pytest
+import run
+import selection
+import timing
+import torch
+
+from drseg_core.ops import _dispatch
+from drseg_core.ops._cases import Case
+
+TINY = Case("bench_tiny", 2, 6, 7, prior=16, hidden=8, channels=12, neighbours=6)
+COMMON = {
+    "op": str, "case": str, "sizes": dict, "mode": str, "dtype": str, "data": str, "name": str, "p20_ms": float,
+    "p50_ms": float, "p80_ms": float, "ratio_to_engine": float, "repeats": int, "device": str, "threads": int,
+    "instruction_set": str, "torch": str, "date": str,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(run.PDGR_CASES, TINY.name, TINY)
+    monkeypatch.setitem(run.SELECTION_CASES, TINY.name, selection.Selection(TINY, 2.0))
+
+
+def _run(tmp_path: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    out = tmp_path / "folder" / "rows.jsonl"
+    code = run.main([*arguments, "--repeats", "2", "--slow-repeats", "1", "--no-memory", "--out", str(out)])
+    return code, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
+def _check(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        for key, kind in COMMON.items():
+            assert isinstance(row[key], kind), key
+        assert {"commit", "dirty", "forced_level"} <= row.keys()
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["threads"] == torch.get_num_threads()
+
+
+def test_pdgr_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code, rows = _run(tmp_path, "--op", "pdgr", "--case", TINY.name)
+    assert code == 0
+    names = ["engine", "literal", "factored", "compiled", "floor"]
+    runs = [(mode, data) for mode in pdgr.MODES for data in pdgr.DATA]
+    assert [(r["mode"], r["data"], r["name"]) for r in rows] == [(*pair, name) for pair in runs for name in names]
+    _check(rows)
+    for start in range(0, len(rows), len(names)):
+        engine = rows[start]
+        assert engine["ratio_to_engine"] == 1 and set(engine["backends"]) == set(pdgr.OPS)
+        assert engine["gate"]["against"] == "literal" and engine["gate"]["max_difference"] < 1e-4
+        for row in rows[start : start + len(names)]:
+            assert math.isclose(row["ratio_to_engine"], row["p50_ms"] / engine["p50_ms"])
+            assert row["repeats"] == (1 if row["name"] == "literal" else 2)
+            assert row["sizes"] | {"B": 2, "h": 6, "w": 7, "D": 16, "E": 8, "C": 12, "K": 6} == row["sizes"]
+    table = capsys.readouterr().out
+    assert all(name in table for name in names) and "fwd+bwd" in table and "{" not in table
+
+
+def test_selection_rows(tmp_path: Path):
+    code, rows = _run(tmp_path, "--op", "knn_graph", "--case", TINY.name)
+    names = [row["name"] for row in rows if row["name"] != "faiss"]
+    assert code == 0 and names == ["engine", "naive", "floor"] * 2
+    _check(rows)
+    assert all("no decay" in row["note"] for row in rows if row["name"] == "faiss")
+    assert all(row["sizes"]["decay"] == 2.0 for row in rows)
+
+
+def test_selection_without_faiss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    code, rows = _run(tmp_path, "--op", "knn_graph", "--case", TINY.name, "--data", "random")
+    assert code == 0 and [row["name"] for row in rows] == ["engine", "naive", "floor"]
+    assert "faiss is not installed" in capsys.readouterr().err
+
+
+def test_large_cases_have_fewer_neighbours_in_the_race(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pdgr, "_MOST_NODES", {"literal": 10, "factored": 10, "compiled": 10, "floor": 42})
+    monkeypatch.setattr(pdgr, "_GATE_ROWS", 5)
+    for mode in pdgr.MODES:
+        rows, refused = pdgr.measure(TINY, "dino", mode, repeats=1, with_memory=False)
+        assert [row["name"] for row in rows] == ["engine", "floor"] and not refused
+        assert rows[0]["gate"]["against"] == "factored"
+    monkeypatch.setattr(selection, "_MOST_NODES", 10)
+    rows, refused = selection.measure(selection.Selection(TINY, 1.0), "dino", repeats=2, slow=1)
+    assert [(row["name"], row["repeats"]) for row in rows] == [("engine", 1)] and not refused
+
+
+@pytest.mark.parametrize("op", ["knn_graph", "edge_weight", "degree_normalize", "graph_propagate"])
+def test_rows_of_an_op(tmp_path: Path, op: str):
+    code, rows = _run(tmp_path, "--op", op, "--case", "tiny_3x4")
+    _check(rows)
+    modes = ["fwd"] if op == "knn_graph" else list(pdgr.MODES)
+    assert code == 0 and [row["mode"] for row in rows if row["ratio_to_engine"] == 1] == modes
+    assert {row["name"] for row in rows} >= {"reference"} and {row["op"] for row in rows} == {op}
+
+
+Wrong = Callable[..., Any]
+
+
+def _plant(monkeypatch: pytest.MonkeyPatch, op: str, **changes: Callable[[Wrong], Wrong]) -> None:
+    """Change functions of the backend that runs by default; the reference stays right."""
+    first, *others = _dispatch._tables[op]
+    assert first.name != "reference"
+    changed = {name: change(getattr(first, name)) for name, change in changes.items()}
+    monkeypatch.setitem(_dispatch._tables, op, (dataclasses.replace(first, **changed), *others))
+
+
+def _rolled(run: Wrong) -> Wrong:
+    # the right neighbours of another node
+    return lambda *given: tuple(value.roll(1, dims=1) for value in run(*given))
+
+
+def _flipped(run: Wrong) -> Wrong:
+    return lambda *given: tuple(value.flip(-1) for value in run(*given))
+
+
+def _first_node_wrong(run: Wrong) -> Wrong:
+    def wrong(*given: Any) -> Any:
+        result = run(*given).clone()
+        result[:, 0] *= torch.linspace(1, 1.1, result.shape[-1])
+        return result
+
+    return wrong
+
+
+def _scaled(run: Wrong) -> Wrong:
+    return lambda *given: tuple(None if value is None else 1.01 * value for value in run(*given))
+
+
+needs_native = pytest.mark.skipif(
+    not any(row["op"] == "knn_graph" and row["backend"] == "native" and row["available"]
+            for row in _dispatch.backend_report()),
+    reason="without a native library nothing runs but the reference, which is what is compared with",
+)  # fmt: skip
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("op", "changes", "modes", "message"),
+    [
+        ("knn_graph", {"run": _rolled}, {"fwd", "fwd+bwd"}, "clearly lower node"),
+        ("graph_propagate", {"run": _first_node_wrong}, {"fwd", "fwd+bwd"}, "output:"),
+        ("edge_weight", {"run_backward": _scaled}, {"fwd+bwd"}, "gradient of edge_"),
+    ],
+)
+def test_a_wrong_engine_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    op: str,
+    changes: dict[str, Callable[[Wrong], Wrong]],
+    modes: set[str],
+    message: str,
+):
+    _plant(monkeypatch, op, **changes)
+    code, rows = _run(tmp_path, "--op", "pdgr", "--case", TINY.name, "--data", "random")
+    assert code == 1
+    assert {row["mode"] for row in rows} == set(pdgr.MODES) - modes
+    error = capsys.readouterr().err
+    assert "refused: engine:" in error and message in error
+
+
+@needs_native
+@pytest.mark.parametrize("case", [TINY.name, "odd_37_nodes"])
+@pytest.mark.parametrize("change", [_rolled, _flipped])
+def test_a_wrong_backend_of_an_op_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    case: str,
+    change: Callable[[Wrong], Wrong],
+):
+    _plant(monkeypatch, "knn_graph", run=change)
+    code, rows = _run(tmp_path, "--op", "knn_graph", "--case", case)
+    assert code == 1 and not rows
+    assert "refused:" in capsys.readouterr().err
+
+
+def test_a_wrong_baseline_is_refused_and_the_rest_stays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selection, "naive_selection", lambda prior, *_: torch.zeros(2, 42, 6, dtype=torch.long))
+    rows, refused = selection.measure(selection.Selection(TINY, 1.0), "random", repeats=1)
+    assert "naive" not in {row["name"] for row in rows} and {"engine", "floor"} <= {row["name"] for row in rows}
+    assert len(refused) == 1 and refused[0].startswith("naive:")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--case", "nothing"], ["--op", "pdgr", "--case", "tiny_3x4"], ["--repeats", "0"]]
+)
+def test_arguments_that_mean_nothing(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as error:
+        run.main(arguments)
+    assert error.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_contenders_take_turns():
+    calls: list[str] = []
+    contenders = [
+        timing.Contender(name, lambda name=name: calls.append(name), repeats, {})  # type: ignore[misc]
+        for name, repeats in (("a", 4), ("b", 4), ("c", 2))
+    ]
+    seconds = timing.interleave(contenders)
+    assert "".join(calls) == "ababcababc"
+    assert [len(taken) for taken in seconds] == [4, 4, 2]
+
+
+def test_peaks_are_of_one_step_in_a_process_of_its_own():
+    case = dataclasses.asdict(dataclasses.replace(TINY, batch=1, height=16, width=16, prior=256, neighbours=60))
+    literal, engine = (memory.in_child("pdgr", "peak", case, "dino", name, False) for name in ("literal", "engine"))
+    pairs = 256 * 60 * 2 * 256 * 4 / 2**20
+    assert literal["peak_mb"] > pairs > 2 * engine["peak_mb"]
+    assert literal["process_mb"] > literal["peak_mb"] and engine["process_mb"] > engine["peak_mb"]
+
+
+def test_a_child_that_fails_says_so():
+    with pytest.raises(RuntimeError, match=r"json\.nothing: failed in its own process:\n(.|\n)*AttributeError"):
+        memory.in_child("json", "nothing")

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--gpu`` moves the kernels' tests to a CUDA device; without it they run under Triton's interpreter."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# the contract of an op lies with the op's own tests
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+pytest.register_assert_rewrite("contract", "oracle", "test_knn_graph")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="run the tests of the kernels on a CUDA device")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The interpreter takes a tenth of a second per program, so of a contract's parameters it runs those combinations
+    in which at most one differs from its first value; a device runs them all."""
+    if config.getoption("--gpu"):
+        return
+    first: dict[str, dict[str, object]] = {}
+    kept, dropped = [], []
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        given = dict(callspec.params) if callspec is not None else {}
+        usual = first.setdefault(item.nodeid.split("[")[0], given)
+        changed = sum(given[key] is not usual[key] and given[key] != usual[key] for key in given)
+        (dropped if changed > 1 and item.path.name.startswith("contract_") else kept).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of ``bench/aot.py`` find what they are there for; ``make aot`` runs them on every kernel."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import aot
+
+ROOT = Path(__file__).parents[2]
+FIGURES = {"shared": 256, "registers": 120, "stack": 0, "spill_stores": 0, "spill_loads": 0}
+HOPPER = next(target for target in aot.TARGETS if target.arch == 90)
+
+
+def test_figures_within_the_limits_pass():
+    assert aot.limit_problems(FIGURES, HOPPER, 4, 256) == []
+    assert aot.growth_problems(FIGURES, FIGURES) == []
+
+
+@pytest.mark.parametrize(
+    "changes,warps,problem",
+    [
+        ({"shared": HOPPER.shared_bytes + 1}, 4, "shared memory: "),
+        ({"shared": 257}, 4, "shared memory expected by the launcher: expected at most 256, got 257"),
+        ({"registers": 256}, 4, "registers: expected at most 255"),
+        ({"registers": 129}, 16, "registers of a block: expected at most 65536, got 69632"),
+        ({"spill_stores": 4}, 4, "spill stores: expected at most 0, got 4"),
+        ({"spill_loads": 4}, 4, "spill loads: expected at most 0, got 4"),
+    ],
+)
+def test_what_is_over_a_limit_fails(changes, warps, problem):
+    found = aot.limit_problems({**FIGURES, **changes}, HOPPER, warps, 256)
+    assert any(line.startswith(problem) for line in found)
+
+
+def test_growth_by_more_than_a_tenth_fails():
+    assert aot.growth_problems({**FIGURES, "registers": 132}, FIGURES) == []
+    assert aot.growth_problems({**FIGURES, "registers": 133}, FIGURES) == [
+        "registers grew: expected at most 1.1 x 120, got 133"
+    ]
+    assert aot.growth_problems({**FIGURES, "stack": 8}, FIGURES)
+
+
+LOG = """ptxas info    : Compiling entry function 'f' for 'sm_90a'
+ptxas info    : Function properties for f
+    208 bytes stack frame, 348 bytes spill stores, 350 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 208 bytes cumulative stack size
+"""
+
+
+def test_the_assembler_s_log_is_read_or_refused():
+    assert aot.read_log(LOG) == {"registers": 255, "stack": 208, "spill_stores": 348, "spill_loads": 350}
+    for broken in ("", LOG + LOG, LOG.replace("spill loads", "loads")):
+        with pytest.raises(RuntimeError, match="^aot: ptxas says"):
+            aot.read_log(broken)
+
+
+GOOD = """
+\tmov.u32 \t%r1, %ctaid.x;
+\tmul.wide.s32 \t%rd2, %r1, %r3;
+\tmul.lo.s32 \t%r9, %r1, %r3;
+\tsetp.lt.s32 \t%p1, %r9, %r3;
+\tadd.s64 \t%rd4, %rd1, %rd2;
+\t@%p1 ld.global.b32 { %r5 }, [ %rd4 + 0 ];
+\tmul.rn.f32 \t%f2, %f1, %f1;
+"""
+
+
+@pytest.mark.parametrize(
+    "planted,problem",
+    [
+        ("\tcvt.s64.s32 \t%rd3, %r9;\n\tadd.s64 \t%rd5, %rd1, %rd3;\n\tst.global.b32 [ %rd5 + 4 ], { %r5 };", "32-bit"),
+        ("\tadd.s64 \t%rd8, %rd1, %rd7;\n\tld.global.nc.v4.b32 {%r5,%r6,%r7,%r8}, [%rd8];\n"
+         "\tcvt.u64.u32 \t%rd7, %r9;", "32-bit"),
+        ("\tcp.async.cg.shared.global [ %r1 + 0 ], [ %rd9 + 0 ], 0x10;\n\tcvt.u64.u32 \t%rd9, %r9;", "32-bit"),
+        ("\tmma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1}, {%r1}, {%r2}, {%f1};", "TF32"),
+        ("\t.local .align 4 .b8 \t__local_depot0[64];", "local memory"),
+        ("\t@%p1 fma.rn.f32 \t%f3, %f1, %f2, %f3;", "fused"),
+    ],
+)  # fmt: skip
+def test_rules_of_the_text(planted, problem):
+    assert aot.ptx_problems(GOOD, fusion=False) == []
+    found = aot.ptx_problems(GOOD + planted + "\n", fusion=False)
+    assert len(found) == 1 and problem in found[0]
+
+
+def test_every_kernel_pins_the_fusion_and_is_compiled():
+    names = set()
+    for target in aot.TARGETS:
+        for variant in aot.variants(target):
+            assert variant.options["enable_fp_fusion"] is False
+            names.add(variant.kernel.__name__)
+    kernels = set()
+    for path in (ROOT / "kernels" / "drseg_kernels").glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and "_kernel" in node.name and node.decorator_list:
+                kernels.add(node.name)
+    assert kernels and names == kernels
+
+
+def test_the_baseline_has_a_row_for_every_variant():
+    baseline = json.loads(aot.BASELINE.read_text(encoding="utf-8"))
+    wanted = {f"sm_{target.arch} {variant.name}" for target in aot.TARGETS for variant in aot.variants(target)}
+    assert baseline and all(set(rows) == wanted for rows in baseline.values())
+
+
+def test_one_kernel_is_really_compiled(tmp_path):
+    script = (
+        "from bench import aot\n"
+        "target = aot.TARGETS[1]\n"
+        "variant = list(aot.variants(target))[-1]\n"
+        "ptx, figures = aot.build(variant, target)\n"
+        "assert 'ld.global' in ptx and figures['registers'] > 8, figures\n"
+        "assert not aot.ptx_problems(ptx, False)\n"
+    )
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sizes a launch gets: an argument, the device's table, a rule; never a timing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from drseg_kernels import _launch
+from drseg_kernels._launch import Configuration, Device, choose, folder_of, rule
+
+from bench.aot import TARGETS
+
+DEVICES = [Device(target.name, target.l2_bytes, target.shared_bytes) for target in TARGETS]
+SMALL = Device("a small one", 4 << 20, 48 << 10)
+
+
+@pytest.mark.parametrize("device", [*DEVICES, SMALL], ids=lambda device: device.name)
+@pytest.mark.parametrize("nodes", [1, 2, 31, 576, 4096, 65_536, 1_000_003])
+@pytest.mark.parametrize("k", [1, 75, 128, 512, 5000])
+def test_the_rule_fits_every_device(device, nodes, k):
+    chosen = rule(device, nodes, k)
+    assert chosen.shared_bytes() <= device.shared_bytes
+    assert chosen.tile_bytes <= max(device.l2_bytes // 2, 4 * chosen.columns)
+    assert chosen.num_warps <= 16 and chosen.columns >= min(nodes, 32)
+    assert chosen == rule(device, nodes, k)
+
+
+def test_the_rule_halves_the_columns_where_shared_memory_is_short(monkeypatch):
+    monkeypatch.setattr(Configuration, "shared_bytes", lambda self: 64 * self.columns)
+    assert rule(dataclasses.replace(SMALL, shared_bytes=64 * 512), 4096, 75).columns == 512
+
+
+def entry(nodes: int, k: int, **changes: int) -> dict[str, object]:
+    given = {"tile_bytes": 1 << 20, "columns": 1024, "rows_per_program": 1, "num_warps": 2, **changes}
+    return {"nodes": nodes, "k": k, "configuration": given}
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    def write(*entries: dict[str, object]):
+        folder = tmp_path / folder_of(SMALL.name)
+        folder.mkdir(exist_ok=True)
+        (folder / "knn_graph.json").write_text(json.dumps({"configurations": entries}), encoding="utf-8")
+        _launch._read.cache_clear()
+        return tmp_path
+
+    yield write
+    _launch._read.cache_clear()
+
+
+def test_the_first_large_enough_entry_counts(tuned):
+    folder = tuned(entry(576, 128, num_warps=1), entry(4096, 128, num_warps=8), entry(4096, 512, num_warps=4))
+    warps = {
+        (nodes, k): choose("knn_graph", SMALL, nodes, k, folder).num_warps
+        for nodes, k in ((576, 75), (577, 75), (4096, 128), (100, 129))
+    }
+    assert warps == {(576, 75): 1, (577, 75): 8, (4096, 128): 8, (100, 129): 4}
+    assert choose("knn_graph", SMALL, 4097, 75, folder) == rule(SMALL, 4097, 75)
+    assert choose("knn_graph", DEVICES[0], 576, 75, folder) == rule(DEVICES[0], 576, 75)
+
+
+def test_an_entry_that_does_not_fit_the_device_is_passed_over(tuned):
+    folder = tuned(entry(4096, 128, rows_per_program=1024), entry(4096, 128, num_warps=8))
+    assert choose("knn_graph", SMALL, 576, 75, folder).num_warps == 8
+
+
+def test_a_table_with_unknown_fields_is_refused(tuned):
+    folder = tuned(entry(4096, 128, stages=3))
+    with pytest.raises(ValueError, match="configuration is wrong; expected .*'columns'.*, got .*'stages'"):
+        choose("knn_graph", SMALL, 576, 75, folder)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"columns": 1000}, "columns is out of range; expected a power of two, got 1000"),
+        ({"rows_per_program": 0}, "rows_per_program is out of range"),
+        ({"num_warps": True + 2}, "num_warps is out of range"),
+        ({"tile_bytes": 4095}, r"tile_bytes is too small; expected at least a row of 1024 columns \(4096 bytes\)"),
+    ],
+)
+def test_impossible_sizes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=f"^Configuration: {message}"):
+        Configuration(**{"tile_bytes": 1 << 20, "columns": 1024, "rows_per_program": 1, "num_warps": 2, **changes})
+
+
+def test_shipped_tables_are_readable():
+    for path in sorted(_launch.TUNED.glob("*/*.json")):
+        assert folder_of(path.parent.name) == path.parent.name
+        assert _launch._read(path), path
+
+
+def test_names_of_folders():
+    assert folder_of("NVIDIA GeForce RTX 5090") == "nvidia_geforce_rtx_5090"
+    assert folder_of("NVIDIA H200") == "nvidia_h200"
