@@ -53,18 +53,19 @@ _dispatch.add_table(
             dtypes=FLOAT_DTYPES,
         ),
         Backend(
-            name="triton",
-            run=_run_triton,
-            run_backward=None,
-            why_not=_why_not_triton,
-            dtypes=(torch.float32, torch.float16, torch.bfloat16),
-        ),
-        Backend(
             name="reference",
             run=reference.knn_graph,
             run_backward=None,
             why_not=lambda device: None,
             dtypes=FLOAT_DTYPES,
+        ),
+        # for who names it: it has never run on a card, so nobody gets it unasked
+        Backend(
+            name="triton",
+            run=_run_triton,
+            run_backward=None,
+            why_not=_why_not_triton,
+            dtypes=(torch.float32, torch.float16, torch.bfloat16),
         ),
     ],
 )
