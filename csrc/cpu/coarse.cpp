@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
+#include "cpu/grid.h"
 #include "cpu/level.h"
 #include "cpu/vector.h"
 
@@ -15,10 +17,8 @@
 namespace drseg {
 namespace {
 
-// Four steps of 2 * 62 * 63 fit into 16 bits.
-constexpr int kRowLimit = 31, kColumnLimit = 63;
-constexpr int64_t kChunk = 128;
-constexpr int64_t kRows = 8;
+constexpr int64_t kUnit = 128;
+constexpr int64_t kTogether = Coarse::kTogether;
 
 // Channels this far apart at least are mixed: as many as a vector holds pass side by side.
 constexpr int64_t kNearest = 16;
@@ -37,11 +37,12 @@ DRSEG_INLINE void turn(float* value, const float* sign, int64_t width, int64_t s
         }
 }
 
-// Whole multiples of a step, the step, and the length of what they leave.
-template <int kBytes, class Q>
+// Whole multiples of a step, the step, the length of what they leave, and their sum.
+template <int kBytes>
 DRSEG_INLINE void quantise(
-    const float* value, int64_t width, float limit, int offset, Q* out, float* step, float* rest, int32_t* sum) {
+    const float* value, int64_t width, float limit, int8_t* out, float* step, float* rest, int32_t* sum) {
   typedef Register<float, kBytes> R;
+  typedef Register<int32_t, kBytes> I;
   const typename R::type zero = {};
   typename R::type most = zero;
   for (int64_t d = 0; d < width; d += R::lanes) {
@@ -55,17 +56,17 @@ DRSEG_INLINE void quantise(
   // the sum with this number has the nearest whole one in its low bits
   constexpr float shift = 12582912.f;
   typename R::type left = zero, total = zero;
-  for (int64_t start = 0; start < width; start += R::lanes) {
-    const auto x = R::load(value + start);
+  for (int64_t d = 0; d < width; d += R::lanes) {
+    const auto x = R::load(value + d);
     auto level = (x * inverse + shift) - shift;
     // a row that is not finite may hold anything: its factors are NaN
     level = level >= zero - limit ? (level <= zero + limit ? level : zero) : zero;
     const auto difference = x - *step * level;
     left += difference * difference;
     total += level;
-    float whole[R::lanes];
-    R::store(whole, level);
-    for (int l = 0; l < R::lanes; ++l) out[start + l] = static_cast<Q>(static_cast<int>(whole[l]) + offset);
+    int32_t whole[I::lanes];
+    I::store(whole, reinterpret_cast<typename I::type>(level + shift));
+    for (int l = 0; l < I::lanes; ++l) out[d + l] = static_cast<int8_t>(whole[l]);
   }
   *rest = std::sqrt(R::sum(left)) * (1 + 1e-3f);
   *sum = static_cast<int32_t>(R::sum(total));
@@ -73,13 +74,18 @@ DRSEG_INLINE void quantise(
 
 template <class T, int kBytes>
 DRSEG_INLINE void reduce_rows(
-    Coarse* coarse, const T* value, int64_t stride, int64_t channels, const T* inverse, int64_t first, int64_t count) {
+    Coarse* coarse, const T* const* value, int64_t channels, const T* inverse, int64_t block, int64_t first,
+    int64_t count) {
   const int64_t width = coarse->width;
+  const uint8_t offset = static_cast<uint8_t>(coarse->limit);
+  uint8_t* packed = coarse->column.get() + block * kBlock * width;
   std::vector<float> turned(width);
-  for (int64_t p = first; p < first + count; ++p) {
-    const float* from = value + (p - first) * stride;
-    const float factor = inverse[p - first];
-    std::copy_n(from, channels, turned.begin());
+  std::vector<uint8_t> bytes(width);
+  if (count < kBlock) std::fill_n(packed, kBlock * width, offset);
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t p = first + n;
+    const float factor = inverse[n];
+    std::copy_n(value[n], channels, turned.begin());
     std::fill(turned.begin() + channels, turned.end(), 0.f);
     turn(turned.data(), coarse->sign.data(), width, coarse->mixed);
     typename Register<float, kBytes>::type squares = {};
@@ -87,68 +93,164 @@ DRSEG_INLINE void reduce_rows(
       const auto x = Register<float, kBytes>::load(turned.data() + d);
       squares += x * x;
     }
-    coarse->length[p] = std::sqrt(Register<float, kBytes>::sum(squares)) * (1 + 1e-4f) * factor;
-    Coarse::Side &rows = coarse->rows, &columns = coarse->columns;
+    coarse->length[p] = std::sqrt(Register<float, kBytes>::sum(squares)) * (1 + coarse->slack) * factor;
+    int8_t* row = coarse->row.get() + p * width;
+    float step, rest;
     int32_t sum;
-    quantise<kBytes>(
-        turned.data(), width, kRowLimit, kRowLimit, coarse->row.get() + p * width, &rows.step[p], &rows.rest[p], &sum);
-    quantise<kBytes>(
-        turned.data(), width, kColumnLimit, 0, coarse->column.get() + p * width, &columns.step[p], &columns.rest[p],
-        &sum);
-    coarse->shift[p] = kRowLimit * sum;
-    for (Coarse::Side* side : {&rows, &columns}) {
-      side->step[p] *= factor;
-      side->rest[p] *= factor;
-    }
+    quantise<kBytes>(turned.data(), width, static_cast<float>(coarse->limit), row, &step, &rest, &sum);
+    coarse->step[p] = step * factor;
+    coarse->rest[p] = rest * factor;
+    coarse->shift[p] = coarse->limit * sum;
+    for (int64_t d = 0; d < width; ++d) bytes[d] = static_cast<uint8_t>(row[d]) + offset;
+    uint8_t* own = packed + n / kTogether * kTogether * width + n % kTogether * 4;
+    for (int64_t d = 0; d < width; d += 4) std::memcpy(own + d * kTogether, bytes.data() + d, 4);
   }
 }
 
 DRSEG_LEVELS(reduce_floats, reduce_rows)
 
-#if defined(__x86_64__)
-// Products of kRows rows with one column.
-__attribute__((target("avx2"))) void products(
-    const uint8_t* const* row, const int8_t* column, int64_t width, int32_t* out) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  __m256i sum[kRows];
-  for (int r = 0; r < kRows; ++r) sum[r] = _mm256_setzero_si256();
-  for (int64_t d = 0; d < width; d += kChunk) {
-    __m256i b[4];
-    for (int n = 0; n < 4; ++n) b[n] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(column + d + 32 * n));
-    for (int r = 0; r < kRows; ++r) {
-      const __m256i* a = reinterpret_cast<const __m256i*>(row[r] + d);
-      __m256i part = _mm256_maddubs_epi16(_mm256_loadu_si256(a), b[0]);
-      part = _mm256_add_epi16(part, _mm256_maddubs_epi16(_mm256_loadu_si256(a + 1), b[1]));
-      part = _mm256_add_epi16(part, _mm256_maddubs_epi16(_mm256_loadu_si256(a + 2), b[2]));
-      part = _mm256_add_epi16(part, _mm256_maddubs_epi16(_mm256_loadu_si256(a + 3), b[3]));
-      sum[r] = _mm256_add_epi32(sum[r], _mm256_madd_epi16(part, ones));
+// What the products of a block leave to be done: scale, and the error on both sides.
+template <class T, int kBytes>
+DRSEG_INLINE void widen_products(
+    const Coarse* coarse, const int64_t* position, int64_t count, int64_t first, const int32_t* product, T* upper,
+    T* lower) {
+  typedef Register<T, kBytes> R;
+  typedef Register<int32_t, kBytes> I;
+  const T* step = coarse->step.data() + first;
+  const T* rest = coarse->rest.data() + first;
+  const T* length = coarse->length.data() + first;
+  for (int64_t c = 0; c < kBlock; c += R::lanes) {
+    const auto own_step = R::load(step + c), own_rest = R::load(rest + c), own_length = R::load(length + c);
+    const auto along = own_length + own_rest, across = own_rest + coarse->slack * own_length;
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t p = position[n];
+      const auto whole = I::load(product + n * kBlock + c) - coarse->shift[p];
+      // rounding of the few operations here is far below the slack
+      const auto value = __builtin_convertvector(whole, typename R::type) * (coarse->step[p] * own_step);
+      const auto error = coarse->rest[p] * along + coarse->length[p] * across;
+      R::store(upper + n * kBlock + c, value + error);
+      R::store(lower + n * kBlock + c, value - error);
     }
   }
-  for (int half = 0; half < kRows; half += 4) {
-    const __m256i low = _mm256_hadd_epi32(sum[half], sum[half + 1]);
-    const __m256i high = _mm256_hadd_epi32(sum[half + 2], sum[half + 3]);
-    const __m256i all = _mm256_hadd_epi32(low, high);
-    const __m128i total = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + half), total);
+}
+
+DRSEG_LEVELS(widen, widen_products)
+
+#if defined(__x86_64__)
+enum class Products { madd, vnni256, vnni512 };
+
+Products detect_products() {
+  if (level() == Level::avx512 && __builtin_cpu_supports("avx512vnni")) return Products::vnni512;
+  if (level() == Level::avx2 && __builtin_cpu_supports("avxvnni") && !forced_level("avx2")) return Products::vnni256;
+  return Products::madd;
+}
+
+Products products() {
+  static const Products value = detect_products();
+  return value;
+}
+
+// Four steps of 2 * 90 * 45 fit into the 16 bits between maddubs and madd.
+int most_level() { return products() == Products::madd ? 45 : 127; }
+
+// Four channels of a row in every lane.
+__attribute__((target("avx2"))) inline __m256i spread(const int8_t* from) {
+  int32_t four;
+  std::memcpy(&four, from, sizeof(four));
+  return _mm256_set1_epi32(four);
+}
+
+// Products of kRows rows with kTogether columns, written to rows kBlock apart.
+template <int kRows>
+__attribute__((target("avx2"))) inline void products_madd(
+    const int8_t* const* row, const uint8_t* column, int64_t width, int32_t* out) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int64_t c = 0; c < kTogether; c += 16) {
+    __m256i sum[kRows][2];
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < 2; ++v) sum[r][v] = _mm256_setzero_si256();
+    for (int64_t d = 0; d < width; d += 16) {
+      __m256i part[kRows][2];
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < 2; ++v) part[r][v] = _mm256_setzero_si256();
+      for (int64_t q = d; q < d + 16; q += 4) {
+        const __m256i* at = reinterpret_cast<const __m256i*>(column + q * kTogether + 4 * c);
+        const __m256i near = _mm256_loadu_si256(at), far = _mm256_loadu_si256(at + 1);
+        for (int r = 0; r < kRows; ++r) {
+          const __m256i four = spread(row[r] + q);
+          part[r][0] = _mm256_add_epi16(part[r][0], _mm256_maddubs_epi16(near, four));
+          part[r][1] = _mm256_add_epi16(part[r][1], _mm256_maddubs_epi16(far, four));
+        }
+      }
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < 2; ++v) sum[r][v] = _mm256_add_epi32(sum[r][v], _mm256_madd_epi16(part[r][v], ones));
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < 2; ++v)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * kBlock + c + 8 * v), sum[r][v]);
   }
 }
+
+template <int kRows>
+__attribute__((target("avx2,avxvnni"))) inline void products_vnni256(
+    const int8_t* const* row, const uint8_t* column, int64_t width, int32_t* out) {
+  constexpr int kVectors = kTogether / 8;
+  __m256i sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm256_setzero_si256();
+  for (int64_t d = 0; d < width; d += 4) {
+    const __m256i* at = reinterpret_cast<const __m256i*>(column + d * kTogether);
+    __m256i four[kRows];
+    for (int r = 0; r < kRows; ++r) four[r] = spread(row[r] + d);
+    for (int v = 0; v < kVectors; ++v) {
+      const __m256i block = _mm256_loadu_si256(at + v);
+      for (int r = 0; r < kRows; ++r) sum[r][v] = _mm256_dpbusd_avx_epi32(sum[r][v], block, four[r]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * kBlock + 8 * v), sum[r][v]);
+}
+
+template <int kRows>
+__attribute__((target("avx512f,avx512vnni"))) inline void products_vnni512(
+    const int8_t* const* row, const uint8_t* column, int64_t width, int32_t* out) {
+  constexpr int kVectors = kTogether / 16;
+  __m512i sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_setzero_si512();
+  for (int64_t d = 0; d < width; d += 4) {
+    __m512i block[kVectors];
+    for (int v = 0; v < kVectors; ++v) block[v] = _mm512_loadu_si512(column + d * kTogether + 64 * v);
+    for (int r = 0; r < kRows; ++r) {
+      int32_t four;
+      std::memcpy(&four, row[r] + d, sizeof(four));
+      const __m512i value = _mm512_set1_epi32(four);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], block[v], value);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(out + r * kBlock + 16 * v, sum[r][v]);
+}
+#else
+int most_level() { return 1; }
 #endif
 
 }  // namespace
 
-Coarse::Coarse(int64_t nodes, int64_t channels)
-    : width((channels + kChunk - 1) / kChunk * kChunk),
+Coarse::Coarse(int64_t nodes, int64_t blocks, int64_t channels)
+    : width((channels + kUnit - 1) / kUnit * kUnit),
       mixed(width & -width),
+      limit(most_level()),
       slack(static_cast<float>(width + 8) * 4 * std::numeric_limits<float>::epsilon()),
-      row(std::make_unique_for_overwrite<uint8_t[]>(nodes * width)),
-      column(std::make_unique_for_overwrite<int8_t[]>(nodes * width)),
-      length(nodes),
-      sign(width),
-      shift(nodes) {
-  for (Side* side : {&rows, &columns}) {
-    side->step.resize(nodes);
-    side->rest.resize(nodes);
-  }
+      row(std::make_unique_for_overwrite<int8_t[]>(nodes * width)),
+      column(std::make_unique_for_overwrite<uint8_t[]>(blocks * kBlock * width)),
+      // a block of columns is read whole
+      step(nodes + kBlock),
+      rest(nodes + kBlock),
+      length(nodes + kBlock),
+      shift(nodes),
+      sign(width) {
   uint32_t random = 12345;
   for (float& value : sign) {
     random = random * 1664525u + 1013904223u;
@@ -159,36 +261,33 @@ Coarse::Coarse(int64_t nodes, int64_t channels)
 bool Coarse::available() { return level() != Level::plain; }
 
 void Coarse::reduce(
-    const float* value, int64_t stride, int64_t channels, const float* inverse, int64_t first, int64_t count) {
-  DRSEG_CALL(reduce_floats, float, this, value, stride, channels, inverse, first, count);
+    const float* const* value, int64_t channels, const float* inverse, int64_t block, int64_t first, int64_t count) {
+  DRSEG_CALL(reduce_floats, float, this, value, channels, inverse, block, first, count);
 }
 
 void Coarse::bounds(
-    const int64_t* position, int64_t count, int64_t first, int64_t across, float* upper, int64_t stride) const {
+    const int64_t* position, int64_t count, int64_t block, int64_t first, float* upper, float* lower) const {
 #if defined(__x86_64__)
-  for (int64_t n = 0; n < count; n += kRows) {
-    const uint8_t* from[kRows];
-    for (int64_t r = 0; r < kRows; ++r) from[r] = row.get() + position[std::min(n + r, count - 1)] * width;
-    const int64_t present = std::min(kRows, count - n);
-    for (int64_t c = 0; c < across; ++c) {
-      const int64_t p = first + c;
-      int32_t product[kRows];
-      products(from, column.get() + p * width, width, product);
-      // rounding of the few operations here is far below the slack
-      for (int64_t r = 0; r < present; ++r)
-        upper[(n + r) * stride + c] = static_cast<float>(product[r] - shift[p]);
-    }
-    for (int64_t r = 0; r < present; ++r) {
-      const int64_t own = position[n + r];
-      const float step = rows.step[own], rest = rows.rest[own], size = length[own];
-      float* out = upper + (n + r) * stride;
-      for (int64_t c = 0; c < across; ++c) {
-        const int64_t p = first + c;
-        const float error = rest * (length[p] + columns.rest[p]) + size * (columns.rest[p] + slack * length[p]);
-        out[c] = out[c] * (step * columns.step[p]) + error;
-      }
+  const uint8_t* packed = column.get() + block * kBlock * width;
+  int32_t product[kMostRows * kBlock];
+  const int8_t* from[kMostRows];
+  for (int64_t n = 0; n < kMostRows; ++n) from[n] = row.get() + position[std::min(n, count - 1)] * width;
+  for (int64_t c = 0; c < kBlock; c += kTogether) {
+    const uint8_t* columns = packed + c * width;
+    int32_t* out = product + c;
+    // as many rows at a time as there are registers for
+    switch (products()) {
+      case Products::vnni512:
+        for (int64_t n = 0; n < count; n += 8) products_vnni512<8>(from + n, columns, width, out + n * kBlock);
+        break;
+      case Products::vnni256:
+        for (int64_t n = 0; n < count; n += 3) products_vnni256<3>(from + n, columns, width, out + n * kBlock);
+        break;
+      default:
+        for (int64_t n = 0; n < count; n += 3) products_madd<3>(from + n, columns, width, out + n * kBlock);
     }
   }
+  DRSEG_CALL(widen, float, this, position, count, first, product, upper, lower);
 #endif
 }
 

@@ -75,6 +75,9 @@ struct Decay {
     for (int64_t y = 0; y < h; ++y)
       for (int64_t x = 1 - w; x < w; ++x) mirrored[y * (2 * w - 1) + x + w - 1] = table[y * w + std::abs(x)];
   }
+
+  // of a cell with itself
+  T own() const { return mirrored[width - 1]; }
 };
 
 // What the cell (y, x) sees of a block: one entry per position.

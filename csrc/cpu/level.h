@@ -2,7 +2,8 @@
 // The instruction set is chosen when the program runs, never by the machine that built it.
 //
 // A kernel body is an always_inline template; DRSEG_LEVELS stamps one function per instruction set from it, and
-// DRSEG_CALL picks one. DRSEG_CPU_LEVEL=plain|avx2|avx512 forces a lower one, so that each can be tested anywhere.
+// DRSEG_CALL picks one. DRSEG_CPU_LEVEL=plain|avx2|avxvnni|avx512 forces a lower one, so that each can be
+// tested anywhere; avxvnni is avx2 with 8-bit products, which only coarse.cpp has a use for.
 #pragma once
 
 #include <cstdlib>
@@ -14,14 +15,18 @@ namespace drseg {
 
 enum class Level { plain, avx2, avx512 };
 
+inline bool forced_level(const char* name) {
+  const char* forced = std::getenv("DRSEG_CPU_LEVEL");
+  return forced != nullptr && std::strcmp(forced, name) == 0;
+}
+
 inline Level detect_level() {
 #if defined(__x86_64__)
-  const char* forced = std::getenv("DRSEG_CPU_LEVEL");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (forced != nullptr && std::strcmp(forced, "plain") == 0) return Level::plain;
-  if (forced != nullptr && std::strcmp(forced, "avx2") == 0 && avx2) return Level::avx2;
+  if (forced_level("plain")) return Level::plain;
+  if ((forced_level("avx2") || forced_level("avxvnni")) && avx2) return Level::avx2;
   return avx512 ? Level::avx512 : (avx2 ? Level::avx2 : Level::plain);
 #else
   return Level::plain;

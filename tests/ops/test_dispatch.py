@@ -27,10 +27,7 @@ from drseg_core.ops import _dispatch, _native
 from drseg_core.ops._cases import CASES
 
 OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
-# why the Triton kernels do not run on a CPU
-NO_TRITON = {op: f"{op} has no triton kernel" for op in OPS} | {
-    "knn_graph": "Triton kernels need a CUDA device (TRITON_INTERPRET=1 interprets them on the CPU, slowly)"
-}
+NO_TRITON = "Triton kernels need a CUDA device (TRITON_INTERPRET=1 interprets them on the CPU, slowly)"
 ROOT = Path(__file__).parents[2]
 HEAVY = ("triton", "timm", "open_clip", "torchvision", "rasterio", "matplotlib")
 
@@ -77,7 +74,7 @@ def test_another_device_takes_what_can_run_there():
             _dispatch.resolve("graph_propagate", tensor, "native")
     assert str(caught.value) == (
         "graph_propagate: backend native cannot run on cuda:0: the native library has no cuda kernels; "
-        "expected one of reference, got native"
+        "expected one of reference, triton, got native"
     )
 
 
@@ -91,7 +88,7 @@ def test_a_named_backend_runs_or_says_why_not(op):
         with pytest.raises(BackendUnavailableError) as caught:
             call(op, backend=name)
         assert str(caught.value) == (
-            f"{op}: backend triton cannot run on cpu: {NO_TRITON[op]}; expected one of native, reference, got triton"
+            f"{op}: backend triton cannot run on cpu: {NO_TRITON}; expected one of native, reference, got triton"
         )
         assert caught.value.exit_code == 5
 
@@ -401,15 +398,17 @@ with ops.use_backend("native"):
         test_knn_graph.test_integer_lattice_is_exact(256, 3, True, dtype, "native")
     for form in test_knn_graph.FORMS:
         test_knn_graph.test_large_grids_are_exact((33, 35), form, False, "native")
-    test_knn_graph.test_grids_that_are_searched_coarsely_first("outliers", "additive", "native")
+    for kind in ("dino", "outliers"):
+        test_knn_graph.test_grids_that_are_searched_coarsely_first(kind, "additive", "native")
 torch.save(kept, sys.argv[1])
 """
-LEVELS = ("plain", "avx2", "avx512")
+# avxvnni: avx2 with its own products in the coarse search, where the CPU has them
+LEVELS = ("plain", "avx2", "avxvnni", "avx512")
 
 
 def levels_here() -> int:
     capability = torch.backends.cpu.get_cpu_capability()
-    return 3 if capability.startswith("AVX512") else 2 if capability == "AVX2" else 1
+    return 4 if capability.startswith("AVX512") else 3 if capability == "AVX2" else 1
 
 
 @pytest.fixture(scope="module")

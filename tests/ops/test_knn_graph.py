@@ -173,6 +173,45 @@ def test_grids_that_are_searched_coarsely_first(kind, form, backend):
         torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("k", (1, 30, 400))
+def test_a_coarse_search_of_whole_vectors_for_few_and_for_many_neighbours(k, backend):
+    # rows of 112 float32 fill whole vectors, so the native backend reads them where they lie
+    prior = dino_like_prior(2, 41, 53, 112, torch.Generator().manual_seed(3))
+    inputs = {"prior": prior, "grid": (41, 53), "k": k, "decay": 1.0, "include_self": k < 400}
+    check(inputs, *ops.knn_graph(**inputs, return_score=True))
+
+
+@pytest.mark.parametrize("share", [0.005, 0.013])
+def test_neighbours_that_few_bits_do_not_show(share, backend):
+    # one channel is so large that whole multiples of a step lose the others, where the likeness to forty nodes lies;
+    # all the rest are a little less like it, in the channel that shows
+    random = torch.Generator().manual_seed(11)
+    h, w, hidden = 43, 50, torch.zeros(100)
+    hidden[50:] = torch.randn(50, generator=random) / 50**0.5
+    prior = torch.zeros(h * w, 100)
+    prior[:, 1:50] = torch.randn(h * w, 49, generator=random)
+    prior = prior / prior.norm(dim=1).clamp_min(1e-9)[:, None]
+    prior[:, 0] = 0.8 * share
+    alike = torch.randperm(h * w, generator=random)[:45]
+    prior[alike[:40]] = hidden
+    prior[alike[40:]] = share * hidden
+    prior[alike[40:], 0] = 1
+    index = ops.knn_graph(prior[None], (h, w), 40, decay=0.0, include_self=False)
+    expected = {*alike[40:].tolist(), *alike[:40].tolist()}
+    for node in alike[40:].tolist():
+        assert len(expected.intersection(index[0, node].tolist())) == 40
+
+
+def test_a_negative_decay_turns_scores_over(backend):
+    random = torch.Generator().manual_seed(5)
+    prior = torch.randint(-2, 3, (1, 43 * 50, 100), generator=random).float()
+    table = torch.randint(-3, 4, (43, 50), generator=random).float()
+    inverse = torch.ones(1, 43 * 50)
+    got = registration.knn_graph(prior, inverse, table, 30, "product", True, backend)
+    expected = reference.knn_graph(prior, inverse, table, 30, "product", True)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
 def test_large_grids_give_the_same_bits_for_any_threads():
     prior = dino_like_prior(1, 43, 50, 100, torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+// Large grids of many channels: as in knn_large.h, but a block's scores are bounded from both sides first (coarse.h).
+// What can reach a row's threshold waits, in bounds, until there is not room for another block; then it is computed,
+// and the best remain. Before a row has enough computed scores, the lower bounds give its threshold.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/coarse.h"
+#include "cpu/dot_tile.h"
+#include "cpu/knn_large.h"
+#include "cpu/knn_rows.h"
+#include "cpu/level.h"
+#include "cpu/select.h"
+
+namespace drseg {
+
+// The first `exact` candidates of a row are computed; of the others, `score` is the upper bound and `node` the position.
+struct CoarseCandidates : Candidates<float> {
+  std::vector<float> lower, decay;
+  std::vector<int64_t> exact;
+
+  explicit CoarseCandidates(int64_t others)
+      : Candidates<float>(others, 8), lower(score.size()), decay(score.size()), exact(kBlock) {}
+};
+
+struct CoarseScratch : Scratch<float> {
+  std::vector<const float*> column;
+  std::vector<float> dot, inverse, decay;
+  std::vector<uint8_t> flag;
+  std::vector<int32_t> place;
+
+  CoarseScratch(int64_t room, int64_t k)
+      : Scratch<float>(room, k), column(room), dot(room), inverse(room), decay(room), flag(room + 8), place(room) {}
+};
+
+// Computes what the bounds of a row's candidates cannot rule out, and keeps the best.
+template <class T, int kBytes>
+DRSEG_INLINE void settle(
+    const Problem<T>& problem, const Rows<T>& rows, int64_t position, CoarseCandidates& candidates,
+    CoarseScratch& scratch, int64_t r) {
+  const int64_t offset = r * candidates.room, count = candidates.count[r], exact = candidates.exact[r];
+  T *score = candidates.score.data() + offset, *lower = candidates.lower.data() + offset;
+  T *decay = candidates.decay.data() + offset, threshold = candidates.threshold[r];
+  int32_t* node = candidates.node.data() + offset;
+  if (exact < problem.others()) {
+    const int64_t most = select_best<T, kBytes>(lower, nullptr, count, problem.others(), scratch.selection);
+    T lowest = std::numeric_limits<T>::infinity();
+    for (int64_t n = 0; n < most; ++n) lowest = std::min(lowest, lower[scratch.selection.slot[n]]);
+    if (most == problem.others()) threshold = std::max(threshold, lowest);
+  }
+  const int64_t bounded = count - exact;
+  uint8_t* flag = scratch.flag.data();
+  for (int64_t n = 0; n < bounded; ++n) flag[n] = score[exact + n] >= threshold;
+  std::fill_n(flag + bounded, 8, uint8_t(0));
+  const int64_t waiting = set_places(flag, bounded, scratch.place.data());
+  for (int64_t n = 0; n < waiting; ++n) {
+    // places ascend, so this overwrites nothing that is still to be read
+    const int64_t from = exact + scratch.place[n];
+    const int32_t position_of = node[from];
+    scratch.column[n] = rows.at(position_of);
+    scratch.inverse[n] = rows.inverse[position_of];
+    scratch.decay[n] = decay[from];
+    node[exact + n] = problem.grid.node[position_of];
+  }
+  const T* own = rows.at(position);
+  dot_block<T, kBytes>(&own, 1, scratch.column.data(), waiting, rows.width, scratch.dot.data(), candidates.room);
+  finish_scores(
+      problem, rows.inverse[position], scratch.inverse.data(), scratch.dot.data(), scratch.decay.data(), waiting,
+      score + exact);
+  candidates.count[r] = exact + waiting;
+  cut_back<T, kBytes>(problem, candidates, scratch, r);
+  candidates.exact[r] = candidates.count[r];
+  std::copy_n(score, candidates.count[r], lower);
+}
+
+// Adds to the candidates of some rows of a block, given by their places in it, what another block may hold for them.
+template <class T, int kBytes>
+DRSEG_INLINE void visit_coarsely(
+    const Problem<T>& problem, const Rows<T>& rows, const Coarse& coarse, const Block& block, const int32_t* live,
+    int64_t count, const Block& columns, int64_t other, CoarseCandidates& candidates, CoarseScratch& scratch) {
+  constexpr int64_t kRows = Coarse::kMostRows;
+  T upper[kRows * kBlock], lower[kRows * kBlock], decay[kBlock];
+  int64_t position[kRows];
+  for (int64_t start = 0; start < count; start += kRows) {
+    const int64_t together = std::min(kRows, count - start);
+    for (int64_t n = 0; n < together; ++n) position[n] = block.first + live[start + n];
+    coarse.bounds(position, together, other, columns.first, upper, lower);
+    for (int64_t n = 0; n < together; ++n) {
+      const int64_t r = live[start + n], node = problem.grid.node[position[n]];
+      const T threshold = candidates.threshold[r];
+      T *high = upper + n * kBlock, *low = lower + n * kBlock;
+      decay_of_block(problem.decay, columns, node / problem.grid.width, node % problem.grid.width, decay);
+      uint8_t flag[kBlock + 8] = {};
+      if (problem.subtract) {
+        for (int64_t c = 0; c < columns.count; ++c) high[c] = high[c] - decay[c];
+      } else {
+        for (int64_t c = 0; c < columns.count; ++c) high[c] = join(high[c], decay[c], false, problem.clamp);
+      }
+      for (int64_t c = 0; c < columns.count; ++c) flag[c] = high[c] >= threshold;
+      if (&block == &columns) flag[r] = 0;
+      int32_t place[kBlock];
+      const int64_t passing = set_places(flag, columns.count, place);
+      if (passing == 0) continue;
+      const int64_t held = r * candidates.room + candidates.count[r];
+      for (int64_t c = 0; c < passing; ++c) {
+        const int32_t at = place[c];
+        candidates.score[held + c] = high[at];
+        candidates.lower[held + c] = join(low[at], decay[at], problem.subtract, problem.clamp);
+        candidates.decay[held + c] = decay[at];
+        candidates.node[held + c] = static_cast<int32_t>(columns.first) + at;
+      }
+      candidates.count[r] += passing;
+      if (candidates.count[r] + kBlock > candidates.room)
+        settle<T, kBytes>(problem, rows, position[n], candidates, scratch, r);
+    }
+  }
+}
+
+template <class T, int kBytes>
+DRSEG_INLINE void search_block_coarsely(
+    const Problem<T>* problem, const Rows<T>* rows, const Bounds<T>* bounds, const Coarse* coarse,
+    CoarseCandidates* candidates, CoarseScratch* scratch, int64_t which, int32_t* index, T* out) {
+  const std::vector<Block>& blocks = problem->grid.blocks;
+  const Block& block = blocks[which];
+  candidates->start(*problem, *rows, block);
+  std::fill(candidates->exact.begin(), candidates->exact.end(), 0);
+  order_blocks(*problem, *bounds, which, *scratch);
+  int32_t live[kBlock];
+  for (const auto& [negative, other] : scratch->order) {
+    const int64_t count = candidates->live_rows(block, -negative, live);
+    if (count == 0) break;
+    visit_coarsely<T, kBytes>(
+        *problem, *rows, *coarse, block, live, count, blocks[other], other, *candidates, *scratch);
+  }
+  for (int64_t r = 0; r < block.count; ++r) {
+    const int64_t position = block.first + r;
+    settle<T, kBytes>(*problem, *rows, position, *candidates, *scratch, r);
+    const T* own = rows->at(position);
+    T dot, decay = problem->decay.own();
+    dot_block<T, kBytes>(&own, 1, &own, 1, rows->width, &dot, 1);
+    finish_scores(*problem, rows->inverse[position], &rows->inverse[position], &dot, &decay, 1, &candidates->own[r]);
+  }
+  write_block<T, kBytes>(*problem, *rows, block, *candidates, *scratch, index, out);
+}
+
+DRSEG_LEVELS(search_coarse, search_block_coarsely)
+
+}  // namespace drseg
