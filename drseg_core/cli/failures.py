@@ -14,6 +14,7 @@ _MEMORY_HINT = {
     "evaluate": "lower --batch-size, or use --mode tile",
     "predict": "lower --tile-size",
     "rank": "use smaller images",
+    "data": "use smaller images",
 }
 
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "rank": "rank CLIP's channels on a training set (SPSD, offline)",
     "evaluate": "score a trained model on images with masks",
     "predict": "map an image or GeoTIFF by class names you choose",
+    "data": "prepare a benchmark set from its archives, or look for faults in a data set",
     "doctor": "say what is installed and which kernels run here",
 }
 EPILOG = """\
@@ -88,11 +89,12 @@ def _run(arguments: list[str]) -> int:
     commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND", title="commands")
     for name, summary in COMMANDS.items():
         command = Parser(description=f"{summary[0].upper()}{summary[1:]}.")
+        # first, because a command may have subcommands of its own
+        commands.add_subcommand(name, command, help=summary)
         if name == chosen:
             module = importlib.import_module(f"drseg_core.cli.{_module(name)}")
             module.add_arguments(command, arguments[arguments.index(name) + 1 :])
             command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        commands.add_subcommand(name, command, help=summary)
         command.prog = f"drseg {name}"
         if name == chosen:
             parser.chosen = command

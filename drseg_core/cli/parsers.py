@@ -19,6 +19,7 @@ from drseg_core.config.schema import Config
 from drseg_core.config.validate import validate
 from drseg_core.errors import ConfigError
 
+DATA_HELP = "folder:PATH, synthetic:seed=0,... or a benchmark set such as dlrsd:ROOT"
 _required = re.compile(r"arguments are required: (.+)$")
 
 
@@ -52,7 +53,9 @@ class Parser(ArgumentParser):
         super().__init__(formatter_class=_Formatter, default_env=False, print_config=None, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", None) or self.chosen or self
+        parser = getattr(ex, "subcommand_parser", None) or self
+        while parser.chosen is not None:
+            parser = parser.chosen
         text = _required.sub(lambda match: parser.named(match.group(1)), " ".join(message.split()))
         usage = " ".join(parser.format_usage().split())
         raise UsageError(f"{parser.prog}: error: {text}\n{usage}\nSee {parser.prog} --help.")

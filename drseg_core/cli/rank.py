@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from drseg_core.cli.parsers import Parser, add_config_arguments, check_output, chosen_config
+from drseg_core.cli.parsers import DATA_HELP, Parser, add_config_arguments, check_output, chosen_config
 from drseg_core.config.load import to_yaml
 
 USAGE = "drseg rank RUN_OR_WEIGHTS --data DATA --out channels.safetensors [options]"
@@ -28,7 +28,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "source", type=str, metavar="RUN_OR_WEIGHTS", help="run folder, CLIP weight file, or open_clip tag"
     )
-    parser.add_argument("--data", required=True, type=str, metavar="DATA", help="folder:PATH or synthetic:seed=0,...")
+    parser.add_argument("--data", required=True, type=str, metavar="DATA", help=DATA_HELP)
     parser.add_argument("--split", type=str, default="train", metavar="SPLIT", help="part of the data")
     parser.add_argument("--out", required=True, type=str, metavar="FILE", help="channel ranking to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from drseg_core.cli.parsers import Parser, add_config_arguments, chosen_config
+from drseg_core.cli.parsers import DATA_HELP, Parser, add_config_arguments, chosen_config
 from drseg_core.config.load import to_yaml
 from drseg_core.errors import ConfigError
 
@@ -18,6 +18,7 @@ examples:
   drseg train --config tiny --data folder:tiles --out run
   drseg train --config tiny --data folder:tiles --out run --train.seconds 300 --seed 1
   drseg train --data folder:tiles --out run --resume
+  drseg train --config vitl --data dlrsd:datasets --out paper
   drseg train --config vitb --data folder:tiles --out big --model.clip.weights clip.safetensors
   torchrun --nproc-per-node 2 -m drseg_core train --config vitl --data folder:tiles --out big
 
@@ -29,7 +30,7 @@ A folder of data holds classes.txt (one name per line) and {train,val}/{images,m
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.usage, parser.epilog = USAGE, EPILOG
     needed = "--print_config" not in argv
-    parser.add_argument("--data", required=needed, type=str, metavar="DATA", help="folder:PATH or synthetic:seed=0,...")
+    parser.add_argument("--data", required=needed, type=str, metavar="DATA", help=DATA_HELP)
     parser.add_argument("--out", required=needed, type=str, metavar="RUN", help="run folder to write; new or empty")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
     parser.add_argument("--init", type=str | None, metavar="RUN", help="start from the weights of another run")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drseg_core.data.benchmarks import BENCHMARKS
 from drseg_core.errors import ConfigError, DatasetError
 
 IGNORE = 255
@@ -80,10 +81,12 @@ def open_dataset(spec: str, split: str = "train") -> SegmentationDataset:
     * ``folder:PATH``: ``PATH/classes.txt`` and ``PATH/{split}/{images,masks}/*`` (see :class:`FolderDataset`).
     * ``synthetic:seed=0,scenes=400,size=128,vocabulary=seen``: procedural scenes, made while they are read; every
       option may be left out (see :class:`SyntheticDataset`).
+    * ``NAME:ROOT``: a benchmark set, such as ``dlrsd:datasets``, in the release's folders (see
+      :class:`BenchmarkDataset`).
 
     Args:
         spec: the specification.
-        split: ``train``, ``val`` or, for folders, any other folder of that layout.
+        split: ``train``, ``val`` or, for folders, any other folder of that layout; ``all`` for benchmark sets.
 
     Raises:
         ConfigError: unknown kind, option or value.
@@ -98,4 +101,11 @@ def open_dataset(spec: str, split: str = "train") -> SegmentationDataset:
         from drseg_core.data.synthetic import SyntheticDataset
 
         return SyntheticDataset.from_spec(rest, split)
-    raise ConfigError(f"open_dataset: spec is unknown; expected folder:PATH or synthetic:seed=0,..., got {spec!r}")
+    if separator and kind in BENCHMARKS:
+        from drseg_core.data.benchmark_dataset import BenchmarkDataset
+
+        return BenchmarkDataset(kind, rest, split)
+    raise ConfigError(
+        "open_dataset: spec is unknown; expected folder:PATH, synthetic:seed=0,... or NAME:ROOT with NAME one of "
+        f"{', '.join(BENCHMARKS)}, got {spec!r}"
+    )

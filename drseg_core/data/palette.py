@@ -59,27 +59,35 @@ def palette(count: int) -> NDArray[np.uint8]:
     return _colors()[:count].copy()
 
 
-def colorize(class_index: Any, num_classes: int) -> Image8:
-    """(H, W) ids -> (H, W, 3) class colours; ids without a class, such as 255, are black."""
+def colorize(class_index: Any, num_classes: int, colors: Any = None) -> Image8:
+    """(H, W) ids -> (H, W, 3) class colours; ids without a class, such as 255, are black.
+
+    Args:
+        class_index: ids.
+        num_classes: T.
+        colors: (T, 3) RGB of the classes in id order; those of :func:`palette` by default.
+    """
     table = np.zeros((256, 3), np.uint8)
-    table[:num_classes] = palette(num_classes)
+    table[:num_classes] = palette(num_classes) if colors is None else np.asarray(colors, np.uint8)
     return table[np.asarray(class_index).astype(np.uint8)]
 
 
-def overlay(image: Any, class_index: Any, num_classes: int, *, opacity: float = 0.55) -> Image8:
+def overlay(image: Any, class_index: Any, num_classes: int, *, opacity: float = 0.55, colors: Any = None) -> Image8:
     """Class colours over an image (3, H, W) uint8 -> (H, W, 3) uint8; pixels of id 255 show the image alone."""
     base = np.asarray(image).transpose(1, 2, 0).astype(np.float32)
     index = np.asarray(class_index)
-    mixed = base * (1 - opacity) + colorize(index, num_classes) * opacity
+    mixed = base * (1 - opacity) + colorize(index, num_classes, colors) * opacity
     return np.where((index == IGNORE)[..., None], base, mixed).round().astype(np.uint8)
 
 
-def with_legend(picture: Image8, class_names: Sequence[str], present: Sequence[int], *, limit: int = 80) -> Image8:
+def with_legend(
+    picture: Image8, class_names: Sequence[str], present: Sequence[int], *, limit: int = 80, colors: Any = None
+) -> Image8:
     """Put a legend of the first ``limit`` ids of ``present`` to the right of a picture (H, W, 3)."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=14)
-    color = palette(len(class_names))
+    color = palette(len(class_names)) if colors is None else np.asarray(colors, np.uint8)
     shown = list(present)[:limit]
     text = [class_names[i] for i in shown]
     if len(present) > limit:

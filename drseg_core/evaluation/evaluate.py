@@ -11,9 +11,11 @@ import torch
 
 from drseg_core.config.schema import EvaluationConfig
 from drseg_core.data.dataset import IGNORE, Sample, SegmentationDataset, class_names_hash
+from drseg_core.data.protocols import Views
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.evaluation.inference import Predictor
 from drseg_core.evaluation.metrics import CONVENTIONS, ConfusionMatrix
+from drseg_core.evaluation.views import ViewPredictor
 
 
 def evaluate(
@@ -22,6 +24,7 @@ def evaluate(
     dataset: SegmentationDataset,
     evaluation: EvaluationConfig | None = None,
     *,
+    views: Views | None = None,
     subsets: Mapping[str, Sequence[int]] | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -34,6 +37,7 @@ def evaluate(
             set's own names, and names beyond those are distractors that only cost.
         dataset: images and masks.
         evaluation: mode, tiles and batch size.
+        views: how a protocol shows images to the model; takes the place of mode and tiles.
         subsets: named lists of class ids to be averaged on their own, such as held-out classes.
         device: where to run; by default where the model is.
         progress: show a progress bar.
@@ -61,14 +65,18 @@ def evaluate(
             raise ConfigError(f"evaluate: subset {name!r} holds unknown ids; expected 0 to {len(class_names) - 1}")
     if not len(dataset):
         raise DatasetError("evaluate: dataset is empty; expected at least one image")
-    predictor = Predictor(
-        model,
-        class_names,
-        mode=evaluation.mode,
-        tile_size=evaluation.tile_size,
-        overlap=evaluation.overlap,
-        batch_size=evaluation.batch_size,
-        device=device,
+    predictor = (
+        ViewPredictor(model, class_names, views, batch_size=evaluation.batch_size, device=device)
+        if views is not None
+        else Predictor(
+            model,
+            class_names,
+            mode=evaluation.mode,
+            tile_size=evaluation.tile_size,
+            overlap=evaluation.overlap,
+            batch_size=evaluation.batch_size,
+            device=device,
+        )
     )
     confusion = ConfusionMatrix(len(class_names))
     all_ignored = 0

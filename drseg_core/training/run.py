@@ -82,6 +82,16 @@ def load_run(path: str | Path) -> LoadedRun:
     return LoadedRun(model.eval(), config, checkpoint.class_names, checkpoint.step, checkpoint.path)
 
 
+def training_data(run: LoadedRun) -> str | None:
+    """The specification of the data a run was trained on; None where its folder does not tell."""
+    for folder in (run.path, *run.path.parents[:2]):
+        try:
+            return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["data"]["spec"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
 def holds_clip(state: Mapping[str, Tensor]) -> bool:
     """Whether a checkpoint has CLIP's tensors, so that the file or tag they came from is not needed any more."""
     return any(name.startswith("clip.") for name in state)

@@ -9,7 +9,8 @@ HEAVY = ["timm", "open_clip", "torchvision", "rasterio", "matplotlib", "triton"]
 CODE = """
 import sys
 import drseg_core.data, drseg_core.data.folder, drseg_core.data.synthetic, drseg_core.data.loader
-import drseg_core.data.transforms, drseg_core.data.palette
+import drseg_core.data.transforms, drseg_core.data.palette, drseg_core.data.benchmark_dataset
+import drseg_core.data.prepare, drseg_core.data.check, drseg_core.data.protocols, drseg_core.evaluation.views
 import drseg_core.evaluation.evaluate, drseg_core.evaluation.inference, drseg_core.evaluation.metrics
 import drseg_core.evaluation.report
 import drseg_core.scenes.predict, drseg_core.scenes.synthetic

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of images beside folders of masks of the same names."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from drseg_core.data.dataset import IGNORE, Sample, SegmentationDataset
+from drseg_core.data.images import MAX_PIXELS, image_size, read_image, read_mask
+from drseg_core.data.manifest import MANIFEST, manifest_problem, printable, read_manifest
+from drseg_core.errors import DatasetError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+LISTED = 10
+"""How many offending files an error names."""
+
+
+class PairFolder(NamedTuple):
+    """A folder of images, that of their masks, and the folder that no link may leave and whose manifest counts."""
+
+    images: Path
+    masks: Path
+    home: Path
+
+
+class Pair(NamedTuple):
+    """An image file, its mask file, and their sizes in bytes when they were listed."""
+
+    image: Path
+    mask: Path
+    image_bytes: int
+    mask_bytes: int
+
+
+class PairDataset(SegmentationDataset):
+    """Images and masks in folders; a mask has the name of its image, any suffix.
+
+    Files are paired by name without suffix and ordered by it, folder after folder. Making the data set reads every
+    header (sizes must agree, a mask must be one) and no pixels. :mod:`drseg_core.data.images` says which formats are
+    converted and which refused.
+
+    Decoders do not notice a flipped bit in a JPEG or raw TIFF. Where a folder's ``home`` holds ``manifest.sha256``
+    (lines of ``sha256sum``, paths relative to it), every file of the split is read once and held to it.
+
+    Args:
+        root: the folder that names are relative to.
+        class_names: names in id order.
+        folders: where the files are.
+        layout: what is expected below ``root``, for errors.
+        max_pixels: larger files are refused before they are decoded.
+
+    Raises:
+        DatasetError: no image, files without partner, sizes that differ (the first ten are named), a link that leaves
+            its home, a file that is not what the manifest says.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        class_names: Sequence[str],
+        folders: Sequence[PairFolder],
+        *,
+        layout: str,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.root = root
+        self.class_names = tuple(class_names)
+        self.layout = layout
+        self.max_pixels = max_pixels
+        self.pairs = tuple(pair for folder in folders for pair in self._find_pairs(folder))
+        self._check_sizes()
+        self._check_manifests({folder.home for folder in folders})
+        self._fingerprint: str | None = None
+
+    def _find_pairs(self, folder: PairFolder) -> list[Pair]:
+        images, masks = (list_files(part, folder.home, self.layout) for part in (folder.images, folder.masks))
+        if not images and not masks:
+            raise DatasetError(f"{self._name}: {folder.images.parent} has no image; expected {self.layout}")
+        lonely = without_partner(images, masks)
+        if lonely:
+            raise DatasetError(f"{self._name}: {len(lonely)} files have no partner of the same name: {some(lonely)}")
+        pairs = [(images[stem], masks[stem]) for stem in sorted(images)]
+        return [Pair(image, mask, _bytes(image), _bytes(mask)) for image, mask in pairs]
+
+    def _check_sizes(self) -> None:
+        wrong = []
+        for pair in self.pairs:
+            image = image_size(pair.image, max_pixels=self.max_pixels)
+            mask = image_size(pair.mask, max_pixels=self.max_pixels, mask=True)
+            if image != mask:
+                wrong.append(f"{printable(pair.image)} {image[0]} x {image[1]}, its mask {mask[0]} x {mask[1]}")
+        if wrong:
+            raise DatasetError(f"{self._name}: {len(wrong)} masks differ from their image in size: {some(wrong)}")
+
+    def _check_manifests(self, homes: set[Path]) -> None:
+        for home in sorted(homes):
+            if not (home / MANIFEST).is_file():
+                continue
+            expected = read_manifest(home / MANIFEST)
+            for path in (path for pair in self.pairs for path in (pair.image, pair.mask)):
+                problem = manifest_problem(path, home, expected) if path.is_relative_to(home) else None
+                if problem:
+                    raise DatasetError(f"{self._name}: {problem}")
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read one pair.
+
+        Raises:
+            DatasetError: a file vanished, changed since it was listed, is damaged or refused, or the mask holds an id
+                that is neither a class nor 255.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self._name}: index {index} is out of range; expected 0 to {len(self) - 1}")
+        pair = self.pairs[index]
+        self._check_unchanged(pair.image, pair.image_bytes)
+        self._check_unchanged(pair.mask, pair.mask_bytes)
+        image = read_image(pair.image, max_pixels=self.max_pixels)
+        mask = read_mask(pair.mask, max_pixels=self.max_pixels)
+        if image.shape[:2] != mask.shape:
+            raise DatasetError(
+                f"{self._name}: {printable(pair.mask)} differs from its image in size; "
+                f"expected {image.shape[0]} x {image.shape[1]}, got {mask.shape[0]} x {mask.shape[1]}"
+            )
+        wrong = unknown_ids(mask, len(self.class_names))
+        if wrong:
+            raise DatasetError(
+                f"{self._name}: {printable(pair.mask)} holds ids that are no class; "
+                f"expected 0 to {len(self.class_names) - 1} or {IGNORE}, got {some(wrong)}"
+            )
+        chw = np.ascontiguousarray(image.transpose(2, 0, 1))
+        return Sample(torch.from_numpy(chw), torch.from_numpy(mask), printable(pair.image))
+
+    def sample_name(self, index: int) -> str:
+        return printable(self.pairs[index].image)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of class names, file names and file contents.
+
+        Reads every file once, at the speed of the disk, and keeps the answer: decoders do not notice a flipped bit in
+        a JPEG or an uncompressed TIFF, so nothing less tells whether two runs saw the same data.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            digest.update("\n".join(self.class_names).encode())
+            for pair in self.pairs:
+                for path, size in ((pair.image, pair.image_bytes), (pair.mask, pair.mask_bytes)):
+                    self._check_unchanged(path, size)
+                    name = os.fsencode(path.relative_to(self.root))
+                    digest.update(b"\0%d %d\0" % (len(name), size) + name)
+                    try:
+                        with open(path, "rb") as file:
+                            while block := file.read(1 << 20):
+                                digest.update(block)
+                    except OSError as error:
+                        reason = f"cannot be read: {error.strerror}"
+                        raise DatasetError(f"{self._name}: {printable(path)} {reason}") from None
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def _check_unchanged(self, path: Path, size: int) -> None:
+        now = _bytes(path)
+        if now != size:
+            raise DatasetError(
+                f"{self._name}: {printable(path)} changed after it was listed; expected {size} bytes, got {now}"
+            )
+
+
+def is_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder.
+
+    Raises:
+        DatasetError: it cannot be told, for want of permission or because the name is too long.
+    """
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise DatasetError(f"data set: {printable(path)} cannot be opened: {error.strerror}") from None
+
+
+def list_files(folder: Path, home: Path, layout: str) -> dict[str, Path]:
+    """Image files of a folder by name without suffix; hidden files and other suffixes are left out.
+
+    Raises:
+        DatasetError: no such folder, a link that is broken or leaves ``home``, two files of one name.
+    """
+    if not is_folder(folder):
+        raise DatasetError(f"data set: {folder} is not a folder; expected {layout}")
+    inside = home.resolve()
+    found: dict[str, Path] = {}
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise DatasetError(f"data set: {printable(folder)} cannot be listed: {error.strerror}") from None
+    for name in names:
+        path = folder / name
+        if path.suffix.lower() not in SUFFIXES:
+            continue
+        try:
+            target = path.resolve(strict=True)
+        except PermissionError as error:
+            raise DatasetError(f"data set: {printable(path)} cannot be read: {error.strerror}") from None
+        except (OSError, RuntimeError):
+            raise DatasetError(f"data set: {printable(path)} is a broken link; expected a file") from None
+        if not target.is_relative_to(inside):
+            raise DatasetError(f"data set: {printable(path)} is a link out of {home}; expected a file")
+        if not target.is_file():
+            raise DatasetError(f"data set: {printable(path)} is not a file; expected an image")
+        if path.stem in found:
+            other = printable(found[path.stem])
+            raise DatasetError(f"data set: {printable(path)} and {other} share a name; expected one file")
+        found[path.stem] = path
+    return found
+
+
+def without_partner(images: dict[str, Path], masks: dict[str, Path]) -> list[str]:
+    """What to say of images without mask and masks without image, in order."""
+    lonely = [f"{printable(images[stem])} has no mask" for stem in sorted(images.keys() - masks.keys())]
+    return lonely + [f"{printable(masks[stem])} has no image" for stem in sorted(masks.keys() - images.keys())]
+
+
+def unknown_ids(mask: NDArray[np.uint8], num_classes: int) -> list[int]:
+    """Ids of a mask that are neither a class nor 255."""
+    count = np.bincount(mask.ravel(), minlength=256)
+    return [int(i) for i in np.flatnonzero(count) if i >= num_classes and i != IGNORE]
+
+
+def some(items: Iterable[object]) -> str:
+    """The first ten items in one line, and how many more there are."""
+    every = [str(item) for item in items]
+    more = f", and {len(every) - LISTED} more" if len(every) > LISTED else ""
+    return "; ".join(every[:LISTED]) + more
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        raise DatasetError(f"data set: {printable(path)} vanished; expected the file that was listed") from None
+    except OSError as error:
+        raise DatasetError(f"data set: {printable(path)} cannot be read: {error.strerror}") from None

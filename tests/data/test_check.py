@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every fault of a set is found and named, all of them in one go."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drseg_core.data.benchmarks import BENCHMARKS
+from drseg_core.data.check import check_data, overlay_sheet
+from drseg_core.data.images import read_mask
+from drseg_core.data.manifest import write_manifest
+from drseg_core.errors import ConfigError, DatasetError
+from tests.data.miniatures import NAMES, save, write_release
+
+
+def kinds(findings) -> list[str]:
+    return sorted({finding.kind for finding in findings})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_good_set(name, tmp_path):
+    report = check_data(name, write_release(name, tmp_path, count=3))
+    assert report.problems == [] and kinds(report.warnings) in ([], ["size"])
+    content = json.loads(json.dumps(report.as_dict()))
+    assert set(content["splits"]) == {"train", "val", "test", "all"}
+    split = content["splits"]["val"]
+    assert split["images"] == split["masks"] == split["readable"] == 3 and split["sizes"] == {"32 x 40": 3}
+    assert list(split["pixels"]) == list(BENCHMARKS[name].class_names)
+    assert sum(split["pixels"].values()) + split["ignored_pixels"] == 3 * 32 * 40
+    masks = sorted((tmp_path / BENCHMARKS[name].folder("val") / BENCHMARKS[name].masks).iterdir())
+    count = sum((read_mask(path) == 2).sum() for path in masks)
+    assert split["pixels"][BENCHMARKS[name].class_names[2]] == count > 0
+
+
+def test_everything_that_is_wrong_is_found(tmp_path):
+    root = write_release("dlrsd", tmp_path, splits=("val",), count=8)
+    images, masks = root / "DLRSD_split/val/imgs", root / "DLRSD_split/val/D2masks"
+    (masks / "val_0.png").unlink()
+    (images / "val_1.jpg").unlink()
+    image = images / "val_2.jpg"
+    image.write_bytes(image.read_bytes()[:-200])
+    save(masks / "val_3.png", np.zeros((30, 40), np.uint8))
+    save(masks / "val_4.png", np.zeros((32, 40, 3), np.uint8))
+    save(masks / "val_5.png", np.full((32, 40), 99, np.uint8))
+    save(images / "val_6.jpg", np.zeros((90, 90, 3), np.uint8))
+    report = check_data("dlrsd", root, max_pixels=2000)
+    said = {finding.message for finding in report.problems}
+    for kind, words in (
+        ("pair", "val_0.jpg has no mask"),
+        ("pair", "val_1.png has no image"),
+        ("file", "val_2.jpg is damaged"),
+        ("size", "val_3.png differs from its image in size; expected 32 x 40, got 30 x 40"),
+        ("file", "val_4.png has mode RGB"),
+        ("ids", "val_5.png holds ids that are no class; expected 0 to 16 or 255, got 99"),
+        ("file", "val_6.jpg is too large; expected at most 2000 pixels, got 90 x 90"),
+    ):
+        assert any(f.kind == kind and words in f.message for f in report.problems), (words, said)
+    assert len(report.problems) == 7
+    assert report.splits["val"].images == 7 and len(report.splits["val"].readable) == 1
+    assert report.as_dict()["splits"]["val"]["other_ids"] == {"99": 1280}
+
+
+def test_ids_that_are_one_too_high(tmp_path):
+    """As in the release's OVS_label folders."""
+    root = write_release("isaid", tmp_path, splits=("all",), count=3)
+    for path in (root / "iSAID/D2masks").iterdir():
+        ids = read_mask(path)
+        save(path, np.where(ids == 255, 255, ids + 1).astype(np.uint8))
+    report = check_data("isaid", root)
+    assert kinds(report.problems) == ["ids", "shifted"]
+    message = next(f.message for f in report.problems if f.kind == "shifted")
+    assert message.startswith("all: ids are one too high; expected 0 to 14, got 1 to 15 and never 0")
+
+
+def test_a_wrong_id_is_no_shift(tmp_path):
+    root = write_release("isaid", tmp_path, splits=("all",), count=3)
+    path = root / "iSAID/D2masks/all_0.png"
+    ids = read_mask(path)
+    ids[0, 0] = 15
+    save(path, ids)
+    assert kinds(check_data("isaid", root).problems) == ["ids"]
+
+
+def test_masks_with_a_palette(tmp_path):
+    root = write_release("vdd", tmp_path, splits=("train",), count=3)
+    for path in (root / "VDD/train/gt").iterdir():
+        ids = read_mask(path)
+        good = Image.fromarray(ids)
+        # of 256 colours, or Pillow would store the ids, 255 among them, in 4 bits
+        good.putpalette(np.resize(BENCHMARKS["vdd"].palette, (256, 3)).ravel().tolist())
+        good.save(path)
+        assert Image.open(path).mode == "P"
+    report = check_data("vdd", root)
+    assert report.problems == [] and kinds(report.warnings) == ["palette"]
+    assert report.splits["train"].palette_masks == 3
+    # what converters made of RGB labels: every class is 0 or 1
+    for path in (root / "VDD/train/gt").iterdir():
+        two = Image.fromarray((read_mask(path) % 2).astype(np.uint8))
+        two.putpalette(np.resize([0, 0, 0, 128, 0, 0], 768).tolist())
+        two.save(path)
+    report = check_data("vdd", root)
+    assert kinds(report.problems) == ["collapsed"] and "only ids 0; 1 of 7 classes" in report.problems[0].message
+
+
+def test_the_manifest(tmp_path):
+    root = write_release("uavid", tmp_path, splits=("train",))
+    home = root / "uavid_split"
+    write_manifest(home, [path for path in home.rglob("*.png")])
+    report = check_data("uavid", root)
+    assert report.problems == [] and report.manifests == {str(home): "4 files verified"}
+    victim = home / "train/Labels/train_0.png"
+    ids = read_mask(victim)
+    ids[0, 0] = 1
+    save(victim, ids)
+    save(home / "train/Images/train_9.png", np.zeros((32, 40, 3), np.uint8))
+    save(home / "train/Labels/train_9.png", np.zeros((32, 40), np.uint8))
+    (home / "train/Images/train_1.png").unlink()
+    (home / "train/Labels/train_1.png").unlink()
+    report = check_data("uavid", root)
+    assert kinds(report.problems) == ["manifest"] and report.manifests == {str(home): "5 problems"}
+    said = " ".join(f.message for f in report.problems)
+    for words in ("train_0.png has changed", "train_9.png is not in manifest", "train_1.png is missing"):
+        assert words in said
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    for split in ("train", "val"):
+        save(tmp_path / split / "images/a.png", np.zeros((8, 8, 3), np.uint8))
+        save(tmp_path / split / "masks/a.png", np.eye(8, dtype=np.uint8))
+    (tmp_path / "classes.txt").write_text("field\nroad\n")
+    report = check_data("folder", tmp_path)
+    assert report.problems == report.warnings == [] and set(report.splits) == {"train", "val"}
+    assert report.as_dict()["splits"]["val"]["pixels"] == {"field": 56, "road": 8}
+    assert overlay_sheet(report).shape[2] == 3
+    save(tmp_path / "val/masks/a.png", np.eye(8, dtype=np.uint8) * 2)
+    assert kinds(check_data("folder", tmp_path, splits=["val"]).problems) == ["ids"]
+    (tmp_path / "val/masks/a.png").unlink()
+    (tmp_path / "val/masks").rmdir()
+    assert kinds(check_data("folder", tmp_path, splits=["val"]).problems) == ["layout"]
+
+
+def test_nothing_to_look_at(tmp_path):
+    with pytest.raises(DatasetError, match="has no split; expected iSAID_split/train/imgs or iSAID/imgs"):
+        check_data("isaid", tmp_path)
+    with pytest.raises(DatasetError, match="has no split val"):
+        check_data("isaid", tmp_path, splits=["val"])
+    with pytest.raises(DatasetError, match="nowhere is not a folder"):
+        check_data("isaid", tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="set is unknown; expected folder, dlrsd"):
+        check_data("nope", tmp_path)
+
+
+def test_the_sheet_shows_the_colors_of_the_set(tmp_path):
+    root = write_release("potsdam", tmp_path, splits=("val",), count=1)
+    save(root / "Potsdam_split/val/imgs/val_0.png", np.zeros((32, 40, 3), np.uint8))
+    half = np.repeat([[1] * 20 + [4] * 20], 32, axis=0).astype(np.uint8)
+    save(root / "Potsdam_split/val/D2masks/val_0.png", half)
+    sheet = overlay_sheet(check_data("potsdam", root), cell=160)
+    building, car = (np.array(BENCHMARKS["potsdam"].palette[i]) for i in (1, 4))
+    # image in the left cell, mask over it in the right one
+    assert (sheet[80, 30] == 0).all()
+    assert np.abs(sheet[80, 4 + 160 + 40] - building * 0.55).max() <= 1
+    assert np.abs(sheet[80, 4 + 160 + 120] - car * 0.55).max() <= 1
+    # and the legend has the full colours
+    legend = sheet[:, 4 + 2 * 160 + 8 :].reshape(-1, 3)
+    assert all((legend == color).all(1).any() for color in (building, car))
