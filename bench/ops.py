@@ -28,52 +28,87 @@ def _step(function: Callable[..., Tensor], inputs: dict[str, Any], backend: str,
     return result
 
 
-def measure(op: str, case: Case, mode: str, *, repeats: int = 7, device: str = "cpu") -> tuple[list[Row], list[str]]:
-    """A row for each backend of an op that passed, and what was refused; the default backend is the engine."""
-    backward = mode == "fwd+bwd"
-    inputs = importlib.import_module(f"drseg_core.ops.{op}.cases").make_inputs(case, device=device)
-    dtype = next(value.dtype for value in inputs.values() if isinstance(value, Tensor) and value.is_floating_point())
+def sizes_of(case: Case) -> dict[str, int]:
+    return {
+        "B": case.batch,
+        "h": case.height,
+        "w": case.width,
+        "D": case.prior,
+        "E": case.hidden,
+        "C": case.channels,
+        "K": case.neighbours,
+    }
+
+
+def _prepare(
+    op: str, case: Case, backward: bool, dtype: torch.dtype, device: str
+) -> tuple[dict[str, Any], Tensor, str]:
+    """Inputs, with gradients where they are wanted; the reference's result; the backend that runs by default."""
+    inputs = importlib.import_module(f"drseg_core.ops.{op}.cases").make_inputs(case, dtype, device=device)
     function: Callable[..., Tensor] = getattr(ops, op)
     with torch.no_grad():
         reference = function(**inputs, backend="reference")
         function(**inputs)
-    default = ops.last_backend(op)
-    backends = [
-        row["backend"]
-        for row in ops.backend_report()
-        if row["op"] == op and row["device"] == device and row["available"]
-    ]
-    given = {
+    given: dict[str, Any] = {
         name: value.clone().requires_grad_(backward)
         if isinstance(value, Tensor) and value.is_floating_point()
         else value
         for name, value in inputs.items()
     }
+    return given, reference, ops.last_backend(op)
+
+
+def engine(
+    op: str, case: Case, mode: str, dtype: torch.dtype, device: str
+) -> tuple[Callable[[], object], str | None, dict[str, str | None]]:
+    """(one call, what is wrong with it, backends) of the backend that an op takes."""
+    backward = mode == "fwd+bwd"
+    given, reference, default = _prepare(op, case, backward, dtype, device)
+    run = partial(_step, getattr(ops, op), given, default, backward)
+    return run, gate.result_of_op(op, run().detach(), reference), {op: default}
+
+
+def measure(
+    op: str,
+    case: Case,
+    mode: str,
+    *,
+    repeats: int = 7,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+    device: str = "cpu",
+) -> tuple[list[Row], list[str]]:
+    """A row for each backend of an op that passed, and what was refused; the default backend is the engine.
+
+    ``backend``: the only one that is measured.
+    """
+    backward = mode == "fwd+bwd"
+    given, reference, default = _prepare(op, case, backward, dtype, device)
+    function: Callable[..., Tensor] = getattr(ops, op)
+    able = [
+        row["backend"]
+        for row in ops.backend_report()
+        if row["op"] == op and row["device"] == device and row["available"]
+    ]
+    if backend is not None:
+        able, default = [backend], backend
     contenders, refused = [], []
-    for backend in sorted(backends, key=lambda name: name != default):
-        run = partial(_step, function, given, backend, backward)
+    for name in sorted(able, key=lambda name: name != default):
+        run = partial(_step, function, given, name, backward)
         wrong = gate.result_of_op(op, run().detach(), reference)
         if wrong is None:
-            contenders.append(Contender(backend, run, repeats, {"backends": {op: backend}}))
+            contenders.append(Contender(name, run, repeats, {"backends": {op: name}}))
         else:
-            refused.append(f"{backend}: {wrong}")
+            refused.append(f"{name}: {wrong}")
     if any(problem.startswith(f"{default}:") for problem in refused):
         # nothing to relate the others to
         return [], refused
     common = {
         "op": op,
         "case": case.name,
-        "sizes": {
-            "B": case.batch,
-            "h": case.height,
-            "w": case.width,
-            "D": case.prior,
-            "E": case.hidden,
-            "C": case.channels,
-            "K": case.neighbours,
-        },
+        "sizes": sizes_of(case),
         "mode": mode,
         "dtype": str(dtype).removeprefix("torch."),
         "data": "case",
     }
-    return rows_of(contenders, interleave(contenders, device), common, device), refused
+    return rows_of(contenders, interleave(contenders, device), common, case, device), refused

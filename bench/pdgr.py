@@ -116,8 +116,13 @@ def peak(case: dict[str, Any], data: str, name: str, backward: bool) -> dict[str
     return {"peak_mb": (after - before) / 2**20, "process_mb": max(made, after) / 2**20}
 
 
-def _gate(case: Case, problem: Problem, index: Tensor, backward: bool) -> tuple[str | None, Row]:
-    """What is wrong with the engine, and for its row what it was held against."""
+def _gate(
+    case: Case, problem: Problem, index: Tensor, backward: bool, most_literal: int | None = None
+) -> tuple[str | None, Row]:
+    """What is wrong with the engine, and for its row what it was held against.
+
+    That is the literal module up to ``most_literal`` nodes (those at which it is measured), else the factored one.
+    """
     engine = problem.engine
     nodes = problem.prior.flatten(2).transpose(1, 2)
     wrong = gate.selection(index, nodes, (case.height, case.width), engine.decay / engine.gamma)
@@ -125,7 +130,7 @@ def _gate(case: Case, problem: Problem, index: Tensor, backward: bool) -> tuple[
         return wrong, {}
     got, got_gradients = step(engine, problem, backward)
     backends = {op: last_backend(op) for op in OPS}
-    if case.nodes <= _MOST_NODES["literal"]:
+    if case.nodes <= (_MOST_NODES["literal"] if most_literal is None else most_literal):
         against = "literal"
         with gate.GivenSelection(index):
             expected, gradients = step(LiteralPDGR(engine), problem, backward)
@@ -137,6 +142,18 @@ def _gate(case: Case, problem: Problem, index: Tensor, backward: bool) -> tuple[
     if wrong is None and backward:
         wrong = gate.gradients(problem.names, got_gradients, gradients, {"edge_bias": "edge_vector"})
     return wrong, {"backends": backends, "gate": {"against": against, "max_difference": difference}}
+
+
+def engine(
+    case: Case, data: str, mode: str, device: str
+) -> tuple[Callable[[], object], str | None, dict[str, str | None]]:
+    """(one call, what is wrong with it, backends) of the engine alone."""
+    backward = mode == "fwd+bwd"
+    problem = make(case, data, device)
+    with torch.no_grad():
+        index, _ = problem.engine.graph(problem.prior)
+    wrong, fields = _gate(case, problem, index, backward, most_literal=0)
+    return partial(step, problem.engine, problem, backward), wrong, fields.get("backends", {})
 
 
 def _baselines(
@@ -221,4 +238,4 @@ def measure(
         "dtype": "float32",
         "data": data,
     }
-    return rows_of(contenders, interleave(contenders, device), common, device), refused
+    return rows_of(contenders, interleave(contenders, device), common, case, device), refused

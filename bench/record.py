@@ -10,11 +10,15 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import counts
 import torch
 from timing import Contender
+
+from drseg_core.ops._cases import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
@@ -30,6 +34,7 @@ _COLUMNS = (
     ("p50 ms", "p50_ms", "{:.2f}"),
     ("p80 ms", "p80_ms", "{:.2f}"),
     ("/ engine", "ratio_to_engine", "{:.2f}"),
+    ("of ceiling", "share_of_ceiling", "{:.2f}"),
     ("peak MB", "peak_mb", "{:.0f}"),
     ("process MB", "process_mb", "{:.0f}"),
 )
@@ -59,24 +64,74 @@ def _checkout() -> Row:
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if state is None else bool(state)}
 
 
+def gpu_state() -> Row:
+    """Clocks (MHz), power (W), temperature (degrees C) and driver of the GPU; empty where nvidia-ml-py sees none."""
+    try:
+        import pynvml
+    except ImportError:
+        return {}
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
+        return {
+            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+            "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+        }
+    except pynvml.NVMLError:
+        return {}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def environment(device: str) -> Row:
     """Where and with what a figure was made."""
     return {
+        **({"gpu": gpu_state()} if device == "cuda" else {}),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         # what torch found; the native kernels look for the same unless they are told otherwise
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "forced_level": os.environ.get("DRSEG_CPU_LEVEL"),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         **_checkout(),
         "date": date.today().isoformat(),
     }
 
 
+def counted(op: str, case: Case, mode: str, dtype: str, device: str) -> Row:
+    """What a call has to compute and move, and what this machine reaches at best, measured in this process."""
+    kind: torch.dtype = getattr(torch, dtype)
+    amount = counts.work(op, case, mode, kind.itemsize)
+    # reduced precision saves the CPU nothing: its kernels compute in float32
+    gemm, copy = counts.ceilings(device, kind if device == "cuda" else torch.float32, torch.get_num_threads())
+    return {
+        "flop": amount.flop,
+        "byte": amount.byte,
+        "ceiling": {"gflops": gemm / 1e9, "copy_gbs": copy / 1e9, "least_ms": 1000 * amount.seconds(gemm, copy)},
+    }
+
+
 def rows_of(
-    contenders: Sequence[Contender], seconds: Sequence[Sequence[float]], common: Row, device: str = "cpu"
+    contenders: Sequence[Contender],
+    seconds: Sequence[Sequence[float]],
+    common: Row,
+    case: Case,
+    device: str = "cpu",
 ) -> list[Row]:
-    """A row for each contender: ``common``, its percentiles and its median over that of the first one, the engine."""
+    """A row for each contender: ``common``, its percentiles, its median over that of the first one, the engine, and
+    its share of the ceiling: the least time the counted work takes here over its median. More than 1 is what was
+    skipped."""
+    common = {**common, **counted(common["op"], case, common["mode"], common["dtype"], device)}
+    least = common["ceiling"]["least_ms"]
     median = [float(torch.tensor(taken, dtype=torch.float64).quantile(0.5)) for taken in seconds]
     rows = []
     for contender, taken, middle in zip(contenders, seconds, median, strict=True):
@@ -89,6 +144,7 @@ def rows_of(
                 "p50_ms": 1000 * middle,
                 "p80_ms": 1000 * high,
                 "ratio_to_engine": middle / median[0],
+                "share_of_ceiling": least / (1000 * middle),
                 "repeats": len(taken),
                 **contender.fields,
                 **environment(device),

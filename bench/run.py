@@ -1,66 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the engine beside its baselines at named cases; prints a table, writes JSON lines.
 
+    python bench/run.py --list                                  what there is to measure
+    python bench/run.py --dry-run                               which backends run here, and why the others do not
     python bench/run.py --op pdgr --case pdgr_8x576 --out bench/results/cpu/pdgr.jsonl
     python bench/run.py --op knn_graph --case knn_4096 --data dino
-    python bench/run.py --op graph_propagate --case paper_vitl_24x24 --mode fwd+bwd
+    python bench/run.py --op graph_propagate --case paper_vitl_24x24 --mode fwd+bwd --dtype bfloat16
+    python bench/run.py --base HEAD~1 --gate                    this checkout against another version
 
 Cases ``pdgr_*`` are the whole module beside the module as the paper writes it, factored, compiled, and the floor of its
 matrix products; ``knn_*`` are the selection beside plain torch and faiss; every other case times the backends of one
 op. All that is compared is interleaved in one process and the median counts. A row is written only where its result
 passed the gate; where one did not, the exit code is 1.
+
+With ``--base`` the engine races itself at a git ref, which is checked out and built in a throw-away folder: two
+processes take turns, and the ratio of their pairs counts (see paired.py). With ``--gate`` a slowdown beyond noise, more
+memory, or a case that is lost or wrong makes the exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path[:0] = [
     str(path) for path in (Path(__file__).parent, *(Path(__file__).parents[1] / n for n in ("", "kernels")))
 ]
 
+import jobs  # noqa: E402
 import ops  # noqa: E402
+import paired  # noqa: E402
 import pdgr  # noqa: E402
 import record  # noqa: E402
-import selection  # noqa: E402
+import source  # noqa: E402
 import torch  # noqa: E402
 
-from drseg_core.ops._cases import CASES  # noqa: E402
+from drseg_core.ops import backend_report  # noqa: E402
 
-Measurement = Callable[[], tuple[list[record.Row], list[str]]]
-PDGR_CASES = {case.name: case for case in pdgr.CASES}
-SELECTION_CASES = {what.case.name: what for what in selection.CASES}
-OP_CASES = {case.name: case for case in CASES}
-
-
-def _jobs(op: str, case: str, args: argparse.Namespace) -> Iterator[tuple[str, Measurement]]:
-    """(label, measurement) of everything asked for at one case; nothing where the op has no such case."""
-    common = {"repeats": args.repeats, "device": args.device}
-    for mode in args.mode or pdgr.MODES:
-        forward_only = op == "knn_graph" and mode != "fwd"
-        for data in args.data or pdgr.DATA:
-            label = f"{op} {case} {mode} {data}"
-            if op == "pdgr" and case in PDGR_CASES:
-                yield (
-                    label,
-                    partial(
-                        pdgr.measure,
-                        PDGR_CASES[case],
-                        data,
-                        mode,
-                        slow=args.slow_repeats,
-                        with_memory=args.memory,
-                        **common,
-                    ),
-                )
-            elif op == "knn_graph" and case in SELECTION_CASES and not forward_only:
-                yield label, partial(selection.measure, SELECTION_CASES[case], data, slow=args.slow_repeats, **common)
-        if op in ops.OPS and case in OP_CASES and not forward_only:
-            yield f"{op} {case} {mode}", partial(ops.measure, op, OP_CASES[case], mode, **common)
+_DEFAULT_CASES = ("paper_vitl_24x24", "pdgr_8x576")
+# of the gate: large enough that a call is more than overhead, small enough to repeat
+_GATE_CASES = ("paper_vitl_24x24", "pdgr_1x576", "knn_4096")
 
 
 def _positive(text: str) -> int:
@@ -70,44 +52,126 @@ def _positive(text: str) -> int:
     return value
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected 0 < tolerance < 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=("pdgr", *ops.OPS), action="append", help="what to measure; all by default")
-    parser.add_argument("--case", action="append", help="named case; paper_vitl_24x24 and pdgr_8x576 by default")
-    parser.add_argument("--mode", choices=pdgr.MODES, action="append", help="both by default")
+    parser.add_argument(
+        "--case", action="append", help=f"named case; {', '.join(_DEFAULT_CASES)} by default (gate: {_GATE_CASES})"
+    )
+    parser.add_argument("--mode", choices=jobs.MODES, action="append", help="both by default")
     parser.add_argument("--data", choices=pdgr.DATA, action="append", help="of pdgr_* and knn_*; both by default")
+    parser.add_argument("--dtype", choices=jobs.DTYPES, default="float32", help="of the features; pdgr_* are float32")
+    parser.add_argument("--backend", choices=("reference", "native", "triton"), help="the best that runs, by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=_positive, default=7, help="timed calls")
     parser.add_argument("--slow-repeats", type=_positive, default=2, help="of the literal module and the largest cases")
     parser.add_argument("--threads", type=_positive, help="torch's threads")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="peaks of pdgr_* cases")
     parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
-    args = parser.parse_args(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    known = {**OP_CASES, **PDGR_CASES, **SELECTION_CASES}
+    parser.add_argument("--list", action="store_true", help="print the jobs and end")
+    parser.add_argument("--dry-run", action="store_true", help="print the jobs and what can run them, and end")
+    parser.add_argument("--base", metavar="REF", help="race this checkout against a git ref")
+    parser.add_argument("--gate", action="store_true", help="with --base: exit code 1 if it got worse")
+    parser.add_argument("--rounds", type=_positive, default=31, help="with --base: pairs at most")
+    parser.add_argument("--tolerance", type=_share, default=paired.TOLERANCE, help="with --base: slowdown that is none")
+    return parser
+
+
+def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[jobs.Job]:
+    known = {**jobs.OP_CASES, **jobs.PDGR_CASES, **jobs.SELECTION_CASES}
     for name in args.case or ():
         if name not in known:
             parser.error(f"unknown case {name}; expected one of {', '.join(known)}")
-    jobs = [
+    default = known if args.list else _GATE_CASES if args.base else _DEFAULT_CASES
+    chosen = [
         job
-        for case in args.case or ("paper_vitl_24x24", "pdgr_8x576")
+        for case in args.case or default
         for op in args.op or ("pdgr", *ops.OPS)
-        for job in _jobs(op, case, args)
+        for job in jobs.jobs_of(
+            op, case, args.mode or list(jobs.MODES), args.data or list(pdgr.DATA), args.dtype, args.backend
+        )
     ]
-    if not jobs:
+    if not chosen:
         parser.error("no such op has such a case; expected pdgr with pdgr_*, knn_graph with knn_*, or an op's own case")
+    if args.gate and args.base is None:
+        parser.error("--gate has nothing to compare with; expected --base REF beside it")
+    return chosen
+
+
+def _print_backends(device: str) -> None:
+    for row in backend_report():
+        if row["device"] == device:
+            print(f"{row['op']} on {device}: {row['backend']} {'runs' if row['available'] else 'no: ' + row['reason']}")
+    if device == "cpu" and not torch.cuda.is_available():
+        print("cuda: torch sees no CUDA device")
+
+
+def _measure(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
     failed = False
-    for label, measurement in jobs:
-        rows, refused = measurement()
+    for job in chosen:
+        rows, refused = jobs.measure(
+            job, repeats=args.repeats, slow=args.slow_repeats, with_memory=args.memory, device=args.device
+        )
         for problem in refused:
-            print(f"{label}: refused: {problem}", file=sys.stderr)
+            print(f"{job}: refused: {problem}", file=sys.stderr)
         failed |= bool(refused)
         if rows:
             print(record.table(rows), flush=True)
             if args.out:
                 record.append(args.out, rows)
     return int(failed)
+
+
+def _race(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
+    try:
+        new = source.working_tree()
+        with source.checkout(args.base) as base:
+            verdicts = []
+            for job in chosen:
+                verdict = paired.judge(
+                    base, new, job, rounds=args.rounds, tolerance=args.tolerance, device=args.device,
+                    threads=args.threads,
+                )  # fmt: skip
+                verdicts.append((job, verdict))
+                print(f"{job}: {verdict.verdict}", file=sys.stderr, flush=True)
+    except source.SourceError as error:
+        print(f"bench: --base {args.base} cannot be measured: {error}", file=sys.stderr)
+        return 2
+    print(paired.table(verdicts))
+    if args.out:
+        common = {"base": base.commit, "rounds_at_most": args.rounds, "tolerance": args.tolerance}
+        place = record.environment(args.device)
+        record.append(
+            args.out,
+            [{**dataclasses.asdict(job), **dataclasses.asdict(v), **common, **place} for job, v in verdicts],
+        )
+    worse = [str(job) for job, verdict in verdicts if verdict.fails]
+    if args.gate:
+        print(f"gate: {len(worse)} of {len(verdicts)} got worse: {'; '.join(worse)}" if worse else "gate: passed")
+        return int(bool(worse))
+    return int(any(verdict.verdict == "wrong" for _, verdict in verdicts))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    chosen = _chosen(parser, args)
+    if args.list or args.dry_run:
+        for job in chosen:
+            print(job)
+        if args.dry_run:
+            _print_backends(args.device)
+        return 0
+    return _race(chosen, args) if args.base else _measure(chosen, args)
 
 
 if __name__ == "__main__":

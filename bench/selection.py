@@ -50,28 +50,43 @@ def make_prior(case: Case, data: str, device: str = "cpu") -> Tensor:
     return torch.randn(case.batch, case.nodes, case.prior, generator=random).to(device)
 
 
-def measure(
-    what: Selection, data: str, *, repeats: int = 7, slow: int = 2, device: str = "cpu"
-) -> tuple[list[Row], list[str]]:
-    """The rows of one size, and what was refused. ``slow``: timed calls at the largest size."""
-    case, grid, k = what.case, (what.case.height, what.case.width), what.case.neighbours
-    prior = make_prior(case, data, device)
-    small = case.nodes <= _MOST_NODES
-    chosen = knn_graph(prior, grid, k, decay=what.decay)
+def _engine(what: Selection, prior: Tensor) -> tuple[Callable[[], Tensor], str | None]:
+    """One call, and what is wrong with its result."""
+    grid = (what.case.height, what.case.width)
+    run = partial(knn_graph, prior, grid, what.case.neighbours, decay=what.decay)
+    chosen = run()
     wrong = gate.selection(chosen, prior, grid, what.decay)
     if wrong is None and bool((chosen.diff(dim=-1) <= 0).any()):
         wrong = "a row is not strictly ascending"
+    return run, wrong
+
+
+def engine(
+    what: Selection, data: str, dtype: torch.dtype, device: str
+) -> tuple[Callable[[], Tensor], str | None, dict[str, str | None]]:
+    """(one call, what is wrong with it, backends)."""
+    run, wrong = _engine(what, make_prior(what.case, data, device).to(dtype))
+    return run, wrong, {"knn_graph": last_backend("knn_graph")}
+
+
+def measure(
+    what: Selection,
+    data: str,
+    *,
+    repeats: int = 7,
+    slow: int = 2,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> tuple[list[Row], list[str]]:
+    """The rows of one size, and what was refused. ``slow``: timed calls at the largest size."""
+    case, grid, k = what.case, (what.case.height, what.case.width), what.case.neighbours
+    prior = make_prior(case, data, device).to(dtype)
+    small = case.nodes <= _MOST_NODES
+    run_engine, wrong = _engine(what, prior)
     if wrong is not None:
         return [], [f"engine: {wrong}"]
     backends = {"knn_graph": last_backend("knn_graph")}
-    contenders = [
-        Contender(
-            "engine",
-            partial(knn_graph, prior, grid, k, decay=what.decay),
-            repeats if small else slow,
-            {"backends": backends},
-        )
-    ]
+    contenders = [Contender("engine", run_engine, repeats if small else slow, {"backends": backends})]
     refused = []
     if small:
         distance = grid_distance(grid, prior.device)
@@ -80,7 +95,7 @@ def measure(
         naive: Callable[[], Tensor] = partial(naive_selection, prior, distance, what.decay, k, block)
         note = "N x N at once" if at_once else f"fastest row block of those tried: {block}"
         candidates = [("naive", naive, what.decay, {"note": note, "row_block": block})]
-        if device == "cpu":
+        if device == "cpu" and dtype == torch.float32:
             try:
                 candidates.append(("faiss", faiss_selection(prior, k), 0.0, {"note": "no decay: an easier problem"}))
             except ImportError:
@@ -100,7 +115,7 @@ def measure(
         "case": case.name,
         "sizes": {"B": case.batch, "h": case.height, "w": case.width, "D": case.prior, "K": k, "decay": what.decay},
         "mode": "fwd",
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "data": data,
     }
-    return rows_of(contenders, interleave(contenders, device), common, device), refused
+    return rows_of(contenders, interleave(contenders, device), common, case, device), refused

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jobs
 import memory
 import pdgr
 import pytest
@@ -31,8 +32,8 @@ COMMON = {
 
 @pytest.fixture(autouse=True)
 def _tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(run.PDGR_CASES, TINY.name, TINY)
-    monkeypatch.setitem(run.SELECTION_CASES, TINY.name, selection.Selection(TINY, 2.0))
+    monkeypatch.setitem(jobs.PDGR_CASES, TINY.name, TINY)
+    monkeypatch.setitem(jobs.SELECTION_CASES, TINY.name, selection.Selection(TINY, 2.0))
 
 
 def _run(tmp_path: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:

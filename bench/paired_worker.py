@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process behind ``paired.Worker``: requests come as JSON lines, answers go back as JSON lines.
+
+The benchmark is that of this checkout, ``drseg_core`` that of the tree in ``DRSEG_TREE``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+_TREE = Path(os.environ["DRSEG_TREE"])
+sys.path[:0] = [str(Path(__file__).parent), str(_TREE), str(_TREE / "kernels")]
+
+
+def _answer(request: dict[str, Any], state: dict[str, Any], device: str) -> dict[str, Any]:
+    import jobs
+    import memory
+    from timing import GraphSampler, seconds_of
+
+    if request["do"] == "build":
+        job = jobs.Job(**request["job"])
+        engine = jobs.build(job, device)
+        state["sample"] = GraphSampler(engine.run) if device == "cuda" else lambda: seconds_of(engine.run)
+        state["run"] = engine.run
+        sizes = {name: value for name, value in vars(job.sizes).items() if isinstance(value, int)}
+        return {"wrong": engine.wrong, "sizes": sizes, "backends": engine.backends}
+    if request["do"] == "time":
+        # the other process has just used the caches
+        state["sample"]()
+        return {"seconds": [state["sample"]() for _ in range(request["calls"])]}
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        state["run"]()
+        return {"peak_mb": (torch.cuda.max_memory_allocated() - before) / 2**20}
+    before = memory.settle()
+    state["run"]()
+    return {"peak_mb": (memory.high_water() - before) / 2**20}
+
+
+def main(device: str, threads: int) -> None:
+    # whatever else is printed goes to standard error: the answers have their pipe to themselves
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    state: dict[str, Any] = {}
+    for line in sys.stdin:
+        try:
+            answer = _answer(json.loads(line), state, device)
+        except Exception as error:
+            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
