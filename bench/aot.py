@@ -18,13 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "kernels"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "kernels")]
+
+from aot_variants import Variant, variants  # noqa: E402
 
 BASELINE = Path(__file__).parent / "aot_baseline.json"
 GROWTH = 1.1
@@ -53,58 +52,6 @@ REGISTERS_PER_THREAD = 255
 REGISTERS_PER_BLOCK = 65_536
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One kernel with its compile-time arguments, ready for the compiler."""
-
-    name: str
-    kernel: Any
-    pointers: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    shared_bytes: int
-
-
-# nodes, neighbours, form, include_self, and whether the row already holds a result: every branch of the kernel, the
-# smallest and the largest sizes
-KNN_GRAPH = (
-    (576, 75, "additive", True, True),
-    (16_384, 75, "additive", True, True),
-    (16_384, 75, "additive", True, False),
-    (16_384, 75, "multiplicative", False, False),
-    (16_384, 75, "product", True, False),
-    (16_384, 512, "additive", True, False),
-    (16_384, 2_048, "additive", False, False),
-    (16, 4, "additive", True, True),
-)
-
-
-def variants(target: Target) -> Iterator[Variant]:
-    """What is shipped for a device: the rule's configurations, and every one of its table."""
-    from drseg_kernels import _launch, knn_graph
-
-    device = _launch.Device(target.name, target.l2_bytes, target.shared_bytes)
-    asked = [(*case, _launch.choose("knn_graph", device, case[0], case[1])) for case in KNN_GRAPH]
-    for nodes, k, configuration in _launch.table("knn_graph", device):
-        asked += [(nodes, k, "additive", True, first, configuration) for first in (True, False)]
-    pointers = {name: "*fp32" for name in ("product_ptr", "inverse_norm_ptr", "table_ptr", "score_ptr")}
-    seen = set()
-    for _, k, form, include_self, first, configuration in asked:
-        constants = knn_graph.constants(k, form, include_self, first, configuration)
-        name = "knn_graph " + " ".join(f"{key.lower()}={value}" for key, value in constants.items())
-        name += f" num_warps={configuration.num_warps}"
-        if name not in seen:
-            seen.add(name)
-            yield Variant(
-                name,
-                knn_graph._knn_graph_fwd_kernel_merge,
-                {**pointers, "index_ptr": "*i32"},
-                constants,
-                {"num_warps": configuration.num_warps, **knn_graph.OPTIONS},
-                configuration.shared_bytes(),
-            )
-
-
 def build(variant: Variant, target: Target) -> tuple[str, dict[str, int]]:
     """PTX of a variant, and what the assembler says it takes (bytes, registers per thread)."""
     import triton
@@ -113,12 +60,12 @@ def build(variant: Variant, target: Target) -> tuple[str, dict[str, int]]:
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
-    signature = {
-        name: "constexpr" if name in variant.constants else variant.pointers.get(name, "i32") for name in names
-    }
+    signature = {name: "constexpr" if name in variant.constants else variant.types.get(name, "i32") for name in names}
     # torch's allocations are aligned; offsets inside them are not assumed to be
     aligned = {
-        (position,): [["tt.divisibility", 16]] for position, name in enumerate(names) if name in variant.pointers
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(names)
+        if variant.types.get(name, "").startswith("*") or name in variant.even
     }
     source = ASTSource(variant.kernel, signature, variant.constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", target.arch, 32), options=variant.options)

@@ -5,9 +5,9 @@
 #
 #     bench/gpu.sh FOLDER [SLICE...]
 #
-# Slices, each of at most nine minutes, all by default: environment, build, aot, test, bench (CASES="..." names the
-# cases). A slice that cannot run here is skipped and says why. In FOLDER: a log per slice, rows.jsonl with the
-# measurements, environment.json, summary.txt with one line per slice. PYTHON names another interpreter.
+# Slices, each of at most nine minutes, all by default: environment, build, aot, test, bench (OPS="..." and CASES="..."
+# name what is measured). A slice that cannot run here is skipped and says why. In FOLDER: a log per slice, rows.jsonl
+# with the measurements, environment.json, summary.txt with one line per slice. PYTHON names another interpreter.
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
@@ -20,6 +20,7 @@ shift
 cd "$(dirname "$0")/.." || exit 2
 ROOT=$PWD
 PYTHON=${PYTHON:-python3}
+OPS=${OPS:-knn_graph edge_weight degree_normalize graph_propagate}
 CASES=${CASES:-paper_vitl_24x24 grid_64x64 grid_128x128}
 SECONDS_PER_SLICE=${SECONDS_PER_SLICE:-530}
 export PYTHONPATH="$ROOT:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
@@ -95,9 +96,11 @@ raise SystemExit(reason is not None)'
 }
 
 measure() {
-    local case code=0
-    for case in $CASES; do
-        "$PYTHON" bench/run.py --device cuda --op knn_graph --case "$case" --out "$OUT/rows.jsonl" || code=1
+    local op case code=0
+    for op in $OPS; do
+        for case in $CASES; do
+            "$PYTHON" bench/run.py --device cuda --op "$op" --case "$case" --out "$OUT/rows.jsonl" || code=1
+        done
     done
     return $code
 }
@@ -127,7 +130,7 @@ for slice in "${@:-environment build aot test bench}"; do
         environment | build) export -f environment build && export OUT PYTHON && run "$name" bash -c "$name" ;;
         aot) run aot "$PYTHON" bench/aot.py ;;
         test) run test "$PYTHON" -m pytest -q -p no:cacheprovider --gpu tests/kernels/contract_*.py ;;
-        bench) export -f measure && export OUT PYTHON CASES && run bench bash -c measure ;;
+        bench) export -f measure && export OUT PYTHON OPS CASES && run bench bash -c measure ;;
         esac
     done
 done

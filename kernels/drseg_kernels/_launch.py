@@ -6,11 +6,13 @@ A table is ``tuned/<device>/<op>.json``, the device's name in lower case with ``
 
     {"configurations": [{"nodes": 576, "k": 128, "configuration": {"tile_bytes": ..., ...}}, ...]}
 
-The first entry with ``nodes`` and ``k`` at least those of the call counts.
+The first entry with ``nodes`` and ``k`` at least those of the call counts. The sizes of ``knn_graph`` are here, those
+of the ops on edges in ``_tile.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TUNED = Path(__file__).parent / "tuned"
 
@@ -80,20 +83,16 @@ def device_of(device: torch.device) -> Device:
     return Device(found.name, getattr(found, "L2_cache_size", 32 << 20), shared)
 
 
-def _power_of_two_from(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
-
-
 def rule(device: Device, nodes: int, k: int) -> Configuration:
     """Sizes for a device without a table."""
-    slots = _power_of_two_from(k)
+    slots = power_of_two_from(k)
     if device.name == "interpreter":
-        columns = min(2048, max(16, _power_of_two_from(nodes)))
+        columns = min(2048, max(16, power_of_two_from(nodes)))
         return Configuration(device.l2_bytes, columns, min(512, columns), 4)
-    columns = min(2048, max(32, _power_of_two_from(nodes)))
+    columns = min(2048, max(32, power_of_two_from(nodes)))
     while True:
         # about 16 keys per thread: enough to hide the loads, few enough to stay in registers
-        warps = min(16, max(1, _power_of_two_from((columns + slots) // 1024 * 2)))
+        warps = min(16, max(1, power_of_two_from((columns + slots) // 1024 * 2)))
         tile = max(4 * columns, min(32 << 20, device.l2_bytes // 2))
         chosen = Configuration(tile, columns, 1, warps)
         if chosen.shared_bytes() <= device.shared_bytes or columns == 32:
@@ -101,21 +100,32 @@ def rule(device: Device, nodes: int, k: int) -> Configuration:
         columns //= 2
 
 
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Within the block kernels are launched on the tensor's device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def power_of_two_from(value: int) -> int:
+    """The smallest power of two that is at least ``value`` and 1."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
 def folder_of(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 @functools.cache
-def _read(path: Path) -> tuple[tuple[int, int, Configuration], ...]:
+def _read(path: Path, kind: Any = Configuration) -> tuple[tuple[int, int, Any], ...]:
+    """Rows (nodes, k, sizes) of a table whose entries are arguments of ``kind``."""
     if not path.is_file():
         return ()
-    fields = {field.name for field in dataclasses.fields(Configuration)}
+    fields = {field.name for field in dataclasses.fields(kind)}
     rows = []
     for entry in json.loads(path.read_text(encoding="utf-8"))["configurations"]:
         given = entry["configuration"]
         if set(given) != fields:
             raise ValueError(f"{path.name}: configuration is wrong; expected {sorted(fields)}, got {sorted(given)}")
-        rows.append((entry["nodes"], entry["k"], Configuration(**given)))
+        rows.append((entry["nodes"], entry["k"], kind(**given)))
     return tuple(rows)
 
 
@@ -133,9 +143,9 @@ def choose(op: str, device: Device, nodes: int, k: int, tuned: Path = TUNED) -> 
 
 
 # asking torch takes longer than a launch
-_device_of = functools.cache(device_of)
+known_device = functools.cache(device_of)
 
 
 def configuration_of(op: str, device: torch.device, nodes: int, k: int) -> Configuration:
     """Sizes of a launch on ``device`` for N nodes and k neighbours."""
-    return choose(op, _device_of(device), nodes, k)
+    return choose(op, known_device(device), nodes, k)

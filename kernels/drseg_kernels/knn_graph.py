@@ -9,7 +9,6 @@ lowest index wins a tie by its place, and nothing is ever sorted or cut short.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from drseg_kernels._blocks import ordered_bits
-from drseg_kernels._launch import Configuration, configuration_of
+from drseg_kernels._launch import Configuration, configuration_of, on_device_of
 
 # gauss differs from additive in the table only
 _JOIN = {"additive": "subtract", "gauss": "subtract", "multiplicative": "clamped", "product": "product"}
@@ -232,8 +231,7 @@ def knn_graph(
     images = 1 if torch.are_deterministic_algorithms_enabled() else max(1, fitting_rows // nodes)
     images = min(batch, images, LARGEST_GRID_Y)
     buffer = torch.empty(images * tile_rows * tile_columns, dtype=torch.float32, device=prior.device)
-    guard = torch.cuda.device(prior.device) if prior.is_cuda else contextlib.nullcontext()
-    with guard:
+    with on_device_of(prior):
         for image in range(0, batch, images):
             features = prior[image : image + images]
             for row in range(0, nodes, tile_rows):

@@ -9,8 +9,19 @@ from pathlib import Path
 import pytest
 
 # the contract of an op lies with the op's own tests
-sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
-pytest.register_assert_rewrite("contract", "oracle", "test_knn_graph")
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ops")]
+pytest.register_assert_rewrite("contract", "oracle", "edges", "test_knn_graph")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A contract class runs on the kernels, for each of its variants."""
+    if metafunc.cls is None or not hasattr(metafunc.cls, "subject"):
+        return
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", ["triton"])
+    if "variant" in metafunc.fixturenames:
+        variants = metafunc.cls.subject.variants
+        metafunc.parametrize("variant", variants, ids=["-".join(map(str, v.values())) or "plain" for v in variants])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -95,7 +95,7 @@ def test_every_kernel_pins_the_fusion_and_is_compiled():
     names = set()
     for target in aot.TARGETS:
         for variant in aot.variants(target):
-            assert variant.options["enable_fp_fusion"] is False
+            assert variant.options["enable_fp_fusion"] is (variant.kernel.__name__ != "_knn_graph_fwd_kernel_merge")
             names.add(variant.kernel.__name__)
     kernels = set()
     for path in (ROOT / "kernels" / "drseg_kernels").glob("*.py"):

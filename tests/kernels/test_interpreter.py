@@ -58,3 +58,27 @@ def test_the_interpreter_still_multiplies_bfloat16_wrongly(tmp_path):
     done = interpreted(str(script))
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 1e3
+
+
+ROUNDING = """
+import torch, triton
+import triton.language as tl
+
+@triton.jit
+def _store(value, out):
+    tl.store(out, tl.load(value))
+
+# three quarters of the way from one to the next bfloat16
+value, out = torch.tensor([1 + 0.75 * 2**-7]), torch.empty(1, dtype=torch.bfloat16)
+_store[(1,)](value, out)
+print(out.item())
+"""
+
+
+def test_the_interpreter_still_cuts_bfloat16_off(tmp_path):
+    # when this fails, the contracts' results may be tested in bfloat16 here too
+    script = tmp_path / "rounding.py"
+    script.write_text(ROUNDING, encoding="utf-8")
+    done = interpreted(str(script))
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == 1

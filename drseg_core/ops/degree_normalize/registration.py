@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drseg_core.ops import _dispatch, _native
+from drseg_core.ops import _dispatch, _native, _triton
 from drseg_core.ops._checks import FLOAT_DTYPES
 from drseg_core.ops._dispatch import Backend
 from drseg_core.ops.degree_normalize import reference
@@ -28,6 +28,18 @@ def _run_native_backward(grad: Tensor, weight: Tensor, index: Tensor, norm: str,
     return torch.ops.drseg_native.degree_normalize_backward(grad, wide, ends, number, eps).to(weight.dtype)
 
 
+def _run_triton(weight: Tensor, index: Tensor, norm: str, eps: float) -> Tensor:
+    from drseg_kernels.degree_normalize import degree_normalize as launch
+
+    return launch(weight, index, norm, eps)
+
+
+def _run_triton_backward(grad: Tensor, weight: Tensor, index: Tensor, norm: str, eps: float) -> Tensor:
+    from drseg_kernels.degree_normalize import degree_normalize_backward as launch
+
+    return launch(grad, weight, index, norm, eps)
+
+
 _dispatch.add_table(
     "degree_normalize",
     [
@@ -44,6 +56,14 @@ _dispatch.add_table(
             run_backward=reference.degree_normalize_backward,
             why_not=lambda device: None,
             dtypes=FLOAT_DTYPES,
+        ),
+        # for who names it: it has never run on a card, so nobody gets it unasked
+        Backend(
+            name="triton",
+            run=_run_triton,
+            run_backward=_run_triton_backward,
+            why_not=_triton.why_not,
+            dtypes=_triton.DTYPES,
         ),
     ],
 )

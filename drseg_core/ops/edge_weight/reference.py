@@ -69,12 +69,16 @@ def edge_weight_backward(
     vector: Tensor,
     bias: Tensor,
     mask: Tensor | None = None,
+    need_source: bool = True,
+    need_target: bool = True,
+    need_parameters: bool = True,
     *,
     block: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to ``source``, ``target``, ``vector`` and ``bias``, each in its input's dtype.
 
-    The ReLU mask is computed again. The derivative of softplus comes from the saved weight: 1 - exp(-weight).
+    One that is not needed is an empty tensor; ``vector`` and ``bias`` are the parameters. The ReLU mask is computed
+    again. The derivative of softplus comes from the saved weight: 1 - exp(-weight).
     """
     inputs = (source, target, vector, bias)
     grad, weight, source, target, vector, _ = _wide(grad, weight, *inputs)
@@ -91,12 +95,19 @@ def edge_weight_backward(
             near = neighbour[b, rows]
             hidden = (source[b, rows, None] + target[b][near]).relu()
             logit = grad_logit[b, rows]
-            grad_vector += (logit.unsqueeze(-1) * hidden).sum((0, 1))
+            if need_parameters:
+                grad_vector += (logit.unsqueeze(-1) * hidden).sum((0, 1))
+            if not need_source and not need_target:
+                continue
             grad_hidden = (logit.unsqueeze(-1) * vector).masked_fill(hidden <= 0, 0)
-            grad_source[b, rows] = grad_hidden.sum(1)
-            grad_target[b].index_add_(0, near.flatten(), grad_hidden.flatten(0, 1))
+            if need_source:
+                grad_source[b, rows] = grad_hidden.sum(1)
+            if need_target:
+                grad_target[b].index_add_(0, near.flatten(), grad_hidden.flatten(0, 1))
     results = (grad_source, grad_target, grad_vector, grad_logit.sum())
+    needed = (need_source, need_target, need_parameters, need_parameters)
     source, target, vector, bias = (
-        result.to(given.dtype).reshape(given.shape) for result, given in zip(results, inputs, strict=True)
+        result.to(given.dtype).reshape(given.shape) if need else given.new_empty(0)
+        for result, given, need in zip(results, inputs, needed, strict=True)
     )
     return source, target, vector, bias

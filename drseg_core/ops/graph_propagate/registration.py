@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drseg_core.ops import _dispatch, _native
+from drseg_core.ops import _dispatch, _native, _triton
 from drseg_core.ops._checks import FLOAT_DTYPES
 from drseg_core.ops._dispatch import Backend
 from drseg_core.ops.graph_propagate import reference
@@ -39,6 +39,27 @@ def _run_native_backward(
     return grad_x, grad_coefficient
 
 
+def _run_triton(x: Tensor, index: Tensor, coefficient: Tensor, transpose: bool) -> Tensor:
+    from drseg_kernels.graph_propagate import graph_propagate as launch
+
+    _triton.check_dtypes("graph_propagate", coefficient=coefficient)
+    return launch(x, index, coefficient, transpose)
+
+
+def _run_triton_backward(
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    transpose: bool,
+    need_x: bool,
+    need_coefficient: bool,
+) -> tuple[Tensor, Tensor]:
+    from drseg_kernels.graph_propagate import graph_propagate_backward as launch
+
+    return launch(grad, x, index, coefficient, transpose, need_x, need_coefficient)
+
+
 _dispatch.add_table(
     "graph_propagate",
     [
@@ -55,6 +76,14 @@ _dispatch.add_table(
             run_backward=reference.graph_propagate_backward,
             why_not=lambda device: None,
             dtypes=FLOAT_DTYPES,
+        ),
+        # for who names it: it has never run on a card, so nobody gets it unasked
+        Backend(
+            name="triton",
+            run=_run_triton,
+            run_backward=_run_triton_backward,
+            why_not=_triton.why_not,
+            dtypes=_triton.DTYPES,
         ),
     ],
 )

@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
-from drseg_core.ops import _dispatch, _native
+from drseg_core.ops import _dispatch, _native, _triton
 from drseg_core.ops._checks import FLOAT_DTYPES
 from drseg_core.ops._dispatch import Backend
 from drseg_core.ops.knn_graph import reference
@@ -24,14 +21,6 @@ def _run_native(
     # half-precision features are exact in float32
     given = _native.operands(prior, inverse_norm, table)
     return torch.ops.drseg_native.knn_graph(*given, k, _FORMS.index(form), include_self)
-
-
-def _why_not_triton(device: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return None
-    return "Triton kernels need a CUDA device (TRITON_INTERPRET=1 interprets them on the CPU, slowly)"
 
 
 def _run_triton(
@@ -64,8 +53,8 @@ _dispatch.add_table(
             name="triton",
             run=_run_triton,
             run_backward=None,
-            why_not=_why_not_triton,
-            dtypes=(torch.float32, torch.float16, torch.bfloat16),
+            why_not=_triton.why_not,
+            dtypes=_triton.DTYPES,
         ),
     ],
 )

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``aot.py`` compiles: every Triton kernel in the sizes that the launchers choose for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its compile-time arguments, ready for the compiler.
+
+    Args:
+        name: what the baseline calls it.
+        kernel: the kernel itself.
+        types: of its pointers and floating-point arguments; every other argument is an int32.
+        constants: compile-time arguments.
+        options: what the compiler is told.
+        shared_bytes: shared memory that the launcher expects it to take at most.
+        even: sizes that are known to be multiples of 16, as the usual widths are.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    shared_bytes: int
+    even: tuple[str, ...] = ()
+
+
+# nodes, neighbours, form, include_self, and whether the row already holds a result: every branch of the kernel, the
+# smallest and the largest sizes
+KNN_GRAPH = (
+    (576, 75, "additive", True, True),
+    (16_384, 75, "additive", True, True),
+    (16_384, 75, "additive", True, False),
+    (16_384, 75, "multiplicative", False, False),
+    (16_384, 75, "product", True, False),
+    (16_384, 512, "additive", True, False),
+    (16_384, 2_048, "additive", False, False),
+    (16, 4, "additive", True, True),
+)
+
+
+def variants(target: Any) -> Iterator[Variant]:
+    """What is shipped for a device: the rules' sizes, and every one of its tables.
+
+    Args:
+        target: has the device's ``name``, ``l2_bytes`` and ``shared_bytes``.
+    """
+    from drseg_kernels._launch import Device
+
+    device = Device(target.name, target.l2_bytes, target.shared_bytes)
+    seen = set()
+    for found in (_knn_graph, _edge_weight, _degree_normalize, _graph_propagate):
+        for variant in found(device):
+            if variant.name not in seen:
+                seen.add(variant.name)
+                yield variant
+
+
+def _name(op: str, words: dict[str, Any], num_warps: int) -> str:
+    return f"{op} " + " ".join(f"{key.lower()}={value}" for key, value in words.items()) + f" num_warps={num_warps}"
+
+
+def _knn_graph(device: Any) -> Iterator[Variant]:
+    from drseg_kernels import _launch, knn_graph
+
+    asked = [(*case, _launch.choose("knn_graph", device, case[0], case[1])) for case in KNN_GRAPH]
+    for nodes, k, configuration in _launch.table("knn_graph", device):
+        asked += [(nodes, k, "additive", True, first, configuration) for first in (True, False)]
+    pointers = {name: "*fp32" for name in ("product_ptr", "inverse_norm_ptr", "table_ptr", "score_ptr")}
+    for _, k, form, include_self, first, configuration in asked:
+        constants = knn_graph.constants(k, form, include_self, first, configuration)
+        yield Variant(
+            _name("knn_graph", constants, configuration.num_warps),
+            knn_graph._knn_graph_fwd_kernel_merge,
+            {**pointers, "index_ptr": "*i32"},
+            constants,
+            {"num_warps": configuration.num_warps, **knn_graph.OPTIONS},
+            configuration.shared_bytes(),
+        )
+
+
+# pointers that have one type whatever the dtype of the features
+_FIXED = {
+    **{f"{name}_ptr": "*fp32" for name in ("weight", "slope", "part", "total", "start", "end", "row", "column")},
+    "index_ptr": "*i32",
+    "edge_ptr": "*i32",
+    "begin_ptr": "*i64",
+    "mask_ptr": "*u8",
+    "eps": "fp32",
+}
+_DTYPES = ("fp32", "bf16")
+
+
+def _variant(op: str, kernel: Any, tile: Any, dtype: str, constants: dict[str, Any], even: bool = True) -> Variant:
+    """A kernel of the ops on edges; every pointer that is not of one type always is one to ``dtype``."""
+    from drseg_kernels._tile import FUSED
+
+    names = kernel.arg_names
+    sizes = {key: value for key, value in tile.constants().items() if key in names}
+    types = {name: _FIXED.get(name, f"*{dtype}") for name in names if name.endswith("_ptr") or name == "eps"}
+    part = kernel.__name__.split(f"_{op}_")[1].replace("_kernel", "")
+    words = {"dtype": dtype, **constants, **sizes}
+    if not even:
+        words["even"] = False
+    return Variant(
+        _name(f"{op} {part}", words, tile.num_warps),
+        kernel,
+        types,
+        {**constants, **sizes},
+        {**tile.options(), **FUSED},
+        tile.shared_bytes(),
+        ("width", "channels") if even else (),
+    )
+
+
+def _tiles(op: str, device: Any, *sizes: tuple[int, int, int]) -> list[Any]:
+    """Tiles of the rule at (nodes, k, width), and those of the device's table."""
+    from drseg_kernels import _tile
+
+    return [_tile.choose(op, device, *size) for size in sizes] + [row[2] for row in _tile.table(op, device)]
+
+
+def _edge_weight(device: Any) -> Iterator[Variant]:
+    from drseg_kernels import edge_weight as op
+
+    name = "edge_weight"
+    usual, *others = _tiles(name, device, (576, 75, 128), (576, 4, 24))
+    for dtype in _DTYPES:
+        yield _variant(name, op._edge_weight_fwd_kernel, usual, dtype, {"MASKED": True})
+        everything = {"NEED_SOURCE": True, "NEED_PARAMETERS": True}
+        yield _variant(name, op._edge_weight_bwd_kernel_source, op.two_sums(usual), dtype, everything)
+        yield _variant(name, op._edge_weight_bwd_kernel_target, usual, dtype, {})
+    yield _variant(name, op._edge_weight_bwd_kernel_sum, usual, "fp32", {}, even=False)
+    yield _variant(name, op._edge_weight_fwd_kernel, usual, "fp32", {"MASKED": False}, even=False)
+    for tile in others:
+        yield _variant(name, op._edge_weight_fwd_kernel, tile, "fp32", {"MASKED": False})
+
+
+def _degree_normalize(device: Any) -> Iterator[Variant]:
+    from drseg_kernels import degree_normalize as op
+
+    name = "degree_normalize"
+    usual, *others = _tiles(name, device, (576, 75, 75), (4096, 512, 512))
+    yield _variant(name, op._degree_normalize_fwd_kernel_row, usual, "fp32", {})
+    yield _variant(name, op._degree_normalize_bwd_kernel_row, usual, "fp32", {})
+    for norm in ("sym_row", "sym_inout", "sym_undirected"):
+        yield _variant(name, op._degree_normalize_fwd_kernel_scale, usual, "fp32", {"NORM": norm})
+        yield _variant(name, op._degree_normalize_fwd_kernel_edges, usual, "fp32", {"NORM": norm})
+        yield _variant(name, op._degree_normalize_bwd_kernel_degree, usual, "fp32", {"NORM": norm})
+        yield _variant(name, op._degree_normalize_bwd_kernel_edges, usual, "fp32", {"NORM": norm})
+    for tile in others:
+        yield _variant(name, op._degree_normalize_fwd_kernel_scale, tile, "fp32", {"NORM": "sym_inout"})
+
+
+def _graph_propagate(device: Any) -> Iterator[Variant]:
+    import torch
+    from drseg_kernels import graph_propagate as op
+
+    name = "graph_propagate"
+    gathers, dense, *others = _tiles(name, device, (4096, 75, 384), (576, 75, 384), (4096, 4, 24))
+    gathered, densified = op._graph_propagate_fwd_kernel_gathered, op._graph_propagate_fwd_kernel_densified
+    for short in _DTYPES:
+        for transpose in (False, True):
+            yield _variant(name, gathered, gathers, short, {"TRANSPOSE": transpose})
+        yield _variant(name, op._graph_propagate_bwd_kernel_coefficient, gathers, short, {})
+    yield _variant(name, op._graph_propagate_bwd_kernel_coefficient, op.gathered(dense), "fp32", {})
+    yield _variant(name, gathered, gathers, "fp32", {"TRANSPOSE": False}, even=False)
+    for tile in (tile for tile in others if not tile.sources):
+        yield _variant(name, gathered, tile, "fp32", {"TRANSPOSE": False})
+    for tile in [dense, *(tile for tile in others if tile.sources)]:
+        for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            for transpose in (False, True):
+                constants = op.dense_constants(dtype, transpose, 75, tile, False)
+                words = {key: value for key, value in constants.items() if key not in tile.constants()}
+                yield _variant(name, densified, tile, short, words)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of the programs of the ops on edges, and how ``graph_propagate`` computes: gathered or densified.
+
+No rule here has been measured on a GPU; what they aim at stands beside them. Tables as in ``_launch.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drseg_kernels import _launch
+from drseg_kernels._launch import TUNED, Device, known_device, power_of_two_from
+
+# The fusion of multiply and add is pinned on: these kernels are sums of products, which it makes half as long, and no
+# result of theirs is compared bit for bit with another backend's.
+FUSED = {"enable_fp_fusion": True}
+
+# Values of a tile per thread: enough loads in flight to hide the memory, few enough to stay in registers.
+_VALUES_PER_THREAD = 32
+
+# Dense products take the place of gathering up to this many nodes, and up to this many nodes per neighbour. By
+# arithmetic, not by measurement: a gathered value costs a load from the L2 cache (about 26 float32 multiply-adds of an
+# H200), a dense one N / K multiply-adds and a share of building the tile.
+DENSE_NODES = 1024
+DENSE_NODES_PER_NEIGHBOUR = 12
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of a program.
+
+    Args:
+        rows: edges at a time, or with ``sources`` nodes that one program computes; a power of two.
+        columns: hidden units or channels at a time, a power of two.
+        num_warps: warps of one program, a power of two.
+        sources: 0 gathers each neighbour; otherwise ``graph_propagate`` multiplies dense tiles of this many nodes.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    sources: int = 0
+
+    def __post_init__(self) -> None:
+        # the matrix units take no side below 16
+        least = 16 if self.sources else 1
+        for name, low in (("rows", least), ("columns", least), ("num_warps", 1), ("sources", least)):
+            value = getattr(self, name)
+            if name == "sources" and value == 0 and isinstance(value, int):
+                continue
+            if not isinstance(value, int) or value < low or value & (value - 1):
+                raise ValueError(
+                    f"Tile: {name} is out of range; expected a power of two of at least {low}, got {value!r}"
+                )
+
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments of the kernels."""
+        return {"ROWS": self.rows, "COLUMNS": self.columns} | ({"SOURCES": self.sources} if self.sources else {})
+
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told; the dense products are too short to be worth a pipeline."""
+        return {"num_warps": self.num_warps} | ({"num_stages": 1} if self.sources else {})
+
+    def shared_bytes(self) -> int:
+        """Upper bound of a block's shared memory, which ``bench/aot.py`` compares with what the compiler asks for.
+
+        Gathered: the parts of a sum over the rows that the warps exchange. Densified: both operands, each as up to
+        three parts of half the width.
+        """
+        if not self.sources:
+            return 4 * self.rows * self.columns + 1024
+        return 6 * self.sources * (self.rows + self.columns) + 4 * self.rows * self.columns + 1024
+
+
+def rule(op: str, device: Device, nodes: int, k: int, width: int) -> Tile:
+    """Sizes for a device without a table.
+
+    Args:
+        op: name of the op. device: where it runs. nodes, k: N and K.
+        width: E of ``edge_weight``, C of ``graph_propagate``, K of ``degree_normalize``.
+    """
+    interpreted = device.name == "interpreter"
+    if op == "degree_normalize":
+        # one row or one list per program: only its slots are worked on at a time
+        columns = min(1024, max(32, power_of_two_from(width)))
+        return Tile(1, columns, max(1, min(4, columns // 256)))
+    dense = nodes <= DENSE_NODES and nodes <= DENSE_NODES_PER_NEIGHBOUR * k
+    if op == "graph_propagate" and dense:
+        if interpreted:
+            return Tile(64, 128, 4, 64)
+        return Tile(32, 128, 4, 16)
+    columns = min(256 if interpreted else 128, max(16, power_of_two_from(width)))
+    if interpreted:
+        # its cost is per instruction
+        return Tile(max(16, min(64, power_of_two_from(k))), columns, 4)
+    rows = min(max(1, 4 * 32 * _VALUES_PER_THREAD // columns), max(4, power_of_two_from(k)))
+    return Tile(rows, columns, max(1, min(4, rows * columns // (32 * _VALUES_PER_THREAD))))
+
+
+def table(op: str, device: Device, tuned: Path = TUNED) -> tuple[tuple[int, int, Tile], ...]:
+    """Rows (nodes, k, tile) of a device's table, empty where there is none."""
+    return _launch._read(tuned / _launch.folder_of(device.name) / f"{op}.json", Tile)
+
+
+def choose(op: str, device: Device, nodes: int, k: int, width: int, tuned: Path = TUNED) -> Tile:
+    """The device's table if an entry is large enough and fits the device's shared memory, else the rule."""
+    for up_to_nodes, up_to_k, found in table(op, device, tuned):
+        if nodes <= up_to_nodes and k <= up_to_k and found.shared_bytes() <= device.shared_bytes:
+            return found
+    return rule(op, device, nodes, k, width)
+
+
+def tile_of(op: str, device: torch.device, nodes: int, k: int, width: int) -> Tile:
+    """Sizes of a launch on ``device``; arguments as in ``rule``."""
+    return choose(op, known_device(device), nodes, k, width)

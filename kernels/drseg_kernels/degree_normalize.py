@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Propagation coefficients from edge weights and degrees, and the gradient through both degrees (arXiv 2604.02010,
+Eq. 9).
+
+A program is one node. Every sum has one order: the slots of a row, or the edges that end in a node by reversed lists,
+in steps of COLUMNS, then a tree over the COLUMNS.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from drseg_kernels._blocks import within
+from drseg_kernels._launch import on_device_of
+from drseg_kernels._reverse import reverse_lists
+from drseg_kernels._tile import FUSED, Tile, tile_of
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _degree_normalize_fwd_kernel_row(weight_ptr, coefficient_ptr, slots, eps, COLUMNS: tl.constexpr):
+    """Norm ``row``: coefficient (B * N, slots) = weight / (its sum over the slots + eps)."""
+    first = tl.program_id(0).to(tl.int64) * slots
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, slots, COLUMNS):
+        k = start + tl.arange(0, COLUMNS)
+        total += tl.load(weight_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
+    degree = tl.sum(total, axis=0) + eps
+    for start in range(0, slots, COLUMNS):
+        k = start + tl.arange(0, COLUMNS)
+        weight = tl.load(weight_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
+        tl.store(coefficient_ptr + first + k, weight / degree, mask=k < slots)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _degree_normalize_bwd_kernel_row(grad_ptr, weight_ptr, grad_weight_ptr, slots, eps, COLUMNS: tl.constexpr):
+    """Norm ``row``: the gradient to the weights of a row, through its degree."""
+    first = tl.program_id(0).to(tl.int64) * slots
+    total = tl.zeros((COLUMNS,), tl.float32)
+    product = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, slots, COLUMNS):
+        k = start + tl.arange(0, COLUMNS)
+        weight = tl.load(weight_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
+        total += weight
+        product += weight * tl.load(grad_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
+    inverse = 1.0 / (tl.sum(total, axis=0) + eps)
+    through = inverse * tl.sum(product, axis=0)
+    for start in range(0, slots, COLUMNS):
+        k = start + tl.arange(0, COLUMNS)
+        grad = tl.load(grad_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
+        tl.store(grad_weight_ptr + first + k, inverse * (grad - through), mask=k < slots)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _degree_normalize_fwd_kernel_scale(
+    weight_ptr,
+    begin_ptr,
+    edge_ptr,
+    start_ptr,
+    end_ptr,
+    slots,
+    eps,
+    NORM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Inverse roots of a node's degrees: start (B * N,) as the start of an edge, end (B * N,) as its end.
+
+    The two are one for ``sym_row`` and ``sym_undirected``, which write ``start`` only.
+    """
+    node = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, slots, COLUMNS):
+        k = first + tl.arange(0, COLUMNS)
+        total += tl.load(weight_ptr + node * slots + k, mask=k < slots, other=0.0).to(tl.float32)
+    row = tl.sum(total, axis=0)
+    if NORM == "sym_row":
+        tl.store(start_ptr + node, tl.rsqrt(row + eps))
+    else:
+        last = tl.load(begin_ptr + node + 1)
+        total = tl.zeros((COLUMNS,), tl.float32)
+        for first in range(tl.load(begin_ptr + node), last, COLUMNS):
+            place = first + tl.arange(0, COLUMNS)
+            edge = tl.load(edge_ptr + place, mask=place < last, other=0)
+            total += tl.load(weight_ptr + edge, mask=place < last, other=0.0).to(tl.float32)
+        column = tl.sum(total, axis=0)
+        if NORM == "sym_inout":
+            tl.store(start_ptr + node, tl.rsqrt(row + eps))
+            tl.store(end_ptr + node, tl.rsqrt(column + eps))
+        else:
+            tl.store(start_ptr + node, tl.rsqrt((row + column) * 0.5 + eps))
+
+
+@triton.jit(do_not_specialize=["nodes", "slots"])
+def _degree_normalize_fwd_kernel_edges(
+    weight_ptr,
+    index_ptr,
+    start_ptr,
+    end_ptr,
+    coefficient_ptr,
+    nodes,
+    slots,
+    NORM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Coefficients (B * N, slots) of the edges of one node: the weight times the scales of both ends."""
+    node = tl.program_id(0)
+    sample = (node // nodes).to(tl.int64) * nodes
+    node = node.to(tl.int64)
+    near = tl.load(start_ptr + node)
+    for first in range(0, slots, COLUMNS):
+        k = first + tl.arange(0, COLUMNS)
+        slot = k < slots
+        edge = node * slots + k
+        other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
+        weight = tl.load(weight_ptr + edge, mask=slot, other=0.0).to(tl.float32)
+        value = weight * near * tl.load(end_ptr + other, mask=slot, other=0.0)
+        if NORM == "sym_undirected":
+            value = value * 0.5
+        tl.store(coefficient_ptr + edge, value, mask=slot)
+
+
+@triton.jit(do_not_specialize=["nodes", "slots"])
+def _degree_normalize_bwd_kernel_degree(
+    grad_ptr,
+    weight_ptr,
+    index_ptr,
+    begin_ptr,
+    edge_ptr,
+    start_ptr,
+    end_ptr,
+    row_ptr,
+    column_ptr,
+    nodes,
+    slots,
+    NORM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Gradients to a node's degrees: row (B * N,) for the edges that leave it, column for those that end in it.
+
+    ``sym_row`` and ``sym_undirected`` have one degree per node and write ``row`` only.
+    """
+    node = tl.program_id(0)
+    sample = (node // nodes).to(tl.int64) * nodes
+    node = node.to(tl.int64)
+    start, end = tl.load(start_ptr + node), tl.load(end_ptr + node)
+
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, slots, COLUMNS):
+        k = first + tl.arange(0, COLUMNS)
+        slot = k < slots
+        edge = node * slots + k
+        other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
+        share = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
+        share = share * tl.load(weight_ptr + edge, mask=slot, other=0.0).to(tl.float32)
+        total += share * tl.load(end_ptr + other, mask=slot, other=0.0)
+    # d(degree ** -1/2) = -1/2 degree ** -3/2
+    to_start = -0.5 * (start * start * start) * tl.sum(total, axis=0)
+
+    last = tl.load(begin_ptr + node + 1)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(tl.load(begin_ptr + node), last, COLUMNS):
+        place = first + tl.arange(0, COLUMNS)
+        incoming = place < last
+        edge = tl.load(edge_ptr + place, mask=incoming, other=0)
+        share = tl.load(grad_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
+        share = share * tl.load(weight_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
+        total += share * tl.load(start_ptr + edge // slots, mask=incoming, other=0.0)
+    to_end = -0.5 * (end * end * end) * tl.sum(total, axis=0)
+
+    if NORM == "sym_row":
+        tl.store(row_ptr + node, to_start + to_end)
+    elif NORM == "sym_inout":
+        tl.store(row_ptr + node, to_start)
+        tl.store(column_ptr + node, to_end)
+    else:
+        # half of the coefficient, and half of the degree
+        tl.store(row_ptr + node, (to_start + to_end) * 0.25)
+
+
+@triton.jit(do_not_specialize=["nodes", "slots"])
+def _degree_normalize_bwd_kernel_edges(
+    grad_ptr,
+    index_ptr,
+    start_ptr,
+    end_ptr,
+    row_ptr,
+    column_ptr,
+    grad_weight_ptr,
+    nodes,
+    slots,
+    NORM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Gradient (B * N, slots) to the weights of one node's edges: directly, and through the degrees of both ends."""
+    node = tl.program_id(0)
+    sample = (node // nodes).to(tl.int64) * nodes
+    node = node.to(tl.int64)
+    near, through_row = tl.load(start_ptr + node), tl.load(row_ptr + node)
+    for first in range(0, slots, COLUMNS):
+        k = first + tl.arange(0, COLUMNS)
+        slot = k < slots
+        edge = node * slots + k
+        other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
+        value = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
+        value = value * near * tl.load(end_ptr + other, mask=slot, other=0.0)
+        if NORM == "sym_undirected":
+            value = value * 0.5
+        value = value + through_row
+        if NORM != "sym_row":
+            value = value + tl.load(column_ptr + other, mask=slot, other=0.0)
+        tl.store(grad_weight_ptr + edge, value, mask=slot)
+
+
+def _scales(weight: Tensor, index: Tensor, norm: str, eps: float, common: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Factors of the two ends of an edge, each (B * N,); one tensor where they are one."""
+    rows = index.shape[0] * index.shape[1]
+    start = torch.empty(rows, dtype=torch.float32, device=weight.device)
+    end = torch.empty_like(start) if norm == "sym_inout" else start
+    # never read for sym_row
+    begin, edge = index, index
+    if norm != "sym_row":
+        reverse = reverse_lists(index)
+        begin, edge = reverse.begin, reverse.edge
+    _degree_normalize_fwd_kernel_scale[(rows,)](
+        weight, begin, edge, start, end, index.shape[2], eps, NORM=norm, **common
+    )
+    return start, end
+
+
+def _common(weight: Tensor, index: Tensor, tile: Tile | None) -> dict[str, Any]:
+    slots = index.shape[2]
+    chosen = tile or tile_of("degree_normalize", weight.device, index.shape[1], slots, slots)
+    return {"COLUMNS": chosen.columns, **chosen.options(), **FUSED}
+
+
+def degree_normalize(weight: Tensor, index: Tensor, norm: str, eps: float, *, tile: Tile | None = None) -> Tensor:
+    """Propagation coefficients (B, N, K) in float32.
+
+    Args:
+        weight: (B, N, K) float32, float16 or bfloat16. index: (B, N, K) int32 or int64, clamped into [0, N).
+        norm: ``sym_row``, ``sym_count``, ``sym_inout``, ``row`` or ``sym_undirected``.
+        eps: added to every degree.
+        tile: ``columns`` slots are worked on at a time; by default those of the device's table, then a rule.
+    """
+    slots = index.shape[2]
+    if norm == "sym_count":
+        return weight.float() / max(slots, 1)
+    coefficient = torch.empty(index.shape, dtype=torch.float32, device=weight.device)
+    if coefficient.numel() == 0:
+        return coefficient
+    common = _common(weight, index, tile)
+    weight = weight.contiguous()
+    rows = index.shape[0] * index.shape[1]
+    with on_device_of(weight):
+        if norm == "row":
+            _degree_normalize_fwd_kernel_row[(rows,)](weight, coefficient, slots, eps, **common)
+            return coefficient
+        start, end = _scales(weight, index, norm, eps, common)
+        _degree_normalize_fwd_kernel_edges[(rows,)](
+            weight, index.contiguous(), start, end, coefficient, index.shape[1], slots, NORM=norm, **common
+        )
+    return coefficient
+
+
+def degree_normalize_backward(
+    grad: Tensor, weight: Tensor, index: Tensor, norm: str, eps: float, *, tile: Tile | None = None
+) -> Tensor:
+    """Gradient (B, N, K) to ``weight`` in its dtype, through the degrees of both ends; arguments as in the forward."""
+    slots = index.shape[2]
+    if norm == "sym_count":
+        return (grad.float() / max(slots, 1)).to(weight.dtype)
+    grad_weight = torch.empty(index.shape, dtype=weight.dtype, device=weight.device)
+    if grad_weight.numel() == 0:
+        return grad_weight
+    common = _common(weight, index, tile)
+    grad, weight = grad.contiguous(), weight.contiguous()
+    rows = index.shape[0] * index.shape[1]
+    with on_device_of(weight):
+        if norm == "row":
+            _degree_normalize_bwd_kernel_row[(rows,)](grad, weight, grad_weight, slots, eps, **common)
+            return grad_weight
+        start, end = _scales(weight, index, norm, eps, common)
+        reverse, near = reverse_lists(index), index.contiguous()
+        row = torch.empty_like(start)
+        column = torch.empty_like(start) if norm == "sym_inout" else row
+        _degree_normalize_bwd_kernel_degree[(rows,)](
+            grad,
+            weight,
+            near,
+            reverse.begin,
+            reverse.edge,
+            start,
+            end,
+            row,
+            column,
+            index.shape[1],
+            slots,
+            NORM=norm,
+            **common,
+        )
+        _degree_normalize_bwd_kernel_edges[(rows,)](
+            grad, near, start, end, row, column, grad_weight, index.shape[1], slots, NORM=norm, **common
+        )
+    return grad_weight

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Edge weights ``softplus(vector . relu(source_i + target_j) + bias)`` and their gradients (arXiv 2604.02010, Eq. 8).
+
+Nothing of the size of all edges times the hidden width is stored: the backward computes the mask of the ReLU again.
+Every sum has one order, whatever the device does first. Forward: the hidden units of an edge in steps of COLUMNS, then
+a tree over the COLUMNS. Gradient to ``source``: the slots of a row in steps of ROWS, then a tree over the ROWS; to
+``target`` the same over the edges that end in a node, by reversed lists; to ``vector`` and ``bias`` sums of chunks of
+rows, then of the chunks, both in ascending order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from drseg_kernels._blocks import softplus, softplus_slope, within
+from drseg_kernels._launch import on_device_of
+from drseg_kernels._reverse import reverse_lists
+from drseg_kernels._tile import FUSED, Tile, tile_of
+
+# chunks of rows whose contributions to the gradients of vector and bias are summed apart: enough to fill a device
+_MOST_CHUNKS = 1024
+_SMALLEST_CHUNK = 8
+
+
+@triton.jit(do_not_specialize=["nodes", "slots"])
+def _edge_weight_fwd_kernel(
+    source_ptr,
+    target_ptr,
+    index_ptr,
+    vector_ptr,
+    bias_ptr,
+    mask_ptr,
+    weight_ptr,
+    nodes,
+    slots,
+    width,
+    MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """ROWS edges of one node: source, target (B * N, width), index, mask, weight (B * N, slots)."""
+    node = tl.program_id(0)
+    first = (node // nodes).to(tl.int64) * nodes
+    node = node.to(tl.int64)
+    k = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    slot = k < slots
+    edge = node * slots + k
+    near = first + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, width, COLUMNS):
+        c = start + tl.arange(0, COLUMNS)
+        column = c < width
+        both = slot[:, None] & column[None, :]
+        own = tl.load(source_ptr + node * width + c, mask=column, other=0.0).to(tl.float32)
+        other = tl.load(target_ptr + (near * width)[:, None] + c[None, :], mask=both, other=0.0).to(tl.float32)
+        vector = tl.load(vector_ptr + c, mask=column, other=0.0).to(tl.float32)
+        hidden = own[None, :] + other
+        # written so that NaN passes
+        total += tl.where(hidden < 0.0, 0.0, hidden) * vector[None, :]
+    weight = softplus(tl.sum(total, axis=1) + tl.load(bias_ptr).to(tl.float32))
+    if MASKED:
+        # a product, not a choice: a row that is not finite must not look healthy because its slots are padding
+        weight = weight * tl.load(mask_ptr + edge, mask=slot, other=0).to(tl.float32)
+    tl.store(weight_ptr + edge, weight, mask=slot)
+
+
+@triton.jit(do_not_specialize=["rows", "nodes", "slots", "chunk"])
+def _edge_weight_bwd_kernel_source(
+    grad_ptr,
+    weight_ptr,
+    source_ptr,
+    target_ptr,
+    index_ptr,
+    vector_ptr,
+    slope_ptr,
+    grad_source_ptr,
+    part_ptr,
+    rows,
+    nodes,
+    slots,
+    width,
+    chunk,
+    NEED_SOURCE: tl.constexpr,
+    NEED_PARAMETERS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Some hidden units of a chunk of rows: slope (rows, slots), the gradient of each logit; grad_source; and in part
+    (chunks, width + 1) the chunk's contributions to the gradients of vector and, last, of bias."""
+    begin = tl.program_id(0).to(tl.int64) * chunk
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = c < width
+    vector = tl.load(vector_ptr + c, mask=column, other=0.0).to(tl.float32)
+    to_vector = tl.zeros((ROWS, COLUMNS), tl.float32)
+    to_bias = tl.zeros((ROWS,), tl.float32)
+    for step in range(0, chunk):
+        node = begin + step
+        inside = node < rows
+        first = (node.to(tl.int32) // nodes).to(tl.int64) * nodes
+        own = tl.load(source_ptr + node * width + c, mask=column & inside, other=0.0).to(tl.float32)
+        active = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, slots, ROWS):
+            k = start + tl.arange(0, ROWS)
+            slot = (k < slots) & inside
+            edge = node * slots + k
+            # a masked slot has weight 0 and so slope 0
+            weight = tl.load(weight_ptr + edge, mask=slot, other=0.0)
+            slope = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32) * softplus_slope(weight)
+            if tl.program_id(1) == 0:
+                tl.store(slope_ptr + edge, slope, mask=slot)
+            to_bias += slope
+            if NEED_SOURCE or NEED_PARAMETERS:
+                near = first + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
+                both = slot[:, None] & column[None, :]
+                other = tl.load(target_ptr + (near * width)[:, None] + c[None, :], mask=both, other=0.0)
+                hidden = own[None, :] + other.to(tl.float32)
+                # NaN is not off; a slot that is none has no hidden unit
+                off = (hidden <= 0.0) | (slot[:, None] == 0)
+                if NEED_SOURCE:
+                    active += tl.where(off, 0.0, slope[:, None])
+                if NEED_PARAMETERS:
+                    to_vector += slope[:, None] * tl.where(off, 0.0, hidden)
+        if NEED_SOURCE:
+            tl.store(grad_source_ptr + node * width + c, tl.sum(active, axis=0) * vector, mask=column & inside)
+    if NEED_PARAMETERS:
+        part = part_ptr + tl.program_id(0).to(tl.int64) * (width + 1)
+        tl.store(part + c, tl.sum(to_vector, axis=0), mask=column)
+        if tl.program_id(1) == 0:
+            tl.store(part + width, tl.sum(to_bias, axis=0))
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _edge_weight_bwd_kernel_target(
+    slope_ptr,
+    source_ptr,
+    target_ptr,
+    begin_ptr,
+    edge_ptr,
+    vector_ptr,
+    grad_target_ptr,
+    slots,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Some hidden units of one node: grad_target (B * N, width) over the edges that end in it."""
+    node = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = c < width
+    own = tl.load(target_ptr + node * width + c, mask=column, other=0.0).to(tl.float32)
+    end = tl.load(begin_ptr + node + 1)
+    active = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(tl.load(begin_ptr + node), end, ROWS):
+        place = start + tl.arange(0, ROWS)
+        incoming = place < end
+        edge = tl.load(edge_ptr + place, mask=incoming, other=0)
+        slope = tl.load(slope_ptr + edge, mask=incoming, other=0.0)
+        row = (edge // slots).to(tl.int64)
+        both = incoming[:, None] & column[None, :]
+        other = tl.load(source_ptr + (row * width)[:, None] + c[None, :], mask=both, other=0.0).to(tl.float32)
+        active += tl.where(own[None, :] + other <= 0.0, 0.0, slope[:, None])
+    vector = tl.load(vector_ptr + c, mask=column, other=0.0).to(tl.float32)
+    tl.store(grad_target_ptr + node * width + c, tl.sum(active, axis=0) * vector, mask=column)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _edge_weight_bwd_kernel_sum(part_ptr, total_ptr, chunks, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Some columns of total (width,): the sum of part (chunks, width) over the chunks."""
+    c = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    column = c < width
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, chunks, ROWS):
+        r = (start + tl.arange(0, ROWS)).to(tl.int64)
+        both = (r < chunks)[:, None] & column[None, :]
+        total += tl.load(part_ptr + (r * width)[:, None] + c[None, :], mask=both, other=0.0)
+    tl.store(total_ptr + c, tl.sum(total, axis=0), mask=column)
+
+
+def two_sums(tile: Tile) -> Tile:
+    """Sizes of the kernel that keeps two sums per hidden unit: half of the rows, or they do not fit the registers."""
+    return dataclasses.replace(tile, rows=max(1, tile.rows // 2))
+
+
+def edge_weight(
+    source: Tensor,
+    target: Tensor,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    mask: Tensor | None = None,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Weights (B, N, K) in float32.
+
+    Args:
+        source, target: (B, N, E) float32, float16 or bfloat16. vector: (E,). bias: one number.
+        index: (B, N, K) int32 or int64, clamped into [0, N).
+        mask: (B, N, K) bool; the weight is 0 where it is False.
+        tile: sizes of a program; by default those of the device's table, then a rule.
+    """
+    batch, nodes, slots = index.shape
+    width = source.shape[-1]
+    weight = torch.empty(index.shape, dtype=torch.float32, device=source.device)
+    if weight.numel() == 0:
+        return weight
+    chosen = tile or tile_of("edge_weight", source.device, nodes, slots, width)
+    with on_device_of(source):
+        _edge_weight_fwd_kernel[(batch * nodes, triton.cdiv(slots, chosen.rows))](
+            source.contiguous(),
+            target.contiguous(),
+            index.contiguous(),
+            vector.contiguous(),
+            bias,
+            # never read without a mask
+            index if mask is None else mask.contiguous().view(torch.uint8),
+            weight,
+            nodes,
+            slots,
+            width,
+            MASKED=mask is not None,
+            **chosen.constants(),
+            **chosen.options(),
+            **FUSED,
+        )
+    return weight
+
+
+def edge_weight_backward(
+    grad: Tensor,
+    weight: Tensor,
+    source: Tensor,
+    target: Tensor,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    need_source: bool,
+    need_target: bool,
+    need_parameters: bool,
+    *,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to ``source``, ``target``, ``vector`` and ``bias`` in their dtypes; one that is not needed is empty.
+
+    Args:
+        grad, weight: (B, N, K); the other arguments as in ``edge_weight``.
+        need_source, need_target, need_parameters: which gradients to compute; ``vector`` and ``bias`` go together.
+    """
+    batch, nodes, slots = index.shape
+    width, rows = source.shape[-1], batch * nodes
+    grads = tuple(
+        torch.empty(like.shape if need else (0,), dtype=like.dtype, device=like.device)
+        for like, need in (
+            (source, need_source),
+            (target, need_target),
+            (vector, need_parameters),
+            (bias, need_parameters),
+        )
+    )
+    if index.numel() == 0:
+        return tuple(value.zero_() for value in grads)  # type: ignore[return-value]
+    grad_source, grad_target, grad_vector, grad_bias = grads
+    chosen = tile or tile_of("edge_weight", source.device, nodes, slots, width)
+    source, target, vector = source.contiguous(), target.contiguous(), vector.contiguous()
+    slope = torch.empty(index.shape, dtype=torch.float32, device=source.device)
+    chunk = max(_SMALLEST_CHUNK, triton.cdiv(rows, _MOST_CHUNKS))
+    chunks, blocks = triton.cdiv(rows, chunk), triton.cdiv(width, chosen.columns)
+    part = torch.empty(chunks if need_parameters else 0, width + 1, dtype=torch.float32, device=source.device)
+    common: dict[str, Any] = {**chosen.constants(), **chosen.options(), **FUSED}
+    with on_device_of(source):
+        # the slopes are needed where nothing else is asked of the first kernel
+        _edge_weight_bwd_kernel_source[(chunks, max(1, blocks) if need_source or need_parameters else 1)](
+            grad.contiguous(),
+            weight.contiguous(),
+            source,
+            target,
+            index.contiguous(),
+            vector,
+            slope,
+            grad_source,
+            part,
+            rows,
+            nodes,
+            slots,
+            width,
+            chunk,
+            NEED_SOURCE=need_source,
+            NEED_PARAMETERS=need_parameters,
+            **{**common, **two_sums(chosen).constants()},
+        )
+        if need_target and blocks:
+            reverse = reverse_lists(index)
+            _edge_weight_bwd_kernel_target[(rows, blocks)](
+                slope, source, target, reverse.begin, reverse.edge, vector, grad_target, slots, width, **common
+            )
+        if need_parameters:
+            total = torch.empty(width + 1, dtype=torch.float32, device=source.device)
+            _edge_weight_bwd_kernel_sum[(triton.cdiv(width + 1, chosen.columns),)](
+                part, total, chunks, width + 1, **common
+            )
+            grad_vector.copy_(total[:width])
+            grad_bias.copy_(total[width].view(bias.shape))
+    return grad_source, grad_target, grad_vector, grad_bias

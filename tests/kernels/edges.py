@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of the ops on edges, run on their Triton kernels.
+
+Interpreted or compiled is decided when Triton is imported: with ``TRITON_INTERPRET=1`` the tensors stay on the CPU,
+without it they are computed on a CUDA device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from contract import LAYOUTS, ORDINARY, Call, Inputs, OpContract, check_layout, check_repeats, compare, run
+from drseg_kernels import _reverse
+from subjects import Subject
+from torch import Tensor
+from torch.library import opcheck
+
+from drseg_core import ops
+from drseg_core.errors import BackendDtypeError
+from drseg_core.ops._cases import CASES, Case
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+TINY = next(case for case in CASES if case.name == "tiny_3x4")
+
+
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function for tensors of the CPU, computed on the device."""
+
+    def moved(value: Any, to: str) -> Any:
+        return value.to(to) if isinstance(value, Tensor) else value
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        result = function(
+            *(moved(value, DEVICE) for value in args), **{name: moved(value, DEVICE) for name, value in options.items()}
+        )
+        return tuple(moved(value, "cpu") for value in result) if isinstance(result, tuple) else moved(result, "cpu")
+
+    return call
+
+
+def on_kernels(subject: Subject) -> Subject:
+    return dataclasses.replace(subject, function=on_device(subject.function))
+
+
+def sorted_anew(call: Call) -> Call:
+    """The same call, with the graph's lists made again each time."""
+
+    def forgetful(**inputs: Any) -> Tensor:
+        _reverse._kept.clear()
+        return call(**inputs)
+
+    return forgetful
+
+
+class KernelContract(OpContract):
+    """The contract on ``backend="triton"``; what asks for float64 is left out."""
+
+    test_gradcheck = None
+
+    @pytest.fixture(autouse=True)
+    def leave_out(self, request: pytest.FixtureRequest) -> None:
+        if not INTERPRETED and not request.config.getoption("--gpu"):
+            pytest.fail("set TRITON_INTERPRET=1, or pass --gpu")
+        given = getattr(getattr(request.node, "callspec", None), "params", {})
+        if given.get("dtype") == torch.float64:
+            pytest.skip("the kernels leave float64 to other backends")
+        if INTERPRETED and given.get("dtype") == torch.bfloat16 and "oracle" in request.node.name:
+            pytest.skip("the interpreter cuts the last digit of bfloat16 off")
+
+    def inputs(self, variant: dict[str, Any], case: Case | None = None, dtype: torch.dtype = torch.float32) -> Inputs:
+        # the interpreter takes a millisecond per node
+        return super().inputs(variant, case or (TINY if INTERPRETED else ORDINARY), dtype)
+
+    def test_agrees_at_the_paper_size(self, variant, call):
+        if INTERPRETED:
+            pytest.skip("too large for the interpreter")
+        super().test_agrees_at_the_paper_size(variant, call)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_layouts(self, dtype, call):
+        if INTERPRETED and dtype != torch.float32:
+            pytest.skip("the launcher lays out every dtype in the same way")
+        inputs = self.inputs(self.subject.variants[0], dtype=dtype)
+        for layout, grad_layout in itertools.product(LAYOUTS, LAYOUTS):
+            if not INTERPRETED or "contiguous" in (layout, grad_layout) or layout == grad_layout:
+                check_layout(self.subject, inputs, call, layout, grad_layout)
+
+    def test_same_bits_for_any_threads(self, variant, call):
+        check_repeats(self.subject, self.inputs(variant), sorted_anew(call), times=2 if INTERPRETED else 250)
+
+    def test_float64_is_refused_by_name_and_left_to_others(self, variant):
+        inputs = {**self.subject.make_inputs(TINY, torch.float64), **variant}
+        for name in self.subject.differentiable:
+            mixed = {**self.subject.make_inputs(TINY, torch.float32), **variant, name: inputs[name]}
+            with pytest.raises(BackendDtypeError, match="expected one of torch.float32, torch.float16, torch.bfloat16"):
+                self.subject.function(**mixed, backend="triton")
+        getattr(ops, self.subject.name)(**inputs)
+        assert ops.last_backend(self.subject.name) != "triton"
+
+    def test_opcheck(self, variant):
+        inputs = {**self.subject.make_inputs(TINY, torch.float32), **variant}
+        given = [value.to(DEVICE) if isinstance(value, Tensor) else value for value in self.subject.registered(inputs)]
+        first = self.subject.differentiable[0]
+        position = next(n for n, value in enumerate(self.subject.registered(inputs)) if value is inputs[first])
+        given[position] = given[position].requires_grad_()
+        opcheck(getattr(torch.ops.drseg, self.subject.name).default, (*given[:-1], "triton"))
+
+
+def check_sizes(subject: Subject, inputs: Inputs, call: Call) -> None:
+    """Output and gradients agree with the oracle, and a second run gives the same bits."""
+    got = run(subject, inputs, sorted_anew(call))
+    compare(subject, inputs, got)
+    again = run(subject, inputs, sorted_anew(call))
+    for name, value in got.items():
+        assert torch.equal(value, again[name]), f"{subject.name} {name} differs between runs"
+
+
+def crowded_index(batch: int, nodes: int, slots: int, seed: int = 0) -> Tensor:
+    """Neighbours of every kind: repeated within a row, one that all rows choose, and nodes that no row chooses."""
+    random = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, max(1, nodes - nodes // 3), (batch, nodes, slots), generator=random)
+    index[:, :, 0] = 0
+    if slots > 2:
+        index[:, ::2, 2] = index[:, ::2, 1]
+    return index.int()
+
+
+def within_padding(value: Tensor, padding: float) -> tuple[Tensor, Tensor]:
+    """A larger buffer full of ``padding``, and a view into it that holds ``value``."""
+    wide = torch.full((value.numel() + 64,), padding, dtype=value.dtype, device=DEVICE)
+    inner = wide[32 : 32 + value.numel()].view(value.shape)
+    inner.copy_(value)
+    return wide, inner
