@@ -18,7 +18,7 @@ SANITIZE_TESTS ?= tests/ops tests/nn/test_pdgr.py -k "native or test_pdgr"
 SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
 
-.PHONY: help install demo test test-sanitize test-sanitize-address test-sanitize-thread lint format clean
+.PHONY: help install demo test test-sanitize test-sanitize-address test-sanitize-thread lint aot bench regress plots format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -58,6 +58,20 @@ aot: install  ## compile every Triton kernel for every GPU in view, without one 
 	test -z "$(TRITON)" || test -d build/triton-$(TRITON) || \
 		$(BIN)/python -m pip install -q --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH="$(if $(TRITON),build/triton-$(TRITON))" $(BIN)/python bench/aot.py
+
+bench: install  ## time the named cases (pytest-benchmark)
+	$(BIN)/python -m pytest -q bench/bench_cases.py --benchmark-only --benchmark-columns=median,iqr,rounds
+
+# the last release where there is one
+BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD~1)
+regress: install  ## every kernel right, then none slower than at BASE (a git ref; the last release)
+	$(BIN)/python -m pytest -q tests/ops tests/nn/test_pdgr.py
+	$(BIN)/python bench/run.py --base $(BASE) --gate
+
+plots: install  ## draw the rows of ROWS (a folder of bench/results) into docs/bench, and the README's tables from them
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) matplotlib
+	$(BIN)/python bench/plot.py $(wildcard $(ROWS)/*.jsonl) --out docs/bench
+	$(BIN)/python bench/report.py $(ROWS) README.md
 
 format: install  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .

@@ -20,7 +20,7 @@ from drseg_core.ops._cases import Case
 OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
 
 
-def _step(function: Callable[..., Tensor], inputs: dict[str, Any], backend: str, backward: bool) -> Tensor:
+def _step(function: Callable[..., Tensor], inputs: dict[str, Any], backend: str | None, backward: bool) -> Tensor:
     result = function(**inputs, backend=backend)
     if backward:
         wanted = [value for value in inputs.values() if isinstance(value, Tensor) and value.requires_grad]
@@ -42,7 +42,7 @@ def sizes_of(case: Case) -> dict[str, int]:
 
 def _prepare(
     op: str, case: Case, backward: bool, dtype: torch.dtype, device: str
-) -> tuple[dict[str, Any], Tensor, str]:
+) -> tuple[dict[str, Any], Tensor, str | None]:
     """Inputs, with gradients where they are wanted; the reference's result; the backend that runs by default."""
     inputs = importlib.import_module(f"drseg_core.ops.{op}.cases").make_inputs(case, dtype, device=device)
     function: Callable[..., Tensor] = getattr(ops, op)

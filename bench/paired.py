@@ -2,12 +2,12 @@
 """Two versions of the project against each other: each in a process of its own, taking turns, judged by their pairs.
 
 One round is a turn of each; a pair is the ratio of their times in a round, so what slows the machine for longer than a
-round cancels. Processes differ by luck (where their memory lies), so a verdict of slower counts only if a second pair
-of fresh processes comes to it as well.
+round cancels. A turn is the fastest of a few calls: interruptions only add. Processes differ by luck (where their
+memory lies), so a verdict of slower counts only if a second pair of fresh processes comes to it as well.
 
-    verdict    the interval of the median ratio (order statistics, 99.8 %) ...
-    slower     lies above 1 + tolerance, in both pairs of processes
-    faster     lies below 1 - tolerance
+    verdict    the median of the ratios and its interval (order statistics, 99.8 %)
+    slower     the interval lies above 1 + tolerance, or after all rounds the median above 1 + 1.5 tolerance
+    faster     the interval lies below 1
     same       neither; ``resolution`` is the smallest slowdown that this many rounds could have told from noise
 """
 
@@ -27,11 +27,11 @@ from typing import Any
 from source import Source
 
 TOLERANCE = 0.05
-# a turn lasts at least so long, so that one interruption is not all of it
-_TURN_SECONDS = 0.06
+# a turn lasts about so long, and has so many calls unless they are slow, so that one interruption is not all of it
+_TURN_SECONDS, _TURN_CALLS, _SLOW_SECONDS = 0.1, 3, 0.3
 _ERROR = 0.002
 # rounds after which a clear result ends the race; looking after every one would find a clear one by chance
-_LOOKS = (11, 15, 21)
+_LOOKS = (11, 15, 21, 31, 45)
 # of the larger peak, and MB: what one run differs from the next
 _MEMORY_SHARE, _MEMORY_MB = 0.10, 8.0
 
@@ -52,7 +52,8 @@ class Worker:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):
+            # its end of the pipe is closed, or ours
             answer = ""
         if not answer:
             return {"error": f"the process ended with exit code {self._process.wait()}"}
@@ -115,20 +116,22 @@ class Verdict:
 def _race(base: Worker, new: Worker, rounds: int, tolerance: float) -> tuple[list[float], list[float]]:
     """Seconds of each in every round; ends early once the interval is clear of the tolerance on either side."""
     first = {worker: worker.ask(do="time", calls=1)["seconds"] for worker in (base, new)}
-    calls = max(1, min(200, math.ceil(_TURN_SECONDS / max(min(t[0] for t in first.values()), 1e-6))))
+    seconds = max(min(taken[0] for taken in first.values()), 1e-6)
+    calls = max(_TURN_CALLS if seconds < _SLOW_SECONDS else 1, min(200, math.ceil(_TURN_SECONDS / seconds)))
     taken: dict[Worker, list[float]] = {base: [], new: []}
     for turn in range(rounds):
         for worker in (base, new) if turn % 2 == 0 else (new, base):
-            taken[worker].append(statistics.median(worker.ask(do="time", calls=calls)["seconds"]))
+            taken[worker].append(min(worker.ask(do="time", calls=calls)["seconds"]))
         if turn + 1 in _LOOKS:
             low, high = interval([n / b for n, b in zip(taken[new], taken[base], strict=True)])
-            if low > 1 + tolerance or high < 1 + tolerance:
+            if low > 1 + tolerance or high < 1 + 1.5 * tolerance:
                 break
     return taken[base], taken[new]
 
 
-def judge(base: Source, new: Source, job: Any, *, rounds: int, tolerance: float, device: str, threads: int | None,
-          ) -> Verdict:  # fmt: skip
+def judge(
+    base: Source, new: Source, job: Any, *, rounds: int, tolerance: float, device: str, threads: int | None
+) -> Verdict:
     """Race two versions at one job."""
     verdict = _judge_once(base, new, job, rounds, tolerance, device, threads)
     if verdict.verdict == "slower":
@@ -169,16 +172,25 @@ def _judge_once(
     ratio = statistics.median(ratios)
     base_mb, new_mb = peaks[old_worker], peaks[new_worker]
     name, why = "same", None
-    if low > 1 + tolerance:
+    if low > 1 + tolerance or ratio > 1 + 1.5 * tolerance:
         name = "slower"
     elif base_mb is not None and new_mb is not None and new_mb > base_mb * (1 + _MEMORY_SHARE) + _MEMORY_MB:
         name, why = "memory", f"peak rose from {base_mb:.0f} to {new_mb:.0f} MB"
-    elif high < 1 - tolerance:
+    elif high < 1:
         name = "faster"
     return Verdict(
-        name, why, ratio, low, high, tolerance + (ratio - low) / ratio, 1000 * statistics.median(old),
-        1000 * statistics.median(now), base_mb, new_mb, len(ratios),
-    )  # fmt: skip
+        verdict=name,
+        why=why,
+        ratio=ratio,
+        low=low,
+        high=high,
+        resolution=tolerance + max(0.5 * tolerance, (ratio - low) / ratio),
+        base_ms=1000 * statistics.median(old),
+        new_ms=1000 * statistics.median(now),
+        base_mb=base_mb,
+        new_mb=new_mb,
+        rounds=len(ratios),
+    )
 
 
 def table(verdicts: Sequence[tuple[Any, Verdict]]) -> str:

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print the jobs and what can run them, and end")
     parser.add_argument("--base", metavar="REF", help="race this checkout against a git ref")
     parser.add_argument("--gate", action="store_true", help="with --base: exit code 1 if it got worse")
-    parser.add_argument("--rounds", type=_positive, default=31, help="with --base: pairs at most")
+    parser.add_argument("--rounds", type=_positive, default=61, help="with --base: pairs at most")
     parser.add_argument("--tolerance", type=_share, default=paired.TOLERANCE, help="with --base: slowdown that is none")
     return parser
 

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares stored rows of two runs on one kind of machine.
+
+    python bench/compare.py OLD.jsonl NEW.jsonl
+
+Times are normalised by the ceilings each run measured, so that a slow hour of the machine is not the code's. Beside
+each verdict stands the smallest slowdown that these rows can tell from noise. Stored rows are weaker evidence than the
+race of ``bench/run.py --base REF --gate``, which is the gate.
+
+Exit code 0: nothing slower or lost; 1: something is; 2: the files cannot be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+_KEY = ("op", "case", "mode", "dtype", "data", "name")
+# of one kind of machine
+_MACHINE = ("device", "threads", "instruction_set", "forced_level")
+# what two runs of one version differ by beyond the spread within them (2 cores of an AMD EPYC, 2026-11)
+_BETWEEN_RUNS = 0.05
+
+
+class CompareError(ValueError):
+    """Files that cannot be read, or do not belong together."""
+
+
+def read(path: Path) -> dict[tuple[str, ...], Row]:
+    """The rows of a file by what they measure; of several of the same, the last.
+
+    Raises:
+        CompareError: no such file, or no rows in it.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        found = {tuple(str(row[name]) for name in _KEY): row for row in rows if "p50_ms" in row}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CompareError(f"{path}: is no file of rows; {' '.join(str(error).split())}") from None
+    if not found:
+        raise CompareError(f"{path}: holds no timed row; expected what bench/run.py --out writes")
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row against its predecessor.
+
+    Args:
+        key: what it measures. ratio: new time over old, normalised. resolution: smallest slowdown told from noise.
+        verdict: ``slower``, ``same``, ``faster``, ``lost`` or ``new``. normalised: by both runs' ceilings.
+    """
+
+    key: tuple[str, ...]
+    verdict: str
+    ratio: float | None = None
+    resolution: float | None = None
+    normalised: bool = False
+
+
+def _standard_error(row: Row) -> float:
+    """Of the median, relative: from the percentiles, as if the times were normal."""
+    sigma = (row["p80_ms"] - row["p20_ms"]) / (2 * 0.8416)
+    return float(1.2533 * sigma / math.sqrt(row["repeats"]) / row["p50_ms"])
+
+
+def compare(old: dict[tuple[str, ...], Row], new: dict[tuple[str, ...], Row]) -> list[Comparison]:
+    """Every row of either.
+
+    Raises:
+        CompareError: the rows are of different kinds of machine.
+    """
+    for name in _MACHINE:
+        values = [{str(row.get(name)) for row in rows.values()} for rows in (old, new)]
+        if values[0] != values[1]:
+            sides = [" and ".join(sorted(value)) for value in values]
+            raise CompareError(f"{name} differs; expected rows of one kind of machine, got {sides[0]} and {sides[1]}")
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        if key not in new or key not in old:
+            found.append(Comparison(key, "lost" if key in old else "new"))
+            continue
+        before, after = old[key], new[key]
+        if before["sizes"] != after["sizes"]:
+            raise CompareError(f"{' '.join(key)}: sizes differ; expected one problem in both files")
+        ratio = after["p50_ms"] / before["p50_ms"]
+        least = [row.get("ceiling", {}).get("least_ms") for row in (before, after)]
+        if all(least):
+            ratio *= least[0] / least[1]
+        resolution = _BETWEEN_RUNS + 3 * math.hypot(_standard_error(before), _standard_error(after))
+        verdict = "slower" if ratio > 1 + resolution else "faster" if ratio < 1 / (1 + resolution) else "same"
+        found.append(Comparison(key, verdict, ratio, resolution, all(least)))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    args = parser.parse_args(arguments)
+    try:
+        found = compare(read(args.old), read(args.new))
+    except CompareError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    width = max(len(" ".join(one.key)) for one in found)
+    for one in found:
+        ratio = "    -" if one.ratio is None else f"{one.ratio:5.2f}"
+        tells = "" if one.resolution is None else f"  tells {100 * one.resolution:.0f} % from noise"
+        raw = "" if one.ratio is None or one.normalised else "  not normalised: a row has no ceilings"
+        print(f"{' '.join(one.key):{width}}  {ratio}  {one.verdict:6}{tells}{raw}")
+    return int(any(one.verdict in ("slower", "lost") for one in found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

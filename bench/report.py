@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's performance section, made from stored rows and from nothing else.
+
+    python bench/report.py bench/results/FOLDER README.md [--check]
+
+Replaces what stands between the two ``bench`` marks of the file; ``--check`` changes nothing and exits with 1 where
+the section is not what the rows give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import compare
+from compare import Row
+
+BEGIN, END = "<!-- bench: made by bench/report.py -->", "<!-- /bench -->"
+_WORDS = {"fwd": "forward", "fwd+bwd": "forward + backward"}
+_PICTURES = {
+    "speedup": "times as long as the engine takes, on DINO-like features",
+    "scaling": "time of one image over N, and the matrix that the others hold",
+    "roofline": "rate over intensity, and the ceilings measured in the same run",
+}
+
+
+def _find(rows: Sequence[Row], **wanted: str) -> Row | None:
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
+
+
+def _times(rows: Sequence[Row], engine: Row, name: str, digits: int = 1) -> str:
+    same = {key: engine[key] for key in ("op", "case", "mode", "data", "dtype")}
+    row = _find(rows, **same, name=name)
+    return "-" if row is None else f"{row['ratio_to_engine']:.{digits}f}x"
+
+
+def _module_table(rows: Sequence[Row]) -> list[str]:
+    engines = [row for row in rows if row["op"] == "pdgr" and row["name"] == "engine"]
+    if not engines:
+        return []
+    lines = [
+        "| PDGR, D 1024, E 256, C 384, K 75 | features | engine, ms | literal | factored | compiled | floor | "
+        "engine, MB | literal, MB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in engines:
+        literal = _find(rows, name="literal", **{key: row[key] for key in ("op", "case", "mode", "data", "dtype")})
+        memory = [f"{one['peak_mb']:.0f}" if one and one.get("peak_mb") else "-" for one in (row, literal)]
+        size = row["sizes"]
+        cells = [f"{size['B']} x {size['h']}x{size['w']}, {_WORDS[row['mode']]}", row["data"], f"{row['p50_ms']:.0f}"]
+        cells += [_times(rows, row, name, 0) for name in ("literal", "factored")]
+        cells += [_times(rows, row, "compiled"), _times(rows, row, "floor", 2), *memory]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _selection_table(rows: Sequence[Row]) -> list[str]:
+    engines = [row for row in rows if row["case"].startswith("knn_") and row["name"] == "engine"]
+    if not engines:
+        return []
+    lines = [
+        "| `knn_graph` with decay, K 75 | features | engine, ms | plain torch | faiss-cpu (no decay) | product of the "
+        "scores alone |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in engines:
+        size = row["sizes"]
+        name = f"{size['B']} x {size['h'] * size['w']} nodes, D {size['D']}, decay {size['decay']:g}"
+        cells = [name, row["data"], f"{row['p50_ms']:.0f}"]
+        cells += [_times(rows, row, name) for name in ("naive", "faiss", "floor")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _model_table(rows: Sequence[Row]) -> list[str]:
+    models = [row for row in rows if row["op"] == "model"]
+    if not models:
+        return []
+    lines = [
+        "| whole model, random weights, 17 classes | backend of the ops | images/s | PDGR's share | process, MB |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in models:
+        lines.append(
+            f"| {row['case']}, {row['mode']} | {row['name']} | {row['images_per_second']:.3f} | "
+            f"{100 * row['pdgr_share']:.1f} % | {row['process_mb']:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def section(folder: Path, root: Path) -> str:
+    """The text for the rows of a folder; paths in it are relative to ``root``.
+
+    Raises:
+        CompareError: no rows, or rows of several machines.
+    """
+    rows: list[Row] = []
+    for path in sorted(folder.glob("*.jsonl")):
+        rows += _rows_of(path)
+    machines = {(row["device"], row["threads"], row["instruction_set"], row["torch"]) for row in rows}
+    if len(machines) != 1:
+        raise compare.CompareError(f"{folder}: holds rows of {len(machines)} machines; expected one")
+    device, threads, level, torch = machines.pop()
+    place = folder.resolve().relative_to(root.resolve()).as_posix()
+    months = sorted({row["date"][:7] for row in rows})
+    lines = [
+        f"{threads} threads of an {device} ({level}), {' and '.join(months)}, torch {torch}, float32; medians of "
+        f"interleaved runs, from `{place}/*.jsonl`.",
+        "",
+        *_module_table(rows),
+        *_selection_table(rows),
+        *_model_table(rows),
+    ]
+    files = ", ".join(f"`{place}/{path.name}`" for path in sorted(folder.glob("*.jsonl")))
+    for name, words in _PICTURES.items():
+        if (root / "docs" / "bench" / f"{name}.png").is_file():
+            lines += [f"![{name}: {words}](docs/bench/{name}.png)", "", f"*{words.capitalize()}. From {files}.*", ""]
+    return "\n".join(lines)
+
+
+def _rows_of(path: Path) -> list[Row]:
+    """As compare.read, but rows of the whole model too."""
+    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    last = {tuple(str(row.get(key)) for key in ("op", "case", "mode", "dtype", "data", "name")): row for row in rows}
+    return list(last.values())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, help="folder of JSON-lines files")
+    parser.add_argument("readme", type=Path)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    args = parser.parse_args(arguments)
+    text = args.readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        print(f"report: {args.readme} has no place for the section; expected {BEGIN} and {END} once", file=sys.stderr)
+        return 2
+    try:
+        made = section(args.rows, args.readme.parent)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"report: {args.rows} cannot be used: {error}", file=sys.stderr)
+        return 2
+    before, rest = text.split(BEGIN)
+    wanted = f"{before}{BEGIN}\n{made}{END}{rest.split(END)[1]}"
+    if args.check:
+        if wanted != text:
+            print(f"report: {args.readme} is not what the rows of {args.rows} give; run it without --check")
+        return int(wanted != text)
+    args.readme.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
