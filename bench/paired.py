@@ -36,6 +36,10 @@ _LOOKS = (11, 15, 21, 31, 45)
 _MEMORY_SHARE, _MEMORY_MB = 0.10, 8.0
 
 
+class LostError(RuntimeError):
+    """A process failed at a call that it had managed before."""
+
+
 class Worker:
     """A process that has one job of one version ready and times it when told to."""
 
@@ -58,6 +62,14 @@ class Worker:
         if not answer:
             return {"error": f"the process ended with exit code {self._process.wait()}"}
         found: dict[str, Any] = json.loads(answer)
+        return found
+
+    def seconds(self, calls: int) -> list[float]:
+        """Of each of some calls."""
+        answer = self.ask(do="time", calls=calls)
+        if "error" in answer:
+            raise LostError(f"{self.source.name}: {answer['error']}")
+        found: list[float] = answer["seconds"]
         return found
 
     def close(self) -> None:
@@ -115,13 +127,12 @@ class Verdict:
 
 def _race(base: Worker, new: Worker, rounds: int, tolerance: float) -> tuple[list[float], list[float]]:
     """Seconds of each in every round; ends early once the interval is clear of the tolerance on either side."""
-    first = {worker: worker.ask(do="time", calls=1)["seconds"] for worker in (base, new)}
-    seconds = max(min(taken[0] for taken in first.values()), 1e-6)
+    seconds = max(min(worker.seconds(1)[0] for worker in (base, new)), 1e-6)
     calls = max(_TURN_CALLS if seconds < _SLOW_SECONDS else 1, min(200, math.ceil(_TURN_SECONDS / seconds)))
     taken: dict[Worker, list[float]] = {base: [], new: []}
     for turn in range(rounds):
         for worker in (base, new) if turn % 2 == 0 else (new, base):
-            taken[worker].append(min(worker.ask(do="time", calls=calls)["seconds"]))
+            taken[worker].append(min(worker.seconds(calls)))
         if turn + 1 in _LOOKS:
             low, high = interval([n / b for n, b in zip(taken[new], taken[base], strict=True)])
             if low > 1 + tolerance or high < 1 + 1.5 * tolerance:
@@ -134,10 +145,11 @@ def judge(
 ) -> Verdict:
     """Race two versions at one job."""
     verdict = _judge_once(base, new, job, rounds, tolerance, device, threads)
-    if verdict.verdict == "slower":
+    if verdict.verdict in ("slower", "memory"):
+        # luck makes one of the two, a change makes both
         again = _judge_once(base, new, job, rounds, tolerance, device, threads)
-        # the milder of the two: luck makes one of them, a change makes both
-        verdict = min(verdict, again, key=lambda one: one.ratio or math.inf)
+        if not again.fails or (again.ratio or math.inf) < (verdict.ratio or math.inf):
+            verdict = again
     return verdict
 
 
@@ -165,7 +177,10 @@ def _judge_once(
             return Verdict("new", f"base: {before.get('error') or before['wrong']}")
         if before["sizes"] != after["sizes"]:
             return Verdict("new", "base has other sizes under this name")
-        old, now = _race(old_worker, new_worker, rounds, tolerance)
+        try:
+            old, now = _race(old_worker, new_worker, rounds, tolerance)
+        except LostError as error:
+            return Verdict("lost", str(error))
         peaks = {worker: worker.ask(do="peak").get("peak_mb") for worker in (old_worker, new_worker)}
     ratios = [n / b for n, b in zip(now, old, strict=True)]
     low, high = interval(ratios)

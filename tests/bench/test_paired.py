@@ -45,17 +45,20 @@ class Fake:
     factor = {"base": 1.0, "new": 1.0}
     answer: dict[str, dict[str, Any]] = {}
     peak = {"base": 100.0, "new": 100.0}
-    clock = 0
+    clock, dies = 0, -1
 
-    def ask(self, do: str, calls: int = 1, **_: Any) -> dict[str, Any]:
+    def ask(self, do: str, **_: Any) -> dict[str, Any]:
         if do == "build":
             return {"wrong": None, "sizes": {"N": 1}, "backends": {}} | Fake.answer.get(self.source.name, {})
-        if do == "peak":
-            return {"peak_mb": Fake.peak[self.source.name]}
+        return {"peak_mb": Fake.peak[self.source.name]}
+
+    def seconds(self, calls: int) -> list[float]:
         Fake.clock += 1
+        if Fake.clock == Fake.dies:
+            raise paired.LostError(f"{self.source.name}: the process ended with exit code -9")
         weather = 1.3 if Fake.clock // 17 % 2 else 1.0
         noise = self.draw.lognormvariate(0, 0.06) * (3.0 if self.draw.random() < 0.05 else 1.0)
-        return {"seconds": [0.1 * weather * noise * Fake.factor[self.source.name]] * calls}
+        return [0.1 * weather * noise * Fake.factor[self.source.name]] * calls
 
     def close(self) -> None:
         pass
@@ -82,6 +85,7 @@ def test_a_slowdown_of_15_percent_is_seen_and_none_is_seen_where_there_is_none(m
     [
         ({"answer": {"new": {"wrong": "sample 0: row 3 holds a clearly lower node"}}}, "wrong", True),
         ({"answer": {"new": {"error": "RuntimeError: gone"}}}, "lost", True),
+        ({"clock": 0, "dies": 9}, "lost", True),
         ({"answer": {"base": {"error": "AttributeError: not there yet"}}}, "new", False),
         ({"answer": {"base": {"sizes": {"N": 2}}}}, "new", False),
         ({"peak": {"base": 100.0, "new": 130.0}}, "memory", True),
