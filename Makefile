@@ -70,7 +70,7 @@ regress: install  ## every kernel right, then none slower than at BASE (a git re
 
 plots: install  ## draw the rows of ROWS (a folder of bench/results) into docs/bench, and the README's tables from them
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) matplotlib
-	$(BIN)/python bench/plot.py $(wildcard $(ROWS)/*.jsonl) --out docs/bench
+	$(BIN)/python bench/plot.py $(wildcard $(ROWS)/knn*.jsonl $(ROWS)/pdgr*.jsonl $(ROWS)/ops*.jsonl) --out docs/bench
 	$(BIN)/python bench/report.py $(ROWS) README.md
 
 format: install  ## rewrite the sources in the house format

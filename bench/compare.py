@@ -23,6 +23,7 @@ from typing import Any
 
 Row = dict[str, Any]
 _KEY = ("op", "case", "mode", "dtype", "data", "name")
+_TIMES = {"p20_ms", "p50_ms", "p80_ms", "repeats", "sizes"}
 # of one kind of machine
 _MACHINE = ("device", "threads", "instruction_set", "forced_level")
 # what two runs of one version differ by beyond the spread within them (2 cores of an AMD EPYC, 2026-11)
@@ -41,8 +42,8 @@ def read(path: Path) -> dict[tuple[str, ...], Row]:
     """
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        found = {tuple(str(row[name]) for name in _KEY): row for row in rows if "p50_ms" in row}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = {tuple(str(row[name]) for name in _KEY): row for row in rows if row.keys() >= _TIMES}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompareError(f"{path}: is no file of rows; {' '.join(str(error).split())}") from None
     if not found:
         raise CompareError(f"{path}: holds no timed row; expected what bench/run.py --out writes")

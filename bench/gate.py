@@ -72,8 +72,23 @@ def result_of_op(op: str, result: Tensor, reference: Tensor) -> str | None:
     if op == "knn_graph":
         share = float((result == reference).float().mean())
         return None if share > 0.999 else f"only {share:.4f} of the neighbours agree with the reference"
-    limit = 1e-4 * reference.double().abs().max()
-    return numerics.compare_values(result, reference.double(), limit).problem
+    return _near(result, reference, 1e-4)
+
+
+def gradients_of_op(names: Sequence[str], got: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """The gradients of one backend against those of the reference."""
+    for name, value, right in zip(names, got, expected, strict=True):
+        problem = _near(value, right, GRADIENT_TOLERANCE)
+        if problem is not None:
+            return f"gradient of {name}: {problem}"
+    return None
+
+
+def _near(value: Tensor, right: Tensor, share: float) -> str | None:
+    """Agreement within a share of the largest element, and what storing both in their dtype costs."""
+    wide = right.double()
+    stored = 2 * numerics.rounding_bound(wide, right.dtype) if right.dtype in numerics.UNIT else 0.0
+    return numerics.compare_values(value, wide, share * wide.abs().max() + stored).problem
 
 
 def true_scores(prior: Tensor, rows: Tensor, grid: tuple[int, int], decay: float) -> Tensor:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ def settle() -> int:
         # the peak is then counted above that of making the inputs, which is the mark's only other owner
         pass
     return high_water()
+
+
+def rise(run: Callable[[], object]) -> float:
+    """MiB by which one call raises the high-water mark of this process above what is resident before it."""
+    before = settle()
+    run()
+    return (high_water() - before) / 2**20
 
 
 def in_child(module: str, function: str, *arguments: Any) -> Any:

@@ -111,8 +111,11 @@ def measure(
         ran = {op: last_backend(op) for op in ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")}
     middle = statistics.median(seconds)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else max(made, memory.high_water())
+    spread = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8]).double())
     return {
+        "p20_ms": 1000 * float(spread[0]),
         "p50_ms": 1000 * middle,
+        "p80_ms": 1000 * float(spread[1]),
         "images_per_second": batch / middle,
         "pdgr_share": statistics.median(inside) / middle,
         "process_mb": peak / 2**20,
@@ -158,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     continue
                 row = {
                     "op": "model", "case": config, "mode": mode, "dtype": "float32", "data": "random",
-                    "name": backend or "engine", "batch": args.batch, "overrides": overrides, "repeats": args.repeats,
+                    "name": backend or "engine", "sizes": {"batch": args.batch, "classes": _CLASSES},
+                    "overrides": overrides, "repeats": args.repeats,
                     **figures, **record.environment(args.device),
                 }  # fmt: skip
                 print(

@@ -3,29 +3,64 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import gate
+import memory
 import torch
 from record import Row, rows_of
 from timing import Contender, interleave
 from torch import Tensor
 
 from drseg_core import ops
-from drseg_core.ops._cases import Case
+from drseg_core.ops._cases import Case, generator
 
 OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
 
 
-def _step(function: Callable[..., Tensor], inputs: dict[str, Any], backend: str | None, backward: bool) -> Tensor:
-    result = function(**inputs, backend=backend)
-    if backward:
-        wanted = [value for value in inputs.values() if isinstance(value, Tensor) and value.requires_grad]
-        torch.autograd.grad(result.sum(), wanted)
-    return result
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """An op with its inputs.
+
+    Args:
+        function: the op. inputs: keyword arguments. wanted: names of those with a gradient. gradient: what comes back
+            to the result.
+    """
+
+    function: Callable[..., Tensor]
+    inputs: dict[str, Any]
+    wanted: tuple[str, ...]
+    gradient: Tensor | None
+
+    def step(self, backend: str | None) -> tuple[Tensor, Sequence[Tensor]]:
+        """The result and the gradients that are wanted."""
+        result = self.function(**self.inputs, backend=backend)
+        if not self.wanted:
+            return result, ()
+        return result, torch.autograd.grad(result, [self.inputs[name] for name in self.wanted], self.gradient)
+
+    def wrong(self, op: str, backend: str | None, reference: tuple[Tensor, Sequence[Tensor]]) -> str | None:
+        """What differs from the reference."""
+        result, gradients = self.step(backend)
+        problem = gate.result_of_op(op, result.detach(), reference[0].detach())
+        return problem or gate.gradients_of_op(self.wanted, gradients, reference[1])
+
+
+def launch_of(op: str, case: Case, backend: str | None, device: str) -> dict[str, Any] | None:
+    """Sizes of a Triton launch; None for what has none."""
+    if backend != "triton":
+        return None
+    from drseg_kernels import _launch, _tile
+
+    at = torch.device(device)
+    if op == "knn_graph":
+        return dataclasses.asdict(_launch.configuration_of(op, at, case.nodes, case.neighbours))
+    width = {"edge_weight": case.hidden, "graph_propagate": case.channels}.get(op, case.neighbours)
+    return dataclasses.asdict(_tile.tile_of(op, at, case.nodes, case.neighbours, width))
 
 
 def sizes_of(case: Case) -> dict[str, int]:
@@ -40,32 +75,28 @@ def sizes_of(case: Case) -> dict[str, int]:
     }
 
 
-def _prepare(
-    op: str, case: Case, backward: bool, dtype: torch.dtype, device: str
-) -> tuple[dict[str, Any], Tensor, str | None]:
-    """Inputs, with gradients where they are wanted; the reference's result; the backend that runs by default."""
+def _prepare(op: str, case: Case, backward: bool, dtype: torch.dtype, device: str) -> tuple[_Problem, str | None]:
+    """The problem, and the backend that runs by default."""
     inputs = importlib.import_module(f"drseg_core.ops.{op}.cases").make_inputs(case, dtype, device=device)
     function: Callable[..., Tensor] = getattr(ops, op)
     with torch.no_grad():
-        reference = function(**inputs, backend="reference")
-        function(**inputs)
-    given: dict[str, Any] = {
-        name: value.clone().requires_grad_(backward)
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for name, value in inputs.items()
-    }
-    return given, reference, ops.last_backend(op)
+        result = function(**inputs)
+    default = ops.last_backend(op)
+    floats = tuple(name for name, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point())
+    if not backward:
+        return _Problem(function, inputs, (), None), default
+    given = {name: value.clone().requires_grad_() if name in floats else value for name, value in inputs.items()}
+    random = generator(case, 1)
+    gradient = torch.randn(result.shape, generator=random).to(device=device, dtype=result.dtype)
+    return _Problem(function, given, floats, gradient), default
 
 
 def engine(
     op: str, case: Case, mode: str, dtype: torch.dtype, device: str
 ) -> tuple[Callable[[], object], str | None, dict[str, str | None]]:
     """(one call, what is wrong with it, backends) of the backend that an op takes."""
-    backward = mode == "fwd+bwd"
-    given, reference, default = _prepare(op, case, backward, dtype, device)
-    run = partial(_step, getattr(ops, op), given, default, backward)
-    return run, gate.result_of_op(op, run().detach(), reference), {op: default}
+    problem, default = _prepare(op, case, mode == "fwd+bwd", dtype, device)
+    return partial(problem.step, default), problem.wrong(op, default, problem.step("reference")), {op: default}
 
 
 def measure(
@@ -82,9 +113,8 @@ def measure(
 
     ``backend``: the only one that is measured.
     """
-    backward = mode == "fwd+bwd"
-    given, reference, default = _prepare(op, case, backward, dtype, device)
-    function: Callable[..., Tensor] = getattr(ops, op)
+    problem, default = _prepare(op, case, mode == "fwd+bwd", dtype, device)
+    reference = problem.step("reference")
     able = [
         row["backend"]
         for row in ops.backend_report()
@@ -94,13 +124,16 @@ def measure(
         able, default = [backend], backend
     contenders, refused = [], []
     for name in sorted(able, key=lambda name: name != default):
-        run = partial(_step, function, given, name, backward)
-        wrong = gate.result_of_op(op, run().detach(), reference)
+        wrong = problem.wrong(op, name, reference)
         if wrong is None:
-            contenders.append(Contender(name, run, repeats, {"backends": {op: name}}))
+            run = partial(problem.step, name)
+            fields: dict[str, Any] = {"backends": {op: name}, "launch": launch_of(op, case, name, device)}
+            if device == "cpu":
+                fields["peak_mb"] = memory.rise(run)
+            contenders.append(Contender(name, run, repeats, fields))
         else:
             refused.append(f"{name}: {wrong}")
-    if any(problem.startswith(f"{default}:") for problem in refused):
+    if any(line.startswith(f"{default}:") for line in refused):
         # nothing to relate the others to
         return [], refused
     common = {

@@ -39,9 +39,7 @@ def _answer(request: dict[str, Any], state: dict[str, Any], device: str) -> dict
         before = torch.cuda.memory_allocated()
         state["run"]()
         return {"peak_mb": (torch.cuda.max_memory_allocated() - before) / 2**20}
-    before = memory.settle()
-    state["run"]()
-    return {"peak_mb": (memory.high_water() - before) / 2**20}
+    return {"peak_mb": memory.rise(state["run"])}
 
 
 def main(device: str, threads: int) -> None:

@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 # one colour per contender in every picture; told apart in grey print and by the colour-blind
 _COLOURS = {
     "engine": "#0b6e99", "literal": "#b3541e", "factored": "#d9a441", "compiled": "#7a9e3f", "floor": "#888888",
-    "naive": "#b3541e", "faiss": "#d9a441",
+    "naive": "#8c4fa3", "faiss": "#4c9f9a",
 }  # fmt: skip
 _WORDS = {"fwd": "forward", "fwd+bwd": "forward + backward"}
 
@@ -108,7 +108,7 @@ def roofline(rows: Sequence[Row], figure: Any) -> bool:
     top = max(row["ceiling"]["gflops"] for row in chosen)
     slope = max(row["ceiling"]["copy_gbs"] for row in chosen)
     reach = [row["flop"] / row["byte"] for row in chosen]
-    left, right = min(reach) / 2, max(max(reach), 2 * top / slope) * 2
+    left, right = min(*reach, top / slope) / 2, max(max(reach), 2 * top / slope) * 2
     axes.plot([left, top / slope, right], [left * slope, top, top], color=_COLOURS["floor"], label="measured ceilings")
     marks = {}
     for row in chosen:
@@ -138,6 +138,7 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[str]:
     for name, picture in PICTURES.items():
         figure = plt.figure(figsize=(7.5, 3.8), dpi=140, layout="constrained")
         if picture(rows, figure):
+            figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))
             figure.text(0.995, 0.005, title, ha="right", va="bottom", fontsize=6, color="#666666")
             for suffix in ("png", "svg"):
                 # no date inside, so that the same rows make the same file

@@ -115,11 +115,17 @@ def section(folder: Path, root: Path) -> str:
         *_selection_table(rows),
         *_model_table(rows),
     ]
-    files = ", ".join(f"`{place}/{path.name}`" for path in sorted(folder.glob("*.jsonl")))
     for name, words in _PICTURES.items():
         if (root / "docs" / "bench" / f"{name}.png").is_file():
-            lines += [f"![{name}: {words}](docs/bench/{name}.png)", "", f"*{words.capitalize()}. From {files}.*", ""]
+            shown = [path.name for path in sorted(folder.glob("*.jsonl")) if _shows(name, _rows_of(path))]
+            files = ", ".join(f"`{place}/{file}`" for file in shown)
+            lines += [f"![{name}: {words}](docs/bench/{name}.png)", "", f"*{words[0].upper()}{words[1:]}. {files}*", ""]
     return "\n".join(lines)
+
+
+def _shows(picture: str, rows: Sequence[Row]) -> bool:
+    """Whether a picture is made of these rows."""
+    return any("ceiling" in row and (picture != "scaling" or row["case"].startswith("knn_")) for row in rows)
 
 
 def _rows_of(path: Path) -> list[Row]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ import record  # noqa: E402
 import source  # noqa: E402
 import torch  # noqa: E402
 
+from drseg_core.errors import BackendUnavailableError  # noqa: E402
 from drseg_core.ops import backend_report  # noqa: E402
 
 _DEFAULT_CASES = ("paper_vitl_24x24", "pdgr_8x576")
@@ -114,11 +116,16 @@ def _print_backends(device: str) -> None:
 
 
 def _measure(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
-    failed = False
+    failed = missing = False
     for job in chosen:
-        rows, refused = jobs.measure(
-            job, repeats=args.repeats, slow=args.slow_repeats, with_memory=args.memory, device=args.device
-        )
+        try:
+            rows, refused = jobs.measure(
+                job, repeats=args.repeats, slow=args.slow_repeats, with_memory=args.memory, device=args.device
+            )
+        except BackendUnavailableError as error:
+            print(f"{job}: left out: {error}", file=sys.stderr)
+            missing = True
+            continue
         for problem in refused:
             print(f"{job}: refused: {problem}", file=sys.stderr)
         failed |= bool(refused)
@@ -126,10 +133,13 @@ def _measure(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
             print(record.table(rows), flush=True)
             if args.out:
                 record.append(args.out, rows)
-    return int(failed)
+    # what was asked for and cannot run here has a code of its own
+    return 1 if failed else 5 if missing else 0
 
 
 def _race(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
+    # a stop from outside ends the program by the way that takes the worktree and the processes along
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         new = source.working_tree()
         with source.checkout(args.base) as base:

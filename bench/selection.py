@@ -7,10 +7,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import gate
+import memory
 import torch
 from baselines import Floor, best_block, faiss_selection, grid_distance, naive_selection, scores_product
+from ops import launch_of
 from record import Row, rows_of
 from timing import Contender, interleave
 from torch import Tensor
@@ -86,7 +89,11 @@ def measure(
     if wrong is not None:
         return [], [f"engine: {wrong}"]
     backends = {"knn_graph": last_backend("knn_graph")}
-    contenders = [Contender("engine", run_engine, repeats if small else slow, {"backends": backends})]
+    launch = launch_of("knn_graph", case, backends["knn_graph"], device)
+    fields: dict[str, Any] = {"backends": backends, "launch": launch}
+    if device == "cpu":
+        fields["peak_mb"] = memory.rise(run_engine)
+    contenders = [Contender("engine", run_engine, repeats if small else slow, fields)]
     refused = []
     if small:
         distance = grid_distance(grid, prior.device)

@@ -46,7 +46,10 @@ class Source:
 
 
 def _git(*command: str) -> str:
-    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+    except OSError as error:
+        raise SourceError(f"git cannot be run: {error}") from None
     if done.returncode:
         reason = done.stderr.strip().splitlines()
         raise SourceError(f"git {' '.join(command)}: failed; {reason[-1] if reason else 'no reason given'}")

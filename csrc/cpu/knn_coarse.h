@@ -68,7 +68,7 @@ DRSEG_INLINE void settle(
   }
   const T* own = rows.at(position);
   dot_block<T, kBytes>(&own, 1, scratch.column.data(), waiting, rows.width, scratch.dot.data(), candidates.room);
-  finish_scores(
+  finish_scores<T, kBytes>(
       problem, rows.inverse[position], scratch.inverse.data(), scratch.dot.data(), scratch.decay.data(), waiting,
       score + exact);
   candidates.count[r] = exact + waiting;
@@ -142,7 +142,7 @@ DRSEG_INLINE void search_block_coarsely(
     const T* own = rows->at(position);
     T dot, decay = problem->decay.own();
     dot_block<T, kBytes>(&own, 1, &own, 1, rows->width, &dot, 1);
-    finish_scores(*problem, rows->inverse[position], &rows->inverse[position], &dot, &decay, 1, &candidates->own[r]);
+    finish_scores<T, kBytes>(*problem, rows->inverse[position], &rows->inverse[position], &dot, &decay, 1, &candidates->own[r]);
   }
   write_block<T, kBytes>(*problem, *rows, block, *candidates, *scratch, index, out);
 }

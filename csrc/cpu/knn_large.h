@@ -218,7 +218,7 @@ DRSEG_INLINE void visit_block(
   dot_block<T, kBytes>(row, count, column, columns.count, rows.width, dot, kBlock);
   for (int64_t n = 0; n < count; ++n) {
     const int64_t r = live[n];
-    finish_row(problem, rows, block.first + r, columns, dot + n * kBlock, score);
+    finish_row<T, kBytes>(problem, rows, block.first + r, columns, dot + n * kBlock, score);
     if (block.first == columns.first) {
       candidates.own[r] = score[r];
       score[r] = std::numeric_limits<T>::quiet_NaN();

@@ -12,6 +12,7 @@
 #include "cpu/dot_tile.h"
 #include "cpu/grid.h"
 #include "cpu/level.h"
+#include "cpu/vector.h"
 
 namespace drseg {
 
@@ -81,25 +82,31 @@ void copy_rows(const Problem<T>& problem, const T* prior, const T* inverse, Rows
   }
 }
 
-// Scores of one row with some others: NaN where either node is not finite. All scores are made here, so that equal
-// dots are equal scores whatever the compiler makes of the products.
-template <class T>
+// Scores of one row with some others: NaN where either node is not finite. All scores are made here, and a product is
+// rounded before anything is subtracted from it, so that equal dots and decays are equal scores wherever they are
+// computed: a fused multiply-subtract in one place and none in another would order ties.
+template <class T, int kBytes>
 DRSEG_INLINE void finish_scores(
     const Problem<T>& problem, T own, const T* inverse, const T* dot, const T* decay, int64_t count, T* score) {
-  if (problem.subtract) {
-    for (int64_t c = 0; c < count; ++c) score[c] = dot[c] * own * inverse[c] - decay[c];
-  } else {
+  typedef Register<T, kBytes> R;
+  if (!problem.subtract) {
     for (int64_t c = 0; c < count; ++c) score[c] = join(dot[c] * own * inverse[c], decay[c], false, problem.clamp);
+    return;
   }
+  int64_t c = 0;
+  for (; c + R::lanes <= count; c += R::lanes)
+    R::store(score + c, rounded(R::load(dot + c) * own * R::load(inverse + c)) - R::load(decay + c));
+  for (; c < count; ++c) score[c] = rounded(dot[c] * own * inverse[c]) - decay[c];
 }
 
-template <class T>
+template <class T, int kBytes>
 DRSEG_INLINE void finish_row(
     const Problem<T>& problem, const Rows<T>& rows, int64_t p, const Block& columns, const T* dot, T* score) {
   const int64_t node = problem.grid.node[p];
   T decay[kBlock];
   decay_of_block(problem.decay, columns, node / problem.grid.width, node % problem.grid.width, decay);
-  finish_scores(problem, rows.inverse[p], rows.inverse.data() + columns.first, dot, decay, columns.count, score);
+  finish_scores<T, kBytes>(
+      problem, rows.inverse[p], rows.inverse.data() + columns.first, dot, decay, columns.count, score);
 }
 
 // The row's answer from the chosen others in ascending node order.

@@ -54,14 +54,14 @@ DRSEG_INLINE void score_pair(const Problem<T>& problem, SmallImage<T>& image, co
   rows.list(other.first, other.count, column);
   dot_block<T, kBytes>(row, one.count, column, other.count, rows.width, dot, kBlock);
   for (int64_t r = 0; r < one.count; ++r) {
-    finish_row(problem, rows, one.first + r, other, dot + r * kBlock, score);
+    finish_row<T, kBytes>(problem, rows, one.first + r, other, dot + r * kBlock, score);
     keep_scores(image, one.first + r, other, score, nodes);
   }
   if (one.first == other.first) return;
   for (int64_t r = 0; r < one.count; ++r)
     for (int64_t c = 0; c < other.count; ++c) turned[c * kBlock + r] = dot[r * kBlock + c];
   for (int64_t c = 0; c < other.count; ++c) {
-    finish_row(problem, rows, other.first + c, one, turned + c * kBlock, score);
+    finish_row<T, kBytes>(problem, rows, other.first + c, one, turned + c * kBlock, score);
     keep_scores(image, other.first + c, one, score, nodes);
   }
 }

@@ -15,6 +15,17 @@
 
 namespace drseg {
 
+// A value as it is stored: the compiler must not fuse the product it comes from with what follows.
+template <class V>
+DRSEG_INLINE V rounded(V value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+  return value;
+}
+
 template <class T, int kBytes>
 struct Register {
   static constexpr int lanes = kBytes / sizeof(T);

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stored rows are compared by what their runs measured of the machine, and only on one kind of machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import compare
+import plot
+import pytest
+import report
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    found = {
+        "op": "knn_graph", "case": "knn_4096", "mode": "fwd", "dtype": "float32", "data": "dino", "name": "engine",
+        "sizes": {"B": 1, "h": 64, "w": 64, "D": 1024, "K": 75, "decay": 2.0},
+        "p20_ms": 98.0, "p50_ms": 100.0, "p80_ms": 102.0, "repeats": 7, "ratio_to_engine": 1.0,
+        "flop": 10**10, "byte": 10**7, "ceiling": {"gflops": 200.0, "copy_gbs": 10.0, "least_ms": 50.0},
+        "device": "a CPU", "threads": 2, "instruction_set": "AVX2", "forced_level": None, "torch": "2.14.1",
+        "date": "2026-11-24",
+    }  # fmt: skip
+    return {**found, **changes}
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return path
+
+
+def slower(by: float) -> dict[str, float]:
+    return {name: by * row()[name] for name in ("p20_ms", "p50_ms", "p80_ms")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "code"),
+    [
+        ({}, "same", 0),
+        (slower(1.5), "slower", 1),
+        (slower(0.5), "faster", 0),
+        # the machine had half its speed: twice the time is the same code
+        ({**slower(2.0), "ceiling": {"gflops": 100.0, "copy_gbs": 5.0, "least_ms": 100.0}}, "same", 0),
+        # the machine was twice as fast and the time is the same: the code is slower
+        ({"ceiling": {"gflops": 400.0, "copy_gbs": 20.0, "least_ms": 25.0}}, "slower", 1),
+        # as slow, but the rows are too noisy to tell
+        ({**slower(1.5), "p20_ms": 60.0, "p80_ms": 400.0}, "same", 0),
+    ],
+)
+def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], verdict: str, code: int):
+    old, new = write(tmp_path / "old", row()), write(tmp_path / "new", row(**changes))
+    assert compare.main([str(old), str(new)]) == code
+    out = capsys.readouterr().out
+    assert verdict in out and "from noise" in out
+
+
+def test_the_last_row_of_the_same_counts_and_lost_rows_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    old = write(tmp_path / "old", row(**slower(9)), row(), row(name="naive"))
+    new = write(tmp_path / "new", row(), row(name="faiss"))
+    assert compare.main([str(old), str(new)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines if "faiss" in line or "naive" in line] == ["new", "lost"]
+    assert "same" in next(line for line in lines if "engine" in line)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"device": "another CPU"}, "device differs"),
+        ({"threads": 4}, "threads differs"),
+        ({"sizes": {"B": 2}}, "sizes differ"),
+    ],
+)
+def test_what_cannot_be_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+):
+    old, new = write(tmp_path / "old", row()), write(tmp_path / "new", row(**changes))
+    assert compare.main([str(old), str(new)]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "no json\n", '{"op": "x"}\n', "[1]\n"])
+def test_files_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str):
+    (tmp_path / "bad").write_text(content)
+    assert compare.main([str(tmp_path / "bad"), str(tmp_path / "bad")]) == 2
+    assert compare.main([str(tmp_path / "none"), str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("compare: ") == 2
+
+
+def many_rows() -> list[dict[str, Any]]:
+    rows = []
+    for side, time in ((64, 40.0), (128, 160.0)):
+        sizes = row()["sizes"] | {"h": side, "w": side}
+        for name, factor in (("engine", 1.0), ("naive", 6.0), ("faiss", 4.0), ("floor", 3.0)):
+            rows.append(
+                row(case=f"knn_{side * side}", sizes=sizes, name=name, p50_ms=time * factor, ratio_to_engine=factor)
+            )
+    return rows
+
+
+def test_pictures_of_rows(tmp_path: Path):
+    path = write(tmp_path / "rows.jsonl", *many_rows())
+    assert plot.main([str(path), "--out", str(tmp_path / "out")]) == 0
+    made = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert made == [f"{name}.{suffix}" for name in ("roofline", "scaling", "speedup") for suffix in ("png", "svg")]
+    again = (tmp_path / "out" / "scaling.svg").read_bytes()
+    plot.main([str(path), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "scaling.svg").read_bytes() == again
+
+
+def test_pictures_of_two_machines_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = write(tmp_path / "rows.jsonl", row(), row(name="naive", device="another"))
+    assert plot.main([str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "2 kinds of machine" in capsys.readouterr().err
+
+
+def test_the_readme_section_is_what_the_rows_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    write(folder / "rows.jsonl", *many_rows())
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main([str(folder), str(readme), "--check"]) == 1
+    assert report.main([str(folder), str(readme)]) == 0
+    assert report.main([str(folder), str(readme), "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| 1 x 16384 nodes, D 1024, decay 2 | dino | 160 | 6.0x | 4.0x | 3.0x |" in text
+    readme.write_text("no marks")
+    assert report.main([str(folder), str(readme)]) == 2
+    assert "no place for the section" in capsys.readouterr().err
+
+
+def test_the_readme_says_what_the_committed_rows_say():
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    made = text.split(report.BEGIN)[1].split(report.END)[0]
+    folder = root / made.split("from `")[1].split("/*.jsonl")[0]
+    assert report.main([str(folder), str(root / "README.md"), "--check"]) == 0
