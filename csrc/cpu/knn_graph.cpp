@@ -113,7 +113,7 @@ void run(
     const T* image = features + sample * channels;
     if constexpr (std::is_same_v<T, float>) {
       if (Coarse::available() && nodes >= kCoarseGrid && channels >= kCoarseChannels &&
-          channels <= Coarse::kMostChannels && !bounds.any_negative) {
+          channels <= Coarse::kMostChannels && bounds.ascending) {
         coarse_grid(problem, image, inverse + sample, bounds, chosen + sample * k, value + sample * k);
         continue;
       }

@@ -28,7 +28,7 @@ struct Bounds {
   int64_t columns;
   std::vector<T> best;     // by blocks apart
   std::vector<T> longest;  // by block, set by who knows the rows
-  bool any_negative = false;  // where decay multiplies: whether it turns some score over
+  bool ascending = true;  // whether a larger cosine is nowhere a lower score, or none
 
   Bounds(const Problem<T>& problem, const T* table) : longest(problem.grid.blocks.size()) {
     const Grid& grid = problem.grid;
@@ -36,7 +36,8 @@ struct Bounds {
     const int64_t down = (h + bh - 1) / bh;
     columns = (w + bw - 1) / bw;
     best.resize(down * columns);
-    for (int64_t n = 0; n < grid.nodes(); ++n) any_negative |= !problem.subtract && !(table[n] >= 0);
+    for (int64_t n = 0; n < grid.nodes(); ++n)
+      ascending &= problem.subtract || (table[n] >= 0 && table[n] <= std::numeric_limits<T>::max());
     for (int64_t v = 0; v < down; ++v)
       for (int64_t u = 0; u < columns; ++u) {
         T value = problem.subtract ? std::numeric_limits<T>::infinity() : T(0);
