@@ -19,7 +19,9 @@ examples:
   drseg evaluate run --data folder:tiles --split val --out metrics.json
   drseg evaluate run --data folder:scenes --out metrics.json --mode tile --tile-size 384 --overlap 128
   drseg evaluate run --data loveda:datasets --protocol clean --out metrics.json
+  torchrun --nproc-per-node 2 -m drseg_core evaluate run --data loveda:datasets --protocol rskt --out metrics.json
 
+The output says what gave the scores: hashes of weights, class names and data, protocol, options, command, versions.
 The class names of the data set are the prompts; they need not be those of the training. A protocol fixes split,
 classes, ignored labels, windows and the mean by name: rskt (the benchmark of the paper), clean (held-out images,
 no "no-data" class), ovrs, segearth.
@@ -28,7 +30,7 @@ no "no-data" class), ovrs, segearth.
 
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.usage, parser.epilog = USAGE, EPILOG
-    parser.add_argument("run", type=str, metavar="RUN", help="run folder, or one of its checkpoint folders")
+    parser.add_argument("run", type=str, metavar="RUN", help="run, checkpoint or model folder")
     parser.add_argument("--data", required=True, type=str, metavar="DATA", help=DATA_HELP)
     parser.add_argument("--split", type=str | None, metavar="SPLIT", help="part of the data; val by default")
     parser.add_argument("--protocol", type=str | None, metavar="NAME", help="rskt, clean, ovrs or segearth")
@@ -40,6 +42,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         help="whole image, or tiles at native resolution; the run's by default",
     )
     add_tile_arguments(parser)
+    parser.add_argument("--boundary", action="store_true", help="also score the outlines (boundary IoU); slower")
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
 
 
@@ -81,46 +84,82 @@ def run(args: Any) -> None:
     out = Path(args.out)
     check_output(out, overwrite=args.overwrite)
     protocol = chosen_protocol(args)
+    from drseg_core.training.distributed import process_group
+
+    with process_group(args.device) as group:
+        result = _scores(args, protocol, group)
+        # the others have passed their check of --out once the scores are summed
+        if not group.is_main:
+            return
+        from drseg_core.files import write_text_atomic
+
+        write_text_atomic(out, json.dumps(result, indent=1) + "\n")
+    for name in ("mIoU", "mACC", "fwIoU", "pACC"):
+        value = result[name]
+        print(f"{name:>6} {'-' if value is None else f'{value:.2f} %'}")
+    if "boundary" in result and result["boundary"]["mIoU"] is not None:
+        print(f"boundary mIoU {result['boundary']['mIoU']:.2f} %")
+    if protocol is not None:
+        split, mean = result["data"]["split"], result["mIoU_convention"]
+        print(f"protocol {protocol.name}: split {split}, mean over classes: {mean}, {result['images']} images")
+    print(f"weights {result['weights_sha256'][:12]}, class names {result['class_names_sha256'][:12]}")
+    print(f"written: {out}")
+
+
+def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
+    """The scores with their run card: what gave them, on what, by which protocol, command and versions."""
     from drseg_core.data import open_dataset
+    from drseg_core.data.dataset import class_names_hash
     from drseg_core.data.protocols import check_held_out, open_protocol
     from drseg_core.evaluation.evaluate import evaluate
-    from drseg_core.files import write_text_atomic
-    from drseg_core.training.distributed import select_device
-    from drseg_core.training.run import check_class_names, load_run, training_data
+    from drseg_core.ops import backend_report
+    from drseg_core.training.pretrained import open_model
+    from drseg_core.training.rank_channels import weights_hash
+    from drseg_core.training.run import check_class_names, plain_config, training_data
     from drseg_core.training.versions import git_revision, library_versions
 
-    device = select_device(args.device)
     split = args.split or "val"
     if protocol is not None:
         split = protocol.view(args.data.partition(":")[0]).split
     dataset = open_dataset(args.data, split) if protocol is None else open_protocol(protocol, args.data)
-    loaded = load_run(args.run)
+    loaded = open_model(args.run)
     trained_on = training_data(loaded)
     if protocol is not None and trained_on is not None:
         check_held_out(protocol, args.data, trained_on)
     check_class_names(loaded.model, dataset.class_names)
     options = evaluation_options(loaded.config.evaluation, args)
     views = None if protocol is None else protocol.views
-    scores = evaluate(loaded.model, dataset.class_names, dataset, options, views=views, device=device)
+    # of the weights as they were read: also those of frozen parts that the run's folder does not hold
+    weights = weights_hash(loaded.model)
+    names = dataset.class_names
+    scores = evaluate(
+        loaded.model,
+        names,
+        dataset,
+        options,
+        views=views,
+        device=group.device,
+        processes=group,
+        boundary=args.boundary,
+    )
     convention = "present" if protocol is None else protocol.convention
-    scores["mIoU"] = scores["mIoU_conventions"][convention]
-    result = {
+    return {
         **scores,
+        "mIoU": scores["mIoU_conventions"][convention],
         "mIoU_convention": convention,
         "protocol": None if protocol is None else {"name": protocol.name, "views": dataclasses.asdict(protocol.views)},
         "run": str(args.run),
         "step": loaded.step,
+        "weights_sha256": weights,
+        "model": plain_config(loaded.config)["model"],
         "evaluation": dataclasses.asdict(options),
         "trained_on": trained_on,
+        "training_class_names_sha256": class_names_hash(loaded.class_names),
         "data": {"spec": args.data, "split": split, "sha256": dataset.fingerprint()},
+        "device": str(group.device),
+        "processes": group.world_size,
+        "backends": backend_report(),
         "versions": library_versions(),
         "git": git_revision(),
         "command": sys.argv,
     }
-    write_text_atomic(out, json.dumps(result, indent=1) + "\n")
-    for name in ("mIoU", "mACC", "fwIoU", "pACC"):
-        value = scores[name]
-        print(f"{name:>6} {'-' if value is None else f'{value:.2f} %'}")
-    if protocol is not None:
-        print(f"protocol {protocol.name}: split {split}, mean over classes: {convention}, {len(dataset)} images")
-    print(f"written: {out}")

@@ -23,7 +23,7 @@ Written: the class raster --out with CRS, transform, colour table and class name
 
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.usage, parser.epilog = USAGE, EPILOG
-    parser.add_argument("run", type=str, metavar="RUN", help="run folder, or one of its checkpoint folders")
+    parser.add_argument("run", type=str, metavar="RUN", help="run, checkpoint or model folder")
     parser.add_argument("image", type=str, metavar="IMAGE", help="GeoTIFF, PNG or JPEG of any size")
     parser.add_argument("--out", required=True, type=str, metavar="FILE", help="class raster to write (.tif)")
     parser.add_argument(
@@ -46,11 +46,11 @@ def run(args: Any) -> None:
     from drseg_core.evaluation.inference import Predictor
     from drseg_core.scenes.predict import predict_scene, scene_files
     from drseg_core.training.distributed import select_device
-    from drseg_core.training.run import load_run
+    from drseg_core.training.pretrained import open_model
 
     scene_files(out)
     device = select_device(args.device)
-    loaded = load_run(args.run)
+    loaded = open_model(args.run)
     options = evaluation_options(loaded.config.evaluation, args)
     predictor = Predictor(
         loaded.model,

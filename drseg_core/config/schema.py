@@ -41,13 +41,23 @@ class DinoConfig:
         weights: ``pretrained`` (timm's hub weights), path of a local weight file, or null for random initial weights.
         image_size: side in pixels to which images are resized before DINO.
         normalization: pixel mean and deviation: ``sat`` (SAT-493M), ``imagenet`` or ``clip``.
+        features: patch ``tokens`` after the final norm, or the attention's ``key`` or ``value`` of one block.
+        layer: block from which the features come, from 0; null takes the last.
+        guidance_blocks: two blocks (from 0) whose outputs guide the decoder with ``decoder.dino_guidance``.
         seed: seed of random initial weights.
+
+    The benchmark's RS-DINOv1 is ``vit_base_patch8_224`` with the path of its file in ``weights``, ``normalization``
+    ``clip`` and ``guidance_blocks`` [3, 7]. Its grid of 48 x 48 is averaged to CLIP's unless ``graph.grid`` is
+    ``prior``.
     """
 
     name: str = "vit_large_patch16_dinov3.sat493m"
     weights: str | None = "pretrained"
     image_size: int = 384
     normalization: Literal["sat", "imagenet", "clip"] = "sat"
+    features: Literal["tokens", "key", "value"] = "tokens"
+    layer: int | None = None
+    guidance_blocks: tuple[int, int] = (7, 15)
     seed: int = 0
 
 
@@ -87,6 +97,8 @@ class GraphConfig:
 
     Args:
         k: neighbours per node.
+        grid: nodes are the cells of the ``clip`` grid, to which the prior is averaged, or those of the ``prior``'s own
+            finer grid, to which the structural channels are enlarged and from which they are averaged back.
         affinity: form of Eq. 7.
         gamma: feature scale of Eq. 7; only ``decay / gamma`` matters for the choice of neighbours.
         decay: strength of the spatial decay (lambda of Eq. 7).
@@ -106,6 +118,7 @@ class GraphConfig:
     """
 
     k: int = 75
+    grid: Literal["clip", "prior"] = "clip"
     affinity: Literal["exp", "linear", "power", "product", "gauss"] = "exp"
     gamma: float = 1.0
     decay: float = 1.0
@@ -151,35 +164,45 @@ class AggregatorConfig:
     """Cost aggregation over space and classes.
 
     Args:
-        kind: ``efficient``: reduced-key spatial attention and class attention.
-        layers: number of aggregation layers.
+        kind: ``efficient``: reduced-key spatial attention and class attention (RSKT-Seg); ``swin``: shifted windows
+            and a linear-attention class transformer (CAT-Seg, whose ``heads`` are 4 and ``mlp_hidden`` 512).
+        layers: number of aggregation layers. Published values of the benchmark's code: 3 (ViT-B) and 2 (ViT-L) in its
+            files, 5 (DLRSD) and 3 or 2 (iSAID, ViT-B or L) for its released weights.
         width: channels of the aggregated cost volume.
         heads: attention heads.
-        mlp_hidden: hidden width of the gated MLPs.
+        mlp_hidden: hidden width of the MLPs.
+        window: side of the windows of ``swin``, in cells.
+        class_pooling: side of the pooling before the class attention of ``swin``, in training and in evaluation.
+        class_slots: length to which ``swin`` fills up the class axis by a learned token; 0 does not.
     """
 
-    kind: Literal["efficient"] = "efficient"
+    kind: Literal["efficient", "swin"] = "efficient"
     layers: int = 2
     width: int = 128
     heads: int = 8
     mlp_hidden: int = 384
+    window: int = 12
+    class_pooling: tuple[int, int] = (2, 1)
+    class_slots: int = 256
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Two up-sampling stages, each guided by one CLIP block.
+    """Two up-sampling stages, each guided by one CLIP block, and by one block of the prior where asked.
 
     Args:
         widths: output channels of the two stages.
         guidance_widths: guidance channels joined in the two stages.
         guidance_hidden: channels of the up-sampled guidance before it is reduced to ``guidance_widths``.
         initial_logit: where the logits start; below zero says that most classes are absent at most pixels.
+        dino_guidance: join as many channels of the prior's ``guidance_blocks`` in each stage (RSKT-Seg's decoder).
     """
 
     widths: tuple[int, int] = (64, 32)
     guidance_widths: tuple[int, int] = (32, 16)
     guidance_hidden: tuple[int, int] = (256, 128)
     initial_logit: float = 0.0
+    dino_guidance: bool = False
 
 
 @dataclass(frozen=True)
@@ -209,6 +232,8 @@ class TrainConfig:
         clip_learning_rate_scale: factor on the base rate for the CLIP parameters.
         weight_decay: decoupled weight decay; none for normalisation layers and embeddings.
         gradient_clip: bound on the global L2 norm of the gradient.
+        precision: ``float32`` (the protocol), or ``bfloat16`` for the linear maps and convolutions (autocast); weights,
+            correlations, sums and the loss stay in float32.
         loss: ``binary`` cross-entropy of every class and pixel (the protocol), or ``softmax`` cross-entropy over the
             classes at the resolution of the logits.
         alignment_weight: weight of an additional softmax cross-entropy on the original correlation (over 0.1): it
@@ -232,6 +257,7 @@ class TrainConfig:
     clip_learning_rate_scale: float = 0.01
     weight_decay: float = 1e-4
     gradient_clip: float = 0.01
+    precision: Literal["float32", "bfloat16"] = "float32"
     loss: Literal["binary", "softmax"] = "binary"
     alignment_weight: float = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"

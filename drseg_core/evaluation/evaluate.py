@@ -5,17 +5,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from drseg_core.config.schema import EvaluationConfig
 from drseg_core.data.dataset import IGNORE, Sample, SegmentationDataset, class_names_hash
 from drseg_core.data.protocols import Views
 from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.evaluation.boundary import BoundaryCounts
 from drseg_core.evaluation.inference import Predictor
 from drseg_core.evaluation.metrics import CONVENTIONS, ConfusionMatrix
 from drseg_core.evaluation.views import ViewPredictor
+
+
+class Processes(Protocol):
+    """This process among those that share an evaluation; :mod:`drseg_core.training.distributed` has one."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def sum(self, value: Tensor) -> Tensor: ...
 
 
 def evaluate(
@@ -27,9 +42,14 @@ def evaluate(
     views: Views | None = None,
     subsets: Mapping[str, Sequence[int]] | None = None,
     device: torch.device | str | None = None,
+    processes: Processes | None = None,
+    boundary: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Predict every image of a data set and score all pixels together.
+
+    Several processes take turns with whole batches and sum their counts, which are integers, so on like machines their
+    result is that of one process to the last bit. All of them get it.
 
     Args:
         model: see :class:`Predictor`.
@@ -40,13 +60,16 @@ def evaluate(
         views: how a protocol shows images to the model; takes the place of mode and tiles.
         subsets: named lists of class ids to be averaged on their own, such as held-out classes.
         device: where to run; by default where the model is.
-        progress: show a progress bar.
+        processes: those that share the work; by default this one is alone.
+        boundary: also score the outlines (see :mod:`drseg_core.evaluation.boundary`), which takes its time.
+        progress: show a progress bar, in the first process.
 
     Returns:
         a dictionary that JSON can hold (a mean over nothing is None). In percent: ``mIoU`` (convention ``present``),
         ``mACC``, ``fwIoU``, ``pACC``, ``mIoU_conventions``, ``per_class`` {name: iou, accuracy, pixels}, ``subsets``
         {name: mIoU, mACC, classes}; further ``confusion`` (rows = truth), ``images``, ``ignored_pixels``,
-        ``images_all_ignored`` and ``class_names_sha256`` (the names are part of the model's input).
+        ``images_all_ignored``, ``class_names_sha256`` (the names are part of the model's input), and where asked
+        ``boundary`` {mIoU, share, per_class}.
 
     Raises:
         ConfigError: fewer names than the data set has classes, or an unknown id in ``subsets``.
@@ -78,26 +101,57 @@ def evaluate(
             device=device,
         )
     )
+    rank, world_size = (0, 1) if processes is None else (processes.rank, processes.world_size)
     confusion = ConfusionMatrix(len(class_names))
+    outlines = BoundaryCounts(len(class_names)) if boundary else None
     all_ignored = 0
-    with tqdm(total=len(dataset), desc="evaluate", unit="image", disable=not progress) as bar:
-        for first in range(0, len(dataset), evaluation.batch_size):
-            samples = [dataset[i] for i in range(first, min(first + evaluation.batch_size, len(dataset)))]
-            all_ignored += _score(predictor, samples, confusion)
-            bar.update(len(samples))
+    own = range(rank * evaluation.batch_size, len(dataset), world_size * evaluation.batch_size)
+    batches = [range(first, min(first + evaluation.batch_size, len(dataset))) for first in own]
+    count = sum(map(len, batches))
+    with tqdm(total=count, desc="evaluate", unit="image", disable=not progress or rank > 0) as bar:
+        for batch in batches:
+            all_ignored += _score(predictor, [dataset[i] for i in batch], confusion, outlines)
+            bar.update(len(batch))
+    if processes is not None:
+        all_ignored = _summed(confusion, outlines, all_ignored, processes)
     return {
         **summary(confusion, class_names, subsets=subsets),
         "class_names_sha256": class_names_hash(class_names),
         "images": len(dataset),
         "images_all_ignored": all_ignored,
+        **({} if outlines is None else {"boundary": _boundary_summary(outlines, class_names)}),
     }
 
 
-def _score(predictor: Predictor, samples: Sequence[Sample], confusion: ConfusionMatrix) -> int:
+def _score(
+    predictor: Predictor, samples: Sequence[Sample], confusion: ConfusionMatrix, outlines: BoundaryCounts | None
+) -> int:
     """Count the samples; returns how many have no pixel to score."""
     for sample, prediction in zip(samples, predictor.many([s.image for s in samples]), strict=True):
         confusion.update(prediction.class_index, sample.mask)
+        if outlines is not None:
+            outlines.update(prediction.class_index, sample.mask)
     return sum(bool((s.mask == IGNORE).all()) for s in samples)
+
+
+def _summed(confusion: ConfusionMatrix, outlines: BoundaryCounts | None, all_ignored: int, processes: Processes) -> int:
+    """Bring the counts of all processes together in what holds them; returns the sum of ``all_ignored``."""
+    own = [np.array([confusion.ignored, all_ignored]), confusion.matrix]
+    if outlines is not None:
+        own += [outlines.counts, outlines.truth_pixels]
+    flat = torch.cat([torch.from_numpy(part).flatten() for part in own]).to(processes.device)
+    sums = processes.sum(flat).cpu().split([part.size for part in own])
+    total = [part.numpy().reshape(like.shape) for part, like in zip(sums, own, strict=True)]
+    confusion.matrix = total[1]
+    if outlines is not None:
+        outlines.counts, outlines.truth_pixels = total[2:]
+    confusion.ignored, all_ignored = total[0].tolist()
+    return all_ignored
+
+
+def _boundary_summary(outlines: BoundaryCounts, class_names: Sequence[str]) -> dict[str, Any]:
+    per_class = {name: _number(value) for name, value in zip(class_names, outlines.iou(), strict=True)}
+    return {"mIoU": _number(outlines.mean_iou()), "share": outlines.share, "per_class": per_class}
 
 
 def summary(

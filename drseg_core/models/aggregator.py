@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Aggregation of the cost embedding over space (within each class map) and over classes (at each place).
 
-The benchmark's efficient form: spatial attention with keys and values reduced by two, class attention on maps reduced
-by two. Guidance enters queries and keys; because a linear map of a concatenation is a sum of two linear maps, the
-guidance part is computed once per image (or class) and broadcast, never expanded to B x T.
+The benchmark's efficient form is here: spatial attention with keys and values reduced by two, class attention on maps
+reduced by two; CAT-Seg's is in :mod:`drseg_core.models.swin`. Guidance enters queries and keys; because a linear map of
+a concatenation is a sum of two linear maps, the guidance part is computed once per image (or class) and broadcast,
+never expanded to B x T.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from drseg_core.models.swin import LinearClassBlock, WindowPair
 
 
 class GatedMLP(nn.Module):
@@ -102,24 +107,50 @@ class ClassBlock(nn.Module):
 
 
 class Aggregator(nn.Module):
-    """Layers of :class:`SpatialBlock` and :class:`ClassBlock` with visual and text guidance.
+    """Layers of a spatial and a class block with visual and text guidance.
 
     Args:
         width: channels of the cost embedding.
         embed_dim: channels of the dense CLIP features and of the text embeddings (C).
+        kind: ``efficient`` (:class:`SpatialBlock`, :class:`ClassBlock`) or ``swin`` (:class:`~.swin.WindowPair`,
+            :class:`~.swin.LinearClassBlock`).
         layers: number of layers.
         heads: attention heads; must divide ``width``.
         mlp_hidden: width inside the MLPs.
+        window: side of the windows of ``swin``, in cells.
+        class_pooling: pooling of the maps before the classes of ``swin`` attend, in training and in evaluation.
+        class_slots: length of the class axis of ``swin``.
     """
 
-    def __init__(self, width: int, embed_dim: int, *, layers: int = 2, heads: int = 8, mlp_hidden: int = 384) -> None:
+    def __init__(
+        self,
+        width: int,
+        embed_dim: int,
+        *,
+        kind: Literal["efficient", "swin"] = "efficient",
+        layers: int = 2,
+        heads: int = 8,
+        mlp_hidden: int = 384,
+        window: int = 12,
+        class_pooling: tuple[int, int] = (2, 1),
+        class_slots: int = 256,
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"Aggregator: heads does not divide width; expected a divisor of {width}, got {heads}")
         self.project_visual = nn.Conv2d(embed_dim, width, 3, padding=1)
         self.project_text = nn.Linear(embed_dim, width)
-        self.spatial = nn.ModuleList(SpatialBlock(width, heads, mlp_hidden) for _ in range(layers))
-        self.classes = nn.ModuleList(ClassBlock(width, heads, mlp_hidden) for _ in range(layers))
+        if kind == "efficient":
+            self.spatial = nn.ModuleList(SpatialBlock(width, heads, mlp_hidden) for _ in range(layers))
+            self.classes = nn.ModuleList(ClassBlock(width, heads, mlp_hidden) for _ in range(layers))
+        elif kind == "swin":
+            self.spatial = nn.ModuleList(WindowPair(width, heads, mlp_hidden, window=window) for _ in range(layers))
+            self.classes = nn.ModuleList(
+                LinearClassBlock(width, heads, mlp_hidden, pooling=class_pooling, slots=class_slots)
+                for _ in range(layers)
+            )
+        else:
+            raise ValueError(f"Aggregator: kind is unknown; expected efficient or swin, got {kind!r}")
 
     def forward(self, embedding: Tensor, features: Tensor, text: Tensor) -> Tensor:
         """Aggregate.

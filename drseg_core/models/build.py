@@ -7,7 +7,7 @@ from drseg_core.config.schema import ModelConfig
 from drseg_core.models.drseg import DRSeg
 
 
-def build_model(config: ModelConfig, *, read_clip: bool = True) -> DRSeg:
+def build_model(config: ModelConfig, *, read_clip: bool = True, read_prior: bool = True) -> DRSeg:
     """The model of ``config``, on the CPU (or the default device), in training mode.
 
     Random initial weights are drawn from torch's global generator, those of the prior from ``config.dino.seed``.
@@ -15,9 +15,10 @@ def build_model(config: ModelConfig, *, read_clip: bool = True) -> DRSeg:
     Args:
         config: all options of the model.
         read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
+        read_prior: the same for the prior's weights.
 
     Raises:
         ValueError: options that do not fit together.
         CheckpointError: CLIP or prior weights that cannot be had.
     """
-    return DRSeg(config, read_clip=read_clip)
+    return DRSeg(config, read_clip=read_clip, read_prior=read_prior)

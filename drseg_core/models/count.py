@@ -22,6 +22,12 @@ def count_parameters(model: nn.Module) -> dict[str, ParameterCount]:
     return counts
 
 
+def count_text(counts: dict[str, ParameterCount]) -> str:
+    """One line: ``clip 19.86 of 149.62 M, dino 0.00 of 303.08 M, ...`` (trained of all, in millions)."""
+    parts = [f"{name} {count.trainable / 1e6:.2f} of {count.total / 1e6:.2f} M" for name, count in counts.items()]
+    return ", ".join(parts)
+
+
 def _count(part: nn.Module) -> ParameterCount:
     parameters = list(part.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

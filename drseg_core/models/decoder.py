@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder: two up-sampling stages from the aggregated cost volume to logits at four times the token grid.
 
-Each stage joins guidance from one inner CLIP block. A convolution of ``cat(x, g)`` is ``conv_x(x) + conv_g(g)``; the
-guidance half is computed once per image and broadcast over the classes, so guidance is never expanded by B x T.
+Each stage joins guidance from one inner CLIP block, and from one of the prior where asked. A convolution of
+``cat(x, g)`` is ``conv_x(x) + conv_g(g)``; the guidance half is computed once per image and broadcast over the classes,
+so guidance is never expanded by B x T.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +45,12 @@ class Stage(nn.Module):
 
     Args:
         width: input channels.
-        guidance_width: guidance channels; the up-sampled maps have ``width - guidance_width``.
+        guidance_width: guidance channels of one source; the up-sampled maps have ``width - guidance_width``.
         out_width: output channels.
+        sources: how many sources of guidance are joined.
     """
 
-    def __init__(self, width: int, guidance_width: int, out_width: int) -> None:
+    def __init__(self, width: int, guidance_width: int, out_width: int, sources: int = 1) -> None:
         super().__init__()
         if not 0 < guidance_width < width:
             raise ValueError(
@@ -54,7 +58,7 @@ class Stage(nn.Module):
                 f"got {guidance_width}"
             )
         self.up = nn.ConvTranspose2d(width, width - guidance_width, 2, stride=2)
-        self.join = GuidedConv(width - guidance_width, guidance_width, out_width)
+        self.join = GuidedConv(width - guidance_width, sources * guidance_width, out_width)
         self.norm_join = group_norm(out_width)
         self.conv = nn.Conv2d(out_width, out_width, 3, padding=1, bias=False)
         self.norm = group_norm(out_width)
@@ -74,6 +78,8 @@ class Decoder(nn.Module):
         guidance_widths: guidance channels of the two stages.
         guidance_hidden: channels after the guidance is up-sampled.
         initial_logit: initial bias of the logits.
+        prior_dim: channels of the prior's guidance; None has none.
+        prior_scale: how many times finer than the cost volume the prior's grid is, 1 or 2.
     """
 
     def __init__(
@@ -85,27 +91,53 @@ class Decoder(nn.Module):
         guidance_widths: tuple[int, int] = (32, 16),
         guidance_hidden: tuple[int, int] = (256, 128),
         initial_logit: float = 0.0,
+        prior_dim: int | None = None,
+        prior_scale: Literal[1, 2] = 1,
     ) -> None:
         super().__init__()
-        self.guidance = nn.ModuleList(
-            nn.Sequential(
-                nn.ConvTranspose2d(guidance_dim, hidden, factor, stride=factor),
-                nn.Conv2d(hidden, out, 3, padding=1),
-                nn.ReLU(),
-            )
-            for factor, hidden, out in zip((2, 4), guidance_hidden, guidance_widths, strict=True)
-        )
+        self.guidance = _projections(guidance_dim, (2, 4), guidance_hidden, guidance_widths)
+        self.prior_guidance: nn.ModuleList | None = None
+        if prior_dim is not None:
+            # on a grid twice as fine the first is RSKT-Seg's 1x1 convolution, the second a transposed one by two
+            factors = (2 // prior_scale, 4 // prior_scale)
+            self.prior_guidance = _projections(prior_dim, factors, guidance_hidden, guidance_widths)
+        sources = 1 if prior_dim is None else 2
         self.stages = nn.ModuleList(
-            Stage(into, guided, out)
+            Stage(into, guided, out, sources)
             for into, guided, out in zip((width, widths[0]), guidance_widths, widths, strict=True)
         )
         self.head = nn.Conv2d(widths[1], 1, 3, padding=1)
         self.head.bias = nn.Parameter(torch.full((1,), initial_logit))
 
-    def forward(self, embedding: Tensor, guidance: tuple[Tensor, ...]) -> Tensor:
-        """(B, width, T, h, w) and two maps (B, guidance_dim, h, w) to logits (B, T, 4h, 4w)."""
+    def forward(
+        self, embedding: Tensor, guidance: tuple[Tensor, ...], prior_guidance: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """Decode.
+
+        Args:
+            embedding: (B, width, T, h, w).
+            guidance: two maps (B, guidance_dim, h, w).
+            prior_guidance: two maps (B, prior_dim, s h, s w) with s = ``prior_scale``; none without ``prior_dim``.
+
+        Returns:
+            Logits (B, T, 4h, 4w).
+        """
         batch, _, classes = embedding.shape[:3]
         x = embedding.transpose(1, 2).flatten(0, 1)
-        for stage, project, maps in zip(self.stages, self.guidance, guidance, strict=True):
-            x = stage(x, project(maps))
+        projected = [project(maps) for project, maps in zip(self.guidance, guidance, strict=True)]
+        if self.prior_guidance is not None:
+            more = [project(maps) for project, maps in zip(self.prior_guidance, prior_guidance, strict=True)]
+            projected = [torch.cat(pair, dim=1) for pair in zip(projected, more, strict=True)]
+        for stage, maps in zip(self.stages, projected, strict=True):
+            x = stage(x, maps)
         return self.head(x)[:, 0].unflatten(0, (batch, classes))
+
+
+def _projections(width: int, factors: tuple[int, int], hidden: tuple[int, int], out: tuple[int, int]) -> nn.ModuleList:
+    """One enlargement by transposed convolution and one reduction of channels per stage."""
+    return nn.ModuleList(
+        nn.Sequential(
+            nn.ConvTranspose2d(width, inner, factor, stride=factor), nn.Conv2d(inner, end, 3, padding=1), nn.ReLU()
+        )
+        for factor, inner, end in zip(factors, hidden, out, strict=True)
+    )

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen structural prior: an adapter on timm's self-supervised encoders (DINOv3 by default)."""
+"""The frozen structural prior: an adapter on timm's self-supervised encoders (DINOv3 by default, DINO's too)."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,21 +29,30 @@ NORMALIZATIONS = {
 TINY: dict[str, Any] = {"depth": 2, "embed_dim": 96, "num_heads": 4, "patch_size": 8}
 
 
+class PriorMaps(NamedTuple):
+    """``features`` (B, D, h, w) for the graph; ``guidance`` one map (B, D, h, w) per block that was asked for."""
+
+    features: Tensor
+    guidance: tuple[Tensor, ...]
+
+
 class DinoPrior(nn.Module):
     """Patch features of a frozen encoder on a given grid. Never trained, always in evaluation mode.
 
     Args:
-        config: architecture, weights, input size and pixel normalisation.
+        config: architecture, weights, input size, pixel normalisation and which features.
+        read_weights: False leaves the weights random, for a checkpoint that holds all of them.
 
     Raises:
-        ValueError: unknown architecture, one without feature maps, or an image size that is no multiple of its patch.
+        ValueError: unknown architecture, one without feature maps or without the named block, or an image size that is
+            no multiple of its patch.
         CheckpointError: weights that cannot be had or do not fit.
     """
 
     pixel_mean: Tensor
     pixel_deviation: Tensor
 
-    def __init__(self, config: DinoConfig) -> None:
+    def __init__(self, config: DinoConfig, *, read_weights: bool = True) -> None:
         super().__init__()
         self.config = config
         if config.normalization not in NORMALIZATIONS:
@@ -51,7 +61,19 @@ class DinoPrior(nn.Module):
                 f"got {config.normalization!r}"
             )
         mean, deviation = NORMALIZATIONS[config.normalization]
-        self.encoder: Any = _build(config)
+        self.encoder: Any = _build(config if read_weights else dataclasses.replace(config, weights=None))
+        blocks = getattr(self.encoder, "blocks", None)
+        if config.layer is not None or config.features != "tokens":
+            if blocks is None or not hasattr(blocks[0], "attn"):
+                raise ValueError(
+                    f"DinoPrior: features of {config.name} are its tokens only; expected features tokens and layer "
+                    f"null, got {config.features} and {config.layer}"
+                )
+            if config.layer is not None and config.layer >= len(blocks):
+                raise ValueError(
+                    f"DinoPrior: layer is out of range for {config.name}; expected 0..{len(blocks) - 1}, "
+                    f"got {config.layer}"
+                )
         self.width = int(self.encoder.num_features)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
@@ -62,19 +84,86 @@ class DinoPrior(nn.Module):
         """Stays in evaluation mode: the prior is frozen."""
         return super().train(False)
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Token grid (h, w) at the configured image size.
+
+        Raises:
+            ValueError: an encoder without patches.
+        """
+        patch = _patch_size(self.encoder)
+        if patch is None:
+            raise ValueError(f"DinoPrior: {self.config.name} has no patches; expected a vision transformer")
+        return self.config.image_size // patch, self.config.image_size // patch
+
     @torch.no_grad()
     def forward(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, 3, H, W) RGB in [0, 1] to (B, D, h, w) on ``grid``, without gradient.
 
-        The last block's patch tokens after the final norm; a finer grid is averaged down where it is a multiple of
+        Patch features of the configured kind and block; a finer grid is averaged down where it is a multiple of
         ``grid``, otherwise resampled bilinearly.
         """
+        return resample(self.maps(image).features, grid)
+
+    @torch.no_grad()
+    def maps(self, image: Tensor, blocks: Sequence[int] = ()) -> PriorMaps:
+        """Features, and the outputs of ``blocks`` through the final norm, on the encoder's own grid in one pass."""
         side = (self.config.image_size, self.config.image_size)
         if image.shape[2:] != side:
             image = F.interpolate(image, size=side, mode="bilinear", align_corners=False)
         pixels = (image - self.pixel_mean) / self.pixel_deviation
-        features = self.encoder.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)[-1]
-        return resample(features, grid)
+        layer = self.config.layer
+        if not blocks and layer is None and self.config.features == "tokens":
+            # the one call that convolutional encoders understand too
+            return PriorMaps(self._run(pixels, 1)[-1], ())
+        layer = len(self.encoder.blocks) - 1 if layer is None else layer
+        wanted = sorted({layer, *blocks})
+        with self._projected(layer) as projected:
+            outputs = dict(zip(wanted, self._run(pixels, wanted), strict=True))
+        features = outputs[layer]
+        if self.config.features != "tokens":
+            features = projected[0].transpose(1, 2).unflatten(2, features.shape[2:])
+        return PriorMaps(features, tuple(outputs[block] for block in blocks))
+
+    def _run(self, pixels: Tensor, indices: int | list[int]) -> list[Tensor]:
+        return self.encoder.forward_intermediates(pixels, indices=indices, norm=True, intermediates_only=True)
+
+    @contextlib.contextmanager
+    def _projected(self, layer: int) -> Iterator[list[Tensor]]:
+        """Collects keys or values (B, hw, D) of a block while the encoder runs; nothing for tokens."""
+        found: list[Tensor] = []
+
+        def collect(attention: Any, arguments: tuple[Tensor, ...]) -> None:
+            weight, bias = _projection(attention, self.config.features)
+            found.append(F.linear(arguments[0][:, self.encoder.num_prefix_tokens :], weight, bias))
+
+        if self.config.features == "tokens":
+            yield found
+            return
+        handle = self.encoder.blocks[layer].attn.register_forward_pre_hook(collect)
+        try:
+            yield found
+        finally:
+            handle.remove()
+
+
+def _projection(attention: Any, kind: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the key or value projection of one of timm's attention layers."""
+    if attention.qkv is None:
+        layer = attention.k_proj if kind == "key" else attention.v_proj
+        return layer.weight, layer.bias
+    place = 1 if kind == "key" else 2
+    bias = attention.qkv.bias
+    if bias is not None:
+        return attention.qkv.weight.chunk(3)[place], bias.chunk(3)[place]
+    # EVA's layers keep their biases apart
+    return attention.qkv.weight.chunk(3)[place], getattr(attention, "k_bias" if kind == "key" else "v_bias", None)
+
+
+def _patch_size(encoder: Any) -> int | None:
+    patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
+    side = patch[0] if isinstance(patch, (tuple, list)) else patch
+    return side if isinstance(side, int) else None
 
 
 def resample(features: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -127,9 +216,8 @@ def _build(config: DinoConfig) -> Any:
             ) from error
     if not hasattr(encoder, "forward_intermediates"):
         raise ValueError(f"DinoPrior: {config.name} has no feature maps; expected a model with forward_intermediates")
-    patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
-    side = patch[0] if isinstance(patch, (tuple, list)) else patch
-    if isinstance(side, int) and config.image_size % side:
+    side = _patch_size(encoder)
+    if side is not None and config.image_size % side:
         raise ValueError(
             f"DinoPrior: image_size does not fit {config.name}; expected a multiple of {side}, got {config.image_size}"
         )

@@ -15,7 +15,7 @@ from drseg_core.models.aggregator import Aggregator
 from drseg_core.models.clip import ClipEncoder
 from drseg_core.models.correlation import correlation, cosine, rotate
 from drseg_core.models.decoder import Decoder
-from drseg_core.models.dino import DinoPrior
+from drseg_core.models.dino import DinoPrior, PriorMaps, resample
 from drseg_core.nn.pdgr import PDGR
 from drseg_core.nn.spsd import SPSD
 from drseg_core.nn.ugaf import build_fusion, uncertainty
@@ -51,13 +51,14 @@ class DRSeg(nn.Module):
     Args:
         config: see :class:`drseg_core.config.schema.ModelConfig`.
         read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
+        read_prior: the same for the prior's weights.
 
     Raises:
         ValueError: options that do not fit together.
         CheckpointError: CLIP or prior weights that cannot be had.
     """
 
-    def __init__(self, config: ModelConfig, *, read_clip: bool = True) -> None:
+    def __init__(self, config: ModelConfig, *, read_clip: bool = True, read_prior: bool = True) -> None:
         super().__init__()
         self.config = config
         self.clip = ClipEncoder(config.clip, read_weights=read_clip)
@@ -73,7 +74,7 @@ class DRSeg(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
             return
         if kind != "none":
-            self.dino = DinoPrior(config.dino)
+            self.dino = DinoPrior(config.dino, read_weights=read_prior)
             self.spsd = SPSD(channels, config.spsd.semantic_ratio)
             structural = len(self.spsd.structural_index)
             if structural == 0:
@@ -113,10 +114,15 @@ class DRSeg(nn.Module):
         self.aggregator = Aggregator(
             aggregator.width,
             channels,
+            kind=aggregator.kind,
             layers=aggregator.layers,
             heads=aggregator.heads,
             mlp_hidden=aggregator.mlp_hidden,
+            window=aggregator.window,
+            class_pooling=aggregator.class_pooling,
+            class_slots=aggregator.class_slots,
         )
+        prior_dim, self._prior_blocks, self._prior_grid = self._guidance_of_the_prior()
         self.decoder = Decoder(
             aggregator.width,
             self.clip.visual.width,
@@ -124,6 +130,8 @@ class DRSeg(nn.Module):
             guidance_widths=decoder.guidance_widths,
             guidance_hidden=decoder.guidance_hidden,
             initial_logit=decoder.initial_logit,
+            prior_dim=prior_dim,
+            prior_scale=2 if self._prior_grid[0] == 2 * self.clip.grid[0] else 1,
         )
 
     def tokenize(self, class_names: Sequence[str]) -> Tensor:
@@ -164,13 +172,14 @@ class DRSeg(nn.Module):
                 ambiguity = uncertainty(mean, self.config.fusion.tau or 0.01)
             return DRSegOutput(mean * self.logit_scale.exp() + self.logit_bias, ambiguity, mean, None)
         canonical = dense.features[:batch]
-        refined = None
-        if self.pdgr is not None:
-            refined = cosine(self.rectify(canonical, image), text)[:, None]
+        refined, prior = None, None
+        if self.dino is not None:
+            prior = self.dino.maps(image, self._prior_blocks)
+            refined = cosine(self._rectified(canonical, prior.features), text)[:, None]
         fused = self.fusion(original, refined)
         embedding = self.aggregator(fused.embedding, canonical, text)
         return DRSegOutput(
-            self.decoder(embedding, dense.guidance),
+            self.decoder(embedding, dense.guidance, self._prior_guidance(prior)),
             fused.uncertainty,
             original.mean(dim=1),
             None if refined is None else refined[:, 0],
@@ -178,12 +187,39 @@ class DRSeg(nn.Module):
 
     def rectify(self, features: Tensor, image: Tensor) -> Tensor:
         """Canonical features (B, C, h, w) with their structural channels propagated over the prior's graph."""
-        if self.dino is None or self.spsd is None or self.pdgr is None:
+        if self.dino is None:
             raise ValueError("DRSeg.rectify: the baseline has no prior; expected a fusion.kind other than none")
-        prior = self.dino(image, (features.shape[2], features.shape[3]))
+        return self._rectified(features, self.dino.maps(image).features)
+
+    def _rectified(self, features: Tensor, prior: Tensor) -> Tensor:
+        assert self.spsd is not None and self.pdgr is not None
+        grid = (features.shape[2], features.shape[3])
         semantic, structural = self.spsd.split(features)
-        rectified = self.pdgr(structural, prior)
+        if self.config.graph.grid == "clip":
+            rectified = self.pdgr(structural, resample(prior, grid))
+        else:
+            fine = F.interpolate(structural, size=prior.shape[2:], mode="bilinear", align_corners=False)
+            rectified = resample(self.pdgr(fine, prior), grid)
         return self.spsd.merge(semantic.to(rectified.dtype), rectified)
+
+    def _guidance_of_the_prior(self) -> tuple[int | None, tuple[int, ...], tuple[int, int]]:
+        """Channels, blocks and grid of what the prior gives the decoder; no blocks where it gives nothing."""
+        if not self.config.decoder.dino_guidance:
+            return None, (), self.clip.grid
+        if self.dino is None:
+            raise ValueError("DRSeg: decoder.dino_guidance needs a prior; expected a fusion.kind other than none")
+        blocks, depth = self.config.dino.guidance_blocks, len(getattr(self.dino.encoder, "blocks", ()))
+        if not all(0 <= block < depth for block in blocks):
+            raise ValueError(
+                f"DRSeg: dino.guidance_blocks is out of range for {self.config.dino.name}; "
+                f"expected two of 0..{depth - 1}, got {blocks}"
+            )
+        # what is at least twice as fine as CLIP's grid guides at twice its resolution, all else at its own
+        scale = 2 if self.dino.grid[0] >= 2 * self.clip.grid[0] else 1
+        return self.dino.width, blocks, (scale * self.clip.grid[0], scale * self.clip.grid[1])
+
+    def _prior_guidance(self, prior: PriorMaps | None) -> tuple[Tensor, ...]:
+        return () if prior is None else tuple(resample(maps, self._prior_grid) for maps in prior.guidance)
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
         """AdamW groups of everything that is trained.

@@ -146,19 +146,20 @@ def check_left_out(model: nn.Module, expected: Mapping[str, str], *, name: str) 
             )
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], *, name: str) -> None:
+def load_into(model: nn.Module, state: Mapping[str, Tensor], *, name: str, complete: bool = False) -> None:
     """Copy a checkpoint's tensors into ``model``, or refuse without having changed anything.
 
     Args:
         model: built from the same configuration.
         state: what :func:`model_state` gave when it was saved.
         name: what to call the checkpoint in errors.
+        complete: the state is that of the whole model, with the parts that :func:`model_state` leaves out.
 
     Raises:
         CheckpointError: missing, unexpected, misshapen or non-finite tensors; a channel split that is no partition. No
             dtype is cast.
     """
-    expected = model_state(model)
+    expected = model.state_dict() if complete else model_state(model)
     problem = difference(expected, state)
     if problem:
         raise CheckpointError(f"load_into: {name} does not fit the model; {problem}")

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,35 +106,43 @@ def save_checkpoint(
     Raises:
         ResourceError: the disk is full, damaged or not writable. What was there before is intact.
     """
-    parent = run / FOLDER
-    target = parent / f"step-{step:08d}"
-    temporary: Path | None = None
+    target = run / FOLDER / f"step-{step:08d}"
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".part", dir=parent))
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o777 & ~mask)
-        _write_generation(temporary, step, model, training, config, class_names, left_out or {})
-        if target.exists():
-            _remove(target)
-        os.rename(temporary, target)
-        sync_directory(parent)
+        with whole_folder(target) as temporary:
+            _write_generation(temporary, step, model, training, config, class_names, left_out or {})
     except Exception as error:
         if not storage_failure(error):
             raise
         raise ResourceError(
             f"save_checkpoint: {target} could not be written ({first_line(error)}); earlier checkpoints are intact"
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     for old in generations(run)[max(keep, 2) :]:
         try:
             _remove(old)
         except OSError as error:
             _log.warning("save_checkpoint: %s could not be removed (%s)", old, error.strerror)
     return target
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside ``target`` that takes its place, durably, when the body is done."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".part", dir=target.parent))
+    try:
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o777 & ~mask)
+        yield temporary
+        for path in temporary.iterdir():
+            _sync_file(path)
+        sync_directory(temporary)
+        if target.exists():
+            _remove(target)
+        os.rename(temporary, target)
+        sync_directory(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def generations(run: Path) -> list[Path]:
@@ -268,9 +277,6 @@ def _write_generation(
     }
     text = json.dumps({**description, "sha256": content_hash(description)}, indent=1)
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-    for name in (WEIGHTS, TRAINING, DESCRIPTION):
-        _sync_file(folder / name)
-    sync_directory(folder)
 
 
 def _read_description(path: Path) -> dict[str, Any]:

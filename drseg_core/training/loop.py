@@ -20,7 +20,7 @@ from drseg_core.config.validate import validate
 from drseg_core.data import SegmentationDataset, open_dataset
 from drseg_core.data.loader import training_batches
 from drseg_core.errors import CheckpointError, ConfigError, NumericalError
-from drseg_core.models.count import count_parameters
+from drseg_core.models.count import count_parameters, count_text
 from drseg_core.models.drseg import DRSeg
 from drseg_core.models.weights import check_left_out, left_out_hashes, load_into, model_state
 from drseg_core.training.checkpoint import (
@@ -138,16 +138,17 @@ def train(
             stack.enter_context(run_lock(run))
             check_output(run, resume=False)
         if group.is_main:
+            counts = count_parameters(trainer.model)
             facts = {
                 "command": sys.argv,
+                "parameters": {name: count._asdict() for name, count in counts.items()},
                 "device": str(group.device),
                 "processes": group.world_size,
                 "data": {"spec": data, "sha256": trainer.fingerprint, "samples": len(dataset)},
                 "init": None if init is None else str(init),
             }
             write_run_files(run, config, dataset.class_names, facts, resumed_at=trainer.step if resume else None)
-            count = count_parameters(trainer.model)["total"]
-            _log.info("model: %d of %d parameters are trained", count.trainable, count.total)
+            _log.info("trained parameters: %s", count_text(counts))
             if ranking is not None:
                 save_channels(run / CHANNELS, ranking)
         trainer.fit(show_progress=show_progress, on_step=on_step)
@@ -271,7 +272,8 @@ class Trainer:
             while progress < 1.0:
                 batch = next(batches)
                 image, mask = batch.image.to(self.group.device), batch.mask.to(self.group.device)
-                output = network(image, self.tokens)
+                with self._autocast():
+                    output = network(image, self.tokens)
                 loss = training_loss(output, mask, options)
                 shared = self.group.agree(loss, clock.seconds(), signals.received)
                 self.elapsed = shared.elapsed
@@ -289,7 +291,8 @@ class Trainer:
                     self.skipped += 1
                     refused += 1
                     if refused >= options.nan_limit:
-                        cause = first_nonfinite(self.model, image, self.tokens)
+                        with self._autocast():
+                            cause = first_nonfinite(self.model, image, self.tokens)
                         raise NumericalError(
                             f"train: {refused} steps in a row were not finite, the last at step {self.step + 1}; "
                             f"the first bad tensor is {cause}"
@@ -312,6 +315,11 @@ class Trainer:
                     name = signal.Signals(shared.signal).name
                     message = f"train: stopped by {name} after step {self.step}; go on with --resume"
                     raise TrainingStopped(message, shared.signal)
+
+    def _autocast(self) -> torch.autocast:
+        # bfloat16 has the range of float32, so gradients need no scaling
+        enabled = self.config.train.precision == "bfloat16"
+        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=enabled)
 
     def save(self) -> None:
         """Write a checkpoint; all processes take part."""

@@ -109,18 +109,19 @@ def check_class_names(model: DRSeg, class_names: Sequence[str]) -> None:
         raise DatasetError(f"data set: a class name cannot be used; {error}") from error
 
 
-def model_of(config: Config, *, read_clip: bool = True) -> DRSeg:
+def model_of(config: Config, *, read_clip: bool = True, read_prior: bool = True) -> DRSeg:
     """The untrained model of a configuration.
 
     Args:
         config: all options.
         read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
+        read_prior: the same for the prior's weights.
 
     Raises:
         ConfigError: options that do not fit together.
     """
     try:
-        return build_model(config.model, read_clip=read_clip)
+        return build_model(config.model, read_clip=read_clip, read_prior=read_prior)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -186,7 +187,7 @@ def check_resumable(checkpoint: Checkpoint, config: Config, class_names: tuple[s
     """
     differing = [
         f"{name}: {old!r} then, {new!r} now"
-        for name, old, new in _differences(checkpoint.config, plain_config(config))
+        for name, old, new in _differences(_completed(checkpoint), plain_config(config))
         if not name.startswith(_FREE) and not (name == "train.iterations" and new > old)
     ]
     if checkpoint.class_names != class_names:
@@ -251,6 +252,14 @@ def warm_start(model: DRSeg, path: Path) -> bool:
     if missing:
         _log.info("init: %d trainable tensors start anew: %s", len(missing), ", ".join(missing[:10]))
     return {"spsd.semantic_index", "spsd.structural_index"} <= matching.keys()
+
+
+def _completed(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint's configuration; an option that is newer than it has its default."""
+    try:
+        return plain_config(config_from_dict(checkpoint.config, Config))
+    except ConfigError:
+        return checkpoint.config
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:

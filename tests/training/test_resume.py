@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,24 @@ def test_another_configuration_is_refused(config, data, tmp_path, change, messag
     assert (run / "config.yaml").read_bytes() == before
 
 
+def test_a_run_older_than_an_option_goes_on(config, data, tmp_path, uninterrupted, monkeypatch):
+    run = tmp_path / "run"
+    original = loop.plain_config
+
+    def older(config) -> dict[str, Any]:
+        content = original(config)
+        del content["model"]["graph"]["grid"]
+        return content
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "plain_config", older)
+        stopped_run(config, data, run)
+    with pytest.raises(CheckpointError, match="model.graph.grid: 'clip' then, 'prior' now"):
+        train(override(config, {"model.graph.grid": "prior"}), data, run, resume=True, show_progress=False)
+    train(config, data, run, resume=True, show_progress=False)
+    assert differences(uninterrupted, final_state(run)) == []
+
+
 def test_other_classes_and_other_data_are_refused(config, data, other_data, tmp_path):
     run = tmp_path / "run"
     stopped_run(config, data, run, step=1)
@@ -309,34 +328,48 @@ def test_processes_started_again_by_torchrun_go_on(config, data, tmp_path, unint
     assert differences(uninterrupted, final_state(run)) == []
 
 
-def test_two_processes_resume_as_one_and_say_so(config, data, tmp_path, caplog):
-    """Two gloo processes see the batches of one, give the same loss, and their run can be resumed by one."""
-    config = override(config, {"model.graph.dropout": 0.0})
-    train(config, data, tmp_path / "one", show_progress=False)
-    (tmp_path / "config.yaml").write_text((tmp_path / "one" / "config.yaml").read_text())
+def in_two_processes(config_file: Path, data: str, run: Path, *more: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += [
-        "-m",
-        "drseg_core",
-        "train",
-        "--config",
-        str(tmp_path / "config.yaml"),
-        "--data",
-        data,
-        "--device",
-        "cpu",
-    ]
+    command += ["-m", "drseg_core", "train", "--config", str(config_file), "--data", data, "--device", "cpu"]
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root}/kernels"}
-    command += ["--out", str(tmp_path / "two")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    command += ["--out", str(run), *more]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+
+
+def way_apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
+    """How far two weights are from each other, as a share of how far training moved the first."""
+    moving = [name for name, value in start.items() if value.is_floating_point()]
+    apart = sum(float((first[name] - second[name]).double().square().sum()) for name in moving)
+    moved = sum(float((first[name] - start[name]).double().square().sum()) for name in moving)
+    return (apart / moved) ** 0.5
+
+
+def test_two_processes_are_one(config, data, tmp_path, caplog):
+    """Two gloo processes make the batches, losses and weights of one. Killed in the middle of a pass over the data,
+    they end bit for bit where they would have; and one process can go on with their run."""
+    config = override(config, {"model.graph.dropout": 0.0})
+    # so small a rate leaves the first weights
+    train(override(config, {"train.learning_rate": 1e-30}), data, tmp_path / "start", show_progress=False)
+    train(config, data, tmp_path / "one", show_progress=False)
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text((tmp_path / "one" / "config.yaml").read_text())
+    in_two_processes(config_file, data, tmp_path / "two")
     one, two = (read_log(tmp_path / name) for name in ("one", "two"))
     assert [record["samples"] for record in two] == [record["samples"] for record in one] == [4, 8, 12]
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
+    start, first, second = (newest_checkpoint(tmp_path / name).weights() for name in ("start", "one", "two"))
+    assert way_apart(first, second, start) < 0.01
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["processes"] == 2
-    assert len(newest_checkpoint(tmp_path / "two").training_state()["random"]) == 2
+    straight = final_state(tmp_path / "two")
+    assert len(straight["training"]["random"]) == 2
+    # 4 steps of 2 images, of 5 there are
+    shutil.rmtree(generations(tmp_path / "two")[0])
+    assert newest_checkpoint(tmp_path / "two").step == 4
+    in_two_processes(config_file, data, tmp_path / "two", "--resume")
+    assert differences(straight, final_state(tmp_path / "two")) == []
     longer = override(config, {"train.iterations": 7})
     train(longer, data, tmp_path / "two", resume=True, show_progress=False)
     assert "2 processes then, 1 now" in caplog.text

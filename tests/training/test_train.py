@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -294,6 +295,9 @@ def test_lines_where_there_is_no_terminal(config, data, tmp_path, capsys, caplog
     caplog.set_level(logging.INFO)
     train(override(config, {"train.iterations": 2}), data, tmp_path / "run")
     assert "step 2/2: loss " in capsys.readouterr().err
+    assert re.search(
+        r"trained parameters: clip \d\.\d\d of .*, dino 0\.00 of .*, total \d\.\d\d of \d\.\d\d M", caplog.text
+    )
 
 
 def test_a_bar_with_loss_and_score_on_a_terminal(config, data, tmp_path, monkeypatch):

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model as a folder to give away: weights, options, classes, channel split, licence notes.
+
+``model.safetensors`` (weights), ``config.json`` (options, classes, checksums of all files), ``classes.txt``,
+``channels.safetensors`` (the ranking behind the split, where there is one), ``manifest.json`` (what it was trained on
+and with), ``README.md`` (a model card with the licences). Paths of the machine it was made on are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drseg_core.config.load import config_from_dict
+from drseg_core.config.schema import Config
+from drseg_core.data.dataset import class_names_hash
+from drseg_core.errors import CheckpointError, ConfigError, ResourceError
+from drseg_core.models.weights import (
+    check_left_out,
+    left_out_hashes,
+    load_into,
+    load_weights,
+    model_state,
+    save_weights,
+)
+from drseg_core.training.checkpoint import content_hash, file_hash, first_line, storage_failure, whole_folder
+from drseg_core.training.licences import licence_notes, model_card
+from drseg_core.training.rank_channels import ChannelFile, load_channels, save_channels
+from drseg_core.training.run import CHANNELS, CLASSES, MANIFEST, LoadedRun, load_run, model_of, plain_config
+from drseg_core.training.versions import library_versions
+
+FORMAT_VERSION = 1
+WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
+PARTS = ("clip", "dino")
+# of a run's manifest; commands and paths stay behind
+_KEPT = ("started", "git", "versions", "seed", "parameters", "device", "processes")
+
+
+def save_pretrained(
+    run: LoadedRun, folder: str | Path, *, channels: ChannelFile | None = None, include_frozen: bool = False
+) -> Path:
+    """Write a model, complete or not at all.
+
+    Args:
+        run: the model with its options and classes, as :func:`drseg_core.training.run.load_run` gives it.
+        folder: new or empty.
+        channels: the ranking behind the model's split; by default that of the run's folder.
+        include_frozen: also write frozen parts that can be had elsewhere (the prior). Without them whoever loads the
+            model needs the same weights, which are then checked; with them their licence goes along.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: the folder is not empty.
+        CheckpointError: the ranking is not that of the model's split.
+        ResourceError: the disk is full or not writable.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"save_pretrained: folder is in use; expected a new or empty one, got {target}")
+    channels = channels or _ranking(run)
+    if channels is not None and (
+        run.model.spsd is None or not torch.equal(run.model.spsd.semantic_index.cpu(), channels.semantic_index)
+    ):
+        raise CheckpointError("save_pretrained: channels are not the model's; expected the ranking behind its split")
+    state = run.model.state_dict() if include_frozen else model_state(run.model)
+    config = _portable(run.config)
+    inside = {part for part in PARTS if any(name.startswith(f"{part}.") for name in state)}
+    notes = licence_notes(config.model, inside)
+    try:
+        with whole_folder(target) as temporary:
+            save_weights(temporary / WEIGHTS, state, {"step": run.step, "class_names": list(run.class_names)})
+            if channels is not None:
+                save_channels(temporary / CHANNELS, channels)
+            (temporary / CLASSES).write_text("".join(f"{name}\n" for name in run.class_names), encoding="utf-8")
+            (temporary / MANIFEST).write_text(json.dumps(_manifest(run), indent=1) + "\n", encoding="utf-8")
+            (temporary / CARD).write_text(model_card(config.model, run.class_names, notes), encoding="utf-8")
+            description = {
+                "format_version": FORMAT_VERSION,
+                "step": run.step,
+                "config": plain_config(config),
+                "class_names": list(run.class_names),
+                "class_names_sha256": class_names_hash(run.class_names),
+                "left_out": {part: digest for part, digest in left_out_hashes(run.model).items() if part not in inside},
+                "licences": notes,
+                "versions": library_versions(),
+                "files": {path.name: file_hash(path) for path in sorted(temporary.iterdir())},
+            }
+            text = json.dumps({**description, "sha256": content_hash(description)}, indent=1)
+            (temporary / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    except Exception as error:
+        if not storage_failure(error):
+            raise
+        raise ResourceError(f"save_pretrained: {target} could not be written ({first_line(error)})") from error
+    return target
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    weights: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> LoadedRun:
+    """Read what :func:`save_pretrained` wrote, on the CPU and in evaluation mode. No code of the folder is run.
+
+    Args:
+        name: a folder, or ``owner/name`` on the Hugging Face hub.
+        weights: where to find a part that was left out, such as ``{"dino": "dinov3.safetensors"}``.
+        revision: branch, tag or commit on the hub.
+        cache_dir: where the hub's files are kept.
+        local_files_only: look only among files that were fetched before.
+
+    Raises:
+        CheckpointError: not found, damaged, of a newer format or another model, or a part that was left out has other
+            weights here.
+        ConfigError: ``weights`` names no part of the model.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _fetched(str(name), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    description = _description(folder)
+    state = load_weights(folder / WEIGHTS)[0]
+    inside = {part for part in PARTS if any(key.startswith(f"{part}.") for key in state)}
+    try:
+        config = config_from_dict(description["config"], Config, str(folder / DESCRIPTION))
+        config = _with_weights(config, weights or {})
+        model = model_of(config, read_clip="clip" not in inside, read_prior="dino" not in inside)
+    except ConfigError as error:
+        if weights and not set(weights) <= set(PARTS):
+            raise
+        raise CheckpointError(f"from_pretrained: {folder} has a configuration that cannot be used; {error}") from error
+    load_into(model, state, name=str(folder / WEIGHTS), complete=not description["left_out"])
+    check_left_out(model, description["left_out"], name=str(folder))
+    return LoadedRun(model.eval(), config, tuple(description["class_names"]), description["step"], folder)
+
+
+def open_model(path: str | Path) -> LoadedRun:
+    """A model from the folder of a run, of a checkpoint, or of :func:`save_pretrained`.
+
+    Raises:
+        CheckpointError: see :func:`drseg_core.training.run.load_run` and :func:`from_pretrained`.
+    """
+    return from_pretrained(path) if (Path(path) / DESCRIPTION).is_file() else load_run(path)
+
+
+def _fetched(name: str, **options: Any) -> Path:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"from_pretrained: {name} not found; expected a folder, or owner/name on the hub")
+    import huggingface_hub
+
+    files = [WEIGHTS, DESCRIPTION, CLASSES, CHANNELS, MANIFEST, CARD]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, **options))
+    except Exception as error:
+        raise CheckpointError(
+            f"from_pretrained: {name} cannot be fetched; expected a folder, or owner/name on the hub and a network, "
+            f"got {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """``config.json``, after every file it lists was found to be what was written."""
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        whole = content_hash({key: value for key, value in description.items() if key != "sha256"})
+        expected, version, files = description["sha256"], description["format_version"], dict(description["files"])
+    except OSError as error:
+        raise CheckpointError(f"from_pretrained: {path} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"from_pretrained: {path} was not written by save_pretrained, or is damaged") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"from_pretrained: {path} is of a newer format; expected at most {FORMAT_VERSION}, got {version}"
+        )
+    if whole != expected:
+        raise CheckpointError(f"from_pretrained: {path} is damaged (checksum mismatch)")
+    for name, digest in files.items():
+        try:
+            found = file_hash(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"from_pretrained: {folder / name} cannot be read ({error.strerror})") from error
+        # the card may be edited, the rest is the model
+        if found != digest and name != CARD:
+            raise CheckpointError(f"from_pretrained: {folder / name} is damaged (checksum mismatch)")
+    return description
+
+
+def _ranking(run: LoadedRun) -> ChannelFile | None:
+    for folder in (run.path, *run.path.parents[:2]):
+        if (folder / CHANNELS).is_file():
+            return load_channels(folder / CHANNELS)
+    return None
+
+
+def _manifest(run: LoadedRun) -> dict[str, Any]:
+    for folder in (run.path, *run.path.parents[:2]):
+        try:
+            content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            data = {**content["data"], "spec": content["data"]["spec"].partition(":")[0]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        return {**{key: content[key] for key in _KEPT if key in content}, "data": data}
+    return {}
+
+
+def _portable(config: Config) -> Config:
+    """The configuration with names of files for their paths; the split is in the weights."""
+    model = config.model
+    clip = dataclasses.replace(model.clip, weights=model.clip.weights and Path(model.clip.weights).name)
+    dino = dataclasses.replace(model.dino, weights=model.dino.weights and Path(model.dino.weights).name)
+    spsd = dataclasses.replace(model.spsd, channels=None)
+    return dataclasses.replace(config, model=dataclasses.replace(model, clip=clip, dino=dino, spsd=spsd))
+
+
+def _with_weights(config: Config, weights: Mapping[str, str]) -> Config:
+    model = config.model
+    for part, path in weights.items():
+        if part not in PARTS:
+            raise ConfigError(
+                f"from_pretrained: weights name no part; expected one of {', '.join(PARTS)}, got {part!r}"
+            )
+        model = dataclasses.replace(model, **{part: dataclasses.replace(getattr(model, part), weights=path)})
+    return dataclasses.replace(config, model=model)
