@@ -31,6 +31,10 @@ class Variant:
     even: tuple[str, ...] = ()
 
 
+# pointers of every kernel of knn_graph
+_SELECTION = {f"{name}_ptr": "*fp32" for name in ("inverse_norm", "table", "score")} | {"index_ptr": "*i32"}
+_DTYPES = ("fp32", "bf16")
+
 # nodes, neighbours, form, include_self, and whether the row already holds a result: every branch of the kernel, the
 # smallest and the largest sizes
 KNN_GRAPH = (
@@ -55,7 +59,7 @@ def variants(target: Any) -> Iterator[Variant]:
 
     device = Device(target.name, target.l2_bytes, target.shared_bytes)
     seen = set()
-    for found in (_knn_graph, _edge_weight, _degree_normalize, _graph_propagate):
+    for found in (_knn_tiles, _knn_on_chip, _edge_weight, _degree_normalize, _graph_propagate):
         for variant in found(device):
             if variant.name not in seen:
                 seen.add(variant.name)
@@ -66,22 +70,57 @@ def _name(op: str, words: dict[str, Any], num_warps: int) -> str:
     return f"{op} " + " ".join(f"{key.lower()}={value}" for key, value in words.items()) + f" num_warps={num_warps}"
 
 
-def _knn_graph(device: Any) -> Iterator[Variant]:
-    from drseg_kernels import _launch, knn_graph
+def _knn_tiles(device: Any) -> Iterator[Variant]:
+    from drseg_kernels import _knn_tiles as op
+    from drseg_kernels import _launch
 
     asked = [(*case, _launch.choose("knn_graph", device, case[0], case[1])) for case in KNN_GRAPH]
     for nodes, k, configuration in _launch.table("knn_graph", device):
         asked += [(nodes, k, "additive", True, first, configuration) for first in (True, False)]
-    pointers = {name: "*fp32" for name in ("product_ptr", "inverse_norm_ptr", "table_ptr", "score_ptr")}
     for _, k, form, include_self, first, configuration in asked:
-        constants = knn_graph.constants(k, form, include_self, first, configuration)
+        constants = op.constants(k, form, include_self, first, configuration)
         yield Variant(
             _name("knn_graph", constants, configuration.num_warps),
-            knn_graph._knn_graph_fwd_kernel_merge,
-            {**pointers, "index_ptr": "*i32"},
+            op._knn_graph_fwd_kernel_merge,
+            {**_SELECTION, "product_ptr": "*fp32"},
             constants,
-            {"num_warps": configuration.num_warps, **knn_graph.OPTIONS},
+            {"num_warps": configuration.num_warps, **op.OPTIONS},
             configuration.shared_bytes(),
+        )
+
+
+# nodes, neighbours, form, include_self, dtype of the features, whether the channels are a multiple of 16
+KNN_ON_CHIP = (
+    (576, 75, "additive", True, "fp32", True),
+    (576, 75, "additive", True, "bf16", True),
+    (576, 75, "additive", True, "fp16", True),
+    (576, 75, "product", False, "fp32", True),
+    (1024, 512, "multiplicative", True, "fp32", True),
+    (1024, 512, "multiplicative", True, "bf16", True),
+    (1024, 75, "additive", True, "fp32", False),
+    (1024, 75, "additive", True, "bf16", False),
+    (49, 9, "additive", True, "fp32", True),
+)
+
+
+def _knn_on_chip(device: Any) -> Iterator[Variant]:
+    from drseg_kernels import _knn_on_chip as op
+    from drseg_kernels import _knn_sizes
+
+    asked = [(*case, _knn_sizes.choose_on_chip(device, case[0], case[1])) for case in KNN_ON_CHIP]
+    for nodes, k, sizes in _knn_sizes.on_chip_table(device):
+        asked += [(nodes, k, "additive", True, dtype, True, sizes) for dtype in _DTYPES]
+    for nodes, _, form, include_self, dtype, even, sizes in asked:
+        constants = op.constants(nodes, form, include_self, sizes)
+        words = {"dtype": dtype, **constants, "stages": sizes.num_stages} | ({} if even else {"even": False})
+        yield Variant(
+            _name("knn_graph on_chip", words, sizes.num_warps),
+            op._knn_graph_fwd_kernel_on_chip,
+            {**_SELECTION, "prior_ptr": f"*{dtype}"},
+            constants,
+            {**sizes.options(), **op.OPTIONS},
+            sizes.shared_bytes(),
+            ("channels",) if even else (),
         )
 
 
@@ -94,7 +133,6 @@ _FIXED = {
     "mask_ptr": "*u8",
     "eps": "fp32",
 }
-_DTYPES = ("fp32", "bf16")
 
 
 def _variant(op: str, kernel: Any, tile: Any, dtype: str, constants: dict[str, Any], even: bool = True) -> Variant:

@@ -5,13 +5,15 @@
 #
 #     bench/gpu.sh FOLDER [SLICE...]
 #
-# Slices, each of at most nine minutes, all by default: environment, build, aot, test, bench (OPS="..." and CASES="..."
-# name what is measured). A slice that cannot run here is skipped and says why. In FOLDER: a log per slice, rows.jsonl
+# Slices, each of at most nine minutes, all by default: environment, build, aot, test, tune, bench (OPS="..." and
+# CASES="..." name what is tuned and measured; tune writes the tables of the source tree, which bench then reads, and a
+# copy to FOLDER).
+# A slice that cannot run here is skipped and says why. In FOLDER: a log per slice, rows.jsonl
 # with the measurements, environment.json, summary.txt with one line per slice. PYTHON names another interpreter.
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
-    sed -n '3,11s/^# \{0,1\}//p' "$0" >&2
+    sed -n '3,13s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -105,7 +107,15 @@ measure() {
     return $code
 }
 
-for slice in "${@:-environment build aot test bench}"; do
+tune() {
+    local op case
+    local -a asked=()
+    for op in $OPS; do asked+=(--op "$op"); done
+    for case in $CASES; do asked+=(--case "$case"); done
+    "$PYTHON" bench/tune.py "${asked[@]}" && cp -r kernels/drseg_kernels/tuned "$OUT/tuned"
+}
+
+for slice in "${@:-environment build aot test tune bench}"; do
     for name in $slice; do
         reason=
         case $name in
@@ -113,13 +123,13 @@ for slice in "${@:-environment build aot test bench}"; do
         build) command -v cmake >/dev/null || reason="cmake is not on the path" ;;
         aot) "$PYTHON" -c 'import triton' 2>/dev/null || reason="$PYTHON has no triton" ;;
         test) "$PYTHON" -c 'import pytest' 2>/dev/null || reason="$PYTHON has no pytest" ;;
-        bench) ;;
+        tune | bench) ;;
         *)
-            echo "gpu.sh: slice is unknown; expected one of environment, build, aot, test, bench, got $name" >&2
+            echo "gpu.sh: slice is unknown; expected one of environment, build, aot, test, tune, bench, got $name" >&2
             exit 2
             ;;
         esac
-        case $name in test | bench) [ -n "$reason" ] || reason=$(no_card) ;; esac
+        case $name in test | tune | bench) [ -n "$reason" ] || reason=$(no_card) ;; esac
         if [ -n "$reason" ]; then
             report "$name" skipped "$reason"
             continue
@@ -130,6 +140,7 @@ for slice in "${@:-environment build aot test bench}"; do
         environment | build) export -f environment build && export OUT PYTHON && run "$name" bash -c "$name" ;;
         aot) run aot "$PYTHON" bench/aot.py ;;
         test) run test "$PYTHON" -m pytest -q -p no:cacheprovider --gpu tests/kernels/contract_*.py ;;
+        tune) export -f tune && export OUT PYTHON OPS CASES && run tune bash -c tune ;;
         bench) export -f measure && export OUT PYTHON OPS CASES && run bench bash -c measure ;;
         esac
     done

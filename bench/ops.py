@@ -54,11 +54,12 @@ def launch_of(op: str, case: Case, backend: str | None, device: str) -> dict[str
     """Sizes of a Triton launch; None for what has none."""
     if backend != "triton":
         return None
-    from drseg_kernels import _launch, _tile
+    from drseg_kernels import _tile
+    from drseg_kernels.knn_graph import sizes_of as sizes_of_knn
 
     at = torch.device(device)
     if op == "knn_graph":
-        return dataclasses.asdict(_launch.configuration_of(op, at, case.nodes, case.neighbours))
+        return dataclasses.asdict(sizes_of_knn(at, case.nodes, case.neighbours))
     width = {"edge_weight": case.hidden, "graph_propagate": case.channels}.get(op, case.neighbours)
     return dataclasses.asdict(_tile.tile_of(op, at, case.nodes, case.neighbours, width))
 

@@ -29,6 +29,9 @@ TUNED = Path(__file__).parent / "tuned"
 # Shared memory that one block may take on the smallest device in view (sm_86, sm_89, sm_120), bytes.
 SMALLEST_SHARED = 101_376
 
+# only the first axis of a CUDA grid is longer
+LARGEST_GRID_Y = 65_535
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -115,23 +118,32 @@ def folder_of(name: str) -> str:
 
 
 @functools.cache
-def _read(path: Path, kind: Any = Configuration) -> tuple[tuple[int, int, Any], ...]:
-    """Rows (nodes, k, sizes) of a table whose entries are arguments of ``kind``."""
+def read_table(path: Path, kind: Any = Configuration) -> tuple[tuple[int, int, Any], ...]:
+    """Rows (nodes, k, sizes) of a table whose entries are arguments of ``kind``; empty where there is no such file.
+
+    Raises:
+        ValueError: the file is damaged, or an entry is not what ``kind`` takes.
+    """
     if not path.is_file():
         return ()
     fields = {field.name for field in dataclasses.fields(kind)}
     rows = []
-    for entry in json.loads(path.read_text(encoding="utf-8"))["configurations"]:
-        given = entry["configuration"]
+    try:
+        for entry in json.loads(path.read_text(encoding="utf-8"))["configurations"]:
+            rows.append((int(entry["nodes"]), int(entry["k"]), dict(entry["configuration"])))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path.name}: table is damaged; expected entries with nodes, k and configuration, got {error!r} in {path}"
+        ) from error
+    for _, _, given in rows:
         if set(given) != fields:
             raise ValueError(f"{path.name}: configuration is wrong; expected {sorted(fields)}, got {sorted(given)}")
-        rows.append((entry["nodes"], entry["k"], kind(**given)))
-    return tuple(rows)
+    return tuple((nodes, k, kind(**given)) for nodes, k, given in rows)
 
 
 def table(op: str, device: Device, tuned: Path = TUNED) -> tuple[tuple[int, int, Configuration], ...]:
     """Rows (nodes, k, configuration) of a device's table, empty where there is none."""
-    return _read(tuned / folder_of(device.name) / f"{op}.json")
+    return read_table(tuned / folder_of(device.name) / f"{op}.json")
 
 
 def choose(op: str, device: Device, nodes: int, k: int, tuned: Path = TUNED) -> Configuration:

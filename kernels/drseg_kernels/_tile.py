@@ -103,7 +103,7 @@ def rule(op: str, device: Device, nodes: int, k: int, width: int) -> Tile:
 
 def table(op: str, device: Device, tuned: Path = TUNED) -> tuple[tuple[int, int, Tile], ...]:
     """Rows (nodes, k, tile) of a device's table, empty where there is none."""
-    return _launch._read(tuned / _launch.folder_of(device.name) / f"{op}.json", Tile)
+    return _launch.read_table(tuned / _launch.folder_of(device.name) / f"{op}.json", Tile)
 
 
 def choose(op: str, device: Device, nodes: int, k: int, width: int, tuned: Path = TUNED) -> Tile:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--gpu`` moves the kernels' tests to a CUDA device; without it they run under Triton's interpreter."""
+"""The kernels' contracts: on a CUDA device with ``--gpu``, without it under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -24,14 +24,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("variant", variants, ids=["-".join(map(str, v.values())) or "plain" for v in variants])
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--gpu", action="store_true", help="run the tests of the kernels on a CUDA device")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The interpreter takes a tenth of a second per program, so of a contract's parameters it runs those combinations
     in which at most one differs from its first value; a device runs them all."""
-    if config.getoption("--gpu", default=False):
+    if config.getoption("--gpu"):
         return
     first: dict[str, dict[str, object]] = {}
     kept, dropped = [], []

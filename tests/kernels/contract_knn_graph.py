@@ -11,7 +11,9 @@ import os
 
 import pytest
 import torch
+from drseg_kernels import _knn_on_chip, _knn_tiles
 from drseg_kernels import knn_graph as kernels
+from drseg_kernels._knn_sizes import ON_CHIP_NODES, STRATEGIES, OnChip
 from drseg_kernels._launch import Configuration
 from test_knn_graph import *  # noqa: F403
 from test_knn_graph import check
@@ -72,8 +74,10 @@ def device(request, monkeypatch):
     return "cuda" if on_gpu else "cpu"
 
 
-@pytest.fixture
-def backend(request):
+# whatever is asked of the op, of every way to compute it
+@pytest.fixture(params=STRATEGIES)
+def backend(request, monkeypatch):
+    monkeypatch.setattr(kernels, "strategy_rule", lambda nodes: request.param if nodes <= ON_CHIP_NODES else "tiles")
     parameters = getattr(getattr(request.node, "callspec", None), "params", {})
     if parameters.get("dtype") == torch.float64:
         pytest.skip("the kernels leave float64 to other backends")
@@ -105,6 +109,8 @@ CONFIGURATIONS = [
     Configuration(tile_bytes=4 * 16 * 20, columns=16, rows_per_program=16, num_warps=4),
     Configuration(tile_bytes=4 * 32 * 40, columns=32, rows_per_program=16, num_warps=1),
     Configuration(tile_bytes=1 << 20, columns=64, rows_per_program=64, num_warps=2),
+    OnChip(rows=16, columns=16, depth=16, num_warps=8, num_stages=1),
+    OnChip(rows=32, columns=64, depth=16, num_warps=4, num_stages=1),
 ]
 ROW_BY_ROW = Configuration(tile_bytes=4 * 16, columns=16, rows_per_program=1, num_warps=4)
 
@@ -120,7 +126,9 @@ def prepared(batch: int, grid: tuple[int, int], channels: int, device: str, seed
     return prior.to(device), inverse.to(device), table.to(device)
 
 
-def check_exactly(given: tuple[Tensor, ...], k: int, form: str, include_self: bool, chosen: Configuration) -> None:
+def check_exactly(
+    given: tuple[Tensor, ...], k: int, form: str, include_self: bool, chosen: Configuration | OnChip
+) -> None:
     expected = reference.knn_graph(*given, k, form, include_self)
     got = kernels.knn_graph(*given, k, form, include_self, configuration=chosen)
     for value, right in zip(got, expected, strict=True):
@@ -140,8 +148,9 @@ def test_one_row_per_program(device):
 
 
 def test_more_images_than_a_launch_takes(device, monkeypatch):
-    monkeypatch.setattr(kernels, "LARGEST_GRID_Y", 2)
-    check_exactly(prepared(5, (2, 6), 8, device), 4, "additive", True, CONFIGURATIONS[-1])
+    for module, chosen in ((_knn_tiles, CONFIGURATIONS[2]), (_knn_on_chip, CONFIGURATIONS[3])):
+        monkeypatch.setattr(module, "LARGEST_GRID_Y", 2)
+        check_exactly(prepared(5, (2, 6), 8, device), 4, "additive", True, chosen)
 
 
 @pytest.mark.parametrize("k", [40, 45, 50])
@@ -188,3 +197,19 @@ def test_offsets_beyond_32_bits(device):
     index, _ = kernels.knn_graph(prior, inverse, table, k, "additive", True)
     alone, _ = kernels.knn_graph(prior[-1:], inverse[-1:], table, k, "additive", True)
     assert index.numel() > 2**31 and torch.equal(index[-1:], alone)
+
+
+def test_a_way_to_compute_is_chosen_by_name_by_sizes_or_by_the_rule(device):
+    given = prepared(1, (3, 12), 8, device)
+    expected = reference.knn_graph(*given, 5, "additive", True)[0]
+    for options in ({"strategy": "tiles"}, {"strategy": "on_chip"}, {}):
+        assert torch.equal(kernels.knn_graph(*given, 5, "additive", True, **options)[0], expected)
+    for options, message in (
+        ({"strategy": "fast"}, "strategy is unknown; expected one of tiles, on_chip, got 'fast'"),
+        ({"strategy": "tiles", "configuration": CONFIGURATIONS[3]}, "configuration is for on_chip; expected one for"),
+    ):
+        with pytest.raises(ValueError, match=f"^knn_graph: {message}"):
+            kernels.knn_graph(*given, 5, "additive", True, **options)
+    many = prepared(1, (41, 25), 1, device)
+    with pytest.raises(ValueError, match="^knn_graph: too many nodes for on_chip; expected at most 1024, got 1025"):
+        kernels.knn_graph(*many, 5, "additive", True, strategy="on_chip")

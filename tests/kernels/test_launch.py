@@ -8,6 +8,7 @@ import json
 
 import pytest
 from drseg_kernels import _launch
+from drseg_kernels._knn_sizes import OnChip
 from drseg_kernels._launch import Configuration, Device, choose, folder_of, rule
 from drseg_kernels._tile import Tile
 
@@ -44,11 +45,11 @@ def tuned(tmp_path):
         folder = tmp_path / folder_of(SMALL.name)
         folder.mkdir(exist_ok=True)
         (folder / "knn_graph.json").write_text(json.dumps({"configurations": entries}), encoding="utf-8")
-        _launch._read.cache_clear()
+        _launch.read_table.cache_clear()
         return tmp_path
 
     yield write
-    _launch._read.cache_clear()
+    _launch.read_table.cache_clear()
 
 
 def test_the_first_large_enough_entry_counts(tuned):
@@ -90,7 +91,8 @@ def test_impossible_sizes_are_refused(changes, message):
 def test_shipped_tables_are_readable():
     for path in sorted(_launch.TUNED.glob("*/*.json")):
         assert folder_of(path.parent.name) == path.parent.name
-        assert _launch._read(path, Configuration if path.stem == "knn_graph" else Tile), path
+        kind = {"knn_graph": Configuration, "knn_graph_on_chip": OnChip}.get(path.stem, Tile)
+        assert _launch.read_table(path, kind), path
 
 
 def test_names_of_folders():

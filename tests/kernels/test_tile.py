@@ -72,4 +72,4 @@ def test_a_table_comes_before_the_rule(tmp_path):
     (other / "graph_propagate.json").write_text(json.dumps({"configurations": entries}), encoding="utf-8")
     with pytest.raises(ValueError, match="configuration is wrong; expected .*'columns'.*, got .*'stages'"):
         _tile.table("graph_propagate", device, tmp_path / "other")
-    _launch._read.cache_clear()
+    _launch.read_table.cache_clear()

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times candidate launch configurations on a CUDA device and writes the fastest into the device's tables.
+
+    python bench/tune.py --op knn_graph --case grid_64x64        # one op at one size; both may be repeated
+    python bench/tune.py --dry-run --target 120                  # what would be timed, without a GPU
+
+The tables are ``kernels/drseg_kernels/tuned/<device>/<op>.json``, read by ``drseg_kernels._launch``; entries at other
+sizes stay. A candidate must fit the device's shared memory and agree with the reference before it is timed; all that
+pass are timed in turns, each as a CUDA graph where it can be captured, and the lowest median is kept. Exit codes: 0,
+1 (no candidate passed), 2 (usage), 5 (no CUDA device).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
+
+from aot import TARGETS  # noqa: E402
+from drseg_kernels import _launch  # noqa: E402
+from drseg_kernels._launch import Device  # noqa: E402
+from timing import Contender, interleave  # noqa: E402
+from tune_candidates import KINDS, TABLES, candidates  # noqa: E402
+
+from drseg_core.files import write_text_atomic  # noqa: E402
+from drseg_core.ops._cases import CASES, Case  # noqa: E402
+
+DEFAULT_CASES = ("paper_vitl_24x24", "grid_64x64", "grid_128x128")
+NO_DEVICE = 5
+
+Sample = Callable[[Sequence[Contender]], list[list[float]]]
+
+
+def median_seconds(contenders: Sequence[Contender]) -> list[list[float]]:
+    return interleave(contenders, "cuda")
+
+
+def fastest(
+    run: Callable[[Any], object],
+    wrong: Callable[[object], str | None],
+    options: Sequence[Any],
+    repeats: int,
+    sample: Sample = median_seconds,
+    say: Callable[[str], None] = print,
+) -> tuple[Any, float] | None:
+    """The candidate with the lowest median and its seconds; None where none passed the gate.
+
+    Args:
+        run: one call with a candidate. wrong: why its result must not be timed, None where it is right.
+        options: candidates. repeats: timed calls of each. sample: seconds of every call of every contender.
+        say: told of each refused candidate and each median.
+    """
+    contenders, kept = [], []
+    for option in options:
+        try:
+            problem = wrong(run(option))
+        # the compiler and the driver refuse in ways of their own; one refusal must not end the tuning
+        except (RuntimeError, ValueError) as error:
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if problem is not None:
+            say(f"  refused {option}: {problem}")
+            continue
+        contenders.append(Contender(str(option), partial(run, option), repeats, {}))
+        kept.append(option)
+    if not kept:
+        return None
+    medians = [statistics.median(seconds) for seconds in sample(contenders)]
+    for option, median in zip(kept, medians, strict=True):
+        say(f"  {1e6 * median:.1f} us {option}")
+    best = min(range(len(kept)), key=lambda n: medians[n])
+    return kept[best], medians[best]
+
+
+def write_entry(path: Path, nodes: int, k: int, chosen: Any, **notes: Any) -> None:
+    """Put a configuration into a table, in the place of one at the same size; smaller sizes come first.
+
+    Raises:
+        ValueError: the table that is there cannot be read.
+    """
+    kind: Any = type(chosen)
+    old: list[dict[str, Any]] = []
+    if path.exists():
+        _launch.read_table(path, kind)
+        old = json.loads(path.read_text(encoding="utf-8"))["configurations"]
+    rows = [row for row in old if (row["nodes"], row["k"]) != (nodes, k)]
+    rows.append({"nodes": nodes, "k": k, "configuration": dataclasses.asdict(chosen), **notes})
+    rows.sort(key=lambda row: (row["nodes"], row["k"]))
+    write_text_atomic(path, json.dumps({"configurations": rows}, indent=1) + "\n")
+
+
+def tune(table: str, case: Case, dtype: str, device: Device, repeats: int, tuned: Path) -> str | None:
+    """Time a table's candidates at a case and write the best; one line on what went wrong, or None."""
+    import torch
+    import triton
+    from tune_runs import make
+
+    run, wrong = make(table, case, getattr(torch, dtype), "cuda")
+    options = candidates(table, device, case)
+    print(f"{table} {case.name} {dtype}: {len(options)} candidates", flush=True)
+    found = fastest(run, wrong, options, repeats)
+    if found is None:
+        return f"{table} {case.name}: no candidate passed the gate"
+    chosen, seconds = found
+    path = tuned / _launch.folder_of(device.name) / f"{table}.json"
+    notes = {"case": case.name, "dtype": dtype, "seconds": seconds, "torch": torch.__version__}
+    write_entry(path, case.nodes, case.neighbours, chosen, **notes, triton=triton.__version__)
+    print(f"{table} {case.name}: {1e6 * seconds:.1f} us {chosen}", flush=True)
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", action="append", choices=sorted(TABLES), help="all by default")
+    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="the large ones")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=30, help="timed calls of each candidate")
+    parser.add_argument("--out", type=Path, default=_launch.TUNED, help="folder of the tables")
+    parser.add_argument("--dry-run", action="store_true", help="list the candidates, time nothing")
+    parser.add_argument("--target", type=int, default=120, choices=[target.arch for target in TARGETS])
+    args = parser.parse_args(arguments)
+    import torch
+
+    if args.repeats < 1:
+        parser.error(f"--repeats is out of range; expected >= 1, got {args.repeats}")
+    present = torch.cuda.is_available()
+    if not present and not args.dry_run:
+        print("tune: no CUDA device to time on; expected one, got a torch without (--dry-run lists the candidates)")
+        return NO_DEVICE
+    if present:
+        device = _launch.device_of(torch.device("cuda"))
+    else:
+        target = next(target for target in TARGETS if target.arch == args.target)
+        device = Device(target.name, target.l2_bytes, target.shared_bytes)
+    failed = 0
+    for op in args.op or sorted(TABLES):
+        for case in (case for case in CASES if case.name in (args.case or DEFAULT_CASES)):
+            for table in TABLES[op]:
+                if args.dry_run:
+                    for option in candidates(table, device, case):
+                        print(f"{device.name} {table} {case.name}: {option}")
+                elif candidates(table, device, case):
+                    problem = tune(table, case, args.dtype, device, args.repeats, args.out)
+                    if problem is not None:
+                        print(f"tune: {problem}", flush=True)
+                    failed += problem is not None
+    return 1 if failed else 0
+
+
+__all__ = ["KINDS", "TABLES", "candidates", "fastest", "main", "write_entry"]
+
+if __name__ == "__main__":
+    raise SystemExit(main())
