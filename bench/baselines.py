@@ -96,6 +96,25 @@ class FactoredPDGR(nn.Module):
         return m.output_norm(x).transpose(1, 2).unflatten(2, features.shape[2:])
 
 
+class ScatteredPDGR(FactoredPDGR):
+    """The same with the messages of every edge added up by PyG's ``scatter``, as its GATv2 layer does.
+
+    Raises:
+        ImportError: torch_geometric is not installed.
+    """
+
+    def __init__(self, engine: PDGR) -> None:
+        super().__init__(engine)
+        self._scatter: Any = importlib.import_module("torch_geometric.utils").scatter
+
+    def _aggregate(self, x: Tensor, coefficient: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        batch, nodes, _ = index.shape
+        message = (coefficient[..., None] * _rows_at(x, index)).flatten(0, 2)
+        end = torch.arange(batch * nodes, device=x.device).repeat_interleave(index.shape[2])
+        added: Tensor = self._scatter(message, end, dim=0, dim_size=batch * nodes, reduce="sum")
+        return added.view(batch, nodes, -1)
+
+
 def _naive_rows(unit: Tensor, distance: Tensor, decay: float, k: int, first: int, last: int) -> Tensor:
     score = (unit[:, first:last] @ unit.mT).sub_(distance[first:last], alpha=decay)
     return score.topk(k, dim=-1, sorted=False).indices
@@ -140,6 +159,82 @@ def faiss_selection(prior: Tensor, k: int) -> Callable[[], Tensor]:
         return torch.stack([torch.from_numpy(index) for index in found])
 
     return run
+
+
+def sklearn_selection(prior: Tensor, k: int) -> Callable[[], Tensor]:
+    """Brute-force cosine search of scikit-learn. No decay.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    neighbors: Any = importlib.import_module("sklearn.neighbors")
+
+    def run() -> Tensor:
+        found = []
+        for one in prior.numpy():
+            search = neighbors.NearestNeighbors(n_neighbors=k, algorithm="brute", metric="cosine").fit(one)
+            found.append(torch.from_numpy(search.kneighbors(one, return_distance=False)))
+        return torch.stack(found)
+
+    return run
+
+
+def keops_selection(prior: Tensor, k: int) -> Callable[[], Tensor]:
+    """Symbolic matrix of KeOps, whose reduction keeps the k best of a row; compiled at the first call. No decay.
+
+    Raises:
+        ImportError: pykeops is not installed.
+    """
+    lazy: Any = importlib.import_module("pykeops.torch").LazyTensor
+
+    def run() -> Tensor:
+        unit = F.normalize(prior, dim=-1).contiguous()
+        found: Tensor = (-(lazy(unit[:, :, None]) | lazy(unit[:, None]))).argKmin(k, dim=2)
+        return found
+
+    return run
+
+
+def flashlib_selection(prior: Tensor, k: int) -> Callable[[], Tensor]:
+    """``flash_knn`` of FlashLib, on a GPU. No decay. Its distances are Euclidean: one more channel makes all rows
+    that are searched equally long, so that zero rows do not come first.
+
+    Raises:
+        ImportError: flashlib is not installed.
+    """
+    search: Any = importlib.import_module("flashlib").flash_knn
+
+    def run() -> Tensor:
+        unit = F.normalize(prior, dim=-1)
+        missing = (1 - unit.square().sum(-1, keepdim=True)).clamp_min(0).sqrt()
+        found: Tensor = search(F.pad(unit, (0, 1)), torch.cat([unit, missing], dim=-1), k)[1]
+        return found
+
+    return run
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another project's search.
+
+    Args:
+        make: of prior and k, one call. package: what to install. most_nodes: with more it takes minutes.
+        device: where it runs.
+    """
+
+    make: Callable[[Tensor, int], Callable[[], Tensor]]
+    package: str
+    most_nodes: int
+    device: str = "cpu"
+
+
+# none of them has a spatial decay: they solve an easier problem
+PEERS = {
+    "faiss": Peer(faiss_selection, "faiss-cpu", 16384),
+    "sklearn": Peer(sklearn_selection, "scikit-learn", 16384),
+    "keops": Peer(keops_selection, "pykeops", 1024),
+    "flashlib": Peer(flashlib_selection, "flashlib", 65536, device="cuda"),
+}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import gate
 import memory
 import torch
-from baselines import FactoredPDGR, Floor, pdgr_products
+from baselines import FactoredPDGR, Floor, ScatteredPDGR, pdgr_products
 from record import Row, rows_of
 from timing import Contender, interleave
 from torch import Tensor
@@ -38,7 +38,7 @@ CASES = (
     _case("pdgr_1x65536", 1, 256),
 )
 # what stands beside the engine at most nodes per image: one edge tensor of the literal module is 10 GB at 16384
-_MOST_NODES = {"literal": 4096, "factored": 4096, "compiled": 4096, "floor": 16384}
+_MOST_NODES = {"literal": 4096, "factored": 4096, "compiled": 4096, "pyg": 4096, "floor": 16384}
 # rows of edges at once where the gate cannot hold all of them
 _GATE_ROWS = 1024
 
@@ -185,6 +185,19 @@ def _baselines(
                 yield Contender("compiled", partial(step, compiled, problem, backward), repeats, {})
             else:
                 refused.append(f"compiled: {wrong}")
+    if "pyg" in wanted:
+        try:
+            scattered = ScatteredPDGR(problem.engine)
+        except ImportError:
+            print("pdgr: pyg is not installed, its row is left out; pip install torch-geometric", file=sys.stderr)
+        else:
+            right, _ = step(problem.engine, problem, False)
+            wrong = gate.output(step(partial(scattered, index=index), problem, False)[0], right)
+            if wrong is None:
+                step(scattered, problem, backward)
+                yield Contender("pyg", partial(step, scattered, problem, backward), slow, {})
+            else:
+                refused.append(f"pyg: {wrong}")
     if "floor" in wanted:
         floor = Floor(pdgr_products(case, backward), problem.prior.device.type)
         floor()

@@ -12,7 +12,7 @@ from typing import Any
 import gate
 import memory
 import torch
-from baselines import Floor, best_block, faiss_selection, grid_distance, naive_selection, scores_product
+from baselines import PEERS, Floor, best_block, grid_distance, naive_selection, scores_product
 from ops import launch_of
 from record import Row, rows_of
 from timing import Contender, interleave
@@ -102,16 +102,21 @@ def measure(
         naive: Callable[[], Tensor] = partial(naive_selection, prior, distance, what.decay, k, block)
         note = "N x N at once" if at_once else f"fastest row block of those tried: {block}"
         candidates = [("naive", naive, what.decay, {"note": note, "row_block": block})]
-        if device == "cpu" and dtype == torch.float32:
+        for name, peer in PEERS.items():
+            if device != peer.device or dtype != torch.float32 or case.nodes > peer.most_nodes:
+                continue
             try:
-                candidates.append(("faiss", faiss_selection(prior, k), 0.0, {"note": "no decay: an easier problem"}))
+                candidates.append((name, peer.make(prior, k), 0.0, {"note": "no decay: an easier problem"}))
             except ImportError:
-                print("selection: faiss is not installed, its row is left out; pip install faiss-cpu", file=sys.stderr)
-        for name, run, decay, fields in candidates:
+                print(
+                    f"selection: {name} is not installed, its row is left out; pip install {peer.package}",
+                    file=sys.stderr,
+                )
+        for name, run, decay, said in candidates:
             # without decay, or for a zero feature, a node need not be among its own
             wrong = gate.selection(run(), prior, grid, decay, include_self=False)
             if wrong is None:
-                contenders.append(Contender(name, run, repeats, fields))
+                contenders.append(Contender(name, run, repeats, said))
             else:
                 refused.append(f"{name}: {wrong}")
         floor = Floor([scores_product(case)], device)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import baselines
 import jobs
 import memory
 import pdgr
@@ -56,6 +57,8 @@ def test_pdgr_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert code == 0
     names = ["engine", "literal", "factored", "compiled", "floor"]
     runs = [(mode, data) for mode in pdgr.MODES for data in pdgr.DATA]
+    # a peer has a row where it is installed
+    rows = [row for row in rows if row["name"] != "pyg"]
     assert [(r["mode"], r["data"], r["name"]) for r in rows] == [(*pair, name) for pair in runs for name in names]
     _check(rows)
     for start in range(0, len(rows), len(names)):
@@ -72,22 +75,23 @@ def test_pdgr_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_selection_rows(tmp_path: Path):
     code, rows = _run(tmp_path, "--op", "knn_graph", "--case", TINY.name)
-    names = [row["name"] for row in rows if row["name"] != "faiss"]
+    names = [row["name"] for row in rows if row["name"] not in baselines.PEERS]
     assert code == 0 and names == ["engine", "naive", "floor"] * 2
     _check(rows)
-    assert all("no decay" in row["note"] for row in rows if row["name"] == "faiss")
+    assert all("no decay" in row["note"] for row in rows if row["name"] in baselines.PEERS)
     assert all(row["sizes"]["decay"] == 2.0 for row in rows)
 
 
 def test_selection_without_faiss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    for package in ("faiss", "sklearn.neighbors", "pykeops.torch"):
+        monkeypatch.setitem(__import__("sys").modules, package, None)
     code, rows = _run(tmp_path, "--op", "knn_graph", "--case", TINY.name, "--data", "random")
     assert code == 0 and [row["name"] for row in rows] == ["engine", "naive", "floor"]
     assert "faiss is not installed" in capsys.readouterr().err
 
 
 def test_large_cases_have_fewer_neighbours_in_the_race(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pdgr, "_MOST_NODES", {"literal": 10, "factored": 10, "compiled": 10, "floor": 42})
+    monkeypatch.setattr(pdgr, "_MOST_NODES", {"literal": 10, "factored": 10, "compiled": 10, "pyg": 10, "floor": 42})
     monkeypatch.setattr(pdgr, "_GATE_ROWS", 5)
     for mode in pdgr.MODES:
         rows, refused = pdgr.measure(TINY, "dino", mode, repeats=1, with_memory=False)
