@@ -109,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
     args = parser.parse_args(arguments)
     failed = False
-    print("| set | preset | train s | train MiB | evaluate s | evaluate MiB |\n|---|---|---:|---:|---:|---:|", flush=True)
+    print(
+        "| set | preset | train s | train MiB | evaluate s | evaluate MiB |\n|---|---|---:|---:|---:|---:|", flush=True
+    )
     for preset in args.preset or PRESETS:
         for name in args.set or BENCHMARKS:
             try:
