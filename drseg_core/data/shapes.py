@@ -45,7 +45,7 @@ class Drawing(NamedTuple):
 Extent = tuple[float, float]
 
 
-def _noise(rng: np.random.Generator, height: int, width: int, cell: int) -> Array:
+def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: int) -> Array:
     """Smooth noise in [-1, 1]: a coarse random grid, bilinearly enlarged."""
     rows, columns = height // cell + 2, width // cell + 2
     grid = rng.uniform(-1, 1, size=(rows, columns)).astype(np.float32)
@@ -59,7 +59,9 @@ def _noise(rng: np.random.Generator, height: int, width: int, cell: int) -> Arra
 
 def soil(rng: np.random.Generator, height: int, width: int) -> Array:
     """Bare soil (H, W, 3): brown with noise of three sizes."""
-    value = 18 * _noise(rng, height, width, 32) + 10 * _noise(rng, height, width, 8) + 6 * _noise(rng, height, width, 3)
+    value = 18 * smooth_noise(rng, height, width, 32)
+    value += 10 * smooth_noise(rng, height, width, 8)
+    value += 6 * smooth_noise(rng, height, width, 3)
     base = np.array([146, 112, 82], np.float32) + rng.uniform(-8, 8, size=3).astype(np.float32)
     return base + value[..., None] * np.array([1.0, 0.9, 0.75], np.float32)
 
@@ -169,6 +171,8 @@ def draw_object(
     scale: float,
     sun: Sun,
     attempts: int = 12,
+    extents: tuple[Extent, Extent] | None = None,
+    lit: Bool | None = None,
 ) -> bool:
     """Draw one object where it touches no other, with its shadow on the soil.
 
@@ -183,12 +187,15 @@ def draw_object(
         scale: factor on all sizes.
         sun: where the shadow falls.
         attempts: places tried before the object is given up.
+        extents: ranges of the half extents along u and v; those of the kind by default.
+        lit: (H, W) pixels that a shadow darkens, and then no other, changed; by default soil that is bright enough.
 
     Returns:
         Whether a place was found.
     """
     height, width = mask.shape
     draw, *span = _KIND[kind]
+    span = span if extents is None else list(extents)
     for attempt in range(attempts):
         # a crowded scene still takes the smallest object of the kind
         share = rng.uniform(0, 1, size=2) * (1 - attempt / attempts)
@@ -210,7 +217,7 @@ def draw_object(
         drawing = draw(rng, u.astype(np.float32), v.astype(np.float32), (a, b))
         if not drawing.inside.any() or (drawing.inside & taken[rows, columns]).any():
             continue
-        _paint(rng, image, mask, (rows, columns), drawing, label=label, color=color, sun=sun)
+        _paint(rng, image, mask, (rows, columns), drawing, label=label, color=color, sun=sun, lit=lit)
         taken[rows, columns] |= _grown(drawing.inside, max(1, round(3 * scale)))
         return True
     return False
@@ -226,6 +233,7 @@ def _paint(
     label: int,
     color: str,
     sun: Sun,
+    lit: Bool | None,
 ) -> None:
     rows, columns = window
     inside = drawing.inside
@@ -238,8 +246,14 @@ def _paint(
             sx = x + columns.start + round(np.cos(sun.angle) * float(step))
             good = (sy >= 0) & (sy < mask.shape[0]) & (sx >= 0) & (sx < mask.shape[1])
             sy, sx = sy[good], sx[good]
-            soil_pixel = (mask[sy, sx] == 0) & (image[sy, sx].sum(axis=1) > 210)
-            image[sy[soil_pixel], sx[soil_pixel]] *= 0.5
+            if lit is None:
+                dark = (mask[sy, sx] == 0) & (image[sy, sx].sum(axis=1) > 210)
+            else:
+                dark = lit[sy, sx]
+                lit[sy[dark], sx[dark]] = False
+            image[sy[dark], sx[dark]] *= 0.5
+    if lit is not None:
+        lit[rows, columns][inside] = False
     view = image[rows, columns]
     view[inside] = tint * drawing.shade[inside][:, None]
     if drawing.line is not None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Procedural overhead scenes with a compositional vocabulary: six kinds of object in six colours.
+"""Procedural overhead scenes with a compositional vocabulary, in two worlds.
 
-Six of the 36 combinations never occur in scenes of the ``seen`` vocabulary, so a model trained on those can be asked
-for them by name. A scene is a pure function of (seed, split, index, vocabulary, size).
+``objects``: six kinds of object in six colours on soil; six of the 36 combinations never occur in scenes of the
+``seen`` vocabulary, so a model trained on those can be asked for them by name. ``landscape``: the harder one, see
+:mod:`drseg_core.data.landscape`. A scene is a pure function of (seed, split, index, world, domain, vocabulary, size).
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from drseg_core.data import landscape
 from drseg_core.data.dataset import Sample, SegmentationDataset
+from drseg_core.data.landscape import DOMAINS, Domain, draw_landscape
 from drseg_core.data.shapes import COLORS, KINDS, Sun, draw_object, soil
 from drseg_core.errors import ConfigError
 from drseg_core.files import write_text_atomic
 
 Vocabulary = Literal["seen", "full"]
+World = Literal["objects", "landscape"]
 
 BACKGROUND = "bare soil"
 HELD_OUT = ("green roof", "white tank", "yellow field", "blue pond", "red court", "gray car")
@@ -41,13 +45,26 @@ HELD_OUT_IDS = tuple(range(len(SEEN_NAMES), len(CLASS_NAMES)))
 GENERATOR = 1
 MARKER = "synthetic.json"
 _SPLITS = {"train": 0, "val": 1, "test": 2}
+_NUMBERS = ("seed", "scenes", "size")
 
 
-def class_names(vocabulary: Vocabulary) -> tuple[str, ...]:
-    """The 31 ``seen`` or the 37 ``full`` names."""
+def class_names(vocabulary: Vocabulary, world: World = "objects") -> tuple[str, ...]:
+    """The ``seen`` or the ``full`` names: 31 or 37 of ``objects``, 21 or 25 of ``landscape``.
+
+    The seen names come first, so a seen name has the same id in both.
+    """
     if vocabulary not in ("seen", "full"):
         raise ConfigError(f"synthetic: vocabulary is unknown; expected seen or full, got {vocabulary!r}")
+    if world not in ("objects", "landscape"):
+        raise ConfigError(f"synthetic: world is unknown; expected objects or landscape, got {world!r}")
+    if world == "landscape":
+        return landscape.SEEN_NAMES if vocabulary == "seen" else landscape.CLASS_NAMES
     return SEEN_NAMES if vocabulary == "seen" else CLASS_NAMES
+
+
+def held_out_ids(world: World = "objects") -> tuple[int, ...]:
+    """Ids of the names that scenes of the ``seen`` vocabulary never show."""
+    return tuple(range(len(class_names("seen", world)), len(class_names("full", world))))
 
 
 def render_scene(
@@ -57,6 +74,8 @@ def render_scene(
     split: str = "train",
     vocabulary: Vocabulary = "seen",
     size: int | tuple[int, int] = 128,
+    world: World = "objects",
+    domain: Domain = "source",
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Draw one scene.
 
@@ -70,12 +89,14 @@ def render_scene(
         split: ``train``, ``val`` or ``test``: three independent streams of scenes.
         vocabulary: ``seen`` (30 combinations) or ``full`` (36).
         size: side in pixels, or (height, width).
+        world: ``objects`` (described above) or ``landscape``.
+        domain: of ``landscape``: ``source``, or ``shifted``, which no training scene should be.
 
     Returns:
-        image (H, W, 3) uint8 RGB and mask (H, W) uint8 with ids into :data:`CLASS_NAMES`.
+        image (H, W, 3) uint8 RGB and mask (H, W) uint8 with ids into :func:`class_names`.
 
     Raises:
-        ConfigError: unknown split or vocabulary, negative index or seed, size below 32.
+        ConfigError: unknown split, vocabulary, world or domain, negative index or seed, size below 32.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if split not in _SPLITS:
@@ -85,8 +106,15 @@ def render_scene(
             "synthetic: index, seed or size is out of range; expected index >= 0, seed >= 0, size >= 32, "
             f"got {index}, {seed}, {height} x {width}"
         )
-    names = class_names(vocabulary)
+    names = class_names(vocabulary, world)
+    if domain not in DOMAINS or (domain != "source" and world == "objects"):
+        expected = "source" if world == "objects" else " or ".join(DOMAINS)
+        raise ConfigError(f"synthetic: domain is unknown; expected {expected}, got {domain!r}")
     key = [GENERATOR, seed, _SPLITS[split], index, len(names), height, width]
+    if world == "landscape":
+        key.append(DOMAINS.index(domain))
+        rng = np.random.default_rng(np.random.SeedSequence(key))
+        return draw_landscape(rng, (height, width), names, domain)
     rng = np.random.default_rng(np.random.SeedSequence(key))
     scale = min(1.0, min(height, width) / 128)
     image = soil(rng, height, width)
@@ -105,12 +133,19 @@ def render_scene(
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticOptions:
-    """Options of ``synthetic:...``: seed of the set, number of scenes, side in pixels, vocabulary."""
+    """Options of ``synthetic:...``: seed of the set, number of scenes, side in pixels, vocabulary, world, domain."""
 
     seed: int = 0
     scenes: int = 400
     size: int = 128
     vocabulary: Vocabulary = "seen"
+    world: World = "objects"
+    domain: Domain = "source"
+
+    def content(self) -> dict[str, int | str]:
+        """What decides the scenes; options that are newer than stored fingerprints only where they say something."""
+        content = dataclasses.asdict(self)
+        return content if self.world != "objects" else {k: content[k] for k in ("seed", "scenes", "size", "vocabulary")}
 
 
 class SyntheticDataset(SegmentationDataset):
@@ -124,7 +159,7 @@ class SyntheticDataset(SegmentationDataset):
     def __init__(self, options: SyntheticOptions | None = None, split: str = "train") -> None:
         self.options = options or SyntheticOptions()
         self.split = split
-        self.class_names = class_names(self.options.vocabulary)
+        self.class_names = class_names(self.options.vocabulary, self.options.world)
         if self.options.scenes < 1:
             raise ConfigError(f"synthetic: scenes is out of range; expected >= 1, got {self.options.scenes}")
         self._render(0)
@@ -142,7 +177,7 @@ class SyntheticDataset(SegmentationDataset):
                     f"synthetic: option {key!r} is unknown or repeated; expected each of {', '.join(kinds)} once"
                 )
             try:
-                values[key] = value.strip() if key == "vocabulary" else int(value)
+                values[key] = value.strip() if kinds[key].type != "int" else int(value)
             except ValueError:
                 raise ConfigError(f"synthetic: {key} is not a number; expected an integer, got {value!r}") from None
         return cls(SyntheticOptions(**values), split)  # type: ignore[arg-type]
@@ -150,7 +185,13 @@ class SyntheticDataset(SegmentationDataset):
     def _render(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         options = self.options
         return render_scene(
-            index, seed=options.seed, split=self.split, vocabulary=options.vocabulary, size=options.size
+            index,
+            seed=options.seed,
+            split=self.split,
+            vocabulary=options.vocabulary,
+            size=options.size,
+            world=options.world,
+            domain=options.domain,
         )
 
     def __len__(self) -> int:
@@ -164,10 +205,11 @@ class SyntheticDataset(SegmentationDataset):
         return Sample(torch.from_numpy(chw), torch.from_numpy(mask), self.sample_name(index))
 
     def sample_name(self, index: int) -> str:
-        return f"synthetic {self.options.vocabulary} {self.split} scene {index} of seed {self.options.seed}"
+        kind = " ".join(str(value) for key, value in self.options.content().items() if key not in _NUMBERS)
+        return f"synthetic {kind} {self.split} scene {index} of seed {self.options.seed}"
 
     def fingerprint(self) -> str:
-        content = [GENERATOR, self.split, dataclasses.asdict(self.options), self.class_names]
+        content = [GENERATOR, self.split, self.options.content(), self.class_names]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
