@@ -19,6 +19,7 @@ examples:
   drseg evaluate run --data folder:tiles --split val --out metrics.json
   drseg evaluate run --data folder:scenes --out metrics.json --mode tile --tile-size 384 --overlap 128
   drseg evaluate run --data loveda:datasets --protocol clean --out metrics.json
+  drseg evaluate run --data folder:tiles --out metrics.json --prior-cache features
   torchrun --nproc-per-node 2 -m drseg_core evaluate run --data loveda:datasets --protocol rskt --out metrics.json
 
 The output says what gave the scores: hashes of weights, class names and data, protocol, options, command, versions.
@@ -43,6 +44,12 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     )
     add_tile_arguments(parser)
     parser.add_argument("--boundary", action="store_true", help="also score the outlines (boundary IoU); slower")
+    parser.add_argument(
+        "--prior-cache",
+        type=str | None,
+        metavar="DIR",
+        help="keep the frozen prior's features there, for other vocabularies and checkpoints; the scores are the same",
+    )
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
 
 
@@ -141,6 +148,7 @@ def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
         device=group.device,
         processes=group,
         boundary=args.boundary,
+        prior_cache=args.prior_cache,
     )
     convention = "present" if protocol is None else protocol.convention
     return {

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +22,9 @@ from drseg_core.evaluation.boundary import BoundaryCounts
 from drseg_core.evaluation.inference import Predictor
 from drseg_core.evaluation.metrics import CONVENTIONS, ConfusionMatrix
 from drseg_core.evaluation.views import ViewPredictor
+from drseg_core.models.prior_cache import prior_cache as kept_features
+
+_log = logging.getLogger(__name__)
 
 
 class Processes(Protocol):
@@ -44,6 +50,7 @@ def evaluate(
     device: torch.device | str | None = None,
     processes: Processes | None = None,
     boundary: bool = False,
+    prior_cache: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Predict every image of a data set and score all pixels together.
@@ -62,6 +69,8 @@ def evaluate(
         device: where to run; by default where the model is.
         processes: those that share the work; by default this one is alone.
         boundary: also score the outlines (see :mod:`drseg_core.evaluation.boundary`), which takes its time.
+        prior_cache: folder that keeps the features of the frozen prior for other vocabularies and other checkpoints
+            (see :class:`drseg_core.models.prior_cache.PriorCache`); the scores are the same to the last bit.
         progress: show a progress bar, in the first process.
 
     Returns:
@@ -72,8 +81,10 @@ def evaluate(
         ``boundary`` {mIoU, share, per_class}.
 
     Raises:
-        ConfigError: fewer names than the data set has classes, or an unknown id in ``subsets``.
+        ConfigError: fewer names than the data set has classes, an unknown id in ``subsets``, or a ``prior_cache`` that
+            is no folder or for a model without a prior.
         DatasetError: the data set is empty or a sample cannot be read.
+        ResourceError: ``prior_cache`` cannot be written.
     """
     from tqdm import tqdm
 
@@ -108,10 +119,14 @@ def evaluate(
     own = range(rank * evaluation.batch_size, len(dataset), world_size * evaluation.batch_size)
     batches = [range(first, min(first + evaluation.batch_size, len(dataset))) for first in own]
     count = sum(map(len, batches))
-    with tqdm(total=count, desc="evaluate", unit="image", disable=not progress or rank > 0) as bar:
+    with contextlib.ExitStack() as stack:
+        cache = None if prior_cache is None else stack.enter_context(kept_features(predictor.model, prior_cache))
+        bar = stack.enter_context(tqdm(total=count, desc="evaluate", unit="image", disable=not progress or rank > 0))
         for batch in batches:
             all_ignored += _score(predictor, [dataset[i] for i in batch], confusion, outlines)
             bar.update(len(batch))
+    if cache is not None:
+        _log.info("prior cache: %d batches of images read, %d computed", cache.found, cache.computed)
     if processes is not None:
         all_ignored = _summed(confusion, outlines, all_ignored, processes)
     return {

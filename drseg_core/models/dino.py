@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from drseg_core.config.schema import DinoConfig
 from drseg_core.errors import CheckpointError
 from drseg_core.models.clip import PIXEL_DEVIATION, PIXEL_MEAN
 from drseg_core.models.weights import difference, read_foreign_state
+
+if TYPE_CHECKING:
+    from drseg_core.models.prior_cache import PriorCache
 
 # pixel mean and deviation on [0, 1] RGB; sat is what the SAT-493M weights were trained with
 NORMALIZATIONS = {
@@ -51,6 +54,8 @@ class DinoPrior(nn.Module):
 
     pixel_mean: Tensor
     pixel_deviation: Tensor
+    # set by drseg_core.models.prior_cache.prior_cache, for as long as it is open
+    cache: PriorCache | None = None
 
     def __init__(self, config: DinoConfig, *, read_weights: bool = True) -> None:
         super().__init__()
@@ -111,6 +116,12 @@ class DinoPrior(nn.Module):
         side = (self.config.image_size, self.config.image_size)
         if image.shape[2:] != side:
             image = F.interpolate(image, size=side, mode="bilinear", align_corners=False)
+        if self.cache is not None:
+            return self.cache.maps(image, tuple(blocks), self._maps)
+        return self._maps(image, blocks)
+
+    def _maps(self, image: Tensor, blocks: Sequence[int]) -> PriorMaps:
+        """:meth:`maps` of an image (B, 3, S, S) of the configured size."""
         pixels = (image - self.pixel_mean) / self.pixel_deviation
         layer = self.config.layer
         if not blocks and layer is None and self.config.features == "tokens":
@@ -122,11 +133,13 @@ class DinoPrior(nn.Module):
             outputs = dict(zip(wanted, self._run(pixels, wanted), strict=True))
         features = outputs[layer]
         if self.config.features != "tokens":
-            features = projected[0].transpose(1, 2).unflatten(2, features.shape[2:])
+            features = projected[0].transpose(1, 2).contiguous().unflatten(2, features.shape[2:])
         return PriorMaps(features, tuple(outputs[block] for block in blocks))
 
     def _run(self, pixels: Tensor, indices: int | list[int]) -> list[Tensor]:
-        return self.encoder.forward_intermediates(pixels, indices=indices, norm=True, intermediates_only=True)
+        maps = self.encoder.forward_intermediates(pixels, indices=indices, norm=True, intermediates_only=True)
+        # in one layout, as later sums may round otherwise in another: what a PriorCache reads has this one
+        return [value.contiguous() for value in maps]
 
     @contextlib.contextmanager
     def _projected(self, layer: int) -> Iterator[list[Tensor]]:

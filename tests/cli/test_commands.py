@@ -93,6 +93,28 @@ def test_evaluate_writes_the_promised_keys(drseg, run, data, tmp_path):
     assert code == 0 and json.loads(tiled.read_text())["evaluation"]["overlap"] == 16
 
 
+def test_kept_features_change_nothing(drseg, run, data, tmp_path):
+    """Whole images and tiles, the first time and the second; other class names read what was kept, too."""
+    cache = tmp_path / "features"
+
+    def scores(*words):
+        code, _, errors = drseg("evaluate", run, "--data", data, "--out", tmp_path / "m.json", "--overwrite", *words)
+        assert code == 0, errors
+        result = json.loads((tmp_path / "m.json").read_text())
+        result.pop("command")
+        return result, errors
+
+    for words in ([], ["--mode", "tile", "--tile-size", 32, "--overlap", 16]):
+        plain, errors = scores(*words)
+        assert "prior cache" not in errors
+        first, said = scores(*words, "--prior-cache", cache)
+        assert "0 batches of images read" in said
+        second, said = scores(*words, "--prior-cache", cache)
+        assert ", 0 computed" in said and " 0 batches" not in said
+        assert plain == first == second
+    assert cache.is_dir() and {path.suffix for path in cache.iterdir()} == {".safetensors"}
+
+
 def test_predict_maps_an_image(drseg, run, folder, tmp_path):
     rasterio = pytest.importorskip("rasterio")
     image = folder / "val" / "images" / "0.png"

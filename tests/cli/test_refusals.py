@@ -177,3 +177,23 @@ def test_rank_takes_the_configuration_of_the_run_wherever_it_stands(drseg, run, 
     for file in (first, last):
         # what the run was given, not the default of 100
         assert load_channels(file).metadata["prototypes_per_class"] == 5
+
+
+def test_features_that_cannot_be_kept(drseg, run, small, data, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    words = ["--data", data, "--out", tmp_path / "m.json"]
+    (tmp_path / "file").write_text("x")
+    check(drseg("evaluate", run, *words, "--prior-cache", tmp_path / "file"), 2, "folder is a file")
+    baseline = tmp_path / "baseline"
+    assert drseg("train", *small, "--model.fusion.kind", "none", "--data", data, "--out", baseline)[0] == 0
+    check(drseg("evaluate", baseline, *words, "--prior-cache", tmp_path / "features"), 2, "no prior")
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    code, _, errors = drseg("evaluate", run, *words, "--prior-cache", tmp_path / "features")
+    # below the progress bar
+    assert code == 7 and "No space left" in errors.splitlines()[-1]
+    assert list((tmp_path / "features").iterdir()) == [] and not (tmp_path / "m.json").exists()

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of the frozen prior, kept on disk for the next evaluation of the same images.
+
+The prior sees neither the class names nor anything that is trained, so other vocabularies and other checkpoints of one
+prior share its features. Training cannot: every image is cropped and flipped anew (``drseg_core.data.transforms``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drseg_core.errors import CheckpointError, ConfigError, ResourceError
+from drseg_core.models.dino import DinoPrior, PriorMaps
+from drseg_core.models.weights import load_weights, payload_hash, save_weights
+
+_log = logging.getLogger(__name__)
+
+
+class PriorCache:
+    """A folder with one file per batch of images, named after all that decides its features.
+
+    That is the prior (weights, architecture, block, kind of features, normalisation), the pixels after they were
+    resized, and, because sums round otherwise there, the batch, the device, the number of threads and the versions of
+    torch and timm. So what is read is what would be computed, to the last bit; with another batch size, or on another
+    machine, it is computed again. A file takes 2.4 MB per image with the default prior.
+
+    Args:
+        folder: made where it is not there.
+        prior: its weights must not change from here on.
+
+    Raises:
+        ConfigError: the folder is a file.
+        ResourceError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], prior: DinoPrior) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise ConfigError(f"PriorCache: folder is a file; expected a folder, got {self.folder}") from error
+        except OSError as error:
+            raise ResourceError(f"PriorCache: folder cannot be made; {error}") from error
+        # where the weights came from and what guides the decoder do not matter: the values and the blocks do
+        left_out = ("weights", "seed", "guidance_blocks")
+        options = {name: value for name, value in dataclasses.asdict(prior.config).items() if name not in left_out}
+        state = {name: value.detach().cpu() for name, value in prior.state_dict().items()}
+        self._prior = {**options, "sha256": payload_hash(state)}
+        self.found = self.computed = 0
+
+    def maps(
+        self, image: Tensor, blocks: tuple[int, ...], compute: Callable[[Tensor, tuple[int, ...]], PriorMaps]
+    ) -> PriorMaps:
+        """What ``compute(image, blocks)`` gives, from its file where there is one.
+
+        A file that is damaged or of something else is replaced, with a warning.
+
+        Raises:
+            ResourceError: a file cannot be written (disk full, read-only).
+        """
+        key = self._key(image, blocks)
+        path = self.folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.safetensors"
+        held = _read(path, key)
+        if held is not None:
+            self.found += 1
+            features, *guidance = (held[name].to(image.device) for name in _names(blocks))
+            return PriorMaps(features, tuple(guidance))
+        self.computed += 1
+        maps = compute(image, blocks)
+        save_weights(path, dict(zip(_names(blocks), (maps.features, *maps.guidance), strict=True)), key)
+        return maps
+
+    def _key(self, image: Tensor, blocks: tuple[int, ...]) -> dict[str, Any]:
+        kind = image.device.type
+        return {
+            "prior": self._prior,
+            "blocks": list(blocks),
+            "pixels_sha256": payload_hash({"image": image.detach().cpu()}),
+            "device": torch.cuda.get_device_name(image.device) if kind == "cuda" else kind,
+            "instruction_set": torch.backends.cpu.get_cpu_capability() if kind == "cpu" else None,
+            "threads": torch.get_num_threads() if kind == "cpu" else None,
+            "precision": _precision(kind),
+            "versions": {name: metadata.version(name) for name in ("torch", "timm")},
+        }
+
+
+@contextlib.contextmanager
+def prior_cache(model: Any, folder: str | os.PathLike[str]) -> Iterator[PriorCache]:
+    """Inside, the prior of ``model`` reads its features from ``folder`` and keeps there what it computes.
+
+    Raises:
+        ConfigError: the model has no prior, or the folder is a file.
+        ResourceError: the folder cannot be made.
+    """
+    prior = getattr(model, "dino", None)
+    if not isinstance(prior, DinoPrior):
+        raise ConfigError("prior_cache: model has no prior whose features could be kept; expected one with a DinoPrior")
+    prior.cache = PriorCache(folder, prior)
+    try:
+        yield prior.cache
+    finally:
+        prior.cache = None
+
+
+def _precision(kind: str) -> list[str | None]:
+    """What rounds products: autocast, and the older and the newer settings of float32."""
+    autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # refused where the newer ones contradict it
+        older = None
+    backends: Any = torch.backends
+    places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    return [autocast, older, *(getattr(place, "fp32_precision", None) for place in places)]
+
+
+def _names(blocks: tuple[int, ...]) -> list[str]:
+    return ["features", *(f"guidance.{place}" for place in range(len(blocks)))]
+
+
+def _read(path: Path, key: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors of a file, None where there is none that can be used."""
+    if not path.exists():
+        return None
+    try:
+        state, found = load_weights(path)
+    except CheckpointError as error:
+        _log.warning("prior cache: %s; its features are computed again", error)
+        return None
+    if found != key or sorted(state) != sorted(_names(tuple(key["blocks"]))):
+        _log.warning("prior cache: %s holds other features than its name says; they are computed again", path)
+        return None
+    return state
