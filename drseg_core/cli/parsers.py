@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from drseg_core.cli.failures import UsageError
 from drseg_core.config.load import config_from_dict, load_config, preset_names
+from drseg_core.config.methods import METHODS, apply_method
 from drseg_core.config.schema import Config
 from drseg_core.config.validate import validate
 from drseg_core.errors import ConfigError
@@ -80,15 +81,24 @@ def add_config_arguments(parser: Parser, argv: Sequence[str], *, fallback: Path 
         argv: its arguments.
         fallback: file that is read when ``argv`` names none.
     """
-    source = _config_argument(argv)
+    source = _argument(argv, "--config")
     if source is None and fallback is not None and fallback.is_file():
         source = str(fallback)
     config = Config() if source is None else load_config(source)
+    method = _argument(argv, "--method")
+    if method is not None:
+        config = apply_method(config, method)
     group = parser.add_argument_group("configuration")
     group.add_argument(
         "--config",
         metavar="PRESET|FILE",
         help=f"preset ({', '.join(preset_names())}) or YAML file; every option below overrides it",
+    )
+    group.add_argument(
+        "--method",
+        type=str | None,
+        metavar="NAME",
+        help=f"sets the options that make a comparison method of the model: {', '.join(METHODS)}",
     )
     group.add_argument(
         "--print_config", action="store_true", help="print the configuration that results, as YAML, and exit"
@@ -147,11 +157,12 @@ def split_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def _config_argument(argv: Sequence[str]) -> str | None:
+def _argument(argv: Sequence[str], option: str) -> str | None:
+    """The value of one option, before there is a parser that knows the others."""
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    scan.add_argument("--config")
+    scan.add_argument(option, dest="value")
     try:
-        return scan.parse_known_args(list(argv))[0].config
+        return scan.parse_known_args(list(argv))[0].value
     except argparse.ArgumentError:
         return None
 

@@ -144,6 +144,8 @@ class FusionConfig:
         kind: ``ugaf``; ``mean``, ``concat`` or ``separate`` of Table 4; ``none`` is the baseline without
             prior, graph and rectified branch (first row of Table 2); ``cosine`` is the dual encoder alone, its
             logits being scaled cosines: it makes a CLIP out of random weights.
+        branch: what the second correlation is made of: CLIP's features rectified over the ``graph``, or the
+            ``prior``'s own features in the joint space (RSKT-Seg, GSNet), without split and graph.
         tau: temperature of Eq. 12; null makes it a learned parameter that starts at 0.01.
         gate: form of Eq. 13.
         detach_gate: do not send gradients through the uncertainty.
@@ -152,6 +154,7 @@ class FusionConfig:
     """
 
     kind: Literal["ugaf", "mean", "concat", "separate", "none", "cosine"] = "ugaf"
+    branch: Literal["graph", "prior"] = "graph"
     tau: float | None = 0.01
     gate: Literal["sigmoid_proj", "residual", "direct", "feature", "proj_on_map"] = "sigmoid_proj"
     detach_gate: bool = True
@@ -165,18 +168,20 @@ class AggregatorConfig:
 
     Args:
         kind: ``efficient``: reduced-key spatial attention and class attention (RSKT-Seg); ``swin``: shifted windows
-            and a linear-attention class transformer (CAT-Seg, whose ``heads`` are 4 and ``mlp_hidden`` 512).
+            and a linear-attention class transformer (CAT-Seg, whose ``heads`` are 4 and ``mlp_hidden`` 512); ``conv``:
+            wide depth-wise convolutions and the same class transformer (SED).
         layers: number of aggregation layers. Published values of the benchmark's code: 3 (ViT-B) and 2 (ViT-L) in its
             files, 5 (DLRSD) and 3 or 2 (iSAID, ViT-B or L) for its released weights.
         width: channels of the aggregated cost volume.
         heads: attention heads.
         mlp_hidden: hidden width of the MLPs.
         window: side of the windows of ``swin``, in cells.
-        class_pooling: side of the pooling before the class attention of ``swin``, in training and in evaluation.
-        class_slots: length to which ``swin`` fills up the class axis by a learned token; 0 does not.
+        class_pooling: side of the pooling before the class attention of ``swin`` and ``conv``, in training and in
+            evaluation.
+        class_slots: length to which ``swin`` and ``conv`` fill up the class axis by a learned token; 0 does not.
     """
 
-    kind: Literal["efficient", "swin"] = "efficient"
+    kind: Literal["efficient", "swin", "conv"] = "efficient"
     layers: int = 2
     width: int = 128
     heads: int = 8
@@ -196,6 +201,8 @@ class DecoderConfig:
         guidance_hidden: channels of the up-sampled guidance before it is reduced to ``guidance_widths``.
         initial_logit: where the logits start; below zero says that most classes are absent at most pixels.
         dino_guidance: join as many channels of the prior's ``guidance_blocks`` in each stage (RSKT-Seg's decoder).
+        guidance_attention: weigh the guidance by what is decoded (OVRS's decoder).
+        skip_correlation: join the original correlation in each stage and detach the guidance (SED's decoder).
     """
 
     widths: tuple[int, int] = (64, 32)
@@ -203,6 +210,29 @@ class DecoderConfig:
     guidance_hidden: tuple[int, int] = (256, 128)
     initial_logit: float = 0.0
     dino_guidance: bool = False
+    guidance_attention: bool = False
+    skip_correlation: bool = False
+
+
+@dataclass(frozen=True)
+class ProposalConfig:
+    """Masks first, classes second: SAN and SCAN, which have neither cost volume nor decoder.
+
+    Args:
+        kind: ``none``, ``side_adapter`` (SAN) or ``calibrated`` (SCAN).
+        queries: mask proposals of an image.
+        width: channels of the side network.
+        layers: transformer layers of the side network.
+        heads: attention heads of the side network.
+        recognition_blocks: last blocks of CLIP in which the proposals are recognised.
+    """
+
+    kind: Literal["none", "side_adapter", "calibrated"] = "none"
+    queries: int = 100
+    width: int = 240
+    layers: int = 8
+    heads: int = 6
+    recognition_blocks: int = 3
 
 
 @dataclass(frozen=True)
@@ -216,6 +246,7 @@ class ModelConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    proposals: ProposalConfig = field(default_factory=ProposalConfig)
     rotations: Literal[1, 4] = 4
 
 

@@ -40,7 +40,8 @@ class Predictor:
     The class of a pixel is the one with the highest score, the lowest id on ties; there is no threshold.
 
     Args:
-        model: anything with ``tokenize``, ``encode_text`` and the forward of :class:`drseg_core.models.drseg.DRSeg`.
+        model: a :class:`drseg_core.models.segmenter.Segmenter`, or anything with its ``tokenize``, ``encode_text`` and
+            ``forward``.
         class_names: the vocabulary, 1 to 255 names.
         mode: ``whole`` or ``tile``.
         tile_size: side of a tile in pixels, a multiple of 16.

@@ -71,6 +71,28 @@ class SpatialBlock(nn.Module):
         return x + _tokens(self.depthwise(_map(y.flatten(0, 1), grid))).unflatten(0, (batch, classes))
 
 
+class ConvBlock(nn.Module):
+    """A 9x9 depth-wise convolution and an MLP inside each class map, with a residual (SED, arXiv 2311.15537).
+
+    Args:
+        width: channels.
+        hidden: width inside the MLP.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 9, padding=4, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.guide = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, guidance: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``x`` (B, T, hw, width) and ``guidance`` (B, width, h, w) to (B, T, hw, width)."""
+        guided = x + self.guide(guidance.flatten(2).transpose(1, 2))[:, None]
+        y = _tokens(self.depthwise(_map(guided.flatten(0, 1), grid)))
+        return x + self.mlp(self.norm(y)).view_as(x)
+
+
 class ClassBlock(nn.Module):
     """Attention among the classes at each place of maps pooled 2x2, resized back and added.
 
@@ -112,14 +134,15 @@ class Aggregator(nn.Module):
     Args:
         width: channels of the cost embedding.
         embed_dim: channels of the dense CLIP features and of the text embeddings (C).
-        kind: ``efficient`` (:class:`SpatialBlock`, :class:`ClassBlock`) or ``swin`` (:class:`~.swin.WindowPair`,
-            :class:`~.swin.LinearClassBlock`).
+        kind: ``efficient`` (:class:`SpatialBlock`, :class:`ClassBlock`), ``swin`` (:class:`~.swin.WindowPair`,
+            :class:`~.swin.LinearClassBlock`) or ``conv`` (:class:`ConvBlock`, :class:`~.swin.LinearClassBlock`).
         layers: number of layers.
         heads: attention heads; must divide ``width``.
         mlp_hidden: width inside the MLPs.
         window: side of the windows of ``swin``, in cells.
-        class_pooling: pooling of the maps before the classes of ``swin`` attend, in training and in evaluation.
-        class_slots: length of the class axis of ``swin``.
+        class_pooling: pooling of the maps before the classes of ``swin`` and ``conv`` attend, in training and in
+            evaluation.
+        class_slots: length of the class axis of ``swin`` and ``conv``.
     """
 
     def __init__(
@@ -127,7 +150,7 @@ class Aggregator(nn.Module):
         width: int,
         embed_dim: int,
         *,
-        kind: Literal["efficient", "swin"] = "efficient",
+        kind: Literal["efficient", "swin", "conv"] = "efficient",
         layers: int = 2,
         heads: int = 8,
         mlp_hidden: int = 384,
@@ -143,14 +166,17 @@ class Aggregator(nn.Module):
         if kind == "efficient":
             self.spatial = nn.ModuleList(SpatialBlock(width, heads, mlp_hidden) for _ in range(layers))
             self.classes = nn.ModuleList(ClassBlock(width, heads, mlp_hidden) for _ in range(layers))
-        elif kind == "swin":
-            self.spatial = nn.ModuleList(WindowPair(width, heads, mlp_hidden, window=window) for _ in range(layers))
+        elif kind in ("swin", "conv"):
+            self.spatial = nn.ModuleList(
+                WindowPair(width, heads, mlp_hidden, window=window) if kind == "swin" else ConvBlock(width, mlp_hidden)
+                for _ in range(layers)
+            )
             self.classes = nn.ModuleList(
                 LinearClassBlock(width, heads, mlp_hidden, pooling=class_pooling, slots=class_slots)
                 for _ in range(layers)
             )
         else:
-            raise ValueError(f"Aggregator: kind is unknown; expected efficient or swin, got {kind!r}")
+            raise ValueError(f"Aggregator: kind is unknown; expected efficient, swin or conv, got {kind!r}")
 
     def forward(self, embedding: Tensor, features: Tensor, text: Tensor) -> Tensor:
         """Aggregate.

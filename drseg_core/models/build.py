@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from drseg_core.config.schema import ModelConfig
 from drseg_core.models.drseg import DRSeg
+from drseg_core.models.proposals import ProposalSegmenter
+from drseg_core.models.segmenter import Segmenter
 
 
-def build_model(config: ModelConfig, *, read_clip: bool = True, read_prior: bool = True) -> DRSeg:
+def build_model(config: ModelConfig, *, read_clip: bool = True, read_prior: bool = True) -> Segmenter:
     """The model of ``config``, on the CPU (or the default device), in training mode.
 
     Random initial weights are drawn from torch's global generator, those of the prior from ``config.dino.seed``.
@@ -21,4 +23,6 @@ def build_model(config: ModelConfig, *, read_clip: bool = True, read_prior: bool
         ValueError: options that do not fit together.
         CheckpointError: CLIP or prior weights that cannot be had.
     """
+    if config.proposals.kind != "none":
+        return ProposalSegmenter(config, read_clip=read_clip)
     return DRSeg(config, read_clip=read_clip, read_prior=read_prior)

@@ -69,6 +69,15 @@ class SplitAttention(nn.Module):
         """Every token's own value, as if it attended to itself alone."""
         return self.out_proj(self.v_proj(x))
 
+    def attend(self, x: Tensor, seen: Tensor, bias: Tensor) -> Tensor:
+        """Tokens (B, Q, width) look at ``seen`` (B, N, width) with ``bias`` (B, heads or 1, Q, N) on the logits."""
+        query, key, value = (
+            layer(part).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, part in ((self.q_proj, x), (self.k_proj, seen), (self.v_proj, seen))
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
 
 class Block(nn.Module):
     """A pre-norm transformer block of open_clip with :class:`SplitAttention`."""
@@ -89,6 +98,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         x = x + self.ls_1(self.attn(self.ln_1(x), causal))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+    def forward_beside(self, x: Tensor, seen: Tensor, bias: Tensor) -> Tensor:
+        """Tokens that look at others without being looked at; see :meth:`SplitAttention.attend`."""
+        x = x + self.ls_1(self.attn.attend(self.ln_1(x), self.ln_1(seen), bias))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
     def forward_value(self, x: Tensor) -> Tensor:
@@ -147,9 +161,21 @@ class VisionTower(nn.Module):
             x = block(x)
             if index in blocks:
                 kept[index] = x[:guided, 1:].transpose(1, 2).unflatten(2, (h, w))
+        return DenseFeatures(self.dense(x, (h, w)), tuple(kept[index] for index in blocks))
+
+    def dense(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What enters the last block (B, 1 + hw, width) to joint-space features (B, C, h, w) by its value path."""
         last: Any = self.blocks[-1]
         x = self.ln_post(last.forward_value(x)) @ self.proj
-        return DenseFeatures(x[:, 1:].transpose(1, 2).unflatten(2, (h, w)), tuple(kept[index] for index in blocks))
+        return x[:, 1:].transpose(1, 2).unflatten(2, grid)
+
+    def states(self, pixels: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
+        """What enters every block (B, 1 + hw, width), class token first, and the grid (h, w)."""
+        x, grid = self.embed(pixels)
+        found = [x]
+        for block in self.blocks[:-1]:
+            found.append(block(found[-1]))
+        return found, grid
 
     def forward_ordinary(self, pixels: Tensor) -> Tensor:
         """Class-token embedding (B, C) of the unmodified encoder."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drseg_core.nn.ugaf import group_norm
@@ -40,6 +41,30 @@ class GuidedConv(nn.Module):
         return maps
 
 
+class GuidanceAttention(nn.Module):
+    """Channel and spatial weights for guidance, from the decoded maps it will join (OVRS).
+
+    Channels are weighted by what is decoded anywhere, places by what is decoded there. The decoded maps are averaged
+    over the classes first: guidance then stays one map per image, where OVRS weighs it anew for every class.
+
+    Args:
+        width: channels of the decoded maps.
+        guidance_width: channels of the guidance.
+    """
+
+    def __init__(self, width: int, guidance_width: int) -> None:
+        super().__init__()
+        self.channel = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, guidance_width))
+        self.place = nn.Conv2d(2, 1, 7, padding=3)
+
+    def forward(self, guidance: Tensor, decoded: Tensor) -> Tensor:
+        """``guidance`` (B, guidance_width, h, w) weighted by ``decoded`` (B*T, width, h, w)."""
+        maps = decoded.unflatten(0, (guidance.shape[0], -1)).mean(dim=1)
+        weight = self.channel(torch.cat((maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))), dim=1)).sigmoid()
+        place = self.place(torch.stack((maps.mean(dim=1), maps.amax(dim=1)), dim=1)).sigmoid()
+        return guidance * weight[:, :, None, None] * place
+
+
 class Stage(nn.Module):
     """Doubles the resolution, joins guidance, and refines by two convolutions.
 
@@ -48,9 +73,20 @@ class Stage(nn.Module):
         guidance_width: guidance channels of one source; the up-sampled maps have ``width - guidance_width``.
         out_width: output channels.
         sources: how many sources of guidance are joined.
+        attention: weigh the guidance by :class:`GuidanceAttention`.
+        skip: join the correlation map of each class too.
     """
 
-    def __init__(self, width: int, guidance_width: int, out_width: int, sources: int = 1) -> None:
+    def __init__(
+        self,
+        width: int,
+        guidance_width: int,
+        out_width: int,
+        sources: int = 1,
+        *,
+        attention: bool = False,
+        skip: bool = False,
+    ) -> None:
         super().__init__()
         if not 0 < guidance_width < width:
             raise ValueError(
@@ -59,12 +95,21 @@ class Stage(nn.Module):
             )
         self.up = nn.ConvTranspose2d(width, width - guidance_width, 2, stride=2)
         self.join = GuidedConv(width - guidance_width, sources * guidance_width, out_width)
+        inner = width - guidance_width
+        self.attention = GuidanceAttention(inner, sources * guidance_width) if attention else None
+        self.skip = nn.Conv2d(1, inner, 3, padding=1) if skip else None
         self.norm_join = group_norm(out_width)
         self.conv = nn.Conv2d(out_width, out_width, 3, padding=1, bias=False)
         self.norm = group_norm(out_width)
 
-    def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
-        x = self.norm_join(self.join(self.up(x), guidance)).relu_()
+    def forward(self, x: Tensor, guidance: Tensor, correlation: Tensor | None = None) -> Tensor:
+        """``x`` (B*T, width, h, w), guidance (B, _, 2h, 2w) and correlation (B*T, 1, _, _) to (B*T, _, 2h, 2w)."""
+        x = self.up(x)
+        if self.skip is not None and correlation is not None:
+            x = x + self.skip(F.interpolate(correlation, size=x.shape[2:], mode="bilinear", align_corners=False))
+        if self.attention is not None:
+            guidance = self.attention(guidance, x)
+        x = self.norm_join(self.join(x, guidance)).relu_()
         return self.norm(self.conv(x)).relu_()
 
 
@@ -80,6 +125,9 @@ class Decoder(nn.Module):
         initial_logit: initial bias of the logits.
         prior_dim: channels of the prior's guidance; None has none.
         prior_scale: how many times finer than the cost volume the prior's grid is, 1 or 2.
+        guidance_attention: weigh the guidance by what is decoded (OVRS).
+        skip_correlation: join the original correlation map in each stage, and send no gradient through the guidance
+            (SED).
     """
 
     def __init__(
@@ -93,8 +141,11 @@ class Decoder(nn.Module):
         initial_logit: float = 0.0,
         prior_dim: int | None = None,
         prior_scale: Literal[1, 2] = 1,
+        guidance_attention: bool = False,
+        skip_correlation: bool = False,
     ) -> None:
         super().__init__()
+        self.skip_correlation = skip_correlation
         self.guidance = _projections(guidance_dim, (2, 4), guidance_hidden, guidance_widths)
         self.prior_guidance: nn.ModuleList | None = None
         if prior_dim is not None:
@@ -103,14 +154,18 @@ class Decoder(nn.Module):
             self.prior_guidance = _projections(prior_dim, factors, guidance_hidden, guidance_widths)
         sources = 1 if prior_dim is None else 2
         self.stages = nn.ModuleList(
-            Stage(into, guided, out, sources)
+            Stage(into, guided, out, sources, attention=guidance_attention, skip=skip_correlation)
             for into, guided, out in zip((width, widths[0]), guidance_widths, widths, strict=True)
         )
         self.head = nn.Conv2d(widths[1], 1, 3, padding=1)
         self.head.bias = nn.Parameter(torch.full((1,), initial_logit))
 
     def forward(
-        self, embedding: Tensor, guidance: tuple[Tensor, ...], prior_guidance: tuple[Tensor, ...] = ()
+        self,
+        embedding: Tensor,
+        guidance: tuple[Tensor, ...],
+        prior_guidance: tuple[Tensor, ...] = (),
+        correlation: Tensor | None = None,
     ) -> Tensor:
         """Decode.
 
@@ -118,18 +173,22 @@ class Decoder(nn.Module):
             embedding: (B, width, T, h, w).
             guidance: two maps (B, guidance_dim, h, w).
             prior_guidance: two maps (B, prior_dim, s h, s w) with s = ``prior_scale``; none without ``prior_dim``.
+            correlation: (B, T, h, w), which ``skip_correlation`` joins.
 
         Returns:
             Logits (B, T, 4h, 4w).
         """
         batch, _, classes = embedding.shape[:3]
         x = embedding.transpose(1, 2).flatten(0, 1)
+        if self.skip_correlation:
+            guidance = tuple(maps.detach() for maps in guidance)
+            correlation = None if correlation is None else correlation.flatten(0, 1)[:, None]
         projected = [project(maps) for project, maps in zip(self.guidance, guidance, strict=True)]
         if self.prior_guidance is not None:
             more = [project(maps) for project, maps in zip(self.prior_guidance, prior_guidance, strict=True)]
             projected = [torch.cat(pair, dim=1) for pair in zip(projected, more, strict=True)]
         for stage, maps in zip(self.stages, projected, strict=True):
-            x = stage(x, maps)
+            x = stage(x, maps, correlation)
         return self.head(x)[:, 0].unflatten(0, (batch, classes))
 
 

@@ -3,42 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drseg_core.config.schema import ModelConfig, TrainConfig
+from drseg_core.config.schema import ModelConfig
 from drseg_core.models.aggregator import Aggregator
-from drseg_core.models.clip import ClipEncoder
 from drseg_core.models.correlation import correlation, cosine, rotate
 from drseg_core.models.decoder import Decoder
 from drseg_core.models.dino import DinoPrior, PriorMaps, resample
+from drseg_core.models.segmenter import Segmenter, SegmenterOutput
 from drseg_core.nn.pdgr import PDGR
 from drseg_core.nn.spsd import SPSD
 from drseg_core.nn.ugaf import build_fusion, uncertainty
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
-EMBEDDINGS = ("class_embedding", "positional_embedding", "logit_scale", "logit_bias")
 
-
-class DRSegOutput(NamedTuple):
-    """One forward pass.
-
-    ``logits`` (B, T, 4h, 4w), of the dual encoder alone (B, T, h, w); ``uncertainty`` (B, 1, h, w) in [0, 1];
-    ``original`` (B, T, h, w) cosines, mean over the orientations; ``refined`` (B, T, h, w) cosines of the rectified
-    features, None in the baselines.
-    """
-
-    logits: Tensor
-    uncertainty: Tensor
-    original: Tensor
-    refined: Tensor | None
-
-
-class DRSeg(nn.Module):
+class DRSeg(Segmenter):
     """The whole model (model of arXiv 2604.02010).
 
     Dense CLIP features in four orientations and class embeddings give the original correlation (Eq. 10). The canonical
@@ -46,7 +26,8 @@ class DRSeg(nn.Module):
     that a frozen prior decides (PDGR), and give the rectified correlation (Eq. 11). UGAF joins both; aggregation and
     decoder turn the result into logits. ``fusion.kind = "none"`` is the baseline without prior, split and graph;
     ``"cosine"`` is the dual encoder alone, whose logits are the original correlation times a learned scale plus a
-    learned bias.
+    learned bias. ``fusion.branch = "prior"`` takes the prior's own features, brought into the joint space by a learned
+    linear map, for the rectified ones: the second correlation of RSKT-Seg and GSNet.
 
     Args:
         config: see :class:`drseg_core.config.schema.ModelConfig`.
@@ -59,13 +40,8 @@ class DRSeg(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, *, read_clip: bool = True, read_prior: bool = True) -> None:
-        super().__init__()
-        self.config = config
-        self.clip = ClipEncoder(config.clip, read_weights=read_clip)
+        super().__init__(config, read_clip=read_clip)
         channels = self.clip.embed_dim
-        self.dino: DinoPrior | None = None
-        self.spsd: SPSD | None = None
-        self.pdgr: PDGR | None = None
         self.decoder: Decoder | None = None
         kind = config.fusion.kind
         if kind == "cosine":
@@ -73,8 +49,14 @@ class DRSeg(nn.Module):
             self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
             return
+        self.project_prior: nn.Conv2d | None = None
         if kind != "none":
             self.dino = DinoPrior(config.dino, read_weights=read_prior)
+        if self.dino is not None and config.fusion.branch == "prior":
+            # a grid that is twice as fine comes down by the same map
+            scale = 2 if self.dino.grid[0] == 2 * self.clip.grid[0] else 1
+            self.project_prior = nn.Conv2d(self.dino.width, channels, scale, stride=scale)
+        elif self.dino is not None:
             self.spsd = SPSD(channels, config.spsd.semantic_ratio)
             structural = len(self.spsd.structural_index)
             if structural == 0:
@@ -132,34 +114,12 @@ class DRSeg(nn.Module):
             initial_logit=decoder.initial_logit,
             prior_dim=prior_dim,
             prior_scale=2 if self._prior_grid[0] == 2 * self.clip.grid[0] else 1,
+            guidance_attention=decoder.guidance_attention,
+            skip_correlation=decoder.skip_correlation,
         )
 
-    def tokenize(self, class_names: Sequence[str]) -> Tensor:
-        """Class names to prompt tokens (T, L) int64 on the model's device."""
-        return self.clip.tokenize(class_names).to(self.clip.visual.conv1.weight.device)
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Prompt tokens (T, L) to L2-normalised class embeddings (T, C)."""
-        return self.clip.encode_text(tokens)
-
-    def dense_features(self, image: Tensor) -> Tensor:
-        """Canonical dense CLIP features (B, C, h, w), not normalised; what SPSD ranks and splits."""
-        return self.clip(self._resized(image, "DRSeg.dense_features"), guided=0).features
-
-    def forward(self, image: Tensor, text: Tensor) -> DRSegOutput:
-        """Segment.
-
-        Args:
-            image: (B, 3, H, W) RGB in [0, 1], any size.
-            text: (T, L) integer tokens of :meth:`tokenize`, or (T, C) embeddings of :meth:`encode_text`.
-
-        Returns:
-            Logits and the maps behind them, see :class:`DRSegOutput`.
-
-        Raises:
-            TypeError: integer image.
-            ValueError: wrong shapes.
-        """
+    def forward(self, image: Tensor, text: Tensor) -> SegmenterOutput:
+        """Segment, see :meth:`Segmenter.forward`."""
         resized = self._resized(image, "DRSeg")
         batch = image.shape[0]
         text = self._class_embedding(text)
@@ -170,7 +130,7 @@ class DRSeg(nn.Module):
             mean = original.mean(dim=1)
             with torch.no_grad():
                 ambiguity = uncertainty(mean, self.config.fusion.tau or 0.01)
-            return DRSegOutput(mean * self.logit_scale.exp() + self.logit_bias, ambiguity, mean, None)
+            return SegmenterOutput(mean * self.logit_scale.exp() + self.logit_bias, ambiguity, mean, None)
         canonical = dense.features[:batch]
         refined, prior = None, None
         if self.dino is not None:
@@ -178,22 +138,27 @@ class DRSeg(nn.Module):
             refined = cosine(self._rectified(canonical, prior.features), text)[:, None]
         fused = self.fusion(original, refined)
         embedding = self.aggregator(fused.embedding, canonical, text)
-        return DRSegOutput(
-            self.decoder(embedding, dense.guidance, self._prior_guidance(prior)),
+        return SegmenterOutput(
+            self.decoder(embedding, dense.guidance, self._prior_guidance(prior), original.mean(dim=1)),
             fused.uncertainty,
             original.mean(dim=1),
             None if refined is None else refined[:, 0],
         )
 
     def rectify(self, features: Tensor, image: Tensor) -> Tensor:
-        """Canonical features (B, C, h, w) with their structural channels propagated over the prior's graph."""
+        """Canonical features (B, C, h, w) with their structural channels propagated over the prior's graph.
+
+        With ``fusion.branch = "prior"`` the prior's own features (B, C, h, w) in the joint space.
+        """
         if self.dino is None:
             raise ValueError("DRSeg.rectify: the baseline has no prior; expected a fusion.kind other than none")
         return self._rectified(features, self.dino.maps(image).features)
 
     def _rectified(self, features: Tensor, prior: Tensor) -> Tensor:
-        assert self.spsd is not None and self.pdgr is not None
         grid = (features.shape[2], features.shape[3])
+        if self.project_prior is not None:
+            return resample(self.project_prior(prior), grid)
+        assert self.spsd is not None and self.pdgr is not None
         semantic, structural = self.spsd.split(features)
         if self.config.graph.grid == "clip":
             rectified = self.pdgr(structural, resample(prior, grid))
@@ -220,50 +185,3 @@ class DRSeg(nn.Module):
 
     def _prior_guidance(self, prior: PriorMaps | None) -> tuple[Tensor, ...]:
         return () if prior is None else tuple(resample(maps, self._prior_grid) for maps in prior.guidance)
-
-    def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
-        """AdamW groups of everything that is trained.
-
-        CLIP has its own rate; normalisation layers and embeddings have no weight decay.
-        """
-        exempt = {
-            id(parameter)
-            for module in self.modules()
-            if isinstance(module, (*NORMS, nn.Embedding))
-            for parameter in module.parameters(recurse=False)
-        }
-        groups: dict[str, dict[str, Any]] = {}
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            part = "clip" if name.startswith("clip.") else "head"
-            plain = id(parameter) in exempt or name.endswith(EMBEDDINGS)
-            key = f"{part}_{'no_decay' if plain else 'decay'}"
-            rate = train.learning_rate * (train.clip_learning_rate_scale if part == "clip" else 1.0)
-            group = groups.setdefault(
-                key, {"name": key, "params": [], "lr": rate, "weight_decay": 0.0 if plain else train.weight_decay}
-            )
-            group["params"].append(parameter)
-        return list(groups.values())
-
-    def _class_embedding(self, text: Tensor) -> Tensor:
-        if text.dim() != 2 or text.shape[0] == 0:
-            raise ValueError(f"DRSeg: text has a wrong shape; expected (T, L) or (T, C), got {tuple(text.shape)}")
-        if not text.is_floating_point():
-            return self.encode_text(text)
-        if text.shape[1] != self.clip.embed_dim:
-            raise ValueError(
-                f"DRSeg: text has a wrong width; expected embeddings (T, {self.clip.embed_dim}), "
-                f"got {tuple(text.shape)}"
-            )
-        return text
-
-    def _resized(self, image: Tensor, name: str) -> Tensor:
-        if not image.is_floating_point():
-            raise TypeError(f"{name}: image has a wrong dtype; expected floating point in [0, 1], got {image.dtype}")
-        if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
-            raise ValueError(f"{name}: image has a wrong shape; expected (B, 3, H, W), got {tuple(image.shape)}")
-        side = (self.config.clip.image_size, self.config.clip.image_size)
-        if image.shape[2:] == torch.Size(side):
-            return image
-        return F.interpolate(image, size=side, mode="bilinear", align_corners=False)

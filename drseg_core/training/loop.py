@@ -21,7 +21,7 @@ from drseg_core.data import SegmentationDataset, open_dataset
 from drseg_core.data.loader import training_batches
 from drseg_core.errors import CheckpointError, ConfigError, NumericalError
 from drseg_core.models.count import count_parameters, count_text
-from drseg_core.models.drseg import DRSeg
+from drseg_core.models.segmenter import Segmenter
 from drseg_core.models.weights import check_left_out, left_out_hashes, load_into, model_state
 from drseg_core.training.checkpoint import (
     WEIGHTS,
@@ -172,7 +172,7 @@ class Trainer:
         self.run = run
         self.group = group
         seed_everything(config.seed)
-        self.model: DRSeg = model_of(config, read_clip=read_clip).to(group.device)
+        self.model: Segmenter = model_of(config, read_clip=read_clip).to(group.device)
         check_class_names(self.model, dataset.class_names)
         self.optimizer = build_optimizer(self.model.parameter_groups(config.train), config.train)
         self.parameters = [value for entry in self.optimizer.param_groups for value in entry["params"]]

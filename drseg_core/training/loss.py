@@ -11,7 +11,7 @@ from torch import Tensor
 
 from drseg_core.config.schema import TrainConfig
 from drseg_core.data import IGNORE
-from drseg_core.models.drseg import DRSegOutput
+from drseg_core.models.segmenter import SegmenterOutput
 
 # About where a dual encoder's learned temperature settles on a few dozen classes.
 ALIGNMENT_TEMPERATURE = 0.1
@@ -51,7 +51,7 @@ def softmax_loss(logits: Tensor, mask: Tensor) -> LossSum:
     return LossSum(total, (mask != IGNORE).sum())
 
 
-def training_loss(output: DRSegOutput, mask: Tensor, train: TrainConfig) -> tuple[LossSum, ...]:
+def training_loss(output: SegmenterOutput, mask: Tensor, train: TrainConfig) -> tuple[LossSum, ...]:
     """The loss that ``train`` asks for: binary or softmax, plus the weighted alignment of the original correlation.
 
     Returns:

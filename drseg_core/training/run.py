@@ -20,7 +20,7 @@ from drseg_core.config.schema import Config
 from drseg_core.errors import CheckpointError, ConfigError, DatasetError
 from drseg_core.files import write_text_atomic
 from drseg_core.models.build import build_model
-from drseg_core.models.drseg import DRSeg
+from drseg_core.models.segmenter import Segmenter
 from drseg_core.models.weights import check_left_out, load_into, load_weights
 from drseg_core.training.checkpoint import (
     DESCRIPTION,
@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 class LoadedRun:
     """A trained model on the CPU, in evaluation mode, with what it was trained for."""
 
-    model: DRSeg
+    model: Segmenter
     config: Config
     class_names: tuple[str, ...]
     step: int
@@ -97,7 +97,7 @@ def holds_clip(state: Mapping[str, Tensor]) -> bool:
     return any(name.startswith("clip.") for name in state)
 
 
-def check_class_names(model: DRSeg, class_names: Sequence[str]) -> None:
+def check_class_names(model: Segmenter, class_names: Sequence[str]) -> None:
     """Refuse class names of a data set that cannot be prompts.
 
     Raises:
@@ -109,7 +109,7 @@ def check_class_names(model: DRSeg, class_names: Sequence[str]) -> None:
         raise DatasetError(f"data set: a class name cannot be used; {error}") from error
 
 
-def model_of(config: Config, *, read_clip: bool = True, read_prior: bool = True) -> DRSeg:
+def model_of(config: Config, *, read_clip: bool = True, read_prior: bool = True) -> Segmenter:
     """The untrained model of a configuration.
 
     Args:
@@ -227,7 +227,7 @@ def write_run_files(
     write_text_atomic(run / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
-def warm_start(model: DRSeg, path: Path) -> bool:
+def warm_start(model: Segmenter, path: Path) -> bool:
     """Copy the weights of another run wherever names and shapes match, and say how many did.
 
     Returns:

@@ -175,8 +175,8 @@ def test_guidance_of_both_sources_is_joined_in_order() -> None:
 
 def test_guidance_that_cannot_be(variant) -> None:
     with pytest.raises(ValueError, match=r"guidance_blocks is out of range for drseg-tiny; expected two of 0..1"):
-        build_model(variant("decoder", dino_guidance=True))
-    config = variant("decoder", dino_guidance=True)
+        config = variant("decoder", dino_guidance=True)
+        build_model(dataclasses.replace(config, dino=dataclasses.replace(config.dino, guidance_blocks=(0, 2))))
     config = dataclasses.replace(config, fusion=dataclasses.replace(config.fusion, kind="none"))
     with pytest.raises(ValueError, match="dino_guidance needs a prior"):
         build_model(config)

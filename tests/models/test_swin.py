@@ -153,5 +153,5 @@ def test_in_the_model(variant) -> None:
 
 
 def test_unknown_kind() -> None:
-    with pytest.raises(ValueError, match="kind is unknown; expected efficient or swin, got 'other'"):
+    with pytest.raises(ValueError, match="kind is unknown; expected efficient, swin or conv, got 'other'"):
         Aggregator(16, 12, kind="other")

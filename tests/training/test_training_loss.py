@@ -8,17 +8,17 @@ import dataclasses
 import torch
 
 from drseg_core.config.schema import TrainConfig
-from drseg_core.models.drseg import DRSegOutput
+from drseg_core.models.segmenter import SegmenterOutput
 from drseg_core.training.loss import ALIGNMENT_TEMPERATURE, LossSum, segmentation_loss, softmax_loss, training_loss
 
 
-def make_output() -> tuple[DRSegOutput, torch.Tensor]:
+def make_output() -> tuple[SegmenterOutput, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
     original = torch.rand(2, 3, 4, 4, generator=random).requires_grad_()
     logits = torch.randn(2, 3, 16, 16, generator=random).requires_grad_()
     mask = torch.randint(0, 3, (2, 16, 16), generator=random).to(torch.uint8)
     mask[0, :5] = 255
-    return DRSegOutput(logits, torch.zeros(2, 1, 4, 4), original, None), mask
+    return SegmenterOutput(logits, torch.zeros(2, 1, 4, 4), original, None), mask
 
 
 def mean(parts: tuple[LossSum, ...]) -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_two_processes_with_other_numbers_of_pixels_make_the_loss_of_one():
     whole = training_loss(output, mask, train)
     halves = [
         training_loss(
-            DRSegOutput(output.logits[i : i + 1], output.uncertainty, output.original[i : i + 1], None), one, train
+            SegmenterOutput(output.logits[i : i + 1], output.uncertainty, output.original[i : i + 1], None), one, train
         )
         for i, one in enumerate(mask.split(1))
     ]

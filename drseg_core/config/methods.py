@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that DR-Seg is compared with, as options of the one model: same data, loss, schedule and evaluation.
+
+Each is built from its paper's and repository's description and says what is simplified. A method keeps the sizes of
+the configuration it is applied to (encoders, widths, layers), so that a comparison compares methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from drseg_core.config.load import override
+from drseg_core.config.schema import Config
+from drseg_core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A comparison method.
+
+    Args:
+        title: its name in print.
+        source: paper and repository it is described by.
+        options: dotted options of the configuration.
+        simplified: what differs from the original.
+    """
+
+    title: str
+    source: str
+    options: Mapping[str, Any]
+    simplified: str
+
+
+_NO_PRIOR = {"model.fusion.kind": "none"}
+_SWIN = {"model.aggregator.kind": "swin"}
+
+METHODS: dict[str, Method] = {
+    "drseg": Method("DR-Seg", "arXiv 2604.02010", {}, "nothing that the paper states"),
+    "catseg": Method(
+        "CAT-Seg",
+        "arXiv 2303.11797; cvlab-kaist/CAT-Seg",
+        {**_NO_PRIOR, **_SWIN, "model.rotations": 1},
+        "the prompt template is the benchmark's",
+    ),
+    "ovrs": Method(
+        "OVRS",
+        "arXiv 2409.07683; caoql98/OVRS",
+        {**_NO_PRIOR, **_SWIN, "model.rotations": 4, "model.decoder.guidance_attention": True},
+        "the guidance is weighed once per image, not once per class",
+    ),
+    "gsnet": Method(
+        "GSNet",
+        "arXiv 2412.19492",
+        {
+            **_SWIN,
+            "model.rotations": 1,
+            "model.fusion.kind": "separate",
+            "model.fusion.branch": "prior",
+            "model.decoder.dino_guidance": True,
+        },
+        "its specialist encoder is the prior of the configuration",
+    ),
+    "rskt": Method(
+        "RSKT-Seg",
+        "arXiv 2509.12040; LiBingyu01/RSKT-Seg",
+        {
+            "model.aggregator.kind": "efficient",
+            "model.rotations": 4,
+            "model.fusion.kind": "separate",
+            "model.fusion.branch": "prior",
+            "model.decoder.dino_guidance": True,
+        },
+        "no RemoteCLIP guidance in the decoder",
+    ),
+    "sed": Method(
+        "SED",
+        "arXiv 2311.15537; xb534/SED",
+        {
+            **_NO_PRIOR,
+            "model.aggregator.kind": "conv",
+            "model.rotations": 1,
+            "model.decoder.skip_correlation": True,
+        },
+        "CLIP's vision transformer instead of its hierarchical ConvNeXt; classes are not rejected early",
+    ),
+    "san": Method(
+        "SAN",
+        "arXiv 2302.12242; MendelXu/SAN",
+        {**_NO_PRIOR, "model.rotations": 1, "model.proposals.kind": "side_adapter"},
+        "dense loss instead of matching; one image size for both networks; CLIP is trained like that of the others",
+    ),
+    "scan": Method(
+        "SCAN",
+        "arXiv 2312.04089; yongliu20/SCAN",
+        {**_NO_PRIOR, "model.rotations": 1, "model.proposals.kind": "calibrated"},
+        "dense loss instead of matching; no frequency filter",
+    ),
+}
+
+
+def apply_method(config: Config, name: str) -> Config:
+    """A copy of a configuration with the options of a method.
+
+    Raises:
+        ConfigError: no such method, or it does not fit the configuration.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"method: name is unknown; expected one of {', '.join(METHODS)}, got {name!r}")
+    return override(config, METHODS[name].options)
