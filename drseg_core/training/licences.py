@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from drseg_core.config.schema import ClipConfig, DinoConfig, ModelConfig
 
@@ -35,8 +35,23 @@ def licence_notes(config: ModelConfig, inside: Collection[str]) -> list[dict[str
     ]
 
 
-def model_card(config: ModelConfig, class_names: Sequence[str], notes: Sequence[dict[str, str | bool]]) -> str:
-    """The ``README.md`` of a model folder, in the hub's form."""
+def model_card(
+    config: ModelConfig,
+    class_names: Sequence[str],
+    notes: Sequence[dict[str, str | bool]],
+    *,
+    facts: Mapping[str, str] | None = None,
+    name: str | None = None,
+) -> str:
+    """The ``README.md`` of a model folder, in the hub's form.
+
+    Args:
+        config: the model.
+        class_names: of its training.
+        notes: see :func:`licence_notes`.
+        facts: what is known of its training, heading by heading.
+        name: ``owner/name`` on the hub, where it is known.
+    """
     lines = [
         "---",
         "library_name: drseg",
@@ -53,7 +68,7 @@ def model_card(config: ModelConfig, class_names: Sequence[str], notes: Sequence[
         "```python",
         "from drseg_core.training.pretrained import from_pretrained",
         "",
-        'model = from_pretrained("this folder or its name on the hub").model',
+        f'model = from_pretrained("{name or "this folder or its name on the hub"}").model',
         "```",
         "",
         "## Licences",
@@ -66,6 +81,17 @@ def model_card(config: ModelConfig, class_names: Sequence[str], notes: Sequence[
     for note in notes:
         cells = [str(note[key]) for key in ("part", "architecture", "weights", "licence")]
         lines.append(f"| {' | '.join(cells)} | {'yes' if note['included'] else 'no, has to be fetched'} |")
+    for part in [note["part"] for note in notes if not note["included"]]:
+        lines += ["", f'Where {part} is a file: `from_pretrained(..., weights={{"{part}": "FILE"}})`; it is checked.']
+    if facts:
+        lines += [
+            "",
+            "## Training",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in facts.items()),
+        ]
     lines += ["", "## Classes of the training", "", ", ".join(class_names), ""]
     return "\n".join(lines)
 

@@ -4,13 +4,17 @@
 ``model.safetensors`` (weights), ``config.json`` (options, classes, checksums of all files), ``classes.txt``,
 ``channels.safetensors`` (the ranking behind the split, where there is one), ``manifest.json`` (what it was trained on
 and with), ``README.md`` (a model card with the licences). Paths of the machine it was made on are left out.
+:func:`push_to_hub` puts such a folder on the Hugging Face hub.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +41,20 @@ from drseg_core.training.versions import library_versions
 FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 PARTS = ("clip", "dino")
+# owner/name, as the hub takes it
+_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_FILES = [WEIGHTS, DESCRIPTION, CLASSES, CHANNELS, MANIFEST, CARD]
 # of a run's manifest; commands and paths stay behind
 _KEPT = ("started", "git", "versions", "seed", "parameters", "device", "processes")
 
 
 def save_pretrained(
-    run: LoadedRun, folder: str | Path, *, channels: ChannelFile | None = None, include_frozen: bool = False
+    run: LoadedRun,
+    folder: str | Path,
+    *,
+    channels: ChannelFile | None = None,
+    include_frozen: bool = False,
+    name: str | None = None,
 ) -> Path:
     """Write a model, complete or not at all.
 
@@ -52,6 +64,7 @@ def save_pretrained(
         channels: the ranking behind the model's split; by default that of the run's folder.
         include_frozen: also write frozen parts that can be had elsewhere (the prior). Without them whoever loads the
             model needs the same weights, which are then checked; with them their licence goes along.
+        name: ``owner/name`` by which the card tells how to load it.
 
     Returns:
         The folder.
@@ -73,14 +86,16 @@ def save_pretrained(
     config = _portable(run.config)
     inside = {part for part in PARTS if any(name.startswith(f"{part}.") for name in state)}
     notes = licence_notes(config.model, inside)
+    manifest = _manifest(run)
+    card = model_card(config.model, run.class_names, notes, facts=_facts(run, manifest), name=name)
     try:
         with whole_folder(target) as temporary:
             save_weights(temporary / WEIGHTS, state, {"step": run.step, "class_names": list(run.class_names)})
             if channels is not None:
                 save_channels(temporary / CHANNELS, channels)
             (temporary / CLASSES).write_text("".join(f"{name}\n" for name in run.class_names), encoding="utf-8")
-            (temporary / MANIFEST).write_text(json.dumps(_manifest(run), indent=1) + "\n", encoding="utf-8")
-            (temporary / CARD).write_text(model_card(config.model, run.class_names, notes), encoding="utf-8")
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            (temporary / CARD).write_text(card, encoding="utf-8")
             description = {
                 "format_version": FORMAT_VERSION,
                 "step": run.step,
@@ -142,6 +157,71 @@ def from_pretrained(
     return LoadedRun(model.eval(), config, tuple(description["class_names"]), description["step"], folder)
 
 
+def push_to_hub(
+    model: LoadedRun | str | Path,
+    repository: str,
+    *,
+    channels: ChannelFile | None = None,
+    include_frozen: bool = False,
+    private: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    message: str = "DR-Seg model",
+) -> str:
+    """Put a model on the Hugging Face hub, where :func:`from_pretrained` finds it: all files in one commit.
+
+    Args:
+        model: a run, loaded or its folder, which :func:`save_pretrained` writes first; or a folder that it wrote, whose
+            card may have been edited. Nothing else of that folder is sent.
+        repository: ``owner/name``; made where it is not there.
+        channels: see :func:`save_pretrained`; with a run only.
+        include_frozen: see :func:`save_pretrained`; with a run only. The licence of those weights has to allow it.
+        private: whether a new repository is for its owner only. One that is there stays as it is.
+        token: with the right to write; by default that of ``hf auth login`` or ``HF_TOKEN``.
+        revision: an existing branch; by default ``main``.
+        message: of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ConfigError: ``repository`` is no such name, or an option goes with a run only.
+        CheckpointError: the model cannot be read or is damaged; or the hub cannot be reached or does not let us in.
+        ResourceError: there is no room for the folder.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise ConfigError(f"push_to_hub: repository has a wrong form; expected owner/name, got {repository!r}")
+    import huggingface_hub
+
+    finished = not isinstance(model, LoadedRun) and (Path(model) / DESCRIPTION).is_file()
+    if finished and (include_frozen or channels is not None):
+        raise ConfigError("push_to_hub: model is a finished folder; expected a run with include_frozen or channels")
+    with _reaching(repository):
+        hub = huggingface_hub.HfApi(token=token)
+        # before gigabytes are written for nothing
+        hub.whoami()
+    with tempfile.TemporaryDirectory(prefix="drseg-hub-") as place:
+        if isinstance(model, LoadedRun) or not finished:
+            run = model if isinstance(model, LoadedRun) else load_run(model)
+            options: dict[str, Any] = {"channels": channels, "include_frozen": include_frozen, "name": repository}
+            folder = save_pretrained(run, Path(place) / "model", **options)
+        else:
+            folder = Path(model)
+            _description(folder)
+        with _reaching(repository):
+            hub.create_repo(repository, private=private, exist_ok=True)
+            commit = hub.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                allow_patterns=_FILES,
+                # what an earlier model had and this one has not
+                delete_patterns=_FILES,
+                revision=revision,
+                commit_message=message,
+            )
+    return str(commit.commit_url)
+
+
 def open_model(path: str | Path) -> LoadedRun:
     """A model from the folder of a run, of a checkpoint, or of :func:`save_pretrained`.
 
@@ -156,13 +236,23 @@ def _fetched(name: str, **options: Any) -> Path:
         raise CheckpointError(f"from_pretrained: {name} not found; expected a folder, or owner/name on the hub")
     import huggingface_hub
 
-    files = [WEIGHTS, DESCRIPTION, CLASSES, CHANNELS, MANIFEST, CARD]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, **options))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES, **options))
     except Exception as error:
         raise CheckpointError(
             f"from_pretrained: {name} cannot be fetched; expected a folder, or owner/name on the hub and a network, "
             f"got {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _reaching(repository: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"push_to_hub: {repository} cannot be written; expected a network, and a token with the right to write "
+            f"(hf auth login, or HF_TOKEN), got {type(error).__name__}: {first_line(error)}"
         ) from error
 
 
@@ -210,6 +300,27 @@ def _manifest(run: LoadedRun) -> dict[str, Any]:
             continue
         return {**{key: content[key] for key in _KEPT if key in content}, "data": data}
     return {}
+
+
+def _facts(run: LoadedRun, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What the card tells of the training; what the manifest does not know is left out."""
+    train = run.config.train
+    data, counts = manifest.get("data", {}), manifest.get("parameters", {}).get("total", {})
+    versions = manifest.get("versions", {})
+    found = {
+        "data": f"{data['spec']}, {data['samples']} images" if data else None,
+        "data SHA-256": data.get("sha256"),
+        "steps": f"{run.step} of {train.batch_size} crops of {train.crop_size} px",
+        "loss, precision": f"{train.loss}, {train.precision}",
+        "learning rate": f"{train.learning_rate:g}, of CLIP {train.learning_rate * train.clip_learning_rate_scale:g}",
+        "seed": str(run.config.seed),
+        "parameters": f"{counts['total']:,}, {counts['trainable']:,} of them trained" if counts else None,
+        "evaluation": run.config.evaluation.mode,
+        "begun": manifest.get("started"),
+        "commit": manifest.get("git"),
+        "versions": ", ".join(f"{key} {versions[key]}" for key in ("drseg", "torch") if key in versions) or None,
+    }
+    return {key: str(value) for key, value in found.items() if value is not None}
 
 
 def _portable(config: Config) -> Config:

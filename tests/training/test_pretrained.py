@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from drseg_core.models.dino import DinoPrior
 from drseg_core.training import pretrained
 from drseg_core.training.licences import UNKNOWN, licence_notes
 from drseg_core.training.loop import train
-from drseg_core.training.pretrained import from_pretrained, open_model, save_pretrained
+from drseg_core.training.pretrained import from_pretrained, open_model, push_to_hub, save_pretrained
 from drseg_core.training.rank_channels import load_channels, weights_hash
 from drseg_core.training.run import LoadedRun, load_run, training_data
 
@@ -186,6 +189,145 @@ def test_from_the_hub(run, tmp_path, monkeypatch):
         from_pretrained("somebody/drseg-vitl")
     with pytest.raises(CheckpointError, match="not found; expected a folder, or owner/name on the hub"):
         from_pretrained(tmp_path / "absent")
+
+
+class Hub:
+    """Stands for huggingface_hub's ``HfApi``: notes what it is asked for, and keeps what it is sent in ``store``."""
+
+    fails: dict[str, Exception] = {}
+    asked: list[tuple] = []
+    store: Path
+
+    def __init__(self, token=None):
+        self.token = token
+
+    def _note(self, name, *facts):
+        self.asked.append((name, self.token, *facts))
+        if name in self.fails:
+            raise self.fails[name]
+
+    def whoami(self):
+        self._note("whoami")
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        self._note("create_repo", repo_id, private, exist_ok)
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, delete_patterns, revision, commit_message):
+        self._note("upload_folder", repo_id, revision, commit_message)
+        sent = {path.name for path in Path(folder_path).iterdir()} & set(allow_patterns)
+        self.store.mkdir(exist_ok=True)
+        for path in self.store.iterdir():
+            if path.name in delete_patterns and path.name not in sent:
+                path.unlink()
+        for name in sent:
+            shutil.copy(Path(folder_path) / name, self.store)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    fake = type("Hub", (Hub,), {"fails": {}, "asked": [], "store": tmp_path / "hub"})
+    monkeypatch.setattr(huggingface_hub, "HfApi", fake)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    return fake
+
+
+def test_a_run_goes_to_the_hub_and_comes_back(run, tmp_path, hub):
+    for model in (run, load_run(run), run / "checkpoints" / "step-00000002"):
+        hub.asked.clear()
+        address = push_to_hub(model, "somebody/drseg", token="secret", revision="dev", message="two steps")
+        assert address == "https://hub/somebody/drseg/commit/1"
+        assert hub.asked == [
+            ("whoami", "secret"),
+            ("create_repo", "secret", "somebody/drseg", True, True),
+            ("upload_folder", "secret", "somebody/drseg", "dev", "two steps"),
+        ]
+        assert {path.name for path in hub.store.iterdir()} == FILES
+        assert equal(from_pretrained(hub.store), load_run(run))
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert all(b"secret" not in path.read_bytes() for path in hub.store.iterdir())
+
+
+def test_a_finished_folder_goes_as_it_is(run, tmp_path, hub):
+    folder = save_pretrained(load_run(run), tmp_path / "model")
+    (folder / "README.md").write_text("mine\n")
+    (folder / "diary.txt").write_text("dear diary")
+    hub.store.mkdir()
+    for name in ("channels.safetensors", "LICENSE"):
+        (hub.store / name).write_text("of an earlier model")
+    push_to_hub(folder, "somebody/drseg", private=False)
+    assert hub.asked[1] == ("create_repo", None, "somebody/drseg", False, True)
+    assert {path.name for path in hub.store.iterdir()} == FILES | {"LICENSE"}
+    assert all((hub.store / name).read_bytes() == (folder / name).read_bytes() for name in FILES)
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_what_an_earlier_model_had_is_gone(config, data, tmp_path, hub):
+    options = override(config, {"train.iterations": 1, "model.fusion.kind": "none"})
+    baseline = train(options, data, tmp_path / "run", show_progress=False)
+    hub.store.mkdir()
+    (hub.store / "channels.safetensors").write_text("of an earlier model")
+    push_to_hub(baseline, "somebody/drseg")
+    assert {path.name for path in hub.store.iterdir()} == FILES - {"channels.safetensors"}
+
+
+def test_the_card_tells_how_to_load_it_and_what_it_was_trained_on(with_prior, hub):
+    run, _ = with_prior
+    push_to_hub(run, "somebody/drseg")
+    card = (hub.store / "README.md").read_text()
+    assert card.startswith("---\n") and 'from_pretrained("somebody/drseg").model' in card
+    assert 'weights={"dino": "FILE"}' in card and "| dino | drseg-tiny | satellite.safetensors |" in card
+    manifest = json.loads((run / "manifest.json").read_text())
+    total = manifest["parameters"]["total"]
+    for line in (
+        "| data | folder, 5 images |",
+        f"| data SHA-256 | {manifest['data']['sha256']} |",
+        "| steps | 1 of 2 crops of 32 px |",
+        "| loss, precision | binary, float32 |",
+        f"| parameters | {total['total']:,}, {total['trainable']:,} of them trained |",
+        "bare soil, red roof, blue pond",
+    ):
+        assert line in card, line
+    assert "private place" not in card and "None" not in card
+    push_to_hub(run, "somebody/drseg", include_frozen=True)
+    card = (hub.store / "README.md").read_text()
+    assert "FILE" not in card and "has to be fetched" not in card
+    assert from_pretrained(hub.store).config.model.dino.weights == "satellite.safetensors"
+
+
+@pytest.mark.parametrize("place", ["whoami", "create_repo", "upload_folder"])
+def test_without_network_or_token(run, tmp_path, hub, place):
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    error = LocalTokenNotFoundError("Token is required\nmore") if place == "whoami" else OSError("no route to host\n.")
+    hub.fails[place] = error
+    with pytest.raises(CheckpointError, match=r"a token with the right to write .* got (LocalToken|OSError)") as caught:
+        push_to_hub(run, "somebody/drseg", token="secret")
+    assert caught.value.exit_code == 4
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+    assert hub.asked[-1][0] == place and not hub.store.exists()
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_what_cannot_be_pushed(run, tmp_path, hub):
+    for name in ("drseg", "a/b/c", "some body/drseg", "", "/drseg", "somebody/"):
+        with pytest.raises(ConfigError, match="expected owner/name"):
+            push_to_hub(run, name)
+    folder = save_pretrained(load_run(run), tmp_path / "model")
+    with pytest.raises(ConfigError, match="is a finished folder"):
+        push_to_hub(folder, "somebody/drseg", include_frozen=True)
+    assert hub.asked == []
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-3] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        push_to_hub(folder, "somebody/drseg")
+    with pytest.raises(CheckpointError):
+        push_to_hub(tmp_path / "absent", "somebody/drseg")
+    assert {name for name, *_ in hub.asked} == {"whoami"} and not hub.store.exists()
 
 
 def test_open_model_takes_runs_checkpoints_and_folders(run, tmp_path):
