@@ -28,6 +28,7 @@ COMMANDS = {
     "rank": "rank CLIP's channels on a training set (SPSD, offline)",
     "evaluate": "score a trained model on images with masks",
     "predict": "map an image or GeoTIFF by class names you choose",
+    "study": "run one of the paper's studies, or list them",
     "data": "prepare a benchmark set from its archives, or look for faults in a data set",
     "doctor": "say what is installed and which kernels run here",
 }

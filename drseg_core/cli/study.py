@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``drseg study``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from drseg_core.cli.parsers import DATA_HELP, Parser
+from drseg_core.errors import ConfigError, DRSegError
+
+USAGE = "drseg study NAME --out DIR [options]; drseg study list"
+EPILOG = """\
+examples:
+  drseg study list
+  drseg study table2 --out studies --quick
+  drseg study table2 --out studies --jobs 2
+  drseg study table1 --config vitl --data dlrsd:datasets --protocol rskt --out studies \\
+      --test potsdam:datasets --test vdd:datasets --test uavid:datasets --test udd5:datasets
+
+Without --data a study trains and scores the tiny preset on synthetic landscapes. It writes NAME.json, NAME.md and
+NAME.png into --out, goes on where it stopped, and shares trained cells with the other studies there.
+"""
+
+
+def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
+    parser.usage, parser.epilog = USAGE, EPILOG
+    listing = "list" in argv
+    parser.add_argument("name", type=str, metavar="NAME", help="study, or list")
+    parser.add_argument("--out", required=not listing, type=str | None, metavar="DIR", help="folder of the studies")
+    parser.add_argument("--config", type=str, default="tiny", metavar="PRESET|FILE", help="configuration to study")
+    parser.add_argument("--data", type=str | None, metavar="DATA", help=f"training data: {DATA_HELP}")
+    parser.add_argument(
+        "--test", action="append", type=str, metavar="[NAME=]DATA", help="what is scored; may be given several times"
+    )
+    parser.add_argument("--protocol", type=str | None, metavar="NAME", help="rskt, clean, ovrs or segearth")
+    parser.add_argument("--seeds", type=str, default="0,1,2", metavar="N,N", help="one training of every cell for each")
+    parser.add_argument("--steps", type=int | None, metavar="N", help="training steps of a cell")
+    parser.add_argument(
+        "--start-steps", type=int | None, metavar="N", help="steps of the dual encoder where CLIP has random weights"
+    )
+    parser.add_argument("--prior-v1", type=str | None, metavar="FILE", help="weights of RS-DINOv1, for table3")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells that are trained at a time")
+    parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
+    parser.add_argument("--quick", action="store_true", help="a few scenes and steps: shows that it runs, nothing else")
+
+
+def run(args: Any) -> None:
+    from drseg_core.studies.registry import STUDIES, find_study
+    from drseg_core.studies.setting import make_setting
+
+    if args.name == "list":
+        width = max(map(len, STUDIES))
+        for name, study in STUDIES.items():
+            print(f"{name:<{width}}  {study.title}")
+        return
+    study = find_study(args.name)
+    if args.jobs < 1:
+        raise ConfigError(f"study: jobs is out of range; expected at least 1, got {args.jobs}")
+    for name in ("steps", "start_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            option = name.replace("_", "-")
+            raise ConfigError(f"study: {option} is out of range; expected at least 1, got {getattr(args, name)}")
+    setting = make_setting(
+        args.config,
+        data=args.data,
+        tests=args.test or (),
+        seeds=_seeds(args.seeds),
+        steps=args.steps,
+        start_steps=args.start_steps,
+        protocol=args.protocol,
+        prior_v1=args.prior_v1,
+        device=args.device,
+        quick=args.quick,
+    )
+    for test in setting.tests:
+        # before hours of training, not after
+        setting.open_test(test)
+    out = Path(args.out)
+    command = "drseg " + shlex.join(sys.argv[1:])
+    problems = study.run(setting, out, jobs=args.jobs, command=command)
+    print((out / f"{study.name}.md").read_text(encoding="utf-8"))
+    print(f"written to {out}: {', '.join(path.name for path in sorted(out.glob(f'{study.name}.*')))}")
+    if problems:
+        error = DRSegError(
+            f"study: {len(problems)} cells failed: {', '.join(problems)}; {next(iter(problems.values()))}"
+        )
+        error.exit_code = 8
+        raise error
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"study: seeds are not numbers; expected such as 0,1,2, got {text!r}") from None

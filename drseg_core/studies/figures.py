@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of studies, drawn from their numbers alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from drseg_core.files import atomic_path
+from drseg_core.studies.report import Scores, over_tests, spread
+from drseg_core.studies.tables import TrainingStudy
+
+INK, ACCENT, PAPER = "#3b4252", "#2a7fb8", "#b48a3c"
+_log = logging.getLogger(__name__)
+
+
+def pyplot() -> Any:
+    """matplotlib without a display, or None with one line of log where it is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        _log.warning("study: no figure, matplotlib is not installed; expected pip install 'drseg[studies]'")
+        return None
+    return plt
+
+
+def save(figure: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+    pyplot().close(figure)
+
+
+def draw_training_study(study: TrainingStudy, scores: Mapping[str, Scores], path: Path) -> None:
+    """mIoU of every cell with its seeds and spread, and the paper's beside it where there is one."""
+    plt = pyplot()
+    shown = [cell for cell in study.cells if scores.get(cell.name)]
+    if plt is None or not shown:
+        return
+    has_paper = any(cell.paper and cell.paper.miou is not None for cell in shown)
+    if study.axis is None:
+        size = (9.0 if has_paper else 6.0, 0.9 + 0.42 * len(shown))
+        figure, axes = plt.subplots(1, 2 if has_paper else 1, figsize=size, sharey=True, squeeze=False)
+        titles = [cell.title for cell in shown]
+        _bars(axes[0, 0], titles, [scores[cell.name] for cell in shown])
+        axes[0, 0].set_xlabel("mIoU here, %")
+        if has_paper:
+            values = [cell.paper.miou if cell.paper else None for cell in shown]
+            places = [place for place, value in enumerate(values) if value is not None]
+            axes[0, 1].barh(places, [values[place] for place in places], color=PAPER, height=0.6)
+            axes[0, 1].set_xlabel("mIoU in the paper, %")
+            _zoom(axes[0, 1], [value for value in values if value is not None])
+        axes[0, 0].invert_yaxis()
+    else:
+        figure, axes = plt.subplots(1, 2 if has_paper else 1, figsize=(9.0 if has_paper else 5.0, 3.2), squeeze=False)
+        _line(axes[0, 0], shown, scores)
+        axes[0, 0].set(xlabel=study.axis, ylabel="mIoU here, %")
+        if has_paper:
+            known = [(cell.value, cell.paper.miou) for cell in shown if cell.paper and cell.paper.miou is not None]
+            axes[0, 1].plot([x for x, _ in known], [y for _, y in known], "o-", color=PAPER)
+            axes[0, 1].set(xlabel=study.axis, ylabel="mIoU in the paper, %")
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(study.title, fontsize=11)
+    save(figure, path)
+
+
+def _bars(axis: Any, titles: Sequence[str], cells: Sequence[Scores]) -> None:
+    found = [spread(cell, "mIoU") for cell in cells]
+    means = [0.0 if value is None else value.mean for value in found]
+    deviations = [0.0 if value is None or value.deviation is None else value.deviation for value in found]
+    axis.barh(range(len(titles)), means, xerr=deviations, color=ACCENT, ecolor=INK, height=0.6, capsize=3)
+    for place, cell in enumerate(cells):
+        dots = [value for value in (over_tests(row, "mIoU") for row in cell.values()) if value is not None]
+        axis.plot(dots, [place] * len(dots), "o", color="white", markeredgecolor=INK, markersize=4)
+    axis.set_yticks(range(len(titles)), titles)
+    _zoom(
+        axis,
+        [m - d for m, d in zip(means, deviations, strict=True)]
+        + [m + d for m, d in zip(means, deviations, strict=True)],
+    )
+
+
+def _zoom(axis: Any, values: Sequence[float]) -> None:
+    """Bars may not begin at 0 where all are alike; the axis then says where it begins."""
+    low, high = min(values), max(values)
+    axis.set_xlim(max(0.0, low - 0.6 * (high - low) - 1), high + 0.15 * (high - low) + 1)
+
+
+def _line(axis: Any, shown: Sequence[Any], scores: Mapping[str, Scores]) -> None:
+    found = [(cell.value, spread(scores[cell.name], "mIoU")) for cell in shown]
+    x = [value for value, result in found if result is not None]
+    y = [result.mean for _, result in found if result is not None]
+    error = [result.deviation or 0.0 for _, result in found if result is not None]
+    axis.errorbar(x, y, yerr=error, fmt="o-", color=ACCENT, ecolor=INK, capsize=3)
+    for cell in shown:
+        dots = [value for value in (over_tests(row, "mIoU") for row in scores[cell.name].values()) if value is not None]
+        axis.plot([cell.value] * len(dots), dots, "o", color="white", markeredgecolor=INK, markersize=4)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fig. 7: the original and the rectified correlation of a trained DR-Seg, what it makes of them, and its gate."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drseg_core.data import IGNORE
+from drseg_core.data.palette import colorize
+from drseg_core.evaluation.report import heat
+from drseg_core.studies.channels import _mean, _write
+from drseg_core.studies.runner import cell_folder, run_cell
+from drseg_core.studies.setting import Setting
+from drseg_core.studies.tables import Cell
+from drseg_core.training.run import load_run
+
+IMAGES, SHOWN = 60, 4
+MAPS = ("original", "rectified", "logits")
+
+
+def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
+    """How well each map tells a class's places from all others, and a sheet of examples.
+
+    The measure is the area under the ROC curve of each map as a detector of each class of an image, over all images of
+    each test set: 50 % tells nothing, 100 % everything, and it does not depend on a map's scale.
+    """
+    cell = Cell("drseg", "DR-Seg", {})
+    found: dict[str, dict[int, Any]] = {}
+    examples: list[tuple[str, list[Any]]] = []
+    for seed in setting.seeds:
+        run_cell(setting, cell, seed, out)
+        model = load_run(cell_folder(setting, cell, seed, out)).model.eval()
+        for test in setting.tests:
+            dataset, _ = setting.open_test(test)
+            with torch.no_grad():
+                text = model.encode_text(model.tokenize(dataset.class_names))
+            areas: dict[str, list[float]] = {name: [] for name in MAPS}
+            for place in range(min(IMAGES, len(dataset))):
+                sample = dataset[place]
+                with torch.no_grad():
+                    output = model(sample.image[None].float() / 255, text)
+                maps = {"original": output.original, "rectified": output.refined, "logits": output.logits}
+                for label in sample.mask[sample.mask != IGNORE].unique().tolist():
+                    for name, value in maps.items():
+                        area = roc_area(value[0, label], sample.mask, label)
+                        if area is not None:
+                            areas[name].append(area)
+                if seed == setting.seeds[0] and place < SHOWN:
+                    examples.append(_example(sample, maps, output.uncertainty[0, 0], dataset.class_names))
+            found.setdefault(test.name, {})[seed] = {name: statistics.fmean(area) for name, area in areas.items()}
+    rows = [
+        {"test set": name, **{key: _mean([row[key] for row in by_seed.values()]) for key in MAPS}}
+        for name, by_seed in found.items()
+    ]
+    explained = (
+        "Area under the ROC curve, percent, of each map as a detector of each class of an image: 50 tells nothing, "
+        "100 everything. The rectified map is trained through fusion and decoder alone."
+    )
+
+    def draw(plt: Any) -> Any:
+        figure, axes = plt.subplots(len(examples), 6, figsize=(11, 1.9 * len(examples)), squeeze=False)
+        for row, (title, pictures) in zip(axes, examples, strict=True):
+            for axis, picture in zip(row, pictures, strict=True):
+                axis.imshow(picture, interpolation="nearest")
+                axis.set_axis_off()
+            row[2].set_title(title, fontsize=8)
+        for axis, title in zip(axes[0], ("image", "truth", *MAPS, "gate"), strict=True):
+            axis.set_title(f"{title}\n{axis.get_title()}", fontsize=9)
+        return figure
+
+    return _write("correlation-maps", "Correlation maps (Fig. 7)", explained, rows, found, setting, out, command, draw)
+
+
+def roc_area(value: Tensor, mask: Tensor, label: int) -> float | None:
+    """Area under the ROC curve in percent of a map (h, w) for the pixels of a class; ties count half.
+
+    The map is enlarged to the mask (bilinear). None where the class, or every other one, has no pixel.
+    """
+    size = (mask.shape[0], mask.shape[1])
+    score = F.interpolate(value[None, None].float(), size=size, mode="bilinear", align_corners=False)[0, 0]
+    known = mask != IGNORE
+    inside = (mask == label)[known]
+    positive, total = int(inside.sum()), int(known.sum())
+    if positive in (0, total):
+        return None
+    unique, place, count = torch.unique(score[known], return_inverse=True, return_counts=True)
+    # mean rank of equal scores
+    rank = (count.cumsum(0) - (count - 1) / 2).double()[place]
+    return 100 * float((rank[inside].sum() - positive * (positive + 1) / 2) / (positive * (total - positive)))
+
+
+def _example(sample: Any, maps: dict[str, Tensor], gate: Tensor, names: tuple[str, ...]) -> tuple[str, list[Any]]:
+    """The second largest class of an image: the largest is ground in most."""
+    labels, count = sample.mask[sample.mask != IGNORE].unique(return_counts=True)
+    label = int(labels[count.argsort(descending=True)[min(1, len(labels) - 1)]])
+    pictures: list[Any] = [sample.image.permute(1, 2, 0).numpy(), colorize(sample.mask.numpy(), len(names))]
+    pictures += [_stretched(value[0, label]) for value in maps.values()]
+    return names[label], [*pictures, _stretched(gate)]
+
+
+def _stretched(value: Tensor) -> Any:
+    array = value.float().cpu().numpy()
+    low, high = float(np.min(array)), float(np.max(array))
+    return heat((array - low) / max(high - low, 1e-6))

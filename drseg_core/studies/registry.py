@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All studies by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from drseg_core.errors import ConfigError
+from drseg_core.studies.channels import activation_sparsity, channel_masking, retention
+from drseg_core.studies.maps import correlation_maps
+from drseg_core.studies.setting import make_setting
+from drseg_core.studies.tables import training_study, training_study_names
+from drseg_core.studies.training import run_training_study
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that can be run.
+
+    Args:
+        name: as typed.
+        title: one line.
+        run: ``run(setting, out, *, jobs, command)`` writes ``NAME.json``, ``NAME.md`` and ``NAME.png`` into ``out`` and
+            returns why parts of it failed, by name.
+    """
+
+    name: str
+    title: str
+    run: Callable[..., dict[str, str]]
+
+
+def _all() -> dict[str, Study]:
+    found = [
+        Study("channel-masking", "mIoU of CLIP without one channel (Fig. 2)", channel_masking),
+        Study("retention", "mIoU of CLIP with a share of its channels (Fig. 6)", retention),
+        Study("activation-sparsity", "How sparse semantic and structural channels are", activation_sparsity),
+        Study("correlation-maps", "Original, rectified and fused maps (Fig. 7)", correlation_maps),
+    ]
+    setting = make_setting()
+    for name in training_study_names():
+        found.append(Study(name, training_study(name, setting).title, functools.partial(run_training_study, name)))
+    return {study.name: study for study in found}
+
+
+STUDIES = _all()
+
+
+def find_study(name: str) -> Study:
+    """A study by its name.
+
+    Raises:
+        ConfigError: no such study.
+    """
+    if name not in STUDIES:
+        raise ConfigError(f"study: name is unknown; expected list or one of {', '.join(STUDIES)}, got {name!r}")
+    return STUDIES[name]

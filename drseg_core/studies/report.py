@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training study found: means and spreads, a table beside the paper's, and whether the orders agree."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from drseg_core.evaluation.report import markdown_table
+from drseg_core.studies.paper import PaperRow
+from drseg_core.studies.tables import Cell, TrainingStudy
+
+METRICS = ("mIoU", "fwIoU", "mACC", "boundary", "unseen")
+TITLES = {"mIoU": "mIoU", "fwIoU": "fwIoU", "mACC": "mACC", "boundary": "boundary IoU", "unseen": "unseen names, mIoU"}
+
+Scores = Mapping[int, Mapping[str, Mapping[str, Any]]]
+"""Of one cell: seed to test set to metric."""
+
+
+class Spread(NamedTuple):
+    """Mean and sample deviation over seeds; the deviation of one seed is None."""
+
+    mean: float
+    deviation: float | None
+    seeds: int
+
+
+def over_tests(scores: Mapping[str, Mapping[str, Any]], metric: str, test: str | None = None) -> float | None:
+    """The plain mean over the test sets that have the metric, or one set's."""
+    sets = [scores[test]] if test is not None else list(scores.values())
+    values = [row[metric] for row in sets if row.get(metric) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def spread(scores: Scores, metric: str, test: str | None = None) -> Spread | None:
+    """Mean and deviation over the seeds of the mean over test sets."""
+    found = [value for value in (over_tests(row, metric, test) for row in scores.values()) if value is not None]
+    if not found:
+        return None
+    return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
+
+
+def text_of(value: Spread | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value.mean:.1f}" + (f" ± {value.deviation:.1f}" if value.deviation is not None else "")
+
+
+class Order(NamedTuple):
+    """Pairs of rows that the paper orders by mIoU: how many stand the same way here, and how many in every seed."""
+
+    pairs: int
+    same: int
+    same_in_every_seed: int
+    opposite_in_every_seed: int
+
+
+def order(cells: Sequence[Cell], scores: Mapping[str, Scores]) -> Order | None:
+    """Compare the order of the rows with the paper's; None where it has fewer than two of them."""
+    known = [cell for cell in cells if cell.paper and cell.paper.miou is not None and scores.get(cell.name)]
+    pairs = same = always = never = 0
+    for first, second in itertools.combinations(known, 2):
+        assert first.paper is not None and second.paper is not None
+        expected = (second.paper.miou or 0.0) - (first.paper.miou or 0.0)
+        differences = _differences(scores[first.name], scores[second.name])
+        if expected == 0 or not differences:
+            continue
+        signs = [(value > 0) == (expected > 0) for value in differences]
+        pairs += 1
+        same += (statistics.fmean(differences) > 0) == (expected > 0)
+        always += all(signs)
+        never += not any(signs)
+    return Order(pairs, same, always, never) if pairs else None
+
+
+def _differences(first: Scores, second: Scores) -> list[float]:
+    """mIoU of the second less that of the first, seed by seed."""
+    found = []
+    for seed in first.keys() & second.keys():
+        a, b = over_tests(first[seed], "mIoU"), over_tests(second[seed], "mIoU")
+        if a is not None and b is not None:
+            found.append(b - a)
+    return found
+
+
+def rows(study: TrainingStudy, scores: Mapping[str, Scores], problems: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The table's rows; a cell that could not be run says why in the first column."""
+    tests = list(dict.fromkeys(test for cell in scores.values() for row in cell.values() for test in row))
+    used = [m for m in METRICS if any(spread(cell, m) is not None for cell in scores.values())]
+    table = []
+    for cell in study.cells:
+        own, reason = scores.get(cell.name, {}), cell.why_not or problems.get(cell.name)
+        row: dict[str, Any] = {"": cell.title + (f" (not run: {reason})" if reason else "")}
+        row.update({TITLES[metric]: text_of(spread(own, metric)) for metric in used})
+        if len(tests) > 1:
+            row.update({f"mIoU, {test}": text_of(spread(own, "mIoU", test)) for test in tests})
+        if study.reference is not None:
+            row["against it"] = _against(scores, cell.name, study.reference)
+        if any(cell.paper for cell in study.cells):
+            row.update(_paper_columns(cell.paper))
+        table.append(row)
+    return table
+
+
+def _against(scores: Mapping[str, Scores], name: str, reference: str) -> str:
+    found = [-value for value in _differences(scores.get(name, {}), scores.get(reference, {}))]
+    if name == reference or not found:
+        return "-"
+    deviation = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):+.1f}{deviation}"
+
+
+def _paper_columns(row: PaperRow | None) -> dict[str, float | None]:
+    row = row or PaperRow()
+    return {"paper: mIoU": row.miou, "fwIoU ": row.fwiou, "mACC ": row.macc}
+
+
+def markdown(
+    study: TrainingStudy, scores: Mapping[str, Scores], problems: Mapping[str, str], facts: Mapping[str, Any]
+) -> str:
+    """The report of a study.
+
+    Args:
+        study: its cells.
+        scores: of each cell, by name.
+        problems: why a cell failed, by name.
+        facts: command, commit, data and steps, see :mod:`drseg_core.studies.training`.
+    """
+    title = next((cell.title for cell in study.cells if cell.name == study.reference), None)
+    lines = [f"# {study.title}", ""]
+    lines += [
+        f"Trained on `{facts['data']}`, {facts['steps']} steps"
+        + (f" after {facts['start_steps']} of the dual encoder" if facts["start_steps"] else "")
+        + f", seeds {', '.join(map(str, facts['seeds']))}; scored on "
+        + ", ".join(f"{test['name']} (`{test['spec']}`)" for test in facts["tests"])
+        + ". Percent, mean over the test sets, ± the deviation over seeds.",
+        "",
+        markdown_table(rows(study, scores, problems)),
+    ]
+    if title is not None:
+        lines += [f"*Against it*: mIoU less that of {title}, seed by seed.", ""]
+    agreement = order(study.cells, scores)
+    if agreement is not None:
+        lines += [
+            f"Order: the paper orders {agreement.pairs} pairs of these rows by mIoU. {agreement.same} of them stand "
+            f"the same way here, {agreement.same_in_every_seed} in every seed; {agreement.opposite_in_every_seed} "
+            "stand the other way in every seed.",
+            "",
+        ]
+    if study.note:
+        lines += [study.note, ""]
+    lines += [f"`{facts['command']}`, commit {facts['git']}", ""]
+    return "\n".join(lines)

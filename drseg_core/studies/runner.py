@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains and scores the cells of a study, once each, in as many processes as asked for.
+
+``OUT/runs/`` holds one run folder per cell and seed, named by a hash of everything that decides it. A study that is
+started again takes what is complete, goes on with what is not, and shares cells with every other study in ``OUT``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drseg_core.config.schema import Config
+from drseg_core.errors import DRSegError
+from drseg_core.evaluation.evaluate import evaluate
+from drseg_core.files import write_text_atomic
+from drseg_core.studies.setting import Setting
+from drseg_core.studies.tables import Cell
+from drseg_core.training.loop import train
+from drseg_core.training.run import CONFIG, LoadedRun, load_run, plain_config
+
+SCORES = "scores.json"
+# raised when scores of the same configuration would come out differently
+VERSION = 1
+_log = logging.getLogger(__name__)
+
+
+def start_folder(setting: Setting, seed: int, out: Path) -> Path:
+    """Where the dual encoder of a seed is."""
+    return _folder(out, f"start-{seed}", setting.start_config(seed), setting, None)
+
+
+def cell_folder(setting: Setting, cell: Cell, seed: int, out: Path) -> Path:
+    """Where a cell of a seed is."""
+    start = start_folder(setting, seed, out).name if setting.needs_start else None
+    return _folder(out, f"cell-{seed}", setting.cell_config(dict(cell.options), seed), setting, start)
+
+
+def _folder(out: Path, kind: str, config: Config, setting: Setting, start: str | None) -> Path:
+    content = {
+        "version": VERSION,
+        "config": plain_config(config),
+        "data": setting.data,
+        "start": start,
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return out / "runs" / f"{kind}-{digest[:12]}"
+
+
+def train_start(setting: Setting, seed: int, out: Path) -> Path:
+    """The dual encoder that stands for CLIP, trained where it is not yet."""
+    folder = start_folder(setting, seed, out)
+    _train(setting.start_config(seed), setting, folder, init=None)
+    return folder
+
+
+def run_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> dict[str, Any]:
+    """Train and score one cell where that has not been done.
+
+    Returns:
+        ``{test: {mIoU, fwIoU, mACC, pACC, boundary, unseen}}`` in percent; ``unseen`` is the mean IoU of the names that
+        the training data do not have, None where there are none.
+
+    Raises:
+        DRSegError: the cell cannot be trained or scored.
+    """
+    folder = cell_folder(setting, cell, seed, out)
+    start = start_folder(setting, seed, out) if setting.needs_start else None
+    wanted = {"tests": setting.record()["tests"], "protocol": setting.protocol}
+    kept = _read(folder / SCORES)
+    if kept is not None and all(kept.get(key) == value for key, value in wanted.items()):
+        return kept["scores"]
+    _train(setting.cell_config(dict(cell.options), seed), setting, folder, init=start)
+    scores = score(load_run(folder), setting)
+    write_text_atomic(folder / SCORES, json.dumps({**wanted, "cell": cell.title, "scores": scores}, indent=1) + "\n")
+    return scores
+
+
+def score(loaded: LoadedRun, setting: Setting) -> dict[str, Any]:
+    """The scores of a trained model on every test set; see :func:`run_cell`."""
+    scores = {}
+    for test in setting.tests:
+        dataset, protocol = setting.open_test(test)
+        names = dataset.class_names
+        unseen = [place for place, name in enumerate(names) if name not in loaded.class_names]
+        result = evaluate(
+            loaded.model,
+            names,
+            dataset,
+            loaded.config.evaluation,
+            views=None if protocol is None else protocol.views,
+            subsets={"unseen": unseen} if unseen else None,
+            device=setting.device,
+            boundary=True,
+            progress=False,
+        )
+        convention = "present" if protocol is None else protocol.convention
+        scores[test.name] = {
+            "mIoU": result["mIoU_conventions"][convention],
+            "fwIoU": result["fwIoU"],
+            "mACC": result["mACC"],
+            "pACC": result["pACC"],
+            "boundary": result["boundary"]["mIoU"],
+            "unseen": result["subsets"]["unseen"]["mIoU"] if unseen else None,
+            "per_class": {name: row["iou"] for name, row in result["per_class"].items()},
+        }
+    return scores
+
+
+def run_cells(
+    setting: Setting,
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    jobs: int = 1,
+    done: Callable[[Cell, int, dict[str, Any] | None, str | None], None],
+) -> None:
+    """Train and score all cells for all seeds.
+
+    Args:
+        setting: what they have in common.
+        cells: those that cannot be run are left out.
+        out: folder of the studies.
+        jobs: processes; each gets its share of the CPU's threads.
+        done: called for every cell and seed with its scores, or with why there are none.
+    """
+    todo = [(cell, seed) for seed in setting.seeds for cell in cells if cell.why_not is None]
+    # cells of equal options are one run: two processes must not write it at a time
+    unique: dict[Path, tuple[Cell, int]] = {}
+    for cell, seed in todo:
+        unique.setdefault(cell_folder(setting, cell, seed, out), (cell, seed))
+    twins: dict[Path, list[tuple[Cell, int]]] = {}
+    for cell, seed in todo:
+        twins.setdefault(cell_folder(setting, cell, seed, out), []).append((cell, seed))
+
+    def report(folder: Path, scores: dict[str, Any] | None, problem: str | None) -> None:
+        for cell, seed in twins[folder]:
+            done(cell, seed, scores, problem)
+
+    missing = [item for item in unique.items() if _read(item[0] / SCORES) is None]
+    seeds = sorted({seed for _, (_, seed) in missing}) if setting.needs_start else []
+    with _workers(jobs) as call:
+        list(call([(train_start, (setting, seed, out)) for seed in seeds]))
+        tasks = list(unique.items())
+        for place, result in call([(_attempt, (setting, cell, seed, out)) for _, (cell, seed) in tasks]):
+            report(tasks[place][0], *result)
+
+
+def _attempt(setting: Setting, cell: Cell, seed: int, out: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """The scores of a cell, or why it has none."""
+    try:
+        return run_cell(setting, cell, seed, out), None
+    except DRSegError as error:
+        return None, " ".join(str(error).split())
+
+
+def _train(config: Config, setting: Setting, folder: Path, init: Path | None) -> None:
+    begun = (folder / CONFIG).is_file()
+    if folder.is_dir() and not begun:
+        # killed before its first file: nothing in it is worth keeping
+        shutil.rmtree(folder)
+    if begun and _complete(folder, config):
+        return
+    train(
+        config,
+        setting.data,
+        folder,
+        resume=begun,
+        init=None if begun else init,
+        device=setting.device,
+        show_progress=False,
+    )
+
+
+def _complete(folder: Path, config: Config) -> bool:
+    return (folder / "checkpoints" / f"step-{config.train.iterations:08d}").is_dir()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[Callable[[list[tuple[Callable[..., Any], tuple[Any, ...]]]], Iterator[Any]]]:
+    """``call(tasks)`` yields (place, result) as tasks end: here, or in ``jobs`` processes."""
+    if jobs == 1:
+
+        def here(tasks: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> Iterator[Any]:
+            for place, (function, arguments) in enumerate(tasks):
+                yield place, function(*arguments)
+
+        yield here
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+
+        def there(tasks: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> Iterator[Any]:
+            futures = {pool.submit(function, *arguments): place for place, (function, arguments) in enumerate(tasks)}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+
+        try:
+            yield there
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

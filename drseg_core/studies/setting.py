@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a study is run on: a configuration, training data, test sets, seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from drseg_core.config.load import load_config, override
+from drseg_core.config.schema import Config
+from drseg_core.data import SegmentationDataset, open_dataset
+from drseg_core.data.protocols import Protocol, get_protocol, open_protocol
+from drseg_core.errors import ConfigError
+
+# Without published weights there is no CLIP to adapt: a dual encoder is trained on the training set first, once for
+# each seed, and every cell of a study starts from it.
+START = {
+    "model.fusion.kind": "cosine",
+    "model.rotations": 1,
+    "train.loss": "softmax",
+    "train.alignment_weight": 0.0,
+}
+# what follows adapts it as the benchmark adapts CLIP: gently
+ADAPT = {"train.clip_learning_rate_scale": 0.2, "train.batch_size": 2}
+START_STEPS, CELL_STEPS = 2000, 400
+
+WORLD = "synthetic:world=landscape"
+QUICK = {
+    "model.clip.image_size": 64,
+    "model.dino.image_size": 64,
+    "model.spsd.prototypes_per_class": 5,
+    "train.crop_size": 64,
+    "train.batch_size": 2,
+    "train.warmup_iterations": 1,
+}
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Images that a study scores: a name for the table, a specification and a split."""
+
+    name: str
+    spec: str
+    split: str = "val"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything the cells of a study have in common.
+
+    Args:
+        config: the configuration that cells change.
+        data: training data, see :func:`drseg_core.data.open_dataset`; its split ``train`` is used.
+        tests: what is scored; a study reports the plain mean over them.
+        seeds: each cell is trained once per seed of initial weights and order.
+        start_steps: steps of the dual encoder that stands for CLIP where ``config`` names no weights.
+        protocol: name of the benchmark protocol that ``tests`` are scored by; None scores their images as they are.
+        prior_v1: weight file of RS-DINOv1, for Table 3.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None takes CUDA where there is one.
+    """
+
+    config: Config
+    data: str
+    tests: tuple[TestSet, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    start_steps: int = START_STEPS
+    protocol: str | None = None
+    prior_v1: str | None = None
+    device: str | None = None
+
+    @property
+    def needs_start(self) -> bool:
+        return self.config.model.clip.weights is None
+
+    def start_config(self, seed: int) -> Config:
+        """The dual encoder that every cell of a seed starts from."""
+        steps = {"train.iterations": self.start_steps, "train.checkpoint_every": self.start_steps, "seed": seed}
+        return override(self.config, {**START, **steps, "train.seconds": None})
+
+    def cell_config(self, options: dict[str, Any], seed: int) -> Config:
+        """The configuration of one cell."""
+        adapt = {key: value for key, value in ADAPT.items() if self.needs_start}
+        steps = {"train.checkpoint_every": self.config.train.iterations, "seed": seed}
+        return override(self.config, {**adapt, **steps, **options})
+
+    def open_test(self, test: TestSet) -> tuple[SegmentationDataset, Protocol | None]:
+        if self.protocol is None:
+            return open_dataset(test.spec, test.split), None
+        protocol = get_protocol(self.protocol)
+        return open_protocol(protocol, test.spec), protocol
+
+    def record(self) -> dict[str, Any]:
+        """What JSON keeps of it."""
+        return {
+            "data": self.data,
+            "tests": [dataclasses.asdict(test) for test in self.tests],
+            "protocol": self.protocol,
+            "seeds": list(self.seeds),
+            "start_steps": self.start_steps if self.needs_start else None,
+            "steps": self.config.train.iterations,
+        }
+
+
+def make_setting(
+    config: str = "tiny",
+    *,
+    data: str | None = None,
+    tests: Sequence[str] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: int | None = None,
+    start_steps: int | None = None,
+    protocol: str | None = None,
+    prior_v1: str | None = None,
+    device: str | None = None,
+    quick: bool = False,
+) -> Setting:
+    """A setting from what the command line has.
+
+    Args:
+        config: preset or YAML file.
+        data: training data; the landscapes by default.
+        tests: ``[NAME=]SPEC`` each; for the landscapes their own domain and the shifted one, all names as prompts.
+        seeds: see :class:`Setting`.
+        steps: training steps of a cell; 400 where CLIP has random weights, otherwise those of the configuration.
+        start_steps: steps of the dual encoder, where CLIP has random weights.
+        protocol: see :class:`Setting`.
+        prior_v1: see :class:`Setting`.
+        device: see :class:`Setting`.
+        quick: a few tiny scenes, steps and one seed: shows that a study runs, and nothing else.
+
+    Raises:
+        ConfigError: a test set is missing or named twice, or an option does not fit.
+    """
+    base = load_config(config)
+    if steps is None and base.model.clip.weights is None:
+        steps = CELL_STEPS
+    options: dict[str, Any] = {} if steps is None else {"train.iterations": steps}
+    scenes, tested, size = 400, 60, ""
+    if quick:
+        options, seeds, start_steps = {**options, **QUICK, "train.iterations": 4}, seeds[:1], 6
+        scenes, tested, size = 8, 4, ",size=64"
+    if data is None or data == WORLD:
+        data = f"{WORLD},scenes={scenes}{size}"
+        shown = f"{WORLD},scenes={tested},vocabulary=full{size}"
+        tests = tests or (f"source={shown}", f"shifted={shown},domain=shifted")
+    if not tests:
+        raise ConfigError("study: tests are missing; expected --test NAME=SPEC for data other than the landscapes")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"study: seeds are not usable; expected different numbers, got {list(seeds)}")
+    sets = tuple(_test_set(text) for text in tests)
+    names = [test.name for test in sets]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"study: test sets have one name; expected different names, got {', '.join(names)}")
+    return Setting(
+        config=override(base, options),
+        data=data,
+        tests=sets,
+        seeds=tuple(seeds),
+        start_steps=START_STEPS if start_steps is None else start_steps,
+        protocol=protocol,
+        prior_v1=prior_v1,
+        device=device,
+    )
+
+
+def _test_set(text: str) -> TestSet:
+    """``NAME=SPEC`` or ``SPEC``, whose name is then the set's."""
+    head, _, rest = text.partition("=")
+    # an equals sign inside the options of a specification is not a name's
+    if rest and ":" not in head:
+        return TestSet(head.strip(), rest.strip())
+    return TestSet(text.partition(":")[0], text)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Studies that train: the paper's tables, and a sweep of every option it leaves open.
+
+A study is a list of cells, and a cell is a handful of options. Cells of equal options are trained once, whichever
+studies they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from drseg_core.config.methods import METHODS
+from drseg_core.studies import paper
+from drseg_core.studies.paper import PaperRow
+from drseg_core.studies.setting import Setting
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a table.
+
+    Args:
+        name: key in results.
+        title: as printed.
+        options: dotted options of the configuration.
+        paper: the paper's numbers.
+        value: place on the axis of a sweep over numbers.
+        why_not: why the cell cannot be run; None where it can.
+    """
+
+    name: str
+    title: str
+    options: Mapping[str, Any]
+    paper: PaperRow | None = None
+    value: float | None = None
+    why_not: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingStudy:
+    """A study whose cells are trained and scored.
+
+    Args:
+        name: as typed after ``drseg study``.
+        title: one line.
+        cells: its rows.
+        note: what a reader must know of how it differs from the paper's.
+        axis: what ``Cell.value`` is, in a sweep over numbers.
+        reference: name of the cell that the others are compared with.
+    """
+
+    name: str
+    title: str
+    cells: tuple[Cell, ...]
+    note: str = ""
+    axis: str | None = None
+    reference: str | None = None
+
+
+_BASELINE = {"model.fusion.kind": "none"}
+# the paper does not say how its rows without UGAF join the two correlations; its code base has three ways
+_WITHOUT_UGAF = {"model.fusion.kind": "concat"}
+_WITHOUT_SPSD = {"model.spsd.semantic_ratio": 0.0}
+
+# sweep -> what it is, the option, its values; the defaults of model.* are among them
+_SWEEPS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
+    "decay": (
+        "Spatial decay over feature scale (lambda / gamma of Eq. 7)",
+        "model.graph.decay",
+        (0.0, 0.25, 0.5, 1.0, 2.0, 4.0),
+    ),
+    "affinity": ("Form of the affinity (Eq. 7)", "model.graph.affinity", ("exp", "power", "product", "gauss")),
+    "tau": ("Temperature of the gate (Eq. 12)", "model.fusion.tau", (0.01, 0.02, 0.07, 1.0, None)),
+    "gate": (
+        "Form of the gate (Eq. 13)",
+        "model.fusion.gate",
+        ("sigmoid_proj", "residual", "direct", "feature", "proj_on_map"),
+    ),
+    "alpha": ("Balance of entropy and similarity (Eq. 4)", "model.spsd.alpha", (0.1, 0.3, 0.5, 0.7, 0.9)),
+    "prototypes": ("Prototypes per class (Eq. 1)", "model.spsd.prototypes_per_class", (10, 100, 1000)),
+    "sampling": ("How prototypes are made (Eq. 1)", "model.spsd.sampling", ("random", "image_mean", "kmeans")),
+    "similarity": (
+        "Inter-class similarity (Eq. 3)",
+        "model.spsd.similarity",
+        ("product", "neg_abs_diff", "rbf", "sign_agreement"),
+    ),
+    "norm": (
+        "Degree normalisation (Eq. 9)",
+        "model.graph.norm",
+        ("sym_row", "sym_count", "sym_inout", "row", "sym_undirected"),
+    ),
+    "self-loop": ("Self edge (Eq. 9)", "model.graph.self_loop", ("in_topk", "exclude", "extra")),
+    "norm-scale": ("Initial gain of the graph's LayerNorm", "model.graph.norm_scale", (0.1, 0.3, 1.0, 3.0)),
+    "residual": ("Residual around the graph", "model.graph.residual", (False, True)),
+    "hidden": ("Width between the graph's layers", "model.graph.hidden", (None, 128, 256)),
+    "edge-hidden": ("Hidden width of the edge MLP (Eq. 8)", "model.graph.edge_hidden", (32, 64, 128, 256)),
+    "graph-layers": ("Propagation layers (Eq. 9)", "model.graph.layers", (1, 2, 3)),
+    "aggregator": ("Kind of aggregator", "model.aggregator.kind", ("efficient", "swin", "conv")),
+    "aggregator-layers": ("Layers of the aggregator", "model.aggregator.layers", (1, 2, 3, 5)),
+    "dino-guidance": ("Guidance of the decoder by the prior", "model.decoder.dino_guidance", (False, True)),
+    "multi-scale": ("Multi-scale block of the fusion", "model.fusion.multi_scale", ("dilation", "kernel")),
+    "head": ("Head of the fusion", "model.fusion.head", ("conv1x1", "conv7x7")),
+    "dino-normalization": ("Pixel normalisation of the prior", "model.dino.normalization", ("sat", "imagenet", "clip")),
+    "dino-features": ("Features of the prior", "model.dino.features", ("tokens", "key", "value")),
+}
+
+
+def training_study(name: str, setting: Setting) -> TrainingStudy:
+    """A study by its name; ``name`` is one of :func:`training_study_names`."""
+    if name.startswith("sweep-"):
+        return _sweep(name.removeprefix("sweep-"))
+    return _TABLES[name](setting)
+
+
+def training_study_names() -> tuple[str, ...]:
+    return (*_TABLES, *(f"sweep-{name}" for name in _SWEEPS))
+
+
+def _table1(setting: Setting) -> TrainingStudy:
+    cells = [
+        Cell(name, method.title, method.options, paper.TABLE1.get(name))
+        for name, method in METHODS.items()
+        if name != "drseg"
+    ]
+    cells.append(Cell("drseg", "DR-Seg", {}, paper.TABLE1["drseg"]))
+    note = "Simplified: " + "; ".join(f"{m.title}: {m.simplified}" for k, m in METHODS.items() if k != "drseg") + "."
+    return TrainingStudy("table1", "Comparison with other methods (Table 1)", tuple(cells), note, reference="drseg")
+
+
+def _table2(setting: Setting) -> TrainingStudy:
+    rows: dict[str, tuple[str, dict[str, Any]]] = {
+        "baseline": ("baseline", _BASELINE),
+        "pdgr": ("+ PDGR", {**_WITHOUT_SPSD, **_WITHOUT_UGAF}),
+        "pdgr_spsd": ("+ PDGR + SPSD", _WITHOUT_UGAF),
+        "pdgr_ugaf": ("+ PDGR + UGAF", _WITHOUT_SPSD),
+        "all": ("all (DR-Seg)", {}),
+    }
+    cells = tuple(Cell(name, title, options, paper.TABLE2[name]) for name, (title, options) in rows.items())
+    note = (
+        "Without SPSD the graph acts on all channels; without UGAF the two correlations are joined by the fusion "
+        "concat (the paper does not say by which)."
+    )
+    return TrainingStudy("table2", "Modules (Table 2)", cells, note, reference="all")
+
+
+def _table3(setting: Setting) -> TrainingStudy:
+    random = setting.config.model.dino.weights is None
+    why_not = None
+    first: dict[str, Any] = {"model.dino.guidance_blocks": (3, 7), "model.dino.normalization": "clip"}
+    if random:
+        # as deep as DINOv1's, with fewer channels: random weights have no use for more
+        first["model.dino.name"] = "vit_small_patch8_224"
+    else:
+        first.update({"model.dino.name": "vit_base_patch8_224", "model.dino.weights": setting.prior_v1})
+        why_not = None if setting.prior_v1 else "weights of RS-DINOv1 were not given (--prior-v1 FILE)"
+    cells = []
+    for version, options, reason in (("v1", first, why_not), ("v3", {}, None)):
+        for name in ("gsnet", "rskt", "drseg"):
+            title = (
+                f"{METHODS[name].title}, RS-DINO{version}" if not random else f"{METHODS[name].title}, prior {version}"
+            )
+            row = paper.TABLE3[f"{name}_{version}"]
+            cells.append(Cell(f"{name}_{version}", title, {**METHODS[name].options, **options}, row, why_not=reason))
+    note = (
+        "Both priors have random weights here: prior v1 is a plain vision transformer, v3 one with rotary positions."
+        if random
+        else ""
+    )
+    return TrainingStudy("table3", "Priors (Table 3)", tuple(cells), note, reference="drseg_v3")
+
+
+def _table4(setting: Setting) -> TrainingStudy:
+    cells = tuple(Cell(kind, kind, {"model.fusion.kind": kind}, paper.TABLE4[kind]) for kind in paper.TABLE4)
+    return TrainingStudy("table4", "Fusion of the two correlations (Table 4)", cells, reference="ugaf")
+
+
+def _table5(setting: Setting) -> TrainingStudy:
+    cells = tuple(
+        Cell(f"rho_{ratio}", f"rho {ratio}", {"model.spsd.semantic_ratio": ratio}, row, value=ratio)
+        for ratio, row in paper.TABLE5.items()
+    )
+    return TrainingStudy("table5", "Semantic ratio (Table 5)", cells, axis="semantic ratio rho", reference="rho_0.5")
+
+
+def _table6(setting: Setting) -> TrainingStudy:
+    cells = tuple(
+        Cell(f"k_{k}", f"K {k}", {"model.graph.k": k}, row, value=float(k)) for k, row in paper.TABLE6.items()
+    )
+    note = "K is a number of nodes, and a grid has as many nodes as CLIP has tokens: 576 in the paper."
+    return TrainingStudy("table6", "Neighbours (Table 6)", cells, note, axis="neighbours K", reference="k_75")
+
+
+_TABLES = {
+    "table1": _table1,
+    "table2": _table2,
+    "table3": _table3,
+    "table4": _table4,
+    "table5": _table5,
+    "table6": _table6,
+}
+
+
+def _sweep(name: str) -> TrainingStudy:
+    title, option, values = _SWEEPS[name]
+    numeric = all(_is_number(value) for value in values)
+    cells = tuple(
+        Cell(
+            f"{name}_{_shown(name, value)}",
+            _shown(name, value),
+            {option: value},
+            value=float(value) if numeric else None,
+        )
+        for value in values
+    )
+    return TrainingStudy(f"sweep-{name}", title, cells, axis=title if numeric else None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "learned" if name == "tau" else "channels"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if _is_number(value) else str(value)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a study that trains, and keeps its JSON, table and figure up to date while it does."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from drseg_core.files import write_text_atomic
+from drseg_core.ops import backend_report
+from drseg_core.studies import figures, report
+from drseg_core.studies.runner import run_cells
+from drseg_core.studies.setting import Setting
+from drseg_core.studies.tables import Cell, training_study
+from drseg_core.training.versions import git_revision, library_versions
+
+_log = logging.getLogger(__name__)
+
+
+def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
+    """Train and score the cells of a study; ``OUT/NAME.json``, ``.md`` and ``.png`` are written after every cell.
+
+    Args:
+        name: one of :func:`drseg_core.studies.tables.training_study_names`.
+        setting: what it is run on.
+        out: folder of the studies.
+        jobs: processes.
+        command: as it was typed, for the report.
+
+    Returns:
+        Why cells failed, by name; empty where all went well.
+    """
+    study = training_study(name, setting)
+    facts: dict[str, Any] = {**setting.record(), "command": command, "git": git_revision()}
+    scores: dict[str, dict[int, Any]] = {}
+    problems: dict[str, str] = {}
+    seeds_left = {cell.name: len(setting.seeds) for cell in study.cells}
+
+    def write() -> None:
+        cells = [
+            {
+                "name": cell.name,
+                "title": cell.title,
+                "options": dict(cell.options),
+                "paper": None if cell.paper is None else cell.paper._asdict(),
+                "not_run": cell.why_not or problems.get(cell.name),
+                "scores": scores.get(cell.name, {}),
+                "mean": {
+                    metric: None if found is None else found._asdict()
+                    for metric in report.METRICS
+                    for found in [report.spread(scores.get(cell.name, {}), metric)]
+                },
+            }
+            for cell in study.cells
+        ]
+        order = report.order(study.cells, scores)
+        content = {
+            "study": name,
+            "title": study.title,
+            **facts,
+            "versions": library_versions(),
+            "backends": backend_report(),
+            "cells": cells,
+            "order": None if order is None else order._asdict(),
+        }
+        write_text_atomic(out / f"{name}.json", json.dumps(content, indent=1) + "\n")
+        write_text_atomic(out / f"{name}.md", report.markdown(study, scores, problems, facts))
+
+    def done(cell: Cell, seed: int, found: dict[str, Any] | None, problem: str | None) -> None:
+        if found is None:
+            problems.setdefault(cell.name, f"seed {seed}: {problem}")
+            _log.error("study %s: %s failed with seed %d; %s", name, cell.title, seed, problem)
+        else:
+            scores.setdefault(cell.name, {})[seed] = found
+            scores[cell.name] = dict(sorted(scores[cell.name].items()))
+            _log.info("study %s: %s, seed %d: mIoU %s", name, cell.title, seed, _shown(found))
+        seeds_left[cell.name] -= 1
+        write()
+
+    write()
+    run_cells(setting, study.cells, out, jobs=jobs, done=done)
+    figures.draw_training_study(study, scores, out / f"{name}.png")
+    return problems
+
+
+def _shown(found: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{test} {row['mIoU']:.1f}" if row["mIoU"] is not None else f"{test} -" for test, row in found.items()
+    )
