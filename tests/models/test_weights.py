@@ -56,6 +56,18 @@ def test_round_trip(saved: Path) -> None:
         assert state[key].dtype == value.dtype and torch.equal(state[key], value), key
 
 
+def test_headers_of_every_length_are_read(tmp_path: Path) -> None:
+    """The first byte of a file is the lowest of its header's length, which may be that of a pickle."""
+    path = tmp_path / "model.safetensors"
+    first = set()
+    for more in range(0, 256, 8):
+        save_weights(path, {"a": torch.ones(1)}, {"text": "x" * more})
+        first.add(path.read_bytes()[:1])
+        assert load_weights(path)[1] == {"text": "x" * more}
+        assert torch.equal(read_foreign_state(path)["a"], torch.ones(1))
+    assert b"\x80" in first and len(first) == 32
+
+
 def test_shared_strided_and_device_tensors_are_saved_by_value(tmp_path: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
     save_weights(tmp_path / "x.safetensors", {"x": base, "same": base, "t": base.T, "part": base[:, 1:3]}, {})
