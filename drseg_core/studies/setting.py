@@ -38,7 +38,7 @@ QUICK = {
 
 
 @dataclass(frozen=True)
-class TestSet:
+class ScoredSet:
     """Images that a study scores: a name for the table, a specification and a split."""
 
     name: str
@@ -63,7 +63,7 @@ class Setting:
 
     config: Config
     data: str
-    tests: tuple[TestSet, ...]
+    tests: tuple[ScoredSet, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     start_steps: int = START_STEPS
     protocol: str | None = None
@@ -85,7 +85,7 @@ class Setting:
         steps = {"train.checkpoint_every": self.config.train.iterations, "seed": seed}
         return override(self.config, {**adapt, **steps, **options})
 
-    def open_test(self, test: TestSet) -> tuple[SegmentationDataset, Protocol | None]:
+    def open_test(self, test: ScoredSet) -> tuple[SegmentationDataset, Protocol | None]:
         if self.protocol is None:
             return open_dataset(test.spec, test.split), None
         protocol = get_protocol(self.protocol)
@@ -165,10 +165,10 @@ def make_setting(
     )
 
 
-def _test_set(text: str) -> TestSet:
+def _test_set(text: str) -> ScoredSet:
     """``NAME=SPEC`` or ``SPEC``, whose name is then the set's."""
     head, _, rest = text.partition("=")
     # an equals sign inside the options of a specification is not a name's
     if rest and ":" not in head:
-        return TestSet(head.strip(), rest.strip())
-    return TestSet(text.partition(":")[0], text)
+        return ScoredSet(head.strip(), rest.strip())
+    return ScoredSet(text.partition(":")[0], text)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from drseg_core.studies.paper import PaperRow
+from drseg_core.studies.report import Order, markdown, order, over_tests, spread, text_of
+from drseg_core.studies.tables import Cell, TrainingStudy
+
+
+def row(*values, metric="mIoU"):
+    return {name: {metric: value} for name, value in zip("ab", values, strict=False)}
+
+
+def cell(name, miou, **options):
+    return Cell(name, name.upper(), {}, PaperRow(miou), **options)
+
+
+def test_spread_is_over_seeds_of_the_mean_over_test_sets():
+    scores = {0: row(10.0, 20.0), 1: row(12.0, 22.0), 2: row(14.0, 24.0)}
+    found = spread(scores, "mIoU")
+    assert found.mean == 17 and found.deviation == pytest.approx(2.0) and found.seeds == 3
+    assert spread(scores, "mIoU", "b").mean == 22 and text_of(found) == "17.0 ± 2.0"
+    assert text_of(spread({0: row(10.0)}, "mIoU")) == "10.0" and text_of(spread({}, "mIoU")) == "-"
+
+
+def test_a_test_set_without_a_metric_has_no_part_in_its_mean():
+    assert over_tests(row(10.0, None), "mIoU") == 10 and over_tests(row(None, None), "mIoU") is None
+
+
+def test_order_counts_pairs_and_whether_every_seed_agrees():
+    cells = (cell("low", 1.0), cell("middle", 2.0), cell("high", 3.0), Cell("new", "NEW", {}))
+    scores = {
+        "low": {0: row(10.0), 1: row(10.0)},
+        # above low on average, but not with seed 1
+        "middle": {0: row(13.0), 1: row(9.0)},
+        "high": {0: row(8.0), 1: row(7.0)},
+        "new": {0: row(99.0)},
+    }
+    assert order(cells, scores) == Order(pairs=3, same=1, same_in_every_seed=0, opposite_in_every_seed=2)
+    assert order(cells[:1], scores) is None and order(cells, {}) is None
+
+
+def test_the_page_says_what_was_not_run_and_what_it_is_compared_with():
+    study = TrainingStudy(
+        "t", "Title", (cell("low", 1.0), cell("high", 2.0), cell("gone", 3.0, why_not="no weights")), reference="high"
+    )
+    scores = {"low": {0: row(10.0), 1: row(20.0)}, "high": {0: row(11.0), 1: row(25.0)}}
+    facts = {
+        "data": "folder:x",
+        "steps": 5,
+        "start_steps": None,
+        "seeds": [0, 1],
+        "tests": [{"name": "a", "spec": "folder:a"}],
+        "command": "drseg study t",
+        "git": "abc",
+    }
+    page = markdown(study, scores, {"low": "seed 1: it broke"}, facts)
+    lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
+    assert "GONE (not run: no weights)" in lines and "LOW (not run: seed 1: it broke)" in lines
+    # 10 - 11 and 20 - 25: -3.0, deviation of -1 and -5
+    assert f"-3.0 ± {math.sqrt(8):.1f}" in lines["LOW (not run: seed 1: it broke)"]
+    assert "The paper orders" not in page and "the paper orders 1 pairs" in page
+    assert "of HIGH" in page and "`drseg study t`, commit abc" in page
