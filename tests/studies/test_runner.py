@@ -14,7 +14,7 @@ import torch
 from drseg_core.config.load import override
 from drseg_core.errors import NumericalError
 from drseg_core.studies import runner
-from drseg_core.studies.setting import Setting, ScoredSet, make_setting
+from drseg_core.studies.setting import ScoredSet, Setting, make_setting
 from drseg_core.studies.tables import Cell, TrainingStudy
 from drseg_core.studies.training import run_training_study
 
