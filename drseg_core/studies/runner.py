@@ -11,17 +11,16 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import multiprocessing.connection
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from drseg_core.config.schema import Config
-from drseg_core.errors import DRSegError
+from drseg_core.errors import DRSegError, ResourceError
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.files import write_text_atomic
 from drseg_core.studies.setting import Setting
@@ -33,6 +32,9 @@ SCORES = "scores.json"
 # raised when scores of the same configuration would come out differently
 VERSION = 1
 _log = logging.getLogger(__name__)
+
+Task = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function of a module, and its arguments."""
 
 
 def start_folder(setting: Setting, seed: int, out: Path) -> Path:
@@ -149,11 +151,11 @@ def run_cells(
 
     missing = [item for item in unique.items() if _read(item[0] / SCORES) is None]
     seeds = sorted({seed for _, (_, seed) in missing}) if setting.needs_start else []
-    with _workers(jobs) as call:
-        list(call([(train_start, (setting, seed, out)) for seed in seeds]))
-        tasks = list(unique.items())
-        for place, result in call([(_attempt, (setting, cell, seed, out)) for _, (cell, seed) in tasks]):
-            report(tasks[place][0], *result)
+    list(run_tasks([(train_start, (setting, seed, out)) for seed in seeds], jobs))
+    folders = list(unique)
+    tasks: list[Task] = [(_attempt, (setting, cell, seed, out)) for cell, seed in unique.values()]
+    for place, result in run_tasks(tasks, jobs):
+        report(folders[place], *result)
 
 
 def _attempt(setting: Setting, cell: Cell, seed: int, out: Path) -> tuple[dict[str, Any] | None, str | None]:
@@ -193,28 +195,55 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-@contextmanager
-def _workers(jobs: int) -> Iterator[Callable[[list[tuple[Callable[..., Any], tuple[Any, ...]]]], Iterator[Any]]]:
-    """``call(tasks)`` yields (place, result) as tasks end: here, or in ``jobs`` processes."""
+def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Any]]:
+    """Yield (place, result) of each task as it ends: here, or each in a process of its own, ``jobs`` at a time.
+
+    Raises:
+        ResourceError: a process died without a result (killed, out of memory).
+    """
     if jobs == 1:
-
-        def here(tasks: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> Iterator[Any]:
-            for place, (function, arguments) in enumerate(tasks):
-                yield place, function(*arguments)
-
-        yield here
+        for place, (function, arguments) in enumerate(tasks):
+            yield place, function(*arguments)
         return
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    waiting, running = list(enumerate(tasks)), dict[Any, tuple[int, Any]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                place, task = waiting.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_run_task, args=(sender, task, threads))
+                process.start()
+                # the process has its own copy: when it ends, the receiver sees the end of the pipe
+                sender.close()
+                running[receiver] = (place, process)
+            for ended in multiprocessing.connection.wait(list(running)):
+                receiver: Any = ended
+                place, process = running.pop(receiver)
+                try:
+                    result, error = receiver.recv()
+                except EOFError:
+                    process.join()
+                    raise ResourceError(
+                        f"study: a process died with exit code {process.exitcode}; expected a result, got none"
+                    ) from None
+                process.join()
+                if error is not None:
+                    raise error
+                yield place, result
+    finally:
+        # a training that is told to stop saves its state first
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.join()
 
-        def there(tasks: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> Iterator[Any]:
-            futures = {pool.submit(function, *arguments): place for place, (function, arguments) in enumerate(tasks)}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
 
-        try:
-            yield there
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _run_task(sender: Any, task: Task, threads: int) -> None:
+    torch.set_num_threads(threads)
+    function, arguments = task
+    try:
+        sender.send((function(*arguments), None))
+    except Exception as error:
+        sender.send((None, error))

@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from drseg_core.config.load import override
-from drseg_core.errors import NumericalError
+from drseg_core.errors import NumericalError, ResourceError
 from drseg_core.studies import runner
 from drseg_core.studies.setting import ScoredSet, Setting, make_setting
 from drseg_core.studies.tables import Cell, TrainingStudy
@@ -154,3 +159,48 @@ def test_two_processes_find_the_same(setting, finished, tmp_path):
         done=lambda cell, seed, scores, problem: found.update({cell.name: scores}),
     )
     assert found == finished[1]
+
+
+def _square(value):
+    if value == 3:
+        raise NumericalError("three")
+    if value == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return value * value
+
+
+def _sleep(path):
+    path.touch()
+    time.sleep(600)
+
+
+class TestTasks:
+    """In processes of their own."""
+
+    def test_results(self):
+        assert sorted(runner.run_tasks([(_square, (value,)) for value in (0, 1, 2, 5)], 2)) == [
+            (0, 0),
+            (1, 1),
+            (2, 4),
+            (3, 25),
+        ]
+
+    def test_an_error_is_the_error(self):
+        with pytest.raises(NumericalError, match="three"):
+            list(runner.run_tasks([(_square, (3,))], 2))
+
+    def test_a_process_that_is_killed_is_no_hang(self):
+        with pytest.raises(ResourceError, match="exit code -9"):
+            list(runner.run_tasks([(_square, (4,))], 2))
+
+    def test_whoever_stops_leaves_nobody_running(self, tmp_path):
+        def stopped():
+            for _ in runner.run_tasks([(_square, (1,)), (_sleep, (tmp_path / "started",))], 2):
+                while not (tmp_path / "started").exists():
+                    time.sleep(0.05)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            stopped()
+        gc.collect()
+        assert not multiprocessing.active_children()
