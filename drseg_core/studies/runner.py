@@ -15,7 +15,7 @@ import multiprocessing.connection
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -219,7 +219,7 @@ def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Any]]:
                 sender.close()
                 running[receiver] = (place, process)
             for ended in multiprocessing.connection.wait(list(running)):
-                receiver: Any = ended
+                receiver = cast(Any, ended)
                 place, process = running.pop(receiver)
                 try:
                     result, error = receiver.recv()
