@@ -51,12 +51,22 @@ def cell_folder(setting: Setting, cell: Cell, seed: int, out: Path) -> Path:
 def _folder(out: Path, kind: str, config: Config, setting: Setting, start: str | None) -> Path:
     content = {
         "version": VERSION,
-        "config": plain_config(config),
+        "config": _changed(plain_config(config), plain_config(Config())),
         "data": setting.data,
         "start": start,
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return out / "runs" / f"{kind}-{digest[:12]}"
+
+
+def _changed(config: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """Options that are not at their default: one that a later version adds changes no name."""
+    found = {
+        key: _changed(value, default[key]) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if value != default[key]
+    }
+    return found
 
 
 def train_start(setting: Setting, seed: int, out: Path) -> Path:
