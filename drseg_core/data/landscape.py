@@ -180,7 +180,7 @@ def _thin(rng: np.random.Generator, image: Array, mask: NDArray[np.uint8], scale
     )
     for name, thickness, color, count in plan:
         for _ in range(max(round(int(count) * area), int(count))):
-            inside = _curve(rng, height, width) <= thickness * scale / 2
+            inside = _curve(rng, height, width, thickness * scale / 2)
             shade = 1 + 0.06 * smooth_noise(rng, height, width, 3)[inside]
             image[inside] = np.array(color, np.float32) * float(rng.uniform(0.93, 1.07)) * shade[:, None]
             mask[inside] = len(GROUNDS) + THIN.index(name)
@@ -188,21 +188,25 @@ def _thin(rng: np.random.Generator, image: Array, mask: NDArray[np.uint8], scale
     return covered
 
 
-def _curve(rng: np.random.Generator, height: int, width: int) -> Array:
-    """(H, W) distance in pixels to a bent line between two sides of the scene."""
+def _curve(rng: np.random.Generator, height: int, width: int, reach: float) -> Bool:
+    """(H, W) pixels within ``reach`` of a bent line between two sides of the scene."""
     first, second = rng.choice(4, size=2, replace=False)
     ends = [_on_side(rng, int(side), height, width) for side in (first, second)]
     middle = np.array([rng.uniform(0.2, 0.8) * height, rng.uniform(0.2, 0.8) * width])
     step = np.linspace(0, 1, 48)[:, None]
     points = (1 - step) ** 2 * ends[0] + 2 * step * (1 - step) * middle + step**2 * ends[1]
-    row, column = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)
-    distance = np.full((height, width), np.inf, np.float32)
-    for (y0, x0), (y1, x1) in zip(points[:-1], points[1:], strict=True):
-        dy, dx = float(y1 - y0), float(x1 - x0)
-        along = ((row - float(y0)) * dy + (column - float(x0)) * dx) / max(dy * dy + dx * dx, 1e-6)
-        along = np.clip(along, 0, 1)
-        np.minimum(distance, np.hypot(row - float(y0) - along * dy, column - float(x0) - along * dx), out=distance)
-    return distance
+    inside = np.zeros((height, width), bool)
+    for (y0, x0), (y1, x1) in zip(points[:-1].tolist(), points[1:].tolist(), strict=True):
+        rows, columns = (
+            slice(max(int(min(a, b) - reach), 0), min(int(max(a, b) + reach) + 2, size))
+            for a, b, size in ((y0, y1, height), (x0, x1, width))
+        )
+        row = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] - y0
+        column = np.arange(columns.start, columns.stop, dtype=np.float32) - x0
+        dy, dx = y1 - y0, x1 - x0
+        along = np.clip((row * dy + column * dx) / max(dy * dy + dx * dx, 1e-6), 0, 1)
+        inside[rows, columns] |= np.hypot(row - along * dy, column - along * dx) <= reach
+    return inside
 
 
 def _on_side(rng: np.random.Generator, side: int, height: int, width: int) -> NDArray[np.float64]:

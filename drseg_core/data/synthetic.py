@@ -44,6 +44,8 @@ HELD_OUT_IDS = tuple(range(len(SEEN_NAMES), len(CLASS_NAMES)))
 # part of every fingerprint: to be raised whenever a change alters any pixel
 GENERATOR = 1
 MARKER = "synthetic.json"
+# drawing a landscape takes as long as a training step of the tiny model
+KEPT_BYTES = 64 << 20
 _SPLITS = {"train": 0, "val": 1, "test": 2}
 _NUMBERS = ("seed", "scenes", "size")
 
@@ -149,7 +151,7 @@ class SyntheticOptions:
 
 
 class SyntheticDataset(SegmentationDataset):
-    """Scenes of :func:`render_scene`, drawn when they are read; nothing is stored.
+    """Scenes of :func:`render_scene`, drawn when they are first read and kept in memory up to ``KEPT_BYTES``.
 
     Args:
         options: which scenes.
@@ -162,6 +164,7 @@ class SyntheticDataset(SegmentationDataset):
         self.class_names = class_names(self.options.vocabulary, self.options.world)
         if self.options.scenes < 1:
             raise ConfigError(f"synthetic: scenes is out of range; expected >= 1, got {self.options.scenes}")
+        self._kept: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
         self._render(0)
 
     @classmethod
@@ -183,16 +186,22 @@ class SyntheticDataset(SegmentationDataset):
         return cls(SyntheticOptions(**values), split)  # type: ignore[arg-type]
 
     def _render(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        options = self.options
-        return render_scene(
-            index,
-            seed=options.seed,
-            split=self.split,
-            vocabulary=options.vocabulary,
-            size=options.size,
-            world=options.world,
-            domain=options.domain,
-        )
+        found = self._kept.get(index)
+        if found is None:
+            options = self.options
+            found = render_scene(
+                index,
+                seed=options.seed,
+                split=self.split,
+                vocabulary=options.vocabulary,
+                size=options.size,
+                world=options.world,
+                domain=options.domain,
+            )
+            # image and mask are four bytes a pixel
+            if 4 * options.size**2 * (len(self._kept) + 1) <= KEPT_BYTES:
+                self._kept[index] = found
+        return found
 
     def __len__(self) -> int:
         return self.options.scenes
@@ -202,7 +211,8 @@ class SyntheticDataset(SegmentationDataset):
             raise IndexError(f"synthetic: index {index} is out of range; expected 0 to {len(self) - 1}")
         image, mask = self._render(index)
         chw = np.ascontiguousarray(image.transpose(2, 0, 1))
-        return Sample(torch.from_numpy(chw), torch.from_numpy(mask), self.sample_name(index))
+        # a copy: what a reader does to its sample is not done to the next one's
+        return Sample(torch.from_numpy(chw), torch.from_numpy(mask.copy()), self.sample_name(index))
 
     def sample_name(self, index: int) -> str:
         kind = " ".join(str(value) for key, value in self.options.content().items() if key not in _NUMBERS)

@@ -24,7 +24,7 @@ START = {
 }
 # what follows adapts it as the benchmark adapts CLIP: gently
 ADAPT = {"train.clip_learning_rate_scale": 0.2, "train.batch_size": 2}
-START_STEPS, CELL_STEPS = 2000, 400
+START_STEPS, CELL_STEPS = 1500, 300
 
 WORLD = "synthetic:world=landscape"
 QUICK = {
@@ -123,7 +123,7 @@ def make_setting(
         data: training data; the landscapes by default.
         tests: ``[NAME=]SPEC`` each; for the landscapes their own domain and the shifted one, all names as prompts.
         seeds: see :class:`Setting`.
-        steps: training steps of a cell; 400 where CLIP has random weights, otherwise those of the configuration.
+        steps: training steps of a cell; 300 where CLIP has random weights, otherwise those of the configuration.
         start_steps: steps of the dual encoder, where CLIP has random weights.
         protocol: see :class:`Setting`.
         prior_v1: see :class:`Setting`.

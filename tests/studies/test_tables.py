@@ -79,8 +79,8 @@ class TestSetting:
     def test_random_weights_start_from_a_dual_encoder(self):
         setting = make_setting()
         assert setting.needs_start and setting.start_config(1).model.fusion.kind == "cosine"
-        assert setting.start_config(1).train.iterations == 2000 and setting.start_config(1).seed == 1
-        assert setting.cell_config({}, 1).train.iterations == 400
+        assert setting.start_config(1).train.iterations == 1500 and setting.start_config(1).seed == 1
+        assert setting.cell_config({}, 1).train.iterations == 300
         assert [test.name for test in setting.tests] == ["source", "shifted"]
         assert "domain=shifted" in setting.tests[1].spec and "domain" not in setting.data
 
