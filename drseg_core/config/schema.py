@@ -62,6 +62,23 @@ class DinoConfig:
 
 
 @dataclass(frozen=True)
+class RemoteConfig:
+    """A second, frozen CLIP image tower that guides the decoder with ``decoder.remote_clip``.
+
+    Args:
+        name: open_clip architecture; ``drseg-tiny`` is the small one that ships with this package.
+        weights: path of a local weight file, such as RemoteCLIP's, or null for random initial weights.
+        image_size: side in pixels to which images are resized before the tower; 768 gives CLIP's grid of 24 x 24.
+        guidance_blocks: two visual block indices (from 0).
+    """
+
+    name: str = "ViT-B-32"
+    weights: str | None = None
+    image_size: int = 768
+    guidance_blocks: tuple[int, int] = (3, 7)
+
+
+@dataclass(frozen=True)
 class SPSDConfig:
     """Semantic-purity channel split, Eq. 1-6.
 
@@ -201,6 +218,7 @@ class DecoderConfig:
         guidance_hidden: channels of the up-sampled guidance before it is reduced to ``guidance_widths``.
         initial_logit: where the logits start; below zero says that most classes are absent at most pixels.
         dino_guidance: join as many channels of the prior's ``guidance_blocks`` in each stage (RSKT-Seg's decoder).
+        remote_clip: join as many channels of a second CLIP's blocks in each stage (``remote``; RSKT-Seg's decoder).
         guidance_attention: weigh the guidance by what is decoded (OVRS's decoder).
         skip_correlation: join the original correlation in each stage and detach the guidance (SED's decoder).
     """
@@ -210,6 +228,7 @@ class DecoderConfig:
     guidance_hidden: tuple[int, int] = (256, 128)
     initial_logit: float = 0.0
     dino_guidance: bool = False
+    remote_clip: bool = False
     guidance_attention: bool = False
     skip_correlation: bool = False
 
@@ -241,6 +260,7 @@ class ModelConfig:
 
     clip: ClipConfig = field(default_factory=ClipConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
     spsd: SPSDConfig = field(default_factory=SPSDConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)

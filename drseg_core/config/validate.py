@@ -30,6 +30,8 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model.dino.layer": _at_least(0),
     "model.dino.guidance_blocks": _at_least(0),
     "model.dino.seed": _SEED,
+    "model.remote.image_size": _at_least(1),
+    "model.remote.guidance_blocks": _at_least(0),
     "model.spsd.semantic_ratio": _SHARE,
     "model.spsd.alpha": ("0 to 1", lambda value: 0 <= value <= 1),
     "model.spsd.prototypes_per_class": _at_least(1),

@@ -9,7 +9,9 @@ from drseg_core.models.proposals import ProposalSegmenter
 from drseg_core.models.segmenter import Segmenter
 
 
-def build_model(config: ModelConfig, *, read_clip: bool = True, read_prior: bool = True) -> Segmenter:
+def build_model(
+    config: ModelConfig, *, read_clip: bool = True, read_prior: bool = True, read_remote: bool = True
+) -> Segmenter:
     """The model of ``config``, on the CPU (or the default device), in training mode.
 
     Random initial weights are drawn from torch's global generator, those of the prior from ``config.dino.seed``.
@@ -18,6 +20,7 @@ def build_model(config: ModelConfig, *, read_clip: bool = True, read_prior: bool
         config: all options of the model.
         read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
         read_prior: the same for the prior's weights.
+        read_remote: the same for those of the second CLIP that guides the decoder.
 
     Raises:
         ValueError: options that do not fit together.
@@ -25,4 +28,4 @@ def build_model(config: ModelConfig, *, read_clip: bool = True, read_prior: bool
     """
     if config.proposals.kind != "none":
         return ProposalSegmenter(config, read_clip=read_clip)
-    return DRSeg(config, read_clip=read_clip, read_prior=read_prior)
+    return DRSeg(config, read_clip=read_clip, read_prior=read_prior, read_remote=read_remote)

@@ -228,7 +228,7 @@ class ClipEncoder(nn.Module):
     def __init__(self, config: ClipConfig, *, read_weights: bool = True) -> None:
         super().__init__()
         self.config = config
-        model, mean, deviation = _build(config, read_weights)
+        model, mean, deviation = open_clip_model(config, read_weights)
         self.visual = VisionTower(model.visual)
         self.text = TextTower(model)
         self.embed_dim = int(model.visual.proj.shape[1])
@@ -322,7 +322,7 @@ def _architecture(name: str) -> dict[str, Any]:
     return open_clip.get_model_config(name)
 
 
-def _build(config: ClipConfig, read_weights: bool) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
+def open_clip_model(config: ClipConfig, read_weights: bool) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     """An open_clip model with its weights, and its pixel statistics. No registry of open_clip is touched."""
     from open_clip.model import CLIP
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder: two up-sampling stages from the aggregated cost volume to logits at four times the token grid.
 
-Each stage joins guidance from one inner CLIP block, and from one of the prior where asked. A convolution of
-``cat(x, g)`` is ``conv_x(x) + conv_g(g)``; the guidance half is computed once per image and broadcast over the classes,
-so guidance is never expanded by B x T.
+Each stage joins guidance from one inner CLIP block, and from one of the prior and of a second CLIP where asked. A
+convolution of ``cat(x, g)`` is ``conv_x(x) + conv_g(g)``; the guidance half is computed once per image and broadcast
+over the classes, so guidance is never expanded by B x T.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ class Decoder(nn.Module):
         initial_logit: initial bias of the logits.
         prior_dim: channels of the prior's guidance; None has none.
         prior_scale: how many times finer than the cost volume the prior's grid is, 1 or 2.
+        remote_dim: channels of a second CLIP's guidance; None has none.
         guidance_attention: weigh the guidance by what is decoded (OVRS).
         skip_correlation: join the original correlation map in each stage, and send no gradient through the guidance
             (SED).
@@ -141,6 +142,7 @@ class Decoder(nn.Module):
         initial_logit: float = 0.0,
         prior_dim: int | None = None,
         prior_scale: Literal[1, 2] = 1,
+        remote_dim: int | None = None,
         guidance_attention: bool = False,
         skip_correlation: bool = False,
     ) -> None:
@@ -152,7 +154,10 @@ class Decoder(nn.Module):
             # on a grid twice as fine the first is RSKT-Seg's 1x1 convolution, the second a transposed one by two
             factors = (2 // prior_scale, 4 // prior_scale)
             self.prior_guidance = _projections(prior_dim, factors, guidance_hidden, guidance_widths)
-        sources = 1 if prior_dim is None else 2
+        self.remote_guidance: nn.ModuleList | None = None
+        if remote_dim is not None:
+            self.remote_guidance = _projections(remote_dim, (2, 4), guidance_hidden, guidance_widths)
+        sources = 1 + (prior_dim is not None) + (remote_dim is not None)
         self.stages = nn.ModuleList(
             Stage(into, guided, out, sources, attention=guidance_attention, skip=skip_correlation)
             for into, guided, out in zip((width, widths[0]), guidance_widths, widths, strict=True)
@@ -166,6 +171,7 @@ class Decoder(nn.Module):
         guidance: tuple[Tensor, ...],
         prior_guidance: tuple[Tensor, ...] = (),
         correlation: Tensor | None = None,
+        remote_guidance: tuple[Tensor, ...] = (),
     ) -> Tensor:
         """Decode.
 
@@ -174,6 +180,7 @@ class Decoder(nn.Module):
             guidance: two maps (B, guidance_dim, h, w).
             prior_guidance: two maps (B, prior_dim, s h, s w) with s = ``prior_scale``; none without ``prior_dim``.
             correlation: (B, T, h, w), which ``skip_correlation`` joins.
+            remote_guidance: two maps (B, remote_dim, h, w); none without ``remote_dim``.
 
         Returns:
             Logits (B, T, 4h, 4w).
@@ -184,9 +191,10 @@ class Decoder(nn.Module):
             guidance = tuple(maps.detach() for maps in guidance)
             correlation = None if correlation is None else correlation.flatten(0, 1)[:, None]
         projected = [project(maps) for project, maps in zip(self.guidance, guidance, strict=True)]
-        if self.prior_guidance is not None:
-            more = [project(maps) for project, maps in zip(self.prior_guidance, prior_guidance, strict=True)]
-            projected = [torch.cat(pair, dim=1) for pair in zip(projected, more, strict=True)]
+        for projections, source in ((self.prior_guidance, prior_guidance), (self.remote_guidance, remote_guidance)):
+            if projections is not None:
+                more = [project(maps) for project, maps in zip(projections, source, strict=True)]
+                projected = [torch.cat(pair, dim=1) for pair in zip(projected, more, strict=True)]
         for stage, maps in zip(self.stages, projected, strict=True):
             x = stage(x, maps, correlation)
         return self.head(x)[:, 0].unflatten(0, (batch, classes))

@@ -12,6 +12,7 @@ from drseg_core.models.aggregator import Aggregator
 from drseg_core.models.correlation import correlation, cosine, rotate
 from drseg_core.models.decoder import Decoder
 from drseg_core.models.dino import DinoPrior, PriorMaps, resample
+from drseg_core.models.remote import RemoteGuidance
 from drseg_core.models.segmenter import Segmenter, SegmenterOutput
 from drseg_core.nn.pdgr import PDGR
 from drseg_core.nn.spsd import SPSD
@@ -33,18 +34,23 @@ class DRSeg(Segmenter):
         config: see :class:`drseg_core.config.schema.ModelConfig`.
         read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
         read_prior: the same for the prior's weights.
+        read_remote: the same for those of the second CLIP.
 
     Raises:
         ValueError: options that do not fit together.
-        CheckpointError: CLIP or prior weights that cannot be had.
+        CheckpointError: weights of CLIP, the prior or the second CLIP that cannot be had.
     """
 
-    def __init__(self, config: ModelConfig, *, read_clip: bool = True, read_prior: bool = True) -> None:
+    def __init__(
+        self, config: ModelConfig, *, read_clip: bool = True, read_prior: bool = True, read_remote: bool = True
+    ) -> None:
         super().__init__(config, read_clip=read_clip)
         channels = self.clip.embed_dim
         self.decoder: Decoder | None = None
         kind = config.fusion.kind
         if kind == "cosine":
+            if config.decoder.remote_clip:
+                raise ValueError("DRSeg: decoder.remote_clip needs a decoder; expected a fusion.kind other than cosine")
             # the usual start of a dual encoder that learns by one sigmoid per pair
             self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
@@ -83,6 +89,7 @@ class DRSeg(Segmenter):
                 backend=graph.backend,
             )
         fusion, aggregator, decoder = config.fusion, config.aggregator, config.decoder
+        self.remote = RemoteGuidance(config.remote, read_weights=read_remote) if decoder.remote_clip else None
         self.fusion = build_fusion(
             kind,
             config.rotations,
@@ -114,6 +121,7 @@ class DRSeg(Segmenter):
             initial_logit=decoder.initial_logit,
             prior_dim=prior_dim,
             prior_scale=2 if self._prior_grid[0] == 2 * self.clip.grid[0] else 1,
+            remote_dim=None if self.remote is None else self.remote.visual.width,
             guidance_attention=decoder.guidance_attention,
             skip_correlation=decoder.skip_correlation,
         )
@@ -138,8 +146,9 @@ class DRSeg(Segmenter):
             refined = cosine(self._rectified(canonical, prior.features), text)[:, None]
         fused = self.fusion(original, refined)
         embedding = self.aggregator(fused.embedding, canonical, text)
+        remote = () if self.remote is None else tuple(resample(maps, self.clip.grid) for maps in self.remote(image))
         return SegmenterOutput(
-            self.decoder(embedding, dense.guidance, self._prior_guidance(prior), original.mean(dim=1)),
+            self.decoder(embedding, dense.guidance, self._prior_guidance(prior), original.mean(dim=1), remote),
             fused.uncertainty,
             original.mean(dim=1),
             None if refined is None else refined[:, 0],

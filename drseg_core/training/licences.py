@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from drseg_core.config.schema import ClipConfig, DinoConfig, ModelConfig
+from drseg_core.config.schema import ClipConfig, DinoConfig, ModelConfig, RemoteConfig
 
 UNKNOWN = "not known to drseg; ask where the weights came from"
 
@@ -15,14 +15,18 @@ def licence_notes(config: ModelConfig, inside: Collection[str]) -> list[dict[str
 
     Args:
         config: the model.
-        inside: parts whose weights are in the files, of ``clip`` and ``dino``.
+        inside: parts whose weights are in the files, of ``clip``, ``dino`` and ``remote``.
 
     Returns:
         Notes with the keys ``part``, ``architecture``, ``weights``, ``licence`` and ``included``.
     """
-    encoders: list[tuple[str, ClipConfig | DinoConfig, str]] = [("clip", config.clip, _clip_licence(config.clip))]
+    encoders: list[tuple[str, ClipConfig | DinoConfig | RemoteConfig, str]] = [
+        ("clip", config.clip, _clip_licence(config.clip))
+    ]
     if config.fusion.kind not in ("none", "cosine"):
         encoders.append(("dino", config.dino, _dino_licence(config.dino)))
+    if config.decoder.remote_clip:
+        encoders.append(("remote", config.remote, _clip_licence(config.remote)))
     return [
         {
             "part": part,
@@ -96,7 +100,7 @@ def model_card(
     return "\n".join(lines)
 
 
-def _clip_licence(config: ClipConfig) -> str:
+def _clip_licence(config: ClipConfig | RemoteConfig) -> str:
     if config.weights is None:
         return "none: no published weights"
     # open_clip's tags carry no licence; this one is stated in github.com/openai/CLIP

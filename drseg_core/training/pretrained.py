@@ -40,7 +40,8 @@ from drseg_core.training.versions import library_versions
 
 FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
-PARTS = ("clip", "dino")
+PARTS = ("clip", "dino", "remote")
+_READ = {"clip": "read_clip", "dino": "read_prior", "remote": "read_remote"}
 # owner/name, as the hub takes it
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _FILES = [WEIGHTS, DESCRIPTION, CLASSES, CHANNELS, MANIFEST, CARD]
@@ -147,7 +148,7 @@ def from_pretrained(
     try:
         config = config_from_dict(description["config"], Config, str(folder / DESCRIPTION))
         config = _with_weights(config, weights or {})
-        model = model_of(config, read_clip="clip" not in inside, read_prior="dino" not in inside)
+        model = model_of(config, **{flag: part not in inside for part, flag in _READ.items()})
     except ConfigError as error:
         if weights and not set(weights) <= set(PARTS):
             raise
@@ -326,10 +327,11 @@ def _facts(run: LoadedRun, manifest: Mapping[str, Any]) -> dict[str, str]:
 def _portable(config: Config) -> Config:
     """The configuration with names of files for their paths; the split is in the weights."""
     model = config.model
-    clip = dataclasses.replace(model.clip, weights=model.clip.weights and Path(model.clip.weights).name)
-    dino = dataclasses.replace(model.dino, weights=model.dino.weights and Path(model.dino.weights).name)
-    spsd = dataclasses.replace(model.spsd, channels=None)
-    return dataclasses.replace(config, model=dataclasses.replace(model, clip=clip, dino=dino, spsd=spsd))
+    named: dict[str, Any] = {"spsd": dataclasses.replace(model.spsd, channels=None)}
+    for name in PARTS:
+        part = getattr(model, name)
+        named[name] = dataclasses.replace(part, weights=part.weights and Path(part.weights).name)
+    return dataclasses.replace(config, model=dataclasses.replace(model, **named))
 
 
 def _with_weights(config: Config, weights: Mapping[str, str]) -> Config:

@@ -109,19 +109,20 @@ def check_class_names(model: Segmenter, class_names: Sequence[str]) -> None:
         raise DatasetError(f"data set: a class name cannot be used; {error}") from error
 
 
-def model_of(config: Config, *, read_clip: bool = True, read_prior: bool = True) -> Segmenter:
+def model_of(config: Config, *, read_clip: bool = True, read_prior: bool = True, read_remote: bool = True) -> Segmenter:
     """The untrained model of a configuration.
 
     Args:
         config: all options.
         read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
         read_prior: the same for the prior's weights.
+        read_remote: the same for those of the second CLIP that guides the decoder.
 
     Raises:
         ConfigError: options that do not fit together.
     """
     try:
-        return build_model(config.model, read_clip=read_clip, read_prior=read_prior)
+        return build_model(config.model, read_clip=read_clip, read_prior=read_prior, read_remote=read_remote)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

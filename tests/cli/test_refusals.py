@@ -57,6 +57,7 @@ LONG = "a " * 2500
         ("model.clip.image_size", 0),
         ("model.clip.template", "no braces"),
         ("model.dino.image_size", 0),
+        ("model.remote.image_size", 0),
         ("model.decoder.widths", "[0,8]"),
         ("model.decoder.guidance_widths", "[0,8]"),
         ("model.decoder.guidance_hidden", "[8,0]"),

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from drseg_core.config.load import override
 from drseg_core.config.schema import ClipConfig, DinoConfig, ModelConfig
 from drseg_core.errors import CheckpointError, ConfigError, ResourceError
+from drseg_core.models.clip import ARCHITECTURES
 from drseg_core.models.dino import DinoPrior
 from drseg_core.training import pretrained
 from drseg_core.training.licences import UNKNOWN, licence_notes
@@ -106,7 +107,7 @@ def test_a_prior_that_was_left_out_is_asked_for_and_checked(with_prior, tmp_path
     save_file({name: value.clone() for name, value in prior.encoder.state_dict().items()}, other)
     with pytest.raises(CheckpointError, match="model.dino.weights are not those"):
         from_pretrained(folder, weights={"dino": str(other)})
-    with pytest.raises(ConfigError, match="expected one of clip, dino, got 'dyno'"):
+    with pytest.raises(ConfigError, match="expected one of clip, dino, remote, got 'dyno'"):
         from_pretrained(folder, weights={"dyno": str(file)})
 
 
@@ -117,6 +118,36 @@ def test_a_prior_may_go_along(with_prior, tmp_path):
     assert json.loads((folder / "config.json").read_text())["left_out"] == {}
     assert equal(before, from_pretrained(folder))
     assert "| dino | drseg-tiny | satellite.safetensors |" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["ugaf", "none"])
+def test_a_second_clip_is_left_out_or_goes_along(config, data, tmp_path, kind):
+    from open_clip.model import CLIP
+
+    file = tmp_path / "RemoteCLIP.safetensors"
+    state = CLIP(**ARCHITECTURES["drseg-tiny"]).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, file)
+    options = {
+        "train.iterations": 1,
+        "model.fusion.kind": kind,
+        "model.decoder.remote_clip": True,
+        "model.remote.name": "drseg-tiny",
+        "model.remote.weights": str(file),
+        "model.remote.image_size": 32,
+        "model.remote.guidance_blocks": [0, 1],
+    }
+    before = load_run(train(override(config, options), data, tmp_path / "run", show_progress=False))
+    folder = save_pretrained(before, tmp_path / "model")
+    whole = save_pretrained(before, tmp_path / "whole", include_frozen=True)
+    assert list(json.loads((folder / "config.json").read_text())["left_out"]) == ["remote"]
+    row = f"| remote | drseg-tiny | RemoteCLIP.safetensors | {UNKNOWN} |"
+    assert f"{row} no, has to be fetched |" in (folder / "README.md").read_text()
+    assert f"{row} yes |" in (whole / "README.md").read_text()
+    assert equal(before, from_pretrained(folder, weights={"remote": str(file)}))
+    file.rename(tmp_path / "elsewhere")
+    assert equal(before, from_pretrained(whole))
+    with pytest.raises(CheckpointError, match="'RemoteCLIP.safetensors' not found"):
+        from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "channels.safetensors", "classes.txt", "config.json"])
