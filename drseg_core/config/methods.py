@@ -72,7 +72,7 @@ METHODS: dict[str, Method] = {
             "model.fusion.branch": "prior",
             "model.decoder.dino_guidance": True,
         },
-        "no RemoteCLIP guidance in the decoder",
+        "RemoteCLIP guides the decoder only with model.decoder.remote_clip, as its weights are a download of their own",
     ),
     "sed": Method(
         "SED",
