@@ -14,7 +14,7 @@ import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ from drseg_core.models.weights import (
     model_state,
     save_weights,
 )
+from drseg_core.training.card import model_card, read_scores, training_facts
 from drseg_core.training.checkpoint import content_hash, file_hash, first_line, storage_failure, whole_folder
-from drseg_core.training.licences import licence_notes, model_card
-from drseg_core.training.rank_channels import ChannelFile, load_channels, save_channels
+from drseg_core.training.licences import licence_notes
+from drseg_core.training.rank_channels import ChannelFile, load_channels, save_channels, weights_hash
 from drseg_core.training.run import CHANNELS, CLASSES, MANIFEST, LoadedRun, load_run, model_of, plain_config
 from drseg_core.training.versions import library_versions
 
@@ -55,6 +56,7 @@ def save_pretrained(
     *,
     channels: ChannelFile | None = None,
     include_frozen: bool = False,
+    results: Sequence[str | Path] = (),
     name: str | None = None,
 ) -> Path:
     """Write a model, complete or not at all.
@@ -65,13 +67,14 @@ def save_pretrained(
         channels: the ranking behind the model's split; by default that of the run's folder.
         include_frozen: also write frozen parts that can be had elsewhere (the prior). Without them whoever loads the
             model needs the same weights, which are then checked; with them their licence goes along.
+        results: files of ``drseg evaluate`` whose scores the card shows.
         name: ``owner/name`` by which the card tells how to load it.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: the folder is not empty.
+        ConfigError: the folder is not empty, or ``results`` holds a file that is none of this model's.
         CheckpointError: the ranking is not that of the model's split.
         ResourceError: the disk is full or not writable.
     """
@@ -88,7 +91,8 @@ def save_pretrained(
     inside = {part for part in PARTS if any(name.startswith(f"{part}.") for name in state)}
     notes = licence_notes(config.model, inside)
     manifest = _manifest(run)
-    card = model_card(config.model, run.class_names, notes, facts=_facts(run, manifest), name=name)
+    facts, scores = training_facts(run.config, run.step, manifest), read_scores(results, weights_hash(run.model))
+    card = model_card(config.model, run.class_names, notes, facts=facts, scores=scores, name=name)
     try:
         with whole_folder(target) as temporary:
             save_weights(temporary / WEIGHTS, state, {"step": run.step, "class_names": list(run.class_names)})
@@ -164,6 +168,7 @@ def push_to_hub(
     *,
     channels: ChannelFile | None = None,
     include_frozen: bool = False,
+    results: Sequence[str | Path] = (),
     private: bool = True,
     token: str | None = None,
     revision: str | None = None,
@@ -177,6 +182,7 @@ def push_to_hub(
         repository: ``owner/name``; made where it is not there.
         channels: see :func:`save_pretrained`; with a run only.
         include_frozen: see :func:`save_pretrained`; with a run only. The licence of those weights has to allow it.
+        results: see :func:`save_pretrained`; with a run only.
         private: whether a new repository is for its owner only. One that is there stays as it is.
         token: with the right to write; by default that of ``hf auth login`` or ``HF_TOKEN``.
         revision: an existing branch; by default ``main``.
@@ -195,8 +201,10 @@ def push_to_hub(
     import huggingface_hub
 
     finished = not isinstance(model, LoadedRun) and (Path(model) / DESCRIPTION).is_file()
-    if finished and (include_frozen or channels is not None):
-        raise ConfigError("push_to_hub: model is a finished folder; expected a run with include_frozen or channels")
+    if finished and (include_frozen or channels is not None or results):
+        raise ConfigError(
+            "push_to_hub: model is a finished folder; expected a run with include_frozen, channels or results"
+        )
     with _reaching(repository):
         hub = huggingface_hub.HfApi(token=token)
         # before gigabytes are written for nothing
@@ -204,8 +212,14 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="drseg-hub-") as place:
         if isinstance(model, LoadedRun) or not finished:
             run = model if isinstance(model, LoadedRun) else load_run(model)
-            options: dict[str, Any] = {"channels": channels, "include_frozen": include_frozen, "name": repository}
-            folder = save_pretrained(run, Path(place) / "model", **options)
+            folder = save_pretrained(
+                run,
+                Path(place) / "model",
+                channels=channels,
+                include_frozen=include_frozen,
+                results=results,
+                name=repository,
+            )
         else:
             folder = Path(model)
             _description(folder)
@@ -301,27 +315,6 @@ def _manifest(run: LoadedRun) -> dict[str, Any]:
             continue
         return {**{key: content[key] for key in _KEPT if key in content}, "data": data}
     return {}
-
-
-def _facts(run: LoadedRun, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What the card tells of the training; what the manifest does not know is left out."""
-    train = run.config.train
-    data, counts = manifest.get("data", {}), manifest.get("parameters", {}).get("total", {})
-    versions = manifest.get("versions", {})
-    found = {
-        "data": f"{data['spec']}, {data['samples']} images" if data else None,
-        "data SHA-256": data.get("sha256"),
-        "steps": f"{run.step} of {train.batch_size} crops of {train.crop_size} px",
-        "loss, precision": f"{train.loss}, {train.precision}",
-        "learning rate": f"{train.learning_rate:g}, of CLIP {train.learning_rate * train.clip_learning_rate_scale:g}",
-        "seed": str(run.config.seed),
-        "parameters": f"{counts['total']:,}, {counts['trainable']:,} of them trained" if counts else None,
-        "evaluation": run.config.evaluation.mode,
-        "begun": manifest.get("started"),
-        "commit": manifest.get("git"),
-        "versions": ", ".join(f"{key} {versions[key]}" for key in ("drseg", "torch") if key in versions) or None,
-    }
-    return {key: str(value) for key, value in found.items() if value is not None}
 
 
 def _portable(config: Config) -> Config:

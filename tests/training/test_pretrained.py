@@ -21,6 +21,7 @@ from drseg_core.errors import CheckpointError, ConfigError, ResourceError
 from drseg_core.models.clip import ARCHITECTURES
 from drseg_core.models.dino import DinoPrior
 from drseg_core.training import pretrained
+from drseg_core.training.card import read_scores
 from drseg_core.training.licences import UNKNOWN, licence_notes
 from drseg_core.training.loop import train
 from drseg_core.training.pretrained import from_pretrained, open_model, push_to_hub, save_pretrained
@@ -329,6 +330,30 @@ def test_the_card_tells_how_to_load_it_and_what_it_was_trained_on(with_prior, hu
     assert from_pretrained(hub.store).config.model.dino.weights == "satellite.safetensors"
 
 
+def test_the_card_shows_scores_of_this_model_only(run, with_prior, data, tmp_path, hub):
+    from drseg_core.cli.main import main
+
+    file = tmp_path / "metrics.json"
+    assert main(["evaluate", str(run), "--data", data, "--out", str(file), "--device", "cpu"]) == 0
+    push_to_hub(run, "somebody/drseg", results=[file])
+    found = json.loads(file.read_text())
+    row = f"| folder | val | 5 | none | {found['class_names_sha256'][:12]} | present | {found['mIoU']:.2f} % |"
+    assert row in (hub.store / "README.md").read_text()
+    # nothing over nothing, and a protocol
+    found.update(mIoU=None, protocol={"name": "rskt"})
+    file.write_text(json.dumps(found))
+    (card,) = read_scores([file], found["weights_sha256"])
+    assert (card["protocol"], card["mIoU"]) == ("rskt", "-")
+    hub.asked.clear()
+    with pytest.raises(ConfigError, match=r"metrics.json is of another model; expected weights \w{12}, got \w{12}$"):
+        push_to_hub(with_prior[0], "somebody/drseg", results=[file])
+    for text in ("{}", "[]", "no JSON", None):
+        file.unlink() if text is None else file.write_text(text)
+        with pytest.raises(ConfigError, match="expected a file of drseg evaluate"):
+            push_to_hub(run, "somebody/drseg", results=[file])
+    assert {name for name, *_ in hub.asked} == {"whoami"}
+
+
 @pytest.mark.parametrize("place", ["whoami", "create_repo", "upload_folder"])
 def test_without_network_or_token(run, tmp_path, hub, place):
     from huggingface_hub.errors import LocalTokenNotFoundError
@@ -350,6 +375,8 @@ def test_what_cannot_be_pushed(run, tmp_path, hub):
     folder = save_pretrained(load_run(run), tmp_path / "model")
     with pytest.raises(ConfigError, match="is a finished folder"):
         push_to_hub(folder, "somebody/drseg", include_frozen=True)
+    with pytest.raises(ConfigError, match="is a finished folder"):
+        push_to_hub(folder, "somebody/drseg", results=["metrics.json"])
     assert hub.asked == []
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-3] ^= 1
