@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": _PARTS | {"training", "evaluation", "scenes", "studies", ""},
 }
 # imported inside the function that needs them, so that importing the package stays quick and builds nothing
-LAZY = {"timm", "open_clip", "triton", "torchvision", "rasterio", "matplotlib", "drseg_kernels"}
+LAZY = {"timm", "open_clip", "triton", "torchvision", "rasterio", "matplotlib", "huggingface_hub", "drseg_kernels"}
 KERNELS_MAY_IMPORT = {"torch", "triton", "drseg_kernels", "__future__"} | set(sys.stdlib_module_names)
 
 
