@@ -122,7 +122,8 @@ class ProposalSegmenter(Segmenter):
     embeddings and averaged.
 
     Simplified: trained by the dense loss of all methods (see the module); the image in one size for both networks;
-    SCAN's frequency filter and its own calibration of CLIP's text side are left out.
+    SCAN's proposals come from SAN's side network instead of Mask2Former, its semantic integration has no frequency
+    filter and no class token, and CLIP looks at the whole image with a bias instead of at crops.
 
     Args:
         config: ``proposals.kind`` must not be ``none``.
