@@ -83,22 +83,22 @@ METHODS: dict[str, Method] = {
             "model.rotations": 1,
             "model.decoder.skip_correlation": True,
         },
-        "CLIP's vision transformer instead of its hierarchical ConvNeXt; aggregation at the token grid alone, not again "
-        "in each stage of the decoder, which has two stages instead of three; classes are not rejected early",
+        "CLIP's vision transformer instead of its hierarchical ConvNeXt; aggregation at the token grid alone, not "
+        "again in each stage of the decoder, which has two stages instead of three; classes are not rejected early",
     ),
     "san": Method(
         "SAN",
         "arXiv 2302.12242; MendelXu/SAN",
         {**_NO_PRIOR, "model.rotations": 1, "model.proposals.kind": "side_adapter"},
-        "dense loss instead of matching; the side network sees the image in CLIP's size; CLIP is trained like that of the "
-        "others",
+        "dense loss instead of matching; the side network sees the image in CLIP's size; CLIP is trained like that "
+        "of the others",
     ),
     "scan": Method(
         "SCAN",
         "arXiv 2312.04089; yongliu20/SCAN",
         {**_NO_PRIOR, "model.rotations": 1, "model.proposals.kind": "calibrated"},
-        "SAN's side network instead of Mask2Former; dense loss instead of matching; CLIP is integrated by cross-attention "
-        "alone, without frequency filter and class token, and recognises without cropping",
+        "SAN's side network instead of Mask2Former; dense loss instead of matching; CLIP is integrated by cross-"
+        "attention alone, without frequency filter and class token, and recognises without cropping",
     ),
 }
 
