@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from drseg_core.errors import ConfigError
 from drseg_core.studies.channels import activation_sparsity, channel_masking, retention
+from drseg_core.studies.graph import neighbour_purity
 from drseg_core.studies.maps import correlation_maps
 from drseg_core.studies.setting import make_setting
 from drseg_core.studies.tables import training_study, training_study_names
@@ -37,6 +38,7 @@ def _all() -> dict[str, Study]:
         Study("retention", "mIoU of CLIP with a share of its channels (Fig. 6)", retention),
         Study("activation-sparsity", "How sparse semantic and structural channels are", activation_sparsity),
         Study("correlation-maps", "Original, rectified and fused maps (Fig. 7)", correlation_maps),
+        Study("neighbour-purity", "What the graph of a prior connects", neighbour_purity),
     ]
     setting = make_setting()
     for name in training_study_names():

@@ -72,6 +72,7 @@ _SWEEPS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
         (0.0, 0.25, 0.5, 1.0, 2.0, 4.0),
     ),
     "affinity": ("Form of the affinity (Eq. 7)", "model.graph.affinity", ("exp", "power", "product", "gauss")),
+    "neighbours": ("Neighbours K, fewer than Table 6 has", "model.graph.k", (4, 8, 16, 33, 75)),
     "tau": ("Temperature of the gate (Eq. 12)", "model.fusion.tau", (0.01, 0.02, 0.07, 1.0, None)),
     "gate": (
         "Form of the gate (Eq. 13)",
