@@ -59,7 +59,15 @@ def variants(target: Any) -> Iterator[Variant]:
 
     device = Device(target.name, target.l2_bytes, target.shared_bytes)
     seen = set()
-    for found in (_knn_tiles, _knn_on_chip, _edge_weight, _degree_normalize, _graph_propagate):
+    for found in (
+        _knn_tiles,
+        _knn_on_chip,
+        _edge_weight,
+        _edge_coefficient,
+        _degree_normalize,
+        _graph_layer,
+        _graph_propagate,
+    ):
         for variant in found(device):
             if variant.name not in seen:
                 seen.add(variant.name)
@@ -126,7 +134,8 @@ def _knn_on_chip(device: Any) -> Iterator[Variant]:
 
 # pointers that have one type whatever the dtype of the features
 _FIXED = {
-    **{f"{name}_ptr": "*fp32" for name in ("weight", "slope", "part", "total", "start", "end", "row", "column")},
+    **{f"{name}_ptr": "*fp32" for name in ("weight", "slope", "part", "total", "row", "column")},
+    **{f"{name}_ptr": "*fp32" for name in ("normed", "inverse", "moment", "gain", "shift", "dot", "coefficient")},
     "index_ptr": "*i32",
     "edge_ptr": "*i32",
     "begin_ptr": "*i64",
@@ -137,6 +146,7 @@ _FIXED = {
 
 def _variant(op: str, kernel: Any, tile: Any, dtype: str, constants: dict[str, Any], even: bool = True) -> Variant:
     """A kernel of the ops on edges; every pointer that is not of one type always is one to ``dtype``."""
+    from drseg_kernels import graph_layer
     from drseg_kernels._tile import FUSED
 
     names = kernel.arg_names
@@ -151,7 +161,7 @@ def _variant(op: str, kernel: Any, tile: Any, dtype: str, constants: dict[str, A
         kernel,
         types,
         {**constants, **sizes},
-        {**tile.options(), **FUSED},
+        graph_layer.options(tile) if op == "graph_layer" else {**tile.options(), **FUSED},
         tile.shared_bytes(),
         ("width", "channels") if even else (),
     )
@@ -171,13 +181,35 @@ def _edge_weight(device: Any) -> Iterator[Variant]:
     usual, *others = _tiles(name, device, (576, 75, 128), (576, 4, 24))
     for dtype in _DTYPES:
         yield _variant(name, op._edge_weight_fwd_kernel, usual, dtype, {"MASKED": True})
-        everything = {"NEED_SOURCE": True, "NEED_PARAMETERS": True}
+        everything = {"NORM": "none", "NEED_SOURCE": True, "NEED_PARAMETERS": True}
         yield _variant(name, op._edge_weight_bwd_kernel_source, op.two_sums(usual), dtype, everything)
         yield _variant(name, op._edge_weight_bwd_kernel_target, usual, dtype, {})
     yield _variant(name, op._edge_weight_bwd_kernel_sum, usual, "fp32", {}, even=False)
     yield _variant(name, op._edge_weight_fwd_kernel, usual, "fp32", {"MASKED": False}, even=False)
     for tile in others:
         yield _variant(name, op._edge_weight_fwd_kernel, tile, "fp32", {"MASKED": False})
+
+
+def _edge_coefficient(device: Any) -> Iterator[Variant]:
+    from drseg_kernels import edge_coefficient as op
+    from drseg_kernels import edge_weight
+
+    name = "edge_coefficient"
+    usual, *others = _tiles(name, device, (576, 75, 128), (576, 4, 24))
+    for dtype in _DTYPES:
+        yield _variant(name, op._edge_coefficient_fwd_kernel, usual, dtype, {"NORM": "sym_row", "MASKED": True})
+    for norm in ("row", "sym_count", "sym_inout"):
+        yield _variant(name, op._edge_coefficient_fwd_kernel, usual, "fp32", {"NORM": norm, "MASKED": True})
+    for tile in others:
+        constants = {"NORM": "sym_row", "MASKED": False}
+        yield _variant(name, op._edge_coefficient_fwd_kernel, tile, "fp32", constants, even=False)
+    # its backward is that of edge_weight, in the sizes of that op
+    (usual,) = _tiles("edge_weight", device, (576, 75, 128))[:1]
+    for norm in ("sym_row", "sym_inout", "sym_undirected"):
+        constants = {"NORM": norm, "NEED_SOURCE": True, "NEED_PARAMETERS": True}
+        yield _variant(
+            "edge_weight", edge_weight._edge_weight_bwd_kernel_source, edge_weight.two_sums(usual), "fp32", constants
+        )
 
 
 def _degree_normalize(device: Any) -> Iterator[Variant]:
@@ -192,6 +224,7 @@ def _degree_normalize(device: Any) -> Iterator[Variant]:
         yield _variant(name, op._degree_normalize_fwd_kernel_edges, usual, "fp32", {"NORM": norm})
         yield _variant(name, op._degree_normalize_bwd_kernel_degree, usual, "fp32", {"NORM": norm})
         yield _variant(name, op._degree_normalize_bwd_kernel_edges, usual, "fp32", {"NORM": norm})
+    yield _variant(name, op._degree_normalize_fwd_kernel_edges, usual, "fp32", {"NORM": "row"})
     for tile in others:
         yield _variant(name, op._degree_normalize_fwd_kernel_scale, tile, "fp32", {"NORM": "sym_inout"})
 
@@ -206,8 +239,16 @@ def _graph_propagate(device: Any) -> Iterator[Variant]:
     for short in _DTYPES:
         for transpose in (False, True):
             yield _variant(name, gathered, gathers, short, {"TRANSPOSE": transpose})
-        yield _variant(name, op._graph_propagate_bwd_kernel_coefficient, gathers, short, {})
-    yield _variant(name, op._graph_propagate_bwd_kernel_coefficient, op.gathered(dense), "fp32", {})
+    dots, products, *more = _tiles("graph_propagate_dot", device, (4096, 75, 384), (576, 75, 384))
+    for tile in [dots, products, *more]:
+        for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            for both in (False, True):
+                if tile.sources:
+                    constants = op.sampled_constants(dtype != torch.float32, 75, both, tile)
+                    words = {key: value for key, value in constants.items() if key not in tile.constants()}
+                    yield _variant(name, op._graph_propagate_bwd_kernel_sampled, tile, short, words)
+                else:
+                    yield _variant(name, op._graph_propagate_bwd_kernel_coefficient, tile, short, {"BOTH": both})
     yield _variant(name, gathered, gathers, "fp32", {"TRANSPOSE": False}, even=False)
     for tile in (tile for tile in others if not tile.sources):
         yield _variant(name, gathered, tile, "fp32", {"TRANSPOSE": False})
@@ -217,3 +258,31 @@ def _graph_propagate(device: Any) -> Iterator[Variant]:
                 constants = op.dense_constants(dtype, transpose, 75, tile, False)
                 words = {key: value for key, value in constants.items() if key not in tile.constants()}
                 yield _variant(name, densified, tile, short, words)
+
+
+def _graph_layer(device: Any) -> Iterator[Variant]:
+    import torch
+    from drseg_kernels import graph_layer as op
+    from drseg_kernels.graph_propagate import dense_constants
+
+    name = "graph_layer"
+    usual = op.epilogue(True, "layer_norm", True, False)
+    ends = (usual, op.epilogue(True, "layer_norm", False, True), op.epilogue(True, "relu", False, False))
+    sizes = ((4096, 75, 384), (576, 75, 384), (576, 75, 256), (4096, 4, 24), (4096, 75, 1024))
+    for tile in _tiles(name, device, *sizes):
+        for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            for end in ends if tile.columns == 512 else (usual,):
+                if not tile.sources:
+                    yield _variant(name, op._graph_layer_fwd_kernel_gathered, tile, short, end)
+                    continue
+                constants = dense_constants(dtype, False, 75, tile, False)
+                words = {key: value for key, value in constants.items() if key not in ("TRANSPOSE", *tile.constants())}
+                yield _variant(name, op._graph_layer_fwd_kernel_densified, tile, short, {**end, **words})
+    for tile in _tiles("graph_layer_rows", device, (576, 75, 384), (576, 75, 2048)):
+        for activation in ("relu", "layer_norm"):
+            everything = {"NEED_INNER": True, "NEED_PARAMETERS": True}
+            constants = {"ACTIVATION": activation, "WHOLE": tile.columns < 1024, **everything}
+            yield _variant(name, op._graph_layer_bwd_kernel_activation, tile, "fp32", constants)
+        yield _variant(name, op._graph_layer_bwd_kernel_sum, tile, "fp32", {"BIAS": True})
+    yield _variant(name, op._graph_layer_fwd_kernel_norm, tile, "fp32", {})
+    yield _variant(name, op._graph_layer_bwd_kernel_moments, tile, "fp32", {})

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four ops of Prior-Driven Graph Rectification; the only way to reach a kernel."""
+"""The four ops of Prior-Driven Graph Rectification and their fusions; the only way to reach a kernel."""
 
 from drseg_core.ops._dispatch import backend_report, last_backend, use_backend
 from drseg_core.ops.degree_normalize.api import degree_normalize
+from drseg_core.ops.edge_coefficient.api import edge_coefficient
 from drseg_core.ops.edge_weight.api import edge_weight
+from drseg_core.ops.graph_layer.api import graph_layer
 from drseg_core.ops.graph_propagate.api import graph_propagate
 from drseg_core.ops.knn_graph.api import PreparedPrior, knn_graph, padding_mask, prepare_prior
 
@@ -11,7 +13,9 @@ __all__ = [
     "PreparedPrior",
     "backend_report",
     "degree_normalize",
+    "edge_coefficient",
     "edge_weight",
+    "graph_layer",
     "graph_propagate",
     "knn_graph",
     "last_backend",

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes of the programs of the ops on edges, and how ``graph_propagate`` computes: gathered or densified.
 
+Beside the tables of the ops there are ``graph_propagate_dot`` for the gradient to coefficients, and
+``graph_layer_rows`` for what ``graph_layer`` does row by row.
+
 No rule here has been measured on a GPU; what they aim at stands beside them. Tables as in ``_launch.py``.
 """
 
@@ -27,6 +30,9 @@ _VALUES_PER_THREAD = 32
 # H200), a dense one N / K multiply-adds and a share of building the tile.
 DENSE_NODES = 1024
 DENSE_NODES_PER_NEIGHBOUR = 12
+
+# a program that normalises rows holds them whole up to this many channels
+WIDEST_ROW = 1024
 
 
 @dataclass(frozen=True)
@@ -81,18 +87,32 @@ def rule(op: str, device: Device, nodes: int, k: int, width: int) -> Tile:
 
     Args:
         op: name of the op. device: where it runs. nodes, k: N and K.
-        width: E of ``edge_weight``, C of ``graph_propagate``, K of ``degree_normalize``.
+        width: E of ``edge_weight`` and ``edge_coefficient``, C of ``graph_propagate`` and ``graph_layer``, K of
+            ``degree_normalize``.
     """
     interpreted = device.name == "interpreter"
     if op == "degree_normalize":
         # one row or one list per program: only its slots are worked on at a time
         columns = min(1024, max(32, power_of_two_from(width)))
         return Tile(1, columns, max(1, min(4, columns // 256)))
+    whole = min(WIDEST_ROW, max(16, power_of_two_from(width)))
+    if op == "graph_layer_rows":
+        return Tile(max(1, 1024 // whole), whole, max(1, min(4, whole // 128)))
     dense = nodes <= DENSE_NODES and nodes <= DENSE_NODES_PER_NEIGHBOUR * k
+    if interpreted and dense and op.startswith("graph_"):
+        return Tile(64, min(256, max(64, whole)), 4, 64)
     if op == "graph_propagate" and dense:
-        if interpreted:
-            return Tile(64, 128, 4, 64)
         return Tile(32, 128, 4, 16)
+    if op == "graph_propagate_dot" and dense:
+        # with fewer warps the products and the places of the edges do not fit the registers
+        return Tile(64, 32, 8, 64)
+    if op == "graph_layer" and dense:
+        # a whole row in one program, so that it can be normalised; it also builds the dense tile once
+        columns = min(512, max(64, whole))
+        return Tile(16, columns, 8 if columns > 256 else 4, 16)
+    if op == "graph_layer":
+        rows = min(max(1, 4 * 32 * _VALUES_PER_THREAD // whole), max(4, power_of_two_from(k)))
+        return Tile(rows, whole, max(1, min(4, rows * whole // (32 * _VALUES_PER_THREAD))))
     columns = min(256 if interpreted else 128, max(16, power_of_two_from(width)))
     if interpreted:
         # its cost is per instruction

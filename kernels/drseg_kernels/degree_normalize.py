@@ -8,6 +8,7 @@ in steps of COLUMNS, then a tree over the COLUMNS.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from drseg_kernels._blocks import within
 from drseg_kernels._launch import on_device_of
-from drseg_kernels._reverse import reverse_lists
+from drseg_kernels._reverse import Reverse, reverse_lists
 from drseg_kernels._tile import FUSED, Tile, tile_of
 
 
@@ -106,7 +107,7 @@ def _degree_normalize_fwd_kernel_edges(
     NORM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Coefficients (B * N, slots) of the edges of one node: the weight times the scales of both ends."""
+    """Coefficients (B * N, slots) of the edges of one node: the weight times the scales of both ends, or of one."""
     node = tl.program_id(0)
     sample = (node // nodes).to(tl.int64) * nodes
     node = node.to(tl.int64)
@@ -117,7 +118,9 @@ def _degree_normalize_fwd_kernel_edges(
         edge = node * slots + k
         other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
         weight = tl.load(weight_ptr + edge, mask=slot, other=0.0).to(tl.float32)
-        value = weight * near * tl.load(end_ptr + other, mask=slot, other=0.0)
+        value = weight * near
+        if NORM != "row":
+            value = value * tl.load(end_ptr + other, mask=slot, other=0.0)
         if NORM == "sym_undirected":
             value = value * 0.5
         tl.store(coefficient_ptr + edge, value, mask=slot)
@@ -181,6 +184,19 @@ def _degree_normalize_bwd_kernel_degree(
         tl.store(row_ptr + node, (to_start + to_end) * 0.25)
 
 
+@triton.jit
+def weight_gradient(grad_ptr, end_ptr, column_ptr, edge, slot, other, start, through_row, NORM: tl.constexpr):
+    """Gradient to the weights of some edges of one node: directly, and through the degrees of both ends."""
+    value = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
+    value = value * start * tl.load(end_ptr + other, mask=slot, other=0.0)
+    if NORM == "sym_undirected":
+        value = value * 0.5
+    value = value + through_row
+    if NORM != "sym_row":
+        value = value + tl.load(column_ptr + other, mask=slot, other=0.0)
+    return value
+
+
 @triton.jit(do_not_specialize=["nodes", "slots"])
 def _degree_normalize_bwd_kernel_edges(
     grad_ptr,
@@ -195,7 +211,7 @@ def _degree_normalize_bwd_kernel_edges(
     NORM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Gradient (B * N, slots) to the weights of one node's edges: directly, and through the degrees of both ends."""
+    """Gradient (B * N, slots) to the weights of one node's edges."""
     node = tl.program_id(0)
     sample = (node // nodes).to(tl.int64) * nodes
     node = node.to(tl.int64)
@@ -205,33 +221,53 @@ def _degree_normalize_bwd_kernel_edges(
         slot = k < slots
         edge = node * slots + k
         other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
-        value = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
-        value = value * near * tl.load(end_ptr + other, mask=slot, other=0.0)
-        if NORM == "sym_undirected":
-            value = value * 0.5
-        value = value + through_row
-        if NORM != "sym_row":
-            value = value + tl.load(column_ptr + other, mask=slot, other=0.0)
+        value = weight_gradient(grad_ptr, end_ptr, column_ptr, edge, slot, other, near, through_row, NORM)
         tl.store(grad_weight_ptr + edge, value, mask=slot)
 
 
-def _scales(weight: Tensor, index: Tensor, norm: str, eps: float, common: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Factors of the two ends of an edge, each (B * N,); one tensor where they are one."""
+@dataclass(frozen=True)
+class Ends:
+    """What leads a gradient of the coefficients to the weights, for the norms with a degree at both ends of an edge.
+
+    Args:
+        norm: ``sym_row``, ``sym_inout`` or ``sym_undirected``.
+        start, end: (B * N,) scales of a node at the start and at the end of an edge.
+        row, column: (B * N,) gradients to its degrees there; one tensor where the degrees are one.
+        reverse: incoming edges.
+    """
+
+    norm: str
+    start: Tensor
+    end: Tensor
+    row: Tensor
+    column: Tensor
+    reverse: Reverse
+
+
+def scales(
+    weight: Tensor,
+    index: Tensor,
+    norm: str,
+    eps: float,
+    common: dict[str, Any],
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Factors of the two ends of an edge, each (B * N,); one tensor where they are one. ``into`` is where they go."""
     rows = index.shape[0] * index.shape[1]
-    start = torch.empty(rows, dtype=torch.float32, device=weight.device)
-    end = torch.empty_like(start) if norm == "sym_inout" else start
+    if into is None:
+        start = torch.empty(rows, dtype=torch.float32, device=weight.device)
+        into = (start, torch.empty_like(start) if norm == "sym_inout" else start)
     # never read for sym_row
     begin, edge = index, index
     if norm != "sym_row":
         reverse = reverse_lists(index)
         begin, edge = reverse.begin, reverse.edge
-    _degree_normalize_fwd_kernel_scale[(rows,)](
-        weight, begin, edge, start, end, index.shape[2], eps, NORM=norm, **common
-    )
-    return start, end
+    _degree_normalize_fwd_kernel_scale[(rows,)](weight, begin, edge, *into, index.shape[2], eps, NORM=norm, **common)
+    return into
 
 
-def _common(weight: Tensor, index: Tensor, tile: Tile | None) -> dict[str, Any]:
+def common_of(weight: Tensor, index: Tensor, tile: Tile | None = None) -> dict[str, Any]:
+    """Compile-time arguments and options of the kernels here."""
     slots = index.shape[2]
     chosen = tile or tile_of("degree_normalize", weight.device, index.shape[1], slots, slots)
     return {"COLUMNS": chosen.columns, **chosen.options(), **FUSED}
@@ -252,18 +288,43 @@ def degree_normalize(weight: Tensor, index: Tensor, norm: str, eps: float, *, ti
     coefficient = torch.empty(index.shape, dtype=torch.float32, device=weight.device)
     if coefficient.numel() == 0:
         return coefficient
-    common = _common(weight, index, tile)
+    common = common_of(weight, index, tile)
     weight = weight.contiguous()
     rows = index.shape[0] * index.shape[1]
     with on_device_of(weight):
         if norm == "row":
             _degree_normalize_fwd_kernel_row[(rows,)](weight, coefficient, slots, eps, **common)
             return coefficient
-        start, end = _scales(weight, index, norm, eps, common)
+        start, end = scales(weight, index, norm, eps, common)
         _degree_normalize_fwd_kernel_edges[(rows,)](
             weight, index.contiguous(), start, end, coefficient, index.shape[1], slots, NORM=norm, **common
         )
     return coefficient
+
+
+def through_degrees(
+    grad: Tensor, weight: Tensor, index: Tensor, norm: str, start: Tensor, end: Tensor, common: dict[str, Any]
+) -> Ends:
+    """Gradients to the degrees; ``grad`` and ``weight`` contiguous, the scales as ``scales`` gives them."""
+    reverse = reverse_lists(index)
+    row = torch.empty_like(start)
+    column = torch.empty_like(start) if norm == "sym_inout" else row
+    _degree_normalize_bwd_kernel_degree[(start.numel(),)](
+        grad,
+        weight,
+        index.contiguous(),
+        reverse.begin,
+        reverse.edge,
+        start,
+        end,
+        row,
+        column,
+        index.shape[1],
+        index.shape[2],
+        NORM=norm,
+        **common,
+    )
+    return Ends(norm, start, end, row, column, reverse)
 
 
 def degree_normalize_backward(
@@ -276,33 +337,26 @@ def degree_normalize_backward(
     grad_weight = torch.empty(index.shape, dtype=weight.dtype, device=weight.device)
     if grad_weight.numel() == 0:
         return grad_weight
-    common = _common(weight, index, tile)
+    common = common_of(weight, index, tile)
     grad, weight = grad.contiguous(), weight.contiguous()
     rows = index.shape[0] * index.shape[1]
     with on_device_of(weight):
         if norm == "row":
             _degree_normalize_bwd_kernel_row[(rows,)](grad, weight, grad_weight, slots, eps, **common)
             return grad_weight
-        start, end = _scales(weight, index, norm, eps, common)
-        reverse, near = reverse_lists(index), index.contiguous()
-        row = torch.empty_like(start)
-        column = torch.empty_like(start) if norm == "sym_inout" else row
-        _degree_normalize_bwd_kernel_degree[(rows,)](
+        start, end = scales(weight, index, norm, eps, common)
+        ends = through_degrees(grad, weight, index, norm, start, end, common)
+        _degree_normalize_bwd_kernel_edges[(rows,)](
             grad,
-            weight,
-            near,
-            reverse.begin,
-            reverse.edge,
+            index.contiguous(),
             start,
             end,
-            row,
-            column,
+            ends.row,
+            ends.column,
+            grad_weight,
             index.shape[1],
             slots,
             NORM=norm,
             **common,
-        )
-        _degree_normalize_bwd_kernel_edges[(rows,)](
-            grad, near, start, end, row, column, grad_weight, index.shape[1], slots, NORM=norm, **common
         )
     return grad_weight

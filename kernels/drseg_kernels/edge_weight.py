@@ -22,10 +22,52 @@ from drseg_kernels._blocks import softplus, softplus_slope, within
 from drseg_kernels._launch import on_device_of
 from drseg_kernels._reverse import reverse_lists
 from drseg_kernels._tile import FUSED, Tile, tile_of
+from drseg_kernels.degree_normalize import Ends, weight_gradient
 
 # chunks of rows whose contributions to the gradients of vector and bias are summed apart: enough to fill a device
 _MOST_CHUNKS = 1024
 _SMALLEST_CHUNK = 8
+
+
+@triton.jit
+def weights_of(
+    source_ptr,
+    target_ptr,
+    index_ptr,
+    vector_ptr,
+    bias_ptr,
+    mask_ptr,
+    node,
+    k,
+    nodes,
+    slots,
+    width,
+    MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """(ROWS,) weights of the edges in the slots ``k`` of one node."""
+    first = (node // nodes).to(tl.int64) * nodes
+    node = node.to(tl.int64)
+    slot = k < slots
+    edge = node * slots + k
+    near = first + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, width, COLUMNS):
+        c = start + tl.arange(0, COLUMNS)
+        column = c < width
+        both = slot[:, None] & column[None, :]
+        own = tl.load(source_ptr + node * width + c, mask=column, other=0.0).to(tl.float32)
+        other = tl.load(target_ptr + (near * width)[:, None] + c[None, :], mask=both, other=0.0).to(tl.float32)
+        vector = tl.load(vector_ptr + c, mask=column, other=0.0).to(tl.float32)
+        hidden = own[None, :] + other
+        # written so that NaN passes
+        total += tl.where(hidden < 0.0, 0.0, hidden) * vector[None, :]
+    weight = softplus(tl.sum(total, axis=1) + tl.load(bias_ptr).to(tl.float32))
+    if MASKED:
+        # a product, not a choice: a row that is not finite must not look healthy because its slots are padding
+        weight = weight * tl.load(mask_ptr + edge, mask=slot, other=0).to(tl.float32)
+    return weight
 
 
 @triton.jit(do_not_specialize=["nodes", "slots"])
@@ -46,28 +88,24 @@ def _edge_weight_fwd_kernel(
 ):
     """ROWS edges of one node: source, target (B * N, width), index, mask, weight (B * N, slots)."""
     node = tl.program_id(0)
-    first = (node // nodes).to(tl.int64) * nodes
-    node = node.to(tl.int64)
     k = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    slot = k < slots
-    edge = node * slots + k
-    near = first + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, width, COLUMNS):
-        c = start + tl.arange(0, COLUMNS)
-        column = c < width
-        both = slot[:, None] & column[None, :]
-        own = tl.load(source_ptr + node * width + c, mask=column, other=0.0).to(tl.float32)
-        other = tl.load(target_ptr + (near * width)[:, None] + c[None, :], mask=both, other=0.0).to(tl.float32)
-        vector = tl.load(vector_ptr + c, mask=column, other=0.0).to(tl.float32)
-        hidden = own[None, :] + other
-        # written so that NaN passes
-        total += tl.where(hidden < 0.0, 0.0, hidden) * vector[None, :]
-    weight = softplus(tl.sum(total, axis=1) + tl.load(bias_ptr).to(tl.float32))
-    if MASKED:
-        # a product, not a choice: a row that is not finite must not look healthy because its slots are padding
-        weight = weight * tl.load(mask_ptr + edge, mask=slot, other=0).to(tl.float32)
-    tl.store(weight_ptr + edge, weight, mask=slot)
+    weight = weights_of(
+        source_ptr,
+        target_ptr,
+        index_ptr,
+        vector_ptr,
+        bias_ptr,
+        mask_ptr,
+        node,
+        k,
+        nodes,
+        slots,
+        width,
+        MASKED,
+        ROWS,
+        COLUMNS,
+    )
+    tl.store(weight_ptr + node.to(tl.int64) * slots + k, weight, mask=k < slots)
 
 
 @triton.jit(do_not_specialize=["rows", "nodes", "slots", "chunk"])
@@ -81,18 +119,26 @@ def _edge_weight_bwd_kernel_source(
     slope_ptr,
     grad_source_ptr,
     part_ptr,
+    start_ptr,
+    end_ptr,
+    row_ptr,
+    column_ptr,
     rows,
     nodes,
     slots,
     width,
     chunk,
+    NORM: tl.constexpr,
     NEED_SOURCE: tl.constexpr,
     NEED_PARAMETERS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Some hidden units of a chunk of rows: slope (rows, slots), the gradient of each logit; grad_source; and in part
-    (chunks, width + 1) the chunk's contributions to the gradients of vector and, last, of bias."""
+    (chunks, width + 1) the chunk's contributions to the gradients of vector and, last, of bias.
+
+    With a NORM ``grad`` is the gradient of the normalised weights, see ``degree_normalize.weight_gradient``.
+    """
     begin = tl.program_id(0).to(tl.int64) * chunk
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     column = c < width
@@ -109,14 +155,19 @@ def _edge_weight_bwd_kernel_source(
             k = start + tl.arange(0, ROWS)
             slot = (k < slots) & inside
             edge = node * slots + k
+            near = first + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
+            if NORM == "none":
+                grad = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
+            else:
+                start_scale = tl.load(start_ptr + node, mask=inside, other=0.0)
+                through_row = tl.load(row_ptr + node, mask=inside, other=0.0)
+                grad = weight_gradient(grad_ptr, end_ptr, column_ptr, edge, slot, near, start_scale, through_row, NORM)
             # a masked slot has weight 0 and so slope 0
-            weight = tl.load(weight_ptr + edge, mask=slot, other=0.0)
-            slope = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32) * softplus_slope(weight)
+            slope = grad * softplus_slope(tl.load(weight_ptr + edge, mask=slot, other=0.0))
             if tl.program_id(1) == 0:
                 tl.store(slope_ptr + edge, slope, mask=slot)
             to_bias += slope
             if NEED_SOURCE or NEED_PARAMETERS:
-                near = first + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
                 both = slot[:, None] & column[None, :]
                 other = tl.load(target_ptr + (near * width)[:, None] + c[None, :], mask=both, other=0.0)
                 hidden = own[None, :] + other.to(tl.float32)
@@ -170,16 +221,19 @@ def _edge_weight_bwd_kernel_target(
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def _edge_weight_bwd_kernel_sum(part_ptr, total_ptr, chunks, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Some columns of total (width,): the sum of part (chunks, width) over the chunks."""
+def _edge_weight_bwd_kernel_sum(
+    part_ptr, grad_vector_ptr, grad_bias_ptr, chunks, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Some of grad_vector (width,) and, last, grad_bias: the sum of part (chunks, width + 1) over the chunks."""
     c = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    column = c < width
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, chunks, ROWS):
         r = (start + tl.arange(0, ROWS)).to(tl.int64)
-        both = (r < chunks)[:, None] & column[None, :]
-        total += tl.load(part_ptr + (r * width)[:, None] + c[None, :], mask=both, other=0.0)
-    tl.store(total_ptr + c, tl.sum(total, axis=0), mask=column)
+        both = (r < chunks)[:, None] & (c <= width)[None, :]
+        total += tl.load(part_ptr + (r * (width + 1))[:, None] + c[None, :], mask=both, other=0.0)
+    value = tl.sum(total, axis=0)
+    tl.store(grad_vector_ptr + c, value, mask=c < width)
+    tl.store(grad_bias_ptr + (c - width), value, mask=c == width)
 
 
 def two_sums(tile: Tile) -> Tile:
@@ -244,6 +298,7 @@ def edge_weight_backward(
     need_target: bool,
     need_parameters: bool,
     *,
+    ends: Ends | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to ``source``, ``target``, ``vector`` and ``bias`` in their dtypes; one that is not needed is empty.
@@ -251,6 +306,7 @@ def edge_weight_backward(
     Args:
         grad, weight: (B, N, K); the other arguments as in ``edge_weight``.
         need_source, need_target, need_parameters: which gradients to compute; ``vector`` and ``bias`` go together.
+        ends: given where ``grad`` is that of the normalised weights.
     """
     batch, nodes, slots = index.shape
     width, rows = source.shape[-1], batch * nodes
@@ -273,6 +329,8 @@ def edge_weight_backward(
     chunks, blocks = triton.cdiv(rows, chunk), triton.cdiv(width, chosen.columns)
     part = torch.empty(chunks if need_parameters else 0, width + 1, dtype=torch.float32, device=source.device)
     common: dict[str, Any] = {**chosen.constants(), **chosen.options(), **FUSED}
+    # never read without a norm
+    scales = (slope,) * 4 if ends is None else (ends.start, ends.end, ends.row, ends.column)
     with on_device_of(source):
         # the slopes are needed where nothing else is asked of the first kernel
         _edge_weight_bwd_kernel_source[(chunks, max(1, blocks) if need_source or need_parameters else 1)](
@@ -285,25 +343,24 @@ def edge_weight_backward(
             slope,
             grad_source,
             part,
+            *scales,
             rows,
             nodes,
             slots,
             width,
             chunk,
+            NORM="none" if ends is None else ends.norm,
             NEED_SOURCE=need_source,
             NEED_PARAMETERS=need_parameters,
             **{**common, **two_sums(chosen).constants()},
         )
         if need_target and blocks:
-            reverse = reverse_lists(index)
+            reverse = reverse_lists(index) if ends is None else ends.reverse
             _edge_weight_bwd_kernel_target[(rows, blocks)](
                 slope, source, target, reverse.begin, reverse.edge, vector, grad_target, slots, width, **common
             )
         if need_parameters:
-            total = torch.empty(width + 1, dtype=torch.float32, device=source.device)
             _edge_weight_bwd_kernel_sum[(triton.cdiv(width + 1, chosen.columns),)](
-                part, total, chunks, width + 1, **common
+                part, grad_vector, grad_bias, chunks, width, **common
             )
-            grad_vector.copy_(total[:width])
-            grad_bias.copy_(total[width].view(bias.shape))
     return grad_source, grad_target, grad_vector, grad_bias

@@ -10,12 +10,11 @@ computed again edge by edge, because zero times infinity would carry it to nodes
 
 Every sum has one order. Gathered: the edges in steps of ROWS, then a tree over the ROWS. Densified: the edges between
 two nodes in ascending slots, then the nodes in steps of SOURCES. Gradient to a coefficient: the channels in steps of
-COLUMNS, then a tree.
+COLUMNS, then a tree; by dense products of two groups of nodes, of which each edge takes its own, where nodes are few.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -29,26 +28,25 @@ from drseg_kernels._reverse import reverse_lists
 from drseg_kernels._tile import FUSED, Tile, tile_of
 
 
-@triton.jit(do_not_specialize=["nodes", "slots"])
-def _graph_propagate_fwd_kernel_gathered(
+@triton.jit
+def gathered_sum(
     x_ptr,
     index_ptr,
     coefficient_ptr,
     begin_ptr,
     edge_ptr,
-    y_ptr,
+    node,
     nodes,
     slots,
     channels,
+    c,
     TRANSPOSE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Some channels of one node of y (B * N, channels): over its slots, or over the edges that end in it."""
-    node = tl.program_id(0)
+    """(COLUMNS,) channels ``c`` of one node of y: over its slots, or over the edges that end in it."""
     sample = (node // nodes).to(tl.int64) * nodes
     node = node.to(tl.int64)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     channel = c < channels
     if TRANSPOSE:
         first, last = tl.load(begin_ptr + node), tl.load(begin_ptr + node + 1)
@@ -68,7 +66,43 @@ def _graph_propagate_fwd_kernel_gathered(
         both = used[:, None] & channel[None, :]
         x = tl.load(x_ptr + (row * channels)[:, None] + c[None, :], mask=both, other=0.0).to(tl.float32)
         total += share[:, None] * x
-    tl.store(y_ptr + node * channels + c, tl.sum(total, axis=0), mask=channel)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["nodes", "slots"])
+def _graph_propagate_fwd_kernel_gathered(
+    x_ptr,
+    index_ptr,
+    coefficient_ptr,
+    begin_ptr,
+    edge_ptr,
+    y_ptr,
+    nodes,
+    slots,
+    channels,
+    TRANSPOSE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Some channels of one node of y (B * N, channels)."""
+    node = tl.program_id(0)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = gathered_sum(
+        x_ptr,
+        index_ptr,
+        coefficient_ptr,
+        begin_ptr,
+        edge_ptr,
+        node,
+        nodes,
+        slots,
+        channels,
+        c,
+        TRANSPOSE,
+        ROWS,
+        COLUMNS,
+    )
+    tl.store(y_ptr + node.to(tl.int64) * channels + c, total, mask=c < channels)
 
 
 @triton.jit
@@ -102,12 +136,14 @@ def _add_product(left, right, total, PARTS: tl.constexpr, INTERPRETED: tl.conste
     return total
 
 
-@triton.jit(do_not_specialize=["nodes", "slots"])
-def _graph_propagate_fwd_kernel_densified(
+@triton.jit
+def dense_sum(
     x_ptr,
     index_ptr,
     coefficient_ptr,
-    y_ptr,
+    base,
+    r,
+    c,
     nodes,
     slots,
     channels,
@@ -119,14 +155,11 @@ def _graph_propagate_fwd_kernel_densified(
     COLUMNS: tl.constexpr,
     SOURCES: tl.constexpr,
 ):
-    """Some channels of ROWS nodes of y (B * N, channels); SLOTS is a power of two, at least ``slots``."""
-    blocks = tl.cdiv(nodes, ROWS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) - sample * blocks) * ROWS
-    base = sample * nodes
-    r = first + tl.arange(0, ROWS)
+    """(ROWS, COLUMNS) channels ``c`` of nodes ``r`` of y in the sample that begins at node ``base``.
+
+    SLOTS is a power of two, at least ``slots``.
+    """
     row = r < nodes
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     channel = c < channels
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, nodes, SOURCES):
@@ -171,7 +204,52 @@ def _graph_propagate_fwd_kernel_densified(
                 both = row[:, None] & channel[None, :]
                 x = tl.load(x_ptr + (near * channels)[:, None] + c[None, :], mask=both, other=0.0).to(tl.float32)
                 total += share[:, None] * x
-    tl.store(y_ptr + ((base + r) * channels)[:, None] + c[None, :], total, mask=row[:, None] & channel[None, :])
+    return total
+
+
+@triton.jit(do_not_specialize=["nodes", "slots"])
+def _graph_propagate_fwd_kernel_densified(
+    x_ptr,
+    index_ptr,
+    coefficient_ptr,
+    y_ptr,
+    nodes,
+    slots,
+    channels,
+    TRANSPOSE: tl.constexpr,
+    PARTS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SOURCES: tl.constexpr,
+):
+    """Some channels of ROWS nodes of y (B * N, channels)."""
+    blocks = tl.cdiv(nodes, ROWS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    base = sample * nodes
+    r = (tl.program_id(0) - sample * blocks) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = dense_sum(
+        x_ptr,
+        index_ptr,
+        coefficient_ptr,
+        base,
+        r,
+        c,
+        nodes,
+        slots,
+        channels,
+        TRANSPOSE,
+        PARTS,
+        INTERPRETED,
+        SLOTS,
+        ROWS,
+        COLUMNS,
+        SOURCES,
+    )
+    both = (r < nodes)[:, None] & (c < channels)[None, :]
+    tl.store(y_ptr + ((base + r) * channels)[:, None] + c[None, :], total, mask=both)
 
 
 @triton.jit(do_not_specialize=["nodes", "slots"])
@@ -183,10 +261,14 @@ def _graph_propagate_bwd_kernel_coefficient(
     nodes,
     slots,
     channels,
+    BOTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dot (B * N, slots): for ROWS edges of one node, its row of start times the neighbour's row of end."""
+    """dot (B * N, slots): for ROWS edges of one node, its row of start times the neighbour's row of end.
+
+    BOTH adds its row of end times the neighbour's row of start.
+    """
     node = tl.program_id(0)
     sample = (node // nodes).to(tl.int64) * nodes
     node = node.to(tl.int64)
@@ -202,7 +284,64 @@ def _graph_propagate_bwd_kernel_coefficient(
         own = tl.load(start_ptr + node * channels + c, mask=channel, other=0.0).to(tl.float32)
         other = tl.load(end_ptr + (near * channels)[:, None] + c[None, :], mask=both, other=0.0).to(tl.float32)
         total += own[None, :] * other
+        if BOTH:
+            own = tl.load(end_ptr + node * channels + c, mask=channel, other=0.0).to(tl.float32)
+            other = tl.load(start_ptr + (near * channels)[:, None] + c[None, :], mask=both, other=0.0).to(tl.float32)
+            total += own[None, :] * other
     tl.store(dot_ptr + edge, tl.sum(total, axis=1), mask=slot)
+
+
+@triton.jit
+def _add_dots(left_ptr, right_ptr, i, j, node, near, c, channels, total, HALF: tl.constexpr):
+    """total + the rows ``i`` of left, where ``node``, times the rows ``j`` of right, where ``near``: channels ``c``."""
+    channel = c < channels
+    left = tl.load(left_ptr + (i * channels)[:, None] + c[None, :], mask=node[:, None] & channel[None, :], other=0.0)
+    right = tl.load(right_ptr + (j * channels)[None, :] + c[:, None], mask=near[None, :] & channel[:, None], other=0.0)
+    if HALF:
+        # products of half precision are exact in float32, in which the matrix units add them up
+        return tl.dot(left, right, total)
+    return tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["nodes", "slots"])
+def _graph_propagate_bwd_kernel_sampled(
+    start_ptr,
+    end_ptr,
+    index_ptr,
+    dot_ptr,
+    nodes,
+    slots,
+    channels,
+    BOTH: tl.constexpr,
+    HALF: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SOURCES: tl.constexpr,
+):
+    """As ``_graph_propagate_bwd_kernel_coefficient``, for the edges from ROWS nodes to SOURCES others: all products of
+    the two groups, of which each edge takes its own, SLOTS edges of a node at a time."""
+    blocks = tl.cdiv(nodes, ROWS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    base = sample * nodes
+    r = (tl.program_id(0) - sample * blocks) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * SOURCES
+    s = first + tl.arange(0, SOURCES)
+    row, source = r < nodes, s < nodes
+    i, j = base + r, base + s
+    total = tl.zeros((ROWS, SOURCES), tl.float32)
+    for begin in range(0, channels, COLUMNS):
+        c = begin + tl.arange(0, COLUMNS)
+        total = _add_dots(start_ptr, end_ptr, i, j, row, source, c, channels, total, HALF)
+        if BOTH:
+            total = _add_dots(end_ptr, start_ptr, i, j, row, source, c, channels, total, HALF)
+    for begin in range(0, slots, SLOTS):
+        k = begin + tl.arange(0, SLOTS)
+        slot = row[:, None] & (k < slots)[None, :]
+        edge = (i * slots)[:, None] + k[None, :]
+        place = within(tl.load(index_ptr + edge, mask=slot, other=0), nodes).to(tl.int32) - first
+        here = slot & (place >= 0) & (place < SOURCES)
+        tl.store(dot_ptr + edge, tl.gather(total, tl.where(here, place, 0), axis=1), mask=here)
 
 
 # features in as many bfloat16 numbers; 0: float32 products
@@ -220,9 +359,10 @@ def dense_constants(dtype: torch.dtype, transpose: bool, slots: int, tile: Tile,
     }
 
 
-def gathered(tile: Tile) -> Tile:
-    """Sizes for what is gathered with either strategy."""
-    return dataclasses.replace(tile, sources=0)
+def sampled_constants(half: bool, slots: int, both: bool, tile: Tile) -> dict[str, Any]:
+    """Compile-time arguments of the kernel of dense dot products."""
+    # few enough for the registers, whatever the number of slots
+    return {"BOTH": both, "HALF": half, "SLOTS": min(64, triton.next_power_of_2(slots)), **tile.constants()}
 
 
 def graph_propagate(
@@ -231,19 +371,21 @@ def graph_propagate(
     coefficient: Tensor,
     transpose: bool = False,
     *,
+    dtype: torch.dtype | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Aggregated features (B, N, C) in the dtype of ``x``; sums in float32.
+    """Aggregated features (B, N, C); sums in float32.
 
     Args:
         x: (B, N, C) float32, float16 or bfloat16. coefficient: (B, N, K), any of these.
         index: (B, N, K) int32 or int64, clamped into [0, N).
         transpose: follow the edges from neighbour to node.
+        dtype: of the result, by default that of ``x``.
         tile: strategy and sizes; by default those of the device's table, then a rule.
     """
     batch, nodes, slots = index.shape
     channels = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     if y.numel() == 0 or slots == 0:
         return y.zero_()
     chosen = tile or tile_of("graph_propagate", x.device, nodes, slots, channels)
@@ -287,6 +429,46 @@ def graph_propagate(
     return y
 
 
+def edge_dot(
+    start: Tensor,
+    end: Tensor,
+    index: Tensor,
+    dtype: torch.dtype,
+    both: bool = False,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
+    """(B, N, K) dot products of each edge's two rows, ``start`` at the node and ``end`` at the neighbour.
+
+    Args:
+        start, end: (B, N, C). index: (B, N, K). dtype: of the result.
+        both: add the product of ``end`` at the node and ``start`` at the neighbour.
+        tile: strategy and sizes; by default those of the device's table, then a rule.
+    """
+    batch, nodes, slots = index.shape
+    channels = start.shape[-1]
+    dot = torch.empty(index.shape, dtype=dtype, device=start.device)
+    if dot.numel() == 0 or channels == 0:
+        return dot.zero_()
+    chosen = tile or tile_of("graph_propagate_dot", start.device, nodes, slots, channels)
+    start, end, near = start.contiguous(), end.contiguous(), index.contiguous()
+    options: dict[str, Any] = {**chosen.options(), **FUSED}
+    with on_device_of(start):
+        if chosen.sources:
+            # the interpreter multiplies bfloat16 as if it were integers
+            exact = (torch.float16, torch.bfloat16) if start.is_cuda else (torch.float16,)
+            half = start.dtype == end.dtype and start.dtype in exact
+            grid = (batch * triton.cdiv(nodes, chosen.rows), triton.cdiv(nodes, chosen.sources))
+            _graph_propagate_bwd_kernel_sampled[grid](
+                start, end, near, dot, nodes, slots, channels, **sampled_constants(half, slots, both, chosen), **options
+            )
+        else:
+            _graph_propagate_bwd_kernel_coefficient[(batch * nodes, triton.cdiv(slots, chosen.rows))](
+                start, end, near, dot, nodes, slots, channels, BOTH=both, **chosen.constants(), **options
+            )
+    return dot
+
+
 def graph_propagate_backward(
     grad: Tensor,
     x: Tensor,
@@ -303,28 +485,10 @@ def graph_propagate_backward(
     To ``x``: the same propagation in the other direction. To ``coefficient``: the dot product of the gradient at the
     node that receives with the features of the node that sends, for the edges only.
     """
-    batch, nodes, slots = index.shape
-    channels = x.shape[-1]
     grad_x, grad_coefficient = x.new_empty(0), coefficient.new_empty(0)
     if need_x:
-        grad_x = graph_propagate(grad, index, coefficient, not transpose, tile=tile).to(x.dtype)
+        grad_x = graph_propagate(grad, index, coefficient, not transpose, dtype=x.dtype, tile=tile)
     if need_coefficient:
-        grad_coefficient = torch.empty(index.shape, dtype=coefficient.dtype, device=x.device)
-        if index.numel() == 0 or channels == 0:
-            return grad_x, grad_coefficient.zero_()
-        chosen = gathered(tile or tile_of("graph_propagate", x.device, nodes, slots, channels))
         start, end = (x, grad) if transpose else (grad, x)
-        with on_device_of(x):
-            _graph_propagate_bwd_kernel_coefficient[(batch * nodes, triton.cdiv(slots, chosen.rows))](
-                start.contiguous(),
-                end.contiguous(),
-                index.contiguous(),
-                grad_coefficient,
-                nodes,
-                slots,
-                channels,
-                **chosen.constants(),
-                **chosen.options(),
-                **FUSED,
-            )
+        grad_coefficient = edge_dot(start, end, index, coefficient.dtype, tile=tile)
     return grad_x, grad_coefficient

@@ -116,7 +116,7 @@ def test_what_is_not_needed_is_not_computed(transpose, tile, monkeypatch):
     given = [everything["given"], inputs["x"], inputs["index"], inputs["coefficient"]]
     given = [value.to(DEVICE) for value in given]
     with monkeypatch.context() as patched:
-        patched.setattr(kernels, "_graph_propagate_bwd_kernel_coefficient", None)
+        patched.setattr(kernels, "edge_dot", None)
         grad_x, none = kernels.graph_propagate_backward(*given, transpose, True, False, tile=tile)
     assert torch.equal(grad_x.cpu(), everything["grad_x"]) and none.numel() == 0
     for name in ("reverse_lists", "_graph_propagate_fwd_kernel_gathered", "_graph_propagate_fwd_kernel_densified"):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from contract import compare, run
+from fused import FUSED
 from subjects import SUBJECTS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,7 +40,7 @@ def arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
             "grid": (3, 4),
             "k": 3,
         }
-    return SUBJECTS[op].make_inputs(CASES[0], dtype)
+    return {**SUBJECTS, **FUSED}[op].make_inputs(CASES[0], dtype)
 
 
 def call(op: str, **changes: Any) -> Any:
@@ -203,7 +204,7 @@ def test_the_report_is_what_the_calls_do():
     assert [(row["op"], row["backend"]) for row in on_cpu] == [
         (op, name) for op in dict.fromkeys(row["op"] for row in rows) for name in _dispatch.BACKEND_NAMES
     ]
-    assert {row["op"] for row in rows} == set(OPS)
+    assert {row["op"] for row in rows} == {*OPS, *FUSED}
     for row in on_cpu:
         assert set(row) == {"op", "backend", "device", "available", "reason"}
         assert row["available"] is (row["reason"] is None)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public function of the op; validates and hands over to a backend."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from drseg_core.ops import _checks
+from drseg_core.ops._dispatch import requested_backend
+from drseg_core.ops.graph_layer import registration
+
+ACTIVATIONS = ("none", "relu", "layer_norm")
+
+Activation = Literal["none", "relu", "layer_norm"]
+
+
+def _check(
+    x: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    parameters: dict[str, Tensor | None],
+    activation: str,
+    eps: float,
+) -> None:
+    op = "graph_layer"
+    _checks.check_tensor(op, "x", x, ("B", "N", "C"))
+    _checks.check_tensor(op, "index", index, ("B", "N", "K"), _checks.INDEX_DTYPES)
+    _checks.check_tensor(op, "coefficient", coefficient, ("B", "N", "K"))
+    _checks.check_choice(op, "activation", activation, ACTIVATIONS)
+    _checks.check_number(op, "eps", eps, positive=True)
+    given = {name: value for name, value in parameters.items() if value is not None}
+    for name, value in given.items():
+        _checks.check_tensor(op, name, value, ("C",))
+    _checks.check_same_device(op, x=x, index=index, coefficient=coefficient, **given)
+    _checks.check_no_tangent(op, x=x, coefficient=coefficient, **given)
+    for name in ("gain", "shift"):
+        if (parameters[name] is None) is (activation == "layer_norm"):
+            rule = "a tensor" if activation == "layer_norm" else "None"
+            got = "None" if parameters[name] is None else "a tensor"
+            raise ValueError(f"{op}: {name} does not fit the activation; expected {rule} for {activation}, got {got}")
+    _checks.check_shape(op, "coefficient", coefficient, tuple(index.shape), "the shape of index")
+    for name, value in given.items():
+        _checks.check_shape(op, name, value, (x.shape[-1],), "(C,)")
+    if index.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{op}: index does not match x; expected {tuple(x.shape[:-1])} before K, got {tuple(index.shape)}"
+        )
+
+
+def graph_layer(
+    x: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    activation: Activation = "none",
+    eps: float = 1e-5,
+    undirected: bool = False,
+    validate: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """``graph_propagate`` with what follows it in one pass: bias and activation (arXiv 2604.02010, Eq. 9).
+
+    ``y_i = activation(sum_k coefficient_ik x_j + bias)`` with ``j = index_ik``; with ``undirected`` the sum also runs
+    over the edges that end in i, as ``graph_propagate`` does with ``transpose``. ``layer_norm`` normalises each row:
+    ``gain (z - mean(z)) / sqrt(var(z) + eps) + shift``. The value before the activation is never rounded to half
+    precision.
+
+    Worth it where it saves launches and passes over memory, on a GPU. It has no native kernel: on the CPU
+    ``graph_propagate`` followed by PyTorch's own functions is faster.
+
+    Args:
+        x: (B, N, C) or (N, C) node features; float32, float64, float16 or bfloat16.
+        index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
+        coefficient: shape of ``index``, a floating-point dtype, not necessarily that of ``x``.
+        bias: (C,) or None, any floating-point dtype, as ``gain`` and ``shift``.
+        gain, shift: (C,) for ``layer_norm``, None otherwise.
+        activation: ``none``, ``relu`` or ``layer_norm``.
+        eps: of ``layer_norm``, > 0.
+        undirected: follow every edge in both directions.
+        validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
+        backend: ``reference`` or ``triton``; None takes the best that can run.
+
+    Returns:
+        (B, N, C) in the dtype of ``x``; sums in float32 (float64 if ``x`` or ``coefficient`` is) and rounds once.
+        Differentiable once to ``x``, ``coefficient``, ``bias``, ``gain`` and ``shift``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+        BackendUnavailableError: the named backend cannot run here.
+    """
+    op = "graph_layer"
+    _check(x, index, coefficient, {"bias": bias, "gain": gain, "shift": shift}, activation, eps)
+    _checks.check_flag(op, "undirected", undirected)
+    _checks.check_flag(op, "validate", validate)
+    requested = requested_backend(op, backend)
+    if validate:
+        _checks.check_index_values(op, index, x.shape[-2])
+    tensors = (x, coefficient, bias, gain, shift)
+    keep = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
+    options = (bias, gain, shift, activation, eps, undirected, keep, requested)
+    if x.dim() == 3:
+        return registration.graph_layer(x, index, coefficient, *options)[0]
+    return registration.graph_layer(x[None], index[None], coefficient[None], *options)[0][0]

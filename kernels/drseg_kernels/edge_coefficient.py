@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Edge weights and their degree normalisation in one op (arXiv 2604.02010, Eq. 8 and 9).
+
+Forward: a program is a node; it computes the weights of its slots and, from the registers, their sum. A degree at the
+other end of an edge is another program's, so the coefficients take a second launch, and ``sym_inout`` and
+``sym_undirected``, whose degrees count incoming edges, a third between the two. Backward: one launch for the gradients
+of the degrees; what leads from there through the coefficients to the weights happens inside ``edge_weight``'s backward.
+
+The order of every sum is that of the two ops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from drseg_kernels._launch import on_device_of
+from drseg_kernels._tile import FUSED, Tile, tile_of
+from drseg_kernels.degree_normalize import (
+    _degree_normalize_fwd_kernel_edges,
+    common_of,
+    degree_normalize_backward,
+    scales,
+    through_degrees,
+)
+from drseg_kernels.edge_weight import edge_weight_backward, weights_of
+
+# scales that the backward needs: one per node, or one for each end of an edge; it finds the degrees of ``row`` itself
+ENDS = {"sym_row": 1, "sym_undirected": 1, "sym_inout": 2, "row": 0, "sym_count": 0}
+
+
+@triton.jit(do_not_specialize=["nodes", "slots"])
+def _edge_coefficient_fwd_kernel(
+    source_ptr,
+    target_ptr,
+    index_ptr,
+    vector_ptr,
+    bias_ptr,
+    mask_ptr,
+    weight_ptr,
+    start_ptr,
+    coefficient_ptr,
+    nodes,
+    slots,
+    width,
+    eps,
+    NORM: tl.constexpr,
+    MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Edges of one node: weight (B * N, slots); for ``sym_row`` and ``row`` its scale start (B * N,); for
+    ``sym_count`` its coefficients."""
+    node = tl.program_id(0)
+    total = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, slots, ROWS):
+        k = first + tl.arange(0, ROWS)
+        weight = weights_of(
+            source_ptr,
+            target_ptr,
+            index_ptr,
+            vector_ptr,
+            bias_ptr,
+            mask_ptr,
+            node,
+            k,
+            nodes,
+            slots,
+            width,
+            MASKED,
+            ROWS,
+            COLUMNS,
+        )
+        edge = node.to(tl.int64) * slots + k
+        tl.store(weight_ptr + edge, weight, mask=k < slots)
+        if NORM == "sym_count":
+            tl.store(coefficient_ptr + edge, weight / slots, mask=k < slots)
+        total += tl.where(k < slots, weight, 0.0)
+    if NORM == "sym_row":
+        tl.store(start_ptr + node, tl.rsqrt(tl.sum(total, axis=0) + eps))
+    if NORM == "row":
+        tl.store(start_ptr + node, 1.0 / (tl.sum(total, axis=0) + eps))
+
+
+def edge_coefficient(
+    source: Tensor,
+    target: Tensor,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    norm: str,
+    eps: float,
+    *,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients (B, N, K), weights (B, N, K) and scales (S, B, N) with S from ``ENDS``, in float32.
+
+    Args:
+        source, target: (B, N, E) float32, float16 or bfloat16. vector: (E,). bias: one number.
+        index: (B, N, K) int32 or int64, clamped into [0, N). mask: (B, N, K) bool or None.
+        norm, eps: as in ``degree_normalize``.
+        tile: sizes of a program; by default those of the device's table, then a rule.
+    """
+    batch, nodes, slots = index.shape
+    width = source.shape[-1]
+    like: dict[str, Any] = {"dtype": torch.float32, "device": source.device}
+    weight, coefficient = torch.empty(index.shape, **like), torch.empty(index.shape, **like)
+    scale = torch.empty(ENDS[norm], batch, nodes, **like)
+    if weight.numel() == 0:
+        return coefficient, weight, scale.fill_(eps**-0.5)
+    chosen = tile or tile_of("edge_coefficient", source.device, nodes, slots, width)
+    near = index.contiguous()
+    start = scale[0] if ENDS[norm] else torch.empty(batch, nodes, **like) if norm == "row" else weight
+    common = common_of(weight, index)
+    with on_device_of(source):
+        _edge_coefficient_fwd_kernel[(batch * nodes,)](
+            source.contiguous(),
+            target.contiguous(),
+            near,
+            vector.contiguous(),
+            bias,
+            # never read without a mask
+            near if mask is None else mask.contiguous().view(torch.uint8),
+            weight,
+            start,
+            coefficient,
+            nodes,
+            slots,
+            width,
+            eps,
+            NORM=norm,
+            MASKED=mask is not None,
+            **chosen.constants(),
+            **chosen.options(),
+            **FUSED,
+        )
+        if norm == "sym_count":
+            return coefficient, weight, scale
+        end = scale[-1] if ENDS[norm] else start
+        if norm in ("sym_inout", "sym_undirected"):
+            scales(weight, index, norm, eps, common, into=(start, end))
+        _degree_normalize_fwd_kernel_edges[(batch * nodes,)](
+            weight, near, start, end, coefficient, nodes, slots, NORM=norm, **common
+        )
+    return coefficient, weight, scale
+
+
+def edge_coefficient_backward(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    source: Tensor,
+    target: Tensor,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    norm: str,
+    eps: float,
+    need_source: bool,
+    need_target: bool,
+    need_parameters: bool,
+    *,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to ``source``, ``target``, ``vector`` and ``bias`` in their dtypes; one that is not needed is empty.
+
+    Args:
+        grad: (B, N, K), of the coefficients. weight, scale: as the forward returned them. The other arguments as there.
+        need_source, need_target, need_parameters: which gradients to compute; ``vector`` and ``bias`` go together.
+    """
+    ends = None
+    if index.numel() and ENDS[norm]:
+        grad = grad.contiguous()
+        start, end = scale[0].flatten(), scale[-1].flatten()
+        with on_device_of(source):
+            ends = through_degrees(grad, weight, index, norm, start, end, common_of(weight, index))
+    else:
+        grad = degree_normalize_backward(grad, weight, index, norm, eps)
+    given = (grad, weight, source, target, index, vector, bias, need_source, need_target, need_parameters)
+    return edge_weight_backward(*given, ends=ends, tile=tile)

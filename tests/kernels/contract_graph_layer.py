@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of ``graph_layer`` on the Triton backend; ``test_interpreter.py`` runs it, and ``--gpu`` on a device."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from contract import output_gradient, run
+from drseg_kernels import graph_layer as kernels
+from drseg_kernels._tile import Tile
+from edges import DEVICE, KernelContract, check_sizes, crowded_index, on_device, on_kernels, within_padding
+from fused import GRAPH_LAYER, GRAPH_LAYER_RELU
+from test_graph_layer import TestGraphLayer as _Tests
+from test_graph_layer import TestGraphLayerRelu as _ReluTests
+from torch import Tensor
+
+from drseg_core.ops.graph_layer import reference
+
+NORM, RELU = on_kernels(GRAPH_LAYER), on_kernels(GRAPH_LAYER_RELU)
+SUBJECTS = {"layer_norm": NORM, "relu": RELU}
+
+
+class TestGraphLayerKernels(KernelContract, _Tests):
+    subject = NORM
+    backends = ("triton",)
+    test_without_gradients_nothing_is_kept = None
+    test_is_the_composition_of_its_parts = None
+
+
+class TestGraphLayerReluKernels(KernelContract, _ReluTests):
+    subject = RELU
+    backends = ("triton",)
+    test_gradcheck = None
+    test_without_gradients_nothing_is_kept = None
+
+
+def make(
+    activation: str, nodes: int, slots: int, channels: int, dtype: torch.dtype = torch.float32, batch: int = 2
+) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(nodes * slots + channels)
+    bias, gain, shift = torch.randn(3, channels, generator=random)
+    inputs = {
+        "x": torch.randn(batch, nodes, channels, generator=random).to(dtype),
+        "index": crowded_index(batch, nodes, slots),
+        # of both signs: sums that cancel show what is lost on the way
+        "coefficient": torch.randn(batch, nodes, slots, generator=random),
+        "bias": bias,
+        "activation": activation,
+    }
+    return {**inputs, "gain": 1 + 0.3 * gain, "shift": shift} if activation == "layer_norm" else inputs
+
+
+class _WithTile(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, index, coefficient, bias, gain, shift, activation, undirected, tile, rows):
+        given = (x, index, coefficient, bias, gain, shift, activation, 1e-5, undirected, True)
+        y, normed, inverse = kernels.graph_layer(*given, tile=tile)
+        ctx.save_for_backward(x, index, coefficient, y, normed, inverse, bias, gain, shift)
+        ctx.given = activation, undirected, tile, rows
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        activation, undirected, tile, rows = ctx.given
+        given = (grad, *ctx.saved_tensors, activation, undirected, True, True, True)
+        to_x, to_coefficient, *others = kernels.graph_layer_backward(*given, tile=tile, rows=rows)
+        others = [value if value.numel() else None for value in others]
+        return to_x, None, to_coefficient, *others, None, None, None, None
+
+
+def with_tile(tile: Tile, rows: Tile, *, undirected: bool = False, **given: Any) -> Tensor:
+    names = ("x", "index", "coefficient", "bias", "gain", "shift", "activation")
+    return on_device(_WithTile.apply)(*(given.get(name) for name in names), undirected, tile, rows)
+
+
+# by either strategy: whole rows, and channels that are cut
+TILES = [Tile(4, 64, 1), Tile(16, 64, 4, 16), Tile(8, 32, 1), Tile(32, 16, 4, 32)]
+ROWS = [Tile(4, 64, 1), Tile(1, 16, 1), Tile(8, 32, 1), Tile(2, 64, 1)]
+
+
+# one parameter of all, so that the interpreter runs every combination
+@pytest.mark.parametrize("how", itertools.product(zip(TILES, ROWS, strict=True), SUBJECTS, [False, True]), ids=str)
+def test_every_tile_is_right(how):
+    (tile, rows), activation, undirected = how
+    inputs = {**make(activation, 19, 4, 37), "undirected": undirected}
+    check_sizes(SUBJECTS[activation], inputs, functools.partial(with_tile, tile, rows))
+
+
+@pytest.mark.parametrize("how", itertools.product(zip(TILES[:2], ROWS[1:], strict=False), SUBJECTS), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(9, 1, 1), (17, 3, 70), (1, 1, 16), (4, 40, 2)], ids=str)
+def test_sizes_that_fill_no_tile(size, dtype, how):
+    (tile, rows), activation = how
+    check_sizes(SUBJECTS[activation], make(activation, *size, dtype), functools.partial(with_tile, tile, rows))
+
+
+def test_more_rows_than_a_chunk(monkeypatch):
+    monkeypatch.setattr(kernels, "_MOST_CHUNKS", 3)
+    monkeypatch.setattr(kernels, "_SMALLEST_CHUNK", 2)
+    for activation, rows in itertools.product(SUBJECTS, ROWS[:2]):
+        check_sizes(SUBJECTS[activation], make(activation, 11, 3, 20), functools.partial(with_tile, TILES[0], rows))
+
+
+@pytest.mark.parametrize("tile", TILES[:3], ids=str)
+@pytest.mark.parametrize("activation", SUBJECTS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_number_that_is_not_finite_reaches_neighbours_only(value, activation, tile):
+    for where in ("x", "coefficient"):
+        inputs = make(activation, 21, 3, 9)
+        inputs[where][0, 5, 1] = value
+        expected = reference.graph_layer(
+            *(inputs.get(name) for name in ("x", "index", "coefficient", "bias", "gain", "shift")),
+            activation=activation,
+            eps=1e-5,
+            undirected=False,
+        )[0]
+        got = with_tile(tile, ROWS[0], **inputs)
+        assert expected.isfinite().any() and not expected.isfinite().all()
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ["none", *SUBJECTS])
+def test_what_is_not_needed_is_not_computed(activation, monkeypatch):
+    names = ("x", "index", "coefficient", "bias", "gain", "shift")
+    given = make(activation, 6, 3, 5)
+    x, index, coefficient, *parameters = (
+        value.to(DEVICE) if isinstance(value := given.get(name), Tensor) else None for name in names
+    )
+    assert x is not None and index is not None and coefficient is not None
+    saved = kernels.graph_layer(x, index, coefficient, *parameters, activation, 1e-5, False, True)
+    grad = output_gradient(saved[0])
+    arguments = (grad, x, index, coefficient, *saved, *parameters, activation, False)
+    everything = kernels.graph_layer_backward(*arguments, True, True, True)
+    for needs in itertools.product([True, False], repeat=3):
+        with monkeypatch.context() as patched:
+            if not needs[0]:
+                patched.setattr(kernels, "graph_propagate", None)
+            if not needs[1]:
+                patched.setattr(kernels, "edge_dot", None)
+            if not needs[2]:
+                patched.setattr(kernels, "_graph_layer_bwd_kernel_sum", None)
+            if not needs[2] and activation == "none":
+                patched.setattr(kernels, "_graph_layer_bwd_kernel_activation", None)
+            got = kernels.graph_layer_backward(*arguments, *needs)
+        for value, right, need in zip(got, everything, (*needs, needs[2], needs[2]), strict=True):
+            assert torch.equal(value, right) if need else value.numel() == 0
+
+
+def test_keeping_nothing_changes_no_bit():
+    given = make("layer_norm", 12, 3, 40)
+    arguments = [given[name].to(DEVICE) for name in ("x", "index", "coefficient", "bias", "gain", "shift")]
+    for tile in TILES[:3]:
+        kept, free = (
+            kernels.graph_layer(*arguments, "layer_norm", 1e-5, False, keep, tile=tile) for keep in (True, False)
+        )
+        assert torch.equal(kept[0], free[0]) and free[1].numel() == free[2].numel() == 0
+
+
+@pytest.mark.parametrize("tile", TILES[:3], ids=str)
+def test_nothing_outside_the_operands_is_touched(tile):
+    inputs = make("layer_norm", 11, 3, 20)
+    expected = run(NORM, inputs, functools.partial(with_tile, tile, ROWS[1]))
+    for padding in (torch.nan, 1e30):
+        laid = {n: within_padding(inputs[n], padding) for n in ("x", "coefficient", "bias", "gain", "shift")}
+        given = {**inputs, **{name: inner for name, (_, inner) in laid.items()}}
+        got = run(NORM, given, functools.partial(with_tile, tile, ROWS[1]))
+        assert all(torch.equal(got[name].cpu(), value.cpu()) for name, value in expected.items())
+        for name, (wide, inner) in laid.items():
+            assert torch.equal(inner.cpu(), inputs[name]), name
+            edge = torch.cat([wide[:32], wide[32 + inner.numel() :]])
+            assert (edge.isnan() if padding != padding else edge == padding).all()

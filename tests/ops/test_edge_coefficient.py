@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import OpContract
+from fused import EDGE_COEFFICIENT
+from torch.library import opcheck
+
+from drseg_core import ops
+from drseg_core.ops._cases import CASES
+
+
+class TestEdgeCoefficient(OpContract):
+    subject = EDGE_COEFFICIENT
+    backends = ("reference",)
+
+    def test_editing_a_saved_input_is_refused(self, variant, call):
+        inputs = self.inputs(variant)
+        source = inputs["source"].requires_grad_() * 1
+        output = call(**{**inputs, "source": source})
+        source.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+    def test_is_the_composition_of_its_parts(self, variant, call):
+        for mask in (True, False):
+            inputs = self.inputs({}, dtype=torch.float64)
+            if not mask:
+                del inputs["mask"]
+            weight = ops.edge_weight(**inputs, backend="reference")
+            expected = ops.degree_normalize(weight, inputs["index"], **variant, backend="reference")
+            got = ops.edge_coefficient(**inputs, **variant, backend="reference")
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+    def test_a_row_without_neighbours_is_finite(self, variant, call):
+        inputs = self.inputs(variant)
+        inputs["mask"] = torch.zeros_like(inputs["mask"])
+        source = inputs["source"].requires_grad_()
+        output = call(**inputs)
+        (grad,) = torch.autograd.grad(output.sum(), source)
+        assert not output.any() and not grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", [variant["norm"] for variant in EDGE_COEFFICIENT.variants])
+def test_opcheck(dtype, norm):
+    for case in CASES[:3]:
+        source, *others = EDGE_COEFFICIENT.registered({**EDGE_COEFFICIENT.make_inputs(case, dtype), "norm": norm})
+        for form in (source, source.mT.contiguous().mT):
+            opcheck(torch.ops.drseg.edge_coefficient.default, (form.detach().requires_grad_(), *others))
+
+
+@pytest.mark.parametrize(
+    "changes,error,message",
+    [
+        ({"norm": "none"}, ValueError, "norm is unknown; expected one of sym_row, sym_count, sym_inout, row, sym_und"),
+        ({"eps": 0.0}, ValueError, "eps is out of range; expected a finite number > 0, got 0.0"),
+        ({"eps": 1e-30}, ValueError, "eps is too small; expected eps >= 1e-20, got 1e-30"),
+        ({"target": torch.zeros(2, 12, 3)}, ValueError, "target has the wrong shape; expected the shape of source"),
+        ({"vector": torch.zeros(3)}, ValueError, r"vector has the wrong shape; expected \(E,\) = \(4,\), got \(3,\)"),
+        ({"bias": torch.zeros(2)}, ValueError, r"bias has the wrong shape; expected \(\) or \(1,\), got \(2,\)"),
+        ({"mask": torch.zeros(2, 12, 3)}, TypeError, "mask has an unsupported dtype; expected one of bool"),
+        ({"index": torch.zeros(2, 11, 3).int(), "mask": None}, ValueError, "index does not match source"),
+        (
+            {"backend": "native"},
+            RuntimeError,
+            "backend native cannot run on cpu: edge_coefficient has no native kernel",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_it_cannot_use_is_refused(changes, error, message):
+    with pytest.raises(error, match=f"^edge_coefficient: {message}"):
+        ops.edge_coefficient(**{**EDGE_COEFFICIENT.make_inputs(CASES[0]), **changes})

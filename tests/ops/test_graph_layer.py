@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import OpContract, empty_inputs, leaves
+from fused import GRAPH_LAYER, GRAPH_LAYER_RELU
+from torch.library import opcheck
+from torch.nn import functional as F
+
+from drseg_core import ops
+from drseg_core.ops._cases import CASES
+
+
+class LayerContract(OpContract):
+    backends = ("reference",)
+
+    @pytest.mark.parametrize("axis", ["B", "N", "K", "C"])
+    def test_empty(self, axis, variant, call):
+        inputs = {**empty_inputs(self.subject, axis), **variant}
+        if axis == "C":
+            inputs |= {name: inputs[name][:0] for name in ("bias", "gain", "shift") if name in inputs}
+        given = leaves(self.subject, inputs)
+        output = call(**given)
+        assert output.shape == inputs["x"].shape
+        grads = torch.autograd.grad(output.sum(), [given[name] for name in self.subject.differentiable])
+        for name, grad in zip(self.subject.differentiable, grads, strict=True):
+            assert grad.shape == inputs[name].shape and not grad.isnan().any()
+
+    def test_bias_may_be_missing(self, variant, call):
+        inputs = self.inputs(variant)
+        assert torch.equal(
+            call(**{**inputs, "bias": None}), call(**{**inputs, "bias": torch.zeros_like(inputs["bias"])})
+        )
+
+    def test_parameters_keep_their_dtype(self, variant, call):
+        inputs = self.inputs(variant, dtype=torch.float16)
+        inputs |= {name: inputs[name].float() for name in self.subject.differentiable[2:]}
+        given = leaves(self.subject, inputs)
+        output = call(**given)
+        grads = torch.autograd.grad(output.float().sum(), [given[name] for name in self.subject.differentiable])
+        assert output.dtype == grads[0].dtype == torch.float16
+        assert all(grad.dtype == torch.float32 for grad in grads[1:])
+
+    def test_without_gradients_nothing_is_kept(self, variant):
+        inputs = self.inputs(variant)
+        x, index, coefficient, *options = self.subject.registered(inputs)
+        for keep in (True, False):
+            options[-2] = keep
+            y, normed, inverse = torch.ops.drseg.graph_layer(x, index, coefficient, *options)
+            assert (normed.numel() > 0) is (inverse.numel() > 0) is (keep and "gain" in inputs)
+            assert torch.equal(y, ops.graph_layer(**inputs))
+
+
+class TestGraphLayer(LayerContract):
+    subject = GRAPH_LAYER
+
+    def test_a_row_without_deviation_is_the_shift(self, variant, call):
+        inputs = self.inputs(variant)
+        inputs["bias"] = torch.full_like(inputs["bias"], 0.75)
+        output = call(**{**inputs, "x": torch.zeros_like(inputs["x"])})
+        torch.testing.assert_close(output, inputs["shift"].expand_as(output), rtol=0, atol=1e-6)
+
+    def test_is_the_composition_of_its_parts(self, variant, call):
+        inputs = self.inputs(variant, dtype=torch.float64)
+        parts = [inputs[name] for name in ("x", "index", "coefficient")]
+        y = ops.graph_propagate(*parts, backend="reference") + inputs["bias"]
+        if variant["undirected"]:
+            y = y + ops.graph_propagate(*parts, transpose=True, backend="reference")
+        y = F.layer_norm(y, y.shape[-1:], inputs["gain"], inputs["shift"], 1e-5)
+        expected = ops.graph_layer(**inputs, backend="reference")
+        torch.testing.assert_close(expected, y, rtol=1e-12, atol=1e-12)
+
+
+class TestGraphLayerRelu(LayerContract):
+    subject = GRAPH_LAYER_RELU
+
+    def test_gradcheck(self, variant, backend):
+        # away from the kink
+        tiny = next(case for case in CASES if case.name == "tiny_3x4")
+        inputs = {**self.subject.make_inputs(tiny, torch.float64), **variant}
+        inputs["bias"] = torch.where(inputs["bias"] < 0, inputs["bias"] - 9, inputs["bias"] + 9)
+        given = leaves(self.subject, inputs)
+
+        def function(*tensors):
+            return ops.graph_layer(**{**given, **dict(zip(self.subject.differentiable, tensors, strict=True))})
+
+        assert torch.autograd.gradcheck(function, [given[n] for n in self.subject.differentiable])
+        assert 0.1 < (ops.graph_layer(**given) == 0).double().mean() < 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("subject", [GRAPH_LAYER, GRAPH_LAYER_RELU], ids=["layer_norm", "relu"])
+def test_opcheck(subject, dtype):
+    for case in CASES[:3]:
+        inputs = subject.make_inputs(case, dtype)
+        x, index, *others = subject.registered(inputs)
+        for form in (x, x.mT.contiguous().mT, x[:1].expand(x.shape)):
+            opcheck(torch.ops.drseg.graph_layer.default, (form.detach().requires_grad_(), index, *others))
+
+
+@pytest.mark.parametrize(
+    "changes,error,message",
+    [
+        (
+            {"activation": "gelu"},
+            ValueError,
+            "activation is unknown; expected one of none, relu, layer_norm, got 'gelu'",
+        ),
+        ({"gain": None}, ValueError, "gain does not fit the activation; expected a tensor for layer_norm, got None"),
+        ({"activation": "relu"}, ValueError, "gain does not fit the activation; expected None for relu, got a tensor"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias has the wrong shape; expected \(C,\) = \(5,\), got \(3,\)"),
+        ({"shift": [0.0]}, TypeError, "shift must be a tensor; expected torch.Tensor, got list"),
+        ({"eps": 0.0}, ValueError, "eps is out of range; expected a finite number > 0, got 0.0"),
+        ({"undirected": 1}, TypeError, "undirected must be a flag; expected bool, got int"),
+        ({"coefficient": torch.zeros(2, 12, 4)}, ValueError, "coefficient has the wrong shape; expected the shape of"),
+        ({"index": torch.zeros(2, 12, 3)}, TypeError, "index has an unsupported dtype; expected one of int32, int64"),
+        (
+            {"x": torch.zeros(2, 11, 5)},
+            ValueError,
+            r"index does not match x; expected \(2, 11\) before K, got \(2, 12,",
+        ),
+        ({"backend": "native"}, RuntimeError, "backend native cannot run on cpu: graph_layer has no native kernel"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_it_cannot_use_is_refused(changes, error, message):
+    with pytest.raises(error, match=f"^graph_layer: {message}"):
+        ops.graph_layer(**{**GRAPH_LAYER.make_inputs(CASES[0]), **changes})
+
+
+def test_indices_out_of_range_are_found_on_request():
+    inputs = GRAPH_LAYER.make_inputs(CASES[0])
+    inputs["index"][1, 3, 2] = 12
+    with pytest.raises(ValueError, match=r"index is out of range; expected .* got index\[1, 3, 2\] = 12"):
+        ops.graph_layer(**inputs, validate=True)
