@@ -43,6 +43,13 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         "--start-steps", type=int | None, metavar="N", help="steps of the dual encoder where CLIP has random weights"
     )
     parser.add_argument("--prior-v1", type=str | None, metavar="FILE", help="weights of RS-DINOv1, for table3")
+    parser.add_argument(
+        "--prior-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="teach the tiny preset's random prior for N steps on scenes of its own; files are then named NAME-taught",
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells that are trained at a time")
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
     parser.add_argument("--quick", action="store_true", help="a few scenes and steps: shows that it runs, nothing else")
@@ -60,6 +67,8 @@ def run(args: Any) -> None:
     study = find_study(args.name)
     if args.jobs < 1:
         raise ConfigError(f"study: jobs is out of range; expected at least 1, got {args.jobs}")
+    if args.prior_steps < 0:
+        raise ConfigError(f"study: prior-steps is out of range; expected at least 0, got {args.prior_steps}")
     for name in ("steps", "start_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             option = name.replace("_", "-")
@@ -73,6 +82,7 @@ def run(args: Any) -> None:
         start_steps=args.start_steps,
         protocol=args.protocol,
         prior_v1=args.prior_v1,
+        prior_steps=args.prior_steps,
         device=args.device,
         quick=args.quick,
     )
@@ -82,8 +92,9 @@ def run(args: Any) -> None:
     out = Path(args.out)
     command = "drseg " + shlex.join(sys.argv[1:])
     problems = study.run(setting, out, jobs=args.jobs, command=command)
-    print((out / f"{study.name}.md").read_text(encoding="utf-8"))
-    print(f"written to {out}: {', '.join(path.name for path in sorted(out.glob(f'{study.name}.*')))}")
+    name = study.name + setting.suffix
+    print((out / f"{name}.md").read_text(encoding="utf-8"))
+    print(f"written to {out}: {', '.join(path.name for path in sorted(out.glob(f'{name}.*')))}")
     if problems:
         error = DRSegError(
             f"study: {len(problems)} cells failed: {', '.join(problems)}; {next(iter(problems.values()))}"

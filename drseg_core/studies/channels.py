@@ -214,6 +214,7 @@ def _write(
     draw: Callable[[Any], Any],
 ) -> dict[str, str]:
     """``NAME.json``, ``.md`` and ``.png`` of a study that trains nothing but its start."""
+    name += setting.suffix
     facts = {**setting.record(), "command": command, "git": git_revision(), "versions": library_versions()}
     write_text_atomic(
         out / f"{name}.json", json.dumps({"study": name, "title": title, **facts, "found": found}, indent=1) + "\n"
@@ -221,7 +222,7 @@ def _write(
     seeds = ", ".join(map(str, setting.seeds))
     page = (
         f"# {title}\n\n{text}\n\n{markdown_table(rows)}\nSeeds {seeds}; ± the deviation over them. "
-        f"Ranked on `{setting.data}`.\n\n`{command}`, commit {facts['git']}\n"
+        f"Trained on `{setting.data}`.\n\n`{command}`, commit {facts['git']}\n"
     )
     write_text_atomic(out / f"{name}.md", page)
     plt = figures.pyplot()

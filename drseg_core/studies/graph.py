@@ -6,6 +6,7 @@ Propagation can only help as far as neighbours belong together, so this is where
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from drseg_core.data import IGNORE
 from drseg_core.models.dino import DinoPrior, resample
 from drseg_core.ops import knn_graph, prepare_prior
 from drseg_core.studies.channels import _mean, _write
+from drseg_core.studies.prior import teach_prior
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.zero_shot import clip_model
 from drseg_core.training.rank_channels import dense_features, label_on_grid
@@ -25,11 +27,16 @@ IMAGES = 60
 NEIGHBOURS = (4, 8, 16, 33, 75)
 DECAYS = (0.0, 0.5, 1.0, 2.0, 4.0)
 CHANCE, DISTANCE, CLIP = "any node", "distance alone", "CLIP's own features, decay 1"
+LABELS = "the labels themselves"
 
 
 def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
     """Share of neighbours that have the node's own label, mean over the classes, without the node itself."""
-    prior = DinoPrior(setting.config.model.dino).eval()
+    config = setting.config.model.dino
+    if setting.prior_steps:
+        taught = teach_prior(config, setting.prior_data, setting.prior_steps, out)
+        config = dataclasses.replace(config, weights=str(taught))
+    prior = DinoPrior(config).eval()
     found: dict[str, dict[int, Any]] = {}
     for seed in setting.seeds:
         model = clip_model(setting, seed, out)
@@ -43,7 +50,7 @@ def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str
                     grid = (clip.shape[2], clip.shape[3])
                     seen = resample(prior.maps(sample.image[None].float() / 255).features, grid)
                 label = label_on_grid(sample.mask[None], grid)[0].flatten()
-                for name, graph in _graphs(seen, clip, grid).items():
+                for name, graph in _graphs(seen, clip, label.view(grid)).items():
                     counts.setdefault(name, PurityCounts(len(dataset.class_names))).add(graph, label)
             found.setdefault(test.name, {})[seed] = {name: part.shares() for name, part in counts.items()}
     rows = [
@@ -57,7 +64,8 @@ def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str
     ]
     explained = (
         "Percent of a node's K neighbours that have its label, mean over the classes. *any node* is the share that all "
-        "nodes of an image have; only what lies above *distance alone* comes from the features."
+        "nodes of an image have; only what lies above *distance alone* comes from the features, and nothing lies above "
+        "*the labels themselves*."
     )
 
     def draw(plt: Any) -> Any:
@@ -65,7 +73,7 @@ def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str
         for axis, (test, by_seed) in zip(axes[0], found.items(), strict=True):
             for name in next(iter(by_seed.values())):
                 values = torch.tensor([[row[name][str(k)] for k in NEIGHBOURS] for row in by_seed.values()]).mean(0)
-                style = ":" if name in (CHANCE, DISTANCE) else "-"
+                style = ":" if name in (CHANCE, DISTANCE, LABELS) else "-"
                 axis.plot(NEIGHBOURS, values, style, marker="o", markersize=3, label=name)
             axis.set(title=test, xlabel="neighbours K", ylabel="same label, %", xscale="log")
             axis.set_xticks(NEIGHBOURS, [str(k) for k in NEIGHBOURS])
@@ -75,12 +83,15 @@ def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str
     return _write("neighbour-purity", "What the graph connects", explained, rows, found, setting, out, command, draw)
 
 
-def _graphs(prior: Tensor, clip: Tensor, grid: tuple[int, int]) -> Mapping[str, Tensor | None]:
+def _graphs(prior: Tensor, clip: Tensor, label: Tensor) -> Mapping[str, Tensor | None]:
     """Neighbours (N, K) of each kind of graph, best first, K the largest there is; None for every node of the image."""
+    grid = (label.shape[0], label.shape[1])
     alone = torch.ones(1, 1, *grid)
     graphs: dict[str, Tensor | None] = {CHANCE: None, DISTANCE: _best_first(alone, grid, 1.0)}
     graphs.update({f"prior, decay {decay:g}": _best_first(prior, grid, decay) for decay in DECAYS})
     graphs[CLIP] = _best_first(clip, grid, 1.0)
+    truth = torch.nn.functional.one_hot(label, IGNORE + 1).movedim(-1, 0)[None]
+    graphs[LABELS] = _best_first(truth, grid, 1.0)
     return graphs
 
 

@@ -133,6 +133,7 @@ def markdown(
     lines += [
         f"Trained on `{facts['data']}`, {facts['steps']} steps"
         + (f" after {facts['start_steps']} of the dual encoder" if facts["start_steps"] else "")
+        + (f", the prior taught for {facts['prior_steps']} steps on other scenes" if facts["prior_steps"] else "")
         + f", seeds {', '.join(map(str, facts['seeds']))}; scored on "
         + ", ".join(f"{test['name']} (`{test['spec']}`)" for test in facts["tests"])
         + ". Percent, mean over the test sets, ± the deviation over seeds.",

@@ -19,10 +19,12 @@ from typing import Any, cast
 
 import torch
 
+from drseg_core.config.load import override
 from drseg_core.config.schema import Config
 from drseg_core.errors import DRSegError, ResourceError
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.files import write_text_atomic
+from drseg_core.studies.prior import prior_file, teach_prior
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell
 from drseg_core.training.loop import train
@@ -45,13 +47,35 @@ def start_folder(setting: Setting, seed: int, out: Path) -> Path:
 def cell_folder(setting: Setting, cell: Cell, seed: int, out: Path) -> Path:
     """Where a cell of a seed is."""
     start = start_folder(setting, seed, out).name if setting.needs_start else None
-    return _folder(out, f"cell-{seed}", setting.cell_config(dict(cell.options), seed), setting, start)
+    return _folder(out, f"cell-{seed}", cell_config(setting, cell, seed, out), setting, start)
+
+
+def cell_config(setting: Setting, cell: Cell, seed: int, out: Path) -> Config:
+    """The configuration of a cell; one that has a prior gets the taught one where the setting asks for it."""
+    config = setting.cell_config(dict(cell.options), seed)
+    if not setting.prior_steps or config.model.fusion.kind in ("none", "cosine"):
+        return config
+    path = prior_file(config.model.dino, setting.prior_data, setting.prior_steps, out)
+    return override(config, {"model.dino.weights": str(path)})
+
+
+def train_priors(setting: Setting, cells: Sequence[Cell], out: Path) -> None:
+    """The taught priors that cells need, where they are not yet."""
+    for cell in cells if setting.prior_steps else ():
+        config = setting.cell_config(dict(cell.options), 0)
+        if config.model.fusion.kind not in ("none", "cosine"):
+            teach_prior(config.model.dino, setting.prior_data, setting.prior_steps, out)
 
 
 def _folder(out: Path, kind: str, config: Config, setting: Setting, start: str | None) -> Path:
+    plain = plain_config(config)
+    weights = plain["model"]["dino"]["weights"]
+    if weights is not None and Path(weights).parent == out / "runs":
+        # a taught prior is told by its name, wherever the studies lie
+        plain["model"]["dino"]["weights"] = Path(weights).name
     content = {
         "version": VERSION,
-        "config": _changed(plain_config(config), plain_config(Config())),
+        "config": _changed(plain, plain_config(Config())),
         "data": setting.data,
         "start": start,
     }
@@ -92,7 +116,8 @@ def run_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> dict[str, An
     kept = _read(folder / SCORES)
     if kept is not None and all(kept.get(key) == value for key, value in wanted.items()):
         return kept["scores"]
-    _train(setting.cell_config(dict(cell.options), seed), setting, folder, init=start)
+    train_priors(setting, [cell], out)
+    _train(cell_config(setting, cell, seed, out), setting, folder, init=start)
     scores = score(load_run(folder), setting)
     write_text_atomic(folder / SCORES, json.dumps({**wanted, "cell": cell.title, "scores": scores}, indent=1) + "\n")
     return scores
@@ -161,6 +186,7 @@ def run_cells(
 
     missing = [item for item in unique.items() if _read(item[0] / SCORES) is None]
     seeds = sorted({seed for _, (_, seed) in missing}) if setting.needs_start else []
+    train_priors(setting, [cell for _, (cell, _) in missing], out)
     list(run_tasks([(train_start, (setting, seed, out)) for seed in seeds], jobs))
     folders = list(unique)
     tasks: list[Task] = [(_attempt, (setting, cell, seed, out)) for cell, seed in unique.values()]

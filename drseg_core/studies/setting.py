@@ -27,6 +27,8 @@ ADAPT = {"train.clip_learning_rate_scale": 0.2, "train.batch_size": 2}
 START_STEPS, CELL_STEPS = 1500, 300
 
 WORLD = "synthetic:world=landscape"
+# of scenes that nothing else is drawn from
+PRIOR_SEED = 1000
 QUICK = {
     "model.clip.image_size": 64,
     "model.dino.image_size": 64,
@@ -58,6 +60,7 @@ class Setting:
         start_steps: steps of the dual encoder that stands for CLIP where ``config`` names no weights.
         protocol: name of the benchmark protocol that ``tests`` are scored by; None scores their images as they are.
         prior_v1: weight file of RS-DINOv1, for Table 3.
+        prior_steps: steps for which a random prior is taught first (see :mod:`drseg_core.studies.prior`).
         device: ``cpu``, ``cuda`` or ``cuda:N``; None takes CUDA where there is one.
     """
 
@@ -68,6 +71,7 @@ class Setting:
     start_steps: int = START_STEPS
     protocol: str | None = None
     prior_v1: str | None = None
+    prior_steps: int = 0
     device: str | None = None
 
     @property
@@ -100,7 +104,18 @@ class Setting:
             "seeds": list(self.seeds),
             "start_steps": self.start_steps if self.needs_start else None,
             "steps": self.config.train.iterations,
+            "prior_steps": self.prior_steps,
         }
+
+    @property
+    def suffix(self) -> str:
+        """What tells files of another prior apart."""
+        return "-taught" if self.prior_steps else ""
+
+    @property
+    def prior_data(self) -> str:
+        """Scenes on which a prior is taught."""
+        return f"{self.data},seed={PRIOR_SEED}"
 
 
 def make_setting(
@@ -113,6 +128,7 @@ def make_setting(
     start_steps: int | None = None,
     protocol: str | None = None,
     prior_v1: str | None = None,
+    prior_steps: int = 0,
     device: str | None = None,
     quick: bool = False,
 ) -> Setting:
@@ -127,6 +143,7 @@ def make_setting(
         start_steps: steps of the dual encoder, where CLIP has random weights.
         protocol: see :class:`Setting`.
         prior_v1: see :class:`Setting`.
+        prior_steps: see :class:`Setting`; for the landscapes and a random prior only.
         device: see :class:`Setting`.
         quick: a few tiny scenes, steps and one seed: shows that a study runs, and nothing else.
 
@@ -140,11 +157,17 @@ def make_setting(
     scenes, tested, size = 400, 60, ""
     if quick:
         options, seeds, start_steps = {**options, **QUICK, "train.iterations": 4}, seeds[:1], 6
+        prior_steps = min(prior_steps, 2)
         scenes, tested, size = 8, 4, ",size=64"
     if data is None or data == WORLD:
         data = f"{WORLD},scenes={scenes}{size}"
         shown = f"{WORLD},scenes={tested},vocabulary=full{size}"
         tests = tests or (f"source={shown}", f"shifted={shown},domain=shifted")
+    if prior_steps and (base.model.dino.weights is not None or not data.startswith(WORLD) or "seed=" in data):
+        raise ConfigError(
+            "study: prior_steps needs a random prior and the landscapes of seed 0; expected no --prior-steps with "
+            f"weights {base.model.dino.weights!r} and data {data!r}"
+        )
     if not tests:
         raise ConfigError("study: tests are missing; expected --test NAME=SPEC for data other than the landscapes")
     if not seeds or len(set(seeds)) < len(seeds):
@@ -161,6 +184,7 @@ def make_setting(
         start_steps=START_STEPS if start_steps is None else start_steps,
         protocol=protocol,
         prior_v1=prior_v1,
+        prior_steps=prior_steps,
         device=device,
     )
 

@@ -33,6 +33,7 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
         Why cells failed, by name; empty where all went well.
     """
     study = training_study(name, setting)
+    name += setting.suffix
     facts: dict[str, Any] = {**setting.record(), "command": command, "git": git_revision()}
     scores: dict[str, dict[int, Any]] = {}
     problems: dict[str, str] = {}

@@ -32,9 +32,12 @@ def test_smaller_k_are_the_best_of_larger_ones():
 
 
 def test_distance_alone_takes_what_is_near():
-    graphs = _graphs(torch.randn(1, 8, 5, 5), torch.randn(1, 4, 5, 5), (5, 5))
+    label = torch.arange(25).view(5, 5) % 2
+    graphs = _graphs(torch.randn(1, 8, 5, 5), torch.randn(1, 4, 5, 5), label)
     near = graphs["distance alone"]
     assert sorted(near[12, :4].tolist()) == [7, 11, 13, 17] and graphs["any node"] is None
+    truth = graphs["the labels themselves"]
+    assert torch.equal(label.flatten()[truth[:, :11]], label.flatten()[:, None].expand(25, 11))
 
 
 def test_features_that_are_the_labels_connect_nothing_else():

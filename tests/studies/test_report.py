@@ -52,6 +52,7 @@ def test_the_page_says_what_was_not_run_and_what_it_is_compared_with():
         "data": "folder:x",
         "steps": 5,
         "start_steps": None,
+        "prior_steps": 0,
         "seeds": [0, 1],
         "tests": [{"name": "a", "spec": "folder:a"}],
         "command": "drseg study t",

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from drseg_core.config.load import load_config
+from drseg_core.errors import ConfigError
+from drseg_core.models.dino import DinoPrior
+from drseg_core.studies.prior import prior_file, structure_loss, teach_prior
+from drseg_core.studies.runner import cell_config, cell_folder
+from drseg_core.studies.setting import make_setting
+from drseg_core.studies.tables import Cell
+
+DATA = "synthetic:world=landscape,scenes=4,size=64,seed=1000"
+
+
+@pytest.fixture
+def config():
+    return dataclasses.replace(load_config("tiny").model.dino, image_size=64)
+
+
+def test_structure_loss_by_hand():
+    torch.manual_seed(0)
+    tokens = torch.randn(1, 6, 2, 3, requires_grad=True)
+    label = torch.tensor([[[0, 0, 1], [1, 1, 255]]])
+    unit = F.normalize(tokens.flatten(2)[0].T, dim=1)
+    terms = []
+    for i, own in enumerate(label.flatten().tolist()):
+        partners = [j for j, other in enumerate(label.flatten().tolist()) if j != i and other == own != 255]
+        if partners:
+            others = [j for j in range(6) if j != i]
+            logit = {j: unit[i] @ unit[j] / 0.1 for j in others}
+            total = torch.stack(list(logit.values())).logsumexp(0)
+            terms.append(sum(total - logit[j] for j in partners) / len(partners))
+    torch.testing.assert_close(structure_loss(tokens, label), torch.stack(terms).mean())
+    nothing = structure_loss(tokens, torch.full((1, 2, 3), 255))
+    nothing.backward()
+    assert nothing == 0 and torch.equal(tokens.grad, torch.zeros_like(tokens))
+
+
+def test_a_taught_prior_is_a_weight_file_and_knows_more(config, tmp_path):
+    path = teach_prior(config, DATA, 30, tmp_path)
+    taught, random = DinoPrior(dataclasses.replace(config, weights=str(path))), DinoPrior(config)
+    from drseg_core.data import open_dataset
+    from drseg_core.training.rank_channels import label_on_grid
+
+    data = open_dataset(DATA, "train")
+    image = torch.stack([data[i].image for i in range(4)]).float() / 255
+    label = label_on_grid(torch.stack([data[i].mask for i in range(4)]), (8, 8))
+    losses = [float(structure_loss(prior.maps(image).features, label)) for prior in (taught, random)]
+    assert losses[0] < losses[1] - 0.3
+    # once
+    before = path.stat().st_mtime_ns
+    assert teach_prior(config, DATA, 30, tmp_path) == path and path.stat().st_mtime_ns == before
+
+
+def test_everything_that_decides_it_is_in_its_name(config):
+    out = Path("out")
+    names = {
+        prior_file(changed, data, steps, out)
+        for changed in (config, dataclasses.replace(config, seed=1))
+        for data in (DATA, DATA + "1")
+        for steps in (1, 2)
+    }
+    assert len(names) == 8
+
+
+def test_all_that_have_a_prior_get_the_same_one(tmp_path):
+    setting = make_setting(quick=True, prior_steps=2)
+    baseline = Cell("baseline", "baseline", {"model.fusion.kind": "none"})
+    cells = [Cell("a", "a", {}), Cell("b", "b", {"model.fusion.kind": "mean"})]
+    weights = {cell_config(setting, cell, seed, tmp_path).model.dino.weights for cell in cells for seed in (0, 1)}
+    assert len(weights) == 1 and None not in weights
+    assert cell_config(setting, baseline, 0, tmp_path).model.dino.weights is None
+    # cells without a prior are shared with studies of the random one, those with it are not
+    plain = make_setting(quick=True)
+    assert cell_folder(setting, baseline, 0, tmp_path) == cell_folder(plain, baseline, 0, tmp_path)
+    assert cell_folder(setting, cells[0], 0, tmp_path) != cell_folder(plain, cells[0], 0, tmp_path)
+    # wherever the studies lie
+    elsewhere = cell_folder(setting, cells[0], 0, tmp_path / "elsewhere")
+    assert elsewhere.name == cell_folder(setting, cells[0], 0, tmp_path).name
+
+
+def test_scenes_of_its_own():
+    setting = make_setting(prior_steps=5)
+    assert setting.prior_data == setting.data + ",seed=1000" and setting.suffix == "-taught"
+
+
+@pytest.mark.parametrize("options", [{"config": "vitl"}, {"data": "folder:x", "tests": ["folder:x"]}])
+def test_refusals(options):
+    with pytest.raises(ConfigError, match="prior_steps needs a random prior"):
+        make_setting(prior_steps=5, **options)
