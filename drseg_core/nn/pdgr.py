@@ -10,9 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drseg_core.ops import degree_normalize, edge_weight, graph_propagate, knn_graph, prepare_prior
+from drseg_core.ops import (
+    degree_normalize,
+    edge_coefficient,
+    edge_weight,
+    graph_layer,
+    graph_propagate,
+    knn_graph,
+    prepare_prior,
+)
 from drseg_core.ops._checks import check_choice, check_count, check_flag, check_number, check_tensor
-from drseg_core.ops._dispatch import BACKEND_NAMES
+from drseg_core.ops._dispatch import BACKEND_NAMES, requested_backend
 
 Affinity = Literal["exp", "linear", "power", "product", "gauss"]
 SelfLoop = Literal["in_topk", "exclude", "extra"]
@@ -59,7 +67,8 @@ class PDGR(nn.Module):
         residual: add the input to the output.
         use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity (negative affinities count as 0).
         norm_scale: initial gain of the final LayerNorm.
-        backend: kernel backend of all ops; None takes the best that can run.
+        backend: kernel backend of all ops; None takes the best that can run. ``triton`` runs the fused ops
+            ``edge_coefficient`` and ``graph_layer`` in place of their parts where the options allow it.
 
     Shape:
         features (B, C, h, w) and prior (B, D, h, w) to (B, C, h, w), in the dtype of the features (under autocast: of
@@ -183,6 +192,10 @@ class PDGR(nn.Module):
                 f"PDGR: features have another dtype than the module; expected {own} or autocast, got {features.dtype}"
             )
 
+    def _fused(self) -> bool:
+        """Whether the fused ops run: they save launches on a GPU, and the CPU has kernels for their parts only."""
+        return requested_backend("PDGR", self.backend) == "triton"
+
     def _affinity(self, score: Tensor) -> Tensor:
         """Eq. 7 from the score that orders the candidates."""
         if self.affinity in ("exp", "gauss"):
@@ -224,16 +237,12 @@ class PDGR(nn.Module):
         else:
             given = nodes.to(self.edge_vector.dtype)
             source, target = self.edge_source(given), self.edge_target(given)
-        weight = edge_weight(
-            source,
-            target,
-            index,
-            self.edge_vector,
-            self.edge_bias,
-            # padded slots have no score
-            mask=score != -torch.inf,
-            backend=self.backend,
-        )
+        # padded slots have no score
+        edges = (source, target, index, self.edge_vector, self.edge_bias)
+        mask = score != -torch.inf
+        if self._fused() and not self.use_affinity_as_weight and self.self_loop != "extra":
+            return index, edge_coefficient(*edges, mask=mask, norm=self.norm, backend=self.backend)
+        weight = edge_weight(*edges, mask=mask, backend=self.backend)
         if self.use_affinity_as_weight:
             weight = weight * self._affinity(score)
         if self.self_loop == "extra":
@@ -248,22 +257,50 @@ class PDGR(nn.Module):
             y = y + graph_propagate(x, index, coefficient, transpose=True, backend=self.backend)
         return y
 
+    def _layer(self, x: Tensor, index: Tensor, coefficient: Tensor, bias: Tensor | None, last: bool) -> Tensor:
+        """What follows the linear map of a layer, in one pass but for the dropout."""
+        undirected = self.norm == "sym_undirected"
+        if not last:
+            return self.dropout(
+                graph_layer(x, index, coefficient, bias, activation="relu", undirected=undirected, backend=self.backend)
+            )
+        norm = self.output_norm
+        return graph_layer(
+            x,
+            index,
+            coefficient,
+            bias,
+            norm.weight,
+            norm.bias,
+            activation="layer_norm",
+            eps=norm.eps,
+            undirected=undirected,
+            backend=self.backend,
+        )
+
     def forward(self, features: Tensor, prior: Tensor) -> Tensor:
         """Rectify ``features`` (B, C, h, w) along the graph of ``prior`` (B, D, h, w)."""
         self._check(features, prior)
         index, coefficient = self.graph(prior)
         x = features.flatten(2).transpose(1, 2)
+        fused, last = self._fused(), len(self.weights) - 1
         for layer, weight in enumerate(self.weights):
+            bias = None if self.biases is None else self.biases[layer]
             # both orders give the same sum; propagate the narrower side
             if weight.shape[0] > weight.shape[1]:
                 x = F.linear(self._propagate(x, index, coefficient), weight)
+            elif fused:
+                x = self._layer(F.linear(x, weight), index, coefficient, bias, layer == last)
+                continue
             else:
                 x = self._propagate(F.linear(x, weight), index, coefficient)
-            if self.biases is not None:
+            if bias is not None:
                 # under autocast x is narrower than the parameters, and stays so
-                x = x + self.biases[layer].to(x.dtype)
-            if layer < len(self.weights) - 1:
+                x = x + bias.to(x.dtype)
+            if layer < last:
                 # in place where the sum is new: it is not needed for a gradient
-                x = self.dropout(x.relu() if self.biases is None else x.relu_())
-        x = self.output_norm(x).transpose(1, 2).unflatten(2, features.shape[2:])
+                x = self.dropout(x.relu() if bias is None else x.relu_())
+            else:
+                x = self.output_norm(x)
+        x = x.transpose(1, 2).unflatten(2, features.shape[2:])
         return features + x if self.residual else x

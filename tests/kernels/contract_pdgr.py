@@ -4,17 +4,29 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from drseg_kernels import _reverse
+from drseg_kernels import (
+    _reverse,
+    degree_normalize,
+    edge_coefficient,
+    edge_weight,
+    graph_layer,
+    graph_propagate,
+)
+from drseg_kernels._tile import Tile
 from edges import DEVICE, INTERPRETED
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drseg_core import ops
 from drseg_core.nn import PDGR
+from drseg_core.ops import _dispatch
 
 OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
+FUSED = ("knn_graph", "edge_coefficient", "graph_layer")
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +48,14 @@ def make(**options) -> tuple[PDGR, Tensor, Tensor]:
 def run(module: PDGR, features: Tensor, prior: Tensor, backend: str) -> dict[str, Tensor]:
     """Output, and the gradients of a fixed sum of it."""
     features = features.detach().clone().requires_grad_()
+    _dispatch._last.clear()
     with ops.use_backend(backend):
         output = module(features, prior)
     random = torch.Generator().manual_seed(1)
     weight = torch.randn(output.shape, generator=random, dtype=torch.float64).to(output)
     grads = torch.autograd.grad((output * weight).sum(), [features, *module.parameters()])
-    assert {ops.last_backend(op) for op in OPS} == {backend}
+    assert set(_dispatch._last.values()) == {backend}
+    assert set(_dispatch._last) <= {*OPS, *FUSED, "prepare_prior"}
     names = ("features", *(name for name, _ in module.named_parameters()))
     return {"output": output.detach(), **dict(zip(names, grads, strict=True))}
 
@@ -63,6 +77,7 @@ def check(got: dict[str, Tensor], expected: dict[str, Tensor], slack: float) -> 
         {"norm": "sym_undirected", "self_loop": "exclude", "hidden": 9},
         {"norm": "sym_inout", "self_loop": "extra", "use_affinity_as_weight": True},
         {"norm": "row", "affinity": "power", "normalize_prior": False, "k": 30},
+        {"layers": 3, "hidden": 4, "bias": False, "residual": True},
     ],
     ids=str,
 )
@@ -79,6 +94,38 @@ def test_autocast_in_half_precision():
         got = run(module, features, prior, "triton")
     check(got, exact, 2e-2)
     assert all(value.dtype == torch.float32 for name, value in got.items() if name != "output")
+
+
+@pytest.mark.parametrize("options,expected", [({}, FUSED), ({"self_loop": "extra"}, (*OPS[:3], "graph_layer"))])
+def test_the_fused_ops_run_where_they_can(options, expected):
+    module, features, prior = make(**options)
+    run(module, features, prior, "triton")
+    assert set(_dispatch._last) == set(expected)
+    run(module, features, prior, "reference")
+    assert set(_dispatch._last) == set(OPS)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "sym_undirected"}, {"dropout": 0.5, "bias": False}], ids=str)
+def test_fused_is_what_its_parts_are(options, monkeypatch):
+    module, features, prior = make(**options)
+    torch.manual_seed(2)
+    fused = run(module, features, prior, "triton")
+    monkeypatch.setattr(PDGR, "_fused", lambda self: False)
+    torch.manual_seed(2)
+    parts = run(module, features, prior, "triton")
+    check(fused, {name: value.double() for name, value in parts.items()}, 2e-5)
+
+
+@pytest.mark.parametrize("norm", ["sym_row", "sym_undirected"])
+def test_a_cell_that_is_not_finite_keeps_to_itself(norm):
+    module, features, prior = make(norm=norm)
+    prior[0, 2, 1, 2] = torch.nan
+    with torch.no_grad(), ops.use_backend("reference"):
+        exact = copy.deepcopy(module).double()(features.double(), prior.double())
+    with torch.no_grad(), ops.use_backend("triton"):
+        got = module(features, prior)
+    assert got[0, :, 1, 2].isnan().all() and int(got.isnan().sum()) == got.shape[1]
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_the_graph_is_sorted_once(monkeypatch):
@@ -112,3 +159,145 @@ def test_compiles_without_a_break():
         eager = module(features, prior)
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(features, prior)
     assert torch.equal(eager, compiled)
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: values read from it, and shapes that depend on values.
+
+    A copy from device to host is none where the device is the CPU, and so is not seen there.
+    """
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        if name.startswith("_unique") or name in self.WAITING:
+            raise RuntimeError(f"{name} synchronises the host")
+        if name in ("index", "index_put", "index_put_"):
+            chosen = [value for value in arguments[1] if value is not None]
+            if any(value.dtype in (torch.bool, torch.uint8) for value in chosen):
+                raise RuntimeError(f"{name} with a mask synchronises the host")
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: bool((x > 0).all()),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+    ],
+)
+def test_what_synchronises_is_noticed(waits):
+    with NoSynchronisation(), pytest.raises(RuntimeError, match="synchronises"):
+        waits(torch.arange(-3.0, 3.0))
+
+
+@pytest.mark.parametrize("norm", ["sym_row", "sym_inout", "row"])
+@pytest.mark.parametrize("tile", [Tile(4, 16, 1), Tile(16, 16, 4, 16)], ids=["gathered", "densified"])
+def test_no_launcher_synchronises(tile, norm):
+    """The launchers by themselves: inside a registered op a mode sees nothing."""
+    random = torch.Generator().manual_seed(0)
+    source, target, x = torch.randn(3, 1, 5, 7, generator=random).to(DEVICE)
+    index = torch.randint(0, 5, (1, 5, 2), generator=random).to(DEVICE)
+    vector, bias = torch.randn(7, generator=random).to(DEVICE), torch.zeros((), device=DEVICE)
+    edges = Tile(tile.rows, tile.columns, tile.num_warps)
+    with NoSynchronisation():
+        weight = edge_weight.edge_weight(source, target, index, vector, bias, index > 1, tile=edges)
+        needs = (True, True, True)
+        edge_weight.edge_weight_backward(weight, weight, source, target, index, vector, bias, *needs, tile=edges)
+        degree_normalize.degree_normalize(weight, index, norm, 1e-6)
+        degree_normalize.degree_normalize_backward(weight, weight, index, norm, 1e-6)
+        coefficient, *saved = edge_coefficient.edge_coefficient(
+            source, target, index, vector, bias, index > 1, norm, 1e-6, tile=edges
+        )
+        given = (source, target, index, vector, bias, norm, 1e-6)
+        _reverse._kept.clear()
+        edge_coefficient.edge_coefficient_backward(coefficient, *saved, *given, *needs, tile=edges)
+        graph_propagate.graph_propagate(x, index, coefficient, True, tile=tile)
+        graph_propagate.graph_propagate_backward(x, x, index, coefficient, True, True, True, tile=tile)
+        for activation in ("relu", "layer_norm"):
+            parameters = (vector, vector, vector) if activation == "layer_norm" else (vector, None, None)
+            options = (*parameters, activation)
+            saved = graph_layer.graph_layer(x, index, coefficient, *options, 1e-5, True, True, tile=tile)
+            graph_layer.graph_layer_backward(x, x, index, coefficient, *saved, *options, True, *needs, tile=tile)
+
+
+def test_the_module_does_not_synchronise():
+    module, features, prior = make()
+    # what is kept of a first call may be made with synchronisation
+    run(module, features, prior, "triton")
+    with NoSynchronisation(), ops.use_backend("triton"):
+        module(features, prior).square().sum().backward()
+
+
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, name: str, kernel: Any, seen: list[str]) -> None:
+        self.name, self.kernel, self.seen = name, kernel, seen
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.seen.append(self.name)
+        return self.kernel[grid]
+
+
+def test_launches_of_the_layers(monkeypatch):
+    """All launches beside the selection and the linear maps, forward and backward."""
+    module, features, prior = make()
+    seen: list[str] = []
+    for kernels in (degree_normalize, edge_coefficient, edge_weight, graph_layer, graph_propagate):
+        for name in [name for name in vars(kernels) if "_kernel" in name]:
+            monkeypatch.setattr(kernels, name, Counted(name, getattr(kernels, name), seen))
+    run(module, features, prior, "triton")
+    assert sorted(seen) == sorted(
+        [
+            "_edge_coefficient_fwd_kernel",
+            "_degree_normalize_fwd_kernel_edges",
+            *["_graph_layer_fwd_kernel_densified"] * 2,
+            *["_graph_layer_bwd_kernel_activation"] * 2,
+            *["_graph_layer_bwd_kernel_sum"] * 2,
+            *["_graph_propagate_fwd_kernel_densified"] * 2,
+            *["_graph_propagate_bwd_kernel_sampled"] * 2,
+            "_degree_normalize_bwd_kernel_degree",
+            "_edge_weight_bwd_kernel_source",
+            "_edge_weight_bwd_kernel_target",
+            "_edge_weight_bwd_kernel_sum",
+        ]
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"norm": "sym_undirected", "k": 3}], ids=str)
+def test_replays_of_a_cuda_graph_are_what_eager_calls_are(options):
+    module, features, prior = make(**options)
+    features.requires_grad_()
+    names = ("output", "features", *(name for name, _ in module.named_parameters()))
+    leaves = [features, *module.parameters()]
+
+    def step() -> list[Tensor]:
+        output = module(features, prior)
+        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+    with ops.use_backend("triton"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            results = step()
+        for seed in range(3):
+            random = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                features.copy_(torch.randn(features.shape, generator=random))
+                prior.copy_(torch.randn(prior.shape, generator=random))
+            recorded.replay()
+            replayed = dict(zip(names, [value.clone() for value in results], strict=True))
+            # the library may multiply in another order while it is recorded
+            check(replayed, dict(zip(names, [value.double() for value in step()], strict=True)), 2e-5)
