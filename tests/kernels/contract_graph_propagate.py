@@ -79,6 +79,13 @@ def test_sizes_that_fill_no_tile(size, dtype, how):
     check_sizes(SUBJECT, inputs, functools.partial(with_tile, tile))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_more_edges_than_dense_products_are_given_to_at_a_time(dtype):
+    inputs = make(20, 70, 3, dtype)
+    # the incoming gradient is as wide as the features, so that float16 is multiplied as it is
+    check_sizes(SUBJECT, inputs, functools.partial(with_tile, DENSIFIED))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_half_precision_features_are_multiplied_exactly(transpose, dtype):

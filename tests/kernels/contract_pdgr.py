@@ -276,11 +276,11 @@ def test_replays_of_a_cuda_graph_are_what_eager_calls_are(options):
     module, features, prior = make(**options)
     features.requires_grad_()
     names = ("output", "features", *(name for name, _ in module.named_parameters()))
-    leaves = [features, *module.parameters()]
+    leaves, weight = [features, *module.parameters()], torch.randn_like(features)
 
     def step() -> list[Tensor]:
         output = module(features, prior)
-        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+        return [output, *torch.autograd.grad((output * weight).sum(), leaves)]
 
     with ops.use_backend("triton"):
         side = torch.cuda.Stream()

@@ -146,10 +146,14 @@ def edge_coefficient(inputs: Inputs, grad: Tensor) -> Expected:
     with torch.no_grad():
         slip = (vector.numel() + numerics.SPARE_UNITS) * unit * (hidden @ vector.abs() + bias.abs())
         loose = (16 * unit * weight + _softplus(logit + slip) - _softplus(logit)) * share + TINY
-        degree = outgoing(loose) + (incoming(loose) if norm in ("sym_inout", "sym_undirected") else 0)
         count = (k + _in_degree(index).amax() + 2 * numerics.SPARE_UNITS) * unit
         # relative error of a degree, the largest of all nodes; no degree for sym_count
-        scale_slip = 0.0 if norm == "sym_count" else (degree / (torch.minimum(row, column) + eps)).amax() + count
+        leaving, ending = outgoing(loose), incoming(loose)
+        if norm == "sym_undirected":
+            leaving = ending = (leaving + ending) / 2
+        scale_slip = 0.0 if norm == "sym_count" else (leaving / (row + eps)).amax() + count
+        if norm == "sym_inout":
+            scale_slip = scale_slip + (ending / (column + eps)).amax()
         off = loose * ratio + value * (scale_slip + numerics.SPARE_UNITS * unit) + TINY
         positive = grad.double().abs()
         direct = positive * ratio
