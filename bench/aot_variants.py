@@ -33,6 +33,11 @@ class Variant:
 
 # pointers of every kernel of knn_graph
 _SELECTION = {f"{name}_ptr": "*fp32" for name in ("inverse_norm", "table", "score")} | {"index_ptr": "*i32"}
+# and of those that search and select among candidates
+_SEARCH = {f"{name}_ptr": "*fp32" for name in ("length", "longest", "reach")} | {
+    f"{name}_ptr": "*i32" for name in ("order", "window", "count", "threshold", "live", "listed")
+}
+_SEARCH["candidate_ptr"] = "*i64"
 _DTYPES = ("fp32", "bf16")
 
 # nodes, neighbours, form, include_self, and whether the row already holds a result: every branch of the kernel, the
@@ -62,6 +67,7 @@ def variants(target: Any) -> Iterator[Variant]:
     for found in (
         _knn_tiles,
         _knn_on_chip,
+        _knn_fused,
         _edge_weight,
         _edge_coefficient,
         _degree_normalize,
@@ -130,6 +136,56 @@ def _knn_on_chip(device: Any) -> Iterator[Variant]:
             sizes.shared_bytes(),
             ("channels",) if even else (),
         )
+
+
+# nodes, neighbours, form, include_self, dtype of the features, whether the channels are a multiple of 16
+KNN_FUSED = (
+    (16_384, 75, "additive", True, "fp32", True),
+    (16_384, 75, "additive", True, "bf16", True),
+    (16_384, 75, "additive", True, "fp16", True),
+    (16_384, 75, "multiplicative", False, "fp32", True),
+    (16_384, 75, "product", True, "bf16", False),
+    (65_536, 75, "additive", True, "fp32", True),
+    (65_536, 75, "additive", True, "bf16", True),
+    (16_384, 512, "additive", True, "fp32", True),
+    (16_384, 960, "additive", False, "bf16", True),
+    (4_096, 1, "additive", False, "fp32", False),
+)
+
+
+def _knn_fused(device: Any) -> Iterator[Variant]:
+    from drseg_kernels import _knn_fused as op
+    from drseg_kernels import _knn_sizes
+
+    asked = [(*case, _knn_sizes.choose_fused(device, case[0], case[1])) for case in KNN_FUSED]
+    for nodes, k, sizes in _knn_sizes.fused_table(device):
+        asked += [(nodes, k, "additive", True, dtype, True, sizes) for dtype in _DTYPES]
+    for _, k, form, include_self, dtype, even, sizes in asked:
+        constants = op.search_constants(k, form, include_self, sizes)
+        options = sizes.options(1024 if even else 1023)
+        words = {"dtype": dtype, **constants, "stages": options["num_stages"]} | ({} if even else {"even": False})
+        yield Variant(
+            _name("knn_graph search", words, sizes.num_warps),
+            op._knn_graph_fwd_kernel_search,
+            {**_SELECTION, **_SEARCH, "prior_ptr": f"*{dtype}"},
+            constants,
+            {**options, **op.OPTIONS},
+            sizes.shared_bytes(),
+            ("channels",) if even else (),
+        )
+        narrow, select = op.narrow_constants(k, form, include_self, sizes), op.select_constants(k, include_self, sizes)
+        for name, kernel, constants, num_warps in (
+            ("narrow", op._knn_graph_fwd_kernel_narrow, narrow, sizes.narrow_warps(k)),
+            ("select", op._knn_graph_fwd_kernel_select, select, sizes.select_warps(k)),
+        ):
+            yield Variant(
+                _name(f"knn_graph {name}", constants, num_warps),
+                kernel,
+                {**_SELECTION, **_SEARCH},
+                constants,
+                op.no_pipeline(num_warps),
+                sizes.shared_bytes(),
+            )
 
 
 # pointers that have one type whatever the dtype of the features

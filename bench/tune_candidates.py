@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from drseg_kernels import _knn_sizes, _launch, _tile
-from drseg_kernels._knn_sizes import ON_CHIP_NODES, OnChip
+from drseg_kernels._knn_sizes import FUSED_NEIGHBOURS, ON_CHIP_NODES, STRATEGIES, Fused, OnChip, Way
 from drseg_kernels._launch import Configuration, Device
 from drseg_kernels._tile import Tile
 
 from drseg_core.ops._cases import Case
 
-# tables of each op, and what their entries are arguments of
+# tables of each op, and what their entries are arguments of; that of the strategies is timed with the sizes before it
 TABLES = {
-    "knn_graph": ("knn_graph", "knn_graph_on_chip"),
+    "knn_graph": ("knn_graph", "knn_graph_on_chip", "knn_graph_fused", "knn_graph_strategy"),
     "edge_weight": ("edge_weight",),
     "degree_normalize": ("degree_normalize",),
     "graph_propagate": ("graph_propagate",),
@@ -25,6 +25,8 @@ TABLES = {
 KINDS: dict[str, Any] = {
     "knn_graph": Configuration,
     "knn_graph_on_chip": OnChip,
+    "knn_graph_fused": Fused,
+    "knn_graph_strategy": Way,
     "edge_weight": Tile,
     "degree_normalize": Tile,
     "graph_propagate": Tile,
@@ -47,6 +49,23 @@ def _on_chip(device: Device, case: Case) -> Iterator[dict[str, int]]:
         yield {"rows": rows, "columns": columns, "depth": depth, "num_warps": warps, "num_stages": stages}
 
 
+def _fused(device: Device, case: Case) -> Iterator[dict[str, int]]:
+    # where a row's first window is the whole grid there is nothing to leave out
+    if case.nodes <= ON_CHIP_NODES or case.neighbours > FUSED_NEIGHBOURS:
+        return
+    rule = _knn_sizes.fused_rule(device, case.nodes, case.neighbours)
+    yield dataclasses.asdict(rule)
+    for depth, window, splits, stages in itertools.product((16, 32, 64), (3, 5), (1, 3, 7), (2, 3, 4)):
+        yield dataclasses.asdict(rule) | {"depth": depth, "window": window, "splits": splits, "num_stages": stages}
+
+
+def _ways(device: Device, case: Case) -> Iterator[dict[str, str]]:
+    rule = _knn_sizes.strategy_rule(case.nodes)
+    for strategy in (rule, *STRATEGIES):
+        if Way(strategy).fits(case.nodes, case.neighbours):
+            yield {"strategy": strategy}
+
+
 def _edges(op: str, widths: Callable[[Case], int], sources: tuple[int, ...] = ()) -> Callable[..., Iterator[Any]]:
     def found(device: Device, case: Case) -> Iterator[dict[str, int]]:
         yield dataclasses.asdict(_tile.rule(op, device, case.nodes, case.neighbours, widths(case)))
@@ -61,9 +80,11 @@ def _edges(op: str, widths: Callable[[Case], int], sources: tuple[int, ...] = ()
     return found
 
 
-_ASKED: dict[str, Callable[[Device, Case], Iterable[dict[str, int]]]] = {
+_ASKED: dict[str, Callable[[Device, Case], Iterable[dict[str, Any]]]] = {
     "knn_graph": _tiles,
     "knn_graph_on_chip": _on_chip,
+    "knn_graph_fused": _fused,
+    "knn_graph_strategy": _ways,
     "edge_weight": _edges("edge_weight", lambda case: case.hidden),
     "degree_normalize": _edges("degree_normalize", lambda case: case.neighbours),
     "graph_propagate": _edges("graph_propagate", lambda case: case.channels, (16, 32, 64)),

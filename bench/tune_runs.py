@@ -10,6 +10,7 @@ from typing import Any
 import gate
 import torch
 from drseg_kernels import degree_normalize, edge_weight, graph_propagate, knn_graph
+from drseg_kernels._knn_sizes import Way
 from torch import Tensor
 
 from drseg_core.ops._cases import Case, generator
@@ -47,8 +48,10 @@ def _knn_graph(case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]
     given = (prior, inverse, table, case.neighbours, "additive", True)
 
     def run(sizes: Any) -> tuple[Tensor, ...]:
+        # a way to compute takes the sizes that the device's tables have for it
+        how = {"strategy": sizes.strategy} if isinstance(sizes, Way) else {"configuration": sizes}
         with plain_float32(prior):
-            return knn_graph.knn_graph(*given, configuration=sizes)
+            return knn_graph.knn_graph(*given, **how)
 
     def wrong(got: tuple[Tensor, ...]) -> str | None:
         return gate.selection(got[0], inputs["prior"], inputs["grid"], inputs["decay"])

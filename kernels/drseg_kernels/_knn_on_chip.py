@@ -61,6 +61,39 @@ def dot_products(
 
 
 @triton.jit
+def keys_of_products(
+    cosine,
+    inverse_norm_ptr,
+    table_ptr,
+    first,
+    i,
+    row,
+    inverse_own,
+    j,
+    column,
+    width,
+    JOIN: tl.constexpr,
+    INCLUDE_SELF: tl.constexpr,
+):
+    """Keys of dot products (R, C) of the nodes ``i`` of an image with the nodes ``j``; the score of a node with itself.
+
+    A key says its score, so that no second tile takes registers; only that of the node itself may be FORCED. Its score
+    is 0 where it is not among the columns.
+
+    Args:
+        first: the place of the image's first node in the batch, int64.
+    """
+    inverse = tl.load(inverse_norm_ptr + first + j, mask=column, other=0.0)
+    both = row[:, None] & column[None, :]
+    cosine = cosine * inverse_own[:, None] * inverse[None, :]
+    value = join_scores(cosine, decay_between(table_ptr, i, j, width, both), JOIN)
+    own = i[:, None] == j[None, :]
+    allowed = allowed_pairs(both, inverse_own, inverse, own, INCLUDE_SELF)
+    own_value = tl.sum(tl.where(allowed & own, value, 0.0), axis=1)
+    return keys_of(value, allowed, own, INCLUDE_SELF), own_value
+
+
+@triton.jit
 def score_tile(
     prior_ptr,
     inverse_norm_ptr,
@@ -80,20 +113,12 @@ def score_tile(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Keys (ROWS, COLUMNS) of the nodes ``i`` of an image with the nodes ``j``; the score of a node with itself, or 0.
-
-    A key says its score, so that no second tile takes registers; only that of the node itself may be FORCED.
-    """
+    """Keys (ROWS, COLUMNS) of the nodes ``i`` of an image with the nodes ``j``; scores as ``keys_of_products``."""
     first = image * nodes
     cosine = dot_products(prior_ptr, first + i, row, first + j, column, channels, ROWS, COLUMNS, DEPTH)
-    inverse = tl.load(inverse_norm_ptr + first + j, mask=column, other=0.0)
-    both = row[:, None] & column[None, :]
-    cosine = cosine * inverse_own[:, None] * inverse[None, :]
-    value = join_scores(cosine, decay_between(table_ptr, i, j, width, both), JOIN)
-    own = i[:, None] == j[None, :]
-    allowed = allowed_pairs(both, inverse_own, inverse, own, INCLUDE_SELF)
-    own_value = tl.sum(tl.where(allowed & own, value, 0.0), axis=1)
-    return keys_of(value, allowed, own, INCLUDE_SELF), own_value
+    return keys_of_products(
+        cosine, inverse_norm_ptr, table_ptr, first, i, row, inverse_own, j, column, width, JOIN, INCLUDE_SELF
+    )
 
 
 @triton.jit

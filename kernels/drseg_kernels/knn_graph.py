@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Neighbours of the highest affinity, in one of two ways that agree up to the rounding of dot products.
+"""Neighbours of the highest affinity, in one of three ways that agree up to the rounding of dot products.
 
 ``on_chip`` keeps all scores of a row in registers (up to 1024 nodes); ``tiles`` lets the library multiply and merges
-what it made. The choice is an argument, then a rule whose border has not been measured on a GPU; sizes are an argument,
-then the device's table, then a rule.
+what it made; ``fused`` multiplies by itself, keeps the candidates only and leaves out what the decay rules out. The
+choice is an argument, then the device's table, then a rule, as are the sizes. The rule has not been measured on a GPU:
+it takes ``tiles`` beyond 1024 nodes and never ``fused``.
 """
 
 from __future__ import annotations
@@ -11,17 +12,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from drseg_kernels._knn_fused import fused
 from drseg_kernels._knn_on_chip import on_chip
-from drseg_kernels._knn_sizes import ON_CHIP_NODES, STRATEGIES, OnChip, choose_on_chip, strategy_rule
+from drseg_kernels._knn_sizes import (
+    FUSED_NEIGHBOURS,
+    ON_CHIP_NODES,
+    STRATEGIES,
+    Fused,
+    OnChip,
+    choose_fused,
+    choose_on_chip,
+    choose_strategy,
+)
 from drseg_kernels._knn_tiles import by_tiles
-from drseg_kernels._launch import Configuration, configuration_of, known_device
+from drseg_kernels._launch import Configuration, Device, configuration_of, known_device
 
-Sizes = Configuration | OnChip
-_BELONGS: dict[type, str] = {Configuration: "tiles", OnChip: "on_chip"}
+Sizes = Configuration | OnChip | Fused
+_BELONGS: dict[type, str] = {Configuration: "tiles", OnChip: "on_chip", Fused: "fused"}
 
 
-def _strategy(nodes: int, strategy: str | None, configuration: Sizes | None) -> str:
-    """The way to compute: as asked for, or that to which the sizes belong, or by the rule."""
+def _strategy(device: Device, nodes: int, k: int, strategy: str | None, configuration: Sizes | None) -> str:
+    """The way to compute: as asked for, or that to which the sizes belong, or the device's."""
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"knn_graph: strategy is unknown; expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if configuration is not None:
@@ -29,16 +40,21 @@ def _strategy(nodes: int, strategy: str | None, configuration: Sizes | None) -> 
         if strategy not in (None, belongs):
             raise ValueError(f"knn_graph: configuration is for {belongs}; expected one for {strategy}, got another")
         strategy = belongs
-    strategy = strategy or strategy_rule(nodes)
+    strategy = strategy or choose_strategy(device, nodes, k)
     if strategy == "on_chip" and nodes > ON_CHIP_NODES:
         raise ValueError(f"knn_graph: too many nodes for on_chip; expected at most {ON_CHIP_NODES}, got {nodes}")
+    if strategy == "fused" and k > FUSED_NEIGHBOURS:
+        raise ValueError(f"knn_graph: too many neighbours for fused; expected at most {FUSED_NEIGHBOURS}, got {k}")
     return strategy
 
 
-def sizes_of(device: torch.device, nodes: int, k: int) -> Sizes:
-    """What a call without ``strategy`` and ``configuration`` takes."""
-    if strategy_rule(nodes) == "on_chip":
+def sizes_of(device: torch.device, nodes: int, k: int, strategy: str | None = None) -> Sizes:
+    """What a call without ``configuration`` takes."""
+    way = _strategy(known_device(device), nodes, k, strategy, None)
+    if way == "on_chip":
         return choose_on_chip(known_device(device), nodes, k)
+    if way == "fused":
+        return choose_fused(known_device(device), nodes, k)
     return configuration_of("knn_graph", device, nodes, k)
 
 
@@ -56,7 +72,7 @@ def knn_graph(
     """Neighbours and scores of prepared features.
 
     The float32 products of ``tiles`` follow torch's precision setting: the caller turns TF32 off where the result must
-    be exact. ``on_chip`` never rounds float32 features.
+    be exact. ``on_chip`` and ``fused`` never round float32 features.
 
     Args:
         prior: (B, N, D) float32, float16 or bfloat16.
@@ -65,7 +81,8 @@ def knn_graph(
         k: neighbours per node.
         form: ``additive``, ``gauss`` (both subtract the table), ``multiplicative`` or ``product``.
         include_self: the node itself is always, or never, among its neighbours.
-        strategy: ``tiles`` or ``on_chip`` (up to 1024 nodes); by default what the rule says.
+        strategy: ``tiles``, ``on_chip`` (up to 1024 nodes) or ``fused`` (up to 960 neighbours); by default what the
+            device's table says, then the rule.
         configuration: sizes of tiles and programs; by default those of the device's table, then a rule.
 
     Returns:
@@ -73,22 +90,21 @@ def knn_graph(
         come last and hold the row's own index with score ``-inf``, or NaN in a row that is not finite.
 
     Raises:
-        ValueError: ``strategy`` is unknown, does not take so many nodes, or ``configuration`` belongs to another.
+        ValueError: ``strategy`` is unknown, does not take so many nodes or neighbours, or ``configuration`` belongs to
+            another.
     """
     batch, nodes, _ = prior.shape
-    way = _strategy(nodes, strategy, configuration)
+    way = _strategy(known_device(prior.device), nodes, k, strategy, configuration)
     index = torch.empty(batch, nodes, k, dtype=torch.int32, device=prior.device)
     score = torch.empty(batch, nodes, k, dtype=torch.float32, device=prior.device)
     if index.numel() == 0:
         return index, score
     given = (prior.contiguous(), inverse_norm.contiguous(), table.contiguous(), form, include_self)
-    device = known_device(prior.device)
-    if way == "on_chip":
-        sizes = configuration or choose_on_chip(device, nodes, k)
-        assert isinstance(sizes, OnChip)
+    sizes = configuration or sizes_of(prior.device, nodes, k, way)
+    if isinstance(sizes, OnChip):
         on_chip(*given, sizes, index, score)
+    elif isinstance(sizes, Fused):
+        fused(*given, sizes, index, score)
     else:
-        tiles = configuration or configuration_of("knn_graph", prior.device, nodes, k)
-        assert isinstance(tiles, Configuration)
-        by_tiles(*given, tiles, index, score)
+        by_tiles(*given, sizes, index, score)
     return index, score

@@ -7,8 +7,8 @@ import dataclasses
 import json
 
 import pytest
-from drseg_kernels import _launch
-from drseg_kernels._knn_sizes import OnChip
+from drseg_kernels import _knn_sizes, _launch
+from drseg_kernels._knn_sizes import FUSED_NEIGHBOURS, Fused, OnChip, Way
 from drseg_kernels._launch import Configuration, Device, choose, folder_of, rule
 from drseg_kernels._tile import Tile
 
@@ -88,10 +88,53 @@ def test_impossible_sizes_are_refused(changes, message):
         Configuration(**{"tile_bytes": 1 << 20, "columns": 1024, "rows_per_program": 1, "num_warps": 2, **changes})
 
 
+@pytest.mark.parametrize("device", [*DEVICES, SMALL], ids=lambda device: device.name)
+@pytest.mark.parametrize("nodes", [1025, 4096, 65_536, 1_000_003])
+@pytest.mark.parametrize("k", [1, 75, 512, FUSED_NEIGHBOURS])
+def test_candidates_of_the_fused_rule_have_room(device, nodes, k):
+    chosen = _knn_sizes.choose_fused(device, nodes, k)
+    assert chosen.shared_bytes() <= device.shared_bytes
+    assert k + chosen.patch <= chosen.room(k) <= 1024
+    for rows in (chosen.group(k), chosen.select_rows(k)):
+        assert 1 <= rows <= chosen.patch and chosen.patch % rows == 0
+    assert 1 <= chosen.select_warps(k) <= 16
+
+
+def test_what_is_fused_is_named_and_never_taken_by_rule():
+    for device in DEVICES:
+        for nodes in (1, 1024, 1025, 65_536, 1_000_003):
+            assert _knn_sizes.choose_strategy(device, nodes, 75) == ("on_chip" if nodes <= 1024 else "tiles")
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"patch": 8}, "patch is out of range; expected a power of two of at least 16, got 8"),
+        ({"depth": 24}, "depth is out of range"),
+        ({"window": 0}, "window is out of range; expected at least 1, got 0"),
+        ({"splits": 2}, "splits is out of range; expected one less than a power of two, got 2"),
+        ({"splits": 0}, "splits is out of range"),
+        ({"num_stages": 0}, "num_stages is out of range"),
+    ],
+)
+def test_impossible_sizes_of_patches_are_refused(changes, message):
+    sizes = {"patch": 64, "depth": 32, "window": 3, "splits": 3, "num_warps": 8, "num_stages": 3}
+    with pytest.raises(ValueError, match=f"^Fused: {message}"):
+        Fused(**{**sizes, **changes})
+
+
+def test_an_unknown_strategy_is_refused():
+    with pytest.raises(
+        ValueError, match="^Way: strategy is unknown; expected one of tiles, on_chip, fused, got 'fast'"
+    ):
+        Way("fast")
+
+
 def test_shipped_tables_are_readable():
     for path in sorted(_launch.TUNED.glob("*/*.json")):
         assert folder_of(path.parent.name) == path.parent.name
-        kind = {"knn_graph": Configuration, "knn_graph_on_chip": OnChip}.get(path.stem, Tile)
+        kinds = {"knn_graph": Configuration, "on_chip": OnChip, "fused": Fused, "strategy": Way}
+        kind = kinds.get(path.stem.removeprefix("knn_graph_"), Tile)
         assert _launch.read_table(path, kind), path
 
 

@@ -31,9 +31,34 @@ def test_candidates_fit_the_device_and_begin_with_the_rule(table, device):
     for case in (CASE, LARGE):
         found = tune.candidates(table, device, case)
         assert len(found) == len(set(found)) and all(option.shared_bytes() <= device.shared_bytes for option in found)
-        assert table == "knn_graph_on_chip" or len(found) > 4
+        # one strategy is for few nodes, one for many, and there are few strategies
+        assert len(found) > 4 or table in ("knn_graph_on_chip", "knn_graph_fused", "knn_graph_strategy")
     small = tune.candidates("knn_graph", device, CASE)
     assert small[0] == rule(device, CASE.nodes, CASE.neighbours)
+
+
+def test_the_strategies_are_timed_last_and_only_where_they_fit():
+    assert tune.TABLES["knn_graph"][-1] == "knn_graph_strategy"
+    assert len(tune.candidates("knn_graph_fused", DEVICES[0], LARGE)) > 20
+    assert not tune.candidates("knn_graph_fused", DEVICES[0], CASE)
+    for case, ways in ((CASE, ["on_chip", "tiles", "fused"]), (LARGE, ["tiles", "fused"])):
+        assert [way.strategy for way in tune.candidates("knn_graph_strategy", DEVICES[0], case)] == ways
+
+
+def test_the_strategy_that_was_fastest_is_taken(tmp_path):
+    device = DEVICES[1]
+    path = tmp_path / folder_of(device.name) / "knn_graph_strategy.json"
+    tune.write_entry(path, 16_384, 75, _knn_sizes.Way("fused"))
+    tune.write_entry(path, 1024, 75, _knn_sizes.Way("on_chip"))
+    _launch.read_table.cache_clear()
+    sizes = ((576, 75), (4096, 75), (16_384, 9), (16_385, 75), (4096, 76), (576, 76))
+    taken = [_knn_sizes.choose_strategy(device, nodes, k, tmp_path) for nodes, k in sizes]
+    assert taken == ["on_chip", "fused", "fused", "tiles", "tiles", "on_chip"]
+    # an entry for more neighbours than the strategy takes is passed over
+    tune.write_entry(path, 16_384, 2000, _knn_sizes.Way("fused"))
+    _launch.read_table.cache_clear()
+    assert _knn_sizes.choose_strategy(device, 4096, 2000, tmp_path) == "tiles"
+    assert _knn_sizes.choose_strategy(device, 4096, 900, tmp_path) == "fused"
 
 
 def test_a_device_with_less_shared_memory_gets_fewer():
