@@ -37,7 +37,9 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         "--test", action="append", type=str, metavar="[NAME=]DATA", help="what is scored; may be given several times"
     )
     parser.add_argument("--protocol", type=str | None, metavar="NAME", help="rskt, clean, ovrs or segearth")
-    parser.add_argument("--seeds", type=str, default="0,1,2", metavar="N,N", help="one training of every cell for each")
+    parser.add_argument(
+        "--seeds", type=str | None, metavar="N,N", help="one training of every cell for each; 0,1,2 by default"
+    )
     parser.add_argument("--steps", type=int | None, metavar="N", help="training steps of a cell")
     parser.add_argument(
         "--start-steps", type=int | None, metavar="N", help="steps of the dual encoder where CLIP has random weights"
@@ -48,7 +50,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="teach the tiny preset's random prior for N steps on scenes of its own; files are then named NAME-taught",
+        help="teach the random prior for N steps on labelled scenes of its own; files are then named NAME-taught",
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells that are trained at a time")
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
@@ -77,7 +79,7 @@ def run(args: Any) -> None:
         args.config,
         data=args.data,
         tests=args.test or (),
-        seeds=_seeds(args.seeds),
+        seeds=None if args.seeds is None else _seeds(args.seeds),
         steps=args.steps,
         start_steps=args.start_steps,
         protocol=args.protocol,
@@ -90,6 +92,10 @@ def run(args: Any) -> None:
         # before hours of training, not after
         setting.open_test(test)
     out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ConfigError(f"study: --out cannot be made; expected a folder, got {out} ({problem.strerror})") from None
     command = "drseg " + shlex.join(sys.argv[1:])
     problems = study.run(setting, out, jobs=args.jobs, command=command)
     name = study.name + setting.suffix

@@ -33,8 +33,17 @@ class Method:
     simplified: str
 
 
-_NO_PRIOR = {"model.fusion.kind": "none"}
+_NO_PRIOR = {"model.fusion.kind": "none", "model.decoder.dino_guidance": False}
 _SWIN = {"model.aggregator.kind": "swin"}
+# every method begins here, whatever the configuration says
+_RESET = {
+    "model.rotations": 4,
+    "model.fusion.kind": "ugaf",
+    "model.fusion.branch": "graph",
+    "model.decoder.guidance_attention": False,
+    "model.decoder.skip_correlation": False,
+    "model.proposals.kind": "none",
+}
 
 METHODS: dict[str, Method] = {
     "drseg": Method("DR-Seg", "arXiv 2604.02010", {}, "nothing that the paper states"),
@@ -42,13 +51,13 @@ METHODS: dict[str, Method] = {
         "CAT-Seg",
         "arXiv 2303.11797; cvlab-kaist/CAT-Seg",
         {**_NO_PRIOR, **_SWIN, "model.rotations": 1},
-        "the prompt template is the benchmark's",
+        "the prompt template is the benchmark's; heads and MLP widths are the configuration's",
     ),
     "ovrs": Method(
         "OVRS",
         "arXiv 2409.07683; caoql98/OVRS",
         {**_NO_PRIOR, **_SWIN, "model.rotations": 4, "model.decoder.guidance_attention": True},
-        "the guidance is weighed once per image, not once per class",
+        "heads and MLP widths are the configuration's",
     ),
     "gsnet": Method(
         "GSNet",
@@ -60,7 +69,7 @@ METHODS: dict[str, Method] = {
             "model.fusion.branch": "prior",
             "model.decoder.dino_guidance": True,
         },
-        "its specialist encoder is the prior of the configuration",
+        "its specialist encoder is the prior of the configuration, and so are heads and MLP widths",
     ),
     "rskt": Method(
         "RSKT-Seg",
@@ -84,7 +93,8 @@ METHODS: dict[str, Method] = {
             "model.decoder.skip_correlation": True,
         },
         "CLIP's vision transformer instead of its hierarchical ConvNeXt; aggregation at the token grid alone, not "
-        "again in each stage of the decoder, which has two stages instead of three; classes are not rejected early",
+        "again in each stage of the decoder, which has two stages instead of three; visual guidance in the "
+        "aggregation; one prompt; classes are not rejected early, so without auxiliary heads",
     ),
     "san": Method(
         "SAN",
@@ -111,4 +121,9 @@ def apply_method(config: Config, name: str) -> Config:
     """
     if name not in METHODS:
         raise ConfigError(f"method: name is unknown; expected one of {', '.join(METHODS)}, got {name!r}")
-    return override(config, METHODS[name].options)
+    return override(config, method_options(name))
+
+
+def method_options(name: str) -> dict[str, Any]:
+    """All options that make a method: those that other methods change are set back."""
+    return {**_RESET, **METHODS[name].options}

@@ -243,7 +243,7 @@ class ProposalConfig:
         width: channels of the side network.
         layers: transformer layers of the side network.
         heads: attention heads of the side network.
-        recognition_blocks: last blocks of CLIP in which the proposals are recognised.
+        recognition_blocks: last blocks of CLIP in which the proposals are recognised: 3 of ViT-B's, 6 of ViT-L's.
     """
 
     kind: Literal["none", "side_adapter", "calibrated"] = "none"
@@ -251,7 +251,7 @@ class ProposalConfig:
     width: int = 240
     layers: int = 8
     heads: int = 6
-    recognition_blocks: int = 3
+    recognition_blocks: int = 6
 
 
 @dataclass(frozen=True)

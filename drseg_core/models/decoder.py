@@ -42,10 +42,10 @@ class GuidedConv(nn.Module):
 
 
 class GuidanceAttention(nn.Module):
-    """Channel and spatial weights for guidance, from the decoded maps it will join (OVRS).
+    """Guidance weighted by the maps it will join, ``g + a_channel g + a_place g`` (caoql98/OVRS, model_ours.py).
 
-    Channels are weighted by what is decoded anywhere, places by what is decoded there. The decoded maps are averaged
-    over the classes first: guidance then stays one map per image, where OVRS weighs it anew for every class.
+    The weights are linear maps of the decoded maps' mean over the classes: of its mean over places, one per channel of
+    the guidance, and of its mean over channels, one per place.
 
     Args:
         width: channels of the decoded maps.
@@ -54,15 +54,15 @@ class GuidanceAttention(nn.Module):
 
     def __init__(self, width: int, guidance_width: int) -> None:
         super().__init__()
-        self.channel = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, guidance_width))
-        self.place = nn.Conv2d(2, 1, 7, padding=3)
+        self.channel = nn.Linear(width, guidance_width)
+        self.place = nn.Linear(1, 1)
 
     def forward(self, guidance: Tensor, decoded: Tensor) -> Tensor:
         """``guidance`` (B, guidance_width, h, w) weighted by ``decoded`` (B*T, width, h, w)."""
         maps = decoded.unflatten(0, (guidance.shape[0], -1)).mean(dim=1)
-        weight = self.channel(torch.cat((maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))), dim=1)).sigmoid()
-        place = self.place(torch.stack((maps.mean(dim=1), maps.amax(dim=1)), dim=1)).sigmoid()
-        return guidance * weight[:, :, None, None] * place
+        channel = self.channel(maps.mean(dim=(2, 3)))[:, :, None, None]
+        place = self.place(maps.mean(dim=1)[..., None])[..., 0][:, None]
+        return guidance * (1 + channel + place)
 
 
 class Stage(nn.Module):

@@ -20,6 +20,8 @@ from drseg_core.models.correlation import cosine
 from drseg_core.models.segmenter import Segmenter, SegmenterOutput
 from drseg_core.nn.ugaf import uncertainty
 
+# states of CLIP that SAN adds to its side network: the stem's, and some of the blocks before recognition begins
+TAPS = 4
 # SCAN's balance of what the side network says and what CLIP says, which it searches per vocabulary
 CLIP_SHARE = 0.4
 
@@ -123,7 +125,8 @@ class ProposalSegmenter(Segmenter):
 
     Simplified: trained by the dense loss of all methods (see the module); the image in one size for both networks;
     SCAN's proposals come from SAN's side network instead of Mask2Former, its semantic integration has no frequency
-    filter and no class token, and CLIP looks at the whole image with a bias instead of at crops.
+    filter and no class token, and CLIP looks at the whole image with a bias instead of at crops. What is trained of
+    CLIP is what is trained in all methods, which leaves out the last block's queries and keys.
 
     Args:
         config: ``proposals.kind`` must not be ``none``.
@@ -146,6 +149,9 @@ class ProposalSegmenter(Segmenter):
                 f"ProposalSegmenter: recognition_blocks is out of range for {config.clip.name}; "
                 f"expected 1..{len(visual.blocks)}, got {options.recognition_blocks}"
             )
+        # evenly from the stem to where recognition begins
+        first, count = len(visual.blocks) - options.recognition_blocks, min(TAPS, options.layers)
+        self.taps = sorted({round(place * first / max(count - 1, 1)) for place in range(count)})
         # twice as fine as CLIP, so that masks come out at four times its grid like all logits here
         patch = visual.patch_size[0] // 2
         self.side = SideNetwork(
@@ -154,7 +160,7 @@ class ProposalSegmenter(Segmenter):
             grid=(2 * self.clip.grid[0], 2 * self.clip.grid[1]),
             clip_width=visual.width,
             clip_heads=_heads(visual) if options.kind == "side_adapter" else 1,
-            taps=min(len(visual.blocks), options.layers),
+            taps=len(self.taps),
         )
         channels = self.clip.embed_dim
         self.integrate: nn.Module | None = None
@@ -175,7 +181,7 @@ class ProposalSegmenter(Segmenter):
         states, grid = visual.states(pixels)
         dense = visual.dense(states[-1], grid)
         original = cosine(dense, text)
-        query, mask, bias = self.side(pixels, states, grid)
+        query, mask, bias = self.side(pixels, [states[place] for place in self.taps], grid)
         share = mask.softmax(dim=1)
         recognised = self._recognised(states, self._bias(share, bias, grid))
         score = recognised @ F.normalize(text, dim=-1).T

@@ -21,6 +21,7 @@ from drseg_core.studies.channels import _mean, _write
 from drseg_core.studies.prior import teach_prior
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.zero_shot import clip_model
+from drseg_core.training.distributed import select_device
 from drseg_core.training.rank_channels import dense_features, label_on_grid
 
 IMAGES = 60
@@ -36,7 +37,7 @@ def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str
     if setting.prior_steps:
         taught = teach_prior(config, setting.prior_data, setting.prior_steps, out)
         config = dataclasses.replace(config, weights=str(taught))
-    prior = DinoPrior(config).eval()
+    prior = DinoPrior(config).eval().to(select_device(setting.device))
     found: dict[str, dict[int, Any]] = {}
     for seed in setting.seeds:
         model = clip_model(setting, seed, out)
@@ -46,9 +47,10 @@ def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str
             for place in range(min(IMAGES, len(dataset))):
                 sample = dataset[place]
                 with torch.no_grad():
-                    clip = dense_features(model, sample.image[None])
+                    image = sample.image[None].to(prior.pixel_mean.device)
+                    clip = dense_features(model, image).cpu()
                     grid = (clip.shape[2], clip.shape[3])
-                    seen = resample(prior.maps(sample.image[None].float() / 255).features, grid)
+                    seen = resample(prior.maps(image.float() / 255).features, grid).cpu()
                 label = label_on_grid(sample.mask[None], grid)[0].flatten()
                 for name, graph in _graphs(seen, clip, label.view(grid)).items():
                     counts.setdefault(name, PurityCounts(len(dataset.class_names))).add(graph, label)

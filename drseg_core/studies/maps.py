@@ -19,6 +19,7 @@ from drseg_core.studies.channels import _mean, _write
 from drseg_core.studies.runner import cell_folder, run_cell
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell
+from drseg_core.training.distributed import select_device
 from drseg_core.training.run import load_run
 
 IMAGES, SHOWN = 60, 4
@@ -36,7 +37,8 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
     examples: list[tuple[str, list[Any]]] = []
     for seed in setting.seeds:
         run_cell(setting, cell, seed, out)
-        model = load_run(cell_folder(setting, cell, seed, out)).model.eval()
+        device = select_device(setting.device)
+        model = load_run(cell_folder(setting, cell, seed, out)).model.eval().to(device)
         for test in setting.tests:
             dataset, _ = setting.open_test(test)
             with torch.no_grad():
@@ -45,15 +47,16 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
             for place in range(min(IMAGES, len(dataset))):
                 sample = dataset[place]
                 with torch.no_grad():
-                    output = model(sample.image[None].float() / 255, text)
-                maps = {"original": output.original, "rectified": output.refined, "logits": output.logits}
+                    output = model(sample.image[None].to(device).float() / 255, text)
+                found_maps = (output.original, output.refined, output.logits)
+                maps = {name: value.cpu() for name, value in zip(MAPS, found_maps, strict=True)}
                 for label in sample.mask[sample.mask != IGNORE].unique().tolist():
                     for name, value in maps.items():
                         area = roc_area(value[0, label], sample.mask, label)
                         if area is not None:
                             areas[name].append(area)
                 if seed == setting.seeds[0] and place < SHOWN:
-                    examples.append(_example(sample, maps, output.uncertainty[0, 0], dataset.class_names))
+                    examples.append(_example(sample, maps, output.uncertainty[0, 0].cpu(), dataset.class_names))
             found.setdefault(test.name, {})[seed] = {name: statistics.fmean(area) for name, area in areas.items()}
     rows = [
         {"test set": name, **{key: _mean([row[key] for row in by_seed.values()]) for key in MAPS}}

@@ -15,6 +15,8 @@ from drseg_core.studies.tables import Cell, TrainingStudy
 METRICS = ("mIoU", "fwIoU", "mACC", "boundary", "unseen")
 TITLES = {"mIoU": "mIoU", "fwIoU": "fwIoU", "mACC": "mACC", "boundary": "boundary IoU", "unseen": "unseen names, mIoU"}
 
+TAUGHT = " with the labels of other scenes of the same kind, which rows without a prior never see"
+
 Scores = Mapping[int, Mapping[str, Mapping[str, Any]]]
 """Of one cell: seed to test set to metric."""
 
@@ -49,30 +51,36 @@ def text_of(value: Spread | None) -> str:
 
 
 class Order(NamedTuple):
-    """Pairs of rows that the paper orders by mIoU: how many stand the same way here, and how many in every seed."""
+    """Pairs of rows that the paper orders by mIoU: how many stand the same way here, and how many in every seed.
+
+    Rows that are equal in every seed stand neither way.
+    """
 
     pairs: int
     same: int
     same_in_every_seed: int
     opposite_in_every_seed: int
+    equal: int
 
 
 def order(cells: Sequence[Cell], scores: Mapping[str, Scores]) -> Order | None:
     """Compare the order of the rows with the paper's; None where it has fewer than two of them."""
     known = [cell for cell in cells if cell.paper and cell.paper.miou is not None and scores.get(cell.name)]
-    pairs = same = always = never = 0
+    pairs = same = always = never = equal = 0
     for first, second in itertools.combinations(known, 2):
         assert first.paper is not None and second.paper is not None
         expected = (second.paper.miou or 0.0) - (first.paper.miou or 0.0)
         differences = _differences(scores[first.name], scores[second.name])
         if expected == 0 or not differences:
             continue
-        signs = [(value > 0) == (expected > 0) for value in differences]
+        # as the paper has it: above 0
+        agreeing = [value if expected > 0 else -value for value in differences]
         pairs += 1
-        same += (statistics.fmean(differences) > 0) == (expected > 0)
-        always += all(signs)
-        never += not any(signs)
-    return Order(pairs, same, always, never) if pairs else None
+        same += statistics.fmean(agreeing) > 0
+        always += all(value > 0 for value in agreeing)
+        never += all(value < 0 for value in agreeing)
+        equal += not any(agreeing)
+    return Order(pairs, same, always, never, equal) if pairs else None
 
 
 def _differences(first: Scores, second: Scores) -> list[float]:
@@ -92,7 +100,9 @@ def rows(study: TrainingStudy, scores: Mapping[str, Scores], problems: Mapping[s
     table = []
     for cell in study.cells:
         own, reason = scores.get(cell.name, {}), cell.why_not or problems.get(cell.name)
-        row: dict[str, Any] = {"": cell.title + (f" (not run: {reason})" if reason else "")}
+        if reason and own:
+            reason = f"mean of {len(own)}; {reason}"
+        row: dict[str, Any] = {"": cell.title + (f" ({'' if own else 'not run: '}{reason})" if reason else "")}
         row.update({TITLES[metric]: text_of(spread(own, metric)) for metric in used})
         if len(tests) > 1:
             row.update({f"mIoU, {test}": text_of(spread(own, "mIoU", test)) for test in tests})
@@ -133,9 +143,10 @@ def markdown(
     lines += [
         f"Trained on `{facts['data']}`, {facts['steps']} steps"
         + (f" after {facts['start_steps']} of the dual encoder" if facts["start_steps"] else "")
-        + (f", the prior taught for {facts['prior_steps']} steps on other scenes" if facts["prior_steps"] else "")
+        + (f", the prior taught for {facts['prior_steps']} steps{TAUGHT}" if facts["prior_steps"] else "")
         + f", seeds {', '.join(map(str, facts['seeds']))}; scored on "
         + ", ".join(f"{test['name']} (`{test['spec']}`)" for test in facts["tests"])
+        + (f", protocol {facts['protocol']}" if facts["protocol"] else "")
         + ". Percent, mean over the test sets, ± the deviation over seeds.",
         "",
         markdown_table(rows(study, scores, problems)),
@@ -147,7 +158,7 @@ def markdown(
         lines += [
             f"Order: the paper orders {agreement.pairs} pairs of these rows by mIoU. {agreement.same} of them stand "
             f"the same way here, {agreement.same_in_every_seed} in every seed; {agreement.opposite_in_every_seed} "
-            "stand the other way in every seed.",
+            f"stand the other way in every seed{f', {agreement.equal} are equal' if agreement.equal else ''}.",
             "",
         ]
     if study.note:

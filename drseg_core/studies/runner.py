@@ -7,11 +7,15 @@ started again takes what is complete, goes on with what is not, and shares cells
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import multiprocessing
 import multiprocessing.connection
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,14 +25,18 @@ import torch
 
 from drseg_core.config.load import override
 from drseg_core.config.schema import Config
+from drseg_core.data import open_dataset
+from drseg_core.data.manifest import file_sha256
 from drseg_core.errors import DRSegError, ResourceError
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.files import write_text_atomic
 from drseg_core.studies.prior import prior_file, teach_prior
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell
+from drseg_core.training.checkpoint import newest_checkpoint
 from drseg_core.training.loop import train
 from drseg_core.training.run import CONFIG, LoadedRun, load_run, plain_config
+from drseg_core.training.signals import TrainingStopped
 
 SCORES = "scores.json"
 # raised when scores of the same configuration would come out differently
@@ -76,11 +84,50 @@ def _folder(out: Path, kind: str, config: Config, setting: Setting, start: str |
     content = {
         "version": VERSION,
         "config": _changed(plain, plain_config(Config())),
-        "data": setting.data,
+        "files": files_hash(config, out),
+        "data": _fingerprint(setting.data, "train"),
         "start": start,
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return out / "runs" / f"{kind}-{digest[:12]}"
+
+
+def files_hash(config: Config, out: Path) -> dict[str, str]:
+    """SHA-256 of the files that a configuration names, by option; a taught prior is what its name says."""
+    model = config.model
+    named = {
+        "clip": model.clip.weights,
+        "dino": model.dino.weights,
+        "remote": model.remote.weights if model.decoder.remote_clip else None,
+        "channels": model.spsd.channels,
+    }
+    found = {}
+    for option, path in named.items():
+        if path is not None and Path(path).is_file() and Path(path).parent != out / "runs":
+            status = Path(path).stat()
+            found[option] = _file_hash(path, status.st_size, status.st_mtime_ns)
+    return found
+
+
+@functools.cache
+def _file_hash(path: str, size: int, changed: int) -> str:
+    # size and time are part of what is remembered: a file that changed is read again
+    return file_sha256(Path(path))
+
+
+@functools.cache
+def _fingerprint(spec: str, split: str) -> str:
+    """Of a data set as it is when this process first asks: its content, not its path."""
+    return open_dataset(spec, split).fingerprint()
+
+
+def _tests(setting: Setting) -> list[dict[str, Any]]:
+    """What is scored, told by its content."""
+    found = []
+    for test in setting.tests:
+        dataset, _ = setting.open_test(test)
+        found.append({**dataclasses.asdict(test), "sha256": dataset.fingerprint()})
+    return found
 
 
 def _changed(config: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +159,7 @@ def run_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> dict[str, An
     """
     folder = cell_folder(setting, cell, seed, out)
     start = start_folder(setting, seed, out) if setting.needs_start else None
-    wanted = {"tests": setting.record()["tests"], "protocol": setting.protocol}
+    wanted = {"tests": _tests(setting), "protocol": setting.protocol}
     kept = _read(folder / SCORES)
     if kept is not None and all(kept.get(key) == value for key, value in wanted.items()):
         return kept["scores"]
@@ -187,7 +234,7 @@ def run_cells(
     missing = [item for item in unique.items() if _read(item[0] / SCORES) is None]
     seeds = sorted({seed for _, (_, seed) in missing}) if setting.needs_start else []
     train_priors(setting, [cell for _, (cell, _) in missing], out)
-    list(run_tasks([(train_start, (setting, seed, out)) for seed in seeds], jobs))
+    list(run_tasks([(_start, (setting, seed, out)) for seed in seeds], jobs))
     folders = list(unique)
     tasks: list[Task] = [(_attempt, (setting, cell, seed, out)) for cell, seed in unique.values()]
     for place, result in run_tasks(tasks, jobs):
@@ -195,17 +242,30 @@ def run_cells(
 
 
 def _attempt(setting: Setting, cell: Cell, seed: int, out: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """The scores of a cell, or why it has none."""
+    """The scores of a cell, or why it has none: whatever it fails of, the others go on."""
     try:
         return run_cell(setting, cell, seed, out), None
-    except DRSegError as error:
-        return None, " ".join(str(error).split())
+    except TrainingStopped:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, DRSegError) else f"{type(error).__name__}: "
+        return None, kind + " ".join(str(error).split())
+
+
+def _start(setting: Setting, seed: int, out: Path) -> None:
+    """The dual encoder of a seed; where it fails, the cells of the seed say so one by one."""
+    try:
+        train_start(setting, seed, out)
+    except TrainingStopped:
+        raise
+    except Exception as error:
+        _log.error("study: the dual encoder of seed %d failed; %s", seed, " ".join(str(error).split()))
 
 
 def _train(config: Config, setting: Setting, folder: Path, init: Path | None) -> None:
-    begun = (folder / CONFIG).is_file()
+    begun = newest_checkpoint(folder) is not None if (folder / CONFIG).is_file() else False
     if folder.is_dir() and not begun:
-        # killed before its first file: nothing in it is worth keeping
+        # stopped before its first checkpoint: to go on would be to go on from other weights than the first ones
         shutil.rmtree(folder)
     if begun and _complete(folder, config):
         return
@@ -277,6 +337,9 @@ def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Any]]:
 
 
 def _run_task(sender: Any, task: Task, threads: int) -> None:
+    # a terminal's Ctrl-C goes to the parent alone, which then tells its processes once to stop
+    with contextlib.suppress(OSError):
+        os.setsid()
     torch.set_num_threads(threads)
     function, arguments = task
     try:

@@ -11,7 +11,7 @@ from typing import Any
 from drseg_core.config.load import load_config, override
 from drseg_core.config.schema import Config
 from drseg_core.data import SegmentationDataset, open_dataset
-from drseg_core.data.protocols import Protocol, get_protocol, open_protocol
+from drseg_core.data.protocols import Protocol, check_held_out, get_protocol, open_protocol
 from drseg_core.errors import ConfigError
 
 # Without published weights there is no CLIP to adapt: a dual encoder is trained on the training set first, once for
@@ -85,14 +85,18 @@ class Setting:
 
     def cell_config(self, options: dict[str, Any], seed: int) -> Config:
         """The configuration of one cell."""
-        adapt = {key: value for key, value in ADAPT.items() if self.needs_start}
-        steps = {"train.checkpoint_every": self.config.train.iterations, "seed": seed}
-        return override(self.config, {**adapt, **steps, **options})
+        if self.needs_start:
+            # short enough to be begun anew
+            return override(
+                self.config, {**ADAPT, "train.checkpoint_every": self.config.train.iterations, "seed": seed, **options}
+            )
+        return override(self.config, {"seed": seed, **options})
 
     def open_test(self, test: ScoredSet) -> tuple[SegmentationDataset, Protocol | None]:
         if self.protocol is None:
             return open_dataset(test.spec, test.split), None
         protocol = get_protocol(self.protocol)
+        check_held_out(protocol, test.spec, self.data)
         return open_protocol(protocol, test.spec), protocol
 
     def record(self) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def make_setting(
     *,
     data: str | None = None,
     tests: Sequence[str] = (),
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: Sequence[int] | None = None,
     steps: int | None = None,
     start_steps: int | None = None,
     protocol: str | None = None,
@@ -138,26 +142,33 @@ def make_setting(
         config: preset or YAML file.
         data: training data; the landscapes by default.
         tests: ``[NAME=]SPEC`` each; for the landscapes their own domain and the shifted one, all names as prompts.
-        seeds: see :class:`Setting`.
+        seeds: see :class:`Setting`; 0, 1 and 2 by default.
         steps: training steps of a cell; 300 where CLIP has random weights, otherwise those of the configuration.
         start_steps: steps of the dual encoder, where CLIP has random weights.
         protocol: see :class:`Setting`.
         prior_v1: see :class:`Setting`.
         prior_steps: see :class:`Setting`; for the landscapes and a random prior only.
         device: see :class:`Setting`.
-        quick: a few tiny scenes, steps and one seed: shows that a study runs, and nothing else.
+        quick: a few tiny scenes, and a few steps and one seed where nothing else is asked for: shows that a study runs,
+            and nothing else.
 
     Raises:
         ConfigError: a test set is missing or named twice, or an option does not fit.
     """
     base = load_config(config)
-    if steps is None and base.model.clip.weights is None:
+    if base.model.proposals.kind != "none" or base.model.fusion.kind not in ("ugaf", "separate", "concat", "mean"):
+        raise ConfigError(
+            "study: configuration is a comparison method; expected DR-Seg's (table1 has the methods), got "
+            f"model.proposals.kind {base.model.proposals.kind} and model.fusion.kind {base.model.fusion.kind}"
+        )
+    if quick:
+        steps, start_steps = steps or 4, start_steps or 6
+    elif steps is None and base.model.clip.weights is None:
         steps = CELL_STEPS
     options: dict[str, Any] = {} if steps is None else {"train.iterations": steps}
     scenes, tested, size = 400, 60, ""
     if quick:
-        options, seeds, start_steps = {**options, **QUICK, "train.iterations": 4}, seeds[:1], 6
-        prior_steps = min(prior_steps, 2)
+        options, seeds = {**options, **QUICK}, (0,) if seeds is None else seeds
         scenes, tested, size = 8, 4, ",size=64"
     if data is None or data == WORLD:
         data = f"{WORLD},scenes={scenes}{size}"
@@ -170,6 +181,7 @@ def make_setting(
         )
     if not tests:
         raise ConfigError("study: tests are missing; expected --test NAME=SPEC for data other than the landscapes")
+    seeds = (0, 1, 2) if seeds is None else seeds
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"study: seeds are not usable; expected different numbers, got {list(seeds)}")
     sets = tuple(_test_set(text) for text in tests)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drseg_core.config.methods import METHODS
+from drseg_core.config.methods import METHODS, method_options
 from drseg_core.studies import paper
 from drseg_core.studies.paper import PaperRow
 from drseg_core.studies.setting import Setting
@@ -59,7 +59,7 @@ class TrainingStudy:
     reference: str | None = None
 
 
-_BASELINE = {"model.fusion.kind": "none"}
+_BASELINE = {"model.fusion.kind": "none", "model.decoder.dino_guidance": False}
 # the paper does not say how its rows without UGAF join the two correlations; its code base has three ways
 _WITHOUT_UGAF = {"model.fusion.kind": "concat"}
 _WITHOUT_SPSD = {"model.spsd.semantic_ratio": 0.0}
@@ -121,11 +121,11 @@ def training_study_names() -> tuple[str, ...]:
 
 def _table1(setting: Setting) -> TrainingStudy:
     cells = [
-        Cell(name, method.title, method.options, paper.TABLE1.get(name))
+        Cell(name, method.title, method_options(name), paper.TABLE1.get(name))
         for name, method in METHODS.items()
         if name != "drseg"
     ]
-    cells.append(Cell("drseg", "DR-Seg", {}, paper.TABLE1["drseg"]))
+    cells.append(Cell("drseg", "DR-Seg", method_options("drseg"), paper.TABLE1["drseg"]))
     note = "Simplified: " + "; ".join(f"{m.title}: {m.simplified}" for k, m in METHODS.items() if k != "drseg") + "."
     return TrainingStudy("table1", "Comparison with other methods (Table 1)", tuple(cells), note, reference="drseg")
 
@@ -163,12 +163,11 @@ def _table3(setting: Setting) -> TrainingStudy:
                 f"{METHODS[name].title}, RS-DINO{version}" if not random else f"{METHODS[name].title}, prior {version}"
             )
             row = paper.TABLE3[f"{name}_{version}"]
-            cells.append(Cell(f"{name}_{version}", title, {**METHODS[name].options, **options}, row, why_not=reason))
-    note = (
-        "Both priors have random weights here: prior v1 is a plain vision transformer, v3 one with rotary positions."
-        if random
-        else ""
-    )
+            cells.append(Cell(f"{name}_{version}", title, {**method_options(name), **options}, row, why_not=reason))
+    note = ""
+    if random:
+        start = "random weights" if not setting.prior_steps else "weights taught alike"
+        note = f"Both priors have {start} here: prior v1 is a plain vision transformer, v3 one with rotary positions."
     return TrainingStudy("table3", "Priors (Table 3)", tuple(cells), note, reference="drseg_v3")
 
 

@@ -20,17 +20,19 @@ from drseg_core.evaluation.metrics import ConfusionMatrix
 from drseg_core.models.segmenter import Segmenter
 from drseg_core.studies.runner import train_start
 from drseg_core.studies.setting import Setting
+from drseg_core.training.distributed import select_device
 from drseg_core.training.rank_channels import dense_features
 from drseg_core.training.run import load_run, model_of
 
 
 def clip_model(setting: Setting, seed: int, out: Path) -> Segmenter:
     """CLIP as it is before any adaptation: published weights, or the dual encoder of the seed."""
+    device = select_device(setting.device)
     if setting.needs_start:
-        return load_run(train_start(setting, seed, out)).model.eval()
+        return load_run(train_start(setting, seed, out)).model.eval().to(device)
     bare = override(setting.config, {"model.fusion.kind": "cosine", "model.rotations": 1, "seed": seed})
     torch.manual_seed(seed)
-    return model_of(bare).eval()
+    return model_of(bare).eval().to(device)
 
 
 @torch.no_grad()

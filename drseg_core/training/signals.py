@@ -19,6 +19,9 @@ class TrainingStopped(DRSegError):
         super().__init__(message)
         self.exit_code = 128 + signal_number
 
+    def __reduce__(self) -> tuple[type[TrainingStopped], tuple[str, int]]:
+        return type(self), (str(self), self.exit_code - 128)
+
 
 class StopSignals:
     """Context in which ``received`` holds the first of SIGINT and SIGTERM (0: none).

@@ -59,3 +59,19 @@ def test_refusals(drseg, words, message):
 def test_data_that_are_not_there_are_found_before_any_training(drseg, tmp_path):
     code, _, err = drseg("study", "table2", "--data", "folder:none", "--test", "folder:none", "--out", tmp_path / "out")
     assert code == 3 and "none" in err and not (tmp_path / "out").exists()
+
+
+def test_an_out_that_is_no_folder(drseg, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, _, err = drseg("study", "table2", "--quick", "--out", out)
+        assert code == 2 and "--out cannot be made" in err.splitlines()[0]
+
+
+def test_a_configuration_that_is_another_method(drseg, tmp_path):
+    path = tmp_path / "san.yaml"
+    path.write_text("model: {proposals: {kind: side_adapter}}\n")
+    code, _, err = drseg(
+        "study", "table2", "--config", path, "--data", "folder:x", "--test", "folder:x", "--out", tmp_path
+    )
+    assert code == 2 and "comparison method" in err

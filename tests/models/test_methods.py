@@ -13,6 +13,7 @@ from drseg_core.config.load import load_config, override
 from drseg_core.config.methods import METHODS, apply_method
 from drseg_core.config.schema import Config, ModelConfig
 from drseg_core.errors import ConfigError
+from drseg_core.models import proposals
 from drseg_core.models.build import build_model
 from drseg_core.models.count import count_parameters
 from drseg_core.models.decoder import GuidanceAttention, Stage
@@ -74,7 +75,7 @@ def test_any_vocabulary_at_any_time(method, name):
     ("name", "expected"),
     [
         ("catseg", {"fusion": 6_400, "aggregator": 2_140_160, "decoder": 3_438_817}),
-        ("ovrs", {"fusion": 25_216, "aggregator": 2_140_160, "decoder": 3_438_817 + 21_731 + 5_539}),
+        ("ovrs", {"fusion": 25_216, "aggregator": 2_140_160, "decoder": 3_438_817 + 97 * 32 + 2 + 49 * 16 + 2}),
         ("gsnet", {"fusion": 1_618_560, "aggregator": 2_140_160, "project_prior": 787_200}),
         ("rskt", {"fusion": 1_637_376, "aggregator": 2_250_496, "project_prior": 787_200}),
         ("sed", {"fusion": 6_400, "decoder": 3_438_817 + 10 * (96 + 48)}),
@@ -100,7 +101,7 @@ def test_parameter_counts_of_proposals_by_hand(name):
         4 * width + (width + 1) * 3 * width + (width + 1) * width + (width + 1) * 4 * width + (4 * width + 1) * width
     )
     side = (3 * 8 * 8 + 1) * width + grid * width + queries * width + 8 * layer
-    side += 8 * (2 * 768 + (768 + 1) * width) + 2 * width
+    side += 4 * (2 * 768 + (768 + 1) * width) + 2 * width
     side += 2 * (width + 1) * width + (4 * width + 1) * width + (width + 1) * width
     side += (width + 1) * width + 2 * (width + 1) * heads * width
     assert counts["side"].total == side
@@ -151,8 +152,11 @@ def test_ovrs_weighs_guidance_by_what_is_decoded():
     attention = GuidanceAttention(6, 4)
     guidance, decoded = torch.randn(2, 4, 8, 8), torch.randn(2 * 3, 6, 8, 8)
     weighed = attention(guidance, decoded)
-    share = weighed / guidance
-    assert weighed.shape == guidance.shape and (share > 0).all() and (share < 1).all()
+    mean = decoded.view(2, 3, 6, 8, 8).mean(1)
+    channel = F.linear(mean.mean((2, 3)), attention.channel.weight, attention.channel.bias)
+    place = mean.mean(1) * attention.place.weight.item() + attention.place.bias.item()
+    expected = guidance + guidance * channel[:, :, None, None] + guidance * place[:, None]
+    torch.testing.assert_close(weighed, expected)
     # one image's weights come from its own maps alone
     decoded[3:] = 0
     torch.testing.assert_close(attention(guidance, decoded)[0], weighed[0])
@@ -206,6 +210,29 @@ class TestProposals:
         with torch.no_grad():
             tokens = model.tokenize(NAMES)
             torch.testing.assert_close(model(image, tokens).original, plain(image, tokens).original)
+
+    def test_scan_averages_what_the_side_network_and_clip_say(self, method, monkeypatch):
+        """All of it CLIP's, all of it the side network's, and in between their mean by the stated share."""
+        model = build_model(method("scan").model).eval()
+        image, tokens = torch.rand(1, 3, 64, 64), model.tokenize(NAMES)
+        logits = {}
+        for share in (0.0, 0.4, 1.0):
+            monkeypatch.setattr(proposals, "CLIP_SHARE", share)
+            with torch.no_grad():
+                logits[share] = model(image, tokens).logits
+        torch.testing.assert_close(logits[0.4], 0.6 * logits[0.0] + 0.4 * logits[1.0], rtol=1e-4, atol=1e-4)
+        monkeypatch.undo()
+        assert proposals.CLIP_SHARE == 0.4
+        # what CLIP says alone does not know of the integration
+        with torch.no_grad():
+            model.integrate.project[2].bias += 1
+            monkeypatch.setattr(proposals, "CLIP_SHARE", 1.0)
+            torch.testing.assert_close(model(image, tokens).logits, logits[1.0])
+
+    def test_states_of_clip_are_spread_over_its_depth(self, method):
+        model = build_model(method("san", model__proposals__layers=2).model)
+        # three blocks, the last recognises: states before it
+        assert model.taps == [0, 2] and len(model.side.taps) == 2
 
     def test_refusals(self, method):
         with pytest.raises(ValueError, match=r"recognition_blocks is out of range.*expected 1\.\.3, got 4"):

@@ -39,7 +39,9 @@ def test_order_counts_pairs_and_whether_every_seed_agrees():
         "high": {0: row(8.0), 1: row(7.0)},
         "new": {0: row(99.0)},
     }
-    assert order(cells, scores) == Order(pairs=3, same=1, same_in_every_seed=0, opposite_in_every_seed=2)
+    assert order(cells, scores) == Order(pairs=3, same=1, same_in_every_seed=0, opposite_in_every_seed=2, equal=0)
+    alike = {"low": {0: row(10.0), 1: row(5.0)}, "middle": {0: row(10.0), 1: row(5.0)}}
+    assert order(cells, alike) == Order(pairs=1, same=0, same_in_every_seed=0, opposite_in_every_seed=0, equal=1)
     assert order(cells[:1], scores) is None and order(cells, {}) is None
 
 
@@ -53,6 +55,7 @@ def test_the_page_says_what_was_not_run_and_what_it_is_compared_with():
         "steps": 5,
         "start_steps": None,
         "prior_steps": 0,
+        "protocol": "rskt",
         "seeds": [0, 1],
         "tests": [{"name": "a", "spec": "folder:a"}],
         "command": "drseg study t",
@@ -60,8 +63,8 @@ def test_the_page_says_what_was_not_run_and_what_it_is_compared_with():
     }
     page = markdown(study, scores, {"low": "seed 1: it broke"}, facts)
     lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
-    assert "GONE (not run: no weights)" in lines and "LOW (not run: seed 1: it broke)" in lines
+    assert "GONE (not run: no weights)" in lines and "LOW (mean of 2; seed 1: it broke)" in lines
     # 10 - 11 and 20 - 25: -3.0, deviation of -1 and -5
-    assert f"-3.0 ± {math.sqrt(8):.1f}" in lines["LOW (not run: seed 1: it broke)"]
-    assert "The paper orders" not in page and "the paper orders 1 pairs" in page
+    assert f"-3.0 ± {math.sqrt(8):.1f}" in lines["LOW (mean of 2; seed 1: it broke)"]
+    assert "protocol rskt" in page and "The paper orders" not in page and "the paper orders 1 pairs" in page
     assert "of HIGH" in page and "`drseg study t`, commit abc" in page

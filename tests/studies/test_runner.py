@@ -8,20 +8,29 @@ import gc
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from drseg_core.config.load import override
-from drseg_core.errors import NumericalError, ResourceError
+from drseg_core.data.protocols import PROTOCOLS
+from drseg_core.data.synthetic import write_scenes
+from drseg_core.errors import ConfigError, NumericalError, ResourceError
+from drseg_core.models.segmenter import SegmenterOutput
 from drseg_core.studies import runner
 from drseg_core.studies.setting import ScoredSet, Setting, make_setting
 from drseg_core.studies.tables import Cell, TrainingStudy
 from drseg_core.studies.training import run_training_study
+from drseg_core.training.run import LoadedRun
+from drseg_core.training.signals import TrainingStopped
+from tests.data.miniatures import write_release
 
 PLAIN, OTHER = Cell("plain", "plain", {"model.fusion.kind": "none"}), Cell("other", "other", {"model.fusion.tau": 0.5})
 
@@ -93,14 +102,120 @@ def test_complete_cells_are_taken_as_they_are(setting, finished, tmp_path, monke
 def test_a_cell_that_stopped_goes_on_and_ends_the_same(setting, finished, tmp_path, monkeypatch):
     out = shutil.copytree(finished[0], tmp_path / "out")
     folder = runner.cell_folder(setting, OTHER, 0, out)
+    # before its first checkpoint, but with all its other files: it must not go on from random weights
     (folder / runner.SCORES).unlink()
     shutil.rmtree(folder / "checkpoints")
-    assert runner.run_cell(setting, OTHER, 0, out) != {}
-    # killed before its first file
+    assert (folder / "config.yaml").is_file()
+    assert runner.run_cell(setting, OTHER, 0, out) == finished[1]["other"]
+    # before its first file
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / ".lock").touch()
     assert runner.run_cell(setting, OTHER, 0, out) == finished[1]["other"]
+    # after the training, before the scores
+    (folder / runner.SCORES).unlink()
+    names = trained(monkeypatch)
+    assert runner.run_cell(setting, OTHER, 0, out) == finished[1]["other"] and not names
+
+
+def test_a_stop_stops_the_study_and_is_no_failed_cell(setting, finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished[0], tmp_path / "out")
+
+    def stopped(*arguments, **options):
+        raise TrainingStopped("train: stopped by SIGTERM", 15)
+
+    monkeypatch.setattr(runner, "train", stopped)
+    new = Cell("new", "new", {"model.fusion.tau": 0.9})
+    with pytest.raises(TrainingStopped) as caught:
+        runner.run_cells(setting, [new, PLAIN], out, done=lambda *_: pytest.fail("went on"))
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert again.exit_code == 143 and str(again) == "train: stopped by SIGTERM"
+
+
+def test_content_that_changes_under_its_path_is_other_content(setting, tmp_path):
+    out = tmp_path / "out"
+    for name in ("tr", "te"):
+        write_scenes(tmp_path / name, splits={"train": 2, "val": 2}, size=32, seed=0)
+    data = f"folder:{tmp_path / 'tr'}"
+    changed = dataclasses.replace(setting, data=data, tests=(ScoredSet("a", f"folder:{tmp_path / 'te'}"),))
+    folder, tests = runner.cell_folder(changed, PLAIN, 0, out), runner._tests(changed)
+    weights = tmp_path / "prior.safetensors"
+    weights.write_bytes(b"one")
+    with_file = override(changed.config, {"model.dino.weights": str(weights)})
+    first = runner.files_hash(with_file, out)
+    for name in ("tr", "te"):
+        write_scenes(tmp_path / name, splits={"train": 2, "val": 2}, size=32, seed=1, overwrite=True)
+    weights.write_bytes(b"two!")
+    runner._fingerprint.cache_clear()
+    assert runner.cell_folder(changed, PLAIN, 0, out) != folder and runner._tests(changed) != tests
+    assert runner.files_hash(with_file, out) != first
+
+
+class Constant(torch.nn.Module):
+    """Says the class of a scene's left half everywhere; knows no name but those it was made with."""
+
+    def __init__(self, label: int) -> None:
+        super().__init__()
+        self.label = label
+
+    def tokenize(self, names):
+        return torch.zeros(len(names), 1, dtype=torch.long)
+
+    def encode_text(self, tokens):
+        return torch.zeros(len(tokens), 1)
+
+    def forward(self, image, text):
+        logits = torch.full((len(image), len(text), 8, 8), -5.0)
+        logits[:, self.label] = 5.0
+        return SegmenterOutput(logits, torch.zeros(len(image), 1, 8, 8), logits, None)
+
+
+def test_scores_by_hand(setting, tmp_path):
+    """Two halves, one of which is called by its name: every figure can be said beforehand."""
+    root = tmp_path / "halves"
+    for part in ("images", "masks"):
+        (root / "val" / part).mkdir(parents=True)
+    (root / "classes.txt").write_text("left\nright\nnowhere\n")
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, 16:] = 1
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(root / "val" / "images" / "a.png")
+    Image.fromarray(mask).save(root / "val" / "masks" / "a.png")
+    loaded = LoadedRun(Constant(0), setting.config, ("left", "nowhere"), 1, tmp_path)
+    tests = (ScoredSet("halves", f"folder:{root}"),)
+    row = runner.score(loaded, dataclasses.replace(setting, tests=tests))["halves"]
+    assert row["mIoU"] == 25 and row["fwIoU"] == 25 and row["mACC"] == 50 and row["pACC"] == 50
+    # the only name that was not trained, and that the data show, is "right"
+    assert row["unseen"] == 0 and row["per_class"] == {"left": 50, "right": 0, "nowhere": None}
+    # the outline of what covers all is the frame of the image, half of which is not the truth's
+    assert row["boundary"] not in (None, row["mIoU"]) and 0 < row["boundary"] < 50
+    all_known = LoadedRun(Constant(0), setting.config, ("left", "right", "nowhere"), 1, tmp_path)
+    assert runner.score(all_known, dataclasses.replace(setting, tests=tests))["halves"]["unseen"] is None
+
+
+def test_scores_by_a_protocol(setting, tmp_path, monkeypatch):
+    """Its views, its convention and its refusal of training images."""
+    write_release("potsdam", tmp_path)
+    seen = {}
+
+    def noted(model, names, dataset, evaluation, **options):
+        seen.update(options)
+        counts = {"present": 1.0, "union": 2.0, "all": 3.0}
+        row = {"iou": 0.0, "accuracy": 0.0, "pixels": 0}
+        return {
+            "mIoU_conventions": counts, "fwIoU": 0.0, "mACC": 0.0, "pACC": 0.0, "boundary": {"mIoU": 0.0},
+            "subsets": {"unseen": {"mIoU": 0.0}}, "per_class": dict.fromkeys(names, row),
+        }  # fmt: skip
+
+    monkeypatch.setattr(runner, "evaluate", noted)
+    loaded = LoadedRun(Constant(0), setting.config, ("left",), 1, tmp_path)
+    tests = (ScoredSet("potsdam", f"potsdam:{tmp_path}"),)
+    for name, expected in (("rskt", 1.0), ("segearth", 2.0)):
+        scored = dataclasses.replace(setting, tests=tests, protocol=name)
+        assert runner.score(loaded, scored)["potsdam"]["mIoU"] == expected
+        assert seen["views"] is PROTOCOLS[name].views and seen["boundary"] is True
+    clean = dataclasses.replace(setting, tests=tests, protocol="clean", data=f"potsdam:{tmp_path}")
+    with pytest.raises(ConfigError, match="images it never saw"):
+        clean.open_test(tests[0])
 
 
 def test_everything_that_decides_a_cell_is_in_its_name(setting, tmp_path):
@@ -132,13 +247,21 @@ def test_cells_of_equal_options_are_one_training(setting, finished, tmp_path, mo
     assert found["twin"] == found["plain"] == finished[1]["plain"] and not names
 
 
-def test_a_cell_that_fails_fails_alone(setting, finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        NumericalError("train: 10 steps in a row were not finite"),
+        ValueError("prototype is not finite"),
+        torch.OutOfMemoryError("not finite memory"),
+    ],
+)
+def test_a_cell_that_fails_fails_alone(setting, finished, tmp_path, monkeypatch, error):
     out = shutil.copytree(finished[0], tmp_path / "out")
     study = TrainingStudy("t", "T", (PLAIN, Cell("bad", "bad", {"model.fusion.tau": 0.7}), OTHER), reference="plain")
     monkeypatch.setattr("drseg_core.studies.training.training_study", lambda name, setting: study)
 
     def broken(config, *arguments, **options):
-        raise NumericalError("train: 10 steps in a row were not finite")
+        raise error
 
     monkeypatch.setattr(runner, "train", broken)
     problems = run_training_study("t", setting, out, command="drseg study t")
