@@ -163,5 +163,5 @@ def markdown(
         ]
     if study.note:
         lines += [study.note, ""]
-    lines += [f"`{facts['command']}`, commit {facts['git']}", ""]
+    lines += [f"`{facts['command']}`; trained at commit {', '.join(facts['commits']) or '-'}", ""]
     return "\n".join(lines)

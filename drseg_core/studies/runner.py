@@ -37,6 +37,7 @@ from drseg_core.training.checkpoint import newest_checkpoint
 from drseg_core.training.loop import train
 from drseg_core.training.run import CONFIG, LoadedRun, load_run, plain_config
 from drseg_core.training.signals import TrainingStopped
+from drseg_core.training.versions import git_revision
 
 SCORES = "scores.json"
 # raised when scores of the same configuration would come out differently
@@ -166,8 +167,20 @@ def run_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> dict[str, An
     train_priors(setting, [cell], out)
     _train(cell_config(setting, cell, seed, out), setting, folder, init=start)
     scores = score(load_run(folder), setting)
-    write_text_atomic(folder / SCORES, json.dumps({**wanted, "cell": cell.title, "scores": scores}, indent=1) + "\n")
+    content = {**wanted, "cell": cell.title, "git": git_revision(), "scores": scores}
+    write_text_atomic(folder / SCORES, json.dumps(content, indent=1) + "\n")
     return scores
+
+
+def commits(setting: Setting, cells: Sequence[Cell], out: Path) -> list[str]:
+    """Of the source with which the cells that are complete were trained and scored."""
+    found = [
+        (_read(cell_folder(setting, cell, seed, out) / SCORES) or {}).get("git")
+        for cell in cells
+        for seed in setting.seeds
+        if cell.why_not is None
+    ]
+    return sorted({commit for commit in found if commit})
 
 
 def score(loaded: LoadedRun, setting: Setting) -> dict[str, Any]:

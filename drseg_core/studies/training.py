@@ -11,10 +11,10 @@ from typing import Any
 from drseg_core.files import write_text_atomic
 from drseg_core.ops import backend_report
 from drseg_core.studies import figures, report
-from drseg_core.studies.runner import run_cells
+from drseg_core.studies.runner import commits, run_cells
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell, training_study
-from drseg_core.training.versions import git_revision, library_versions
+from drseg_core.training.versions import library_versions
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
     """
     study = training_study(name, setting)
     name += setting.suffix
-    facts: dict[str, Any] = {**setting.record(), "command": command, "git": git_revision()}
+    facts: dict[str, Any] = {**setting.record(), "command": command}
     scores: dict[str, dict[int, Any]] = {}
     problems: dict[str, str] = {}
     seeds_left = {cell.name: len(setting.seeds) for cell in study.cells}
@@ -57,6 +57,7 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
             for cell in study.cells
         ]
         order = report.order(study.cells, scores)
+        facts["commits"] = commits(setting, study.cells, out)
         content = {
             "study": name,
             "title": study.title,
