@@ -226,6 +226,13 @@ def test_a_way_to_compute_is_chosen_by_name_by_sizes_or_by_the_rule(device):
 SMALL_PATCHES = CONFIGURATIONS[5]
 
 
+def test_a_row_without_room_for_another_patch_keeps_its_best(device):
+    # six patches in one segment, which has room for four; the lowest indices come last in most rows
+    chosen = Fused(patch=16, depth=16, window=3, splits=1, num_warps=4, num_stages=1)
+    given = (torch.ones(1, 90, 3, device=device), torch.ones(1, 90, device=device), torch.zeros(1, 90, device=device))
+    check_exactly(given, 7, "additive", True, chosen)
+
+
 @pytest.mark.parametrize("grid", [(7, 9), (1, 70), (71, 1), (3, 25)], ids=str)
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_equal_scores_in_many_patches(value, grid, device):
