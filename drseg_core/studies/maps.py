@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drseg_core.data import IGNORE
+from drseg_core.config.schema import EvaluationConfig
+from drseg_core.data import IGNORE, SegmentationDataset
 from drseg_core.data.palette import colorize
+from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.evaluation.report import heat
 from drseg_core.studies.channels import _mean, _write
 from drseg_core.studies.runner import cell_folder, run_cell
@@ -24,6 +26,7 @@ from drseg_core.training.run import load_run
 
 IMAGES, SHOWN = 60, 4
 MAPS = ("original", "rectified", "logits")
+RELIANCE = ("mIoU", "mIoU without rectified", "mIoU without original")
 
 
 def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
@@ -57,14 +60,18 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
                             areas[name].append(area)
                 if seed == setting.seeds[0] and place < SHOWN:
                     examples.append(_example(sample, maps, output.uncertainty[0, 0].cpu(), dataset.class_names))
-            found.setdefault(test.name, {})[seed] = {name: statistics.fmean(area) for name, area in areas.items()}
+            found.setdefault(test.name, {})[seed] = {
+                **{name: statistics.fmean(area) for name, area in areas.items()},
+                **reliance(model, dataset, setting.config.evaluation),
+            }
     rows = [
-        {"test set": name, **{key: _mean([row[key] for row in by_seed.values()]) for key in MAPS}}
+        {"test set": name, **{key: _mean([row[key] for row in by_seed.values()]) for key in (*MAPS, *RELIANCE)}}
         for name, by_seed in found.items()
     ]
     explained = (
         "Area under the ROC curve, percent, of each map as a detector of each class of an image: 50 tells nothing, "
-        "100 everything. The rectified map is trained through fusion and decoder alone."
+        "100 everything. The rectified map is trained through fusion and decoder alone. Then mIoU, and what "
+        "is left of it where the fusion gets zeros for one of the two maps."
     )
 
     def draw(plt: Any) -> Any:
@@ -79,6 +86,23 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
         return figure
 
     return _write("correlation-maps", "Correlation maps (Fig. 7)", explained, rows, found, setting, out, command, draw)
+
+
+def reliance(model: Any, dataset: SegmentationDataset, evaluation: EvaluationConfig) -> dict[str, float | None]:
+    """The mIoU of a trained DR-Seg, and with either map set to zero before the fusion: how much it leans on each."""
+    found = {}
+    for name, left_out in zip(RELIANCE, (None, 1, 0), strict=True):
+
+        def silenced(module: Any, maps: tuple[Tensor, ...], left_out: int | None = left_out) -> tuple[Tensor, ...]:
+            return tuple(torch.zeros_like(value) if place == left_out else value for place, value in enumerate(maps))
+
+        handle = model.fusion.register_forward_pre_hook(silenced)
+        try:
+            result = evaluate(model, dataset.class_names, dataset, evaluation, progress=False)
+        finally:
+            handle.remove()
+        found[name] = result["mIoU"]
+    return found
 
 
 def roc_area(value: Tensor, mask: Tensor, label: int) -> float | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,25 @@ def interpreted(*arguments: str, cwd: Path = HERE.parents[1]) -> subprocess.Comp
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=1800,
     )
+
+
+@pytest.fixture(scope="module")
+def running(request):
+    """The chosen contracts, as many at a time as there are cores: each is one process of one thread."""
+    chosen = [item.callspec.params["name"] for item in request.session.items if item.originalname == "test_contract"]
+    # the longest first, by the size of their files
+    chosen.sort(key=lambda name: -(HERE / name).stat().st_size)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5")
+        yield {name: pool.submit(interpreted, *command, str(HERE / name)) for name in chosen}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONTRACTS)
-def test_contract(name):
-    done = interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name))
+def test_contract(name, running):
+    done = running[name].result()
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and " failed" not in done.stdout
     print(done.stdout.splitlines()[-1])

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torchmetrics.functional.classification import binary_auroc
 
-from drseg_core.studies.maps import roc_area
+from drseg_core.config.schema import EvaluationConfig
+from drseg_core.data.synthetic import SyntheticDataset, SyntheticOptions
+from drseg_core.models.segmenter import SegmenterOutput
+from drseg_core.studies.maps import reliance, roc_area
 from drseg_core.studies.zero_shot import SubsetScores, pixels_below
 
 
@@ -66,3 +69,38 @@ def test_roc_area_against_torchmetrics():
 def test_roc_area_of_a_class_that_is_nowhere_or_everywhere():
     mask = torch.zeros(8, 8, dtype=torch.uint8)
     assert roc_area(torch.rand(4, 4), mask, 1) is None and roc_area(torch.rand(4, 4), mask, 0) is None
+
+
+def test_reliance_is_on_the_map_that_is_used():
+    """A model that looks at one map loses everything without it, and nothing without the other."""
+
+    class Fusion(torch.nn.Module):
+        def forward(self, original, refined):
+            return refined
+
+    class OneMap(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fusion = Fusion()
+
+        def tokenize(self, names):
+            return torch.zeros(len(names), 1, dtype=torch.long)
+
+        def encode_text(self, tokens):
+            return torch.zeros(len(tokens), 1)
+
+        def forward(self, image, text):
+            # the second class where the map says so, the first otherwise
+            used = self.fusion(torch.ones(len(image), 1, 8, 8), torch.ones(len(image), 1, 8, 8))
+            logits = torch.cat([0.5 - used, used - 0.5], dim=1)
+            return SegmenterOutput(logits, torch.zeros(len(image), 1, 8, 8), logits, None)
+
+    class AllSecond(SyntheticDataset):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return sample._replace(mask=torch.ones_like(sample.mask))
+
+    data = AllSecond(SyntheticOptions(scenes=2, size=32))
+    data.class_names = ("first", "second")
+    found = reliance(OneMap(), data, EvaluationConfig(batch_size=1))
+    assert found == {"mIoU": 100, "mIoU without rectified": 0, "mIoU without original": 100}
