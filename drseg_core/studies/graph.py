@@ -79,6 +79,7 @@ def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str
                 axis.plot(NEIGHBOURS, values, style, marker="o", markersize=3, label=name)
             axis.set(title=test, xlabel="neighbours K", ylabel="same label, %", xscale="log")
             axis.set_xticks(NEIGHBOURS, [str(k) for k in NEIGHBOURS])
+            axis.minorticks_off()
         axes[0, -1].legend(frameon=False, fontsize=7)
         return figure
 
