@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's tables of studies hold the numbers of docs/studies, and the pages there those of their JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from drseg_core.studies.report import Spread, text_of
+
+ROOT = Path(__file__).parents[2]
+STUDIES = ROOT / "docs" / "studies"
+TABLES = ("table1", "table2", "table4")
+
+
+def means(name: str) -> dict[str, dict[str, str]]:
+    """Title of each cell to its printed figures."""
+    cells = json.loads((STUDIES / f"{name}.json").read_text())["cells"]
+    return {
+        cell["title"]: {key: text_of(None if value is None else Spread(**value)) for key, value in cell["mean"].items()}
+        for cell in cells
+    }
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_readme_has_the_numbers_of_the_study(name):
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    begin = next(place for place, line in enumerate(lines) if line.startswith(f"| [{name}]"))
+    header = [cell.strip() for cell in lines[begin].strip("|").split("|")]
+    rows = {}
+    for line in lines[begin + 2 :]:
+        if not line.startswith("|"):
+            break
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[cells[0]] = dict(zip(header[1:], cells[1:], strict=True))
+    found = means(name)
+    assert set(rows) == set(found)
+    columns = {"mIoU": "mIoU", "fwIoU": "fwIoU", "mACC": "mACC", "boundary IoU": "boundary", "unseen names": "unseen"}
+    for title, row in rows.items():
+        for column, metric in columns.items():
+            if column in row:
+                assert row[column] == found[title][metric], (title, column)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.md")), ids=lambda path: path.stem)
+def test_every_page_has_its_numbers_and_its_picture(path):
+    content = json.loads(path.with_suffix(".json").read_text())
+    assert path.with_suffix(".png").is_file() and len(content["seeds"]) >= 1
+    assert content["command"] in path.read_text(encoding="utf-8")
+    for cell in content.get("cells", []):
+        if cell["mean"]["mIoU"] is not None:
+            assert text_of(Spread(**cell["mean"]["mIoU"])) in path.read_text(encoding="utf-8")
