@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=_positive, default=7, help="timed calls")
     parser.add_argument("--slow-repeats", type=_positive, default=2, help="of the literal module and the largest cases")
-    parser.add_argument("--threads", type=_positive, help="torch's threads")
+    parser.add_argument("--threads", type=_positive, help="torch's threads; one with --base on a CPU")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="peaks of pdgr_* cases")
     parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
     parser.add_argument("--list", action="store_true", help="print the jobs and end")
@@ -140,6 +140,9 @@ def _measure(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
 def _race(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
     # a stop from outside ends the program by the way that takes the worktree and the processes along
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # where the threads of a process lie is luck that lasts as long as it: of two processes with two threads each, one
+    # took 2.1 ms and the other 7.9 for the same call (2 cores of an Intel Xeon, 2026-11)
+    threads = args.threads or (1 if args.device == "cpu" else None)
     try:
         new = source.working_tree()
         with source.checkout(args.base) as base:
@@ -147,7 +150,7 @@ def _race(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
             for job in chosen:
                 verdict = paired.judge(
                     base, new, job, rounds=args.rounds, tolerance=args.tolerance, device=args.device,
-                    threads=args.threads,
+                    threads=threads,
                 )  # fmt: skip
                 verdicts.append((job, verdict))
                 print(f"{job}: {verdict.verdict}", file=sys.stderr, flush=True)
