@@ -233,12 +233,10 @@ def run_cells(
     """
     todo = [(cell, seed) for seed in setting.seeds for cell in cells if cell.why_not is None]
     # cells of equal options are one run: two processes must not write it at a time
-    unique: dict[Path, tuple[Cell, int]] = {}
-    for cell, seed in todo:
-        unique.setdefault(cell_folder(setting, cell, seed, out), (cell, seed))
     twins: dict[Path, list[tuple[Cell, int]]] = {}
     for cell, seed in todo:
         twins.setdefault(cell_folder(setting, cell, seed, out), []).append((cell, seed))
+    unique = {folder: cells[0] for folder, cells in twins.items()}
 
     def report(folder: Path, scores: dict[str, Any] | None, problem: str | None) -> None:
         for cell, seed in twins[folder]:
