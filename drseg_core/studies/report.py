@@ -136,7 +136,7 @@ def markdown(
         study: its cells.
         scores: of each cell, by name.
         problems: why a cell failed, by name.
-        facts: command, commit, data and steps, see :mod:`drseg_core.studies.training`.
+        facts: command, commits, seconds, data and steps, see :mod:`drseg_core.studies.training`.
     """
     title = next((cell.title for cell in study.cells if cell.name == study.reference), None)
     lines = [f"# {study.title}", ""]
@@ -163,5 +163,6 @@ def markdown(
         ]
     if study.note:
         lines += [study.note, ""]
-    lines += [f"`{facts['command']}`; trained at commit {', '.join(facts['commits']) or '-'}", ""]
+    spent = f"; {facts['seconds'] / 60:.0f} minutes, one process after another" if facts.get("seconds") else ""
+    lines += [f"`{facts['command']}`; trained at commit {', '.join(facts['commits']) or '-'}{spent}", ""]
     return "\n".join(lines)

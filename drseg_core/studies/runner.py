@@ -17,6 +17,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +41,7 @@ from drseg_core.training.signals import TrainingStopped
 from drseg_core.training.versions import git_revision
 
 SCORES = "scores.json"
+SECONDS = "seconds.json"
 # raised when scores of the same configuration would come out differently
 VERSION = 1
 _log = logging.getLogger(__name__)
@@ -166,7 +168,9 @@ def run_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> dict[str, An
         return kept["scores"]
     train_priors(setting, [cell], out)
     _train(cell_config(setting, cell, seed, out), setting, folder, init=start)
+    begin = time.monotonic()
     scores = score(load_run(folder), setting)
+    _note_seconds(folder, score=time.monotonic() - begin)
     content = {**wanted, "cell": cell.title, "git": git_revision(), "scores": scores}
     write_text_atomic(folder / SCORES, json.dumps(content, indent=1) + "\n")
     return scores
@@ -181,6 +185,17 @@ def commits(setting: Setting, cells: Sequence[Cell], out: Path) -> list[str]:
         if cell.why_not is None
     ]
     return sorted({commit for commit in found if commit})
+
+
+def seconds(setting: Setting, cells: Sequence[Cell], out: Path) -> float:
+    """What training and scoring the cells that are complete took, and the dual encoders that they start from, one
+    process after another."""
+    folders = set()
+    for seed in setting.seeds:
+        own = {cell_folder(setting, cell, seed, out) for cell in cells if cell.why_not is None}
+        own = {folder for folder in own if (folder / SCORES).is_file()}
+        folders |= own | ({start_folder(setting, seed, out)} if own and setting.needs_start else set())
+    return sum(sum((_read(folder / SECONDS) or {}).values()) for folder in folders)
 
 
 def score(loaded: LoadedRun, setting: Setting) -> dict[str, Any]:
@@ -280,15 +295,26 @@ def _train(config: Config, setting: Setting, folder: Path, init: Path | None) ->
         shutil.rmtree(folder)
     if begun and _complete(folder, config):
         return
-    train(
-        config,
-        setting.data,
-        folder,
-        resume=begun,
-        init=None if begun else init,
-        device=setting.device,
-        show_progress=False,
-    )
+    # stopped runs count
+    begin = time.monotonic() - (_read(folder / SECONDS) or {}).get("train", 0.0)
+    try:
+        train(
+            config,
+            setting.data,
+            folder,
+            resume=begun,
+            init=None if begun else init,
+            device=setting.device,
+            show_progress=False,
+        )
+    finally:
+        if folder.is_dir():
+            _note_seconds(folder, train=time.monotonic() - begin)
+
+
+def _note_seconds(folder: Path, **spent: float) -> None:
+    found = (_read(folder / SECONDS) or {}) | {what: round(value, 1) for what, value in spent.items()}
+    write_text_atomic(folder / SECONDS, json.dumps(found) + "\n")
 
 
 def _complete(folder: Path, config: Config) -> bool:

@@ -67,4 +67,6 @@ def test_the_page_says_what_was_not_run_and_what_it_is_compared_with():
     # 10 - 11 and 20 - 25: -3.0, deviation of -1 and -5
     assert f"-3.0 ± {math.sqrt(8):.1f}" in lines["LOW (mean of 2; seed 1: it broke)"]
     assert "protocol rskt" in page and "The paper orders" not in page and "the paper orders 1 pairs" in page
-    assert "of HIGH" in page and "`drseg study t`; trained at commit abc" in page
+    assert "of HIGH" in page and "`drseg study t`; trained at commit abc\n" in page
+    page = markdown(study, scores, {}, {**facts, "seconds": 90.1})
+    assert "`drseg study t`; trained at commit abc; 2 minutes, one process after another\n" in page

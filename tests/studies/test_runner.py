@@ -99,6 +99,20 @@ def test_complete_cells_are_taken_as_they_are(setting, finished, tmp_path, monke
     assert runner.run_cell(other, PLAIN, 0, out)["b"] == finished[1]["plain"]["a"] and not names
 
 
+def test_what_the_cells_took_is_counted_once(setting, finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    folders = [runner.start_folder(setting, 0, out), *(runner.cell_folder(setting, c, 0, out) for c in (PLAIN, OTHER))]
+    for place, folder in enumerate(folders):
+        kept = json.loads((folder / runner.SECONDS).read_text())
+        # a dual encoder is not scored
+        assert set(kept) == ({"train", "score"} if place else {"train"}) and all(value > 0 for value in kept.values())
+        (folder / runner.SECONDS).write_text(json.dumps({"train": 10.0**place, "score": 0.5}))
+    twin = Cell("twin", "twin", OTHER.options)
+    never = Cell("never", "never", {"model.fusion.tau": 0.9})
+    assert runner.seconds(setting, [PLAIN, OTHER, twin, never], out) == 111 + 3 * 0.5
+    assert runner.seconds(setting, [never], out) == 0
+
+
 def test_a_cell_that_stopped_goes_on_and_ends_the_same(setting, finished, tmp_path, monkeypatch):
     out = shutil.copytree(finished[0], tmp_path / "out")
     folder = runner.cell_folder(setting, OTHER, 0, out)
