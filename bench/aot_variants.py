@@ -193,16 +193,23 @@ _FIXED = {
     **{f"{name}_ptr": "*fp32" for name in ("weight", "slope", "part", "total", "row", "column")},
     **{f"{name}_ptr": "*fp32" for name in ("normed", "inverse", "moment", "gain", "shift", "dot", "coefficient")},
     "index_ptr": "*i32",
-    "edge_ptr": "*i32",
-    "begin_ptr": "*i64",
+    **{f"{name}_ptr": "*i32" for name in ("edge", "member", "union", "incoming", "place")},
+    **{f"{name}_ptr": "*i64" for name in ("begin", "count", "incoming_begin", "incoming_count")},
     "mask_ptr": "*u8",
     "eps": "fp32",
 }
 
 
-def _variant(op: str, kernel: Any, tile: Any, dtype: str, constants: dict[str, Any], even: bool = True) -> Variant:
+def _variant(
+    op: str,
+    kernel: Any,
+    tile: Any,
+    dtype: str,
+    constants: dict[str, Any],
+    even: bool = True,
+    options: dict[str, Any] | None = None,
+) -> Variant:
     """A kernel of the ops on edges; every pointer that is not of one type always is one to ``dtype``."""
-    from drseg_kernels import graph_layer
     from drseg_kernels._tile import FUSED
 
     names = kernel.arg_names
@@ -217,7 +224,7 @@ def _variant(op: str, kernel: Any, tile: Any, dtype: str, constants: dict[str, A
         kernel,
         types,
         {**constants, **sizes},
-        graph_layer.options(tile) if op == "graph_layer" else {**tile.options(), **FUSED},
+        options or {**tile.options(), **FUSED},
         tile.shared_bytes(),
         ("width", "channels") if even else (),
     )
@@ -290,13 +297,21 @@ def _graph_propagate(device: Any) -> Iterator[Variant]:
     from drseg_kernels import graph_propagate as op
 
     name = "graph_propagate"
-    gathers, dense, *others = _tiles(name, device, (4096, 75, 384), (576, 75, 384), (4096, 4, 24))
+    # by unions, densified, gathered, with few channels
+    usual = _tiles(name, device, (4096, 75, 384), (576, 75, 384), (4096, 8, 384), (4096, 4, 24))
     gathered, densified = op._graph_propagate_fwd_kernel_gathered, op._graph_propagate_fwd_kernel_densified
-    for short in _DTYPES:
-        for transpose in (False, True):
-            yield _variant(name, gathered, gathers, short, {"TRANSPOSE": transpose})
-    dots, products, *more = _tiles("graph_propagate_dot", device, (4096, 75, 384), (576, 75, 384))
-    for tile in [dots, products, *more]:
+    for tile in (tile for tile in usual if not tile.sources):
+        for short in _DTYPES:
+            for transpose in (False, True):
+                yield _variant(name, gathered, tile, short, {"TRANSPOSE": transpose})
+        yield _variant(name, gathered, tile, "fp32", {"TRANSPOSE": False}, even=False)
+    for tile in (tile for tile in usual if tile.sources):
+        for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            for transpose in (False, True):
+                constants = op.dense_constants(dtype, transpose, 75, tile, False)
+                words = {key: value for key, value in constants.items() if key not in tile.constants()}
+                yield _variant(name, densified, tile, short, words, options=op.dense_options(transpose, tile))
+    for tile in _tiles("graph_propagate_dot", device, (4096, 75, 384), (576, 75, 384), (4096, 8, 384)):
         for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             for both in (False, True):
                 if tile.sources:
@@ -304,16 +319,9 @@ def _graph_propagate(device: Any) -> Iterator[Variant]:
                     words = {key: value for key, value in constants.items() if key not in tile.constants()}
                     yield _variant(name, op._graph_propagate_bwd_kernel_sampled, tile, short, words)
                 else:
-                    yield _variant(name, op._graph_propagate_bwd_kernel_coefficient, tile, short, {"BOTH": both})
-    yield _variant(name, gathered, gathers, "fp32", {"TRANSPOSE": False}, even=False)
-    for tile in (tile for tile in others if not tile.sources):
-        yield _variant(name, gathered, tile, "fp32", {"TRANSPOSE": False})
-    for tile in [dense, *(tile for tile in others if tile.sources)]:
-        for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-            for transpose in (False, True):
-                constants = op.dense_constants(dtype, transpose, 75, tile, False)
-                words = {key: value for key, value in constants.items() if key not in tile.constants()}
-                yield _variant(name, densified, tile, short, words)
+                    words = {"BOTH": both}
+                    dots = op._graph_propagate_bwd_kernel_coefficient
+                    yield _variant(name, dots, tile, short, words, options=op.options(tile))
 
 
 def _graph_layer(device: Any) -> Iterator[Variant]:
@@ -322,23 +330,28 @@ def _graph_layer(device: Any) -> Iterator[Variant]:
     from drseg_kernels.graph_propagate import dense_constants
 
     name = "graph_layer"
+
+    def variant(kernel: Any, tile: Any, dtype: str, constants: dict[str, Any]) -> Variant:
+        return _variant(name, kernel, tile, dtype, constants, options=op.options(tile))
+
     usual = op.epilogue(True, "layer_norm", True, False)
     ends = (usual, op.epilogue(True, "layer_norm", False, True), op.epilogue(True, "relu", False, False))
-    sizes = ((4096, 75, 384), (576, 75, 384), (576, 75, 256), (4096, 4, 24), (4096, 75, 1024))
+    by_unions, dense = ((4096, 75, 384), (4096, 75, 256)), ((576, 75, 384), (576, 75, 256))
+    sizes = (*by_unions, *dense, (4096, 8, 384), (4096, 4, 24), (4096, 75, 1024))
     for tile in _tiles(name, device, *sizes):
         for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
             for end in ends if tile.columns == 512 else (usual,):
                 if not tile.sources:
-                    yield _variant(name, op._graph_layer_fwd_kernel_gathered, tile, short, end)
+                    yield variant(op._graph_layer_fwd_kernel_gathered, tile, short, end)
                     continue
                 constants = dense_constants(dtype, False, 75, tile, False)
                 words = {key: value for key, value in constants.items() if key not in ("TRANSPOSE", *tile.constants())}
-                yield _variant(name, op._graph_layer_fwd_kernel_densified, tile, short, {**end, **words})
+                yield variant(op._graph_layer_fwd_kernel_densified, tile, short, {**end, **words})
     for tile in _tiles("graph_layer_rows", device, (576, 75, 384), (576, 75, 2048)):
         for activation in ("relu", "layer_norm"):
             everything = {"NEED_INNER": True, "NEED_PARAMETERS": True}
             constants = {"ACTIVATION": activation, "WHOLE": tile.columns < 1024, **everything}
-            yield _variant(name, op._graph_layer_bwd_kernel_activation, tile, "fp32", constants)
-        yield _variant(name, op._graph_layer_bwd_kernel_sum, tile, "fp32", {"BIAS": True})
-    yield _variant(name, op._graph_layer_fwd_kernel_norm, tile, "fp32", {})
-    yield _variant(name, op._graph_layer_bwd_kernel_moments, tile, "fp32", {})
+            yield variant(op._graph_layer_bwd_kernel_activation, tile, "fp32", constants)
+        yield variant(op._graph_layer_bwd_kernel_sum, tile, "fp32", {"BIAS": True})
+    yield variant(op._graph_layer_fwd_kernel_norm, tile, "fp32", {})
+    yield variant(op._graph_layer_bwd_kernel_moments, tile, "fp32", {})

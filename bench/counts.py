@@ -48,6 +48,14 @@ def work(op: str, case: Case, mode: str, element: int = 4) -> Work:
     if op == "graph_propagate":
         rows = nodes * case.channels * element
         return Work((6 if backward else 2) * edges * case.channels, (5 if backward else 2) * rows + 8 * edges)
+    if op == "edge_coefficient":
+        # the weights do not go to memory and come back
+        parts = [work(name, case, mode, element) for name in ("edge_weight", "degree_normalize")]
+        return Work(sum(part.flop for part in parts), parts[0].byte)
+    if op == "graph_layer":
+        # LayerNorm: mean, deviation, scale and shift; backward: two more means and as many products
+        one, values = work("graph_propagate", case, mode, element), nodes * case.channels
+        return Work(one.flop + (20 if backward else 8) * values, one.byte)
     if op != "pdgr":
         raise ValueError(f"counts: op is unknown; expected pdgr or one of the ops, got {op}")
     parts = [work(name, case, mode, element) for name in ("edge_weight", "degree_normalize")]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each op at its named cases: every backend that can run, beside the one that runs by default."""
+"""Each op at its named cases: every backend that can run, beside the one that runs by default.
+
+Its inputs are those of the tests, but for the graph: neighbours drawn from anywhere would measure what no model has.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import gate
+import graphs
 import memory
 import torch
 from record import Row, rows_of
@@ -19,7 +23,7 @@ from torch import Tensor
 from drseg_core import ops
 from drseg_core.ops._cases import Case, generator
 
-OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
+OPS = ("knn_graph", "edge_weight", "degree_normalize", "edge_coefficient", "graph_propagate", "graph_layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,9 @@ def launch_of(op: str, case: Case, backend: str | None, device: str) -> dict[str
     at = torch.device(device)
     if op == "knn_graph":
         return dataclasses.asdict(sizes_of_knn(at, case.nodes, case.neighbours))
-    width = {"edge_weight": case.hidden, "graph_propagate": case.channels}.get(op, case.neighbours)
+    channels = dict.fromkeys(("graph_propagate", "graph_layer"), case.channels)
+    hidden = dict.fromkeys(("edge_weight", "edge_coefficient"), case.hidden)
+    width = (channels | hidden).get(op, case.neighbours)
     return dataclasses.asdict(_tile.tile_of(op, at, case.nodes, case.neighbours, width))
 
 
@@ -79,6 +85,8 @@ def sizes_of(case: Case) -> dict[str, int]:
 def _prepare(op: str, case: Case, backward: bool, dtype: torch.dtype, device: str) -> tuple[_Problem, str | None]:
     """The problem, and the backend that runs by default."""
     inputs = importlib.import_module(f"drseg_core.ops.{op}.cases").make_inputs(case, dtype, device=device)
+    if "index" in inputs:
+        inputs["index"] = graphs.dino_like_index(case).to(device)
     function: Callable[..., Tensor] = getattr(ops, op)
     with torch.no_grad():
         result = function(**inputs)

@@ -39,7 +39,8 @@ def _answer(request: dict[str, Any], state: dict[str, Any], device: str) -> dict
         before = torch.cuda.memory_allocated()
         state["run"]()
         return {"peak_mb": (torch.cuda.max_memory_allocated() - before) / 2**20}
-    return {"peak_mb": memory.rise(state["run"])}
+    # what the allocator keeps from call to call comes on top
+    return {"peak_mb": min(memory.rise(state["run"]) for _ in range(3))}
 
 
 def main(device: str, threads: int) -> None:

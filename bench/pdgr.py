@@ -20,6 +20,7 @@ from torch import Tensor
 from drseg_core.nn import PDGR
 from drseg_core.ops import last_backend
 from drseg_core.ops._cases import Case, dino_like_prior, generator
+from drseg_core.ops._dispatch import forget_last_backends
 from drseg_core.studies.pdgr_speed import OPS, LiteralPDGR
 
 MODES = ("fwd", "fwd+bwd")
@@ -128,8 +129,9 @@ def _gate(
     wrong = gate.selection(index, nodes, (case.height, case.width), engine.decay / engine.gamma)
     if wrong is not None:
         return wrong, {}
+    forget_last_backends()
     got, got_gradients = step(engine, problem, backward)
-    backends = {op: last_backend(op) for op in OPS}
+    backends = {op: ran for op in OPS if (ran := last_backend(op)) is not None}
     if case.nodes <= (_MOST_NODES["literal"] if most_literal is None else most_literal):
         against = "literal"
         with gate.GivenSelection(index):

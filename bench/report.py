@@ -76,6 +76,23 @@ def _selection_table(rows: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
+def _op_table(rows: Sequence[Row]) -> list[str]:
+    engines = [row for row in rows if row["data"] == "case" and row["ratio_to_engine"] == 1]
+    if not engines:
+        return []
+    lines = [
+        "| one op, K 75, a DINO-like graph | backend | ms | reference | of the ceiling | MB |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in engines:
+        size = row["sizes"]
+        cells = [f"`{row['op']}`, {size['B']} x {size['h']}x{size['w']}, {_WORDS[row['mode']]}", row["name"]]
+        cells += [f"{row['p50_ms']:.2f}", "-" if row["name"] == "reference" else _times(rows, row, "reference")]
+        cells += [f"{row['share_of_ceiling']:.2f}", f"{row['peak_mb']:.0f}" if row.get("peak_mb") is not None else "-"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def _model_table(rows: Sequence[Row]) -> list[str]:
     models = [row for row in rows if row["op"] == "model"]
     if not models:
@@ -113,6 +130,7 @@ def section(folder: Path, root: Path) -> str:
         "",
         *_module_table(rows),
         *_selection_table(rows),
+        *_op_table(rows),
         *_model_table(rows),
     ]
     for name, words in _PICTURES.items():

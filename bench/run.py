@@ -15,7 +15,7 @@ passed the gate; where one did not, the exit code is 1.
 
 With ``--base`` the engine races itself at a git ref, which is checked out and built in a throw-away folder: two
 processes take turns, and the ratio of their pairs counts (see paired.py). With ``--gate`` a slowdown beyond noise, more
-memory, or a case that is lost or wrong makes the exit code 1.
+memory, or a case that is lost or wrong makes the exit code 1; a version that has none of the cases makes it 2.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def _share(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=("pdgr", *ops.OPS), action="append", help="what to measure; all by default")
+    parser.add_argument(
+        "--op", choices=("pdgr", *ops.OPS), action="append", help="what to measure; all that has a kernel by default"
+    )
     parser.add_argument(
         "--case", action="append", help=f"named case; {', '.join(_DEFAULT_CASES)} by default (gate: {_GATE_CASES})"
     )
@@ -86,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _with_kernel(device: str) -> list[str]:
+    """Ops that have another backend than the reference on a device; the others are no news there."""
+    able = {row["op"] for row in backend_report() if row["device"] == device and row["backend"] != "reference"
+            and row["available"]}  # fmt: skip
+    return ["pdgr", *(op for op in ops.OPS if op in able)]
+
+
 def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[jobs.Job]:
     known = {**jobs.OP_CASES, **jobs.PDGR_CASES, **jobs.SELECTION_CASES}
     for name in args.case or ():
@@ -95,7 +104,7 @@ def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[j
     chosen = [
         job
         for case in args.case or default
-        for op in args.op or ("pdgr", *ops.OPS)
+        for op in args.op or (("pdgr", *ops.OPS) if args.list else _with_kernel(args.device))
         for job in jobs.jobs_of(
             op, case, args.mode or list(jobs.MODES), args.data or list(pdgr.DATA), args.dtype, args.backend
         )
@@ -166,6 +175,10 @@ def _race(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
             [{**dataclasses.asdict(job), **dataclasses.asdict(v), **common, **place} for job, v in verdicts],
         )
     worse = [str(job) for job, verdict in verdicts if verdict.fails]
+    if all(verdict.verdict == "new" for _, verdict in verdicts):
+        # nobody was compared with anybody: neither better nor worse
+        print(f"bench: --base {args.base} has none of these jobs; expected one that it can do", file=sys.stderr)
+        return 2
     if args.gate:
         print(f"gate: {len(worse)} of {len(verdicts)} got worse: {'; '.join(worse)}" if worse else "gate: passed")
         return int(bool(worse))

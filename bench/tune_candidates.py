@@ -10,7 +10,7 @@ from typing import Any
 
 from drseg_kernels import _knn_sizes, _launch, _tile
 from drseg_kernels._knn_sizes import FUSED_NEIGHBOURS, ON_CHIP_NODES, STRATEGIES, Fused, OnChip, Way
-from drseg_kernels._launch import Configuration, Device
+from drseg_kernels._launch import Configuration, Device, power_of_two_from
 from drseg_kernels._tile import Tile
 
 from drseg_core.ops._cases import Case
@@ -20,7 +20,9 @@ TABLES = {
     "knn_graph": ("knn_graph", "knn_graph_on_chip", "knn_graph_fused", "knn_graph_strategy"),
     "edge_weight": ("edge_weight",),
     "degree_normalize": ("degree_normalize",),
-    "graph_propagate": ("graph_propagate",),
+    "edge_coefficient": ("edge_coefficient",),
+    "graph_propagate": ("graph_propagate", "graph_propagate_dot"),
+    "graph_layer": ("graph_layer", "graph_layer_rows"),
 }
 KINDS: dict[str, Any] = {
     "knn_graph": Configuration,
@@ -29,7 +31,11 @@ KINDS: dict[str, Any] = {
     "knn_graph_strategy": Way,
     "edge_weight": Tile,
     "degree_normalize": Tile,
+    "edge_coefficient": Tile,
     "graph_propagate": Tile,
+    "graph_propagate_dot": Tile,
+    "graph_layer": Tile,
+    "graph_layer_rows": Tile,
 }
 
 
@@ -66,18 +72,56 @@ def _ways(device: Device, case: Case) -> Iterator[dict[str, str]]:
             yield {"strategy": strategy}
 
 
-def _edges(op: str, widths: Callable[[Case], int], sources: tuple[int, ...] = ()) -> Callable[..., Iterator[Any]]:
+def _edges(op: str, width: Callable[[Case], int]) -> Callable[..., Iterator[Any]]:
+    """Sizes for an op that goes edge by edge, or row by row."""
+
     def found(device: Device, case: Case) -> Iterator[dict[str, int]]:
-        yield dataclasses.asdict(_tile.rule(op, device, case.nodes, case.neighbours, widths(case)))
+        yield dataclasses.asdict(_tile.rule(op, device, case.nodes, case.neighbours, width(case)))
         rows = (1,) if op == "degree_normalize" else (8, 16, 32)
         for count, columns, warps in itertools.product(rows, (32, 64, 128, 256), (1, 2, 4)):
             # a thread holds at least one value and so few that they stay in registers
             if 32 * warps <= count * columns <= 64 * 32 * warps or op == "degree_normalize":
-                yield {"rows": count, "columns": columns, "num_warps": warps, "sources": 0}
-        for count, columns, width in itertools.product((16, 32, 64), (64, 128), sources):
-            yield {"rows": count, "columns": columns, "num_warps": 4, "sources": width}
+                yield dataclasses.asdict(Tile(count, columns, warps))
 
     return found
+
+
+def _sums(op: str, width: Callable[[Case], int]) -> Callable[..., Iterator[Any]]:
+    """Sizes for an op of which every strategy is tried: gathered, densified, by unions of patches."""
+
+    def found(device: Device, case: Case) -> Iterator[dict[str, int]]:
+        yield from _edges(op, width)(device, case)
+        # patches as square as they may be, for each number of rows; all nodes as sources where they are few
+        patches = {16: (4,), 32: (4,), 64: (8,), 128: (8,)}
+        for rows, columns, sources, warps in itertools.product(patches, (64, 128), (16, 32, 64), (4, 8)):
+            for patch in (*((0,) if case.nodes <= ON_CHIP_NODES else ()), *patches[rows]):
+                if rows * columns <= 64 * 32 * warps:
+                    yield dataclasses.asdict(Tile(rows, columns, warps, sources, patch))
+
+    return found
+
+
+def _layers(device: Device, case: Case) -> Iterator[dict[str, int]]:
+    """Sizes of ``graph_layer``: programs that hold whole rows, by every strategy."""
+    rule = _tile.rule("graph_layer", device, case.nodes, case.neighbours, case.channels)
+    yield dataclasses.asdict(rule)
+    whole = min(_tile.WIDEST_ROW, max(16, power_of_two_from(case.channels)))
+    for rows, warps in itertools.product((2, 4, 8, 16), (1, 2, 4, 8)):
+        if 32 * warps <= rows * whole <= 64 * 32 * warps:
+            yield dataclasses.asdict(Tile(rows, whole, warps))
+    for rows, sources, warps in itertools.product((16, 32), (16, 32), (4, 8, 16)):
+        for patch in (*((0,) if case.nodes <= ON_CHIP_NODES else ()), 4):
+            if rows * whole <= 64 * 32 * warps:
+                yield dataclasses.asdict(Tile(rows, whole, warps, sources, patch))
+
+
+def _layer_rows(device: Device, case: Case) -> Iterator[dict[str, int]]:
+    """Sizes for what ``graph_layer`` does row by row; a program that holds whole rows needs no second look at them."""
+    rule = _tile.rule("graph_layer_rows", device, case.nodes, case.neighbours, case.channels)
+    yield dataclasses.asdict(rule)
+    for rows, warps in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
+        if 32 * warps <= rows * rule.columns <= 64 * 32 * warps:
+            yield dataclasses.asdict(Tile(rows, rule.columns, warps))
 
 
 _ASKED: dict[str, Callable[[Device, Case], Iterable[dict[str, Any]]]] = {
@@ -87,7 +131,11 @@ _ASKED: dict[str, Callable[[Device, Case], Iterable[dict[str, Any]]]] = {
     "knn_graph_strategy": _ways,
     "edge_weight": _edges("edge_weight", lambda case: case.hidden),
     "degree_normalize": _edges("degree_normalize", lambda case: case.neighbours),
-    "graph_propagate": _edges("graph_propagate", lambda case: case.channels, (16, 32, 64)),
+    "edge_coefficient": _edges("edge_coefficient", lambda case: case.hidden),
+    "graph_propagate": _sums("graph_propagate", lambda case: case.channels),
+    "graph_propagate_dot": _sums("graph_propagate_dot", lambda case: case.channels),
+    "graph_layer": _layers,
+    "graph_layer_rows": _layer_rows,
 }
 
 

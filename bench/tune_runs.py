@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import gate
+import graphs
 import torch
-from drseg_kernels import degree_normalize, edge_weight, graph_propagate, knn_graph
+from drseg_kernels import graph_propagate, knn_graph
 from drseg_kernels._knn_sizes import Way
 from torch import Tensor
 
@@ -59,38 +60,87 @@ def _knn_graph(case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]
     return run, wrong
 
 
-def _on_edges(op: str, kernels: Any, case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]:
+def _inputs(op: str, case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Those of the op's cases, on a graph as PDGR has it: how much neighbours share decides what is fastest."""
     inputs = importlib.import_module(f"drseg_core.ops.{op}.cases").make_inputs(case, dtype, device)
-    random = generator(case, 1)
-    reference = _reference(op)
-    if op == "edge_weight":
-        given = [inputs[name] for name in ("source", "target", "index", "vector", "bias")]
-        shape = inputs["index"].shape
-    elif op == "degree_normalize":
-        given = [inputs["weight"], inputs["index"], "sym_row", 1e-6]
-        shape = inputs["index"].shape
-    else:
-        given = [inputs["x"], inputs["index"], inputs["coefficient"], False]
-        shape = inputs["x"].shape
-    grad = torch.randn(shape, generator=random).to(device)
+    return inputs | {"index": graphs.dino_like_index(case).to(device)}
 
-    def both(module: Any, **options: Any) -> tuple[Tensor, ...]:
-        forward, backward = getattr(module, op), getattr(module, f"{op}_backward")
-        output = forward(*given, **options)
-        if op == "edge_weight":
-            needed = dict.fromkeys(("need_source", "need_target", "need_parameters"), True)
-            return output, *backward(grad, output, *given, **needed, **options)
-        if op == "degree_normalize":
-            return output, backward(grad, *given, **options)
-        return output, *backward(grad.to(dtype), *given, True, True, **options)
 
-    expected = both(reference)
-    return (lambda tile: both(kernels, tile=tile)), _agree(expected)
+def _degree_normalize(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
+    given = (inputs["weight"], inputs["index"], "sym_row", 1e-6)
+    return ops.degree_normalize(*given, **sizes), ops.degree_normalize_backward(grad, *given, **sizes)
+
+
+def _edge_weight(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
+    given = [inputs[name] for name in ("source", "target", "index", "vector", "bias")]
+    needed = dict.fromkeys(("need_source", "need_target", "need_parameters"), True)
+    output = ops.edge_weight(*given, **sizes)
+    return output, *ops.edge_weight_backward(grad, output, *given, **needed, **sizes)
+
+
+def _edge_coefficient(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
+    # its backward has the sizes of edge_weight
+    given = [inputs[name] for name in ("source", "target", "index", "vector", "bias")]
+    output, weight, _ = ops.edge_coefficient(*given, None, "sym_row", 1e-6, **sizes)
+    return output, weight
+
+
+def _graph_propagate(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
+    # both directions; the gradient to coefficients has a table of its own
+    given = (inputs["index"], inputs["coefficient"])
+    return ops.graph_propagate(inputs["x"], *given, False, **sizes), ops.graph_propagate(grad, *given, True, **sizes)
+
+
+def _graph_propagate_dot(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
+    x, index, coefficient = inputs["x"], inputs["index"], inputs["coefficient"]
+    if sizes:
+        return (graph_propagate.edge_dot(grad, x, index, coefficient.dtype, **sizes),)
+    return (ops.graph_propagate_backward(grad, x, index, coefficient, False, False, True)[1],)
+
+
+def _layer(inputs: dict[str, Any], ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
+    given = [inputs[name] for name in ("x", "index", "coefficient", "bias", "gain", "shift")]
+    found: tuple[Tensor, ...] = ops.graph_layer(*given, "layer_norm", 1e-5, False, True, **sizes)
+    return found
+
+
+def _graph_layer(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
+    return _layer(inputs, ops, **sizes)
+
+
+def _graph_layer_rows(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
+    # what comes before propagation is led back; the forward is not timed
+    given = [inputs[name] for name in ("x", "index", "coefficient")]
+    parameters = [inputs[name] for name in ("bias", "gain", "shift")]
+    options = ("layer_norm", False, False, False, True)
+    rows = {"rows": sizes["tile"]} if sizes else {}
+    return tuple(ops.graph_layer_backward(grad, *given, *inputs["saved"], *parameters, *options, **rows)[2:])
+
+
+# table -> the op whose inputs and reference it has, and one call of what it has the sizes of
+_CALLS: dict[str, tuple[str, Callable[..., tuple[Tensor, ...]]]] = {
+    "degree_normalize": ("degree_normalize", _degree_normalize),
+    "edge_weight": ("edge_weight", _edge_weight),
+    "edge_coefficient": ("edge_coefficient", _edge_coefficient),
+    "graph_propagate": ("graph_propagate", _graph_propagate),
+    "graph_propagate_dot": ("graph_propagate", _graph_propagate_dot),
+    "graph_layer": ("graph_layer", _graph_layer),
+    "graph_layer_rows": ("graph_layer", _graph_layer_rows),
+}
 
 
 def make(table: str, case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]:
     """One call with given sizes, and why its result must not be timed (None where it is right)."""
     if table.startswith("knn_graph"):
         return _knn_graph(case, dtype, device)
-    kernels = {"edge_weight": edge_weight, "degree_normalize": degree_normalize, "graph_propagate": graph_propagate}
-    return _on_edges(table, kernels[table], case, dtype, device)
+    op, call = _CALLS[table]
+    inputs, reference = _inputs(op, case, dtype, device), _reference(op)
+    shape = inputs["x" if op.startswith("graph_") else "index"].shape
+    grad = torch.randn(shape, generator=generator(case, 1)).to(device)
+    if op.startswith("graph_"):
+        grad = grad.to(dtype)
+    if table == "graph_layer_rows":
+        inputs["saved"] = _layer(inputs, reference)
+    expected = call(inputs, grad, reference)
+    kernels = importlib.import_module(f"drseg_kernels.{op}")
+    return lambda tile: call(inputs, grad, kernels, tile=tile), _agree(expected)

@@ -34,6 +34,8 @@ class Method:
 
 
 _NO_PRIOR = {"model.fusion.kind": "none", "model.decoder.dino_guidance": False}
+# masks first, classes second: there is no decoder to guide
+_PROPOSALS = {**_NO_PRIOR, "model.decoder.remote_clip": False, "model.rotations": 1}
 _SWIN = {"model.aggregator.kind": "swin"}
 # every method begins here, whatever the configuration says
 _RESET = {
@@ -99,14 +101,14 @@ METHODS: dict[str, Method] = {
     "san": Method(
         "SAN",
         "arXiv 2302.12242; MendelXu/SAN",
-        {**_NO_PRIOR, "model.rotations": 1, "model.proposals.kind": "side_adapter"},
+        {**_PROPOSALS, "model.proposals.kind": "side_adapter"},
         "dense loss instead of matching; the side network sees the image in CLIP's size; CLIP is trained like that "
         "of the others",
     ),
     "scan": Method(
         "SCAN",
         "arXiv 2312.04089; yongliu20/SCAN",
-        {**_NO_PRIOR, "model.rotations": 1, "model.proposals.kind": "calibrated"},
+        {**_PROPOSALS, "model.proposals.kind": "calibrated"},
         "SAN's side network instead of Mask2Former; dense loss instead of matching; CLIP is integrated by cross-"
         "attention alone, without frequency filter and class token, and recognises without cropping",
     ),

@@ -99,6 +99,12 @@ def validate(config: Config) -> None:
             "validate: model.aggregator.heads does not divide model.aggregator.width; expected a divisor of "
             f"{aggregator.width}, got {aggregator.heads}"
         )
+    decoder, kind = config.model.decoder, config.model.proposals.kind
+    if kind != "none" and (decoder.dino_guidance or decoder.remote_clip):
+        raise ConfigError(
+            "validate: model.decoder guides nothing; expected dino_guidance and remote_clip false with "
+            f"model.proposals.kind {kind}, got {decoder.dino_guidance} and {decoder.remote_clip}"
+        )
     if evaluation.overlap >= evaluation.tile_size:
         raise ConfigError(
             "validate: evaluation.overlap is not below evaluation.tile_size; expected less than "

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,11 @@ import torch
 from torch import Tensor
 
 from drseg_core.data import open_dataset
-from drseg_core.evaluation.report import markdown_table
-from drseg_core.files import write_text_atomic
 from drseg_core.studies import figures
+from drseg_core.studies.output import mean_text, write_study
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.zero_shot import SubsetScores, class_text, clip_model, token_features
 from drseg_core.training.rank_channels import ChannelFile, rank_channels, weights_hash
-from drseg_core.training.versions import git_revision, library_versions
 
 # as many as the paper masks channels on
 IMAGES = 200
@@ -64,7 +60,7 @@ def channel_masking(setting: Setting, out: Path, *, jobs: int = 1, command: str 
             axis.legend(frameon=False)
         return figure
 
-    return _write("channel-masking", "One channel less (Fig. 2)", text, rows, found, setting, out, command, draw)
+    return write_study("channel-masking", "One channel less (Fig. 2)", text, rows, found, setting, out, command, draw)
 
 
 def retention(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
@@ -88,8 +84,8 @@ def retention(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") 
                 {
                     "test set": name,
                     "share": f"{100 * share:.0f} %",
-                    "most semantic": _mean(pair["top"]),
-                    "least semantic": _mean(pair["bottom"]),
+                    "most semantic": mean_text(pair["top"]),
+                    "least semantic": mean_text(pair["bottom"]),
                     "top is better": f"{sum(a > b for a, b in zip(*pair.values(), strict=True))} of {len(by_seed)}",
                 }
             )
@@ -109,7 +105,7 @@ def retention(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") 
             axis.legend(frameon=False)
         return figure
 
-    return _write("retention", "A share of the channels (Fig. 6)", text, rows, found, setting, out, command, draw)
+    return write_study("retention", "A share of the channels (Fig. 6)", text, rows, found, setting, out, command, draw)
 
 
 def activation_sparsity(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
@@ -133,7 +129,7 @@ def activation_sparsity(setting: Setting, out: Path, *, jobs: int = 1, command: 
                 statistics.fmean(result[key][channel] for channel in result[group])
                 for result in found["training set"].values()
             ]
-            row[title] = _mean(means, digits=2)
+            row[title] = mean_text(means, digits=2)
         rows.append(row)
     text = (
         "Classes it answers to: exp of the entropy of Eq. 2, from 1 to their number; the split of Eq. 4 looks at it, "
@@ -154,7 +150,7 @@ def activation_sparsity(setting: Setting, out: Path, *, jobs: int = 1, command: 
             axis.legend(frameon=False)
         return figure
 
-    return _write("activation-sparsity", "Sparsity of channels", text, rows, found, setting, out, command, draw)
+    return write_study("activation-sparsity", "Sparsity of channels", text, rows, found, setting, out, command, draw)
 
 
 def ranking(setting: Setting, model: Any, seed: int) -> ChannelFile:
@@ -195,41 +191,3 @@ def _scored(setting: Setting, model: Any, subsets: Tensor) -> list[tuple[str, li
             scores.update(feature, pixels)
         found.append((test.name, scores.mean_iou()))
     return found
-
-
-def _mean(values: Sequence[float], digits: int = 1) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
-
-
-def _write(
-    name: str,
-    title: str,
-    text: str,
-    rows: Sequence[Mapping[str, Any]],
-    found: Mapping[str, Any],
-    setting: Setting,
-    out: Path,
-    command: str,
-    draw: Callable[[Any], Any],
-) -> dict[str, str]:
-    """``NAME.json``, ``.md`` and ``.png`` of a study that trains nothing but its start."""
-    name += setting.suffix
-    facts = {**setting.record(), "command": command, "git": git_revision(), "versions": library_versions()}
-    write_text_atomic(
-        out / f"{name}.json", json.dumps({"study": name, "title": title, **facts, "found": found}, indent=1) + "\n"
-    )
-    seeds = ", ".join(map(str, setting.seeds))
-    page = (
-        f"# {title}\n\n{text}\n\n{markdown_table(rows)}\nSeeds {seeds}; ± the deviation over them. "
-        f"Trained on `{setting.data}`.\n\n`{command}`, commit {facts['git']}\n"
-    )
-    write_text_atomic(out / f"{name}.md", page)
-    plt = figures.pyplot()
-    if plt is not None:
-        figure = draw(plt)
-        for axis in figure.axes:
-            axis.spines[["top", "right"]].set_visible(False)
-        figure.tight_layout()
-        figures.save(figure, out / f"{name}.png")
-    return {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from drseg_core.data import IGNORE
 from drseg_core.models.dino import DinoPrior, resample
 from drseg_core.ops import knn_graph, prepare_prior
-from drseg_core.studies.channels import _mean, _write
+from drseg_core.studies.output import mean_text, write_study
 from drseg_core.studies.prior import teach_prior
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.zero_shot import clip_model
@@ -59,7 +59,7 @@ def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str
         {
             "test set": test,
             "graph": name,
-            **{f"K {k}": _mean([row[name][str(k)] for row in by_seed.values()]) for k in NEIGHBOURS},
+            **{f"K {k}": mean_text([row[name][str(k)] for row in by_seed.values()]) for k in NEIGHBOURS},
         }
         for test, by_seed in found.items()
         for name in next(iter(by_seed.values()))
@@ -83,7 +83,9 @@ def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str
         axes[0, -1].legend(frameon=False, fontsize=7)
         return figure
 
-    return _write("neighbour-purity", "What the graph connects", explained, rows, found, setting, out, command, draw)
+    return write_study(
+        "neighbour-purity", "What the graph connects", explained, rows, found, setting, out, command, draw
+    )
 
 
 def _graphs(prior: Tensor, clip: Tensor, label: Tensor) -> Mapping[str, Tensor | None]:

@@ -15,14 +15,14 @@ from torch import Tensor
 from drseg_core.config.schema import EvaluationConfig
 from drseg_core.data import IGNORE, SegmentationDataset
 from drseg_core.data.palette import colorize
+from drseg_core.data.protocols import Protocol
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.evaluation.report import heat
-from drseg_core.studies.channels import _mean, _write
-from drseg_core.studies.runner import cell_folder, run_cell
+from drseg_core.studies.output import mean_text, write_study
+from drseg_core.studies.runner import load_cell, run_cell
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell
 from drseg_core.training.distributed import select_device
-from drseg_core.training.run import load_run
 
 IMAGES, SHOWN = 60, 4
 MAPS = ("original", "rectified", "logits")
@@ -41,9 +41,9 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
     for seed in setting.seeds:
         run_cell(setting, cell, seed, out)
         device = select_device(setting.device)
-        model = load_run(cell_folder(setting, cell, seed, out)).model.eval().to(device)
+        model = load_cell(setting, cell, seed, out).model.eval().to(device)
         for test in setting.tests:
-            dataset, _ = setting.open_test(test)
+            dataset, protocol = setting.open_test(test)
             with torch.no_grad():
                 text = model.encode_text(model.tokenize(dataset.class_names))
             areas: dict[str, list[float]] = {name: [] for name in MAPS}
@@ -62,10 +62,10 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
                     examples.append(_example(sample, maps, output.uncertainty[0, 0].cpu(), dataset.class_names))
             found.setdefault(test.name, {})[seed] = {
                 **{name: statistics.fmean(area) for name, area in areas.items()},
-                **reliance(model, dataset, setting.config.evaluation),
+                **reliance(model, dataset, setting.config.evaluation, protocol),
             }
     rows = [
-        {"test set": name, **{key: _mean([row[key] for row in by_seed.values()]) for key in (*MAPS, *RELIANCE)}}
+        {"test set": name, **{key: mean_text([row[key] for row in by_seed.values()]) for key in (*MAPS, *RELIANCE)}}
         for name, by_seed in found.items()
     ]
     explained = (
@@ -85,10 +85,14 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
             axis.set_title(f"{title}\n{axis.get_title()}", fontsize=9)
         return figure
 
-    return _write("correlation-maps", "Correlation maps (Fig. 7)", explained, rows, found, setting, out, command, draw)
+    return write_study(
+        "correlation-maps", "Correlation maps (Fig. 7)", explained, rows, found, setting, out, command, draw
+    )
 
 
-def reliance(model: Any, dataset: SegmentationDataset, evaluation: EvaluationConfig) -> dict[str, float | None]:
+def reliance(
+    model: Any, dataset: SegmentationDataset, evaluation: EvaluationConfig, protocol: Protocol | None = None
+) -> dict[str, float | None]:
     """The mIoU of a trained DR-Seg, and with either map set to zero before the fusion: how much it leans on each."""
     found = {}
     for name, left_out in zip(RELIANCE, (None, 1, 0), strict=True):
@@ -98,10 +102,11 @@ def reliance(model: Any, dataset: SegmentationDataset, evaluation: EvaluationCon
 
         handle = model.fusion.register_forward_pre_hook(silenced)
         try:
-            result = evaluate(model, dataset.class_names, dataset, evaluation, progress=False)
+            views = None if protocol is None else protocol.views
+            result = evaluate(model, dataset.class_names, dataset, evaluation, views=views, progress=False)
         finally:
             handle.remove()
-        found[name] = result["mIoU"]
+        found[name] = result["mIoU_conventions"]["present" if protocol is None else protocol.convention]
     return found
 
 

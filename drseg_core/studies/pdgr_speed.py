@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from drseg_core.nn import PDGR
 from drseg_core.ops import last_backend
 
-OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
+OPS = ("knn_graph", "edge_weight", "degree_normalize", "edge_coefficient", "graph_propagate", "graph_layer")
 
 
 class LiteralPDGR(nn.Module):
@@ -160,7 +160,7 @@ def compare(
                 "literal_mb": _peak_bytes("literal", sizes, backward) / 2**20,
                 "engine_mb": _peak_bytes("engine", sizes, backward) / 2**20,
                 "max_difference": difference,
-                "backends": {op: last_backend(op) for op in OPS},
+                "backends": {op: ran for op in OPS if (ran := last_backend(op)) is not None},
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
             }

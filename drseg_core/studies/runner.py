@@ -169,11 +169,17 @@ def run_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> dict[str, An
     train_priors(setting, [cell], out)
     _train(cell_config(setting, cell, seed, out), setting, folder, init=start)
     begin = time.monotonic()
-    scores = score(load_run(folder), setting)
+    scores = score(load_cell(setting, cell, seed, out), setting)
     _note_seconds(folder, score=time.monotonic() - begin)
     content = {**wanted, "cell": cell.title, "git": git_revision(), "scores": scores}
     write_text_atomic(folder / SCORES, json.dumps(content, indent=1) + "\n")
     return scores
+
+
+def load_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> LoadedRun:
+    """A trained cell, with its prior from ``out``, wherever that was when it was trained."""
+    weights = cell_config(setting, cell, seed, out).model.dino.weights
+    return load_run(cell_folder(setting, cell, seed, out), dino_weights=weights)
 
 
 def commits(setting: Setting, cells: Sequence[Cell], out: Path) -> list[str]:

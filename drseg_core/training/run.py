@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from drseg_core.config.load import config_from_dict, to_yaml
+from drseg_core.config.load import config_from_dict, override, to_yaml
 from drseg_core.config.schema import Config
 from drseg_core.errors import CheckpointError, ConfigError, DatasetError
 from drseg_core.files import write_text_atomic
@@ -58,11 +58,12 @@ class LoadedRun:
     path: Path
 
 
-def load_run(path: str | Path) -> LoadedRun:
+def load_run(path: str | Path, *, dino_weights: str | Path | None = None) -> LoadedRun:
     """Read the newest undamaged checkpoint of a run folder, or one checkpoint folder.
 
     Args:
         path: ``RUN`` or ``RUN/checkpoints/step-XXXXXXXX``.
+        dino_weights: where the prior's weight file is now; by default where the run's configuration says.
 
     Raises:
         CheckpointError: not found, damaged, of another model than its configuration says, or with an option that this
@@ -72,6 +73,8 @@ def load_run(path: str | Path) -> LoadedRun:
     state = checkpoint.weights()
     try:
         config = config_from_dict(checkpoint.config, Config, str(checkpoint.path / DESCRIPTION))
+        if dino_weights is not None:
+            config = override(config, {"model.dino.weights": str(dino_weights)})
         model = model_of(config, read_clip=not holds_clip(state))
     except ConfigError as error:
         raise CheckpointError(

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drseg_kernels import _knn_patches
+from drseg_kernels import _patches
 from drseg_kernels._blocks import ordered_bits, value_of_bits
 from drseg_kernels._knn_candidates import LOWEST, best_of, candidate_of, cut_back, key_and_index, list_live
 from drseg_kernels._knn_on_chip import OPTIONS, dot_products, keys_of_products, readable
@@ -289,10 +289,10 @@ def fused(
     batch, nodes, k = index.shape
     channels = prior.shape[2]
     prior = readable(prior)
-    patches = _knn_patches.cut((table.shape[0], table.shape[1]), chosen.patch)
+    patches = _patches.cut((table.shape[0], table.shape[1]), chosen.patch)
     order = patches.order(prior.device)
-    length = _knn_patches.lengths(prior, inverse_norm)
-    longest = patches.longest(length) * _knn_patches.slack(channels)
+    length = _patches.lengths(prior, inverse_norm)
+    longest = patches.longest(length) * _patches.slack(channels)
     search = search_constants(k, form, include_self, chosen)
     select = select_constants(k, include_self, chosen)
     reach = patches.reach(table, search["JOIN"] == "subtract")

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+
+from drseg_kernels._kept import once_per_graph
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,6 @@ class Reverse:
 
     begin: Tensor
     edge: Tensor
-
-
-# of a graph in use: the version of its index, the stream on which its lists were made, and the lists
-_kept: Any = WeakIdKeyDictionary()
 
 
 def _build(index: Tensor) -> Reverse:
@@ -42,17 +38,7 @@ def _build(index: Tensor) -> Reverse:
 def reverse_lists(index: Tensor) -> Reverse:
     """Incoming edges of a graph, sorted once for as long as its index lives unchanged; no host synchronisation.
 
-    A graph that is recorded into a CUDA graph is sorted in every call: a replay must see what the index holds then.
-
     Args:
         index: (B, N, K) int32 or int64; values outside [0, N) are clamped into it.
     """
-    if index.is_inference() or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return _build(index)
-    # another stream may run before the sort has ended on this one
-    stream = torch.cuda.current_stream(index.device) if index.is_cuda else None
-    found = _kept.get(index)
-    if found is None or found[:2] != (index._version, stream):
-        found = (index._version, stream, _build(index))
-        _kept[index] = found
-    return found[2]
+    return once_per_graph(index, "reverse", lambda: _build(index))

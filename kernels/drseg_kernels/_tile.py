@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of the programs of the ops on edges, and how ``graph_propagate`` computes: gathered or densified.
+"""Sizes of the programs of the ops on edges, and how ``graph_propagate`` computes: gathered, densified or by unions.
 
 Beside the tables of the ops there are ``graph_propagate_dot`` for the gradient to coefficients, and
 ``graph_layer_rows`` for what ``graph_layer`` does row by row.
@@ -30,6 +30,11 @@ _VALUES_PER_THREAD = 32
 # H200), a dense one N / K multiply-adds and a share of building the tile.
 DENSE_NODES = 1024
 DENSE_NODES_PER_NEIGHBOUR = 12
+# Otherwise the union of a patch's neighbours does from this many neighbours on: the fewer a node has, the fewer it
+# shares. By arithmetic as well: of a DINO-like prior on 128 x 128 nodes with 75 neighbours each, 64 nodes of a square
+# have 456 instead of 4800 (878 without a decay), 16 have 250 instead of 1200 (2026-11). That is 6 (3) multiply-adds
+# instead of a value from the L2 cache and one. Where neighbours lie anywhere a table should gather.
+UNION_NEIGHBOURS = 16
 
 # a program that normalises rows holds them whole up to this many channels
 WIDEST_ROW = 1024
@@ -44,24 +49,33 @@ class Tile:
         columns: hidden units or channels at a time, a power of two.
         num_warps: warps of one program, a power of two.
         sources: 0 gathers each neighbour; otherwise ``graph_propagate`` multiplies dense tiles of this many nodes.
+        patch: 0 takes all nodes as sources; otherwise the nodes of a program are a patch so many grid rows high, and
+            its sources the union of their neighbours; a power of two.
     """
 
     rows: int
     columns: int
     num_warps: int
     sources: int = 0
+    patch: int = 0
 
     def __post_init__(self) -> None:
         # the matrix units take no side below 16
         least = 16 if self.sources else 1
-        for name, low in (("rows", least), ("columns", least), ("num_warps", 1), ("sources", least)):
+        sizes = (("rows", least), ("columns", least), ("num_warps", 1), ("sources", least), ("patch", 1))
+        for name, low in sizes:
             value = getattr(self, name)
-            if name == "sources" and value == 0 and isinstance(value, int):
+            if name in ("sources", "patch") and value == 0 and isinstance(value, int):
                 continue
             if not isinstance(value, int) or value < low or value & (value - 1):
                 raise ValueError(
                     f"Tile: {name} is out of range; expected a power of two of at least {low}, got {value!r}"
                 )
+        if self.patch and (not self.sources or self.patch > self.rows):
+            raise ValueError(
+                f"Tile: patch does not fit; expected at most rows, {self.rows}, and sources with it, "
+                f"got {self.patch!r} with sources {self.sources!r}"
+            )
 
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments of the kernels."""
@@ -82,6 +96,11 @@ class Tile:
         return 6 * self.sources * (self.rows + self.columns) + 4 * self.rows * self.columns + 1024
 
 
+def options(tile: Tile) -> dict[str, Any]:
+    """What the compiler is told of kernels that it would have spill a few registers, so that more programs run."""
+    return {**tile.options(), **FUSED, "maxnreg": min(255, 65_536 // (32 * tile.num_warps))}
+
+
 def rule(op: str, device: Device, nodes: int, k: int, width: int) -> Tile:
     """Sizes for a device without a table.
 
@@ -91,6 +110,8 @@ def rule(op: str, device: Device, nodes: int, k: int, width: int) -> Tile:
             ``degree_normalize``.
     """
     interpreted = device.name == "interpreter"
+    # of the interpreter, to which a load costs no more than a product, gathering is the plainest
+    union = not interpreted and k >= UNION_NEIGHBOURS
     if op == "degree_normalize":
         # one row or one list per program: only its slots are worked on at a time
         columns = min(1024, max(32, power_of_two_from(width)))
@@ -110,6 +131,13 @@ def rule(op: str, device: Device, nodes: int, k: int, width: int) -> Tile:
         # a whole row in one program, so that it can be normalised; it also builds the dense tile once
         columns = min(512, max(64, whole))
         return Tile(16, columns, 8 if columns > 256 else 4, 16)
+    if op == "graph_propagate" and union:
+        return Tile(64, 128, 8, 16, 8)
+    if op == "graph_propagate_dot" and union:
+        return Tile(64, 32, 8, 64, 8)
+    if op == "graph_layer" and union and whole <= 512:
+        # whole rows, so of fewer nodes
+        return Tile(32 if whole <= 256 else 16, max(64, whole), 8, 16, 4)
     if op == "graph_layer":
         rows = min(max(1, 4 * 32 * _VALUES_PER_THREAD // whole), max(4, power_of_two_from(k)))
         return Tile(rows, whole, max(1, min(4, rows * whole // (32 * _VALUES_PER_THREAD))))

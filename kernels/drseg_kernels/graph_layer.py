@@ -20,8 +20,16 @@ from torch import Tensor
 
 from drseg_kernels._launch import on_device_of
 from drseg_kernels._reverse import reverse_lists
-from drseg_kernels._tile import FUSED, Tile, tile_of
-from drseg_kernels.graph_propagate import dense_constants, dense_sum, edge_dot, gathered_sum, graph_propagate
+from drseg_kernels._tile import Tile, options, tile_of
+from drseg_kernels.graph_propagate import (
+    dense_constants,
+    dense_sum,
+    edge_dot,
+    gathered_sum,
+    graph_propagate,
+    group_of,
+    groups_of,
+)
 
 # chunks of rows whose contributions to the gradients of the parameters are summed apart: enough to fill a device
 _MOST_CHUNKS = 1024
@@ -155,11 +163,18 @@ def _graph_layer_fwd_kernel_gathered(
     )
 
 
-@triton.jit(do_not_specialize=["nodes", "slots"])
+@triton.jit(do_not_specialize=["nodes", "slots", "groups"])
 def _graph_layer_fwd_kernel_densified(
     x_ptr,
     index_ptr,
     coefficient_ptr,
+    member_ptr,
+    begin_ptr,
+    count_ptr,
+    union_ptr,
+    incoming_begin_ptr,
+    incoming_count_ptr,
+    incoming_ptr,
     bias_ptr,
     gain_ptr,
     shift_ptr,
@@ -169,11 +184,13 @@ def _graph_layer_fwd_kernel_densified(
     nodes,
     slots,
     channels,
+    groups,
     eps,
     UNDIRECTED: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     KEEP: tl.constexpr,
+    UNION: tl.constexpr,
     PARTS: tl.constexpr,
     INTERPRETED: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -181,16 +198,20 @@ def _graph_layer_fwd_kernel_densified(
     COLUMNS: tl.constexpr,
     SOURCES: tl.constexpr,
 ):
-    """Some channels of ROWS nodes of y (B * N, channels); UNDIRECTED follows their edges in both directions."""
-    blocks = tl.cdiv(nodes, ROWS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    """Some channels of ROWS nodes of y (B * N, channels), in ``groups`` of a sample; UNDIRECTED follows their edges in
+    both directions."""
+    program = tl.program_id(0)
+    sample, r = group_of(member_ptr, program, nodes, groups, UNION, ROWS)
     base = sample * nodes
-    r = (tl.program_id(0) - sample * blocks) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = dense_sum(
         x_ptr,
         index_ptr,
         coefficient_ptr,
+        begin_ptr,
+        count_ptr,
+        union_ptr,
+        program,
         base,
         r,
         c,
@@ -198,6 +219,7 @@ def _graph_layer_fwd_kernel_densified(
         slots,
         channels,
         False,
+        UNION,
         PARTS,
         INTERPRETED,
         SLOTS,
@@ -210,6 +232,10 @@ def _graph_layer_fwd_kernel_densified(
             x_ptr,
             index_ptr,
             coefficient_ptr,
+            incoming_begin_ptr,
+            incoming_count_ptr,
+            incoming_ptr,
+            program,
             base,
             r,
             c,
@@ -217,6 +243,7 @@ def _graph_layer_fwd_kernel_densified(
             slots,
             channels,
             True,
+            UNION,
             PARTS,
             INTERPRETED,
             SLOTS,
@@ -227,7 +254,7 @@ def _graph_layer_fwd_kernel_densified(
     _finish(
         total,
         base + r,
-        r < nodes,
+        (r >= 0) & (r < nodes),
         c,
         bias_ptr,
         gain_ptr,
@@ -396,11 +423,6 @@ def epilogue(bias: bool, activation: str, keep: bool, undirected: bool) -> dict[
     return {"UNDIRECTED": undirected, "BIAS": bias, "ACTIVATION": activation, "KEEP": keep}
 
 
-def options(tile: Tile) -> dict[str, Any]:
-    """What the compiler is told. Left to itself it would spill a few registers so that more programs run at a time."""
-    return {**tile.options(), **FUSED, "maxnreg": min(255, 65_536 // (32 * tile.num_warps))}
-
-
 def graph_layer(
     x: Tensor,
     index: Tensor,
@@ -450,10 +472,14 @@ def graph_layer(
         if chosen.sources and slots:
             dense = dense_constants(x.dtype, False, slots, chosen, not x.is_cuda)
             del dense["TRANSPOSE"]
-            _graph_layer_fwd_kernel_densified[(batch * triton.cdiv(nodes, chosen.rows), blocks)](
+            groups = groups_of(index, chosen, False)
+            incoming = groups_of(index, chosen, True) if undirected else groups
+            _graph_layer_fwd_kernel_densified[(batch * groups.count, blocks)](
                 x,
                 near,
                 coefficient,
+                *groups.lists[:4],
+                *incoming.lists[1:4],
                 *given,
                 out,
                 normed,
@@ -461,6 +487,7 @@ def graph_layer(
                 nodes,
                 slots,
                 channels,
+                groups.count,
                 eps,
                 **constants,
                 **dense,

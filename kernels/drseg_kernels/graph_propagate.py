@@ -2,19 +2,23 @@
 """Weighted sums of neighbour features ``y_i = sum_k coefficient_ik x_j``, their transpose and gradients
 (arXiv 2604.02010, Eq. 9).
 
-Two strategies, one meaning. *Gathered*: a program is one node and some channels, and loads the features of each edge;
-the transpose follows reversed lists. *Densified*, for few nodes: a program is a block of nodes and some channels,
+Three strategies, one meaning. *Gathered*: a program is one node and some channels, and loads the features of each
+edge; the transpose follows reversed lists. *Densified*, for few nodes: a program is a block of nodes and some channels,
 builds dense tiles of coefficients on the chip by comparing indices with node numbers, and multiplies them with the
-features; the transpose compares the other way and needs no lists. A tile that meets a number that is not finite is
-computed again edge by edge, because zero times infinity would carry it to nodes that it is no neighbour of.
+features; the transpose compares the other way and needs no lists. *Union*, for many nodes: densified, but the block is
+a patch of the grid, whose nodes share most of their neighbours, and its sources are those alone, each loaded once. A
+tile that meets a number that is not finite is computed again edge by edge, because zero times infinity would carry it
+to nodes that it is no neighbour of.
 
-Every sum has one order. Gathered: the edges in steps of ROWS, then a tree over the ROWS. Densified: the edges between
-two nodes in ascending slots, then the nodes in steps of SOURCES. Gradient to a coefficient: the channels in steps of
-COLUMNS, then a tree; by dense products of two groups of nodes, of which each edge takes its own, where nodes are few.
+Every sum has one order. Gathered: the edges in steps of ROWS, then a tree over the ROWS. Densified and union: the edges
+between two nodes in ascending slots, then the nodes in steps of SOURCES. Gradient to a coefficient: the channels in
+steps of COLUMNS, then a tree; where sums are dense, by dense products of two groups of nodes, of which each edge takes
+its own.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +29,8 @@ from torch import Tensor
 from drseg_kernels._blocks import within
 from drseg_kernels._launch import on_device_of
 from drseg_kernels._reverse import reverse_lists
-from drseg_kernels._tile import FUSED, Tile, tile_of
+from drseg_kernels._tile import FUSED, Tile, options, tile_of
+from drseg_kernels._union import union_lists
 
 
 @triton.jit
@@ -137,10 +142,27 @@ def _add_product(left, right, total, PARTS: tl.constexpr, INTERPRETED: tl.conste
 
 
 @triton.jit
+def group_of(member_ptr, program, nodes, groups, UNION: tl.constexpr, ROWS: tl.constexpr):
+    """The sample that a program works on and, of that, its ROWS nodes: a run, or a patch with UNION.
+
+    Where there is no node the number is -1, or ``nodes`` and more.
+    """
+    sample = (program // groups).to(tl.int64)
+    r = (program - sample * groups) * ROWS + tl.arange(0, ROWS)
+    if UNION:
+        r = tl.load(member_ptr + r)
+    return sample, r
+
+
+@triton.jit
 def dense_sum(
     x_ptr,
     index_ptr,
     coefficient_ptr,
+    begin_ptr,
+    count_ptr,
+    union_ptr,
+    program,
     base,
     r,
     c,
@@ -148,6 +170,7 @@ def dense_sum(
     slots,
     channels,
     TRANSPOSE: tl.constexpr,
+    UNION: tl.constexpr,
     PARTS: tl.constexpr,
     INTERPRETED: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -157,24 +180,33 @@ def dense_sum(
 ):
     """(ROWS, COLUMNS) channels ``c`` of nodes ``r`` of y in the sample that begins at node ``base``.
 
-    SLOTS is a power of two, at least ``slots``.
+    The sum is over all nodes of the sample, or with UNION over those in the list of ``program``. SLOTS is a power of
+    two, at least ``slots``.
     """
-    row = r < nodes
+    row = (r >= 0) & (r < nodes)
     channel = c < channels
+    if UNION:
+        first = tl.load(begin_ptr + program)
+        last = first + tl.load(count_ptr + program)
+    else:
+        first, last = 0, nodes
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, nodes, SOURCES):
-        s = start + tl.arange(0, SOURCES).to(tl.int64)
-        source = s < nodes
+    for start in range(first, last, SOURCES):
+        s = start + tl.arange(0, SOURCES)
+        source = s < last
+        if UNION:
+            # no node has the number of one that is not there
+            s = tl.load(union_ptr + s, mask=source, other=-1)
         tile = tl.zeros((ROWS, SOURCES), tl.float32)
         for k in range(0, slots):
             if TRANSPOSE:
                 edge = (base + s) * slots + k
-                near = within(tl.load(index_ptr + edge, mask=source, other=0), nodes)
+                near = within(tl.load(index_ptr + edge, mask=source, other=0), nodes).to(tl.int32)
                 share = tl.load(coefficient_ptr + edge, mask=source, other=0.0).to(tl.float32)
                 tile += tl.where(r[:, None] == near[None, :], share[None, :], 0.0)
             else:
                 edge = (base + r) * slots + k
-                near = within(tl.load(index_ptr + edge, mask=row, other=0), nodes)
+                near = within(tl.load(index_ptr + edge, mask=row, other=0), nodes).to(tl.int32)
                 share = tl.load(coefficient_ptr + edge, mask=row, other=0.0).to(tl.float32)
                 tile += tl.where(near[:, None] == s[None, :], share[:, None], 0.0)
         both = source[:, None] & channel[None, :]
@@ -187,9 +219,11 @@ def dense_sum(
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         if TRANSPOSE:
             k = tl.arange(0, SLOTS)
-            for s in range(0, nodes):
+            for s in range(first, last):
                 node = base + s
-                near = within(tl.load(index_ptr + node * slots + k, mask=k < slots, other=0), nodes)
+                if UNION:
+                    node = base + tl.load(union_ptr + s)
+                near = within(tl.load(index_ptr + node * slots + k, mask=k < slots, other=0), nodes).to(tl.int32)
                 share = tl.load(coefficient_ptr + node * slots + k, mask=k < slots, other=0.0).to(tl.float32)
                 hit = (r[:, None] == near[None, :]) & (k < slots)[None, :]
                 weight = tl.sum(tl.where(hit, share[None, :], 0.0), axis=1)
@@ -207,16 +241,22 @@ def dense_sum(
     return total
 
 
-@triton.jit(do_not_specialize=["nodes", "slots"])
+@triton.jit(do_not_specialize=["nodes", "slots", "groups"])
 def _graph_propagate_fwd_kernel_densified(
     x_ptr,
     index_ptr,
     coefficient_ptr,
+    member_ptr,
+    begin_ptr,
+    count_ptr,
+    union_ptr,
     y_ptr,
     nodes,
     slots,
     channels,
+    groups,
     TRANSPOSE: tl.constexpr,
+    UNION: tl.constexpr,
     PARTS: tl.constexpr,
     INTERPRETED: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -224,16 +264,19 @@ def _graph_propagate_fwd_kernel_densified(
     COLUMNS: tl.constexpr,
     SOURCES: tl.constexpr,
 ):
-    """Some channels of ROWS nodes of y (B * N, channels)."""
-    blocks = tl.cdiv(nodes, ROWS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    """Some channels of ROWS nodes of y (B * N, channels), in ``groups`` of a sample."""
+    program = tl.program_id(0)
+    sample, r = group_of(member_ptr, program, nodes, groups, UNION, ROWS)
     base = sample * nodes
-    r = (tl.program_id(0) - sample * blocks) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = dense_sum(
         x_ptr,
         index_ptr,
         coefficient_ptr,
+        begin_ptr,
+        count_ptr,
+        union_ptr,
+        program,
         base,
         r,
         c,
@@ -241,6 +284,7 @@ def _graph_propagate_fwd_kernel_densified(
         slots,
         channels,
         TRANSPOSE,
+        UNION,
         PARTS,
         INTERPRETED,
         SLOTS,
@@ -248,7 +292,7 @@ def _graph_propagate_fwd_kernel_densified(
         COLUMNS,
         SOURCES,
     )
-    both = (r < nodes)[:, None] & (c < channels)[None, :]
+    both = ((r >= 0) & (r < nodes))[:, None] & (c < channels)[None, :]
     tl.store(y_ptr + ((base + r) * channels)[:, None] + c[None, :], total, mask=both)
 
 
@@ -303,46 +347,69 @@ def _add_dots(left_ptr, right_ptr, i, j, node, near, c, channels, total, HALF: t
     return tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["nodes", "slots"])
+@triton.jit(do_not_specialize=["nodes", "slots", "groups"])
 def _graph_propagate_bwd_kernel_sampled(
     start_ptr,
     end_ptr,
     index_ptr,
+    member_ptr,
+    begin_ptr,
+    count_ptr,
+    union_ptr,
+    place_ptr,
     dot_ptr,
     nodes,
     slots,
     channels,
+    groups,
     BOTH: tl.constexpr,
     HALF: tl.constexpr,
+    UNION: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SOURCES: tl.constexpr,
 ):
-    """As ``_graph_propagate_bwd_kernel_coefficient``, for the edges from ROWS nodes to SOURCES others: all products of
-    the two groups, of which each edge takes its own, SLOTS edges of a node at a time."""
-    blocks = tl.cdiv(nodes, ROWS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    """As ``_graph_propagate_bwd_kernel_coefficient``, for the edges from ROWS nodes to some others: all products of
+    SOURCES of these with the nodes at a time, of which each edge takes its own, SLOTS edges of a node at a time."""
+    program = tl.program_id(0)
+    sample, r = group_of(member_ptr, program, nodes, groups, UNION, ROWS)
     base = sample * nodes
-    r = (tl.program_id(0) - sample * blocks) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(1) * SOURCES
-    s = first + tl.arange(0, SOURCES)
-    row, source = r < nodes, s < nodes
-    i, j = base + r, base + s
-    total = tl.zeros((ROWS, SOURCES), tl.float32)
-    for begin in range(0, channels, COLUMNS):
-        c = begin + tl.arange(0, COLUMNS)
-        total = _add_dots(start_ptr, end_ptr, i, j, row, source, c, channels, total, HALF)
-        if BOTH:
-            total = _add_dots(end_ptr, start_ptr, i, j, row, source, c, channels, total, HALF)
-    for begin in range(0, slots, SLOTS):
-        k = begin + tl.arange(0, SLOTS)
-        slot = row[:, None] & (k < slots)[None, :]
-        edge = (i * slots)[:, None] + k[None, :]
-        place = within(tl.load(index_ptr + edge, mask=slot, other=0), nodes).to(tl.int32) - first
-        here = slot & (place >= 0) & (place < SOURCES)
-        tl.store(dot_ptr + edge, tl.gather(total, tl.where(here, place, 0), axis=1), mask=here)
+    row = (r >= 0) & (r < nodes)
+    i = base + r
+    if UNION:
+        first = tl.load(begin_ptr + program)
+        last = first + tl.load(count_ptr + program)
+    else:
+        first, last = 0, nodes
+    # places are counted from the first
+    for offset in range(tl.program_id(1) * SOURCES, last - first, tl.num_programs(1) * SOURCES):
+        s = first + offset + tl.arange(0, SOURCES)
+        source = s < last
+        if UNION:
+            s = tl.load(union_ptr + s, mask=source, other=0)
+        j = base + s
+        total = tl.zeros((ROWS, SOURCES), tl.float32)
+        for begin in range(0, channels, COLUMNS):
+            c = begin + tl.arange(0, COLUMNS)
+            total = _add_dots(start_ptr, end_ptr, i, j, row, source, c, channels, total, HALF)
+            if BOTH:
+                total = _add_dots(end_ptr, start_ptr, i, j, row, source, c, channels, total, HALF)
+        for begin in range(0, slots, SLOTS):
+            k = begin + tl.arange(0, SLOTS)
+            slot = row[:, None] & (k < slots)[None, :]
+            edge = (i * slots)[:, None] + k[None, :]
+            if UNION:
+                place = tl.load(place_ptr + edge, mask=slot, other=0)
+            else:
+                place = within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
+            place = (place - offset).to(tl.int32)
+            here = slot & (place >= 0) & (place < SOURCES)
+            tl.store(dot_ptr + edge, tl.gather(total, tl.where(here, place, 0), axis=1), mask=here)
 
+
+# programs among which the sources of a patch are dealt out
+_MOST_SHARES = 8
 
 # features in as many bfloat16 numbers; 0: float32 products
 _PARTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -352,6 +419,7 @@ def dense_constants(dtype: torch.dtype, transpose: bool, slots: int, tile: Tile,
     """Compile-time arguments of the densified kernel: what is compiled ahead of time and what is launched are one."""
     return {
         "TRANSPOSE": transpose,
+        "UNION": tile.patch > 0,
         "PARTS": _PARTS[dtype],
         "INTERPRETED": interpreted,
         "SLOTS": triton.next_power_of_2(slots),
@@ -359,10 +427,36 @@ def dense_constants(dtype: torch.dtype, transpose: bool, slots: int, tile: Tile,
     }
 
 
+def dense_options(transpose: bool, tile: Tile) -> dict[str, Any]:
+    """What the compiler is told of the densified kernel; along the edges it finds the registers by itself."""
+    return options(tile) if transpose else {**tile.options(), **FUSED}
+
+
 def sampled_constants(half: bool, slots: int, both: bool, tile: Tile) -> dict[str, Any]:
     """Compile-time arguments of the kernel of dense dot products."""
     # few enough for the registers, whatever the number of slots
-    return {"BOTH": both, "HALF": half, "SLOTS": min(64, triton.next_power_of_2(slots)), **tile.constants()}
+    few = min(64, triton.next_power_of_2(slots))
+    return {"BOTH": both, "HALF": half, "UNION": tile.patch > 0, "SLOTS": few, **tile.constants()}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which nodes a dense program computes, and which it sums over.
+
+    Args:
+        count: programs of a sample. lists: member, begin, count, node and place of the patches; never read without.
+    """
+
+    count: int
+    lists: tuple[Tensor, ...]
+
+
+def groups_of(index: Tensor, tile: Tile, incoming: bool) -> Groups:
+    """Groups of a graph's nodes: runs that take all nodes as sources, or patches that take the union of their own."""
+    if not tile.patch:
+        return Groups(triton.cdiv(index.shape[1], tile.rows), (index,) * 5)
+    union = union_lists(index, tile.patch, tile.rows, incoming)
+    return Groups(union.member.shape[0], (union.member, union.begin, union.count, union.node, union.place))
 
 
 def graph_propagate(
@@ -393,17 +487,19 @@ def graph_propagate(
     blocks = triton.cdiv(channels, chosen.columns)
     with on_device_of(x):
         if chosen.sources:
-            _graph_propagate_fwd_kernel_densified[(batch * triton.cdiv(nodes, chosen.rows), blocks)](
+            groups = groups_of(index, chosen, transpose)
+            _graph_propagate_fwd_kernel_densified[(batch * groups.count, blocks)](
                 x,
                 near,
                 coefficient,
+                *groups.lists[:4],
                 y,
                 nodes,
                 slots,
                 channels,
+                groups.count,
                 **dense_constants(x.dtype, transpose, slots, chosen, not x.is_cuda),
-                **chosen.options(),
-                **FUSED,
+                **dense_options(transpose, chosen),
             )
             return y
         # never read without transpose
@@ -452,19 +548,32 @@ def edge_dot(
         return dot.zero_()
     chosen = tile or tile_of("graph_propagate_dot", start.device, nodes, slots, channels)
     start, end, near = start.contiguous(), end.contiguous(), index.contiguous()
-    options: dict[str, Any] = {**chosen.options(), **FUSED}
     with on_device_of(start):
         if chosen.sources:
             # the interpreter multiplies bfloat16 as if it were integers
             exact = (torch.float16, torch.bfloat16) if start.is_cuda else (torch.float16,)
             half = start.dtype == end.dtype and start.dtype in exact
-            grid = (batch * triton.cdiv(nodes, chosen.rows), triton.cdiv(nodes, chosen.sources))
+            groups = groups_of(index, chosen, False)
+            # a patch has a few hundred sources, which few programs share, or up to so many
+            most = min(_MOST_SHARES * chosen.sources, chosen.rows * slots) if chosen.patch else nodes
+            grid = (batch * groups.count, triton.cdiv(most, chosen.sources))
             _graph_propagate_bwd_kernel_sampled[grid](
-                start, end, near, dot, nodes, slots, channels, **sampled_constants(half, slots, both, chosen), **options
+                start,
+                end,
+                near,
+                *groups.lists,
+                dot,
+                nodes,
+                slots,
+                channels,
+                groups.count,
+                **sampled_constants(half, slots, both, chosen),
+                **chosen.options(),
+                **FUSED,
             )
         else:
             _graph_propagate_bwd_kernel_coefficient[(batch * nodes, triton.cdiv(slots, chosen.rows))](
-                start, end, near, dot, nodes, slots, channels, BOTH=both, **chosen.constants(), **options
+                start, end, near, dot, nodes, slots, channels, BOTH=both, **chosen.constants(), **options(chosen)
             )
     return dot
 

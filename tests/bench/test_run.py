@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,16 +14,20 @@ from typing import Any
 import baselines
 import jobs
 import memory
+import paired
 import pdgr
 import pytest
 import run
 import selection
+import source
 import timing
 import torch
 
 from drseg_core.ops import _dispatch
 from drseg_core.ops._cases import Case
 
+# what PDGR runs on a CPU
+OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
 TINY = Case("bench_tiny", 2, 6, 7, prior=16, hidden=8, channels=12, neighbours=6)
 COMMON = {
     "op": str, "case": str, "sizes": dict, "mode": str, "dtype": str, "data": str, "name": str, "p20_ms": float,
@@ -63,7 +68,7 @@ def test_pdgr_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     _check(rows)
     for start in range(0, len(rows), len(names)):
         engine = rows[start]
-        assert engine["ratio_to_engine"] == 1 and set(engine["backends"]) == set(pdgr.OPS)
+        assert engine["ratio_to_engine"] == 1 and set(engine["backends"]) == set(OPS)
         assert engine["gate"]["against"] == "literal" and engine["gate"]["max_difference"] < 1e-4
         for row in rows[start : start + len(names)]:
             assert math.isclose(row["ratio_to_engine"], row["p50_ms"] / engine["p50_ms"])
@@ -102,7 +107,7 @@ def test_large_cases_have_fewer_neighbours_in_the_race(monkeypatch: pytest.Monke
     assert [(row["name"], row["repeats"]) for row in rows] == [("engine", 1)] and not refused
 
 
-@pytest.mark.parametrize("op", ["knn_graph", "edge_weight", "degree_normalize", "graph_propagate"])
+@pytest.mark.parametrize("op", [*OPS, "edge_coefficient", "graph_layer"])
 def test_rows_of_an_op(tmp_path: Path, op: str):
     code, rows = _run(tmp_path, "--op", op, "--case", "tiny_3x4")
     _check(rows)
@@ -207,6 +212,22 @@ def test_arguments_that_mean_nothing(arguments: list[str], capsys: pytest.Captur
     with pytest.raises(SystemExit) as error:
         run.main(arguments)
     assert error.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("verdicts", "code"), [(["new", "new"], 2), (["new", "same"], 0), (["new", "slower"], 1)])
+def test_a_gate_that_compared_nothing_does_not_pass(
+    verdicts: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    left = iter(verdicts)
+    tree = source.Source("base", Path(), None, "abc")
+    monkeypatch.setattr(source, "working_tree", lambda: tree)
+    monkeypatch.setattr(source, "checkout", lambda ref: contextlib.nullcontext(tree))
+    monkeypatch.setattr(paired, "judge", lambda *_, **__: paired.Verdict(next(left)))
+    arguments = ["--base", "v0", "--gate", "--op", "edge_weight", "--case", "paper_vitl_24x24"]
+    assert run.main(arguments) == code
+    printed = capsys.readouterr()
+    assert ("--base v0 has none of these jobs; expected one" in printed.err) == (code == 2)
+    assert ("gate: passed" in printed.out) == (code == 0)
 
 
 def test_contenders_take_turns():

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from drseg_core.config.load import config_from_dict, load_config, override, parse_config, preset_names, to_yaml
+from drseg_core.config.methods import apply_method
 from drseg_core.config.schema import Config, ModelConfig
+from drseg_core.config.validate import validate
 from drseg_core.errors import ConfigError
 
 
@@ -140,3 +142,14 @@ def test_dictionaries_are_read_as_strictly() -> None:
         config_from_dict({"graph": {"k": "75"}}, ModelConfig, "run.json")
     with pytest.raises(ConfigError, match="run.json: graf is unknown"):
         config_from_dict({"graf": {}}, ModelConfig, "run.json")
+
+
+@pytest.mark.parametrize("guide", ["dino_guidance", "remote_clip"])
+def test_mask_proposals_have_no_decoder_to_guide(guide):
+    options = {"model.proposals.kind": "side_adapter", f"model.decoder.{guide}": True}
+    with pytest.raises(ConfigError, match="model.decoder guides nothing; expected dino_guidance and remote_clip false"):
+        validate(override(load_config("tiny"), {"model.decoder.dino_guidance": False, **options}))
+    # the methods that are so take the options back
+    guided = override(load_config("tiny"), {f"model.decoder.{guide}": True})
+    for method in ("san", "scan"):
+        assert not getattr(apply_method(guided, method).model.decoder, guide)

@@ -77,9 +77,10 @@ def with_tile(tile: Tile, rows: Tile, *, undirected: bool = False, **given: Any)
     return on_device(_WithTile.apply)(*(given.get(name) for name in names), undirected, tile, rows)
 
 
-# by either strategy: whole rows, and channels that are cut
-TILES = [Tile(4, 64, 1), Tile(16, 64, 4, 16), Tile(8, 32, 1), Tile(32, 16, 4, 32)]
-ROWS = [Tile(4, 64, 1), Tile(1, 16, 1), Tile(8, 32, 1), Tile(2, 64, 1)]
+UNION = Tile(16, 64, 4, 16, 4)
+# by every strategy: whole rows, and channels that are cut
+TILES = [Tile(4, 64, 1), Tile(16, 64, 4, 16), Tile(8, 32, 1), Tile(32, 16, 4, 32), UNION, Tile(16, 16, 4, 16, 2)]
+ROWS = [Tile(4, 64, 1), Tile(1, 16, 1), Tile(8, 32, 1), Tile(2, 64, 1), Tile(4, 64, 1), Tile(1, 16, 1)]
 
 
 # one parameter of all, so that the interpreter runs every combination
@@ -90,7 +91,18 @@ def test_every_tile_is_right(how):
     check_sizes(SUBJECTS[activation], inputs, functools.partial(with_tile, tile, rows))
 
 
-@pytest.mark.parametrize("how", itertools.product(zip(TILES[:2], ROWS[1:], strict=False), SUBJECTS), ids=str)
+@pytest.mark.parametrize("nodes", [36, 64])
+@pytest.mark.parametrize("activation", SUBJECTS)
+@pytest.mark.parametrize("undirected", [False, True])
+def test_patches_of_a_square(undirected, activation, nodes):
+    inputs = {**make(activation, nodes, 3, 20), "undirected": undirected}
+    check_sizes(SUBJECTS[activation], inputs, functools.partial(with_tile, UNION, ROWS[0]))
+
+
+SIZED = [(TILES[0], ROWS[1]), (TILES[1], ROWS[2]), (UNION, ROWS[3])]
+
+
+@pytest.mark.parametrize("how", itertools.product(SIZED, SUBJECTS), ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [(9, 1, 1), (17, 3, 70), (1, 1, 16), (4, 40, 2)], ids=str)
 def test_sizes_that_fill_no_tile(size, dtype, how):
@@ -105,7 +117,7 @@ def test_more_rows_than_a_chunk(monkeypatch):
         check_sizes(SUBJECTS[activation], make(activation, 11, 3, 20), functools.partial(with_tile, TILES[0], rows))
 
 
-@pytest.mark.parametrize("tile", TILES[:3], ids=str)
+@pytest.mark.parametrize("tile", [*TILES[:3], UNION], ids=str)
 @pytest.mark.parametrize("activation", SUBJECTS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_number_that_is_not_finite_reaches_neighbours_only(value, activation, tile):
@@ -153,14 +165,14 @@ def test_what_is_not_needed_is_not_computed(activation, monkeypatch):
 def test_keeping_nothing_changes_no_bit():
     given = make("layer_norm", 12, 3, 40)
     arguments = [given[name].to(DEVICE) for name in ("x", "index", "coefficient", "bias", "gain", "shift")]
-    for tile in TILES[:3]:
+    for tile in (*TILES[:3], UNION):
         kept, free = (
             kernels.graph_layer(*arguments, "layer_norm", 1e-5, False, keep, tile=tile) for keep in (True, False)
         )
         assert torch.equal(kept[0], free[0]) and free[1].numel() == free[2].numel() == 0
 
 
-@pytest.mark.parametrize("tile", TILES[:3], ids=str)
+@pytest.mark.parametrize("tile", [*TILES[:3], UNION], ids=str)
 def test_nothing_outside_the_operands_is_touched(tile):
     inputs = make("layer_norm", 11, 3, 20)
     expected = run(NORM, inputs, functools.partial(with_tile, tile, ROWS[1]))

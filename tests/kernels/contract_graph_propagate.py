@@ -58,9 +58,11 @@ def with_tile(tile: Tile, x: Tensor, index: Tensor, coefficient: Tensor, transpo
     return on_device(_WithTile.apply)(x, index, coefficient, transpose, tile)
 
 
-GATHERED, DENSIFIED = Tile(4, 128, 1), Tile(16, 32, 4, 16)
-# tiles that cut the edges or nodes, the channels, both or nothing, by either strategy
-TILES = [GATHERED, DENSIFIED, Tile(8, 32, 1), Tile(64, 64, 4), Tile(32, 16, 4, 64), Tile(64, 64, 4, 32)]
+GATHERED, DENSIFIED, UNION = Tile(4, 128, 1), Tile(16, 32, 4, 16), Tile(16, 32, 4, 16, 4)
+STRATEGIES = {"gathered": GATHERED, "densified": DENSIFIED, "union": UNION}
+# tiles that cut the edges or nodes, the channels, both or nothing, by every strategy
+TILES = [GATHERED, DENSIFIED, UNION, Tile(8, 32, 1), Tile(64, 64, 4), Tile(32, 16, 4, 64), Tile(64, 64, 4, 32)]
+PATCHES = [UNION, Tile(16, 64, 4, 16, 1), Tile(32, 32, 4, 32, 8), Tile(64, 32, 4, 16, 8)]
 
 
 # one parameter of both, so that the interpreter runs every pair
@@ -70,7 +72,14 @@ def test_every_tile_is_right(how):
     check_sizes(SUBJECT, {**make(35, 5, 37), "transpose": transpose}, functools.partial(with_tile, tile))
 
 
-@pytest.mark.parametrize("how", itertools.product([GATHERED, DENSIFIED], [False, True]), ids=str)
+# a square of nodes that patches do not fill, and one that they do
+@pytest.mark.parametrize("how", itertools.product(PATCHES, [False, True], [49, 64]), ids=str)
+def test_every_patch_is_right(how):
+    tile, transpose, nodes = how
+    check_sizes(SUBJECT, {**make(nodes, 4, 20), "transpose": transpose}, functools.partial(with_tile, tile))
+
+
+@pytest.mark.parametrize("how", itertools.product(STRATEGIES.values(), [False, True]), ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [(17, 7, 231), (9, 1, 1), (16, 3, 538), (1, 1, 16), (4, 100, 2)], ids=str)
 def test_sizes_that_fill_no_tile(size, dtype, how):
@@ -83,7 +92,14 @@ def test_sizes_that_fill_no_tile(size, dtype, how):
 def test_more_edges_than_dense_products_are_given_to_at_a_time(dtype):
     inputs = make(20, 70, 3, dtype)
     # the incoming gradient is as wide as the features, so that float16 is multiplied as it is
-    check_sizes(SUBJECT, inputs, functools.partial(with_tile, DENSIFIED))
+    for tile in (DENSIFIED, UNION):
+        check_sizes(SUBJECT, inputs, functools.partial(with_tile, tile))
+
+
+def test_sources_of_a_patch_are_dealt_out(monkeypatch):
+    # all by one program, in as many steps as it takes
+    monkeypatch.setattr(kernels, "_MOST_SHARES", 1)
+    check_sizes(SUBJECT, make(36, 9, 5), functools.partial(with_tile, UNION))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -92,14 +108,15 @@ def test_half_precision_features_are_multiplied_exactly(transpose, dtype):
     inputs = {**make(33, 6, 20, dtype), "transpose": transpose}
     # so that the split into parts shows: both huge and tiny coefficients in one row
     inputs["coefficient"] *= 10.0 ** torch.arange(-5, 1)
-    got = with_tile(DENSIFIED, **inputs)
-    value, limit = SUBJECT.oracle(inputs, torch.zeros_like(got))["output"]
-    # the interpreter cuts the last digit of bfloat16 off where a device rounds
-    limit = limit + numerics.rounding_bound(value, dtype) if dtype == torch.bfloat16 else limit
-    assert numerics.compare_values(got, value, limit).problem is None
+    for tile in (DENSIFIED, UNION):
+        got = with_tile(tile, **inputs)
+        value, limit = SUBJECT.oracle(inputs, torch.zeros_like(got))["output"]
+        # the interpreter cuts the last digit of bfloat16 off where a device rounds
+        limit = limit + numerics.rounding_bound(value, dtype) if dtype == torch.bfloat16 else limit
+        assert numerics.compare_values(got, value, limit).problem is None
 
 
-@pytest.mark.parametrize("tile", [DENSIFIED, GATHERED], ids=["densified", "gathered"])
+@pytest.mark.parametrize("tile", [DENSIFIED, GATHERED, UNION], ids=["densified", "gathered", "union"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -115,7 +132,7 @@ def test_a_number_that_is_not_finite_reaches_neighbours_only(value, transpose, d
         torch.testing.assert_close(got.float(), expected.float(), rtol=slack, atol=slack, equal_nan=True)
 
 
-@pytest.mark.parametrize("tile", [GATHERED, DENSIFIED], ids=["gathered", "densified"])
+@pytest.mark.parametrize("tile", STRATEGIES.values(), ids=STRATEGIES)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_what_is_not_needed_is_not_computed(transpose, tile, monkeypatch):
     inputs = {**make(6, 3, 5), "transpose": transpose}
@@ -126,6 +143,9 @@ def test_what_is_not_needed_is_not_computed(transpose, tile, monkeypatch):
         patched.setattr(kernels, "edge_dot", None)
         grad_x, none = kernels.graph_propagate_backward(*given, transpose, True, False, tile=tile)
     assert torch.equal(grad_x.cpu(), everything["grad_x"]) and none.numel() == 0
+    # of the lists for the other direction there is no need either
+    made = kernels.union_lists
+    monkeypatch.setattr(kernels, "union_lists", lambda index, *sizes: made(index, *sizes) if not sizes[-1] else None)
     for name in ("reverse_lists", "_graph_propagate_fwd_kernel_gathered", "_graph_propagate_fwd_kernel_densified"):
         monkeypatch.setattr(kernels, name, None)
     none, grad_coefficient = kernels.graph_propagate_backward(*given, transpose, False, True, tile=tile)
@@ -139,7 +159,7 @@ def test_dense_tiles_need_no_lists(monkeypatch):
     output.backward(output_gradient(output))
 
 
-@pytest.mark.parametrize("tile", [GATHERED, DENSIFIED], ids=["gathered", "densified"])
+@pytest.mark.parametrize("tile", STRATEGIES.values(), ids=STRATEGIES)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_nothing_outside_the_operands_is_touched(transpose, tile):
     inputs = make(19, 3, 9)

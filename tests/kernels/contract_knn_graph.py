@@ -11,7 +11,7 @@ import os
 
 import pytest
 import torch
-from drseg_kernels import _knn_fused, _knn_on_chip, _knn_patches, _knn_tiles
+from drseg_kernels import _knn_fused, _knn_on_chip, _knn_tiles, _patches
 from drseg_kernels import knn_graph as kernels
 from drseg_kernels._knn_sizes import STRATEGIES, Fused, OnChip, Way
 from drseg_kernels._launch import Configuration
@@ -279,7 +279,7 @@ def test_a_workspace_for_a_part_of_the_patches(device, monkeypatch):
 def test_what_is_listed_is_what_may_matter(device):
     # the kernel between the searches alone: thresholds and lengths are given, candidates there are none
     random = torch.Generator().manual_seed(0)
-    patches = _knn_patches.cut((21, 28), 16)
+    patches = _patches.cut((21, 28), 16)
     window = (2, 3)
     length = torch.rand(1, 588, generator=random)
     length[0, ::7] = 0

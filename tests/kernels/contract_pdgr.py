@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from drseg_kernels import (
+    _kept,
     _reverse,
     degree_normalize,
     edge_coefficient,
@@ -87,6 +88,24 @@ def test_agrees_with_the_reference_in_float64(options):
     check(run(module, features, prior, "triton"), exact, 2e-5)
 
 
+@pytest.mark.parametrize("norm", ["sym_row", "sym_undirected"])
+def test_sums_over_unions_give_the_same_module(norm, monkeypatch):
+    module, _, _ = make(norm=norm)
+    features, prior = torch.randn(2, 6, 6, 6, device=DEVICE), torch.randn(2, 5, 6, 6, device=DEVICE) + 0.4
+    exact = run(copy.deepcopy(module).double(), features.double(), prior.double(), "reference")
+    asked, usual = [], graph_layer.tile_of
+
+    def by_unions(op: str, *where: Any) -> Tile:
+        asked.append(op)
+        return Tile(16, 16, 4, 16, 4) if op in unions else usual(op, *where)
+
+    unions = {"graph_layer", "graph_propagate", "graph_propagate_dot"}
+    for kernels in (graph_layer, graph_propagate):
+        monkeypatch.setattr(kernels, "tile_of", by_unions)
+    check(run(module, features, prior, "triton"), exact, 2e-5)
+    assert {"graph_layer", "graph_propagate_dot"} <= set(asked)
+
+
 def test_autocast_in_half_precision():
     module, features, prior = make()
     exact = run(copy.deepcopy(module).double(), features.double(), prior.double(), "reference")
@@ -140,7 +159,7 @@ def test_the_graph_is_sorted_once(monkeypatch):
 def test_same_bits_again():
     module, features, prior = make(norm="sym_undirected")
     first = run(module, features, prior, "triton")
-    _reverse._kept.clear()
+    _kept.kept.clear()
     again = run(module, features, prior, "triton")
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
@@ -197,7 +216,11 @@ def test_what_synchronises_is_noticed(waits):
 
 
 @pytest.mark.parametrize("norm", ["sym_row", "sym_inout", "row"])
-@pytest.mark.parametrize("tile", [Tile(4, 16, 1), Tile(16, 16, 4, 16)], ids=["gathered", "densified"])
+@pytest.mark.parametrize(
+    "tile",
+    [Tile(4, 16, 1), Tile(16, 16, 4, 16), Tile(16, 16, 4, 16, 4)],
+    ids=["gathered", "densified", "union"],
+)
 def test_no_launcher_synchronises(tile, norm):
     """The launchers by themselves: inside a registered op a mode sees nothing."""
     random = torch.Generator().manual_seed(0)
@@ -215,7 +238,7 @@ def test_no_launcher_synchronises(tile, norm):
             source, target, index, vector, bias, index > 1, norm, 1e-6, tile=edges
         )
         given = (source, target, index, vector, bias, norm, 1e-6)
-        _reverse._kept.clear()
+        _kept.kept.clear()
         edge_coefficient.edge_coefficient_backward(coefficient, *saved, *given, *needs, tile=edges)
         graph_propagate.graph_propagate(x, index, coefficient, True, tile=tile)
         graph_propagate.graph_propagate_backward(x, x, index, coefficient, True, True, True, tile=tile)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from contract import LAYOUTS, ORDINARY, Call, Inputs, OpContract, check_layout, check_repeats, compare, run
-from drseg_kernels import _reverse
+from drseg_kernels import _kept
 from subjects import Subject
 from torch import Tensor
 from torch.library import opcheck
@@ -55,7 +55,7 @@ def sorted_anew(call: Call) -> Call:
     """The same call, with the graph's lists made again each time."""
 
     def forgetful(**inputs: Any) -> Tensor:
-        _reverse._kept.clear()
+        _kept.kept.clear()
         return call(**inputs)
 
     return forgetful

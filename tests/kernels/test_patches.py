@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drseg_kernels import _knn_patches
-from drseg_kernels._knn_patches import cut
+from drseg_kernels import _patches
+from drseg_kernels._patches import cut
 
 from drseg_core.ops.knn_graph import reference
 
@@ -63,8 +63,8 @@ def test_no_score_exceeds_the_bound_of_its_patches(grid, kind, form):
     inverse[0, : nodes // 2] = inverse[0, 0]
     inverse[0, 7] = torch.nan
     patches = cut(grid, 16)
-    length = _knn_patches.lengths(prior, inverse)
-    longest = patches.longest(length) * _knn_patches.slack(200)
+    length = _patches.lengths(prior, inverse)
+    longest = patches.longest(length) * _patches.slack(200)
     reach = patches.reach(table, form == "additive")
     node = torch.arange(nodes)
     y, x = node // grid[1], node % grid[1]
@@ -92,6 +92,6 @@ def test_the_longest_row_of_a_patch_counts_and_a_bad_one_does_not():
     prior = torch.full((1, 3, 4), 3e38)
     prior[0, 1] = torch.nan
     inverse = torch.tensor([[0.0, torch.nan, 1.0]])
-    assert _knn_patches.lengths(prior, inverse).tolist() == [[torch.inf, 0.0, torch.inf]]
+    assert _patches.lengths(prior, inverse).tolist() == [[torch.inf, 0.0, torch.inf]]
     half = torch.full((1, 1, 4), 6e4, dtype=torch.float16)
-    assert _knn_patches.lengths(half, torch.full((1, 1), 1 / 1.2e5)).item() == pytest.approx(1, abs=1e-3)
+    assert _patches.lengths(half, torch.full((1, 1), 1 / 1.2e5)).item() == pytest.approx(1, abs=1e-3)

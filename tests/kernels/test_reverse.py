@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from drseg_kernels import _reverse
+from drseg_kernels import _kept
 from drseg_kernels._reverse import reverse_lists
 
 
@@ -35,10 +35,10 @@ def test_nothing_to_list(shape):
 
 
 def test_lists_are_kept_while_their_index_lives_unchanged():
-    before = len(_reverse._kept)
+    before = len(_kept.kept)
     index = torch.zeros(1, 3, 2, dtype=torch.int32)
     first = reverse_lists(index)
-    assert reverse_lists(index) is first and len(_reverse._kept) == before + 1
+    assert reverse_lists(index) is first and len(_kept.kept) == before + 1
     assert reverse_lists(index.clone()) is not first
     index[0, 0, 0] = 2
     assert reverse_lists(index).begin.tolist() == [0, 5, 5, 6]
@@ -48,4 +48,4 @@ def test_lists_are_kept_while_their_index_lives_unchanged():
         assert reverse_lists(fixed) is not reverse_lists(fixed)
     del index, fixed
     gc.collect()
-    assert len(_reverse._kept) == before
+    assert len(_kept.kept) == before

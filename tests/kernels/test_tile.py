@@ -30,13 +30,17 @@ def test_the_rule_fits_every_device(op, device):
                 assert chosen.rows * chosen.columns <= 64 * 256 and 1 <= chosen.num_warps <= 8
 
 
-def test_few_nodes_are_densified_and_many_gathered():
+def test_few_nodes_are_densified_and_many_summed_by_unions():
     for device in DEVICES:
         assert rule("graph_propagate", device, 576, 75, 384).sources
-        assert not rule("graph_propagate", device, 4096, 512, 384).sources
+        assert not rule("graph_propagate", device, 576, 75, 384).patch
+        assert rule("graph_propagate", device, 4096, 512, 384).patch
+        # few neighbours have little in common
+        assert not rule("graph_propagate", device, 4096, 4, 384).sources
         # few neighbours of many nodes: a dense row would be nearly all zeros
         assert not rule("graph_propagate", device, 576, 4, 384).sources
         assert not rule("edge_weight", device, 576, 75, 128).sources
+    assert not rule("graph_propagate", INTERPRETER, 4096, 75, 384).sources
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,9 @@ def test_few_nodes_are_densified_and_many_gathered():
         ({"sources": 8}, "rows is out of range; expected a power of two of at least 16, got 8"),
         ({"rows": 16, "sources": 8}, "sources is out of range; expected a power of two of at least 16, got 8"),
         ({"sources": None}, "sources is out of range"),
+        ({"patch": 3}, "patch is out of range; expected a power of two of at least 1, got 3"),
+        ({"patch": 4}, "patch does not fit; expected at most rows, 8, and sources with it, got 4 with sources 0"),
+        ({"rows": 16, "sources": 16, "patch": 32}, "patch does not fit; expected at most rows, 16"),
     ],
 )
 def test_impossible_sizes_are_refused(changes, message):
@@ -59,8 +66,8 @@ def test_a_table_comes_before_the_rule(tmp_path):
     device = DEVICES[0]
     folder = tmp_path / folder_of(device.name)
     folder.mkdir()
-    fits = {"rows": 16, "columns": 64, "num_warps": 2, "sources": 0}
-    too_large = {"rows": 1024, "columns": 1024, "num_warps": 2, "sources": 0}
+    fits = {"rows": 16, "columns": 64, "num_warps": 2, "sources": 0, "patch": 0}
+    too_large = {"rows": 1024, "columns": 1024, "num_warps": 2, "sources": 0, "patch": 0}
     entries = [{"nodes": 576, "k": 75, "configuration": given} for given in (too_large, fits)]
     (folder / "graph_propagate.json").write_text(json.dumps({"configurations": entries}), encoding="utf-8")
     assert choose("graph_propagate", device, 576, 75, 384, tmp_path) == Tile(**fits)

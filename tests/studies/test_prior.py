@@ -12,7 +12,7 @@ from drseg_core.config.load import load_config
 from drseg_core.errors import ConfigError
 from drseg_core.models.dino import DinoPrior
 from drseg_core.studies.prior import prior_file, structure_loss, teach_prior
-from drseg_core.studies.runner import cell_config, cell_folder
+from drseg_core.studies.runner import SCORES, cell_config, cell_folder, load_cell, run_cell, train_start
 from drseg_core.studies.setting import make_setting
 from drseg_core.studies.tables import Cell
 
@@ -84,6 +84,18 @@ def test_all_that_have_a_prior_get_the_same_one(tmp_path):
     # wherever the studies lie
     elsewhere = cell_folder(setting, cells[0], 0, tmp_path / "elsewhere")
     assert elsewhere.name == cell_folder(setting, cells[0], 0, tmp_path).name
+
+
+def test_studies_that_moved_find_their_prior(tmp_path):
+    setting = make_setting(quick=True, prior_steps=2, seeds=(0,))
+    cell = Cell("drseg", "DR-Seg", {})
+    there, here = tmp_path / "there", tmp_path / "here"
+    train_start(setting, 0, there)
+    scores = run_cell(setting, cell, 0, there)
+    there.rename(here)
+    assert load_cell(setting, cell, 0, here).config.model.dino.weights.startswith(str(here))
+    (cell_folder(setting, cell, 0, here) / SCORES).unlink()
+    assert run_cell(setting, cell, 0, here) == scores
 
 
 def test_scenes_of_its_own():
