@@ -294,11 +294,11 @@ def _degree_normalize(device: Any) -> Iterator[Variant]:
 
 def _graph_propagate(device: Any) -> Iterator[Variant]:
     import torch
+    from drseg_kernels import _tile
     from drseg_kernels import graph_propagate as op
 
     name = "graph_propagate"
-    # by unions, densified, gathered, with few channels
-    usual = _tiles(name, device, (4096, 75, 384), (576, 75, 384), (4096, 8, 384), (4096, 4, 24))
+    usual = _tiles(name, device, (4096, 75, 384), (576, 75, 384), (4096, 4, 24)) + [_tile.union(name, 384)]
     gathered, densified = op._graph_propagate_fwd_kernel_gathered, op._graph_propagate_fwd_kernel_densified
     for tile in (tile for tile in usual if not tile.sources):
         for short in _DTYPES:
@@ -311,7 +311,8 @@ def _graph_propagate(device: Any) -> Iterator[Variant]:
                 constants = op.dense_constants(dtype, transpose, 75, tile, False)
                 words = {key: value for key, value in constants.items() if key not in tile.constants()}
                 yield _variant(name, densified, tile, short, words, options=op.dense_options(transpose, tile))
-    for tile in _tiles("graph_propagate_dot", device, (4096, 75, 384), (576, 75, 384), (4096, 8, 384)):
+    dots = "graph_propagate_dot"
+    for tile in [*_tiles(dots, device, (4096, 75, 384), (576, 75, 384)), _tile.union(dots, 384)]:
         for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             for both in (False, True):
                 if tile.sources:
@@ -320,12 +321,13 @@ def _graph_propagate(device: Any) -> Iterator[Variant]:
                     yield _variant(name, op._graph_propagate_bwd_kernel_sampled, tile, short, words)
                 else:
                     words = {"BOTH": both}
-                    dots = op._graph_propagate_bwd_kernel_coefficient
-                    yield _variant(name, dots, tile, short, words, options=op.options(tile))
+                    kernel = op._graph_propagate_bwd_kernel_coefficient
+                    yield _variant(name, kernel, tile, short, words, options=op.options(tile))
 
 
 def _graph_layer(device: Any) -> Iterator[Variant]:
     import torch
+    from drseg_kernels import _tile
     from drseg_kernels import graph_layer as op
     from drseg_kernels.graph_propagate import dense_constants
 
@@ -336,9 +338,8 @@ def _graph_layer(device: Any) -> Iterator[Variant]:
 
     usual = op.epilogue(True, "layer_norm", True, False)
     ends = (usual, op.epilogue(True, "layer_norm", False, True), op.epilogue(True, "relu", False, False))
-    by_unions, dense = ((4096, 75, 384), (4096, 75, 256)), ((576, 75, 384), (576, 75, 256))
-    sizes = (*by_unions, *dense, (4096, 8, 384), (4096, 4, 24), (4096, 75, 1024))
-    for tile in _tiles(name, device, *sizes):
+    sizes = ((4096, 75, 384), (576, 75, 384), (576, 75, 256), (4096, 4, 24), (4096, 75, 1024))
+    for tile in [*_tiles(name, device, *sizes), *(_tile.union(name, width) for width in (384, 256))]:
         for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
             for end in ends if tile.columns == 512 else (usual,):
                 if not tile.sources:

@@ -91,6 +91,7 @@ def _sums(op: str, width: Callable[[Case], int]) -> Callable[..., Iterator[Any]]
 
     def found(device: Device, case: Case) -> Iterator[dict[str, int]]:
         yield from _edges(op, width)(device, case)
+        yield dataclasses.asdict(_tile.union(op, width(case)))
         # patches as square as they may be, for each number of rows; all nodes as sources where they are few
         patches = {16: (4,), 32: (4,), 64: (8,), 128: (8,)}
         for rows, columns, sources, warps in itertools.product(patches, (64, 128), (16, 32, 64), (4, 8)):
@@ -105,6 +106,7 @@ def _layers(device: Device, case: Case) -> Iterator[dict[str, int]]:
     """Sizes of ``graph_layer``: programs that hold whole rows, by every strategy."""
     rule = _tile.rule("graph_layer", device, case.nodes, case.neighbours, case.channels)
     yield dataclasses.asdict(rule)
+    yield dataclasses.asdict(_tile.union("graph_layer", case.channels))
     whole = min(_tile.WIDEST_ROW, max(16, power_of_two_from(case.channels)))
     for rows, warps in itertools.product((2, 4, 8, 16), (1, 2, 4, 8)):
         if 32 * warps <= rows * whole <= 64 * 32 * warps:

@@ -20,6 +20,8 @@ def once_per_graph(index: Tensor, what: Hashable, make: Callable[[], Made]) -> M
     """``make()``, or what it gave for this index before.
 
     A graph that is recorded into a CUDA graph is made anew in every call: a replay must see what the index holds then.
+    An index whose content changes without torch's notice (``.data``, another library, a replay that writes it) must be
+    another tensor, or the lists are those of before.
 
     Args:
         index: (B, N, K) neighbours. what: tells apart what is made of one index. make: must not wait for the device.

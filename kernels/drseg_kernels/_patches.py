@@ -44,7 +44,8 @@ class Patches:
         node = torch.arange(h * w, dtype=torch.int32, device=device).view(h, w)
         beyond = (0, self.across * self.width - w, 0, self.down * self.height - h)
         whole = F.pad(node, beyond, value=-1).view(self.down, self.height, self.across, self.width)
-        return whole.transpose(1, 2).reshape(self.count, self.height * self.width)
+        # a kernel reads it as it lies, and a reshape may leave it as it was
+        return whole.transpose(1, 2).reshape(self.count, self.height * self.width).contiguous()
 
     def window(self, nodes: int, side: int) -> tuple[int, int]:
         """Patches down and across of the part of the grid in which a row looks first.

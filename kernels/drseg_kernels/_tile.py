@@ -30,12 +30,6 @@ _VALUES_PER_THREAD = 32
 # H200), a dense one N / K multiply-adds and a share of building the tile.
 DENSE_NODES = 1024
 DENSE_NODES_PER_NEIGHBOUR = 12
-# Otherwise the union of a patch's neighbours does from this many neighbours on: the fewer a node has, the fewer it
-# shares. By arithmetic as well: of a DINO-like prior on 128 x 128 nodes with 75 neighbours each, 64 nodes of a square
-# have 456 instead of 4800 (878 without a decay), 16 have 250 instead of 1200 (2026-11). That is 6 (3) multiply-adds
-# instead of a value from the L2 cache and one. Where neighbours lie anywhere a table should gather.
-UNION_NEIGHBOURS = 16
-
 # a program that normalises rows holds them whole up to this many channels
 WIDEST_ROW = 1024
 
@@ -101,6 +95,25 @@ def options(tile: Tile) -> dict[str, Any]:
     return {**tile.options(), **FUSED, "maxnreg": min(255, 65_536 // (32 * tile.num_warps))}
 
 
+def union(op: str, width: int) -> Tile:
+    """Sizes with which sums over unions begin; the rule does not take them, a table may.
+
+    Of a DINO-like prior on 128 x 128 nodes with 75 neighbours each, 64 nodes of a square share 456 instead of 4800
+    (878 without a decay), 16 share 250 instead of 1200 (CPU, 2026-11), so far less is loaded. But every graph has to be
+    sorted for it first, and a patch compares each source with each of its edges: where it pays, a device must show.
+
+    Args:
+        op: ``graph_propagate``, ``graph_propagate_dot`` or ``graph_layer``. width: C.
+    """
+    if op == "graph_propagate":
+        return Tile(64, 128, 8, 16, 8)
+    if op == "graph_propagate_dot":
+        return Tile(64, 32, 8, 64, 8)
+    # whole rows as far as they fit, so of fewer nodes
+    whole = min(512, max(64, power_of_two_from(width)))
+    return Tile(32 if whole <= 256 else 16, whole, 8, 16, 4)
+
+
 def rule(op: str, device: Device, nodes: int, k: int, width: int) -> Tile:
     """Sizes for a device without a table.
 
@@ -110,8 +123,6 @@ def rule(op: str, device: Device, nodes: int, k: int, width: int) -> Tile:
             ``degree_normalize``.
     """
     interpreted = device.name == "interpreter"
-    # of the interpreter, to which a load costs no more than a product, gathering is the plainest
-    union = not interpreted and k >= UNION_NEIGHBOURS
     if op == "degree_normalize":
         # one row or one list per program: only its slots are worked on at a time
         columns = min(1024, max(32, power_of_two_from(width)))
@@ -131,13 +142,6 @@ def rule(op: str, device: Device, nodes: int, k: int, width: int) -> Tile:
         # a whole row in one program, so that it can be normalised; it also builds the dense tile once
         columns = min(512, max(64, whole))
         return Tile(16, columns, 8 if columns > 256 else 4, 16)
-    if op == "graph_propagate" and union:
-        return Tile(64, 128, 8, 16, 8)
-    if op == "graph_propagate_dot" and union:
-        return Tile(64, 32, 8, 64, 8)
-    if op == "graph_layer" and union and whole <= 512:
-        # whole rows, so of fewer nodes
-        return Tile(32 if whole <= 256 else 16, max(64, whole), 8, 16, 4)
     if op == "graph_layer":
         rows = min(max(1, 4 * 32 * _VALUES_PER_THREAD // whole), max(4, power_of_two_from(k)))
         return Tile(rows, whole, max(1, min(4, rows * whole // (32 * _VALUES_PER_THREAD))))

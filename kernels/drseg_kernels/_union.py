@@ -38,8 +38,8 @@ class Union:
 def patches_of(nodes: int, height: int, rows: int) -> Patches:
     """A cut of N nodes into patches of ``rows``, so many grid rows high.
 
-    An op on a graph does not know the grid that its nodes lie in. As many as fill a square are taken for one; where
-    that is wrong, or they do not, runs of consecutive nodes are right as well, only less compact.
+    An op on a graph does not know the grid that its nodes lie in. As many as fill a square are taken for one, all
+    others are cut into runs. Both are right whatever the grid is, only less compact where it is another.
     """
     side = math.isqrt(nodes)
     return Patches((side, side), height, rows // height) if side * side == nodes else Patches((1, nodes), 1, rows)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Propagation with what follows it in one launch: bias, then ReLU or LayerNorm (arXiv 2604.02010, Eq. 9).
 
-Forward, one launch: the sums of ``graph_propagate`` by either of its strategies; a program that holds whole rows
+Forward, one launch: the sums of ``graph_propagate`` by any of its strategies; a program that holds whole rows
 normalises them before it writes. Rows that are wider than a program take a second launch. Backward: one launch leads
 the gradient through LayerNorm or ReLU and adds up chunks of rows for bias, gain and shift, one adds the chunks in
 ascending order, and the rest is the backward of ``graph_propagate``.

@@ -88,20 +88,26 @@ def test_agrees_with_the_reference_in_float64(options):
     check(run(module, features, prior, "triton"), exact, 2e-5)
 
 
+def sum_over_unions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let a table say so; the ops that ask for sizes from here on."""
+    asked, usual = [], graph_layer.tile_of
+
+    def by_unions(op: str, *where: Any) -> Tile:
+        asked.append(op)
+        summed = ("graph_layer", "graph_propagate", "graph_propagate_dot")
+        return Tile(16, 16, 4, 16, 4) if op in summed else usual(op, *where)
+
+    for kernels in (graph_layer, graph_propagate):
+        monkeypatch.setattr(kernels, "tile_of", by_unions)
+    return asked
+
+
 @pytest.mark.parametrize("norm", ["sym_row", "sym_undirected"])
 def test_sums_over_unions_give_the_same_module(norm, monkeypatch):
     module, _, _ = make(norm=norm)
     features, prior = torch.randn(2, 6, 6, 6, device=DEVICE), torch.randn(2, 5, 6, 6, device=DEVICE) + 0.4
     exact = run(copy.deepcopy(module).double(), features.double(), prior.double(), "reference")
-    asked, usual = [], graph_layer.tile_of
-
-    def by_unions(op: str, *where: Any) -> Tile:
-        asked.append(op)
-        return Tile(16, 16, 4, 16, 4) if op in unions else usual(op, *where)
-
-    unions = {"graph_layer", "graph_propagate", "graph_propagate_dot"}
-    for kernels in (graph_layer, graph_propagate):
-        monkeypatch.setattr(kernels, "tile_of", by_unions)
+    asked = sum_over_unions(monkeypatch)
     check(run(module, features, prior, "triton"), exact, 2e-5)
     assert {"graph_layer", "graph_propagate_dot"} <= set(asked)
 
@@ -294,9 +300,12 @@ def test_launches_of_the_layers(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("unions", [False, True], ids=["rule", "unions"])
 @pytest.mark.parametrize("options", [{}, {"norm": "sym_undirected", "k": 3}], ids=str)
-def test_replays_of_a_cuda_graph_are_what_eager_calls_are(options):
+def test_replays_of_a_cuda_graph_are_what_eager_calls_are(options, unions, monkeypatch):
     module, features, prior = make(**options)
+    if unions:
+        sum_over_unions(monkeypatch)
     features.requires_grad_()
     names = ("output", "features", *(name for name, _ in module.named_parameters()))
     leaves, weight = [features, *module.parameters()], torch.randn_like(features)

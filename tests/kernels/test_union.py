@@ -34,6 +34,24 @@ def test_every_patch_lists_the_other_ends_of_its_edges_once(nodes, height, rows,
     assert {lists.begin.dtype, lists.count.dtype} == {torch.int64}
 
 
+def test_more_nodes_than_32_bits_count_by_patches():
+    nodes = 300_000
+    index = torch.randint(0, nodes, (1, nodes, 2), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    lists = union_lists(index, 1, 16, False)
+    assert lists.member.shape[0] * nodes > 2**31
+    for patch in (0, 9_999, lists.member.shape[0] - 1):
+        begin, count = int(lists.begin[patch]), int(lists.count[patch])
+        other = index[0, 16 * patch : 16 * (patch + 1)]
+        assert lists.node[begin : begin + count].tolist() == sorted(set(other.flatten().tolist()))
+
+
+@pytest.mark.parametrize("nodes,height,rows", [(16, 16, 16), (49, 32, 32), (64, 1, 16), (5, 16, 16)])
+def test_kernels_can_read_the_lists_as_they_lie(nodes, height, rows):
+    lists = union_lists(torch.zeros(1, nodes, 2, dtype=torch.int32), height, rows, False)
+    values = (lists.member, lists.begin, lists.count, lists.node, lists.place)
+    assert all(value.is_contiguous() for value in values)
+
+
 def test_a_square_is_cut_into_patches_and_the_rest_into_runs():
     assert patches_of(64, 4, 16) == Patches((8, 8), 4, 4)
     assert patches_of(65, 4, 16) == Patches((1, 65), 1, 16)
