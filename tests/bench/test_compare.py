@@ -118,7 +118,13 @@ def test_pictures_of_two_machines_are_refused(tmp_path: Path, capsys: pytest.Cap
 def test_the_readme_section_is_what_the_rows_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "results"
     folder.mkdir()
-    write(folder / "rows.jsonl", *many_rows())
+    op = {"op": "graph_propagate", "case": "grid_64x64", "data": "case", "peak_mb": 12.4, "share_of_ceiling": 0.25}
+    write(
+        folder / "rows.jsonl",
+        *many_rows(),
+        row(**op, name="native", p50_ms=4.0),
+        row(**op, name="reference", p50_ms=48.0, ratio_to_engine=12.0),
+    )
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     assert report.main([str(folder), str(readme), "--check"]) == 1
@@ -127,6 +133,7 @@ def test_the_readme_section_is_what_the_rows_give(tmp_path: Path, capsys: pytest
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| 1 x 16384 nodes, D 1024, decay 2 | dino | 160 | 6.0x | 4.0x | 3.0x |" in text
+    assert "| `graph_propagate`, 1 x 64x64, forward | native | 4.00 | 12.0x | 0.25 | 12 |" in text
     readme.write_text("no marks")
     assert report.main([str(folder), str(readme)]) == 2
     assert "no place for the section" in capsys.readouterr().err
