@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 JOBS = [
     job
     for case in ("paper_vitl_24x24", "pdgr_1x576", "knn_4096")
-    for op in ("pdgr", *ops.OPS)
+    for op in ("pdgr", *ops.with_kernel(DEVICE))
     for job in jobs.jobs_of(op, case, list(jobs.MODES), ["dino"], "float32", None)
 ]
 

@@ -26,6 +26,13 @@ from drseg_core.ops._cases import Case, generator
 OPS = ("knn_graph", "edge_weight", "degree_normalize", "edge_coefficient", "graph_propagate", "graph_layer")
 
 
+def with_kernel(device: str) -> list[str]:
+    """Those that have another backend than the reference on a device; the others are no news there."""
+    rows = [row for row in ops.backend_report() if row["device"] == device and row["backend"] != "reference"]
+    able = {row["op"] for row in rows if row["available"]}
+    return [op for op in OPS if op in able]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Problem:
     """An op with its inputs.

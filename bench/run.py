@@ -88,13 +88,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _with_kernel(device: str) -> list[str]:
-    """Ops that have another backend than the reference on a device; the others are no news there."""
-    able = {row["op"] for row in backend_report() if row["device"] == device and row["backend"] != "reference"
-            and row["available"]}  # fmt: skip
-    return ["pdgr", *(op for op in ops.OPS if op in able)]
-
-
 def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[jobs.Job]:
     known = {**jobs.OP_CASES, **jobs.PDGR_CASES, **jobs.SELECTION_CASES}
     for name in args.case or ():
@@ -104,7 +97,7 @@ def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[j
     chosen = [
         job
         for case in args.case or default
-        for op in args.op or (("pdgr", *ops.OPS) if args.list else _with_kernel(args.device))
+        for op in args.op or ("pdgr", *(ops.OPS if args.list else ops.with_kernel(args.device)))
         for job in jobs.jobs_of(
             op, case, args.mode or list(jobs.MODES), args.data or list(pdgr.DATA), args.dtype, args.backend
         )
