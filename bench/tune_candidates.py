@@ -93,11 +93,10 @@ def _sums(op: str, width: Callable[[Case], int]) -> Callable[..., Iterator[Any]]
         yield from _edges(op, width)(device, case)
         yield dataclasses.asdict(_tile.union(op, width(case)))
         # patches as square as they may be, for each number of rows; all nodes as sources where they are few
-        patches = {16: (4,), 32: (4,), 64: (8,), 128: (8,)}
-        for rows, columns, sources, warps in itertools.product(patches, (64, 128), (16, 32, 64), (4, 8)):
-            for patch in (*((0,) if case.nodes <= ON_CHIP_NODES else ()), *patches[rows]):
-                if rows * columns <= 64 * 32 * warps:
-                    yield dataclasses.asdict(Tile(rows, columns, warps, sources, patch))
+        patches = {16: 4, 32: 4, 64: 8, 128: 8}
+        for rows, columns, sources in itertools.product(patches, (64, 128), (16, 32)):
+            for patch in (*((0,) if case.nodes <= ON_CHIP_NODES else ()), patches[rows]):
+                yield dataclasses.asdict(Tile(rows, columns, 4 if rows <= 32 else 8, sources, patch))
 
     return found
 
