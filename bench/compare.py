@@ -80,7 +80,7 @@ def compare(old: dict[tuple[str, ...], Row], new: dict[tuple[str, ...], Row]) ->
     """
     for name in _MACHINE:
         values = [{str(row.get(name)) for row in rows.values()} for rows in (old, new)]
-        if values[0] != values[1]:
+        if values[0] != values[1] or len(values[0]) > 1:
             sides = [" and ".join(sorted(value)) for value in values]
             raise CompareError(f"{name} differs; expected rows of one kind of machine, got {sides[0]} and {sides[1]}")
     found = []
@@ -93,11 +93,13 @@ def compare(old: dict[tuple[str, ...], Row], new: dict[tuple[str, ...], Row]) ->
             raise CompareError(f"{' '.join(key)}: sizes differ; expected one problem in both files")
         ratio = after["p50_ms"] / before["p50_ms"]
         least = [row.get("ceiling", {}).get("least_ms") for row in (before, after)]
-        if all(least):
+        # of one problem counted in two ways the ceilings say nothing
+        alike = all(least) and all(before.get(count) == after.get(count) for count in ("flop", "byte"))
+        if alike:
             ratio *= least[0] / least[1]
         resolution = _BETWEEN_RUNS + 3 * math.hypot(_standard_error(before), _standard_error(after))
         verdict = "slower" if ratio > 1 + resolution else "faster" if ratio < 1 / (1 + resolution) else "same"
-        found.append(Comparison(key, verdict, ratio, resolution, all(least)))
+        found.append(Comparison(key, verdict, ratio, resolution, alike))
     return found
 
 
@@ -115,7 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for one in found:
         ratio = "    -" if one.ratio is None else f"{one.ratio:5.2f}"
         tells = "" if one.resolution is None else f"  tells {100 * one.resolution:.0f} % from noise"
-        raw = "" if one.ratio is None or one.normalised else "  not normalised: a row has no ceilings"
+        raw = (
+            ""
+            if one.ratio is None or one.normalised
+            else "  not normalised: a row has no ceilings, or the work is counted in another way"
+        )
         print(f"{' '.join(one.key):{width}}  {ratio}  {one.verdict:6}{tells}{raw}")
     return int(any(one.verdict in ("slower", "lost") for one in found))
 

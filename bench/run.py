@@ -113,7 +113,7 @@ def _print_backends(device: str) -> None:
     for row in backend_report():
         if row["device"] == device:
             print(f"{row['op']} on {device}: {row['backend']} {'runs' if row['available'] else 'no: ' + row['reason']}")
-    if device == "cpu" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         print("cuda: torch sees no CUDA device")
 
 
@@ -190,6 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.dry_run:
             _print_backends(args.device)
         return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("bench: --device cuda cannot be used; expected a CUDA device, got a torch without", file=sys.stderr)
+        return 5
     return _race(chosen, args) if args.base else _measure(chosen, args)
 
 

@@ -80,6 +80,21 @@ def test_what_cannot_be_compared(
     assert words in capsys.readouterr().err
 
 
+def test_machines_are_not_mixed_within_files_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    there = {"device": "another"}
+    old = write(tmp_path / "old", row(data="random"), row(**there))
+    new = write(tmp_path / "new", row(data="random", **there), row())
+    assert compare.main([str(old), str(new)]) == 2
+    assert "expected rows of one kind of machine" in capsys.readouterr().err
+
+
+def test_work_that_is_counted_in_another_way_hides_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    doubled = {"flop": 2 * 10**10, "ceiling": {"gflops": 200.0, "copy_gbs": 10.0, "least_ms": 100.0}}
+    old, new = write(tmp_path / "old", row()), write(tmp_path / "new", row(**slower(2.0), **doubled))
+    assert compare.main([str(old), str(new)]) == 1
+    assert "counted in another way" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", ["", "no json\n", '{"op": "x"}\n', "[1]\n"])
 def test_files_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str):
     (tmp_path / "bad").write_text(content)

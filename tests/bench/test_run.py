@@ -23,6 +23,7 @@ import source
 import timing
 import torch
 
+from drseg_core import ops
 from drseg_core.ops import _dispatch
 from drseg_core.ops._cases import Case
 
@@ -228,6 +229,21 @@ def test_a_gate_that_compared_nothing_does_not_pass(
     printed = capsys.readouterr()
     assert ("--base v0 has none of these jobs; expected one" in printed.err) == (code == 2)
     assert ("gate: passed" in printed.out) == (code == 0)
+
+
+def test_an_op_that_lost_its_kernel_is_still_raced(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(ops, "backend_report", lambda: [])
+    assert run.main(["--base", "HEAD", "--gate", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert all(op in printed for op in OPS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]):
+    assert run.main(["--device", "cuda", "--case", "tiny_3x4"]) == 5
+    assert "--device cuda cannot be used; expected a CUDA device" in capsys.readouterr().err
+    assert run.main(["--device", "cuda", "--dry-run"]) == 0
+    assert "torch sees no CUDA device" in capsys.readouterr().out
 
 
 def test_contenders_take_turns():
