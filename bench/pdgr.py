@@ -18,9 +18,8 @@ from timing import Contender, interleave
 from torch import Tensor
 
 from drseg_core.nn import PDGR
-from drseg_core.ops import last_backend
+from drseg_core.ops import _dispatch, last_backend
 from drseg_core.ops._cases import Case, dino_like_prior, generator
-from drseg_core.ops._dispatch import forget_last_backends
 from drseg_core.studies.pdgr_speed import OPS, LiteralPDGR
 
 MODES = ("fwd", "fwd+bwd")
@@ -129,7 +128,8 @@ def _gate(
     wrong = gate.selection(index, nodes, (case.height, case.width), engine.decay / engine.gamma)
     if wrong is not None:
         return wrong, {}
-    forget_last_backends()
+    # what ran for another job; every version that can be raced has the name
+    _dispatch._last.clear()
     got, got_gradients = step(engine, problem, backward)
     backends = {op: ran for op in OPS if (ran := last_backend(op)) is not None}
     if case.nodes <= (_MOST_NODES["literal"] if most_literal is None else most_literal):

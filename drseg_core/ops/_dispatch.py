@@ -114,11 +114,6 @@ def last_backend(op: str) -> str | None:
     return _last.get(op)
 
 
-def forget_last_backends() -> None:
-    """As if no op had run in this process yet."""
-    _last.clear()
-
-
 def backend_report() -> list[dict[str, Any]]:
     """For every op, backend and device type: can it run here, and if not, why.
 

@@ -30,6 +30,7 @@ _VALUES_PER_THREAD = 32
 # H200), a dense one N / K multiply-adds and a share of building the tile.
 DENSE_NODES = 1024
 DENSE_NODES_PER_NEIGHBOUR = 12
+
 # a program that normalises rows holds them whole up to this many channels
 WIDEST_ROW = 1024
 
