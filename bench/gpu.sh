@@ -5,10 +5,11 @@
 #
 #     bench/gpu.sh FOLDER [SLICE...]
 #
-# Slices, each of at most nine minutes, all by default: environment, build, aot, test, tune, bench (OPS="..." and
-# CASES="..." name what is tuned and measured; tune writes the tables of the source tree, which bench then reads, and a
-# copy to FOLDER).
-# A slice that cannot run here is skipped and says why. In FOLDER: a log per slice, rows.jsonl
+# Slices, each of at most nine minutes, all by default: environment, build, aot, test, tune, bench, model, sanitize
+# (the kernels' contracts under compute-sanitizer). TUNE_OPS and TUNE_CASES, BENCH_OPS, BENCH_CASES and BENCH_OPTIONS
+# say what is tuned and measured, TESTS and SANITIZED (a pytest -k expression) what is tested; tune writes the tables of
+# the source tree, which bench then reads, and a copy to FOLDER.
+# A slice that cannot run here is skipped and says why. In FOLDER: a log per slice, rows.jsonl and model.jsonl
 # with the measurements, environment.json, summary.txt with one line per slice. PYTHON names another interpreter.
 set -uo pipefail
 
@@ -22,8 +23,13 @@ shift
 cd "$(dirname "$0")/.." || exit 2
 ROOT=$PWD
 PYTHON=${PYTHON:-python3}
-OPS=${OPS:-knn_graph edge_weight degree_normalize graph_propagate}
-CASES=${CASES:-paper_vitl_24x24 grid_64x64 grid_128x128}
+TESTS=${TESTS:-$(echo tests/kernels/contract_*.py) tests/nn/test_cuda.py}
+SANITIZED=${SANITIZED:-test_agrees_with_the_oracle and tiny or test_gap_rule and tiny and float32}
+TUNE_OPS=${TUNE_OPS:-knn_graph edge_weight degree_normalize edge_coefficient graph_propagate graph_layer}
+TUNE_CASES=${TUNE_CASES:-paper_vitl_24x24 grid_64x64 grid_128x128}
+BENCH_OPS=${BENCH_OPS:-pdgr $TUNE_OPS}
+BENCH_CASES=${BENCH_CASES:-$TUNE_CASES pdgr_8x576 pdgr_1x4096 pdgr_1x16384 knn_8x576 knn_4096 knn_16384 knn_65536}
+BENCH_OPTIONS=${BENCH_OPTIONS:-}
 SECONDS_PER_SLICE=${SECONDS_PER_SLICE:-530}
 export PYTHONPATH="$ROOT:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 failed=0
@@ -97,25 +103,47 @@ print(reason or "the native library loads")
 raise SystemExit(reason is not None)'
 }
 
+# "a b" to "--op a --op b"
+each() { # option, words...
+    local option=$1 word
+    shift
+    for word in "$@"; do printf '%s %s ' "$option" "$word"; done
+}
+
+contracts() {
+    # the tests wait for the compiler: as many at a time as there are cores
+    local workers
+    workers=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n $(nproc)")
+    "$PYTHON" -m pytest -q -p no:cacheprovider --gpu --tb=short $workers "$@"
+}
+
 measure() {
-    local op case code=0
-    for op in $OPS; do
-        for case in $CASES; do
-            "$PYTHON" bench/run.py --device cuda --op "$op" --case "$case" --out "$OUT/rows.jsonl" || code=1
-        done
-    done
-    return $code
+    "$PYTHON" bench/run.py --device cuda $(each --op $BENCH_OPS) $(each --case $BENCH_CASES) $BENCH_OPTIONS \
+        --out "$OUT/rows.jsonl"
+}
+
+model() {
+    "$PYTHON" bench/model.py --device cuda --backend triton --backend reference --out "$OUT/model.jsonl"
 }
 
 tune() {
-    local op case
-    local -a asked=()
-    for op in $OPS; do asked+=(--op "$op"); done
-    for case in $CASES; do asked+=(--case "$case"); done
-    "$PYTHON" bench/tune.py "${asked[@]}" && cp -r kernels/drseg_kernels/tuned "$OUT/tuned"
+    "$PYTHON" bench/tune.py $(each --op $TUNE_OPS) $(each --case $TUNE_CASES)
+    local code=$?
+    [ ! -d kernels/drseg_kernels/tuned ] || cp -r kernels/drseg_kernels/tuned "$OUT/tuned"
+    return $code
 }
 
-for slice in "${@:-environment build aot test tune bench}"; do
+sanitize() {
+    local tool
+    for tool in memcheck racecheck; do
+        # every tensor its own allocation, so that a read beyond its end is seen
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+            "$PYTHON" -m pytest -q -p no:cacheprovider --gpu --tb=short tests/kernels/contract_*.py -k "$SANITIZED" ||
+            return 1
+    done
+}
+
+for slice in "${@:-environment build aot test tune bench model sanitize}"; do
     for name in $slice; do
         reason=
         case $name in
@@ -124,12 +152,15 @@ for slice in "${@:-environment build aot test tune bench}"; do
         aot) "$PYTHON" -c 'import triton' 2>/dev/null || reason="$PYTHON has no triton" ;;
         test) "$PYTHON" -c 'import pytest' 2>/dev/null || reason="$PYTHON has no pytest" ;;
         tune | bench) ;;
+        model) "$PYTHON" -c 'import open_clip' 2>/dev/null || reason="$PYTHON has no open_clip_torch" ;;
+        sanitize) command -v compute-sanitizer >/dev/null || reason="compute-sanitizer is not on the path" ;;
         *)
-            echo "gpu.sh: slice is unknown; expected one of environment, build, aot, test, tune, bench, got $name" >&2
+            echo "gpu.sh: slice is unknown; expected one of environment, build, aot, test, tune, bench, model, sanitize," \
+                "got $name" >&2
             exit 2
             ;;
         esac
-        case $name in test | tune | bench) [ -n "$reason" ] || reason=$(no_card) ;; esac
+        case $name in test | tune | bench | model | sanitize) [ -n "$reason" ] || reason=$(no_card) ;; esac
         if [ -n "$reason" ]; then
             report "$name" skipped "$reason"
             continue
@@ -139,9 +170,14 @@ for slice in "${@:-environment build aot test tune bench}"; do
         case $name in
         environment | build) export -f environment build && export OUT PYTHON && run "$name" bash -c "$name" ;;
         aot) run aot "$PYTHON" bench/aot.py ;;
-        test) run test "$PYTHON" -m pytest -q -p no:cacheprovider --gpu tests/kernels/contract_*.py ;;
-        tune) export -f tune && export OUT PYTHON OPS CASES && run tune bash -c tune ;;
-        bench) export -f measure && export OUT PYTHON OPS CASES && run bench bash -c measure ;;
+        test) export -f contracts && export PYTHON && run test bash -c "contracts $TESTS" ;;
+        tune) export -f each tune && export OUT PYTHON TUNE_OPS TUNE_CASES && run tune bash -c tune ;;
+        bench)
+            export -f each measure && export OUT PYTHON BENCH_OPS BENCH_CASES BENCH_OPTIONS
+            run bench bash -c measure
+            ;;
+        model) export -f model && export OUT PYTHON && run model bash -c model ;;
+        sanitize) export -f sanitize && export PYTHON SANITIZED && run sanitize bash -c sanitize ;;
         esac
     done
 done

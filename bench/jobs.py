@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ops
@@ -19,6 +19,8 @@ MODES = ("fwd", "fwd+bwd")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 PDGR_CASES = {case.name: case for case in pdgr.CASES}
 SELECTION_CASES = {what.case.name: what for what in selection.CASES}
+# what whole PDGR and the selection can be compared with
+BESIDE = tuple(dict.fromkeys((*pdgr.BESIDE, *selection.BESIDE)))
 OP_CASES = {case.name: case for case in CASES}
 
 
@@ -97,19 +99,20 @@ def build(job: Job, device: str = "cpu") -> Engine:
 
 
 def measure(
-    job: Job, *, repeats: int, slow: int, with_memory: bool, device: str
+    job: Job, *, repeats: int, slow: int, with_memory: bool, device: str, beside: Sequence[str] = BESIDE
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The engine beside all it is compared with: rows, and what was refused."""
+    """The engine beside what it is compared with: rows, and what was refused."""
     with use_backend(job.backend):
         if job.op == "pdgr":
             return pdgr.measure(
                 PDGR_CASES[job.case], job.data, job.mode, repeats=repeats, slow=slow, with_memory=with_memory,
-                device=device,
+                device=device, beside=beside,
             )  # fmt: skip
         if job.case in SELECTION_CASES:
             return selection.measure(
-                SELECTION_CASES[job.case], job.data, repeats=repeats, slow=slow, dtype=DTYPES[job.dtype], device=device
-            )
+                SELECTION_CASES[job.case], job.data, repeats=repeats, slow=slow, dtype=DTYPES[job.dtype], device=device,
+                beside=beside,
+            )  # fmt: skip
         return ops.measure(
             job.op, OP_CASES[job.case], job.mode, repeats=repeats, dtype=DTYPES[job.dtype], backend=job.backend,
             device=device,

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory on the CPU, each measurement in a process of its own: the high-water mark of one never comes down."""
+"""Peak memory: on a GPU from torch's allocator, on the CPU from the system, whose high-water mark never comes down:
+there a measurement that must not see the ones before it gets a process of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from drseg_core.studies.pdgr_speed import _high_water as high_water
 
@@ -30,8 +33,15 @@ def settle() -> int:
     return high_water()
 
 
-def rise(run: Callable[[], object]) -> float:
-    """MiB by which one call raises the high-water mark of this process above what is resident before it."""
+def rise(run: Callable[[], object], device: str = "cpu") -> float:
+    """MiB by which one call raises the peak of this process, or of torch's allocator, above what is taken before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        taken = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - taken) / 2**20
     before = settle()
     run()
     return (high_water() - before) / 2**20

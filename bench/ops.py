@@ -145,8 +145,7 @@ def measure(
         if wrong is None:
             run = partial(problem.step, name)
             fields: dict[str, Any] = {"backends": {op: name}, "launch": launch_of(op, case, name, device)}
-            if device == "cpu":
-                fields["peak_mb"] = memory.rise(run)
+            fields["peak_mb"] = memory.rise(run, device)
             contenders.append(Contender(name, run, repeats, fields))
         else:
             refused.append(f"{name}: {wrong}")

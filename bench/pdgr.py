@@ -13,6 +13,7 @@ import gate
 import memory
 import torch
 from baselines import FactoredPDGR, Floor, ScatteredPDGR, pdgr_products
+from ops import launch_of
 from record import Row, rows_of
 from timing import Contender, interleave
 from torch import Tensor
@@ -39,6 +40,7 @@ CASES = (
 )
 # what stands beside the engine at most nodes per image: one edge tensor of the literal module is 10 GB at 16384
 _MOST_NODES = {"literal": 4096, "factored": 4096, "compiled": 4096, "pyg": 4096, "floor": 16384}
+BESIDE = tuple(_MOST_NODES)
 # rows of edges at once where the gate cannot hold all of them
 _GATE_ROWS = 1024
 
@@ -159,11 +161,18 @@ def engine(
 
 
 def _baselines(
-    case: Case, problem: Problem, index: Tensor, mode: str, repeats: int, slow: int, refused: list[str]
+    case: Case,
+    problem: Problem,
+    index: Tensor,
+    mode: str,
+    repeats: int,
+    slow: int,
+    beside: Sequence[str],
+    refused: list[str],
 ) -> Iterator[Contender]:
     """What stands beside the engine, warm; what must not be timed goes to ``refused``."""
     backward = mode == "fwd+bwd"
-    wanted = [name for name, most in _MOST_NODES.items() if case.nodes <= most]
+    wanted = [name for name, most in _MOST_NODES.items() if case.nodes <= most and name in beside]
     if "literal" in wanted:
         # the gate has just run it
         yield Contender("literal", partial(step, LiteralPDGR(problem.engine), problem, backward), slow, {})
@@ -207,15 +216,24 @@ def _baselines(
 
 
 def measure(
-    case: Case, data: str, mode: str, *, repeats: int = 7, slow: int = 2, with_memory: bool = True, device: str = "cpu"
+    case: Case,
+    data: str,
+    mode: str,
+    *,
+    repeats: int = 7,
+    slow: int = 2,
+    with_memory: bool = True,
+    device: str = "cpu",
+    beside: Sequence[str] = BESIDE,
 ) -> tuple[list[Row], list[str]]:
     """The rows of one case, and what was refused.
 
     Args:
         case: sizes. data: ``random`` or ``dino``. mode: ``fwd`` or ``fwd+bwd``.
         repeats: timed calls. slow: those of the literal module and of the largest case.
-        with_memory: measure peaks too (CPU only).
+        with_memory: measure peaks too, on the CPU of the engine and the literal module alone.
         device: ``cpu`` or ``cuda``.
+        beside: what the engine is compared with, of ``BESIDE``.
     """
     backward = mode == "fwd+bwd"
     problem = make(case, data, device)
@@ -224,17 +242,20 @@ def measure(
     wrong, fields = _gate(case, problem, index, backward)
     if wrong is not None:
         return [], [f"engine: {wrong}"]
+    ran = fields["backends"].items()
+    fields["launch"] = {op: launch for op, name in ran if (launch := launch_of(op, case, name, device)) is not None}
     refused: list[str] = []
     engine = Contender(
         "engine", partial(step, problem.engine, problem, backward), repeats if case.nodes <= 16384 else slow, fields
     )
-    contenders = [engine, *_baselines(case, problem, index, mode, repeats, slow, refused)]
-    if with_memory and device == "cpu":
-        for contender in contenders:
-            if contender.name in ("engine", "literal"):
-                contender.fields.update(
-                    memory.in_child("pdgr", "peak", dataclasses.asdict(case), data, contender.name, backward)
-                )
+    contenders = [engine, *_baselines(case, problem, index, mode, repeats, slow, beside, refused)]
+    for contender in contenders if with_memory else ():
+        if device == "cuda":
+            contender.fields["peak_mb"] = memory.rise(contender.run, device)
+        elif contender.name in ("engine", "literal"):
+            contender.fields.update(
+                memory.in_child("pdgr", "peak", dataclasses.asdict(case), data, contender.name, backward)
+            )
     common = {
         "op": "pdgr",
         "case": case.name,

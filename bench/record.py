@@ -16,7 +16,7 @@ from typing import Any
 
 import counts
 import torch
-from timing import Contender
+from timing import Contender, gpu_state
 
 from drseg_core.ops._cases import Case
 
@@ -63,27 +63,9 @@ def _git(*command: str) -> str | None:
 @functools.cache
 def _checkout() -> Row:
     state = _git("status", "--porcelain")
-    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if state is None else bool(state)}
-
-
-def gpu_state() -> Row:
-    """Clocks (MHz), power (W), temperature (degrees C) and driver of the GPU; empty where nvidia-ml-py sees none."""
-    try:
-        import pynvml
-    except ImportError:
-        return {}
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
-        return {
-            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            "temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-        }
-    except pynvml.NVMLError:
-        return {}
+    # a copy without its history may be told what it is a copy of
+    commit = _git("rev-parse", "HEAD") or os.environ.get("DRSEG_COMMIT")
+    return {"commit": commit, "dirty": None if state is None else bool(state)}
 
 
 def _version(package: str) -> str | None:
@@ -148,8 +130,8 @@ def rows_of(
                 "ratio_to_engine": middle / median[0],
                 "share_of_ceiling": least / (1000 * middle),
                 "repeats": len(taken),
-                **contender.fields,
                 **environment(device),
+                **contender.fields,
             }
         )
     return rows

@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", choices=pdgr.DATA, action="append", help="of pdgr_* and knn_*; both by default")
     parser.add_argument("--dtype", choices=jobs.DTYPES, default="float32", help="of the features; pdgr_* are float32")
     parser.add_argument("--backend", choices=("reference", "native", "triton"), help="the best that runs, by default")
+    parser.add_argument(
+        "--beside", action="append", choices=(*jobs.BESIDE, "nothing"), help="what pdgr_* and knn_* stand beside; all"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=_positive, default=7, help="timed calls")
     parser.add_argument("--slow-repeats", type=_positive, default=2, help="of the literal module and the largest cases")
@@ -122,8 +125,9 @@ def _measure(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
     for job in chosen:
         try:
             rows, refused = jobs.measure(
-                job, repeats=args.repeats, slow=args.slow_repeats, with_memory=args.memory, device=args.device
-            )
+                job, repeats=args.repeats, slow=args.slow_repeats, with_memory=args.memory, device=args.device,
+                beside=args.beside or jobs.BESIDE,
+            )  # fmt: skip
         except BackendUnavailableError as error:
             print(f"{job}: left out: {error}", file=sys.stderr)
             missing = True

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from drseg_core.ops import knn_graph, last_backend
 from drseg_core.ops._cases import Case, dino_like_prior, generator
 
+BESIDE = ("naive", *PEERS, "floor")
 # with more nodes only the engine runs; up to the second, plain torch takes all rows at once
 _MOST_NODES, _MOST_AT_ONCE = 16384, 4096
 
@@ -80,8 +81,12 @@ def measure(
     slow: int = 2,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    beside: Sequence[str] = BESIDE,
 ) -> tuple[list[Row], list[str]]:
-    """The rows of one size, and what was refused. ``slow``: timed calls at the largest size."""
+    """The rows of one size, and what was refused.
+
+    ``slow``: timed calls at the largest size. ``beside``: what the engine is compared with, of ``BESIDE``.
+    """
     case, grid, k = what.case, (what.case.height, what.case.width), what.case.neighbours
     prior = make_prior(case, data, device).to(dtype)
     small = case.nodes <= _MOST_NODES
@@ -90,35 +95,36 @@ def measure(
         return [], [f"engine: {wrong}"]
     backends = {"knn_graph": last_backend("knn_graph")}
     launch = launch_of("knn_graph", case, backends["knn_graph"], device)
-    fields: dict[str, Any] = {"backends": backends, "launch": launch}
-    if device == "cpu":
-        fields["peak_mb"] = memory.rise(run_engine)
+    fields: dict[str, Any] = {"backends": backends, "launch": launch, "peak_mb": memory.rise(run_engine, device)}
     contenders = [Contender("engine", run_engine, repeats if small else slow, fields)]
     refused = []
-    if small:
+    candidates: list[tuple[str, Callable[[], Tensor], float, dict[str, Any]]] = []
+    if small and "naive" in beside:
         distance = grid_distance(grid, prior.device)
         at_once = case.nodes <= _MOST_AT_ONCE
         block = case.nodes if at_once else best_block(prior, distance, what.decay, k)
         naive: Callable[[], Tensor] = partial(naive_selection, prior, distance, what.decay, k, block)
         note = "N x N at once" if at_once else f"fastest row block of those tried: {block}"
-        candidates = [("naive", naive, what.decay, {"note": note, "row_block": block})]
-        for name, peer in PEERS.items():
-            if device != peer.device or dtype != torch.float32 or case.nodes > peer.most_nodes:
-                continue
-            try:
-                candidates.append((name, peer.make(prior, k), 0.0, {"note": "no decay: an easier problem"}))
-            except ImportError:
-                print(
-                    f"selection: {name} is not installed, its row is left out; pip install {peer.package}",
-                    file=sys.stderr,
-                )
-        for name, run, decay, said in candidates:
-            # without decay, or for a zero feature, a node need not be among its own
-            wrong = gate.selection(run(), prior, grid, decay, include_self=False)
-            if wrong is None:
-                contenders.append(Contender(name, run, repeats, said))
-            else:
-                refused.append(f"{name}: {wrong}")
+        candidates.append(("naive", naive, what.decay, {"note": note, "row_block": block}))
+    for name, peer in PEERS.items():
+        if not small or name not in beside or device != peer.device or dtype != torch.float32:
+            continue
+        if case.nodes > peer.most_nodes:
+            continue
+        try:
+            candidates.append((name, peer.make(prior, k), 0.0, {"note": "no decay: an easier problem"}))
+        except ImportError:
+            print(
+                f"selection: {name} is not installed, its row is left out; pip install {peer.package}", file=sys.stderr
+            )
+    for name, run, decay, said in candidates:
+        # without decay, or for a zero feature, a node need not be among its own
+        wrong = gate.selection(run(), prior, grid, decay, include_self=False)
+        if wrong is None:
+            contenders.append(Contender(name, run, repeats, {**said, "peak_mb": memory.rise(run, device)}))
+        else:
+            refused.append(f"{name}: {wrong}")
+    if small and "floor" in beside:
         floor = Floor([scores_product(case)], device)
         floor()
         contenders.append(Contender("floor", floor, repeats, {"note": "matrix product of the scores only"}))

@@ -39,6 +39,41 @@ def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
     return time.perf_counter() - begin
 
 
+def gpu_state() -> dict[str, Any]:
+    """Clocks (MHz), power (W), temperature (degrees C) and driver of the GPU; empty where nvidia-ml-py sees none."""
+    try:
+        import pynvml
+    except ImportError:
+        return {}
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
+        return {
+            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+            "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+        }
+    except pynvml.NVMLError:
+        return {}
+
+
+def settle_clocks(run: Callable[[], object], most: float = 1.0) -> bool:
+    """Call until three readings of the clock, 30 ms apart, are the same; whether they were within so many seconds."""
+    seen: list[Any] = []
+    end = time.perf_counter() + most
+    while time.perf_counter() < end:
+        pause = time.perf_counter() + 0.03
+        while time.perf_counter() < pause:
+            run()
+        clock = gpu_state().get("sm_mhz")
+        seen.append(clock)
+        if clock is None or (len(seen) > 2 and len(set(seen[-3:])) == 1):
+            return clock is not None
+    return False
+
+
 class GraphSampler:
     """Seconds on a GPU of one call as a CUDA graph, with a cold second-level cache.
 
@@ -81,7 +116,8 @@ class GraphSampler:
 def interleave(contenders: Sequence[Contender], device: str = "cpu") -> list[list[float]]:
     """Seconds of every timed call, a list for each contender; those with fewer repeats are spread over the rounds.
 
-    On a GPU every call is one CUDA graph where it can be captured, and its row says so (``cuda_graph``).
+    On a GPU every call is one CUDA graph where it can be captured, and its row says so (``cuda_graph``). Timing begins
+    when the clock stays what it is (``settled``); ``gpu`` is the state right after a contender's last call.
     """
     seconds: list[list[float]] = [[] for _ in contenders]
     samplers: list[Callable[[], float]] = []
@@ -93,9 +129,15 @@ def interleave(contenders: Sequence[Contender], device: str = "cpu") -> list[lis
         else:
             samplers.append(lambda run=contender.run: seconds_of(run))  # type: ignore[misc]
     rounds = max((contender.repeats for contender in contenders), default=0)
+    if samplers and device == "cuda":
+        settled = settle_clocks(samplers[0])
+        for contender in contenders:
+            contender.fields["settled"] = settled
     for turn in range(rounds):
         for contender, sample, taken in zip(contenders, samplers, seconds, strict=True):
             due = (turn + 1) * contender.repeats // rounds
             if due > len(taken):
                 taken.append(sample())
+                if device == "cuda" and len(taken) == contender.repeats:
+                    contender.fields["gpu"] = gpu_state()
     return seconds

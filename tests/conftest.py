@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Generator
+
 import pytest
 
 
@@ -26,3 +30,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, object, object]:
+    """An illegal access ends all later CUDA calls of its process; of pytest-xdist's workers a new one takes over."""
+    report = yield
+    fatal = call.excinfo is not None and "CUDA error" in str(call.excinfo.value)
+    if fatal and "PYTEST_XDIST_WORKER" in os.environ:
+        print(f"{item.nodeid}: {report.longreprtext}", file=sys.__stderr__, flush=True)  # type: ignore[attr-defined]
+        os._exit(1)
+    return report

@@ -20,7 +20,7 @@ from drseg_core.ops import (
     prepare_prior,
 )
 from drseg_core.ops._checks import check_choice, check_count, check_flag, check_number, check_tensor
-from drseg_core.ops._dispatch import BACKEND_NAMES, requested_backend
+from drseg_core.ops._dispatch import BACKEND_NAMES, preferred, requested_backend
 
 Affinity = Literal["exp", "linear", "power", "product", "gauss"]
 SelfLoop = Literal["in_topk", "exclude", "extra"]
@@ -67,8 +67,8 @@ class PDGR(nn.Module):
         residual: add the input to the output.
         use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity (negative affinities count as 0).
         norm_scale: initial gain of the final LayerNorm.
-        backend: kernel backend of all ops; None takes the best that can run. ``triton`` runs the fused ops
-            ``edge_coefficient`` and ``graph_layer`` in place of their parts where the options allow it.
+        backend: kernel backend of all ops; None takes the best that can run. Where that is ``triton``, the fused
+            ops ``edge_coefficient`` and ``graph_layer`` run in place of their parts if the options allow it.
 
     Shape:
         features (B, C, h, w) and prior (B, D, h, w) to (B, C, h, w), in the dtype of the features (under autocast: of
@@ -192,9 +192,12 @@ class PDGR(nn.Module):
                 f"PDGR: features have another dtype than the module; expected {own} or autocast, got {features.dtype}"
             )
 
-    def _fused(self) -> bool:
+    def _fused(self, tensor: Tensor) -> bool:
         """Whether the fused ops run: they save launches on a GPU, and the CPU has kernels for their parts only."""
-        return requested_backend("PDGR", self.backend) == "triton"
+        requested = requested_backend("PDGR", self.backend)
+        if requested == "auto":
+            return tensor.is_cuda and preferred("graph_layer", "cuda", tensor.dtype) == "triton"
+        return requested == "triton"
 
     def _affinity(self, score: Tensor) -> Tensor:
         """Eq. 7 from the score that orders the candidates."""
@@ -240,7 +243,7 @@ class PDGR(nn.Module):
         # padded slots have no score
         edges = (source, target, index, self.edge_vector, self.edge_bias)
         mask = score != -torch.inf
-        if self._fused() and not self.use_affinity_as_weight and self.self_loop != "extra":
+        if self._fused(source) and not self.use_affinity_as_weight and self.self_loop != "extra":
             return index, edge_coefficient(*edges, mask=mask, norm=self.norm, backend=self.backend)
         weight = edge_weight(*edges, mask=mask, backend=self.backend)
         if self.use_affinity_as_weight:
@@ -283,7 +286,7 @@ class PDGR(nn.Module):
         self._check(features, prior)
         index, coefficient = self.graph(prior)
         x = features.flatten(2).transpose(1, 2)
-        fused, last = self._fused(), len(self.weights) - 1
+        fused, last = self._fused(x), len(self.weights) - 1
         for layer, weight in enumerate(self.weights):
             bias = None if self.biases is None else self.biases[layer]
             # both orders give the same sum; propagate the narrower side

@@ -50,40 +50,58 @@ def add_table(op: str, backends: Sequence[Backend]) -> None:
     _tables[op] = tuple(backends)
 
 
-def resolve(op: str, tensor: Tensor, requested: str) -> Backend:
+def _unasked(backend: Backend, device: str) -> bool:
+    """Whether a backend runs for who names none: on a CPU the Triton kernels are interpreted, for tests."""
+    return device != "cpu" or backend.name != "triton"
+
+
+def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) -> Backend:
     """The backend that computes ``op`` on ``tensor``.
 
     Args:
         op: name of the op.
         tensor: its first tensor; device and dtype decide.
         requested: a backend's name, or ``"auto"`` for the most preferred one that can run.
+        others: its other floating-point tensors by name, whose dtypes decide as well: of a wider one the result would
+            have the dtype and not the precision.
 
     Raises:
         BackendUnavailableError: the named backend cannot run; the message says why.
-        BackendDtypeError: the named backend does not compute in this dtype (also a ``TypeError``).
+        BackendDtypeError: the named backend does not compute in one of the dtypes (also a ``TypeError``).
     """
+    device = tensor.device.type
+    dtypes = {"": tensor.dtype} | {name: other.dtype for name, other in others.items() if other is not None}
     reasons = {}
     for backend in _tables[op]:
-        if requested not in ("auto", backend.name):
+        if requested != backend.name and not (requested == "auto" and _unasked(backend, device)):
             continue
-        reason = backend.why_not(tensor.device.type)
-        if reason is None and tensor.dtype not in backend.dtypes:
-            reason = f"it does not compute in {tensor.dtype}"
-            if requested == backend.name:
-                raise BackendDtypeError(
-                    f"{op}: backend {requested} cannot take {tensor.dtype}; "
-                    f"expected one of {', '.join(map(str, backend.dtypes))}, got {tensor.dtype}"
-                )
+        reason = backend.why_not(device)
+        for name, dtype in dtypes.items():
+            if reason is None and dtype not in backend.dtypes:
+                reason = f"it does not compute in {dtype}"
+                if requested == backend.name:
+                    raise BackendDtypeError(
+                        f"{op}: backend {requested} cannot take {name + ' in ' if name else ''}{dtype}; "
+                        f"expected one of {', '.join(map(str, backend.dtypes))}, got {dtype}"
+                    )
         if reason is None:
             _last[op] = backend.name
             return backend
         reasons[backend.name] = reason
-    able = [b.name for b in _tables[op] if b.why_not(tensor.device.type) is None and tensor.dtype in b.dtypes]
+    able = [b.name for b in _tables[op] if b.why_not(device) is None and tensor.dtype in b.dtypes]
     reason = reasons.get(requested, f"{op} has no {requested} kernel")
     raise BackendUnavailableError(
         f"{op}: backend {requested} cannot run on {tensor.device}: {reason}; "
         f"expected one of {', '.join(able) or 'none'}, got {requested}"
     )
+
+
+def preferred(op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Name of the backend that ``op`` takes for tensors of a dtype on a device type if none is named."""
+    for backend in _tables[op]:
+        if _unasked(backend, device) and backend.why_not(device) is None and dtype in backend.dtypes:
+            return backend.name
+    return None
 
 
 def requested_backend(op: str, backend: str | None) -> str:

@@ -70,12 +70,16 @@ def test_none_takes_the_preferred_backend(op):
 def test_another_device_takes_what_can_run_there():
     with FakeTensorMode():
         tensor = torch.empty(1, 2, 3, device="cuda")
-        assert _dispatch.resolve("graph_propagate", tensor, "auto").name == "reference"
+        assert _dispatch.resolve("graph_propagate", tensor, "auto").name == "triton"
+        assert _dispatch.resolve("graph_propagate", tensor.double(), "auto").name == "reference"
+        assert _dispatch.resolve("graph_propagate", tensor, "auto", coefficient=tensor.double()).name == "reference"
+        assert _dispatch.preferred("graph_layer", "cuda", torch.float32) == "triton"
+        assert _dispatch.preferred("graph_layer", "cuda", torch.float64) == "reference"
         with pytest.raises(BackendUnavailableError) as caught:
             _dispatch.resolve("graph_propagate", tensor, "native")
     assert str(caught.value) == (
         "graph_propagate: backend native cannot run on cuda:0: the native library has no cuda kernels; "
-        "expected one of reference, triton, got native"
+        "expected one of triton, reference, got native"
     )
 
 

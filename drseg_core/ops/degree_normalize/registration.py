@@ -51,19 +51,18 @@ _dispatch.add_table(
             dtypes=FLOAT_DTYPES,
         ),
         Backend(
-            name="reference",
-            run=reference.degree_normalize,
-            run_backward=reference.degree_normalize_backward,
-            why_not=lambda device: None,
-            dtypes=FLOAT_DTYPES,
-        ),
-        # for who names it: it has never run on a card, so nobody gets it unasked
-        Backend(
             name="triton",
             run=_run_triton,
             run_backward=_run_triton_backward,
             why_not=_triton.why_not,
             dtypes=_triton.DTYPES,
+        ),
+        Backend(
+            name="reference",
+            run=reference.degree_normalize,
+            run_backward=reference.degree_normalize_backward,
+            why_not=lambda device: None,
+            dtypes=FLOAT_DTYPES,
         ),
     ],
 )

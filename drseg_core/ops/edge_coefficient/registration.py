@@ -29,7 +29,6 @@ def _run_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from drseg_kernels.edge_coefficient import edge_coefficient as launch
 
-    _triton.check_dtypes("edge_coefficient", target=target, vector=vector, bias=bias)
     return launch(source, target, index, vector, bias, mask, norm, eps)
 
 
@@ -43,19 +42,18 @@ _dispatch.add_table(
     "edge_coefficient",
     [
         Backend(
-            name="reference",
-            run=reference.edge_coefficient,
-            run_backward=reference.edge_coefficient_backward,
-            why_not=lambda device: None,
-            dtypes=FLOAT_DTYPES,
-        ),
-        # for who names it: it has never run on a card, so nobody gets it unasked
-        Backend(
             name="triton",
             run=_run_triton,
             run_backward=_run_triton_backward,
             why_not=_triton.why_not,
             dtypes=_triton.DTYPES,
+        ),
+        Backend(
+            name="reference",
+            run=reference.edge_coefficient,
+            run_backward=reference.edge_coefficient_backward,
+            why_not=lambda device: None,
+            dtypes=FLOAT_DTYPES,
         ),
     ],
 )
@@ -77,7 +75,7 @@ def edge_coefficient(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = _dispatch.resolve("edge_coefficient", source, backend)
+    chosen = _dispatch.resolve("edge_coefficient", source, backend, target=target, vector=vector, bias=bias)
     with _dispatch.plain_float32(source):
         return chosen.run(source, target, index, vector, bias, mask, norm, eps)
 
@@ -119,7 +117,7 @@ def edge_coefficient_backward(
     need_parameters: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = _dispatch.resolve("edge_coefficient", source, backend)
+    chosen = _dispatch.resolve("edge_coefficient", source, backend, target=target, vector=vector, bias=bias)
     assert chosen.run_backward is not None
     given = (grad, weight, scale, source, target, index, vector, bias, norm, eps)
     with _dispatch.plain_float32(source):

@@ -52,7 +52,6 @@ def _run_triton(
 ) -> Tensor:
     from drseg_kernels.edge_weight import edge_weight as launch
 
-    _triton.check_dtypes("edge_weight", target=target, vector=vector, bias=bias)
     return launch(source, target, index, vector, bias, mask)
 
 
@@ -85,19 +84,18 @@ _dispatch.add_table(
             dtypes=FLOAT_DTYPES,
         ),
         Backend(
-            name="reference",
-            run=reference.edge_weight,
-            run_backward=reference.edge_weight_backward,
-            why_not=lambda device: None,
-            dtypes=FLOAT_DTYPES,
-        ),
-        # for who names it: it has never run on a card, so nobody gets it unasked
-        Backend(
             name="triton",
             run=_run_triton,
             run_backward=_run_triton_backward,
             why_not=_triton.why_not,
             dtypes=_triton.DTYPES,
+        ),
+        Backend(
+            name="reference",
+            run=reference.edge_weight,
+            run_backward=reference.edge_weight_backward,
+            why_not=lambda device: None,
+            dtypes=FLOAT_DTYPES,
         ),
     ],
 )
@@ -111,7 +109,7 @@ def _wide(*tensors: Tensor) -> torch.dtype:
 def edge_weight(
     source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: Tensor, mask: Tensor | None, backend: str
 ) -> Tensor:
-    chosen = _dispatch.resolve("edge_weight", source, backend)
+    chosen = _dispatch.resolve("edge_weight", source, backend, target=target, vector=vector, bias=bias)
     with _dispatch.plain_float32(source):
         return chosen.run(source, target, index, vector, bias, mask)
 
@@ -138,7 +136,7 @@ def edge_weight_backward(
     need_parameters: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = _dispatch.resolve("edge_weight", source, backend)
+    chosen = _dispatch.resolve("edge_weight", source, backend, target=target, vector=vector, bias=bias)
     assert chosen.run_backward is not None
     given = (grad, weight, source, target, index, vector, bias, mask)
     with _dispatch.plain_float32(source):

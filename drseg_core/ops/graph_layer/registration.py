@@ -28,9 +28,6 @@ def _run_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from drseg_kernels.graph_layer import graph_layer as launch
 
-    parameters = {"bias": bias, "gain": gain, "shift": shift}
-    given = {name: value for name, value in parameters.items() if value is not None}
-    _triton.check_dtypes("graph_layer", coefficient=coefficient, **given)
     return launch(x, index, coefficient, bias, gain, shift, activation, eps, undirected, keep)
 
 
@@ -44,19 +41,18 @@ _dispatch.add_table(
     "graph_layer",
     [
         Backend(
-            name="reference",
-            run=reference.graph_layer,
-            run_backward=reference.graph_layer_backward,
-            why_not=lambda device: None,
-            dtypes=FLOAT_DTYPES,
-        ),
-        # for who names it: it has never run on a card, so nobody gets it unasked
-        Backend(
             name="triton",
             run=_run_triton,
             run_backward=_run_triton_backward,
             why_not=_triton.why_not,
             dtypes=_triton.DTYPES,
+        ),
+        Backend(
+            name="reference",
+            run=reference.graph_layer,
+            run_backward=reference.graph_layer_backward,
+            why_not=lambda device: None,
+            dtypes=FLOAT_DTYPES,
         ),
     ],
 )
@@ -76,7 +72,8 @@ def graph_layer(
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = _dispatch.resolve("graph_layer", x, backend)
+    others = {"coefficient": coefficient, "bias": bias, "gain": gain, "shift": shift}
+    chosen = _dispatch.resolve("graph_layer", x, backend, **others)
     with _dispatch.plain_float32(x):
         return chosen.run(x, index, coefficient, bias, gain, shift, activation, eps, undirected, keep)
 
@@ -123,7 +120,8 @@ def graph_layer_backward(
     need_parameters: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    chosen = _dispatch.resolve("graph_layer", x, backend)
+    others = {"coefficient": coefficient, "bias": bias, "gain": gain, "shift": shift}
+    chosen = _dispatch.resolve("graph_layer", x, backend, **others)
     assert chosen.run_backward is not None
     given = (grad, x, index, coefficient, y, normed, inverse, bias, gain, shift, activation, undirected)
     with _dispatch.plain_float32(x):

@@ -42,7 +42,6 @@ def _run_native_backward(
 def _run_triton(x: Tensor, index: Tensor, coefficient: Tensor, transpose: bool) -> Tensor:
     from drseg_kernels.graph_propagate import graph_propagate as launch
 
-    _triton.check_dtypes("graph_propagate", coefficient=coefficient)
     return launch(x, index, coefficient, transpose)
 
 
@@ -71,19 +70,18 @@ _dispatch.add_table(
             dtypes=FLOAT_DTYPES,
         ),
         Backend(
-            name="reference",
-            run=reference.graph_propagate,
-            run_backward=reference.graph_propagate_backward,
-            why_not=lambda device: None,
-            dtypes=FLOAT_DTYPES,
-        ),
-        # for who names it: it has never run on a card, so nobody gets it unasked
-        Backend(
             name="triton",
             run=_run_triton,
             run_backward=_run_triton_backward,
             why_not=_triton.why_not,
             dtypes=_triton.DTYPES,
+        ),
+        Backend(
+            name="reference",
+            run=reference.graph_propagate,
+            run_backward=reference.graph_propagate_backward,
+            why_not=lambda device: None,
+            dtypes=FLOAT_DTYPES,
         ),
     ],
 )
@@ -91,7 +89,7 @@ _dispatch.add_table(
 
 @torch.library.custom_op("drseg::graph_propagate", mutates_args=())
 def graph_propagate(x: Tensor, index: Tensor, coefficient: Tensor, transpose: bool, backend: str) -> Tensor:
-    chosen = _dispatch.resolve("graph_propagate", x, backend)
+    chosen = _dispatch.resolve("graph_propagate", x, backend, coefficient=coefficient)
     with _dispatch.plain_float32(x):
         return chosen.run(x, index, coefficient, transpose)
 
@@ -112,7 +110,7 @@ def graph_propagate_backward(
     need_coefficient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    chosen = _dispatch.resolve("graph_propagate", x, backend)
+    chosen = _dispatch.resolve("graph_propagate", x, backend, coefficient=coefficient)
     assert chosen.run_backward is not None
     with _dispatch.plain_float32(x):
         return chosen.run_backward(grad, x, index, coefficient, transpose, need_x, need_coefficient)

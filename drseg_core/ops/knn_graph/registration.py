@@ -42,19 +42,18 @@ _dispatch.add_table(
             dtypes=FLOAT_DTYPES,
         ),
         Backend(
-            name="reference",
-            run=reference.knn_graph,
-            run_backward=None,
-            why_not=lambda device: None,
-            dtypes=FLOAT_DTYPES,
-        ),
-        # for who names it: it has never run on a card, so nobody gets it unasked
-        Backend(
             name="triton",
             run=_run_triton,
             run_backward=None,
             why_not=_triton.why_not,
             dtypes=_triton.DTYPES,
+        ),
+        Backend(
+            name="reference",
+            run=reference.knn_graph,
+            run_backward=None,
+            why_not=lambda device: None,
+            dtypes=FLOAT_DTYPES,
         ),
     ],
 )
