@@ -111,10 +111,11 @@ each() { # option, words...
 }
 
 contracts() {
-    # the tests wait for the compiler: as many at a time as there are cores
+    # the tests wait for the compiler and for oracles on the CPU: as many at a time as there are cores
     local workers
+    export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
     workers=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n $(nproc)")
-    "$PYTHON" -m pytest -q -p no:cacheprovider --gpu --tb=short $workers "$@"
+    "$PYTHON" -m pytest -q -p no:cacheprovider -p no:benchmark --gpu --tb=short $workers "$@"
 }
 
 measure() {

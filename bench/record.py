@@ -62,10 +62,11 @@ def _git(*command: str) -> str | None:
 
 @functools.cache
 def _checkout() -> Row:
+    if "DRSEG_COMMIT" in os.environ:
+        # a copy on another machine is told what it is a copy of
+        return {"commit": os.environ["DRSEG_COMMIT"], "dirty": None}
     state = _git("status", "--porcelain")
-    # a copy without its history may be told what it is a copy of
-    commit = _git("rev-parse", "HEAD") or os.environ.get("DRSEG_COMMIT")
-    return {"commit": commit, "dirty": None if state is None else bool(state)}
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if state is None else bool(state)}
 
 
 def _version(package: str) -> str | None:
