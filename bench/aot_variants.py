@@ -298,7 +298,7 @@ def _graph_propagate(device: Any) -> Iterator[Variant]:
     from drseg_kernels import graph_propagate as op
 
     name = "graph_propagate"
-    usual = _tiles(name, device, (4096, 75, 384), (576, 75, 384), (4096, 4, 24)) + [_tile.union(name, 384)]
+    usual = [*_tiles(name, device, (4096, 75, 384), (4096, 4, 24)), _tile.dense(name, 384), _tile.union(name, 384)]
     gathered, densified = op._graph_propagate_fwd_kernel_gathered, op._graph_propagate_fwd_kernel_densified
     for tile in (tile for tile in usual if not tile.sources):
         for short in _DTYPES:
@@ -312,7 +312,7 @@ def _graph_propagate(device: Any) -> Iterator[Variant]:
                 words = {key: value for key, value in constants.items() if key not in tile.constants()}
                 yield _variant(name, densified, tile, short, words, options=op.dense_options(transpose, tile))
     dots = "graph_propagate_dot"
-    for tile in [*_tiles(dots, device, (4096, 75, 384), (576, 75, 384)), _tile.union(dots, 384)]:
+    for tile in [*_tiles(dots, device, (4096, 75, 384)), _tile.dense(dots, 384), _tile.union(dots, 384)]:
         for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             for both in (False, True):
                 if tile.sources:
@@ -338,8 +338,9 @@ def _graph_layer(device: Any) -> Iterator[Variant]:
 
     usual = op.epilogue(True, "layer_norm", True, False)
     ends = (usual, op.epilogue(True, "layer_norm", False, True), op.epilogue(True, "relu", False, False))
-    sizes = ((4096, 75, 384), (576, 75, 384), (576, 75, 256), (4096, 4, 24), (4096, 75, 1024))
-    for tile in [*_tiles(name, device, *sizes), *(_tile.union(name, width) for width in (384, 256))]:
+    sizes = ((4096, 75, 384), (4096, 4, 24), (4096, 75, 1024))
+    others = [way(name, width) for way in (_tile.dense, _tile.union) for width in (384, 256)]
+    for tile in [*_tiles(name, device, *sizes), *others]:
         for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
             for end in ends if tile.columns == 512 else (usual,):
                 if not tile.sources:

@@ -14,8 +14,10 @@ from drseg_core.ops import _numerics as numerics
 
 # PDGR ends in a LayerNorm: its outputs are near one, and two float32 evaluations differ by 1e-5 (CPU, 2026-11)
 OUTPUT_TOLERANCE = 1e-3
-# of a gradient's largest element; a ReLU at zero may fall either way
+# of a gradient's largest element
 GRADIENT_TOLERANCE = 2e-3
+# a ReLU at zero may fall either way, which changes some elements of a gradient by one node's share
+_FLIPPED_SHARE, _FLIPPED_TIMES = 1e-3, 5
 
 
 class GivenSelection(TorchFunctionMode):
@@ -62,6 +64,9 @@ def gradients(
     for name, value in zip(names, got, strict=True):
         limit = GRADIENT_TOLERANCE * max(largest[name], largest[like.get(name, name)])
         problem = numerics.compare_values(value, right[name], limit).problem
+        beyond = float(((value - right[name]).abs() > limit).double().mean())
+        if problem is not None and beyond <= _FLIPPED_SHARE:
+            problem = numerics.compare_values(value, right[name], _FLIPPED_TIMES * limit).problem
         if problem is not None:
             return f"gradient of {name}: {problem}"
     return None

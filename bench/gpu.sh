@@ -6,7 +6,7 @@
 #     bench/gpu.sh FOLDER [SLICE...]
 #
 # Slices, each of at most nine minutes, all by default: environment, build, aot, test, tune, bench, model, sanitize
-# (the kernels' contracts under compute-sanitizer). TUNE_OPS and TUNE_CASES, BENCH_OPS, BENCH_CASES and BENCH_OPTIONS
+# (the kernels' contracts under compute-sanitizer). TUNE_OPS, TUNE_CASES and TUNE_OPTIONS, and the same of BENCH,
 # say what is tuned and measured, TESTS and SANITIZED (a pytest -k expression) what is tested; tune writes the tables of
 # the source tree, which bench then reads, and a copy to FOLDER.
 # A slice that cannot run here is skipped and says why. In FOLDER: a log per slice, rows.jsonl and model.jsonl
@@ -29,6 +29,7 @@ TUNE_OPS=${TUNE_OPS:-knn_graph edge_weight degree_normalize edge_coefficient gra
 TUNE_CASES=${TUNE_CASES:-paper_vitl_24x24 grid_64x64 grid_128x128}
 BENCH_OPS=${BENCH_OPS:-pdgr $TUNE_OPS}
 BENCH_CASES=${BENCH_CASES:-$TUNE_CASES pdgr_8x576 pdgr_1x4096 pdgr_1x16384 knn_8x576 knn_4096 knn_16384 knn_65536}
+TUNE_OPTIONS=${TUNE_OPTIONS:-}
 BENCH_OPTIONS=${BENCH_OPTIONS:-}
 SECONDS_PER_SLICE=${SECONDS_PER_SLICE:-530}
 export PYTHONPATH="$ROOT:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
@@ -113,8 +114,9 @@ each() { # option, words...
 contracts() {
     # the tests wait for the compiler and for oracles on the CPU: as many at a time as there are cores
     local workers
-    export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+    # nproc counts the threads that OpenMP may take
     workers=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n $(nproc)")
+    export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
     "$PYTHON" -m pytest -q -p no:cacheprovider -p no:benchmark --gpu --tb=short $workers "$@"
 }
 
@@ -128,7 +130,7 @@ model() {
 }
 
 tune() {
-    "$PYTHON" bench/tune.py $(each --op $TUNE_OPS) $(each --case $TUNE_CASES)
+    "$PYTHON" bench/tune.py $(each --op $TUNE_OPS) $(each --case $TUNE_CASES) $TUNE_OPTIONS
     local code=$?
     [ ! -d kernels/drseg_kernels/tuned ] || cp -r kernels/drseg_kernels/tuned "$OUT/tuned"
     return $code
@@ -172,7 +174,7 @@ for slice in "${@:-environment build aot test tune bench model sanitize}"; do
         environment | build) export -f environment build && export OUT PYTHON && run "$name" bash -c "$name" ;;
         aot) run aot "$PYTHON" bench/aot.py ;;
         test) export -f contracts && export PYTHON && run test bash -c "contracts $TESTS" ;;
-        tune) export -f each tune && export OUT PYTHON TUNE_OPS TUNE_CASES && run tune bash -c tune ;;
+        tune) export -f each tune && export OUT PYTHON TUNE_OPS TUNE_CASES TUNE_OPTIONS && run tune bash -c tune ;;
         bench)
             export -f each measure && export OUT PYTHON BENCH_OPS BENCH_CASES BENCH_OPTIONS
             run bench bash -c measure

@@ -131,7 +131,10 @@ def measure(
     ``backend``: the only one that is measured.
     """
     problem, default = _prepare(op, case, mode == "fwd+bwd", dtype, device)
-    reference = problem.step("reference")
+    result, gradients = problem.step("reference")
+    # without the way back: what it keeps belongs to the stream of today, and a recorded call may not touch that
+    reference = (result.detach(), gradients)
+    del result
     able = [
         row["backend"]
         for row in ops.backend_report()

@@ -87,7 +87,14 @@ class GraphSampler:
         # what lies in the cache from the call before would flatter a kernel; this overwrites it
         self._flush = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.captured = True
+        self._call = run
+        # a call may allocate or set up something for the first time: once more, then it is launched call by call
+        self.captured = False
+        for _ in range(2):
+            if not self.captured:
+                self._record(run)
+
+    def _record(self, run: Callable[[], object]) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -98,11 +105,9 @@ class GraphSampler:
         try:
             with torch.cuda.graph(graph):
                 run()
-            self._call: Callable[[], object] = graph.replay
+            self._call, self.captured = graph.replay, True
         except RuntimeError:
             torch.cuda.synchronize()
-            self.captured = False
-            self._call = run
 
     def __call__(self) -> float:
         self._flush.zero_()

@@ -42,8 +42,9 @@ KINDS: dict[str, Any] = {
 def _tiles(device: Device, case: Case) -> Iterator[dict[str, int]]:
     rule = _launch.rule(device, case.nodes, case.neighbours)
     yield dataclasses.asdict(rule)
-    for columns, share, warps in itertools.product((512, 1024, 2048, 4096), (8, 4, 2), (1, 2, 4, 8)):
-        tile = min(64 << 20, device.l2_bytes // share)
+    # within the cache, or so large that the library's product has work for the whole device
+    tiles = (min(64 << 20, device.l2_bytes // 2), 64 << 20, 128 << 20)
+    for columns, tile, warps in itertools.product((512, 1024, 2048, 4096), tiles, (1, 2, 4, 8)):
         yield {"tile_bytes": tile, "columns": columns, "rows_per_program": 1, "num_warps": warps}
 
 
@@ -66,7 +67,7 @@ def _fused(device: Device, case: Case) -> Iterator[dict[str, int]]:
 
 
 def _ways(device: Device, case: Case) -> Iterator[dict[str, str]]:
-    rule = _knn_sizes.strategy_rule(case.nodes)
+    rule = _knn_sizes.strategy_rule(device, case.nodes)
     for strategy in (rule, *STRATEGIES):
         if Way(strategy).fits(case.nodes, case.neighbours):
             yield {"strategy": strategy}
@@ -91,6 +92,8 @@ def _sums(op: str, width: Callable[[Case], int]) -> Callable[..., Iterator[Any]]
 
     def found(device: Device, case: Case) -> Iterator[dict[str, int]]:
         yield from _edges(op, width)(device, case)
+        if case.nodes <= ON_CHIP_NODES:
+            yield dataclasses.asdict(_tile.dense(op, width(case)))
         yield dataclasses.asdict(_tile.union(op, width(case)))
         # patches as square as they may be, for each number of rows; all nodes as sources where they are few
         patches = {16: 4, 32: 4, 64: 8, 128: 8}
@@ -105,6 +108,8 @@ def _layers(device: Device, case: Case) -> Iterator[dict[str, int]]:
     """Sizes of ``graph_layer``: programs that hold whole rows, by every strategy."""
     rule = _tile.rule("graph_layer", device, case.nodes, case.neighbours, case.channels)
     yield dataclasses.asdict(rule)
+    if case.nodes <= ON_CHIP_NODES:
+        yield dataclasses.asdict(_tile.dense("graph_layer", case.channels))
     yield dataclasses.asdict(_tile.union("graph_layer", case.channels))
     whole = min(_tile.WIDEST_ROW, max(16, power_of_two_from(case.channels)))
     for rows, warps in itertools.product((2, 4, 8, 16), (1, 2, 4, 8)):

@@ -14,7 +14,7 @@ from drseg_kernels import graph_propagate, knn_graph
 from drseg_kernels._knn_sizes import Way
 from torch import Tensor
 
-from drseg_core.ops._cases import Case, generator
+from drseg_core.ops._cases import Case, dino_like_prior, generator
 from drseg_core.ops._dispatch import plain_float32
 
 Run = Callable[[Any], tuple[Tensor, ...]]
@@ -43,6 +43,9 @@ def _agree(expected: tuple[Tensor, ...]) -> Wrong:
 
 def _knn_graph(case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]:
     inputs = importlib.import_module("drseg_core.ops.knn_graph.cases").make_inputs(case, dtype, device)
+    # what can be left out depends on the features: those of a backbone on an image, not clusters anywhere
+    prior = dino_like_prior(case.batch, case.height, case.width, case.prior, generator(case))
+    inputs["prior"] = prior.to(device=device, dtype=dtype)
     reference = _reference("knn_graph")
     prior, inverse = reference.prepare_prior(inputs["prior"])
     table = reference.decay_table(inputs["grid"], inputs["decay"], "additive", torch.float32, prior.device)

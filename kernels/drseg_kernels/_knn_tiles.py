@@ -98,7 +98,10 @@ def constants(k: int, form: str, include_self: bool, first: bool, chosen: Config
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     """Dot products of the rows of (G, R, D) and (G, T, D) in float32, into (G, R, T)."""
-    if left.dtype == torch.float32:
+    if left.dtype == torch.float32 and len(left) == 1:
+        # the library has faster ways for one product than for a batch of one
+        torch.mm(left[0], right[0].mT, out=out[0])
+    elif left.dtype == torch.float32:
         torch.bmm(left, right.mT, out=out)
     elif left.is_cuda:
         torch.bmm(left, right.mT, out_dtype=torch.float32, out=out)

@@ -25,9 +25,8 @@ FUSED = {"enable_fp_fusion": True}
 # Values of a tile per thread: enough loads in flight to hide the memory, few enough to stay in registers.
 _VALUES_PER_THREAD = 32
 
-# Dense products take the place of gathering up to this many nodes, and up to this many nodes per neighbour. By
-# arithmetic, not by measurement: a gathered value costs a load from the L2 cache (about 26 float32 multiply-adds of an
-# H200), a dense one N / K multiply-adds and a share of building the tile.
+# Under the interpreter dense products take the place of gathering up to this many nodes, and up to this many nodes per
+# neighbour: its cost is per instruction. On an H100 they are slower at every size (2026-11), so no rule takes them.
 DENSE_NODES = 1024
 DENSE_NODES_PER_NEIGHBOUR = 12
 
@@ -115,6 +114,18 @@ def union(op: str, width: int) -> Tile:
     return Tile(32 if whole <= 256 else 16, whole, 8, 16, 4)
 
 
+def dense(op: str, width: int) -> Tile:
+    """Sizes with which densified sums begin; the rule does not take them, a table may. Arguments as of ``union``."""
+    if op == "graph_propagate":
+        return Tile(32, 128, 4, 16)
+    if op == "graph_propagate_dot":
+        # with fewer warps the products and the places of the edges do not fit the registers
+        return Tile(64, 32, 8, 64)
+    # a whole row in one program, so that it can be normalised; it also builds the dense tile once
+    columns = min(512, max(64, power_of_two_from(width)))
+    return Tile(16, columns, 8 if columns > 256 else 4, 16)
+
+
 def rule(op: str, device: Device, nodes: int, k: int, width: int) -> Tile:
     """Sizes for a device without a table.
 
@@ -131,18 +142,9 @@ def rule(op: str, device: Device, nodes: int, k: int, width: int) -> Tile:
     whole = min(WIDEST_ROW, max(16, power_of_two_from(width)))
     if op == "graph_layer_rows":
         return Tile(max(1, 1024 // whole), whole, max(1, min(4, whole // 128)))
-    dense = nodes <= DENSE_NODES and nodes <= DENSE_NODES_PER_NEIGHBOUR * k
-    if interpreted and dense and op.startswith("graph_"):
+    few = nodes <= DENSE_NODES and nodes <= DENSE_NODES_PER_NEIGHBOUR * k
+    if interpreted and few and op.startswith("graph_"):
         return Tile(64, min(256, max(64, whole)), 4, 64)
-    if op == "graph_propagate" and dense:
-        return Tile(32, 128, 4, 16)
-    if op == "graph_propagate_dot" and dense:
-        # with fewer warps the products and the places of the edges do not fit the registers
-        return Tile(64, 32, 8, 64)
-    if op == "graph_layer" and dense:
-        # a whole row in one program, so that it can be normalised; it also builds the dense tile once
-        columns = min(512, max(64, whole))
-        return Tile(16, columns, 8 if columns > 256 else 4, 16)
     if op == "graph_layer":
         rows = min(max(1, 4 * 32 * _VALUES_PER_THREAD // whole), max(4, power_of_two_from(k)))
         return Tile(rows, whole, max(1, min(4, rows * whole // (32 * _VALUES_PER_THREAD))))

@@ -282,15 +282,17 @@ def test_launches_of_the_layers(monkeypatch):
         for name in [name for name in vars(kernels) if "_kernel" in name]:
             monkeypatch.setattr(kernels, name, Counted(name, getattr(kernels, name), seen))
     run(module, features, prior, "triton")
+    # so few nodes are densified under the interpreter alone
+    sums, dots = ("densified", "sampled") if INTERPRETED else ("gathered", "coefficient")
     assert sorted(seen) == sorted(
         [
             "_edge_coefficient_fwd_kernel",
             "_degree_normalize_fwd_kernel_edges",
-            *["_graph_layer_fwd_kernel_densified"] * 2,
+            *[f"_graph_layer_fwd_kernel_{sums}"] * 2,
             *["_graph_layer_bwd_kernel_activation"] * 2,
             *["_graph_layer_bwd_kernel_sum"] * 2,
-            *["_graph_propagate_fwd_kernel_densified"] * 2,
-            *["_graph_propagate_bwd_kernel_sampled"] * 2,
+            *[f"_graph_propagate_fwd_kernel_{sums}"] * 2,
+            *[f"_graph_propagate_bwd_kernel_{dots}"] * 2,
             "_degree_normalize_bwd_kernel_degree",
             "_edge_weight_bwd_kernel_source",
             "_edge_weight_bwd_kernel_target",

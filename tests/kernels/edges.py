@@ -65,6 +65,7 @@ class KernelContract(OpContract):
     """The contract on ``backend="triton"``; what asks for float64 is left out."""
 
     test_gradcheck = None
+    device = DEVICE
 
     @pytest.fixture(autouse=True)
     def leave_out(self, request: pytest.FixtureRequest) -> None:

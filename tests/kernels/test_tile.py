@@ -8,7 +8,7 @@ import json
 import pytest
 from drseg_kernels import _launch, _tile
 from drseg_kernels._launch import SMALLEST_SHARED, Device, folder_of
-from drseg_kernels._tile import Tile, choose, rule, union
+from drseg_kernels._tile import Tile, choose, dense, rule, union
 
 from bench.aot import TARGETS
 
@@ -30,18 +30,22 @@ def test_the_rule_fits_every_device(op, device):
                 assert chosen.rows * chosen.columns <= 64 * 256 and 1 <= chosen.num_warps <= 8
 
 
-def test_few_nodes_are_densified_and_many_gathered():
-    for device in DEVICES:
-        assert rule("graph_propagate", device, 576, 75, 384).sources
-        assert not rule("graph_propagate", device, 4096, 512, 384).sources
-        # few neighbours of many nodes: a dense row would be nearly all zeros
-        assert not rule("graph_propagate", device, 576, 4, 384).sources
+def test_few_nodes_are_densified_under_the_interpreter_alone():
+    for device in (*DEVICES, INTERPRETER):
+        interpreted = device.name == "interpreter"
+        for op in ("graph_propagate", "graph_propagate_dot", "graph_layer"):
+            assert bool(rule(op, device, 576, 75, 384).sources) is interpreted
+            assert not rule(op, device, 4096, 512, 384).sources
+            # few neighbours of many nodes: a dense row would be nearly all zeros
+            assert not rule(op, device, 576, 4, 384).sources
         assert not rule("edge_weight", device, 576, 75, 128).sources
+        assert not rule("edge_coefficient", device, 576, 75, 128).sources
 
 
 @pytest.mark.parametrize("op", ["graph_propagate", "graph_propagate_dot", "graph_layer"])
 def test_sums_over_unions_fit_every_device(op):
     for width in (0, 1, 37, 231, 384, 538, 4096):
+        assert dense(op, width).sources and dense(op, width).shared_bytes() <= SMALLEST_SHARED
         chosen = union(op, width)
         assert chosen.patch and chosen.shared_bytes() <= SMALLEST_SHARED and chosen.num_warps == 8
         assert op != "graph_layer" or chosen.columns >= min(width, 512)

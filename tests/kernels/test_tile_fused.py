@@ -36,13 +36,3 @@ def test_rows_are_whole_where_a_program_can_hold_them(device):
     for width in (1, 384, 768, WIDEST_ROW):
         assert rule("graph_layer", device, 4096, 75, width).columns >= width
         assert rule("graph_layer_rows", device, 576, 75, width).columns >= width
-
-
-def test_few_nodes_are_densified_and_many_gathered():
-    for device in DEVICES:
-        for op in ("graph_layer", "graph_propagate_dot"):
-            assert rule(op, device, 576, 75, 384).sources
-            assert not rule(op, device, 4096, 512, 384).sources
-            # few neighbours of many nodes: a dense row would be nearly all zeros
-            assert not rule(op, device, 576, 4, 384).sources
-        assert not rule("edge_coefficient", device, 576, 75, 128).sources

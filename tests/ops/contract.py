@@ -199,6 +199,7 @@ class OpContract:
 
     subject: Subject
     backends: tuple[str, ...]
+    device = "cpu"
 
     @pytest.fixture
     def call(self, backend: str) -> Call:
@@ -290,7 +291,8 @@ class OpContract:
         compare(self.subject, self.inputs(variant), run(self.subject, self.inputs(variant), call))
 
     def test_editing_a_saved_input_is_refused(self, variant, call):
-        given = leaves(self.subject, self.inputs(variant))
+        inputs = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in self.inputs(variant).items()}
+        given = leaves(self.subject, inputs)
         copies = {n: v * 1 if n in self.subject.differentiable else v for n, v in given.items()}
         output = call(**copies)
         copies[self.subject.differentiable[-1]].add_(1)
