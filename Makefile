@@ -68,9 +68,9 @@ regress: install  ## every kernel right, then none slower than at BASE (a git re
 	$(BIN)/python -m pytest -q tests/ops tests/nn/test_pdgr.py
 	$(BIN)/python bench/run.py --base $(BASE) --gate
 
-plots: install  ## draw the rows of ROWS (a folder of bench/results) into docs/bench, and the README's tables from them
+plots: install  ## draw the rows of ROWS (a folder of bench/results), and the README's tables from them
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) matplotlib
-	$(BIN)/python bench/plot.py $(wildcard $(ROWS)/knn*.jsonl $(ROWS)/pdgr*.jsonl $(ROWS)/ops*.jsonl) --out docs/bench
+	$(BIN)/python bench/plot.py $(wildcard $(ROWS)/knn*.jsonl $(ROWS)/pdgr*.jsonl $(ROWS)/ops*.jsonl) --out docs/bench/$(notdir $(patsubst %/,%,$(ROWS)))
 	$(BIN)/python bench/report.py $(ROWS) README.md
 
 format: install  ## rewrite the sources in the house format

@@ -45,7 +45,7 @@ class Target:
 
 TARGETS = (
     Target(80, "NVIDIA A100-SXM4-80GB", 40 << 20, 166_912),
-    Target(90, "NVIDIA H200", 60 << 20, 232_448),
+    Target(90, "NVIDIA H100 80GB HBM3", 50 << 20, 232_448),
     Target(120, "NVIDIA GeForce RTX 5090", 96 << 20, 101_376),
 )
 REGISTERS_PER_THREAD = 255

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of stored rows, and of nothing else.
 
-    python bench/plot.py bench/results/FOLDER/*.jsonl --out docs/bench
+    python bench/plot.py bench/results/FOLDER/*.jsonl --out docs/bench/FOLDER
 
 writes ``speedup``, ``scaling`` and ``roofline``, each as PNG and SVG; a picture whose rows are missing is left out and
 said so. Needs matplotlib (the ``bench`` extra).
@@ -167,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     matplotlib.rcParams["svg.hashsalt"] = "drseg"
     device, threads, level = machines.pop()
-    made = draw(rows, args.out, f"{device}, {threads} threads, {level}; torch {rows[0]['torch']}, {rows[0]['date']}")
+    machine = device if "gpu" in rows[0] else f"{device}, {threads} threads, {level}"
+    made = draw(rows, args.out, f"{machine}; torch {rows[0]['torch']}, {rows[0]['date']}")
     return 0 if made else 2
 
 

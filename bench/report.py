@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's performance section, made from stored rows and from nothing else.
+"""The README's performance sections, made from stored rows and from nothing else: one for each machine.
 
     python bench/report.py bench/results/FOLDER README.md [--check]
 
-Replaces what stands between the two ``bench`` marks of the file; ``--check`` changes nothing and exits with 1 where
-the section is not what the rows give.
+Replaces what stands between the ``bench`` marks with the folder's name in the file; ``--check`` changes nothing and
+exits with 1 where the section is not what the rows give.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import compare
 from compare import Row
 
-BEGIN, END = "<!-- bench: made by bench/report.py -->", "<!-- /bench -->"
+BEGIN, END = "<!-- bench: {}, made by bench/report.py -->", "<!-- /bench -->"
 _WORDS = {"fwd": "forward", "fwd+bwd": "forward + backward"}
 _PICTURES = {
     "speedup": "times as long as the engine takes, on DINO-like features",
@@ -38,6 +38,10 @@ def _times(rows: Sequence[Row], engine: Row, name: str, digits: int = 1) -> str:
     return "-" if row is None else f"{row['ratio_to_engine']:.{digits}f}x"
 
 
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
+
+
 def _module_table(rows: Sequence[Row]) -> list[str]:
     engines = [row for row in rows if row["op"] == "pdgr" and row["name"] == "engine"]
     if not engines:
@@ -51,7 +55,7 @@ def _module_table(rows: Sequence[Row]) -> list[str]:
         literal = _find(rows, name="literal", **{key: row[key] for key in ("op", "case", "mode", "data", "dtype")})
         memory = [f"{one['peak_mb']:.0f}" if one and one.get("peak_mb") else "-" for one in (row, literal)]
         size = row["sizes"]
-        cells = [f"{size['B']} x {size['h']}x{size['w']}, {_WORDS[row['mode']]}", row["data"], f"{row['p50_ms']:.0f}"]
+        cells = [f"{size['B']} x {size['h']}x{size['w']}, {_WORDS[row['mode']]}", row["data"], _ms(row["p50_ms"])]
         cells += [_times(rows, row, name, 0) for name in ("literal", "factored")]
         cells += [_times(rows, row, "compiled"), _times(rows, row, "floor", 2), *memory]
         lines.append("| " + " | ".join(cells) + " |")
@@ -70,7 +74,7 @@ def _selection_table(rows: Sequence[Row]) -> list[str]:
     for row in engines:
         size = row["sizes"]
         name = f"{size['B']} x {size['h'] * size['w']} nodes, D {size['D']}, decay {size['decay']:g}"
-        cells = [name, row["data"], f"{row['p50_ms']:.0f}"]
+        cells = [name, row["data"], _ms(row["p50_ms"])]
         cells += [_times(rows, row, name) for name in ("naive", "faiss", "floor")]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
@@ -87,7 +91,7 @@ def _op_table(rows: Sequence[Row]) -> list[str]:
     for row in engines:
         size = row["sizes"]
         cells = [f"`{row['op']}`, {size['B']} x {size['h']}x{size['w']}, {_WORDS[row['mode']]}", row["name"]]
-        cells += [f"{row['p50_ms']:.2f}", "-" if row["name"] == "reference" else _times(rows, row, "reference")]
+        cells += [_ms(row["p50_ms"]), "-" if row["name"] == "reference" else _times(rows, row, "reference")]
         cells += [f"{row['share_of_ceiling']:.2f}", f"{row['peak_mb']:.0f}" if row.get("peak_mb") is not None else "-"]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
@@ -122,11 +126,14 @@ def section(folder: Path, root: Path) -> str:
     if len(machines) != 1:
         raise compare.CompareError(f"{folder}: holds rows of {len(machines)} machines; expected one")
     device, threads, level, torch = machines.pop()
+    on, how = f"{threads} threads of an {device} ({level})", "one run where a call takes seconds"
+    if "gpu" in rows[0]:
+        on, how = f"An {device}", "each a CUDA graph where it can be captured, with a cold second-level cache"
     place = folder.resolve().relative_to(root.resolve()).as_posix()
     months = sorted({row["date"][:7] for row in rows})
     lines = [
-        f"{threads} threads of an {device} ({level}), {' and '.join(months)}, torch {torch}, float32; medians of "
-        f"interleaved runs, one run where a call takes seconds, from `{place}/*.jsonl`.",
+        f"{on}, {' and '.join(months)}, torch {torch}, float32; medians of interleaved runs, {how}, from "
+        f"`{place}/*.jsonl`.",
         "",
         *_module_table(rows),
         *_selection_table(rows),
@@ -134,10 +141,11 @@ def section(folder: Path, root: Path) -> str:
         *_model_table(rows),
     ]
     for name, words in _PICTURES.items():
-        if (root / "docs" / "bench" / f"{name}.png").is_file():
+        picture = f"docs/bench/{folder.name}/{name}.png"
+        if (root / picture).is_file():
             shown = [path.name for path in sorted(folder.glob("*.jsonl")) if _shows(name, _rows_of(path))]
             files = ", ".join(f"`{place}/{file}`" for file in shown)
-            lines += [f"![{name}: {words}](docs/bench/{name}.png)", "", f"*{words[0].upper()}{words[1:]}. {files}*", ""]
+            lines += [f"![{name}: {words}]({picture})", "", f"*{words[0].upper()}{words[1:]}. {files}*", ""]
     return "\n".join(lines)
 
 
@@ -160,16 +168,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args(arguments)
     text = args.readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        print(f"report: {args.readme} has no place for the section; expected {BEGIN} and {END} once", file=sys.stderr)
+    begin = BEGIN.format(args.rows.resolve().name)
+    if text.count(begin) != 1 or END not in text.split(begin)[1]:
+        print(f"report: {args.readme} has no place for the section; expected {begin} and {END} once", file=sys.stderr)
         return 2
     try:
         made = section(args.rows, args.readme.parent)
     except (OSError, ValueError, KeyError) as error:
         print(f"report: {args.rows} cannot be used: {error}", file=sys.stderr)
         return 2
-    before, rest = text.split(BEGIN)
-    wanted = f"{before}{BEGIN}\n{made}{END}{rest.split(END)[1]}"
+    before, rest = text.split(begin)
+    wanted = f"{before}{begin}\n{made}{END}{rest.split(END, 1)[1]}"
     if args.check:
         if wanted != text:
             print(f"report: {args.readme} is not what the rows of {args.rows} give; run it without --check")

@@ -43,7 +43,7 @@ def _tiles(device: Device, case: Case) -> Iterator[dict[str, int]]:
     rule = _launch.rule(device, case.nodes, case.neighbours)
     yield dataclasses.asdict(rule)
     # within the cache, or so large that the library's product has work for the whole device
-    tiles = (min(64 << 20, device.l2_bytes // 2), 64 << 20, 128 << 20)
+    tiles = (device.l2_bytes // 8, min(_launch.TILE_BYTES, device.l2_bytes // 2), _launch.TILE_BYTES)
     for columns, tile, warps in itertools.product((512, 1024, 2048, 4096), tiles, (1, 2, 4, 8)):
         yield {"tile_bytes": tile, "columns": columns, "rows_per_program": 1, "num_warps": warps}
 

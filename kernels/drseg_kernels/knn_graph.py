@@ -3,8 +3,7 @@
 
 ``on_chip`` keeps all scores of a row in registers (up to 1024 nodes); ``tiles`` lets the library multiply and merges
 what it made; ``fused`` multiplies by itself, keeps the candidates only and leaves out what the decay rules out. The
-choice is an argument, then the device's table, then a rule, as are the sizes. The rule has not been measured on a GPU:
-it takes ``tiles`` beyond 1024 nodes and never ``fused``.
+choice is an argument, then the device's table, then a rule, as are the sizes. By rule it is ``tiles`` on every GPU.
 """
 
 from __future__ import annotations

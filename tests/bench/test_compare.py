@@ -141,12 +141,14 @@ def test_the_readme_section_is_what_the_rows_give(tmp_path: Path, capsys: pytest
         row(**op, name="reference", p50_ms=48.0, ratio_to_engine=12.0),
     )
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    begin, other = (report.BEGIN.format(name) for name in ("results", "another"))
+    kept = f"{other}\nof another machine\n{report.END}\nafter\n"
+    readme.write_text(f"before\n{begin}\nold\n{report.END}\n{kept}")
     assert report.main([str(folder), str(readme), "--check"]) == 1
     assert report.main([str(folder), str(readme)]) == 0
     assert report.main([str(folder), str(readme), "--check"]) == 0
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith(f"{report.END}\n{kept}") and "old" not in text
     assert "| 1 x 16384 nodes, D 1024, decay 2 | dino | 160 | 6.0x | 4.0x | 3.0x |" in text
     assert "| `graph_propagate`, 1 x 64x64, forward | native | 4.00 | 12.0x | 0.25 | 12 |" in text
     readme.write_text("no marks")
@@ -157,6 +159,8 @@ def test_the_readme_section_is_what_the_rows_give(tmp_path: Path, capsys: pytest
 def test_the_readme_says_what_the_committed_rows_say():
     root = Path(__file__).parents[2]
     text = (root / "README.md").read_text(encoding="utf-8")
-    made = text.split(report.BEGIN)[1].split(report.END)[0]
-    folder = root / made.split("from `")[1].split("/*.jsonl")[0]
-    assert report.main([str(folder), str(root / "README.md"), "--check"]) == 0
+    before, after = report.BEGIN.split("{}")
+    folders = [part.split(after)[0] for part in text.split(before)[1:]]
+    assert len(folders) == text.count(report.END) > 1
+    for folder in folders:
+        assert report.main([str(root / "bench" / "results" / folder), str(root / "README.md"), "--check"]) == 0

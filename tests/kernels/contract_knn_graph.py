@@ -26,7 +26,7 @@ from drseg_core.ops.knn_graph import reference, registration
 
 LARGEST_INTERPRETED = 600
 
-# they ask for float64, which the kernels leave to other backends, or for the reference itself
+# they ask for float64, which the kernels leave to other backends, or for another backend by name
 for _name in (
     "test_permuting_nodes_permutes_neighbours",
     "test_scaling_float64_features_changes_nothing",
@@ -34,6 +34,7 @@ for _name in (
     "test_decay_stays_in_the_range_of_the_scores",
     "test_scales_are_exact_powers_of_two",
     "test_reference_gives_the_same_for_any_block",
+    "test_large_grids_give_the_same_bits_for_any_threads",
     "test_opcheck",
 ):
     del globals()[_name]

@@ -137,4 +137,6 @@ def test_without_a_device_it_lists_or_says_so(capsys, monkeypatch):
     assert len(lines) == 1 and lines[0].startswith("tune: no CUDA device to time on; expected one, got")
     assert tune.main(["--dry-run", "--op", "edge_weight", "--case", "paper_vitl_24x24", "--target", "90"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 4 and all(line.startswith("NVIDIA H200 edge_weight paper_vitl_24x24: Tile(") for line in lines)
+    assert len(lines) > 4 and all(
+        line.startswith("NVIDIA H100 80GB HBM3 edge_weight paper_vitl_24x24: Tile(") for line in lines
+    )

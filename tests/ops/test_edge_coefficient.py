@@ -5,6 +5,7 @@ import pytest
 import torch
 from contract import OpContract
 from fused import EDGE_COEFFICIENT
+from torch import Tensor
 from torch.library import opcheck
 
 from drseg_core import ops
@@ -16,7 +17,7 @@ class TestEdgeCoefficient(OpContract):
     backends = ("reference",)
 
     def test_editing_a_saved_input_is_refused(self, variant, call):
-        inputs = self.inputs(variant)
+        inputs = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in self.inputs(variant).items()}
         source = inputs["source"].requires_grad_() * 1
         output = call(**{**inputs, "source": source})
         source.add_(1)
