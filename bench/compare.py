@@ -4,8 +4,9 @@
     python bench/compare.py OLD.jsonl NEW.jsonl
 
 Times are normalised by the ceilings each run measured, so that a slow hour of the machine is not the code's. Beside
-each verdict stands the smallest slowdown that these rows can tell from noise. Stored rows are weaker evidence than the
-race of ``bench/run.py --base REF --gate``, which is the gate.
+each verdict stands the smallest slowdown that these rows can tell from noise: of the times, of one or two samples, of
+what lies between two runs, and of ceilings that moved, for which the machine or chance may be the reason. Stored rows
+are weaker evidence than the race of ``bench/run.py --base REF --gate``, which is the gate.
 
 Exit code 0: nothing slower or lost; 1: something is; 2: the files cannot be compared.
 """
@@ -28,6 +29,8 @@ _TIMES = {"p20_ms", "p50_ms", "p80_ms", "repeats", "sizes"}
 _MACHINE = ("device", "threads", "instruction_set", "forced_level")
 # what two runs of one version differ by beyond the spread within them (2 cores of an AMD EPYC, 2026-11)
 _BETWEEN_RUNS = 0.05
+# relative deviation of times of which there are too few to have one
+_FEW, _DEVIATION_OF_FEW = 3, 0.1
 
 
 class CompareError(ValueError):
@@ -42,12 +45,21 @@ def read(path: Path) -> dict[tuple[str, ...], Row]:
     """
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        found = {tuple(str(row[name]) for name in _KEY): row for row in rows if row.keys() >= _TIMES}
+        found = {_key(row): row for row in rows if row.keys() >= _TIMES}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompareError(f"{path}: is no file of rows; {' '.join(str(error).split())}") from None
     if not found:
         raise CompareError(f"{path}: holds no timed row; expected what bench/run.py --out writes")
+    for key, row in found.items():
+        if not row["p50_ms"] > 0 or not row["repeats"] > 0:
+            raise CompareError(f"{path}: {' '.join(key)} was never timed; expected p50_ms and repeats above 0")
     return found
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    """What a row measures; options of a model that were changed are part of it."""
+    changed = tuple(f"{name}={value}" for name, value in sorted((row.get("overrides") or {}).items()))
+    return (*(str(row[name]) for name in _KEY), *changed)
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,10 @@ class Comparison:
 
 def _standard_error(row: Row) -> float:
     """Of the median, relative: from the percentiles, as if the times were normal."""
-    sigma = (row["p80_ms"] - row["p20_ms"]) / (2 * 0.8416)
-    return float(1.2533 * sigma / math.sqrt(row["repeats"]) / row["p50_ms"])
+    sigma = (row["p80_ms"] - row["p20_ms"]) / (2 * 0.8416) / row["p50_ms"]
+    if row["repeats"] < _FEW:
+        sigma = max(sigma, _DEVIATION_OF_FEW)
+    return float(1.2533 * sigma / math.sqrt(row["repeats"]))
 
 
 def compare(old: dict[tuple[str, ...], Row], new: dict[tuple[str, ...], Row]) -> list[Comparison]:
@@ -92,12 +106,13 @@ def compare(old: dict[tuple[str, ...], Row], new: dict[tuple[str, ...], Row]) ->
         if before["sizes"] != after["sizes"]:
             raise CompareError(f"{' '.join(key)}: sizes differ; expected one problem in both files")
         ratio = after["p50_ms"] / before["p50_ms"]
-        least = [row.get("ceiling", {}).get("least_ms") for row in (before, after)]
+        least: list[float] = [(row.get("ceiling") or {}).get("least_ms", 0.0) for row in (before, after)]
         # of one problem counted in two ways the ceilings say nothing
         alike = all(least) and all(before.get(count) == after.get(count) for count in ("flop", "byte"))
-        if alike:
-            ratio *= least[0] / least[1]
-        resolution = _BETWEEN_RUNS + 3 * math.hypot(_standard_error(before), _standard_error(after))
+        moved = least[0] / least[1] if alike else 1.0
+        ratio *= moved
+        noise = 3 * math.hypot(_standard_error(before), _standard_error(after))
+        resolution = _BETWEEN_RUNS + noise + abs(math.log(moved))
         verdict = "slower" if ratio > 1 + resolution else "faster" if ratio < 1 / (1 + resolution) else "same"
         found.append(Comparison(key, verdict, ratio, resolution, alike))
     return found

@@ -137,6 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
     args = parser.parse_args(arguments)
+    for name in ("batch", "repeats"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is out of range; expected a number >= 1, got {getattr(args, name)}")
     overrides = {}
     for given in args.set:
         key, found, value = given.partition("=")

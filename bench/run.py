@@ -107,6 +107,10 @@ def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[j
     ]
     if not chosen:
         parser.error("no such op has such a case; expected pdgr with pdgr_*, knn_graph with knn_*, or an op's own case")
+    if args.op and "pdgr" in args.op and args.dtype != "float32":
+        parser.error(f"--op pdgr is measured in float32; expected --dtype float32, got {args.dtype}")
+    if args.out is not None and args.out.is_dir():
+        parser.error(f"--out is a folder; expected a file to add rows to, got {args.out}")
     if args.gate and args.base is None:
         parser.error("--gate has nothing to compare with; expected --base REF beside it")
     return chosen
@@ -131,6 +135,10 @@ def _measure(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
         except BackendUnavailableError as error:
             print(f"{job}: left out: {error}", file=sys.stderr)
             missing = True
+            continue
+        except torch.OutOfMemoryError as error:
+            print(f"{job}: left out: {str(error).splitlines()[0]}", file=sys.stderr)
+            failed = True
             continue
         for problem in refused:
             print(f"{job}: refused: {problem}", file=sys.stderr)

@@ -111,7 +111,10 @@ def checkout(ref: str) -> Iterator[Source]:
     Raises:
         SourceError: git knows no such commit, or its native library does not build.
     """
-    commit = _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+    try:
+        commit = _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+    except SourceError:
+        raise SourceError(f"no such commit; expected a branch, tag or commit of this repository, got {ref}") from None
     with tempfile.TemporaryDirectory(prefix="drseg-base-") as folder:
         tree = Path(folder) / "tree"
         _git("worktree", "add", "--quiet", "--detach", str(tree), commit)

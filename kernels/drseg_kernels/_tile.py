@@ -35,7 +35,7 @@ DENSE_NODES_PER_NEIGHBOUR = 12
 _GATHERED = {
     "edge_weight": (32, 32, 1),
     "edge_coefficient": (16, 32, 1),
-    "graph_propagate": (32, 64, 1),
+    "graph_propagate": (16, 64, 2),
     "graph_propagate_dot": (32, 32, 2),
 }
 

@@ -44,6 +44,12 @@ def slower(by: float) -> dict[str, float]:
         ({**slower(2.0), "ceiling": {"gflops": 100.0, "copy_gbs": 5.0, "least_ms": 100.0}}, "same", 0),
         # the machine was twice as fast and the time is the same: the code is slower
         ({"ceiling": {"gflops": 400.0, "copy_gbs": 20.0, "least_ms": 25.0}}, "slower", 1),
+        # the ceilings alone moved by a third, which may be chance as well
+        ({"ceiling": {"gflops": 270.0, "copy_gbs": 13.0, "least_ms": 37.5}}, "same", 0),
+        # one sample says little
+        ({**slower(1.4), "repeats": 1}, "same", 0),
+        ({**slower(2.0), "repeats": 1}, "slower", 1),
+        ({**slower(1.5), "ceiling": None}, "slower", 1),
         # as slow, but the rows are too noisy to tell
         ({**slower(1.5), "p20_ms": 60.0, "p80_ms": 400.0}, "same", 0),
     ],
@@ -70,6 +76,7 @@ def test_the_last_row_of_the_same_counts_and_lost_rows_fail(tmp_path: Path, caps
         ({"device": "another CPU"}, "device differs"),
         ({"threads": 4}, "threads differs"),
         ({"sizes": {"B": 2}}, "sizes differ"),
+        ({"p50_ms": 0.0}, "was never timed; expected p50_ms and repeats above 0"),
     ],
 )
 def test_what_cannot_be_compared(
@@ -78,6 +85,13 @@ def test_what_cannot_be_compared(
     old, new = write(tmp_path / "old", row()), write(tmp_path / "new", row(**changes))
     assert compare.main([str(old), str(new)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_model_with_other_options_is_another_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [row(overrides={}), row(**slower(3.0), overrides={"model.rotations": 4})]
+    old, new = write(tmp_path / "old", *rows), write(tmp_path / "new", *reversed(rows))
+    assert compare.main([str(old), str(new)]) == 0
+    assert "model.rotations=4" in capsys.readouterr().out
 
 
 def test_machines_are_not_mixed_within_files_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

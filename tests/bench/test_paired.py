@@ -141,4 +141,5 @@ def test_arguments_of_a_race_that_mean_nothing(arguments: list[str]):
 def test_an_unknown_ref_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(source, "native_library", lambda tree: None)
     assert run.main(["--base", "no-such-ref", "--case", "tiny_3x4"]) == 2
-    assert "--base no-such-ref cannot be measured" in capsys.readouterr().err
+    expected = "no such commit; expected a branch, tag or commit of this repository, got no-such-ref"
+    assert f"--base no-such-ref cannot be measured: {expected}" in capsys.readouterr().err

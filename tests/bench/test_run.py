@@ -207,7 +207,14 @@ def test_a_wrong_baseline_is_refused_and_the_rest_stays(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--case", "nothing"], ["--op", "pdgr", "--case", "tiny_3x4"], ["--repeats", "0"]]
+    "arguments",
+    [
+        ["--case", "nothing"],
+        ["--op", "pdgr", "--case", "tiny_3x4"],
+        ["--repeats", "0"],
+        ["--op", "pdgr", "--dtype", "bfloat16"],
+        ["--out", "."],
+    ],
 )
 def test_arguments_that_mean_nothing(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as error:
