@@ -100,14 +100,15 @@ def step(
 
 
 def peak(case: dict[str, Any], data: str, name: str, backward: bool) -> dict[str, float]:
-    """Peak memory of one step of ``engine`` or ``literal`` in this process, which should do nothing else.
+    """Peak memory of one step of ``engine``, ``literal`` or ``factored`` in this process, which does nothing else.
 
     Returns:
         ``peak_mb`` above the loaded program and the inputs, ``process_mb`` of the whole process, both in MiB.
     """
 
     def run(problem: Problem) -> None:
-        step(problem.engine if name == "engine" else LiteralPDGR(problem.engine), problem, backward)
+        others: dict[str, Callable[[PDGR], Any]] = {"literal": LiteralPDGR, "factored": FactoredPDGR}
+        step(problem.engine if name == "engine" else others[name](problem.engine), problem, backward)
 
     run(make(dataclasses.replace(Case(**case), batch=1, height=4, width=4), data))
     problem = make(Case(**case), data)
@@ -177,23 +178,35 @@ def _baselines(
         # the gate has just run it
         yield Contender("literal", partial(step, LiteralPDGR(problem.engine), problem, backward), slow, {})
     factored = FactoredPDGR(problem.engine)
+
+    def disagrees(module: FactoredPDGR) -> str | None:
+        """What another module computes otherwise than the engine from the same neighbours."""
+        right, expected = step(problem.engine, problem, backward)
+        got, gradients = step(partial(module, index=index), problem, backward)
+        wrong = gate.output(got, right)
+        if wrong is None and backward:
+            wrong = gate.gradients(problem.names, gradients, expected, {"edge_bias": "edge_vector"})
+        return wrong
+
     if "factored" in wanted:
-        right, _ = step(problem.engine, problem, False)
-        wrong = gate.output(step(partial(factored, index=index), problem, False)[0], right)
+        wrong = disagrees(factored)
         if wrong is None:
             step(factored, problem, backward)
             yield Contender("factored", partial(step, factored, problem, backward), repeats, {})
         else:
             refused.append(f"factored: {wrong}")
     if "compiled" in wanted:
-        expected, _ = step(factored, problem, backward)
+        expected, slopes = step(factored, problem, backward)
         compiled = torch.compile(factored)
         try:
-            got, _ = step(compiled, problem, backward)
+            got, gradients = step(compiled, problem, backward)
         except torch._dynamo.exc.TorchDynamoException as error:
             print(f"pdgr {case.name} compiled: left out: {str(error).splitlines()[0]}", file=sys.stderr)
         else:
+            # it may choose another of two nearly equal neighbours
             wrong = gate.most_cells(got, expected)
+            if wrong is None and backward:
+                wrong = gate.most_of_gradients(problem.names, gradients, slopes)
             if wrong is None:
                 yield Contender("compiled", partial(step, compiled, problem, backward), repeats, {})
             else:
@@ -204,8 +217,7 @@ def _baselines(
         except ImportError:
             print("pdgr: pyg is not installed, its row is left out; pip install torch-geometric", file=sys.stderr)
         else:
-            right, _ = step(problem.engine, problem, False)
-            wrong = gate.output(step(partial(scattered, index=index), problem, False)[0], right)
+            wrong = disagrees(scattered)
             if wrong is None:
                 step(scattered, problem, backward)
                 yield Contender("pyg", partial(step, scattered, problem, backward), slow, {})
@@ -233,7 +245,7 @@ def measure(
     Args:
         case: sizes. data: ``random`` or ``dino``. mode: ``fwd`` or ``fwd+bwd``.
         repeats: timed calls. slow: those of the literal module and of the largest case.
-        with_memory: measure peaks too, on the CPU of the engine and the literal module alone.
+        with_memory: measure peaks too, on the CPU not of what is compiled first.
         device: ``cpu`` or ``cuda``.
         beside: what the engine is compared with, of ``BESIDE``.
     """
@@ -254,7 +266,7 @@ def measure(
     for contender in contenders if with_memory else ():
         if device == "cuda":
             contender.fields["peak_mb"] = memory.rise(contender.run, device)
-        elif contender.name in ("engine", "literal"):
+        elif contender.name in ("engine", "literal", "factored"):
             contender.fields.update(
                 memory.in_child("pdgr", "peak", dataclasses.asdict(case), data, contender.name, backward)
             )

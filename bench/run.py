@@ -177,7 +177,16 @@ def _race(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
         place = record.environment(args.device)
         record.append(
             args.out,
-            [{**dataclasses.asdict(job), **dataclasses.asdict(v), **common, **place} for job, v in verdicts],
+            [
+                {
+                    **dataclasses.asdict(job),
+                    "sizes": ops.sizes_of(job.sizes),
+                    **dataclasses.asdict(v),
+                    **common,
+                    **place,
+                }
+                for job, v in verdicts
+            ],
         )
     worse = [str(job) for job, verdict in verdicts if verdict.fails]
     if all(verdict.verdict == "new" for _, verdict in verdicts):

@@ -39,6 +39,24 @@ def test_most_cells_counts_cells():
     assert gate.most_cells(wrong, right) is not None
 
 
+def test_few_elements_of_a_gradient_may_differ_by_what_a_relu_at_zero_gives():
+    right = torch.linspace(-1, 1, 10_000)
+    flipped, far, many = (right.clone() for _ in range(3))
+    flipped[:9] += 8e-3
+    far[:9] += 2e-2
+    many[:20] += 8e-3
+    assert gate.gradients(["w"], [flipped], [right], {}) is None
+    for wrong in (far, many, right * torch.nan):
+        assert "gradient of w" in (gate.gradients(["w"], [wrong], [right], {}) or "")
+
+
+def test_norms_of_gradients():
+    right = torch.linspace(-1, 1, 100)
+    assert gate.most_of_gradients(["w", "b"], [1.05 * right, torch.tensor(7.0)], [right, torch.tensor(0.0)]) is None
+    for wrong in (1.2 * right, right * torch.nan):
+        assert "gradient of w" in (gate.most_of_gradients(["w"], [wrong], [right]) or "")
+
+
 def test_selection_takes_the_engine_s_in_any_order(prior: Tensor):
     index = knn_graph(prior, GRID, 5, decay=2.0)
     assert gate.selection(index.flip(-1), prior, GRID, 2.0) is None

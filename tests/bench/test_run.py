@@ -206,6 +206,26 @@ def test_a_wrong_baseline_is_refused_and_the_rest_stays(monkeypatch: pytest.Monk
     assert len(refused) == 1 and refused[0].startswith("naive:")
 
 
+def test_a_baseline_whose_gradients_are_wrong_is_refused(monkeypatch: pytest.MonkeyPatch):
+    class Steeper(baselines.FactoredPDGR):
+        def forward(self, *arguments: Any, **options: Any) -> torch.Tensor:
+            output = super().forward(*arguments, **options)
+            return output + 0.2 * (output - output.detach())
+
+    monkeypatch.setattr(pdgr, "FactoredPDGR", Steeper)
+    for mode, names in (("fwd", {"engine", "factored"}), ("fwd+bwd", {"engine"})):
+        rows, refused = pdgr.measure(TINY, "random", mode, repeats=1, with_memory=False, beside=["factored"])
+        assert {row["name"] for row in rows} == names
+        assert len(refused) == (mode == "fwd+bwd") and all("factored: gradient of features" in one for one in refused)
+
+
+def test_what_stands_beside_is_chosen(tmp_path: Path):
+    code, rows = _run(tmp_path, "--op", "pdgr", "--case", TINY.name, "--mode", "fwd", "--beside", "floor")
+    assert code == 0 and {row["name"] for row in rows} == {"engine", "floor"}
+    code, rows = _run(tmp_path, "--op", "knn_graph", "--case", TINY.name, "--beside", "nothing")
+    assert code == 0 and {row["name"] for row in rows if row["op"] == "knn_graph"} == {"engine"}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
