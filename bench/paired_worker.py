@@ -33,12 +33,7 @@ def _answer(request: dict[str, Any], state: dict[str, Any], device: str) -> dict
         state["sample"]()
         return {"seconds": [state["sample"]() for _ in range(request["calls"])]}
     if device == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        state["run"]()
-        return {"peak_mb": (torch.cuda.max_memory_allocated() - before) / 2**20}
+        return {"peak_mb": memory.rise(state["run"], device)}
     # what the allocator keeps from call to call comes on top
     return {"peak_mb": min(memory.rise(state["run"]) for _ in range(3))}
 

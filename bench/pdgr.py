@@ -19,7 +19,7 @@ from timing import Contender, interleave
 from torch import Tensor
 
 from drseg_core.nn import PDGR
-from drseg_core.ops import _dispatch, last_backend
+from drseg_core.ops import _dispatch, last_backend, use_backend
 from drseg_core.ops._cases import Case, dino_like_prior, generator
 from drseg_core.studies.pdgr_speed import OPS, LiteralPDGR
 
@@ -99,7 +99,7 @@ def step(
     return output, torch.autograd.grad(output, problem.differentiated, problem.gradient)
 
 
-def peak(case: dict[str, Any], data: str, name: str, backward: bool) -> dict[str, float]:
+def peak(case: dict[str, Any], data: str, name: str, backward: bool, backend: str | None = None) -> dict[str, float]:
     """Peak memory of one step of ``engine``, ``literal`` or ``factored`` in this process, which does nothing else.
 
     Returns:
@@ -110,12 +110,13 @@ def peak(case: dict[str, Any], data: str, name: str, backward: bool) -> dict[str
         others: dict[str, Callable[[PDGR], Any]] = {"literal": LiteralPDGR, "factored": FactoredPDGR}
         step(problem.engine if name == "engine" else others[name](problem.engine), problem, backward)
 
-    run(make(dataclasses.replace(Case(**case), batch=1, height=4, width=4), data))
-    problem = make(Case(**case), data)
-    made = memory.high_water()
-    before = memory.settle()
-    run(problem)
-    after = memory.high_water()
+    with use_backend(backend):
+        run(make(dataclasses.replace(Case(**case), batch=1, height=4, width=4), data))
+        problem = make(Case(**case), data)
+        made = memory.high_water()
+        before = memory.settle()
+        run(problem)
+        after = memory.high_water()
     return {"peak_mb": (after - before) / 2**20, "process_mb": max(made, after) / 2**20}
 
 
@@ -268,7 +269,9 @@ def measure(
             contender.fields["peak_mb"] = memory.rise(contender.run, device)
         elif contender.name in ("engine", "literal", "factored"):
             contender.fields.update(
-                memory.in_child("pdgr", "peak", dataclasses.asdict(case), data, contender.name, backward)
+                memory.in_child(
+                    "pdgr", "peak", dataclasses.asdict(case), data, contender.name, backward, _dispatch._override
+                )
             )
     common = {
         "op": "pdgr",

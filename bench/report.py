@@ -75,7 +75,7 @@ def _selection_table(rows: Sequence[Row]) -> list[str]:
         size = row["sizes"]
         name = f"{size['B']} x {size['h'] * size['w']} nodes, D {size['D']}, decay {size['decay']:g}"
         cells = [name, row["data"], _ms(row["p50_ms"])]
-        cells += [_times(rows, row, name) for name in ("naive", "faiss", "floor")]
+        cells += [_times(rows, row, name, 2) for name in ("naive", "faiss", "floor")]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 

@@ -122,7 +122,8 @@ def interleave(contenders: Sequence[Contender], device: str = "cpu") -> list[lis
     """Seconds of every timed call, a list for each contender; those with fewer repeats are spread over the rounds.
 
     On a GPU every call is one CUDA graph where it can be captured, and its row says so (``cuda_graph``). Timing begins
-    when the clock stays what it is (``settled``); ``gpu`` is the state right after a contender's last call.
+    when the clock stays what it is, or after a second (``settled``); ``gpu`` is the state right
+    after a contender's last call.
     """
     seconds: list[list[float]] = [[] for _ in contenders]
     samplers: list[Callable[[], float]] = []

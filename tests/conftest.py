@@ -42,6 +42,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     if report.failed and item.config.getoption("--gpu") and "PYTEST_XDIST_WORKER" in os.environ:
         print(f"FAILED {item.nodeid}\n{report.longreprtext}\n", file=sys.__stderr__, flush=True)
-        if call.excinfo is not None and "CUDA error" in str(call.excinfo.value):
+        text = "" if call.excinfo is None else str(call.excinfo.value)
+        if "CUDA error" in text or "Triton Error [CUDA]" in text:
             os._exit(1)
     return report

@@ -106,12 +106,14 @@ def kernel_lines() -> Iterator[str]:
     """For every op and device: the backend that runs, then why each other one does not."""
     from drseg_core.ops import backend_report
 
-    preferred = ("triton", "native", "reference")
     rows = backend_report()
     for op, device in dict.fromkeys((row["op"], row["device"]) for row in rows):
         own = [row for row in rows if (row["op"], row["device"]) == (op, device)]
-        able = sorted((row["backend"] for row in own if row["available"]), key=preferred.index)
+        placed = sorted((row for row in own if row["place"] is not None), key=lambda row: int(row["place"]))
+        able = [row["backend"] for row in placed]
         yield f"{op} on {device}: {', then '.join(able) if able else 'nothing runs'}"
         for row in own:
             if not row["available"]:
                 yield f"  not {row['backend']}: {row['reason']}"
+            elif row["place"] is None:
+                yield f"  {row['backend']}: for who names it, interpreted"

@@ -32,7 +32,7 @@ class Backend:
         run: what computes the op's forward; positional arguments of the registered op without ``backend``.
         run_backward: what computes its gradients, or None for an op without any.
         why_not: given a device type, says why this backend cannot run there, or returns None when it can.
-        dtypes: dtypes of the op's first tensor that it computes in.
+        dtypes: dtypes of the op's floating-point tensors that it computes in.
     """
 
     name: str
@@ -88,7 +88,7 @@ def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) ->
             _last[op] = backend.name
             return backend
         reasons[backend.name] = reason
-    able = [b.name for b in _tables[op] if b.why_not(device) is None and tensor.dtype in b.dtypes]
+    able = [b.name for b in _tables[op] if b.why_not(device) is None and set(dtypes.values()) <= {*b.dtypes}]
     reason = reasons.get(requested, f"{op} has no {requested} kernel")
     raise BackendUnavailableError(
         f"{op}: backend {requested} cannot run on {tensor.device}: {reason}; "
@@ -102,6 +102,11 @@ def preferred(op: str, device: str, dtype: torch.dtype) -> str | None:
         if _unasked(backend, device) and backend.why_not(device) is None and dtype in backend.dtypes:
             return backend.name
     return None
+
+
+# the answer is the same for every call, and torch.compile cannot follow the search for it; the public way to say so
+# would import the compiler
+preferred._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def requested_backend(op: str, backend: str | None) -> str:
@@ -136,18 +141,20 @@ def backend_report() -> list[dict[str, Any]]:
     """For every op, backend and device type: can it run here, and if not, why.
 
     Returns:
-        Rows with the keys ``op``, ``backend``, ``device``, ``available`` and ``reason`` (None when available).
+        Rows with the keys ``op``, ``backend``, ``device``, ``available``, ``reason`` (None when available) and
+        ``place``: 0 for what runs where no backend is named, 1 for what would without that, and so on; None for what
+        never does.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for op, backends in _tables.items():
         table = {backend.name: backend for backend in backends}
         for name in BACKEND_NAMES:
             for device in devices:
+                unasked = [b.name for b in backends if _unasked(b, device) and b.why_not(device) is None]
                 reason = table[name].why_not(device) if name in table else f"{op} has no {name} kernel"
-                rows.append(
-                    {"op": op, "backend": name, "device": device, "available": reason is None, "reason": reason}
-                )
+                row = {"op": op, "backend": name, "device": device, "available": reason is None, "reason": reason}
+                rows.append({**row, "place": unasked.index(name) if name in unasked else None})
     return rows
 
 

@@ -3,21 +3,40 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import shutil
 
 import torch
 
-# looked for once: torch.compile cannot follow a search
-_FOUND = importlib.util.find_spec("triton") is not None
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# compiled ahead of time for this capability and later ones; bfloat16 begins with it
+_LEAST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def _why_not_cuda() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    # Triton builds the launcher of a kernel when it is first called
+    if not os.environ.get("CC") and not any(shutil.which(name) for name in ("clang", "gcc", "cc")):
+        return "Triton needs a C compiler (gcc, clang, or CC in the environment)"
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_capability()
+        if found < _LEAST_CAPABILITY:
+            least, own = (".".join(map(str, version)) for version in (_LEAST_CAPABILITY, found))
+            return f"the Triton kernels need a device of compute capability {least}, this one has {own}"
+    return None
 
 
 def why_not(device: str) -> str | None:
     """Why the Triton kernels cannot run on ``device``; None when they can."""
-    if not _FOUND:
+    if device == "cuda":
+        return _why_not_cuda()
+    if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return "Triton kernels need a CUDA device (TRITON_INTERPRET=1 interprets them on the CPU, slowly)"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``knn_graph`` by tiles: the library multiplies a tile of scores, one kernel merges it into the result.
 
-A tile of dot products stays in the L2 cache. For each of its rows the kernel applies the inverse norms and the decay
-table in float32, drops what does not beat the row's k-th best so far, and selects among the k best so far and the
-rest of the tile. Tiles come in ascending order of their columns, so both lists are in ascending index already: the
+A tile of dot products lives until the next one is made. For each of its rows the kernel applies the inverse norms and
+the decay table in float32, drops what does not beat the row's k-th best so far, and selects among the k best so far and
+the rest of the tile. Tiles come in ascending order of their columns, so both lists are in ascending index already: the
 lowest index wins a tie by its place, and nothing is ever sorted or cut short.
 """
 

@@ -163,7 +163,7 @@ def test_the_readme_section_is_what_the_rows_give(tmp_path: Path, capsys: pytest
     assert report.main([str(folder), str(readme), "--check"]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith(f"{report.END}\n{kept}") and "old" not in text
-    assert "| 1 x 16384 nodes, D 1024, decay 2 | dino | 160 | 6.0x | 4.0x | 3.0x |" in text
+    assert "| 1 x 16384 nodes, D 1024, decay 2 | dino | 160 | 6.00x | 4.00x | 3.00x |" in text
     assert "| `graph_propagate`, 1 x 64x64, forward | native | 4.00 | 12.0x | 0.25 | 12 |" in text
     readme.write_text("no marks")
     assert report.main([str(folder), str(readme)]) == 2

@@ -210,7 +210,10 @@ def test_the_report_is_what_the_calls_do():
     ]
     assert {row["op"] for row in rows} == {*OPS, *FUSED}
     for row in on_cpu:
-        assert set(row) == {"op", "backend", "device", "available", "reason"}
+        assert set(row) == {"op", "backend", "device", "available", "reason", "place"}
+        # nobody gets interpreted kernels unasked
+        usual = ("native", "reference") if row["op"] in OPS else ("reference",)
+        assert row["place"] == (usual.index(row["backend"]) if row["backend"] in usual else None)
         assert row["available"] is (row["reason"] is None)
         if row["available"]:
             call(row["op"], backend=row["backend"])

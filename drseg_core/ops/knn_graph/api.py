@@ -201,7 +201,8 @@ def knn_graph(
     Note:
         A zero feature has cosine 0 with every node. A node with a non-finite feature is chosen by no other node; all
         its own slots hold its own index with score NaN, and the other rows are as if it were not there: if that
-        leaves them fewer than k candidates, they are padded.
+        leaves them fewer than k candidates, they are padded. On a GPU the library multiplies, whose last bits may
+        depend on the number of images in the batch; not under ``torch.use_deterministic_algorithms``.
     """
     features = prior.scaled if isinstance(prior, PreparedPrior) else prior
     _check(features, grid, k, decay, form, include_self, return_score, pad, precision, check_finite)
