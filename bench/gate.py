@@ -16,8 +16,9 @@ from drseg_core.ops import _numerics as numerics
 OUTPUT_TOLERANCE = 1e-3
 # of a gradient's largest element
 GRADIENT_TOLERANCE = 2e-3
-# a ReLU at zero may fall either way, which changes some elements of a gradient by one node's share
-_FLIPPED_SHARE, _FLIPPED_TIMES = 1e-3, 5
+# a ReLU at zero may fall either way, which changes some elements of a gradient by one node's share: on an H100 (4096
+# nodes, 2026-11) one in 6700 by up to 1.14 times the limit
+_FLIPPED_SHARE, _FLIPPED_TIMES = 5e-4, 2
 
 
 class GivenSelection(TorchFunctionMode):

@@ -107,10 +107,10 @@ def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[j
             op, case, args.mode or list(jobs.MODES), args.data or list(pdgr.DATA), args.dtype, args.backend
         )
     ]
-    if not chosen:
-        parser.error("no such op has such a case; expected pdgr with pdgr_*, knn_graph with knn_*, or an op's own case")
     if args.op and "pdgr" in args.op and args.dtype != "float32":
         print(f"bench: pdgr is measured in float32 and left out; got --dtype {args.dtype}", file=sys.stderr)
+    if not chosen:
+        parser.error("no such op has such a case; expected pdgr with pdgr_*, knn_graph with knn_*, or an op's own case")
     if args.out is not None and args.out.is_dir():
         parser.error(f"--out is a folder; expected a file to add rows to, got {args.out}")
     if args.gate and args.base is None:

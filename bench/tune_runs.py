@@ -9,12 +9,13 @@ from typing import Any
 
 import gate
 import graphs
+import selection
 import torch
 from drseg_kernels import graph_propagate, knn_graph
 from drseg_kernels._knn_sizes import Way
 from torch import Tensor
 
-from drseg_core.ops._cases import Case, dino_like_prior, generator
+from drseg_core.ops._cases import Case, generator
 from drseg_core.ops._dispatch import plain_float32
 
 Run = Callable[[Any], tuple[Tensor, ...]]
@@ -42,13 +43,11 @@ def _agree(expected: tuple[Tensor, ...]) -> Wrong:
 
 
 def _knn_graph(case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]:
-    inputs = importlib.import_module("drseg_core.ops.knn_graph.cases").make_inputs(case, dtype, device)
     # what can be left out depends on the features: those of a backbone on an image, not clusters anywhere
-    prior = dino_like_prior(case.batch, case.height, case.width, case.prior, generator(case))
-    inputs["prior"] = prior.to(device=device, dtype=dtype)
+    features, grid, decay = selection.make_prior(case, "dino", device).to(dtype), (case.height, case.width), 1.0
     reference = _reference("knn_graph")
-    prior, inverse = reference.prepare_prior(inputs["prior"])
-    table = reference.decay_table(inputs["grid"], inputs["decay"], "additive", torch.float32, prior.device)
+    prior, inverse = reference.prepare_prior(features)
+    table = reference.decay_table(grid, decay, "additive", torch.float32, prior.device)
     given = (prior, inverse, table, case.neighbours, "additive", True)
 
     def run(sizes: Any) -> tuple[Tensor, ...]:
@@ -58,7 +57,7 @@ def _knn_graph(case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]
             return knn_graph.knn_graph(*given, **how)
 
     def wrong(got: tuple[Tensor, ...]) -> str | None:
-        return gate.selection(got[0], inputs["prior"], inputs["grid"], inputs["decay"])
+        return gate.selection(got[0], features, grid, decay)
 
     return run, wrong
 

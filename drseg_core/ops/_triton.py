@@ -16,10 +16,20 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEAST_CAPABILITY = (8, 0)
 
 
+def why_not(device: str) -> str | None:
+    """Why the Triton kernels cannot run on ``device``; None when they can."""
+    return _why_not(device, os.environ.get("TRITON_INTERPRET") == "1")
+
+
+# every call of an op asks
 @functools.cache
-def _why_not_cuda() -> str | None:
+def _why_not(device: str, interpreted: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if device == "cpu" and interpreted:
+        return None
+    if device != "cuda":
+        return "Triton kernels need a CUDA device (TRITON_INTERPRET=1 interprets them on the CPU, slowly)"
     # Triton builds the launcher of a kernel when it is first called
     if not os.environ.get("CC") and not any(shutil.which(name) for name in ("clang", "gcc", "cc")):
         return "Triton needs a C compiler (gcc, clang, or CC in the environment)"
@@ -29,14 +39,3 @@ def _why_not_cuda() -> str | None:
             least, own = (".".join(map(str, version)) for version in (_LEAST_CAPABILITY, found))
             return f"the Triton kernels need a device of compute capability {least}, this one has {own}"
     return None
-
-
-def why_not(device: str) -> str | None:
-    """Why the Triton kernels cannot run on ``device``; None when they can."""
-    if device == "cuda":
-        return _why_not_cuda()
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return "Triton kernels need a CUDA device (TRITON_INTERPRET=1 interprets them on the CPU, slowly)"

@@ -4,7 +4,8 @@
 Beside the tables of the ops there are ``graph_propagate_dot`` for the gradient to coefficients, and
 ``graph_layer_rows`` for what ``graph_layer`` does row by row.
 
-The rules are what was fastest on an H100 (2026-11), ``graph_layer``'s by arithmetic. Tables as in ``_launch.py``.
+The rules are what was fastest or nearly so on an H100 (2026-11), ``graph_layer``'s by arithmetic. Tables as in
+``_launch.py``.
 """
 
 from __future__ import annotations

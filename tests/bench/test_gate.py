@@ -42,9 +42,9 @@ def test_most_cells_counts_cells():
 def test_few_elements_of_a_gradient_may_differ_by_what_a_relu_at_zero_gives():
     right = torch.linspace(-1, 1, 10_000)
     flipped, far, many = (right.clone() for _ in range(3))
-    flipped[:9] += 8e-3
-    far[:9] += 2e-2
-    many[:20] += 8e-3
+    flipped[:4] += 3e-3
+    far[:4] += 5e-3
+    many[:9] += 3e-3
     assert gate.gradients(["w"], [flipped], [right], {}) is None
     for wrong in (far, many, right * torch.nan):
         assert "gradient of w" in (gate.gradients(["w"], [wrong], [right], {}) or "")

@@ -59,8 +59,9 @@ class TestGraphLayer(LayerContract):
         inputs = self.inputs(variant)
         inputs["bias"] = torch.full_like(inputs["bias"], 0.75)
         output = call(**{**inputs, "x": torch.zeros_like(inputs["x"])})
-        # the mean of equal numbers may be off by their last bit, of which 1 / sqrt(eps) makes 316
-        torch.testing.assert_close(output, inputs["shift"].expand_as(output), rtol=0, atol=2e-5)
+        # on a GPU the mean of equal numbers may be off by their last bit, of which 1 / sqrt(eps) makes 316
+        slack = 1e-6 if self.device == "cpu" else 2e-5
+        torch.testing.assert_close(output, inputs["shift"].expand_as(output), rtol=0, atol=slack)
 
     def test_is_the_composition_of_its_parts(self, variant, call):
         inputs = self.inputs(variant, dtype=torch.float64)
