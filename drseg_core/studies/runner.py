@@ -19,6 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
@@ -335,7 +336,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Any]]:
-    """Yield (place, result) of each task as it ends: here, or each in a process of its own, ``jobs`` at a time.
+    """Yield (place, result) of each task as it ends: here, or in ``jobs`` processes that take one after another.
 
     Raises:
         ResourceError: a process died without a result (killed, out of memory).
@@ -346,46 +347,53 @@ def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Any]]:
         return
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
-    waiting, running = list(enumerate(tasks)), dict[Any, tuple[int, Any]]()
+    waiting, running = list(enumerate(tasks)), dict[Connection, int]()
+    workers = dict[Connection, Any]()
     try:
+        for _ in range(min(jobs, len(tasks))):
+            ours, theirs = context.Pipe()
+            workers[ours] = context.Process(target=_work, args=(theirs, threads))
+            workers[ours].start()
+            # the process has its own copy: when it ends, ours sees the end of the pipe
+            theirs.close()
         while waiting or running:
-            while waiting and len(running) < jobs:
-                place, task = waiting.pop(0)
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_run_task, args=(sender, task, threads))
-                process.start()
-                # the process has its own copy: when it ends, the receiver sees the end of the pipe
-                sender.close()
-                running[receiver] = (place, process)
-            for ended in multiprocessing.connection.wait(list(running)):
-                receiver = cast(Any, ended)
-                place, process = running.pop(receiver)
+            for idle in [connection for connection in workers if connection not in running][: len(waiting)]:
+                running[idle], task = waiting.pop(0)
+                idle.send(task)
+            for ended in cast("list[Connection]", multiprocessing.connection.wait(list(running))):
+                process = workers[ended]
                 try:
-                    result, error = receiver.recv()
-                except EOFError:
+                    result, error = ended.recv()
+                except (EOFError, ConnectionResetError):
                     process.join()
                     raise ResourceError(
                         f"study: a process died with exit code {process.exitcode}; expected a result, got none"
                     ) from None
-                process.join()
+                place = running.pop(ended)
                 if error is not None:
                     raise error
                 yield place, result
     finally:
-        # a training that is told to stop saves its state first
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
+        for connection, process in workers.items():
+            if connection in running:
+                # a training that is told to stop saves its state first
+                process.terminate()
+            connection.close()
+        for process in workers.values():
             process.join()
 
 
-def _run_task(sender: Any, task: Task, threads: int) -> None:
+def _work(tasks: Connection, threads: int) -> None:
     # a terminal's Ctrl-C goes to the parent alone, which then tells its processes once to stop
     with contextlib.suppress(OSError):
         os.setsid()
     torch.set_num_threads(threads)
-    function, arguments = task
-    try:
-        sender.send((function(*arguments), None))
-    except Exception as error:
-        sender.send((None, error))
+    # until nobody asks, or waits for an answer, any more
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            function, arguments = tasks.recv()
+            try:
+                answer = function(*arguments), None
+            except Exception as error:
+                answer = None, error
+            tasks.send(answer)
