@@ -392,8 +392,9 @@ def _work(tasks: Connection, threads: int) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             function, arguments = tasks.recv()
+            result, problem = None, None
             try:
-                answer = function(*arguments), None
+                result = function(*arguments)
             except Exception as error:
-                answer = None, error
-            tasks.send(answer)
+                problem = error
+            tasks.send((result, problem))

@@ -184,15 +184,17 @@ def check_output(run: Path, *, resume: bool) -> None:
 def check_resumable(checkpoint: Checkpoint, config: Config, class_names: tuple[str, ...]) -> None:
     """Refuse to go on with another configuration or other classes than the checkpoint's.
 
-    Limits may be raised, and logging, checkpoint and evaluation options changed.
+    Limits may be raised, and logging, checkpoint and evaluation options changed; the file of a frozen prior may have
+    moved, as what is in it is compared when the checkpoint is restored.
 
     Raises:
         CheckpointError: naming the first fields that differ, with both values.
     """
+    moved = tuple(f"model.{part}.weights" for part in ("dino", "remote") if part in checkpoint.left_out)
     differing = [
         f"{name}: {old!r} then, {new!r} now"
         for name, old, new in _differences(_completed(checkpoint), plain_config(config))
-        if not name.startswith(_FREE) and not (name == "train.iterations" and new > old)
+        if not name.startswith((*_FREE, *moved)) and not (name == "train.iterations" and new > old)
     ]
     if checkpoint.class_names != class_names:
         differing.append(_class_difference(checkpoint.class_names, class_names))

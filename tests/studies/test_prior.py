@@ -2,19 +2,34 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from drseg_core.config.load import load_config
-from drseg_core.errors import ConfigError
+from drseg_core.config.load import load_config, override
+from drseg_core.errors import CheckpointError, ConfigError
 from drseg_core.models.dino import DinoPrior
 from drseg_core.studies.prior import prior_file, structure_loss, teach_prior
-from drseg_core.studies.runner import SCORES, cell_config, cell_folder, load_cell, run_cell, train_start
+from drseg_core.studies.runner import (
+    SCORES,
+    cell_config,
+    cell_folder,
+    load_cell,
+    run_cell,
+    start_folder,
+    train_priors,
+    train_start,
+)
 from drseg_core.studies.setting import make_setting
 from drseg_core.studies.tables import Cell
+from drseg_core.training.loop import train
+from drseg_core.training.signals import TrainingStopped
 
 DATA = "synthetic:world=landscape,scenes=4,size=64,seed=1000"
 
@@ -107,3 +122,40 @@ def test_scenes_of_its_own():
 def test_refusals(options):
     with pytest.raises(ConfigError, match="prior_steps needs a random prior"):
         make_setting(prior_steps=5, **options)
+
+
+def _stop(step):
+    if step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_studies_that_moved_in_the_middle_of_a_training_go_on(tmp_path):
+    setting = make_setting(quick=True, prior_steps=2, seeds=(0,))
+    cell = Cell("drseg", "DR-Seg", {})
+    there, here, straight = tmp_path / "there", tmp_path / "here", tmp_path / "straight"
+    train_start(setting, 0, there)
+    shutil.copytree(there, straight)
+    train_priors(setting, [cell], there)
+    start, folder = start_folder(setting, 0, there), cell_folder(setting, cell, 0, there)
+    with pytest.raises(TrainingStopped):
+        train(
+            cell_config(setting, cell, 0, there),
+            setting.data,
+            folder,
+            init=start,
+            show_progress=False,
+            on_step=_stop,
+        )
+    there.rename(here)
+    assert run_cell(setting, cell, 0, here) == run_cell(setting, cell, 0, straight)
+    assert len(json.loads((cell_folder(setting, cell, 0, here) / "manifest.json").read_text())["resumed"]) == 1
+
+
+def test_another_prior_is_refused_in_the_middle_of_a_training(config, tmp_path):
+    setting = make_setting(quick=True, prior_steps=2, seeds=(0,))
+    plain = override(setting.config, {"model.dino.weights": str(teach_prior(config, DATA, 1, tmp_path))})
+    with pytest.raises(TrainingStopped):
+        train(plain, setting.data, tmp_path / "run", show_progress=False, on_step=_stop)
+    other = override(plain, {"model.dino.weights": str(teach_prior(config, DATA, 2, tmp_path))})
+    with pytest.raises(CheckpointError, match=r"model\.dino\.weights are not those that"):
+        train(other, setting.data, tmp_path / "run", resume=True, show_progress=False)
