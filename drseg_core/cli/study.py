@@ -22,7 +22,8 @@ examples:
       --test potsdam:datasets --test vdd:datasets --test uavid:datasets --test udd5:datasets
 
 Without --data a study trains and scores the tiny preset on synthetic landscapes. It writes NAME.json, NAME.md and
-NAME.png into --out, goes on where it stopped, and shares trained cells with the other studies there.
+NAME.png into --out, goes on where it stopped, and shares trained cells with the other studies there; index.md has a
+line for each of them.
 """
 
 
@@ -58,6 +59,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
 
 
 def run(args: Any) -> None:
+    from drseg_core.studies.index import write_index
     from drseg_core.studies.registry import STUDIES, find_study
     from drseg_core.studies.setting import make_setting
 
@@ -98,6 +100,7 @@ def run(args: Any) -> None:
         raise ConfigError(f"study: --out cannot be made; expected a folder, got {out} ({problem.strerror})") from None
     command = "drseg " + shlex.join(sys.argv[1:])
     problems = study.run(setting, out, jobs=args.jobs, command=command)
+    write_index(out)
     name = study.name + setting.suffix
     print((out / f"{name}.md").read_text(encoding="utf-8"))
     print(f"written to {out}: {', '.join(path.name for path in sorted(out.glob(f'{name}.*')))}")

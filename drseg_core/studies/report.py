@@ -114,10 +114,15 @@ def rows(study: TrainingStudy, scores: Mapping[str, Scores], problems: Mapping[s
     return table
 
 
-def _against(scores: Mapping[str, Scores], name: str, reference: str) -> str:
-    found = [-value for value in _differences(scores.get(name, {}), scores.get(reference, {}))]
-    if name == reference or not found:
-        return "-"
+def _against(scores: Mapping[str, Scores], name: str, reference: str) -> str | None:
+    return None if name == reference else difference_text(scores.get(reference, {}), scores.get(name, {}))
+
+
+def difference_text(first: Scores, second: Scores) -> str | None:
+    """mIoU of the second less that of the first, seed by seed: mean ± deviation; None where no seed has both."""
+    found = _differences(first, second)
+    if not found:
+        return None
     deviation = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
     return f"{statistics.fmean(found):+.1f}{deviation}"
 

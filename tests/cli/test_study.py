@@ -35,9 +35,12 @@ def test_quick(drseg, out, name):
 
 
 def test_quick_maps(drseg, out):
+    (out / "other.json").write_text("[]")
     code, printed, err = drseg("study", "correlation-maps", "--quick", "--out", out)
     assert code == 0, err
     assert "| source |" in printed and (out / "correlation-maps.png").stat().st_size > 1000
+    index = (out / "index.md").read_text()
+    assert "* [correlation-maps](correlation-maps.md): " in index and "other" not in index
 
 
 @pytest.mark.parametrize(

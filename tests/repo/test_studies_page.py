@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from drseg_core.studies.index import PAGE, write_index
 from drseg_core.studies.report import Spread, text_of
 
 ROOT = Path(__file__).parents[2]
@@ -44,11 +46,18 @@ def test_the_readme_has_the_numbers_of_the_study(name):
                 assert row[column] == found[title][metric], (title, column)
 
 
-@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.md")), ids=lambda path: path.stem)
+def test_the_index_has_every_study(tmp_path):
+    for path in STUDIES.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    write_index(tmp_path)
+    assert (STUDIES / PAGE).read_text(encoding="utf-8") == (tmp_path / PAGE).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.json")), ids=lambda path: path.stem)
 def test_every_page_has_its_numbers_and_its_picture(path):
-    content = json.loads(path.with_suffix(".json").read_text())
+    content, page = json.loads(path.read_text()), path.with_suffix(".md").read_text(encoding="utf-8")
     assert path.with_suffix(".png").is_file() and len(content["seeds"]) >= 1
-    assert content["command"] in path.read_text(encoding="utf-8")
+    assert content["command"] in page
     for cell in content.get("cells", []):
         if cell["mean"]["mIoU"] is not None:
-            assert text_of(Spread(**cell["mean"]["mIoU"])) in path.read_text(encoding="utf-8")
+            assert text_of(Spread(**cell["mean"]["mIoU"])) in page
