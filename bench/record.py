@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import platform
 import subprocess
 from collections.abc import Sequence
 from datetime import date
@@ -19,6 +18,7 @@ import torch
 from timing import Contender, gpu_state
 
 from drseg_core.ops._cases import Case
+from drseg_core.training.versions import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
@@ -38,18 +38,6 @@ _COLUMNS = (
     ("peak MB", "peak_mb", "{:.0f}"),
     ("process MB", "process_mb", "{:.0f}"),
 )
-
-
-def device_name(device: str) -> str:
-    """What the figures belong to."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    name = fields.get("model name", platform.processor())
-    # a virtual machine may hide which of a maker's processors it is
-    return f"{name}, family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else name
 
 
 def _git(*command: str) -> str | None:

@@ -163,6 +163,7 @@ class FusionConfig:
             logits being scaled cosines: it makes a CLIP out of random weights.
         branch: what the second correlation is made of: CLIP's features rectified over the ``graph``, or the
             ``prior``'s own features in the joint space (RSKT-Seg, GSNet), without split and graph.
+        original: of CLIP's correlation the fusion gets one map per rotation (``stack``), or their ``mean``.
         tau: temperature of Eq. 12; null makes it a learned parameter that starts at 0.01.
         gate: form of Eq. 13.
         detach_gate: do not send gradients through the uncertainty.
@@ -172,6 +173,7 @@ class FusionConfig:
 
     kind: Literal["ugaf", "mean", "concat", "separate", "none", "cosine"] = "ugaf"
     branch: Literal["graph", "prior"] = "graph"
+    original: Literal["stack", "mean"] = "stack"
     tau: float | None = 0.01
     gate: Literal["sigmoid_proj", "residual", "direct", "feature", "proj_on_map"] = "sigmoid_proj"
     detach_gate: bool = True

@@ -92,7 +92,7 @@ class DRSeg(Segmenter):
         self.remote = RemoteGuidance(config.remote, read_weights=read_remote) if decoder.remote_clip else None
         self.fusion = build_fusion(
             kind,
-            config.rotations,
+            config.rotations if fusion.original == "stack" else 1,
             aggregator.width,
             tau=fusion.tau,
             gate=fusion.gate,
@@ -144,7 +144,8 @@ class DRSeg(Segmenter):
         if self.dino is not None:
             prior = self.dino.maps(image, self._prior_blocks)
             refined = cosine(self._rectified(canonical, prior.features), text)[:, None]
-        fused = self.fusion(original, refined)
+        stacked = self.config.fusion.original == "stack"
+        fused = self.fusion(original if stacked else original.mean(dim=1, keepdim=True), refined)
         embedding = self.aggregator(fused.embedding, canonical, text)
         remote = () if self.remote is None else tuple(resample(maps, self.clip.grid) for maps in self.remote(image))
         return SegmenterOutput(

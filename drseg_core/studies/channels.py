@@ -13,6 +13,7 @@ from torch import Tensor
 from drseg_core.data import open_dataset
 from drseg_core.studies import figures
 from drseg_core.studies.output import mean_text, write_study
+from drseg_core.studies.seeds import measure_seeds
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.zero_shot import SubsetScores, class_text, clip_model, token_features
 from drseg_core.training.rank_channels import ChannelFile, rank_channels, weights_hash
@@ -24,14 +25,8 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 def channel_masking(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
     """Fig. 2: the zero-shot mIoU without one channel, less that with all, for every channel and test set."""
-    found: dict[str, dict[int, Any]] = {}
-    for seed in setting.seeds:
-        model = clip_model(setting, seed, out)
-        channels = model.clip.embed_dim
-        subsets = torch.cat((torch.ones(1, channels), 1 - torch.eye(channels))).bool()
-        for name, scores in _scored(setting, model, subsets):
-            change = [score - scores[0] for score in scores[1:]]
-            found.setdefault(name, {})[seed] = {"all": scores[0], "change": change}
+    measured = measure_seeds("channel-masking", _masked, setting, out, jobs)
+    found = measured.found
     rows = []
     for name, by_seed in found.items():
         values = [value for row in by_seed.values() for value in row["change"]]
@@ -60,22 +55,24 @@ def channel_masking(setting: Setting, out: Path, *, jobs: int = 1, command: str 
             axis.legend(frameon=False)
         return figure
 
-    return write_study("channel-masking", "One channel less (Fig. 2)", text, rows, found, setting, out, command, draw)
+    title = "One channel less (Fig. 2)"
+    return write_study("channel-masking", title, text, rows, measured, setting, out, command, draw)
+
+
+def _masked(setting: Setting, seed: int, out: Path) -> dict[str, Any]:
+    model = clip_model(setting, seed, out)
+    channels = model.clip.embed_dim
+    subsets = torch.cat((torch.ones(1, channels), 1 - torch.eye(channels))).bool()
+    return {
+        name: {"all": scores[0], "change": [score - scores[0] for score in scores[1:]]}
+        for name, scores in _scored(setting, model, subsets)
+    }
 
 
 def retention(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
     """Fig. 6: the zero-shot mIoU with the most semantic, and with the least semantic, share of the channels."""
-    found: dict[str, dict[int, Any]] = {}
-    for seed in setting.seeds:
-        model = clip_model(setting, seed, out)
-        order = ranking(setting, model, seed).score.argsort(descending=True, stable=True)
-        counts = [max(1, round(share * len(order))) for share in SHARES]
-        subsets = torch.zeros(2 * len(counts), len(order), dtype=torch.bool)
-        for place, count in enumerate(counts):
-            subsets[place, order[:count]] = True
-            subsets[len(counts) + place, order[-count:]] = True
-        for name, scores in _scored(setting, model, subsets):
-            found.setdefault(name, {})[seed] = {"top": scores[: len(counts)], "bottom": scores[len(counts) :]}
+    measured = measure_seeds("retention", _retained, setting, out, jobs)
+    found = measured.found
     rows = []
     for name, by_seed in found.items():
         for place, share in enumerate(SHARES):
@@ -105,22 +102,28 @@ def retention(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") 
             axis.legend(frameon=False)
         return figure
 
-    return write_study("retention", "A share of the channels (Fig. 6)", text, rows, found, setting, out, command, draw)
+    title = "A share of the channels (Fig. 6)"
+    return write_study("retention", title, text, rows, measured, setting, out, command, draw)
+
+
+def _retained(setting: Setting, seed: int, out: Path) -> dict[str, Any]:
+    model = clip_model(setting, seed, out)
+    order = ranking(setting, model, seed).score.argsort(descending=True, stable=True)
+    counts = [max(1, round(share * len(order))) for share in SHARES]
+    subsets = torch.zeros(2 * len(counts), len(order), dtype=torch.bool)
+    for place, count in enumerate(counts):
+        subsets[place, order[:count]] = True
+        subsets[len(counts) + place, order[-count:]] = True
+    return {
+        name: {"top": scores[: len(counts)], "bottom": scores[len(counts) :]}
+        for name, scores in _scored(setting, model, subsets)
+    }
 
 
 def activation_sparsity(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
     """How many classes, and how few pixels, a channel answers to, in the semantic and in the structural half."""
-    found: dict[str, dict[int, Any]] = {"training set": {}}
-    for seed in setting.seeds:
-        model = clip_model(setting, seed, out)
-        ranked = ranking(setting, model, seed)
-        sparsity = _pixel_sparsity(setting, model)
-        found["training set"][seed] = {
-            "effective_classes": ranked.entropy.exp().tolist(),
-            "pixel_sparsity": sparsity.tolist(),
-            "semantic": ranked.semantic_index.tolist(),
-            "structural": ranked.structural_index.tolist(),
-        }
+    measured = measure_seeds("activation-sparsity", _sparse, setting, out, jobs)
+    found = measured.found
     rows = []
     for group in ("semantic", "structural"):
         row: dict[str, Any] = {"channels": group}
@@ -150,7 +153,20 @@ def activation_sparsity(setting: Setting, out: Path, *, jobs: int = 1, command: 
             axis.legend(frameon=False)
         return figure
 
-    return write_study("activation-sparsity", "Sparsity of channels", text, rows, found, setting, out, command, draw)
+    title = "Sparsity of channels"
+    return write_study("activation-sparsity", title, text, rows, measured, setting, out, command, draw)
+
+
+def _sparse(setting: Setting, seed: int, out: Path) -> dict[str, Any]:
+    model = clip_model(setting, seed, out)
+    ranked = ranking(setting, model, seed)
+    found = {
+        "effective_classes": ranked.entropy.exp().tolist(),
+        "pixel_sparsity": _pixel_sparsity(setting, model).tolist(),
+        "semantic": ranked.semantic_index.tolist(),
+        "structural": ranked.structural_index.tolist(),
+    }
+    return {"training set": found}
 
 
 def ranking(setting: Setting, model: Any, seed: int) -> ChannelFile:

@@ -19,8 +19,9 @@ from drseg_core.models.dino import DinoPrior, resample
 from drseg_core.ops import knn_graph, prepare_prior
 from drseg_core.studies.output import mean_text, write_study
 from drseg_core.studies.prior import teach_prior
+from drseg_core.studies.seeds import measure_seeds
 from drseg_core.studies.setting import Setting
-from drseg_core.studies.zero_shot import clip_model
+from drseg_core.studies.zero_shot import clip_model, sampled
 from drseg_core.training.distributed import select_device
 from drseg_core.training.rank_channels import dense_features, label_on_grid
 
@@ -33,28 +34,10 @@ LABELS = "the labels themselves"
 
 def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
     """Share of neighbours that have the node's own label, mean over the classes, without the node itself."""
-    config = setting.config.model.dino
     if setting.prior_steps:
-        taught = teach_prior(config, setting.prior_data, setting.prior_steps, out)
-        config = dataclasses.replace(config, weights=str(taught))
-    prior = DinoPrior(config).eval().to(select_device(setting.device))
-    found: dict[str, dict[int, Any]] = {}
-    for seed in setting.seeds:
-        model = clip_model(setting, seed, out)
-        for test in setting.tests:
-            dataset, _ = setting.open_test(test)
-            counts: dict[str, PurityCounts] = {}
-            for place in range(min(IMAGES, len(dataset))):
-                sample = dataset[place]
-                with torch.no_grad():
-                    image = sample.image[None].to(prior.pixel_mean.device)
-                    clip = dense_features(model, image).cpu()
-                    grid = (clip.shape[2], clip.shape[3])
-                    seen = resample(prior.maps(image.float() / 255).features, grid).cpu()
-                label = label_on_grid(sample.mask[None], grid)[0].flatten()
-                for name, graph in _graphs(seen, clip, label.view(grid)).items():
-                    counts.setdefault(name, PurityCounts(len(dataset.class_names))).add(graph, label)
-            found.setdefault(test.name, {})[seed] = {name: part.shares() for name, part in counts.items()}
+        teach_prior(setting.config.model.dino, setting.prior_data, setting.prior_steps, out)
+    measured = measure_seeds("neighbour-purity", _purity, setting, out, jobs)
+    found = measured.found
     rows = [
         {
             "test set": test,
@@ -83,9 +66,33 @@ def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str
         axes[0, -1].legend(frameon=False, fontsize=7)
         return figure
 
-    return write_study(
-        "neighbour-purity", "What the graph connects", explained, rows, found, setting, out, command, draw
-    )
+    title = "What the graph connects"
+    return write_study("neighbour-purity", title, explained, rows, measured, setting, out, command, draw)
+
+
+def _purity(setting: Setting, seed: int, out: Path) -> dict[str, Any]:
+    config = setting.config.model.dino
+    if setting.prior_steps:
+        taught = teach_prior(config, setting.prior_data, setting.prior_steps, out)
+        config = dataclasses.replace(config, weights=str(taught))
+    prior = DinoPrior(config).eval().to(select_device(setting.device))
+    model = clip_model(setting, seed, out)
+    found = {}
+    for test in setting.tests:
+        dataset, _ = setting.open_test(test)
+        counts: dict[str, PurityCounts] = {}
+        for place in sampled(dataset, IMAGES):
+            sample = dataset[place]
+            with torch.no_grad():
+                image = sample.image[None].to(prior.pixel_mean.device)
+                clip = dense_features(model, image).cpu()
+                grid = (clip.shape[2], clip.shape[3])
+                seen = resample(prior.maps(image.float() / 255).features, grid).cpu()
+            label = label_on_grid(sample.mask[None], grid)[0].flatten()
+            for name, graph in _graphs(seen, clip, label.view(grid)).items():
+                counts.setdefault(name, PurityCounts(len(dataset.class_names))).add(graph, label)
+        found[test.name] = {name: part.shares() for name, part in counts.items()}
+    return found
 
 
 def _graphs(prior: Tensor, clip: Tensor, label: Tensor) -> Mapping[str, Tensor | None]:

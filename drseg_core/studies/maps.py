@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drseg_core.config.schema import EvaluationConfig
-from drseg_core.data import IGNORE, SegmentationDataset
+from drseg_core.data import IGNORE, Sample, SegmentationDataset
 from drseg_core.data.palette import colorize
 from drseg_core.data.protocols import Protocol
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.evaluation.report import heat
 from drseg_core.studies.output import mean_text, write_study
-from drseg_core.studies.runner import load_cell, run_cell
-from drseg_core.studies.setting import Setting
+from drseg_core.studies.runner import load_cell, run_cell, train_priors
+from drseg_core.studies.seeds import measure_seeds
+from drseg_core.studies.setting import ScoredSet, Setting
 from drseg_core.studies.tables import Cell
+from drseg_core.studies.zero_shot import sampled
 from drseg_core.training.distributed import select_device
 
 IMAGES, SHOWN = 60, 4
 MAPS = ("original", "rectified", "logits")
+DRSEG = Cell("drseg", "DR-Seg", {})
 RELIANCE = ("mIoU", "mIoU without rectified", "mIoU without original")
 
 
@@ -35,35 +40,11 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
     The measure is the area under the ROC curve of each map as a detector of each class of an image, over all images of
     each test set: 50 % tells nothing, 100 % everything, and it does not depend on a map's scale.
     """
-    cell = Cell("drseg", "DR-Seg", {})
-    found: dict[str, dict[int, Any]] = {}
-    examples: list[tuple[str, list[Any]]] = []
-    for seed in setting.seeds:
-        run_cell(setting, cell, seed, out)
-        device = select_device(setting.device)
-        model = load_cell(setting, cell, seed, out).model.eval().to(device)
-        for test in setting.tests:
-            dataset, protocol = setting.open_test(test)
-            with torch.no_grad():
-                text = model.encode_text(model.tokenize(dataset.class_names))
-            areas: dict[str, list[float]] = {name: [] for name in MAPS}
-            for place in range(min(IMAGES, len(dataset))):
-                sample = dataset[place]
-                with torch.no_grad():
-                    output = model(sample.image[None].to(device).float() / 255, text)
-                found_maps = (output.original, output.refined, output.logits)
-                maps = {name: value.cpu() for name, value in zip(MAPS, found_maps, strict=True)}
-                for label in sample.mask[sample.mask != IGNORE].unique().tolist():
-                    for name, value in maps.items():
-                        area = roc_area(value[0, label], sample.mask, label)
-                        if area is not None:
-                            areas[name].append(area)
-                if seed == setting.seeds[0] and place < SHOWN:
-                    examples.append(_example(sample, maps, output.uncertainty[0, 0].cpu(), dataset.class_names))
-            found.setdefault(test.name, {})[seed] = {
-                **{name: statistics.fmean(area) for name, area in areas.items()},
-                **reliance(model, dataset, setting.config.evaluation, protocol),
-            }
+    train_priors(setting, [DRSEG], out)
+    measured = measure_seeds("correlation-maps", _measured_maps, setting, out, jobs)
+    found = measured.found
+    first = next(iter(next(iter(found.values()))))
+    examples = [_example(*maps) for test in setting.tests for maps in islice(_maps(setting, test, first, out), SHOWN)]
     rows = [
         {"test set": name, **{key: mean_text([row[key] for row in by_seed.values()]) for key in (*MAPS, *RELIANCE)}}
         for name, by_seed in found.items()
@@ -85,9 +66,46 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
             axis.set_title(f"{title}\n{axis.get_title()}", fontsize=9)
         return figure
 
-    return write_study(
-        "correlation-maps", "Correlation maps (Fig. 7)", explained, rows, found, setting, out, command, draw
-    )
+    title = "Correlation maps (Fig. 7)"
+    return write_study("correlation-maps", title, explained, rows, measured, setting, out, command, draw)
+
+
+def _measured_maps(setting: Setting, seed: int, out: Path) -> dict[str, Any]:
+    run_cell(setting, DRSEG, seed, out)
+    found: dict[str, dict[str, float | None]] = {}
+    for test in setting.tests:
+        areas: dict[str, list[float]] = {name: [] for name in MAPS}
+        for sample, _, maps, _ in _maps(setting, test, seed, out):
+            for label in sample.mask[sample.mask != IGNORE].unique().tolist():
+                for name, value in maps.items():
+                    area = roc_area(value[0, label], sample.mask, label)
+                    if area is not None:
+                        areas[name].append(area)
+        found[test.name] = {name: statistics.fmean(area) for name, area in areas.items()}
+        dataset, protocol = setting.open_test(test)
+        found[test.name].update(reliance(_model(setting, seed, out), dataset, setting.config.evaluation, protocol))
+    return found
+
+
+def _model(setting: Setting, seed: int, out: Path) -> Any:
+    return load_cell(setting, DRSEG, seed, out).model.eval().to(select_device(setting.device))
+
+
+@torch.no_grad()
+def _maps(
+    setting: Setting, test: ScoredSet, seed: int, out: Path
+) -> Iterator[tuple[Sample, Sequence[str], dict[str, Tensor], Tensor]]:
+    """Images of a test set, its class names, their maps (1, T, h, w) by name, and their gate (h, w), on the CPU."""
+    model = _model(setting, seed, out)
+    dataset, _ = setting.open_test(test)
+    text = model.encode_text(model.tokenize(dataset.class_names))
+    device = select_device(setting.device)
+    for place in sampled(dataset, IMAGES):
+        sample = dataset[place]
+        output = model(sample.image[None].to(device).float() / 255, text)
+        maps = (output.original, output.refined, output.logits)
+        named = {name: value.cpu() for name, value in zip(MAPS, maps, strict=True)}
+        yield sample, dataset.class_names, named, output.uncertainty[0, 0].cpu()
 
 
 def reliance(
@@ -128,7 +146,7 @@ def roc_area(value: Tensor, mask: Tensor, label: int) -> float | None:
     return 100 * float((rank[inside].sum() - positive * (positive + 1) / 2) / (positive * (total - positive)))
 
 
-def _example(sample: Any, maps: dict[str, Tensor], gate: Tensor, names: tuple[str, ...]) -> tuple[str, list[Any]]:
+def _example(sample: Sample, names: Sequence[str], maps: dict[str, Tensor], gate: Tensor) -> tuple[str, list[Any]]:
     """The second largest class of an image: the largest is ground in most."""
     labels, count = sample.mask[sample.mask != IGNORE].unique(return_counts=True)
     label = int(labels[count.argsort(descending=True)[min(1, len(labels) - 1)]])

@@ -12,8 +12,9 @@ from typing import Any
 from drseg_core.evaluation.report import markdown_table
 from drseg_core.files import write_text_atomic
 from drseg_core.studies import figures
+from drseg_core.studies.seeds import Measured
 from drseg_core.studies.setting import Setting
-from drseg_core.training.versions import git_revision, library_versions
+from drseg_core.training.versions import library_versions
 
 
 def mean_text(values: Sequence[float], digits: int = 1) -> str:
@@ -27,23 +28,23 @@ def write_study(
     title: str,
     text: str,
     rows: Sequence[Mapping[str, Any]],
-    found: Mapping[str, Any],
+    measured: Measured,
     setting: Setting,
     out: Path,
     command: str,
     draw: Callable[[Any], Any],
 ) -> dict[str, str]:
-    """``NAME.json``, ``.md`` and ``.png`` of a study that trains nothing but its start."""
+    """``NAME.json``, ``.md`` and ``.png`` of a study that trains nothing of its own; returns why seeds failed."""
     name += setting.suffix
-    facts = {**setting.record(), "command": command, "git": git_revision(), "versions": library_versions()}
-    write_text_atomic(
-        out / f"{name}.json", json.dumps({"study": name, "title": title, **facts, "found": found}, indent=1) + "\n"
-    )
-    seeds = ", ".join(map(str, setting.seeds))
+    facts = {**setting.record(), "command": command, "commits": measured.commits, "versions": library_versions()}
+    content = {"study": name, "title": title, **facts, "not_run": measured.problems, "found": measured.found}
+    write_text_atomic(out / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    failed = "".join(f" Not run: {seed}: {problem}." for seed, problem in measured.problems.items())
+    seeds = ", ".join(str(seed) for seed in setting.seeds if f"seed {seed}" not in measured.problems)
     whole = "" if setting.protocol is None else " Maps and features are of whole images, whatever the protocol's views."
     page = (
         f"# {title}\n\n{text}\n\n{markdown_table(rows)}\nSeeds {seeds}; ± the deviation over them. "
-        f"Trained on `{setting.data}`.{whole}\n\n`{command}`, commit {facts['git']}\n"
+        f"Trained on `{setting.data}`.{whole}{failed}\n\n`{command}`, commit {', '.join(measured.commits) or '-'}\n"
     )
     write_text_atomic(out / f"{name}.md", page)
     plt = figures.pyplot()
@@ -53,4 +54,4 @@ def write_study(
             axis.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()
         figures.save(figure, out / f"{name}.png")
-    return {}
+    return measured.problems

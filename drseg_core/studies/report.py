@@ -158,6 +158,8 @@ def markdown(
     ]
     if title is not None:
         lines += [f"*Against it*: mIoU less that of {title}, seed by seed.", ""]
+    if any(cell.paper for cell in study.cells):
+        lines += [f"*Paper*: {study.paper}.", ""]
     agreement = order(study.cells, scores)
     if agreement is not None:
         lines += [
@@ -169,5 +171,6 @@ def markdown(
     if study.note:
         lines += [study.note, ""]
     spent = f"; {facts['seconds'] / 60:.0f} minutes, one process after another" if facts.get("seconds") else ""
-    lines += [f"`{facts['command']}`; trained at commit {', '.join(facts['commits']) or '-'}{spent}", ""]
+    where = f" on {' and '.join(facts['machines'])}" if facts.get("machines") else ""
+    lines += [f"`{facts['command']}`; trained at commit {', '.join(facts['commits']) or '-'}{where}{spent}", ""]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ started again takes what is complete, goes on with what is not, and shares cells
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -36,8 +37,9 @@ from drseg_core.studies.prior import prior_file, teach_prior
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell
 from drseg_core.training.checkpoint import newest_checkpoint
+from drseg_core.training.lock import LOCK_NAME, run_lock
 from drseg_core.training.loop import train
-from drseg_core.training.run import CONFIG, LoadedRun, load_run, plain_config
+from drseg_core.training.run import CONFIG, MANIFEST, LoadedRun, load_run, plain_config
 from drseg_core.training.signals import TrainingStopped
 from drseg_core.training.versions import git_revision
 
@@ -125,7 +127,7 @@ def _fingerprint(spec: str, split: str) -> str:
     return open_dataset(spec, split).fingerprint()
 
 
-def _tests(setting: Setting) -> list[dict[str, Any]]:
+def scored_sets(setting: Setting) -> list[dict[str, Any]]:
     """What is scored, told by its content."""
     found = []
     for test in setting.tests:
@@ -151,6 +153,15 @@ def train_start(setting: Setting, seed: int, out: Path) -> Path:
     return folder
 
 
+def train_starts(setting: Setting, seeds: Sequence[int], out: Path, jobs: int) -> None:
+    """The dual encoders of seeds; where one fails, whatever needs it tries again and says why."""
+    tasks: list[Task] = [(attempt, (train_start, setting, seed, out)) for seed in seeds if setting.needs_start]
+    for place, result in run_tasks(tasks, jobs):
+        problem = str(result) if isinstance(result, ResourceError) else result[1]
+        if problem is not None:
+            _log.error("study: the dual encoder of seed %d failed; %s", seeds[place], problem)
+
+
 def run_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> dict[str, Any]:
     """Train and score one cell where that has not been done.
 
@@ -162,12 +173,12 @@ def run_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> dict[str, An
         DRSegError: the cell cannot be trained or scored.
     """
     folder = cell_folder(setting, cell, seed, out)
-    start = start_folder(setting, seed, out) if setting.needs_start else None
-    wanted = {"tests": _tests(setting), "protocol": setting.protocol}
-    kept = _read(folder / SCORES)
+    wanted = {"tests": scored_sets(setting), "protocol": setting.protocol}
+    kept = read_json(folder / SCORES)
     if kept is not None and all(kept.get(key) == value for key, value in wanted.items()):
         return kept["scores"]
     train_priors(setting, [cell], out)
+    start = train_start(setting, seed, out) if setting.needs_start else None
     _train(cell_config(setting, cell, seed, out), setting, folder, init=start)
     begin = time.monotonic()
     scores = score(load_cell(setting, cell, seed, out), setting)
@@ -183,15 +194,17 @@ def load_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> LoadedRun:
     return load_run(cell_folder(setting, cell, seed, out), dino_weights=weights)
 
 
-def commits(setting: Setting, cells: Sequence[Cell], out: Path) -> list[str]:
-    """Of the source with which the cells that are complete were trained and scored."""
-    found = [
-        (_read(cell_folder(setting, cell, seed, out) / SCORES) or {}).get("git")
-        for cell in cells
-        for seed in setting.seeds
-        if cell.why_not is None
-    ]
-    return sorted({commit for commit in found if commit})
+def provenance(setting: Setting, cells: Sequence[Cell], out: Path) -> dict[str, list[str]]:
+    """The commits of the source, and the machines, that trained the cells that are complete."""
+    folders = {
+        cell_folder(setting, cell, seed, out) for cell in cells for seed in setting.seeds if cell.why_not is None
+    }
+    manifests = [read_json(folder / MANIFEST) or {} for folder in folders if (folder / SCORES).is_file()]
+    machines = [manifest["machine"] for manifest in manifests if "machine" in manifest]
+    return {
+        "commits": sorted({manifest["git"] for manifest in manifests if manifest.get("git")}),
+        "machines": sorted({f"{machine['device']}, threads: {machine['threads']}" for machine in machines}),
+    }
 
 
 def seconds(setting: Setting, cells: Sequence[Cell], out: Path) -> float:
@@ -202,7 +215,7 @@ def seconds(setting: Setting, cells: Sequence[Cell], out: Path) -> float:
         own = {cell_folder(setting, cell, seed, out) for cell in cells if cell.why_not is None}
         own = {folder for folder in own if (folder / SCORES).is_file()}
         folders |= own | ({start_folder(setting, seed, out)} if own and setting.needs_start else set())
-    return sum(sum((_read(folder / SECONDS) or {}).values()) for folder in folders)
+    return sum(sum((read_json(folder / SECONDS) or {}).values()) for folder in folders)
 
 
 def score(loaded: LoadedRun, setting: Setting) -> dict[str, Any]:
@@ -264,20 +277,20 @@ def run_cells(
         for cell, seed in twins[folder]:
             done(cell, seed, scores, problem)
 
-    missing = [item for item in unique.items() if _read(item[0] / SCORES) is None]
-    seeds = sorted({seed for _, (_, seed) in missing}) if setting.needs_start else []
+    missing = [item for item in unique.items() if read_json(item[0] / SCORES) is None]
+    seeds = sorted({seed for _, (_, seed) in missing})
     train_priors(setting, [cell for _, (cell, _) in missing], out)
-    list(run_tasks([(_start, (setting, seed, out)) for seed in seeds], jobs))
+    train_starts(setting, seeds, out, jobs)
     folders = list(unique)
-    tasks: list[Task] = [(_attempt, (setting, cell, seed, out)) for cell, seed in unique.values()]
+    tasks: list[Task] = [(attempt, (run_cell, setting, cell, seed, out)) for cell, seed in unique.values()]
     for place, result in run_tasks(tasks, jobs):
-        report(folders[place], *result)
+        report(folders[place], *((None, str(result)) if isinstance(result, ResourceError) else result))
 
 
-def _attempt(setting: Setting, cell: Cell, seed: int, out: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """The scores of a cell, or why it has none: whatever it fails of, the others go on."""
+def attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """The result, or why there is none: whatever a cell fails of, the others go on."""
     try:
-        return run_cell(setting, cell, seed, out), None
+        return function(*arguments), None
     except TrainingStopped:
         raise
     except Exception as error:
@@ -285,25 +298,16 @@ def _attempt(setting: Setting, cell: Cell, seed: int, out: Path) -> tuple[dict[s
         return None, kind + " ".join(str(error).split())
 
 
-def _start(setting: Setting, seed: int, out: Path) -> None:
-    """The dual encoder of a seed; where it fails, the cells of the seed say so one by one."""
-    try:
-        train_start(setting, seed, out)
-    except TrainingStopped:
-        raise
-    except Exception as error:
-        _log.error("study: the dual encoder of seed %d failed; %s", seed, " ".join(str(error).split()))
-
-
 def _train(config: Config, setting: Setting, folder: Path, init: Path | None) -> None:
-    begun = newest_checkpoint(folder) is not None if (folder / CONFIG).is_file() else False
+    checkpoint = newest_checkpoint(folder) if (folder / CONFIG).is_file() else None
+    if checkpoint is not None and checkpoint.step >= config.train.iterations:
+        return
+    begun = checkpoint is not None
     if folder.is_dir() and not begun:
         # stopped before its first checkpoint: to go on would be to go on from other weights than the first ones
-        shutil.rmtree(folder)
-    if begun and _complete(folder, config):
-        return
+        _clear(folder)
     # stopped runs count
-    begin = time.monotonic() - (_read(folder / SECONDS) or {}).get("train", 0.0)
+    begin = time.monotonic() - (read_json(folder / SECONDS) or {}).get("train", 0.0)
     try:
         train(
             config,
@@ -320,15 +324,21 @@ def _train(config: Config, setting: Setting, folder: Path, init: Path | None) ->
 
 
 def _note_seconds(folder: Path, **spent: float) -> None:
-    found = (_read(folder / SECONDS) or {}) | {what: round(value, 1) for what, value in spent.items()}
+    found = (read_json(folder / SECONDS) or {}) | {what: round(value, 1) for what, value in spent.items()}
     write_text_atomic(folder / SECONDS, json.dumps(found) + "\n")
 
 
-def _complete(folder: Path, config: Config) -> bool:
-    return (folder / "checkpoints" / f"step-{config.train.iterations:08d}").is_dir()
+def _clear(folder: Path) -> None:
+    """Empty a run folder, unless another process is training in it."""
+    with run_lock(folder):
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK_NAME:
+                path.unlink()
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -338,49 +348,57 @@ def _read(path: Path) -> dict[str, Any] | None:
 def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Any]]:
     """Yield (place, result) of each task as it ends: here, or in ``jobs`` processes that take one after another.
 
-    Raises:
-        ResourceError: a process died without a result (killed, out of memory).
+    The result of a task whose process died (killed, out of memory) is a ResourceError; the others go on.
     """
     if jobs == 1:
         for place, (function, arguments) in enumerate(tasks):
             yield place, function(*arguments)
         return
     threads = max(1, torch.get_num_threads() // jobs)
-    context = multiprocessing.get_context("spawn")
-    waiting, running = list(enumerate(tasks)), dict[Connection, int]()
+    waiting, running = collections.deque(enumerate(tasks)), dict[Connection, int]()
     workers = dict[Connection, Any]()
     try:
-        for _ in range(min(jobs, len(tasks))):
-            ours, theirs = context.Pipe()
-            workers[ours] = context.Process(target=_work, args=(theirs, threads))
-            workers[ours].start()
-            # the process has its own copy: when it ends, ours sees the end of the pipe
-            theirs.close()
         while waiting or running:
-            for idle in [connection for connection in workers if connection not in running][: len(waiting)]:
-                running[idle], task = waiting.pop(0)
-                idle.send(task)
-            for ended in cast("list[Connection]", multiprocessing.connection.wait(list(running))):
-                process = workers[ended]
+            while waiting and len(running) < jobs:
+                idle = next((worker for worker in workers if worker not in running), None)
+                worker = idle or _start_worker(workers, threads)
+                running[worker], task = waiting.popleft()
+                # one that died while it was idle says so below
+                with contextlib.suppress(OSError):
+                    worker.send(task)
+            for worker in cast("list[Connection]", multiprocessing.connection.wait(list(running))):
+                place = running.pop(worker)
                 try:
-                    result, error = ended.recv()
-                except (EOFError, ConnectionResetError):
+                    result, error = worker.recv()
+                except (EOFError, OSError):
+                    process = workers.pop(worker)
                     process.join()
-                    raise ResourceError(
-                        f"study: a process died with exit code {process.exitcode}; expected a result, got none"
-                    ) from None
-                place = running.pop(ended)
+                    worker.close()
+                    code = process.exitcode
+                    result = ResourceError(f"study: a process died with exit code {code}; expected a result, got none")
+                    error = None
                 if error is not None:
                     raise error
                 yield place, result
     finally:
-        for connection, process in workers.items():
-            if connection in running:
+        for worker, process in workers.items():
+            if worker in running:
                 # a training that is told to stop saves its state first
                 process.terminate()
-            connection.close()
+            worker.close()
         for process in workers.values():
             process.join()
+
+
+def _start_worker(workers: dict[Connection, Any], threads: int) -> Connection:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, threads))
+    process.start()
+    # the process has its own copy: when it ends, ours sees the end of the pipe
+    theirs.close()
+    workers[ours] = process
+    return ours
 
 
 def _work(tasks: Connection, threads: int) -> None:

@@ -14,14 +14,11 @@ from drseg_core.data import SegmentationDataset, open_dataset
 from drseg_core.data.protocols import Protocol, check_held_out, get_protocol, open_protocol
 from drseg_core.errors import ConfigError
 
+# CLIP alone
+BARE = {"model.fusion.kind": "cosine", "model.rotations": 1, "model.decoder.remote_clip": False}
 # Without published weights there is no CLIP to adapt: a dual encoder is trained on the training set first, once for
 # each seed, and every cell of a study starts from it.
-START = {
-    "model.fusion.kind": "cosine",
-    "model.rotations": 1,
-    "train.loss": "softmax",
-    "train.alignment_weight": 0.0,
-}
+START = {**BARE, "train.loss": "softmax", "train.alignment_weight": 0.0}
 # what follows adapts it as the benchmark adapts CLIP: gently
 ADAPT = {"train.clip_learning_rate_scale": 0.2, "train.batch_size": 2}
 START_STEPS, CELL_STEPS = 1500, 300

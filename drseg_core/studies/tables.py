@@ -7,11 +7,16 @@ studies they belong to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from drseg_core.config.methods import METHODS, method_options
+from drseg_core.models.dino import DinoPrior
 from drseg_core.studies import paper
 from drseg_core.studies.paper import PaperRow
 from drseg_core.studies.setting import Setting
@@ -49,6 +54,7 @@ class TrainingStudy:
         note: what a reader must know of how it differs from the paper's.
         axis: what ``Cell.value`` is, in a sweep over numbers.
         reference: name of the cell that the others are compared with.
+        paper: what the paper's numbers are of.
     """
 
     name: str
@@ -57,6 +63,7 @@ class TrainingStudy:
     note: str = ""
     axis: str | None = None
     reference: str | None = None
+    paper: str = paper.ABLATIONS
 
 
 _BASELINE = {"model.fusion.kind": "none", "model.decoder.dino_guidance": False}
@@ -64,8 +71,16 @@ _BASELINE = {"model.fusion.kind": "none", "model.decoder.dino_guidance": False}
 _WITHOUT_UGAF = {"model.fusion.kind": "concat"}
 _WITHOUT_SPSD = {"model.spsd.semantic_ratio": 0.0}
 
+
+def _quarters(setting: Setting) -> tuple[int | None, ...]:
+    """The last block of the prior, and those that end its first three quarters."""
+    with torch.device("meta"):
+        depth = len(DinoPrior(dataclasses.replace(setting.config.model.dino, weights=None, layer=None)).encoder.blocks)
+    return (None, *sorted({depth * part // 4 - 1 for part in (1, 2, 3)} - {-1, depth - 1}, reverse=True))
+
+
 # sweep -> what it is, the option, its values; the defaults of model.* are among them
-_SWEEPS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
+_SWEEPS: dict[str, tuple[str, str, tuple[Any, ...] | Callable[[Setting], tuple[Any, ...]]]] = {
     "decay": (
         "Spatial decay over feature scale (lambda / gamma of Eq. 7)",
         "model.graph.decay",
@@ -97,22 +112,25 @@ _SWEEPS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
     "residual": ("Residual around the graph", "model.graph.residual", (False, True)),
     "hidden": ("Width between the graph's layers", "model.graph.hidden", (None, 128, 256)),
     "edge-hidden": ("Hidden width of the edge MLP (Eq. 8)", "model.graph.edge_hidden", (32, 64, 128, 256)),
+    "affinity-weight": ("Affinity as a factor of Eq. 8's weights", "model.graph.use_affinity_as_weight", (False, True)),
+    "normalize-prior": ("Unit prior for the edge MLP (Eq. 8)", "model.graph.normalize_prior", (True, False)),
     "graph-layers": ("Propagation layers (Eq. 9)", "model.graph.layers", (1, 2, 3)),
     "aggregator": ("Kind of aggregator", "model.aggregator.kind", ("efficient", "swin", "conv")),
     "aggregator-layers": ("Layers of the aggregator", "model.aggregator.layers", (1, 2, 3, 5)),
     "dino-guidance": ("Guidance of the decoder by the prior", "model.decoder.dino_guidance", (False, True)),
+    "original": ("Original maps that are embedded (Eq. 10)", "model.fusion.original", ("stack", "mean")),
+    "detach-gate": ("Uncertainty without a gradient (Eq. 12)", "model.fusion.detach_gate", (True, False)),
     "multi-scale": ("Multi-scale block of the fusion", "model.fusion.multi_scale", ("dilation", "kernel")),
     "head": ("Head of the fusion", "model.fusion.head", ("conv1x1", "conv7x7")),
     "dino-normalization": ("Pixel normalisation of the prior", "model.dino.normalization", ("sat", "imagenet", "clip")),
     "dino-features": ("Features of the prior", "model.dino.features", ("tokens", "key", "value")),
+    "dino-layer": ("Block of the prior that features come from", "model.dino.layer", _quarters),
 }
 
 
 def training_study(name: str, setting: Setting) -> TrainingStudy:
     """A study by its name; ``name`` is one of :func:`training_study_names`."""
-    if name.startswith("sweep-"):
-        return _sweep(name.removeprefix("sweep-"))
-    return _TABLES[name](setting)
+    return _TABLES[name](setting) if name in _TABLES else _sweep(name.removeprefix("sweep-"), setting)
 
 
 def training_study_names() -> tuple[str, ...]:
@@ -120,14 +138,13 @@ def training_study_names() -> tuple[str, ...]:
 
 
 def _table1(setting: Setting) -> TrainingStudy:
-    cells = [
-        Cell(name, method.title, method_options(name), paper.TABLE1.get(name))
-        for name, method in METHODS.items()
-        if name != "drseg"
-    ]
-    cells.append(Cell("drseg", "DR-Seg", method_options("drseg"), paper.TABLE1["drseg"]))
+    kinds = [test.spec.partition(":")[0] for test in setting.tests]
+    rows, of = paper.table1(setting.data.partition(":")[0], setting.config.model.clip.name, kinds)
+    order = [name for name in METHODS if name != "drseg"] + ["drseg"]
+    cells = tuple(Cell(name, METHODS[name].title, method_options(name), rows.get(name)) for name in order)
     note = "Simplified: " + "; ".join(f"{m.title}: {m.simplified}" for k, m in METHODS.items() if k != "drseg") + "."
-    return TrainingStudy("table1", "Comparison with other methods (Table 1)", tuple(cells), note, reference="drseg")
+    title = "Comparison with other methods (Table 1)"
+    return TrainingStudy("table1", title, cells, note, reference="drseg", paper=of)
 
 
 def _table2(setting: Setting) -> TrainingStudy:
@@ -192,6 +209,29 @@ def _table6(setting: Setting) -> TrainingStudy:
     return TrainingStudy("table6", "Neighbours (Table 6)", cells, note, axis="neighbours K", reference="k_75")
 
 
+def _remote_clip(setting: Setting) -> TrainingStudy:
+    option, model = "model.decoder.remote_clip", setting.config.model
+    options: dict[str, Any] = {option: True}
+    why_not = None
+    if setting.needs_start:
+        # the tower for random weights is the small one
+        small = {
+            "name": "drseg-tiny",
+            "image_size": model.clip.image_size,
+            "guidance_blocks": model.clip.guidance_blocks,
+        }
+        options.update({f"model.remote.{name}": value for name, value in small.items()})
+    elif model.remote.weights is None:
+        why_not = "weights of RemoteCLIP were not given (model.remote.weights of --config)"
+    cells = (
+        Cell("remote-clip_no", "no", {option: False}),
+        Cell("remote-clip_yes", "yes", options, why_not=why_not),
+    )
+    title = "Guidance of the decoder by a second CLIP"
+    reference = cells[bool(model.decoder.remote_clip)].name
+    return TrainingStudy("sweep-remote-clip", title, cells, reference=reference)
+
+
 _TABLES = {
     "table1": _table1,
     "table2": _table2,
@@ -199,22 +239,21 @@ _TABLES = {
     "table4": _table4,
     "table5": _table5,
     "table6": _table6,
+    "sweep-remote-clip": _remote_clip,
 }
 
 
-def _sweep(name: str) -> TrainingStudy:
+def _sweep(name: str, setting: Setting) -> TrainingStudy:
     title, option, values = _SWEEPS[name]
+    values = values if isinstance(values, tuple) else values(setting)
     numeric = all(_is_number(value) for value in values)
-    cells = tuple(
-        Cell(
-            f"{name}_{_shown(name, value)}",
-            _shown(name, value),
-            {option: value},
-            value=float(value) if numeric else None,
-        )
-        for value in values
-    )
-    return TrainingStudy(f"sweep-{name}", title, cells, axis=title if numeric else None)
+    cells = []
+    for value in values:
+        place = float(value) if numeric else None
+        cells.append(Cell(f"{name}_{_shown(name, value)}", _shown(name, value), {option: value}, value=place))
+    own = functools.reduce(getattr, option.split("."), cast(Any, setting.config))
+    reference = next((cell.name for cell in cells if cell.options[option] == own), None)
+    return TrainingStudy(f"sweep-{name}", title, tuple(cells), axis=title if numeric else None, reference=reference)
 
 
 def _is_number(value: Any) -> bool:
@@ -223,7 +262,7 @@ def _is_number(value: Any) -> bool:
 
 def _shown(name: str, value: Any) -> str:
     if value is None:
-        return "learned" if name == "tau" else "channels"
+        return {"tau": "learned", "hidden": "channels", "dino-layer": "last"}[name]
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if _is_number(value) else str(value)

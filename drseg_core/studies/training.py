@@ -11,7 +11,7 @@ from typing import Any
 from drseg_core.files import write_text_atomic
 from drseg_core.ops import backend_report
 from drseg_core.studies import figures, report
-from drseg_core.studies.runner import commits, run_cells, seconds
+from drseg_core.studies.runner import provenance, run_cells, seconds
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell, training_study
 from drseg_core.training.versions import library_versions
@@ -57,7 +57,7 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
             for cell in study.cells
         ]
         order = report.order(study.cells, scores)
-        facts["commits"] = commits(setting, study.cells, out)
+        facts.update(provenance(setting, study.cells, out))
         facts["seconds"] = seconds(setting, study.cells, out)
         content = {
             "study": name,

@@ -19,7 +19,7 @@ from drseg_core.data import IGNORE, SegmentationDataset
 from drseg_core.evaluation.metrics import ConfusionMatrix
 from drseg_core.models.segmenter import Segmenter
 from drseg_core.studies.runner import train_start
-from drseg_core.studies.setting import Setting
+from drseg_core.studies.setting import BARE, Setting
 from drseg_core.training.distributed import select_device
 from drseg_core.training.rank_channels import dense_features
 from drseg_core.training.run import load_run, model_of
@@ -30,9 +30,15 @@ def clip_model(setting: Setting, seed: int, out: Path) -> Segmenter:
     device = select_device(setting.device)
     if setting.needs_start:
         return load_run(train_start(setting, seed, out)).model.eval().to(device)
-    bare = override(setting.config, {"model.fusion.kind": "cosine", "model.rotations": 1, "seed": seed})
+    bare = override(setting.config, {**BARE, "seed": seed})
     torch.manual_seed(seed)
     return model_of(bare).eval().to(device)
+
+
+def sampled(dataset: SegmentationDataset, images: int) -> list[int]:
+    """Up to ``images`` of a data set, drawn at random, always the same: files that lie side by side are alike."""
+    generator = torch.Generator().manual_seed(0)
+    return sorted(torch.randperm(len(dataset), generator=generator)[:images].tolist())
 
 
 @torch.no_grad()
@@ -43,7 +49,7 @@ def token_features(model: Segmenter, dataset: SegmentationDataset, images: int) 
     """
     classes = len(dataset.class_names)
     device = next(model.parameters()).device
-    for place in range(min(images, len(dataset))):
+    for place in sampled(dataset, images):
         sample = dataset[place]
         feature = dense_features(model, sample.image[None].to(device))[0].float().cpu()
         yield feature.flatten(1), pixels_below(sample.mask, (feature.shape[1], feature.shape[2]), classes)

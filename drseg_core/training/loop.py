@@ -58,6 +58,7 @@ from drseg_core.training.run import (
     write_run_files,
 )
 from drseg_core.training.signals import StopSignals, TrainingStopped
+from drseg_core.training.versions import device_name
 
 _log = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ def train(
                 "command": sys.argv,
                 "parameters": {name: count._asdict() for name, count in counts.items()},
                 "device": str(group.device),
+                "machine": {"device": device_name(str(group.device)), "threads": torch.get_num_threads()},
                 "processes": group.world_size,
                 "data": {"spec": data, "sha256": trainer.fingerprint, "samples": len(dataset)},
                 "init": None if init is None else str(init),

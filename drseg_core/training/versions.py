@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ran: versions of the libraries and of the source."""
+"""What ran, and where: versions of the libraries and of the source, and the device."""
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
 from importlib import metadata
@@ -33,8 +34,26 @@ def library_versions() -> dict[str, str]:
     return found
 
 
+def device_name(device: str) -> str:
+    """The GPU or CPU behind ``cpu``, ``cuda`` or ``cuda:N``."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", platform.processor())
+    # a virtual machine may hide which of a maker's processors it is
+    return f"{name}, family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else name
+
+
+@functools.cache
 def git_revision() -> str | None:
-    """Commit of the checkout this package runs from, ``+changes`` when files differ; None outside a checkout."""
+    """Commit of the checkout this package runs from, ``+changes`` when files differ; None outside a checkout.
+
+    As it is when a process first asks: that is what it has loaded, or nearly so.
+    """
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from drseg_core.studies import channels
 from drseg_core.studies.registry import STUDIES
 
 SMALL = ("--quick", "--steps", "1", "--start-steps", "1")
@@ -21,26 +22,61 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("studies")
 
 
-@pytest.mark.parametrize("name", ["table2", "table4", "table6", "channel-masking", "retention", "activation-sparsity"])
+@pytest.mark.parametrize("name", STUDIES)
 def test_quick(drseg, out, name):
-    code, printed, err = drseg("study", name, "--quick", "--out", out)
+    code, printed, err = drseg("study", name, *SMALL, "--out", out)
     assert code == 0, err
     content = json.loads((out / f"{name}.json").read_text())
     assert content["study"] == name and content["seeds"] == [0] and content["command"].startswith("drseg ")
     assert (out / f"{name}.md").read_text() in printed and (out / f"{name}.png").stat().st_size > 1000
-    if name == "table4":
-        cells = {cell["name"]: cell["scores"] for cell in content["cells"]}
-        table2 = {cell["name"]: cell["scores"] for cell in json.loads((out / "table2.json").read_text())["cells"]}
-        assert cells["ugaf"] == table2["all"] and cells["concat"] == table2["pdgr_spsd"]
+    assert all(cell["not_run"] is None for cell in content.get("cells", []))
+    assert f"[{name}]({name}.md)" in (out / "index.md").read_text()
 
 
-def test_quick_maps(drseg, out):
-    (out / "other.json").write_text("[]")
-    code, printed, err = drseg("study", "correlation-maps", "--quick", "--out", out)
+def test_studies_share_their_cells(drseg, out):
+    cells = {}
+    for name in ("table2", "table4"):
+        assert drseg("study", name, *SMALL, "--out", out)[0] == 0
+        cells[name] = {cell["name"]: cell["scores"] for cell in json.loads((out / f"{name}.json").read_text())["cells"]}
+    assert (
+        cells["table4"]["ugaf"] == cells["table2"]["all"] and cells["table4"]["concat"] == cells["table2"]["pdgr_spsd"]
+    )
+
+
+@pytest.mark.parametrize("name", ["channel-masking", "correlation-maps", "neighbour-purity"])
+def test_studies_need_no_other(drseg, tmp_path, name):
+    """In a new folder, with two seeds in two processes; the second time everything is there already."""
+    words = ("study", name, *SMALL, "--seeds", "0,1", "--jobs", "2", "--out", tmp_path)
+    code, printed, err = drseg(*words)
     assert code == 0, err
-    assert "| source |" in printed and (out / "correlation-maps.png").stat().st_size > 1000
-    index = (out / "index.md").read_text()
-    assert "* [correlation-maps](correlation-maps.md): " in index and "other" not in index
+    found = json.loads((tmp_path / f"{name}.json").read_text())["found"]
+    assert all(list(by_seed) == ["0", "1"] for by_seed in found.values())
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("**/*.json")}
+    assert drseg(*words)[1] == printed and kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert json.loads((tmp_path / f"{name}.json").read_text())["found"] == found
+
+
+def test_a_seed_that_fails_fails_alone(drseg, tmp_path, monkeypatch):
+    measure = channels._masked
+
+    def broken(setting, seed, out):
+        if seed == 1:
+            raise ValueError("one is not finite")
+        return measure(setting, seed, out)
+
+    monkeypatch.setattr(channels, "_masked", broken)
+    words = ("study", "channel-masking", *SMALL, "--out", tmp_path)
+    code, printed, err = drseg(*words, "--seeds", "0,1")
+    assert code == 8 and "seed 1: ValueError: one is not finite" in printed and "1 cells failed: seed 1" in err
+    assert "\nSeeds 0; " in printed and "Not run: seed 1" in printed
+    code, _, err = drseg(*words, "--seeds", "1")
+    assert code == 8 and "channel-masking has no result; ValueError: one is not finite" in err
+
+
+def test_other_files_are_no_studies(drseg, tmp_path):
+    (tmp_path / "mine.json").write_text("[]")
+    assert drseg("study", "activation-sparsity", *SMALL, "--out", tmp_path)[0] == 0
+    assert "mine" not in (tmp_path / "index.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,29 @@ def test_forward_and_backward(variant, kind: str) -> None:
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_of_the_original_maps(variant, kind: str) -> None:
+    """A fusion whose kernel is the same for all rotations sees their mean; the mean alone has one kernel for it."""
+    torch.manual_seed(0)
+    stacked = build_model(variant("fusion", kind=kind)).eval()
+    averaged = build_model(variant("fusion", kind=kind, original="mean")).eval()
+    maps, refined = torch.rand(2, 4, 3, 8, 8), torch.rand(2, 1, 3, 8, 8)
+    if kind != "mean":
+        state = averaged.fusion.state_dict()
+        name = {"none": "embed.weight", "concat": "embed.weight"}.get(kind, "embed_original.weight")
+        weight = state[name]
+        spread = weight[:, :1].repeat(1, 4, 1, 1) / 4
+        stacked.fusion.load_state_dict({**state, name: torch.cat((spread, weight[:, 1:]), dim=1)})
+        found = averaged.fusion(maps.mean(dim=1, keepdim=True), refined)
+        expected = stacked.fusion(maps, refined)
+        torch.testing.assert_close(found.embedding, expected.embedding)
+        torch.testing.assert_close(found.uncertainty, expected.uncertainty)
+    seen: list[tuple[int, ...]] = []
+    averaged.fusion.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape)))
+    output = averaged(torch.rand(2, 3, 64, 64), averaged.tokenize(NAMES))
+    assert seen == [(2, 1, 4, 8, 8)] and output.original.shape == (2, 4, 8, 8)
+
+
 def test_the_baseline_has_neither_prior_nor_graph_nor_split(variant) -> None:
     model = build_model(variant("fusion", kind="none"))
     assert model.dino is None and model.pdgr is None and model.spsd is None

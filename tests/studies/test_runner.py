@@ -22,14 +22,16 @@ from PIL import Image
 from drseg_core.config.load import override
 from drseg_core.data.protocols import PROTOCOLS
 from drseg_core.data.synthetic import write_scenes
-from drseg_core.errors import ConfigError, NumericalError, ResourceError
+from drseg_core.errors import CheckpointError, ConfigError, NumericalError, ResourceError
 from drseg_core.models.segmenter import SegmenterOutput
 from drseg_core.studies import runner
 from drseg_core.studies.setting import ScoredSet, Setting, make_setting
 from drseg_core.studies.tables import Cell, TrainingStudy
 from drseg_core.studies.training import run_training_study
+from drseg_core.training.lock import run_lock
 from drseg_core.training.run import LoadedRun
 from drseg_core.training.signals import TrainingStopped
+from drseg_core.training.versions import device_name
 from tests.data.miniatures import write_release
 
 PLAIN, OTHER = Cell("plain", "plain", {"model.fusion.kind": "none"}), Cell("other", "other", {"model.fusion.tau": 0.5})
@@ -132,6 +134,42 @@ def test_a_cell_that_stopped_goes_on_and_ends_the_same(setting, finished, tmp_pa
     assert runner.run_cell(setting, OTHER, 0, out) == finished[1]["other"] and not names
 
 
+def test_a_cell_needs_nothing_that_was_there_before(setting, finished, tmp_path):
+    assert runner.run_cell(setting, PLAIN, 0, tmp_path) == finished[1]["plain"]
+
+
+def test_a_damaged_checkpoint_is_not_scored(setting, finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    folder = runner.cell_folder(setting, OTHER, 0, out)
+    (folder / runner.SCORES).unlink()
+    (weights,) = folder.glob("checkpoints/*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="checksum mismatch"):
+        runner.run_cell(setting, OTHER, 0, out)
+
+
+def test_a_run_that_another_process_trains_is_not_wiped(setting, finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    folder = runner.cell_folder(setting, OTHER, 0, out)
+    (folder / runner.SCORES).unlink()
+    shutil.rmtree(folder / "checkpoints")
+    with run_lock(folder), pytest.raises(CheckpointError, match=f"in use; locked by pid {os.getpid()}"):
+        runner.run_cell(setting, OTHER, 0, out)
+    assert (folder / "config.yaml").is_file()
+
+
+def test_commits_and_machines_are_those_of_the_trainings(setting, finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    never = Cell("never", "never", {"model.fusion.tau": 0.9})
+    found = runner.provenance(setting, [PLAIN, OTHER, never], out)
+    assert len(found["commits"]) <= 1 and found["machines"] == [f"{device_name('cpu')}, threads: 1"]
+    path = runner.cell_folder(setting, PLAIN, 0, out) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "git": "abc", "machine": {"device": "H100", "threads": 4}}))
+    found = runner.provenance(setting, [PLAIN, OTHER], out)
+    assert "abc" in found["commits"] and found["machines"][0] == "H100, threads: 4" and len(found["machines"]) == 2
+
+
 def test_a_stop_stops_the_study_and_is_no_failed_cell(setting, finished, tmp_path, monkeypatch):
     out = shutil.copytree(finished[0], tmp_path / "out")
 
@@ -152,7 +190,7 @@ def test_content_that_changes_under_its_path_is_other_content(setting, tmp_path)
         write_scenes(tmp_path / name, splits={"train": 2, "val": 2}, size=32, seed=0)
     data = f"folder:{tmp_path / 'tr'}"
     changed = dataclasses.replace(setting, data=data, tests=(ScoredSet("a", f"folder:{tmp_path / 'te'}"),))
-    folder, tests = runner.cell_folder(changed, PLAIN, 0, out), runner._tests(changed)
+    folder, tests = runner.cell_folder(changed, PLAIN, 0, out), runner.scored_sets(changed)
     weights = tmp_path / "prior.safetensors"
     weights.write_bytes(b"one")
     with_file = override(changed.config, {"model.dino.weights": str(weights)})
@@ -161,7 +199,7 @@ def test_content_that_changes_under_its_path_is_other_content(setting, tmp_path)
         write_scenes(tmp_path / name, splits={"train": 2, "val": 2}, size=32, seed=1, overwrite=True)
     weights.write_bytes(b"two!")
     runner._fingerprint.cache_clear()
-    assert runner.cell_folder(changed, PLAIN, 0, out) != folder and runner._tests(changed) != tests
+    assert runner.cell_folder(changed, PLAIN, 0, out) != folder and runner.scored_sets(changed) != tests
     assert runner.files_hash(with_file, out) != first
 
 
@@ -306,6 +344,10 @@ def _square(value):
     return value * value
 
 
+def _pid():
+    return os.getpid()
+
+
 def _sleep(path):
     path.touch()
     time.sleep(600)
@@ -326,9 +368,14 @@ class TestTasks:
         with pytest.raises(NumericalError, match="three"):
             list(runner.run_tasks([(_square, (3,))], 2))
 
-    def test_a_process_that_is_killed_is_no_hang(self):
-        with pytest.raises(ResourceError, match="exit code -9"):
-            list(runner.run_tasks([(_square, (4,))], 2))
+    def test_a_process_that_is_killed_fails_its_task_alone(self):
+        found = dict(runner.run_tasks([(_square, (value,)) for value in (4, 1, 2, 4, 5)], 2))
+        assert {place: found[place] for place in (1, 2, 4)} == {1: 1, 2: 4, 4: 25}
+        for place in (0, 3):
+            assert isinstance(found[place], ResourceError) and "exit code -9" in str(found[place])
+
+    def test_processes_are_used_again(self):
+        assert len({pid for _, pid in runner.run_tasks([(_pid, ())] * 5, 2)}) <= 2
 
     def test_whoever_stops_leaves_nobody_running(self, tmp_path):
         def stopped():

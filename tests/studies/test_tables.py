@@ -58,6 +58,57 @@ def test_the_paper_s_numbers_agree_with_each_other():
     assert [row.miou for row in paper.TABLE2.values()] == sorted(row.miou for row in paper.TABLE2.values())
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "clip", "miou", "macc"),
+    [
+        ("dlrsd", "ViT-B-16-quickgelu", 45.00, 60.42),
+        ("dlrsd", "ViT-L-14-336", 49.01, 64.90),
+        ("isaid", "ViT-B-16", 33.89, 55.30),
+        ("isaid", "ViT-L-14-336", 37.84, 60.14),
+        # what the paper does not have
+        ("synthetic", "drseg-tiny", 49.01, 64.90),
+    ],
+)
+def test_the_means_of_the_paper_s_table_1(trained_on, clip, miou, macc):
+    rows, of = paper.table1(trained_on, clip, ["synthetic"])
+    assert (rows["drseg"].miou, rows["drseg"].macc) == pytest.approx((miou, macc), abs=0.011)
+    assert of.endswith("mean over its eight sets") and ("rskt" in rows) == ("DLRSD, ViT-L" in of)
+
+
+def test_the_paper_s_table_1_over_the_sets_that_are_scored():
+    setting = make_setting("vitl", data="dlrsd:x", tests=["potsdam:x", "vdd:x"], protocol="rskt")
+    study = training_study("table1", setting)
+    found = {cell.name: cell.paper for cell in study.cells}
+    assert found["drseg"].miou == pytest.approx((45.91 + 41.00) / 2, abs=0.006) and found["sed"] is None
+    assert found["rskt"].miou == pytest.approx((37.14 + 40.55) / 2, abs=0.006) and found["rskt"].macc is None
+    assert study.paper == "DLRSD, ViT-L, mean over potsdam, vdd"
+    assert list(found)[-1] == "drseg" and len(found) == 8
+
+
+def test_what_a_sweep_is_compared_with_is_the_configuration(quick):
+    assert training_study("sweep-neighbours", quick).reference == "neighbours_33"
+    full = make_setting("vitl", tests=["x=folder:x"], data="folder:x")
+    assert training_study("sweep-neighbours", full).reference == "neighbours_75"
+    other = dataclasses.replace(quick, config=override(quick.config, {"model.graph.k": 7}))
+    assert training_study("sweep-neighbours", other).reference is None
+
+
+def test_blocks_of_the_prior(quick):
+    assert [cell.options["model.dino.layer"] for cell in training_study("sweep-dino-layer", quick).cells] == [None, 0]
+    full = make_setting("vitl", tests=["x=folder:x"], data="folder:x")
+    cells = training_study("sweep-dino-layer", full).cells
+    assert [cell.options["model.dino.layer"] for cell in cells] == [None, 17, 11, 5]
+
+
+def test_a_second_clip_that_is_not_there(quick):
+    full = make_setting("vitl", tests=["x=folder:x"], data="folder:x")
+    reasons = [cell.why_not for cell in training_study("sweep-remote-clip", full).cells]
+    assert reasons[0] is None and "model.remote.weights" in reasons[1]
+    given = dataclasses.replace(full, config=override(full.config, {"model.remote.weights": "remote.pt"}))
+    assert all(cell.why_not is None for cell in training_study("sweep-remote-clip", given).cells)
+    assert quick.start_config(0).model.decoder.remote_clip is False
+
+
 def test_a_prior_that_is_not_there(quick):
     full = make_setting("vitl", tests=["x=folder:x"], data="folder:x")
     reasons = {cell.name: cell.why_not for cell in training_study("table3", full).cells}

@@ -12,7 +12,7 @@ from drseg_core.config.schema import EvaluationConfig
 from drseg_core.data.synthetic import SyntheticDataset, SyntheticOptions
 from drseg_core.models.segmenter import SegmenterOutput
 from drseg_core.studies.maps import reliance, roc_area
-from drseg_core.studies.zero_shot import SubsetScores, pixels_below
+from drseg_core.studies.zero_shot import SubsetScores, pixels_below, sampled
 
 
 def test_pixels_below_counts_every_known_pixel_once():
@@ -28,6 +28,13 @@ def test_pixels_below_counts_every_known_pixel_once():
         y, x = divmod(token, 6)
         cell = mask[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].flatten().long()
         assert torch.equal(pixels[token], torch.bincount(cell, minlength=3).double())
+
+
+def test_a_sample_is_always_the_same_and_not_the_first_ones():
+    dataset = SyntheticDataset(SyntheticOptions(scenes=50, size=32))
+    found = sampled(dataset, 10)
+    assert found == sampled(dataset, 10) == sorted(set(found)) and len(found) == 10 and found != list(range(10))
+    assert sampled(dataset, 60) == list(range(50))
 
 
 def test_subsets_against_slicing_and_normalising_again():
