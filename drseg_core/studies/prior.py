@@ -9,6 +9,7 @@ any method: all that have a prior get the same one, frozen.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -24,13 +25,20 @@ from drseg_core.models.dino import DinoPrior
 from drseg_core.models.weights import save_weights
 from drseg_core.training.rank_channels import label_on_grid
 
-BATCH, RATE, TEMPERATURE = 8, 1e-3, 0.1
+BATCH, RATE, DECAY, TEMPERATURE = 8, 1e-3, 1e-2, 0.1
 _log = logging.getLogger(__name__)
+
+
+@functools.cache
+def fingerprint(spec: str, split: str) -> str:
+    """Of a data set as it is when this process first asks: its content, not its path."""
+    return open_dataset(spec, split).fingerprint()
 
 
 def prior_file(config: DinoConfig, data: str, steps: int, out: Path) -> Path:
     """Where a taught prior is kept: named by all that decides it."""
-    content = {"config": dataclasses.asdict(config), "data": data, "steps": steps, "batch": BATCH, "rate": RATE}
+    teaching = {"steps": steps, "batch": BATCH, "rate": RATE, "decay": DECAY, "temperature": TEMPERATURE}
+    content = {"config": dataclasses.asdict(config), "data": fingerprint(data, "train"), **teaching}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return out / "runs" / f"prior-{digest[:12]}.safetensors"
 
@@ -53,7 +61,7 @@ def teach_prior(config: DinoConfig, data: str, steps: int, out: Path) -> Path:
     dataset = open_dataset(data, "train")
     prior = DinoPrior(config)
     prior.encoder.requires_grad_(True)
-    optimizer = torch.optim.AdamW(prior.encoder.parameters(), lr=RATE, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(prior.encoder.parameters(), lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 1))
     generator = torch.Generator().manual_seed(config.seed)
     for step in range(steps):

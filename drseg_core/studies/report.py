@@ -127,9 +127,9 @@ def difference_text(first: Scores, second: Scores) -> str | None:
     return f"{statistics.fmean(found):+.1f}{deviation}"
 
 
-def _paper_columns(row: PaperRow | None) -> dict[str, float | None]:
-    row = row or PaperRow()
-    return {"paper: mIoU": row.miou, "fwIoU ": row.fwiou, "mACC ": row.macc}
+def _paper_columns(row: PaperRow | None) -> dict[str, str | None]:
+    columns = zip(("paper: mIoU", "fwIoU ", "mACC "), row or PaperRow(), strict=True)
+    return {title: None if value is None else f"{value:.2f}" for title, value in columns}
 
 
 def markdown(

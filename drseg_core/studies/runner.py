@@ -28,12 +28,11 @@ import torch
 
 from drseg_core.config.load import override
 from drseg_core.config.schema import Config
-from drseg_core.data import open_dataset
 from drseg_core.data.manifest import file_sha256
 from drseg_core.errors import DRSegError, ResourceError
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.files import write_text_atomic
-from drseg_core.studies.prior import prior_file, teach_prior
+from drseg_core.studies.prior import fingerprint, prior_file, teach_prior
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell
 from drseg_core.training.checkpoint import newest_checkpoint
@@ -89,9 +88,9 @@ def _folder(out: Path, kind: str, config: Config, setting: Setting, start: str |
         plain["model"]["dino"]["weights"] = Path(weights).name
     content = {
         "version": VERSION,
-        "config": _changed(plain, plain_config(Config())),
+        "config": changed_options(plain, plain_config(Config())),
         "files": files_hash(config, out),
-        "data": _fingerprint(setting.data, "train"),
+        "data": fingerprint(setting.data, "train"),
         "start": start,
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -121,12 +120,6 @@ def _file_hash(path: str, size: int, changed: int) -> str:
     return file_sha256(Path(path))
 
 
-@functools.cache
-def _fingerprint(spec: str, split: str) -> str:
-    """Of a data set as it is when this process first asks: its content, not its path."""
-    return open_dataset(spec, split).fingerprint()
-
-
 def scored_sets(setting: Setting) -> list[dict[str, Any]]:
     """What is scored, told by its content."""
     found = []
@@ -136,10 +129,10 @@ def scored_sets(setting: Setting) -> list[dict[str, Any]]:
     return found
 
 
-def _changed(config: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+def changed_options(config: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     """Options that are not at their default: one that a later version adds changes no name."""
     found = {
-        key: _changed(value, default[key]) if isinstance(value, dict) else value
+        key: changed_options(value, default[key]) if isinstance(value, dict) else value
         for key, value in config.items()
         if value != default[key]
     }

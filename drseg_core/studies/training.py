@@ -8,12 +8,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from drseg_core.config.schema import Config
 from drseg_core.files import write_text_atomic
 from drseg_core.ops import backend_report
 from drseg_core.studies import figures, report
-from drseg_core.studies.runner import provenance, run_cells, seconds
+from drseg_core.studies.runner import changed_options, provenance, run_cells, seconds
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell, training_study
+from drseg_core.training.run import plain_config
 from drseg_core.training.versions import library_versions
 
 _log = logging.getLogger(__name__)
@@ -34,7 +36,8 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
     """
     study = training_study(name, setting)
     name += setting.suffix
-    facts: dict[str, Any] = {**setting.record(), "command": command}
+    options = changed_options(plain_config(setting.config), plain_config(Config()))
+    facts: dict[str, Any] = {**setting.record(), "command": command, "config": options}
     scores: dict[str, dict[int, Any]] = {}
     problems: dict[str, str] = {}
     seeds_left = {cell.name: len(setting.seeds) for cell in study.cells}
@@ -82,8 +85,9 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
         seeds_left[cell.name] -= 1
         write()
 
-    write()
     run_cells(setting, study.cells, out, jobs=jobs, done=done)
+    # for a study none of whose cells can be run
+    write()
     figures.draw_training_study(study, scores, out / f"{name}.png")
     return problems
 
