@@ -173,6 +173,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the figures to the baseline")
     parser.add_argument("--arch", type=int, action="append", choices=[target.arch for target in TARGETS])
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name has this in it")
     args = parser.parse_args()
     import triton
 
@@ -186,6 +187,8 @@ def main() -> int:
         if args.arch and target.arch not in args.arch:
             continue
         for variant in variants(target):
+            if args.only not in variant.name:
+                continue
             begin = time.perf_counter()
             key = f"sm_{target.arch} {variant.name}"
             ptx, figures = build(variant, target)
@@ -203,7 +206,10 @@ def main() -> int:
                 print(f"  FAILED {problem}", flush=True)
             failed += bool(problems)
     if args.update and not failed:
-        kept = {key: value for key, value in before.items() if args.arch and int(key[3:].split()[0]) not in args.arch}
+        # what was not built now
+        others = {key for key in before if args.only not in key}
+        others |= {key for key in before if args.arch and int(key[3:].split()[0]) not in args.arch}
+        kept = {key: before[key] for key in others}
         baseline[triton.__version__] = dict(sorted({**kept, **rows}.items()))
         BASELINE.write_text(json.dumps(baseline, indent=1) + "\n", encoding="utf-8")
     print(f"aot: {len(rows)} kernels built with Triton {triton.__version__}, {failed} failed")

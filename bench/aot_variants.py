@@ -65,6 +65,7 @@ def variants(target: Any) -> Iterator[Variant]:
     device = Device(target.name, target.l2_bytes, target.shared_bytes)
     seen = set()
     for found in (
+        _prepare_prior,
         _knn_tiles,
         _knn_on_chip,
         _knn_fused,
@@ -82,6 +83,22 @@ def variants(target: Any) -> Iterator[Variant]:
 
 def _name(op: str, words: dict[str, Any], num_warps: int) -> str:
     return f"{op} " + " ".join(f"{key.lower()}={value}" for key, value in words.items()) + f" num_warps={num_warps}"
+
+
+def _prepare_prior(device: Any) -> Iterator[Variant]:
+    from drseg_kernels import prepare_prior as op
+    from drseg_kernels._tile import FUSED
+
+    for dtype, channels in (("fp32", 1024), ("bf16", 1024), ("fp16", 1024), ("fp32", 96), ("fp32", 1000)):
+        columns = op.columns_of(channels)
+        constants = {"SCALE": dtype != "fp16", "COLUMNS": columns}
+        types = {"prior_ptr": f"*{dtype}", "scaled_ptr": f"*{dtype}", "inverse_ptr": "*fp32"}
+        warps = op.warps_of(columns)
+        even = channels % 16 == 0
+        name = _name("prepare_prior", {"dtype": dtype, **constants} | ({} if even else {"even": False}), warps)
+        options = {"num_warps": warps, **FUSED}
+        sizes = ("channels",) if even else ()
+        yield Variant(name, op._prepare_prior_kernel, types, constants, options, 64 * warps, sizes)
 
 
 def _knn_tiles(device: Any) -> Iterator[Variant]:

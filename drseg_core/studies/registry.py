@@ -12,7 +12,7 @@ from drseg_core.studies.channels import activation_sparsity, channel_masking, re
 from drseg_core.studies.graph import neighbour_purity
 from drseg_core.studies.maps import correlation_maps
 from drseg_core.studies.setting import make_setting
-from drseg_core.studies.tables import training_study, training_study_names
+from drseg_core.studies.tables import training_study_names, training_study_title
 from drseg_core.studies.training import run_training_study
 
 
@@ -42,7 +42,8 @@ def _all() -> dict[str, Study]:
     ]
     setting = make_setting()
     for name in training_study_names():
-        found.append(Study(name, training_study(name, setting).title, functools.partial(run_training_study, name)))
+        title = training_study_title(name, setting)
+        found.append(Study(name, title, functools.partial(run_training_study, name)))
     return {study.name: study for study in found}
 
 

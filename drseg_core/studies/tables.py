@@ -137,6 +137,11 @@ def training_study_names() -> tuple[str, ...]:
     return (*_TABLES, *(f"sweep-{name}" for name in _SWEEPS))
 
 
+def training_study_title(name: str, setting: Setting) -> str:
+    """Its title, without a look at any model."""
+    return _TABLES[name](setting).title if name in _TABLES else _SWEEPS[name.removeprefix("sweep-")][0]
+
+
 def _table1(setting: Setting) -> TrainingStudy:
     kinds = [test.spec.partition(":")[0] for test in setting.tests]
     rows, of = paper.table1(setting.data.partition(":")[0], setting.config.model.clip.name, kinds)

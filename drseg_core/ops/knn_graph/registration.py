@@ -66,6 +66,10 @@ def prepare_prior(prior: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         batched = prior if prior.dim() == 3 else prior[None]
         scaled, inverse_norm = torch.ops.drseg_native.prepare_prior(batched.contiguous())
         return scaled.view(prior.shape), inverse_norm.view(prior.shape[:-1])
+    if chosen.name == "triton":
+        from drseg_kernels.prepare_prior import prepare_prior as launch
+
+        return launch(prior)
     scaled, inverse_norm = reference.prepare_prior(prior)
     # the result of an op may not be its argument
     return scaled.clone() if scaled is prior else scaled.contiguous(), inverse_norm

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prior's rows scaled by exact powers of two, and the inverse of their L2 norms, in one pass over memory.
+
+A program is one row. It reads the row twice, the second time from the cache, and writes it once: 38 MB for 8 x 576
+nodes of 1024 channels, which an H100 moves in 0.015 ms, where the reference's dozen launches take 0.13 (2026-11). The
+kernel itself has not been timed yet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from drseg_kernels._launch import on_device_of, power_of_two_from
+from drseg_kernels._tile import FUSED
+
+# channels that a program works on at a time, at least and at most
+_COLUMNS = (32, 1024)
+
+
+@triton.jit
+def _prepare_prior_kernel(prior_ptr, scaled_ptr, inverse_ptr, channels, SCALE: tl.constexpr, COLUMNS: tl.constexpr):
+    """``scaled`` (B * N, D) in the prior's dtype and ``inverse`` (B * N,); without SCALE the row is copied."""
+    row = tl.program_id(0).to(tl.int64)
+    prior_ptr += row * channels
+    scaled_ptr += row * channels
+    largest = tl.zeros((COLUMNS,), tl.float32)
+    broken = tl.zeros((COLUMNS,), tl.int32)
+    for start in range(0, channels, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        size = tl.abs(tl.load(prior_ptr + column, mask=column < channels, other=0.0).to(tl.float32))
+        largest = tl.maximum(largest, size)
+        # true of infinity, and of NaN, which compares with nothing
+        broken = tl.where(size < float("inf"), broken, 1)
+    any_broken = tl.max(broken, axis=0) > 0
+
+    # the exponent that frexp gives; subnormal values scale like the smallest normal ones, a row of zeros not at all
+    top = tl.max(largest, axis=0)
+    exponent = tl.minimum(((top.to(tl.int32, bitcast=True) >> 23) & 255) - 126, 126)
+    exponent = tl.where(any_broken, 1, tl.where(top == 0, 0, exponent))
+    scale = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, channels, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        value = tl.load(prior_ptr + column, mask=column < channels, other=0.0)
+        if SCALE:
+            value = (value.to(tl.float32) * scale).to(scaled_ptr.dtype.element_ty)
+        tl.store(scaled_ptr + column, value, mask=column < channels)
+        wide = value.to(tl.float32)
+        total += wide * wide
+    norm = tl.sqrt_rn(tl.sum(total, axis=0))
+    inverse = tl.where(norm > 0, tl.div_rn(1.0, norm), 0.0)
+    tl.store(inverse_ptr + row, tl.where(any_broken, float("nan"), inverse))
+
+
+def columns_of(channels: int) -> int:
+    return min(_COLUMNS[1], max(_COLUMNS[0], power_of_two_from(channels)))
+
+
+def warps_of(columns: int) -> int:
+    # eight channels per thread
+    return max(1, columns // 256)
+
+
+def prepare_prior(prior: Tensor) -> tuple[Tensor, Tensor]:
+    """``prior`` (..., N, D) float32, float16 or bfloat16, scaled, and ``inverse_norm`` (..., N) float32."""
+    channels = prior.shape[-1]
+    prior = prior.contiguous()
+    scaled = torch.empty_like(prior)
+    inverse = torch.empty(prior.shape[:-1], dtype=torch.float32, device=prior.device)
+    if inverse.numel() > 0:
+        columns = columns_of(channels)
+        # squares of float16 values are within the range of float32
+        with on_device_of(prior):
+            _prepare_prior_kernel[(inverse.numel(),)](
+                prior,
+                scaled,
+                inverse,
+                channels,
+                SCALE=prior.dtype != torch.float16,
+                COLUMNS=columns,
+                num_warps=warps_of(columns),
+                **FUSED,
+            )
+    return scaled, inverse
