@@ -205,9 +205,9 @@ def main() -> int:
             for problem in problems:
                 print(f"  FAILED {problem}", flush=True)
             failed += bool(problems)
-    if args.update and not failed:
+    if args.update and rows and not failed:
         # what was not built now
-        others = {key for key in before if args.only not in key}
+        others = {key for key in before if args.only not in key.partition(" ")[2]}
         others |= {key for key in before if args.arch and int(key[3:].split()[0]) not in args.arch}
         kept = {key: before[key] for key in others}
         baseline[triton.__version__] = dict(sorted({**kept, **rows}.items()))

@@ -36,6 +36,7 @@ class Method:
 _NO_PRIOR = {"model.fusion.kind": "none", "model.decoder.dino_guidance": False}
 # masks first, classes second: there is no decoder to guide
 _PROPOSALS = {**_NO_PRIOR, "model.decoder.remote_clip": False, "model.rotations": 1}
+_ROTATED = {"model.rotations": 4, "model.fusion.original": "stack"}
 _SWIN = {"model.aggregator.kind": "swin"}
 # every method begins here, whatever the configuration says
 _RESET = {
@@ -58,7 +59,7 @@ METHODS: dict[str, Method] = {
     "ovrs": Method(
         "OVRS",
         "arXiv 2409.07683; caoql98/OVRS",
-        {**_NO_PRIOR, **_SWIN, "model.rotations": 4, "model.decoder.guidance_attention": True},
+        {**_NO_PRIOR, **_SWIN, **_ROTATED, "model.decoder.guidance_attention": True},
         "heads and MLP widths are the configuration's",
     ),
     "gsnet": Method(
@@ -77,8 +78,8 @@ METHODS: dict[str, Method] = {
         "RSKT-Seg",
         "arXiv 2509.12040; LiBingyu01/RSKT-Seg",
         {
+            **_ROTATED,
             "model.aggregator.kind": "efficient",
-            "model.rotations": 4,
             "model.fusion.kind": "separate",
             "model.fusion.branch": "prior",
             "model.decoder.dino_guidance": True,

@@ -52,11 +52,13 @@ def _row(content: Mapping[str, Any]) -> dict[str, Any]:
     if lowest != highest:
         apart = difference_text(scores[lowest], scores[highest])
     spent = content.get("seconds")
+    # of rows that failed there are fewer
+    seeds = sorted({found.seeds for found in means.values()})
     return {
         "study": _link(content),
         "what": content["title"],
         "rows": str(len(scores)),
-        "seeds": str(len(content["seeds"])),
+        "seeds": " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))) if seeds else "0",
         "lowest": shown.get(lowest),
         "highest": shown.get(highest),
         "apart": apart,

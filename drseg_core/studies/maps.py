@@ -44,7 +44,6 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
     measured = measure_seeds("correlation-maps", _measured_maps, setting, out, jobs)
     found = measured.found
     first = next(iter(next(iter(found.values()))))
-    examples = [_example(*maps) for test in setting.tests for maps in islice(_maps(setting, test, first, out), SHOWN)]
     rows = [
         {"test set": name, **{key: mean_text([row[key] for row in by_seed.values()]) for key in (*MAPS, *RELIANCE)}}
         for name, by_seed in found.items()
@@ -56,6 +55,10 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
     )
 
     def draw(plt: Any) -> Any:
+        # its folder may be gone
+        run_cell(setting, DRSEG, first, out)
+        shown = [maps for test in setting.tests for maps in islice(_maps(setting, test, first, out), SHOWN)]
+        examples = [_example(*maps) for maps in shown]
         figure, axes = plt.subplots(len(examples), 6, figsize=(11, 1.9 * len(examples)), squeeze=False)
         for row, (title, pictures) in zip(axes, examples, strict=True):
             for axis, picture in zip(row, pictures, strict=True):

@@ -25,31 +25,32 @@ SETS = ("potsdam", "vaihingen", "uavid", "dlrsd", "isaid", "loveda", "udd5", "vd
 """Columns of Table 1, by the names that data sets have here."""
 
 _MIOU, _MACC = "mIoU", "mACC"
-# (training set, backbone) -> method -> metric -> its sets; of the other methods only what is known of the table
+# (training set, backbone) -> method -> metric -> its sets, and the paper's own mean, rounded from more digits; of the
+# other methods only what is known of the table
 TABLE1: dict[tuple[str, str], dict[str, dict[str, tuple[float, ...]]]] = {
     ("dlrsd", "ViT-B"): {
         "drseg": {
-            _MIOU: (41.55, 41.39, 28.45, 90.91, 39.65, 32.38, 46.36, 39.35),
-            _MACC: (57.69, 57.80, 43.23, 95.27, 56.18, 56.33, 62.14, 54.79),
+            _MIOU: (41.55, 41.39, 28.45, 90.91, 39.65, 32.38, 46.36, 39.35, 45.00),
+            _MACC: (57.69, 57.80, 43.23, 95.27, 56.18, 56.33, 62.14, 54.79, 60.42),
         }
     },
     ("dlrsd", "ViT-L"): {
         "drseg": {
-            _MIOU: (45.91, 47.99, 27.78, 91.13, 57.56, 34.10, 46.63, 41.00),
-            _MACC: (60.14, 68.06, 42.53, 95.15, 73.92, 56.59, 62.61, 60.16),
+            _MIOU: (45.91, 47.99, 27.78, 91.13, 57.56, 34.10, 46.63, 41.00, 49.01),
+            _MACC: (60.14, 68.06, 42.53, 95.15, 73.92, 56.59, 62.61, 60.16, 64.90),
         },
-        "rskt": {_MIOU: (37.14, 42.29, 23.88, 91.58, 56.88, 31.43, 45.73, 40.55)},
+        "rskt": {_MIOU: (37.14, 42.29, 23.88, 91.58, 56.88, 31.43, 45.73, 40.55, 46.18)},
     },
     ("isaid", "ViT-B"): {
         "drseg": {
-            _MIOU: (19.40, 19.66, 18.73, 28.84, 92.17, 28.97, 31.12, 32.20),
-            _MACC: (41.24, 45.34, 36.46, 59.22, 95.56, 52.74, 58.44, 53.41),
+            _MIOU: (19.40, 19.66, 18.73, 28.84, 92.17, 28.97, 31.12, 32.20, 33.89),
+            _MACC: (41.24, 45.34, 36.46, 59.22, 95.56, 52.74, 58.44, 53.41, 55.30),
         }
     },
     ("isaid", "ViT-L"): {
         "drseg": {
-            _MIOU: (29.67, 28.89, 18.90, 31.98, 94.61, 30.52, 33.42, 34.75),
-            _MACC: (52.90, 56.55, 36.98, 64.06, 97.02, 53.56, 59.82, 60.23),
+            _MIOU: (29.67, 28.89, 18.90, 31.98, 94.61, 30.52, 33.42, 34.75, 37.84),
+            _MACC: (52.90, 56.55, 36.98, 64.06, 97.02, 53.56, 59.82, 60.23, 60.14),
         }
     },
 }
@@ -99,11 +100,13 @@ def table1(trained_on: str, clip: str, tests: Sequence[str]) -> tuple[dict[str, 
         tests: names of the test sets; where the paper lacks one of them, the means are over all of its eight.
     """
     key = next((key for key in TABLE1 if key[0] == trained_on and clip.startswith(key[1])), ("dlrsd", "ViT-L"))
-    sets = tests if tests and set(tests) <= set(SETS) else SETS
-    places = [SETS.index(name) for name in sets]
+    sets = tests if set(tests) < set(SETS) and tests else SETS
     rows = {}
     for method, metrics in TABLE1[key].items():
-        mean = {name: round(statistics.fmean(values[at] for at in places), 2) for name, values in metrics.items()}
+        mean = {
+            name: values[-1] if sets is SETS else round(statistics.fmean(values[SETS.index(one)] for one in sets), 2)
+            for name, values in metrics.items()
+        }
         rows[method] = PaperRow(mean.get(_MIOU), None, mean.get(_MACC))
     where = "its eight sets" if sets is SETS else ", ".join(sets)
     return rows, f"{'DLRSD' if key[0] == 'dlrsd' else 'iSAID'}, {key[1]}, mean over {where}"

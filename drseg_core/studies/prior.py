@@ -38,7 +38,9 @@ def fingerprint(spec: str, split: str) -> str:
 def prior_file(config: DinoConfig, data: str, steps: int, out: Path) -> Path:
     """Where a taught prior is kept: named by all that decides it."""
     teaching = {"steps": steps, "batch": BATCH, "rate": RATE, "decay": DECAY, "temperature": TEMPERATURE}
-    content = {"config": dataclasses.asdict(config), "data": fingerprint(data, "train"), **teaching}
+    # only the encoder is taught, whatever is taken from it later
+    encoder = dataclasses.replace(config, layer=None, features="tokens", guidance_blocks=(0, 1))
+    content = {"config": dataclasses.asdict(encoder), "data": fingerprint(data, "train"), **teaching}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return out / "runs" / f"prior-{digest[:12]}.safetensors"
 

@@ -19,21 +19,21 @@ import multiprocessing.connection
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from drseg_core.config.load import override
 from drseg_core.config.schema import Config
 from drseg_core.data.manifest import file_sha256
-from drseg_core.errors import DRSegError, ResourceError
+from drseg_core.errors import DRSegError
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.files import write_text_atomic
 from drseg_core.studies.prior import fingerprint, prior_file, teach_prior
-from drseg_core.studies.setting import Setting
+from drseg_core.studies.setting import ScoredSet, Setting, open_test
 from drseg_core.studies.tables import Cell
 from drseg_core.training.checkpoint import newest_checkpoint
 from drseg_core.training.lock import LOCK_NAME, run_lock
@@ -50,6 +50,13 @@ _log = logging.getLogger(__name__)
 
 Task = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function of a module, and its arguments."""
+
+
+class Outcome(NamedTuple):
+    """What a task gave, or why it gave nothing."""
+
+    result: Any
+    problem: str | None
 
 
 def start_folder(setting: Setting, seed: int, out: Path) -> Path:
@@ -122,11 +129,17 @@ def _file_hash(path: str, size: int, changed: int) -> str:
 
 def scored_sets(setting: Setting) -> list[dict[str, Any]]:
     """What is scored, told by its content."""
-    found = []
-    for test in setting.tests:
-        dataset, _ = setting.open_test(test)
-        found.append({**dataclasses.asdict(test), "sha256": dataset.fingerprint()})
-    return found
+    return [
+        {**dataclasses.asdict(test), "sha256": _scored_fingerprint(setting.protocol, setting.data, test)}
+        for test in setting.tests
+    ]
+
+
+@functools.cache
+def _scored_fingerprint(protocol: str | None, data: str, test: ScoredSet) -> str:
+    # the whole content is read, and every cell asks
+    dataset, _ = open_test(protocol, data, test)
+    return dataset.fingerprint()
 
 
 def changed_options(config: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
@@ -146,13 +159,11 @@ def train_start(setting: Setting, seed: int, out: Path) -> Path:
     return folder
 
 
-def train_starts(setting: Setting, seeds: Sequence[int], out: Path, jobs: int) -> None:
-    """The dual encoders of seeds; where one fails, whatever needs it tries again and says why."""
-    tasks: list[Task] = [(attempt, (train_start, setting, seed, out)) for seed in seeds if setting.needs_start]
-    for place, result in run_tasks(tasks, jobs):
-        problem = str(result) if isinstance(result, ResourceError) else result[1]
-        if problem is not None:
-            _log.error("study: the dual encoder of seed %d failed; %s", seeds[place], problem)
+def train_starts(setting: Setting, seeds: Sequence[int], out: Path, jobs: int) -> dict[int, str]:
+    """Train the dual encoders of seeds; returns why some could not be, by seed."""
+    tasks: list[Task] = [(train_start, (setting, seed, out)) for seed in seeds if setting.needs_start]
+    problems = {seeds[place]: problem for place, (_, problem) in run_tasks(tasks, jobs) if problem is not None}
+    return {seed: f"its dual encoder failed; {problem}" for seed, problem in problems.items()}
 
 
 def run_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> dict[str, Any]:
@@ -192,12 +203,18 @@ def provenance(setting: Setting, cells: Sequence[Cell], out: Path) -> dict[str, 
     folders = {
         cell_folder(setting, cell, seed, out) for cell in cells for seed in setting.seeds if cell.why_not is None
     }
-    manifests = [read_json(folder / MANIFEST) or {} for folder in folders if (folder / SCORES).is_file()]
-    machines = [manifest["machine"] for manifest in manifests if "machine" in manifest]
+    found = [read_json(folder / MANIFEST) or {} for folder in folders if (folder / SCORES).is_file()]
+    # a training that stopped may have gone on elsewhere
+    parts = [part for manifest in found for part in (manifest, *manifest.get("resumed", ()))]
     return {
-        "commits": sorted({manifest["git"] for manifest in manifests if manifest.get("git")}),
-        "machines": sorted({f"{machine['device']}, threads: {machine['threads']}" for machine in machines}),
+        "commits": sorted({part.get("git") or "unknown" for part in parts}),
+        "machines": sorted({_machine(part) for part in parts}),
     }
+
+
+def _machine(manifest: Mapping[str, Any]) -> str:
+    machine = manifest.get("machine")
+    return "a machine that was not noted" if machine is None else f"{machine['device']}, threads: {machine['threads']}"
 
 
 def seconds(setting: Setting, cells: Sequence[Cell], out: Path) -> float:
@@ -273,22 +290,15 @@ def run_cells(
     missing = [item for item in unique.items() if read_json(item[0] / SCORES) is None]
     seeds = sorted({seed for _, (_, seed) in missing})
     train_priors(setting, [cell for _, (cell, _) in missing], out)
-    train_starts(setting, seeds, out, jobs)
+    failed = train_starts(setting, seeds, out, jobs)
+    for folder, (_, seed) in missing:
+        if seed in failed:
+            report(folder, None, failed[seed])
+            del unique[folder]
     folders = list(unique)
-    tasks: list[Task] = [(attempt, (run_cell, setting, cell, seed, out)) for cell, seed in unique.values()]
-    for place, result in run_tasks(tasks, jobs):
-        report(folders[place], *((None, str(result)) if isinstance(result, ResourceError) else result))
-
-
-def attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
-    """The result, or why there is none: whatever a cell fails of, the others go on."""
-    try:
-        return function(*arguments), None
-    except TrainingStopped:
-        raise
-    except Exception as error:
-        kind = "" if isinstance(error, DRSegError) else f"{type(error).__name__}: "
-        return None, kind + " ".join(str(error).split())
+    tasks: list[Task] = [(run_cell, (setting, cell, seed, out)) for cell, seed in unique.values()]
+    for place, (scores, problem) in run_tasks(tasks, jobs):
+        report(folders[place], scores, problem)
 
 
 def _train(config: Config, setting: Setting, folder: Path, init: Path | None) -> None:
@@ -338,14 +348,28 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Any]]:
-    """Yield (place, result) of each task as it ends: here, or in ``jobs`` processes that take one after another.
+def _outcome(task: Task) -> Outcome:
+    function, arguments = task
+    try:
+        return Outcome(function(*arguments), None)
+    except TrainingStopped:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, DRSegError) else f"{type(error).__name__}: "
+        return Outcome(None, kind + " ".join(str(error).split()))
 
-    The result of a task whose process died (killed, out of memory) is a ResourceError; the others go on.
+
+def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Outcome]]:
+    """Yield (place, outcome) of each task as it ends: here, or in ``jobs`` processes that take one after another.
+
+    Whatever a task fails of, the death of its process (killed, out of memory) included, the others go on.
+
+    Raises:
+        TrainingStopped: a task was told to stop.
     """
     if jobs == 1:
-        for place, (function, arguments) in enumerate(tasks):
-            yield place, function(*arguments)
+        for place, task in enumerate(tasks):
+            yield place, _outcome(task)
         return
     threads = max(1, torch.get_num_threads() // jobs)
     waiting, running = collections.deque(enumerate(tasks)), dict[Connection, int]()
@@ -362,17 +386,16 @@ def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Any]]:
             for worker in cast("list[Connection]", multiprocessing.connection.wait(list(running))):
                 place = running.pop(worker)
                 try:
-                    result, error = worker.recv()
+                    outcome = worker.recv()
                 except (EOFError, OSError):
                     process = workers.pop(worker)
                     process.join()
                     worker.close()
                     code = process.exitcode
-                    result = ResourceError(f"study: a process died with exit code {code}; expected a result, got none")
-                    error = None
-                if error is not None:
-                    raise error
-                yield place, result
+                    outcome = Outcome(None, f"its process died with exit code {code}; expected a result, got none")
+                if isinstance(outcome, TrainingStopped):
+                    raise outcome
+                yield place, outcome
     finally:
         for worker, process in workers.items():
             if worker in running:
@@ -402,10 +425,9 @@ def _work(tasks: Connection, threads: int) -> None:
     # until nobody asks, or waits for an answer, any more
     with contextlib.suppress(EOFError, OSError):
         while True:
-            function, arguments = tasks.recv()
-            result, problem = None, None
+            task = tasks.recv()
             try:
-                result = function(*arguments)
-            except Exception as error:
-                problem = error
-            tasks.send((result, problem))
+                outcome: Outcome | TrainingStopped = _outcome(task)
+            except TrainingStopped as stop:
+                outcome = stop
+            tasks.send(outcome)

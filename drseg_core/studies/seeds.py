@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from drseg_core.errors import DRSegError, ResourceError
+from drseg_core.errors import DRSegError
 from drseg_core.files import write_text_atomic
-from drseg_core.studies.runner import Task, attempt, cell_folder, read_json, run_tasks, scored_sets, train_starts
+from drseg_core.studies.runner import Task, cell_folder, read_json, run_tasks, scored_sets, train_starts
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell
 from drseg_core.training.versions import git_revision
+
+# raised when a measure would find something else in the same models and images
+VERSION = 1
 
 Measure = Callable[[Setting, int, Path], Mapping[str, Any]]
 """``measure(setting, seed, out)``: what is found, as JSON has it, by test set. A function of a module."""
@@ -35,17 +38,20 @@ def measure_seeds(name: str, measure: Measure, setting: Setting, out: Path, jobs
         DRSegError: no seed has a result.
     """
     paths = {seed: _path(name, setting, seed, out) for seed in setting.seeds}
-    train_starts(setting, [seed for seed, path in paths.items() if not path.is_file()], out, jobs)
-    tasks: list[Task] = [(attempt, (_measured, path, measure, setting, seed, out)) for seed, path in paths.items()]
-    by_seed, problems = dict[int, dict[str, Any]](), dict[str, str]()
-    for place, result in run_tasks(tasks, jobs):
-        found, problem = (None, str(result)) if isinstance(result, ResourceError) else result
-        if found is None:
-            problems[f"seed {setting.seeds[place]}"] = problem
+    missing = [seed for seed, path in paths.items() if not path.is_file()]
+    failed = train_starts(setting, missing, out, jobs)
+    problems = {f"seed {seed}": problem for seed, problem in failed.items()}
+    seeds = [seed for seed in setting.seeds if seed not in failed]
+    tasks: list[Task] = [(_measured, (paths[seed], measure, setting, seed, out)) for seed in seeds]
+    by_seed = dict[int, dict[str, Any]]()
+    for place, (content, problem) in run_tasks(tasks, jobs):
+        if content is None:
+            problems[f"seed {seeds[place]}"] = problem or ""
         else:
-            by_seed[setting.seeds[place]] = found
+            by_seed[seeds[place]] = content
     if not by_seed:
-        error = DRSegError(f"study: {name} has no result; {next(iter(problems.values()))}")
+        reasons = "; ".join(f"{seed}: {problem}" for seed, problem in problems.items())
+        error = DRSegError(f"study: {name} has no result; {reasons}")
         error.exit_code = 8
         raise error
     order = sorted(by_seed)
@@ -58,7 +64,8 @@ def measure_seeds(name: str, measure: Measure, setting: Setting, out: Path, jobs
 
 
 def _path(name: str, setting: Setting, seed: int, out: Path) -> Path:
-    content = [cell_folder(setting, Cell(name, name, {}), seed, out).name, scored_sets(setting), setting.protocol]
+    cell = cell_folder(setting, Cell(name, name, {}), seed, out)
+    content = [VERSION, cell.name, scored_sets(setting), setting.protocol]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return out / "runs" / f"{name}-{seed}-{digest[:12]}.json"
 

@@ -90,11 +90,7 @@ class Setting:
         return override(self.config, {"seed": seed, **options})
 
     def open_test(self, test: ScoredSet) -> tuple[SegmentationDataset, Protocol | None]:
-        if self.protocol is None:
-            return open_dataset(test.spec, test.split), None
-        protocol = get_protocol(self.protocol)
-        check_held_out(protocol, test.spec, self.data)
-        return open_protocol(protocol, test.spec), protocol
+        return open_test(self.protocol, self.data, test)
 
     def record(self) -> dict[str, Any]:
         """What JSON keeps of it."""
@@ -117,6 +113,15 @@ class Setting:
     def prior_data(self) -> str:
         """Scenes on which a prior is taught."""
         return f"{self.data},seed={PRIOR_SEED}"
+
+
+def open_test(protocol: str | None, data: str, test: ScoredSet) -> tuple[SegmentationDataset, Protocol | None]:
+    """A test set as a protocol sees it, which refuses one that shares images with the training ``data``."""
+    if protocol is None:
+        return open_dataset(test.spec, test.split), None
+    rules = get_protocol(protocol)
+    check_held_out(rules, test.spec, data)
+    return open_protocol(rules, test.spec), rules
 
 
 def make_setting(

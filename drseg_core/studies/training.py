@@ -40,7 +40,6 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
     facts: dict[str, Any] = {**setting.record(), "command": command, "config": options}
     scores: dict[str, dict[int, Any]] = {}
     problems: dict[str, str] = {}
-    seeds_left = {cell.name: len(setting.seeds) for cell in study.cells}
 
     def write() -> None:
         cells = [
@@ -76,13 +75,13 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
 
     def done(cell: Cell, seed: int, found: dict[str, Any] | None, problem: str | None) -> None:
         if found is None:
-            problems.setdefault(cell.name, f"seed {seed}: {problem}")
+            before = f"{problems[cell.name]}; " if cell.name in problems else ""
+            problems[cell.name] = f"{before}seed {seed}: {problem}"
             _log.error("study %s: %s failed with seed %d; %s", name, cell.title, seed, problem)
         else:
             scores.setdefault(cell.name, {})[seed] = found
             scores[cell.name] = dict(sorted(scores[cell.name].items()))
             _log.info("study %s: %s, seed %d: mIoU %s", name, cell.title, seed, _shown(found))
-        seeds_left[cell.name] -= 1
         write()
 
     run_cells(setting, study.cells, out, jobs=jobs, done=done)

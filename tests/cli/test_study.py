@@ -70,7 +70,7 @@ def test_a_seed_that_fails_fails_alone(drseg, tmp_path, monkeypatch):
     assert code == 8 and "seed 1: ValueError: one is not finite" in printed and "1 cells failed: seed 1" in err
     assert "\nSeeds 0; " in printed and "Not run: seed 1" in printed
     code, _, err = drseg(*words, "--seeds", "1")
-    assert code == 8 and "channel-masking has no result; ValueError: one is not finite" in err
+    assert code == 8 and "channel-masking has no result; seed 1: ValueError: one is not finite" in err
 
 
 def test_other_files_are_no_studies(drseg, tmp_path):

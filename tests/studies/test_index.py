@@ -37,6 +37,14 @@ def test_a_line_by_hand(out):
     ]
 
 
+def test_rows_of_which_seeds_failed(out):
+    cells = [cell("A", 1.0), cell("B", 2.0, 3.0)]
+    content = {"study": "sweep-x", "title": "X", "seeds": [0, 1, 2], "cells": cells}
+    (out / "sweep-x.json").write_text(json.dumps(content))
+    write_index(out)
+    assert "| X | 2 | 1 to 2 | A: 2.0 | B: 3.5 ± 0.7 | +1.0 | - |" in (out / PAGE).read_text()
+
+
 def test_what_is_no_study_or_has_no_scores_yet(out):
     (out / "list.json").write_text("[1]")
     (out / "broken.json").write_text("{")
@@ -44,7 +52,7 @@ def test_what_is_no_study_or_has_no_scores_yet(out):
     (out / "maps.json").write_text(json.dumps({"study": "maps", "title": "Maps", "seeds": [0]}))
     write_index(out)
     page = (out / PAGE).read_text()
-    assert "| [table1](table1.md) | T | 1 | 1 | - | - | - | - |\n" in page and page.endswith(
+    assert "| [table1](table1.md) | T | 1 | 0 | - | - | - | - |\n" in page and page.endswith(
         "* [maps](maps.md): Maps\n"
     )
     assert "list" not in page and "broken" not in page

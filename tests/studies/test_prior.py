@@ -83,6 +83,9 @@ def test_everything_that_decides_it_is_in_its_name(config):
         for steps in (1, 2)
     }
     assert len(names) == 8
+    # what is taken from the taught encoder teaches it nothing
+    taken = dataclasses.replace(config, layer=0, features="key", guidance_blocks=(0, 0))
+    assert prior_file(taken, DATA, 1, out) == prior_file(config, DATA, 1, out)
 
 
 def test_all_that_have_a_prior_get_the_same_one(tmp_path):

@@ -22,7 +22,7 @@ from PIL import Image
 from drseg_core.config.load import override
 from drseg_core.data.protocols import PROTOCOLS
 from drseg_core.data.synthetic import write_scenes
-from drseg_core.errors import CheckpointError, ConfigError, NumericalError, ResourceError
+from drseg_core.errors import CheckpointError, ConfigError, NumericalError
 from drseg_core.models.segmenter import SegmenterOutput
 from drseg_core.studies import runner
 from drseg_core.studies.setting import ScoredSet, Setting, make_setting
@@ -168,6 +168,30 @@ def test_commits_and_machines_are_those_of_the_trainings(setting, finished, tmp_
     path.write_text(json.dumps({**manifest, "git": "abc", "machine": {"device": "H100", "threads": 4}}))
     found = runner.provenance(setting, [PLAIN, OTHER], out)
     assert "abc" in found["commits"] and found["machines"][0] == "H100, threads: 4" and len(found["machines"]) == 2
+    # one that went on elsewhere, and one that did not say
+    path.write_text(json.dumps({"git": "abc", "resumed": [{"git": "def", "machine": {"device": "CPU", "threads": 1}}]}))
+    found = runner.provenance(setting, [PLAIN], out)
+    assert found == {"commits": ["abc", "def"], "machines": ["CPU, threads: 1", "a machine that was not noted"]}
+
+
+def test_a_dual_encoder_that_fails_is_tried_once(setting, tmp_path, monkeypatch):
+    names = trained(monkeypatch)
+    train = runner.train
+
+    def broken(config, data, folder, **options):
+        if config.seed == 1:
+            names.append("broken")
+            raise NumericalError("train: 10 steps in a row were not finite")
+        return train(config, data, folder, **options)
+
+    monkeypatch.setattr(runner, "train", broken)
+    found = {}
+    both = dataclasses.replace(setting, seeds=(0, 1))
+    runner.run_cells(both, [PLAIN, OTHER], tmp_path, done=lambda c, seed, *rest: found.update({(c.name, seed): rest}))
+    assert names.count("broken") == 1
+    for name in ("plain", "other"):
+        assert found[name, 0][0] is not None and found[name, 0][1] is None
+        assert found[name, 1] == (None, "its dual encoder failed; train: 10 steps in a row were not finite")
 
 
 def test_a_stop_stops_the_study_and_is_no_failed_cell(setting, finished, tmp_path, monkeypatch):
@@ -199,6 +223,7 @@ def test_content_that_changes_under_its_path_is_other_content(setting, tmp_path)
         write_scenes(tmp_path / name, splits={"train": 2, "val": 2}, size=32, seed=1, overwrite=True)
     weights.write_bytes(b"two!")
     runner.fingerprint.cache_clear()
+    runner._scored_fingerprint.cache_clear()
     assert runner.cell_folder(changed, PLAIN, 0, out) != folder and runner.scored_sets(changed) != tests
     assert runner.files_hash(with_file, out) != first
 
@@ -344,6 +369,10 @@ def _square(value):
     return value * value
 
 
+def _stop():
+    raise TrainingStopped("train: stopped by SIGTERM", 15)
+
+
 def _pid():
     return os.getpid()
 
@@ -358,24 +387,30 @@ class TestTasks:
 
     def test_results(self):
         assert sorted(runner.run_tasks([(_square, (value,)) for value in (0, 1, 2, 5)], 2)) == [
-            (0, 0),
-            (1, 1),
-            (2, 4),
-            (3, 25),
+            (0, (0, None)),
+            (1, (1, None)),
+            (2, (4, None)),
+            (3, (25, None)),
         ]
 
-    def test_an_error_is_the_error(self):
-        with pytest.raises(NumericalError, match="three"):
-            list(runner.run_tasks([(_square, (3,))], 2))
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_a_task_that_fails_fails_alone(self, jobs):
+        found = dict(runner.run_tasks([(_square, (value,)) for value in (3, 2)], jobs))
+        assert found == {0: (None, "three"), 1: (4, None)}
+
+    def test_a_stop_is_raised(self):
+        with pytest.raises(TrainingStopped, match="stopped by SIGTERM"):
+            list(runner.run_tasks([(_stop, ()), (_square, (1,))], 2))
+        assert not multiprocessing.active_children()
 
     def test_a_process_that_is_killed_fails_its_task_alone(self):
         found = dict(runner.run_tasks([(_square, (value,)) for value in (4, 1, 2, 4, 5)], 2))
-        assert {place: found[place] for place in (1, 2, 4)} == {1: 1, 2: 4, 4: 25}
+        assert {place: found[place].result for place in (1, 2, 4)} == {1: 1, 2: 4, 4: 25}
         for place in (0, 3):
-            assert isinstance(found[place], ResourceError) and "exit code -9" in str(found[place])
+            assert found[place].result is None and "died with exit code -9" in found[place].problem
 
     def test_processes_are_used_again(self):
-        assert len({pid for _, pid in runner.run_tasks([(_pid, ())] * 5, 2)}) <= 2
+        assert len({outcome.result for _, outcome in runner.run_tasks([(_pid, ())] * 5, 2)}) <= 2
 
     def test_whoever_stops_leaves_nobody_running(self, tmp_path):
         def stopped():
