@@ -23,7 +23,7 @@ from drseg_core.evaluation.report import heat
 from drseg_core.studies.output import mean_text, write_study
 from drseg_core.studies.runner import load_cell, run_cell, train_priors
 from drseg_core.studies.seeds import measure_seeds
-from drseg_core.studies.setting import ScoredSet, Setting
+from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell
 from drseg_core.studies.zero_shot import sampled
 from drseg_core.training.distributed import select_device
@@ -56,9 +56,9 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
 
     def draw(plt: Any) -> Any:
         # its folder may be gone
-        run_cell(setting, DRSEG, first, out)
-        shown = [maps for test in setting.tests for maps in islice(_maps(setting, test, first, out), SHOWN)]
-        examples = [_example(*maps) for maps in shown]
+        model = _trained(setting, first, out)
+        sets = [setting.open_test(test)[0] for test in setting.tests]
+        examples = [_example(*maps) for dataset in sets for maps in islice(_maps(model, dataset), SHOWN)]
         figure, axes = plt.subplots(len(examples), 6, figsize=(11, 1.9 * len(examples)), squeeze=False)
         for row, (title, pictures) in zip(axes, examples, strict=True):
             for axis, picture in zip(row, pictures, strict=True):
@@ -74,35 +74,34 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
 
 
 def _measured_maps(setting: Setting, seed: int, out: Path) -> dict[str, Any]:
-    run_cell(setting, DRSEG, seed, out)
+    model = _trained(setting, seed, out)
     found: dict[str, dict[str, float | None]] = {}
     for test in setting.tests:
+        dataset, protocol = setting.open_test(test)
         areas: dict[str, list[float]] = {name: [] for name in MAPS}
-        for sample, _, maps, _ in _maps(setting, test, seed, out):
+        for sample, _, maps, _ in _maps(model, dataset):
             for label in sample.mask[sample.mask != IGNORE].unique().tolist():
                 for name, value in maps.items():
                     area = roc_area(value[0, label], sample.mask, label)
                     if area is not None:
                         areas[name].append(area)
         found[test.name] = {name: statistics.fmean(area) for name, area in areas.items()}
-        dataset, protocol = setting.open_test(test)
-        found[test.name].update(reliance(_model(setting, seed, out), dataset, setting.config.evaluation, protocol))
+        found[test.name].update(reliance(model, dataset, setting.config.evaluation, protocol))
     return found
 
 
-def _model(setting: Setting, seed: int, out: Path) -> Any:
+def _trained(setting: Setting, seed: int, out: Path) -> Any:
+    run_cell(setting, DRSEG, seed, out)
     return load_cell(setting, DRSEG, seed, out).model.eval().to(select_device(setting.device))
 
 
 @torch.no_grad()
 def _maps(
-    setting: Setting, test: ScoredSet, seed: int, out: Path
+    model: Any, dataset: SegmentationDataset
 ) -> Iterator[tuple[Sample, Sequence[str], dict[str, Tensor], Tensor]]:
     """Images of a test set, its class names, their maps (1, T, h, w) by name, and their gate (h, w), on the CPU."""
-    model = _model(setting, seed, out)
-    dataset, _ = setting.open_test(test)
     text = model.encode_text(model.tokenize(dataset.class_names))
-    device = select_device(setting.device)
+    device = next(model.parameters()).device
     for place in sampled(dataset, IMAGES):
         sample = dataset[place]
         output = model(sample.image[None].to(device).float() / 255, text)

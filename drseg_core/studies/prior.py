@@ -9,7 +9,6 @@ any method: all that have a prior get the same one, frozen.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -23,16 +22,11 @@ from drseg_core.config.schema import DinoConfig
 from drseg_core.data import IGNORE, open_dataset
 from drseg_core.models.dino import DinoPrior
 from drseg_core.models.weights import save_weights
+from drseg_core.studies.setting import fingerprint
 from drseg_core.training.rank_channels import label_on_grid
 
 BATCH, RATE, DECAY, TEMPERATURE = 8, 1e-3, 1e-2, 0.1
 _log = logging.getLogger(__name__)
-
-
-@functools.cache
-def fingerprint(spec: str, split: str) -> str:
-    """Of a data set as it is when this process first asks: its content, not its path."""
-    return open_dataset(spec, split).fingerprint()
 
 
 def prior_file(config: DinoConfig, data: str, steps: int, out: Path) -> Path:

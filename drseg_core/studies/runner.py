@@ -32,8 +32,8 @@ from drseg_core.data.manifest import file_sha256
 from drseg_core.errors import DRSegError
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.files import write_text_atomic
-from drseg_core.studies.prior import fingerprint, prior_file, teach_prior
-from drseg_core.studies.setting import ScoredSet, Setting, open_test
+from drseg_core.studies.prior import prior_file, teach_prior
+from drseg_core.studies.setting import Setting, fingerprint, scored_fingerprint
 from drseg_core.studies.tables import Cell
 from drseg_core.training.checkpoint import newest_checkpoint
 from drseg_core.training.lock import LOCK_NAME, run_lock
@@ -129,17 +129,7 @@ def _file_hash(path: str, size: int, changed: int) -> str:
 
 def scored_sets(setting: Setting) -> list[dict[str, Any]]:
     """What is scored, told by its content."""
-    return [
-        {**dataclasses.asdict(test), "sha256": _scored_fingerprint(setting.protocol, setting.data, test)}
-        for test in setting.tests
-    ]
-
-
-@functools.cache
-def _scored_fingerprint(protocol: str | None, data: str, test: ScoredSet) -> str:
-    # the whole content is read, and every cell asks
-    dataset, _ = open_test(protocol, data, test)
-    return dataset.fingerprint()
+    return [{**dataclasses.asdict(test), "sha256": scored_fingerprint(setting, test)} for test in setting.tests]
 
 
 def changed_options(config: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,11 @@ class Setting:
         return override(self.config, {"seed": seed, **options})
 
     def open_test(self, test: ScoredSet) -> tuple[SegmentationDataset, Protocol | None]:
-        return open_test(self.protocol, self.data, test)
+        if self.protocol is None:
+            return open_dataset(test.spec, test.split), None
+        protocol = get_protocol(self.protocol)
+        check_held_out(protocol, test.spec, self.data)
+        return open_protocol(protocol, test.spec), protocol
 
     def record(self) -> dict[str, Any]:
         """What JSON keeps of it."""
@@ -115,13 +120,17 @@ class Setting:
         return f"{self.data},seed={PRIOR_SEED}"
 
 
-def open_test(protocol: str | None, data: str, test: ScoredSet) -> tuple[SegmentationDataset, Protocol | None]:
-    """A test set as a protocol sees it, which refuses one that shares images with the training ``data``."""
-    if protocol is None:
-        return open_dataset(test.spec, test.split), None
-    rules = get_protocol(protocol)
-    check_held_out(rules, test.spec, data)
-    return open_protocol(rules, test.spec), rules
+@functools.cache
+def fingerprint(spec: str, split: str) -> str:
+    """Of a data set as it is when this process first asks: its content, not its path."""
+    return open_dataset(spec, split).fingerprint()
+
+
+@functools.cache
+def scored_fingerprint(setting: Setting, test: ScoredSet) -> str:
+    """The same of a test set as it is scored."""
+    dataset, _ = setting.open_test(test)
+    return dataset.fingerprint()
 
 
 def make_setting(

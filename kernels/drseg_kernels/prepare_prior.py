@@ -73,13 +73,13 @@ def prepare_prior(prior: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.empty(prior.shape[:-1], dtype=torch.float32, device=prior.device)
     if inverse.numel() > 0:
         columns = columns_of(channels)
-        # squares of float16 values are within the range of float32
         with on_device_of(prior):
             _prepare_prior_kernel[(inverse.numel(),)](
                 prior,
                 scaled,
                 inverse,
                 channels,
+                # squares of float16 values are within the range of float32
                 SCALE=prior.dtype != torch.float16,
                 COLUMNS=columns,
                 num_warps=warps_of(columns),

@@ -223,7 +223,7 @@ def test_content_that_changes_under_its_path_is_other_content(setting, tmp_path)
         write_scenes(tmp_path / name, splits={"train": 2, "val": 2}, size=32, seed=1, overwrite=True)
     weights.write_bytes(b"two!")
     runner.fingerprint.cache_clear()
-    runner._scored_fingerprint.cache_clear()
+    runner.scored_fingerprint.cache_clear()
     assert runner.cell_folder(changed, PLAIN, 0, out) != folder and runner.scored_sets(changed) != tests
     assert runner.files_hash(with_file, out) != first
 
