@@ -97,6 +97,15 @@ def payload_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a module's tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors a checkpoint of ``model`` holds.
 

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drseg_core.checkpoints.channels import ChannelFile
 from drseg_core.data import open_dataset
+from drseg_core.models.weights import weights_hash
 from drseg_core.studies import figures
 from drseg_core.studies.output import mean_text, write_study
 from drseg_core.studies.seeds import measure_seeds
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.zero_shot import SubsetScores, class_text, clip_model, token_features
-from drseg_core.training.rank_channels import ChannelFile, rank_channels, weights_hash
+from drseg_core.training.rank_channels import rank_channels
 
 # as many as the paper masks channels on
 IMAGES = 200

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: the loop, checkpoints that survive anything, and the offline channel ranking."""
+"""Training: the loop, its loss, optimiser and log, and the offline channel ranking."""

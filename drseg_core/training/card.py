@@ -104,7 +104,7 @@ def read_scores(files: Sequence[str | Path], weights: str) -> list[dict[str, str
 
     Args:
         files: what ``drseg evaluate --out`` wrote.
-        weights: SHA-256 of the model, :func:`drseg_core.training.rank_channels.weights_hash`.
+        weights: SHA-256 of the model, :func:`drseg_core.models.weights.weights_hash`.
 
     Raises:
         ConfigError: a file is not there, is none of these, or is of another model.

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from drseg_core.checkpoints.channels import ChannelFile, load_channels, save_channels
 from drseg_core.config.schema import Config
 from drseg_core.config.validate import validate
 from drseg_core.data import SegmentationDataset, open_dataset
@@ -22,7 +23,7 @@ from drseg_core.data.loader import training_batches
 from drseg_core.errors import CheckpointError, ConfigError, NumericalError
 from drseg_core.models.count import count_parameters, count_text
 from drseg_core.models.segmenter import Segmenter
-from drseg_core.models.weights import check_left_out, left_out_hashes, load_into, model_state
+from drseg_core.models.weights import check_left_out, left_out_hashes, load_into, model_state, weights_hash
 from drseg_core.training.checkpoint import (
     WEIGHTS,
     Checkpoint,
@@ -38,13 +39,7 @@ from drseg_core.training.logs import Clock, Progress, RunLog, Window
 from drseg_core.training.loss import training_loss
 from drseg_core.training.optim import build_optimizer, learning_rate_factor, set_learning_rate, training_progress
 from drseg_core.training.randomness import random_state, restore_random_state, seed_everything
-from drseg_core.training.rank_channels import (
-    ChannelFile,
-    load_channels,
-    rank_channels,
-    save_channels,
-    weights_hash,
-)
+from drseg_core.training.rank_channels import rank_channels
 from drseg_core.training.run import (
     CHANNELS,
     CONFIG,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from drseg_core.checkpoints.channels import ChannelFile, load_channels, save_channels
 from drseg_core.config.load import config_from_dict
 from drseg_core.config.schema import Config
 from drseg_core.data.dataset import class_names_hash
@@ -31,11 +32,11 @@ from drseg_core.models.weights import (
     load_weights,
     model_state,
     save_weights,
+    weights_hash,
 )
 from drseg_core.training.card import model_card, read_scores, training_facts
 from drseg_core.training.checkpoint import content_hash, file_hash, first_line, storage_failure, whole_folder
 from drseg_core.training.licences import licence_notes
-from drseg_core.training.rank_channels import ChannelFile, load_channels, save_channels, weights_hash
 from drseg_core.training.run import CHANNELS, CLASSES, MANIFEST, LoadedRun, load_run, model_of, plain_config
 from drseg_core.training.versions import library_versions
 

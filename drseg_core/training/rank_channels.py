@@ -3,26 +3,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from drseg_core.checkpoints.channels import FORMAT_VERSION, ChannelFile
 from drseg_core.config.schema import SPSDConfig
 from drseg_core.data import IGNORE, Sample, SegmentationDataset
-from drseg_core.errors import CheckpointError, DatasetError
-from drseg_core.models.weights import write_tensors
-from drseg_core.nn.spsd import check_partition, rank_by_prototypes, split_by_score
+from drseg_core.errors import DatasetError
+from drseg_core.nn.spsd import rank_by_prototypes, split_by_score
 
-FORMAT_VERSION = 1
 _log = logging.getLogger(__name__)
 
 
@@ -31,34 +25,6 @@ class DenseEncoder(Protocol):
 
     def dense_features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, C, h, w)."""
-
-
-@dataclass(frozen=True)
-class ChannelFile:
-    """Content of ``channels.safetensors``.
-
-    Args:
-        score: (C,) g of Eq. 4, float64; larger is more semantic.
-        semantic_index: channels of the semantic subspace, ascending.
-        structural_index: all others, ascending.
-        entropy: (C,) H of Eq. 2.
-        similarity: (C,) S of Eq. 3.
-        metadata: backbone, weights_sha256, dataset_sha256, class_names, alpha, semantic_ratio,
-            prototypes_per_class, seed and the other options of the ranking.
-    """
-
-    score: Tensor
-    semantic_index: Tensor
-    structural_index: Tensor
-    entropy: Tensor
-    similarity: Tensor
-    metadata: dict[str, Any]
-
-    def split_again(self, semantic_ratio: float) -> ChannelFile:
-        """The same ranking with another share of semantic channels (Eq. 5)."""
-        semantic, structural = split_by_score(self.score, semantic_ratio)
-        metadata = {**self.metadata, "semantic_ratio": semantic_ratio}
-        return dataclasses.replace(self, semantic_index=semantic, structural_index=structural, metadata=metadata)
 
 
 def rank_channels(
@@ -236,76 +202,6 @@ def class_centroids(row: Tensor, label: Tensor, count: int, rounds: int = 20) ->
         rows.append(centre)
         labels.append(index.repeat(len(centre)))
     return (torch.cat(rows), torch.cat(labels)) if rows else (row, label)
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a module's tensors."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def save_channels(path: str | os.PathLike[str], channels: ChannelFile) -> None:
-    """Write ``channels.safetensors``, complete or not at all.
-
-    Raises:
-        ResourceError: the file cannot be written (disk full, read-only).
-    """
-    names = ("score", "semantic_index", "structural_index", "entropy", "similarity")
-    tensors = {name: getattr(channels, name).contiguous() for name in names}
-    write_tensors(path, tensors, {"drseg_channels": json.dumps(channels.metadata)}, "save_channels")
-
-
-def load_channels(
-    path: str | os.PathLike[str], *, channels: int | None = None, backbone: str | None = None
-) -> ChannelFile:
-    """Read ``channels.safetensors`` and check that it is whole.
-
-    Args:
-        path: file made by ``drseg rank``.
-        channels: C that the model has.
-        backbone: name of the model's image encoder.
-
-    Raises:
-        CheckpointError: not readable, of another kind or model, or its indices are no partition of the channels.
-    """
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = json.loads((file.metadata() or {})["drseg_channels"])
-            tensor = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        content = ChannelFile(metadata=metadata, **tensor)
-        version = int(metadata["format_version"])
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"load_channels: file not found; expected a file made by drseg rank, got {path}"
-        ) from None
-    except Exception as error:
-        raise CheckpointError(
-            f"load_channels: {path} is no channel ranking; expected a file made by drseg rank"
-        ) from error
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"load_channels: {path} format_version is newer than this program; expected at most {FORMAT_VERSION}, "
-            f"got {version}"
-        )
-    score = content.score
-    if score.dim() != 1 or not score.is_floating_point() or not torch.isfinite(score).all():
-        raise CheckpointError(f"load_channels: {path} score is not usable; expected (C,) finite floating point values")
-    check_partition(content.semantic_index, content.structural_index, len(score))
-    if channels is not None and len(score) != channels:
-        raise CheckpointError(
-            f"load_channels: {path} is of another model; expected {channels} channels, got {len(score)}"
-        )
-    found = metadata.get("backbone")
-    if backbone is not None and found != backbone:
-        raise CheckpointError(
-            f"load_channels: {path} is of another model; expected backbone {backbone!r}, got {found!r}"
-        )
-    return content
 
 
 def _equal_sized(dataset: SegmentationDataset, batch_size: int) -> Iterator[list[Sample]]:

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from drseg_core.checkpoints.channels import load_channels
 from drseg_core.training.checkpoint import newest_checkpoint
-from drseg_core.training.rank_channels import load_channels
 
 
 def test_train_writes_a_run_and_says_what_is_next(drseg, run, data):

@@ -14,9 +14,9 @@ import pytest
 from drseg_core import __version__
 from drseg_core.data import open_dataset
 from drseg_core.data.dataset import class_names_hash
+from drseg_core.models.weights import weights_hash
 from drseg_core.ops import backend_report
 from drseg_core.training.pretrained import save_pretrained
-from drseg_core.training.rank_channels import weights_hash
 from drseg_core.training.run import load_run
 from tests.data.miniatures import write_release
 

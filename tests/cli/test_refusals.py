@@ -170,7 +170,7 @@ def test_a_full_disk_while_channels_are_saved_is_7(drseg, run, data, tmp_path, m
 
 
 def test_rank_takes_the_configuration_of_the_run_wherever_it_stands(drseg, run, data, tmp_path):
-    from drseg_core.training.rank_channels import load_channels
+    from drseg_core.checkpoints.channels import load_channels
 
     first, last = tmp_path / "first.safetensors", tmp_path / "last.safetensors"
     assert drseg("rank", run, "--data", data, "--out", first)[0] == 0

@@ -20,6 +20,7 @@ from drseg_core.models.weights import (
     model_state,
     read_foreign_state,
     save_weights,
+    weights_hash,
 )
 
 STATE = {
@@ -312,3 +313,12 @@ def test_foreign_states(tmp_path: Path) -> None:
     torch.jit.save(scripted, str(path))
     with pytest.raises(CheckpointError, match="refused"):
         read_foreign_state(path)
+
+
+def test_the_hash_knows_every_weight():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    before = weights_hash(model)
+    assert before == weights_hash(model)
+    with torch.no_grad():
+        model[1].bias[1] += 1e-6
+    assert weights_hash(model) != before

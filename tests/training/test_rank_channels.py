@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +9,9 @@ import torch.nn.functional as F
 
 from drseg_core.config.schema import SPSDConfig
 from drseg_core.data import Sample, SegmentationDataset
-from drseg_core.errors import CheckpointError, DatasetError
+from drseg_core.errors import DatasetError
 from drseg_core.nn.spsd import rank_by_prototypes
-from drseg_core.training.rank_channels import (
-    Reservoir,
-    label_on_grid,
-    load_channels,
-    rank_channels,
-    save_channels,
-    weights_hash,
-)
+from drseg_core.training.rank_channels import Reservoir, label_on_grid, rank_channels
 
 
 class Blocks(SegmentationDataset):
@@ -148,75 +139,3 @@ def test_masks_come_to_the_grid_by_the_centre_of_each_cell():
     mask = torch.arange(36).view(1, 6, 6)
     assert label_on_grid(mask, (2, 2)).tolist() == [[[7, 10], [25, 28]]]
     assert label_on_grid(mask, (6, 6)).equal(mask)
-
-
-def test_the_file_gives_everything_back(tmp_path):
-    found = rank()
-    save_channels(tmp_path / "channels.safetensors", found)
-    again = load_channels(tmp_path / "channels.safetensors", channels=8, backbone="pooled")
-    for name in ("score", "semantic_index", "structural_index", "entropy", "similarity"):
-        assert torch.equal(getattr(again, name), getattr(found, name))
-    assert again.metadata == found.metadata
-    wanted = {"backbone", "weights_sha256", "dataset_sha256", "class_names", "alpha", "semantic_ratio", "seed"}
-    assert wanted | {"prototypes_per_class"} <= set(again.metadata)
-
-
-def test_another_share_of_the_same_ranking():
-    found = rank()
-    other = found.split_again(0.25)
-    assert len(other.semantic_index) == 2 and other.metadata["semantic_ratio"] == 0.25
-    assert set(other.semantic_index.tolist()) <= set(found.semantic_index.tolist())
-
-
-def damaged(path: Path, **changes) -> Path:
-    from safetensors.torch import load_file, save_file
-
-    found = rank()
-    save_channels(path, found)
-    tensors = {**load_file(path), **{key: value for key, value in changes.items() if key != "metadata"}}
-    metadata = {"drseg_channels": json.dumps({**found.metadata, **changes.get("metadata", {})})}
-    save_file({key: value for key, value in tensors.items() if value is not None}, path, metadata=metadata)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"semantic_index": torch.tensor([0, 1, 2, 2])}, "no partition"),
-        ({"structural_index": torch.tensor([4, 5, 6, 8])}, "no partition"),
-        ({"score": torch.full((8,), torch.nan)}, "score is not usable"),
-        ({"score": torch.ones(8, dtype=torch.long)}, "score is not usable"),
-        ({"score": None}, "no channel ranking"),
-        ({"extra": torch.ones(1)}, "no channel ranking"),
-        ({"metadata": {"format_version": 9}}, "expected at most 1, got 9"),
-        ({"metadata": {"backbone": "ViT-B-16"}}, "expected backbone 'pooled', got 'ViT-B-16'"),
-    ],
-)
-def test_files_that_do_not_fit_are_refused(tmp_path, changes, message):
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load_channels(damaged(tmp_path / "c.safetensors", **changes), channels=8, backbone="pooled")
-    assert caught.value.exit_code == 4
-
-
-def test_other_files_are_refused(tmp_path):
-    save_channels(tmp_path / "c.safetensors", rank())
-    with pytest.raises(CheckpointError, match="expected 9 channels, got 8"):
-        load_channels(tmp_path / "c.safetensors", channels=9)
-    with pytest.raises(CheckpointError, match="not found"):
-        load_channels(tmp_path / "absent")
-    (tmp_path / "text").write_text("hello")
-    with pytest.raises(CheckpointError, match="no channel ranking"):
-        load_channels(tmp_path / "text")
-    content = (tmp_path / "c.safetensors").read_bytes()
-    (tmp_path / "c.safetensors").write_bytes(content[:-5])
-    with pytest.raises(CheckpointError, match="no channel ranking"):
-        load_channels(tmp_path / "c.safetensors")
-
-
-def test_the_hash_knows_every_weight():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
-    before = weights_hash(model)
-    assert before == weights_hash(model)
-    with torch.no_grad():
-        model[1].bias[1] += 1e-6
-    assert weights_hash(model) != before

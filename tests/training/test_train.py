@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 
+from drseg_core.checkpoints.channels import load_channels, save_channels
 from drseg_core.config.load import load_config, override
 from drseg_core.errors import BackendUnavailableError, CheckpointError, ConfigError, NumericalError, ResourceError
 from drseg_core.models.build import build_model
@@ -18,7 +19,6 @@ from drseg_core.training.checkpoint import generations, newest_checkpoint
 from drseg_core.training.distributed import select_device
 from drseg_core.training.loop import train
 from drseg_core.training.loss import LossSum, training_loss
-from drseg_core.training.rank_channels import load_channels, save_channels
 from drseg_core.training.run import load_run
 
 
