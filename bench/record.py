@@ -17,8 +17,8 @@ import counts
 import torch
 from timing import Contender, gpu_state
 
+from drseg_core.checkpoints.versions import device_name
 from drseg_core.ops._cases import Case
-from drseg_core.training.versions import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]

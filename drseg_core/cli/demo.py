@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from drseg_core.checkpoints.run import load_run
+from drseg_core.checkpoints.versions import library_versions
 from drseg_core.config.load import load_config, override
 from drseg_core.data import open_dataset
 from drseg_core.data.palette import save_png
@@ -27,8 +29,6 @@ from drseg_core.files import write_text_atomic
 from drseg_core.models.build import build_model
 from drseg_core.scenes.synthetic import write_synthetic_scene
 from drseg_core.studies import pdgr_speed
-from drseg_core.training.run import load_run
-from drseg_core.training.versions import library_versions
 
 MARK = "made-by-drseg-demo.txt"
 TRAINING_SCENES, TEST_SCENES = 400, 60

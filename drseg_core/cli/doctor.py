@@ -45,7 +45,7 @@ def run(args: Any) -> None:
 
 def version_lines() -> Iterator[str]:
     """Installed libraries."""
-    from drseg_core.training.versions import LIBRARIES, git_revision, library_versions
+    from drseg_core.checkpoints.versions import LIBRARIES, git_revision, library_versions
 
     found = library_versions()
     yield f"python {found['python']} on {platform.platform()}"

@@ -115,15 +115,15 @@ def run(args: Any) -> None:
 
 def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
     """The scores with their run card: what gave them, on what, by which protocol, command and versions."""
+    from drseg_core.checkpoints.pretrained import open_model
+    from drseg_core.checkpoints.run import check_class_names, plain_config, training_data
+    from drseg_core.checkpoints.versions import git_revision, library_versions
     from drseg_core.data import open_dataset
     from drseg_core.data.dataset import class_names_hash
     from drseg_core.data.protocols import check_held_out, open_protocol
     from drseg_core.evaluation.evaluate import evaluate
     from drseg_core.models.weights import weights_hash
     from drseg_core.ops import backend_report
-    from drseg_core.training.pretrained import open_model
-    from drseg_core.training.run import check_class_names, plain_config, training_data
-    from drseg_core.training.versions import git_revision, library_versions
 
     split = args.split or "val"
     if protocol is not None:

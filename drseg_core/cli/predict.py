@@ -43,10 +43,10 @@ def run(args: Any) -> None:
     names = None if args.classes is None else split_names(args.classes)
     bands = None if args.bands is None else _bands(args.bands)
     check_output(out, overwrite=args.overwrite, inputs=[image])
+    from drseg_core.checkpoints.pretrained import open_model
     from drseg_core.evaluation.inference import Predictor
     from drseg_core.scenes.predict import predict_scene, scene_files
     from drseg_core.training.distributed import select_device
-    from drseg_core.training.pretrained import open_model
 
     scene_files(out)
     device = select_device(args.device)

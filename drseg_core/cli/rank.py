@@ -48,11 +48,11 @@ def run(args: Any) -> None:
     from tqdm import tqdm
 
     from drseg_core.checkpoints.channels import save_channels
+    from drseg_core.checkpoints.run import check_class_names, load_run, model_of
     from drseg_core.data import open_dataset
     from drseg_core.models.weights import weights_hash
     from drseg_core.training.distributed import select_device
     from drseg_core.training.rank_channels import rank_channels
-    from drseg_core.training.run import check_class_names, load_run, model_of
 
     device = select_device(args.device)
     dataset = open_dataset(args.data, args.split)

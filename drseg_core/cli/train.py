@@ -46,7 +46,7 @@ def run(args: Any) -> None:
         return
     if args.resume and args.init:
         raise ConfigError("--resume and --init exclude each other; a resumed run goes on with its own weights")
-    from drseg_core.training.checkpoint import generations
+    from drseg_core.checkpoints.checkpoint import generations
     from drseg_core.training.logs import read_log
     from drseg_core.training.loop import train
 

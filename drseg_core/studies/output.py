@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from drseg_core.checkpoints.versions import library_versions
 from drseg_core.evaluation.report import markdown_table
 from drseg_core.files import write_text_atomic
 from drseg_core.studies import figures
 from drseg_core.studies.seeds import Measured
 from drseg_core.studies.setting import Setting
-from drseg_core.training.versions import library_versions
 
 
 def mean_text(values: Sequence[float], digits: int = 1) -> str:

@@ -26,6 +26,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from drseg_core.checkpoints.checkpoint import newest_checkpoint
+from drseg_core.checkpoints.lock import LOCK_NAME, run_lock
+from drseg_core.checkpoints.run import CONFIG, MANIFEST, LoadedRun, load_run, plain_config
+from drseg_core.checkpoints.versions import git_revision
 from drseg_core.config.load import override
 from drseg_core.config.schema import Config
 from drseg_core.data.manifest import file_sha256
@@ -35,12 +39,8 @@ from drseg_core.files import write_text_atomic
 from drseg_core.studies.prior import prior_file, teach_prior
 from drseg_core.studies.setting import Setting, fingerprint, scored_fingerprint
 from drseg_core.studies.tables import Cell
-from drseg_core.training.checkpoint import newest_checkpoint
-from drseg_core.training.lock import LOCK_NAME, run_lock
 from drseg_core.training.loop import train
-from drseg_core.training.run import CONFIG, MANIFEST, LoadedRun, load_run, plain_config
 from drseg_core.training.signals import TrainingStopped
-from drseg_core.training.versions import git_revision
 
 SCORES = "scores.json"
 SECONDS = "seconds.json"

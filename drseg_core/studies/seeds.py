@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from drseg_core.checkpoints.versions import git_revision
 from drseg_core.errors import DRSegError
 from drseg_core.files import write_text_atomic
 from drseg_core.studies.runner import Task, cell_folder, read_json, run_tasks, scored_sets, train_starts
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell
-from drseg_core.training.versions import git_revision
 
 # raised when a measure would find something else in the same models and images
 VERSION = 1

@@ -8,6 +8,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from drseg_core.checkpoints.run import plain_config
+from drseg_core.checkpoints.versions import library_versions
 from drseg_core.config.schema import Config
 from drseg_core.files import write_text_atomic
 from drseg_core.ops import backend_report
@@ -15,8 +17,6 @@ from drseg_core.studies import figures, report
 from drseg_core.studies.runner import changed_options, provenance, run_cells, seconds
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell, training_study
-from drseg_core.training.run import plain_config
-from drseg_core.training.versions import library_versions
 
 _log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drseg_core.checkpoints.run import load_run, model_of
 from drseg_core.config.load import override
 from drseg_core.data import IGNORE, SegmentationDataset
 from drseg_core.evaluation.metrics import ConfusionMatrix
@@ -22,7 +23,6 @@ from drseg_core.studies.runner import train_start
 from drseg_core.studies.setting import BARE, Setting
 from drseg_core.training.distributed import select_device
 from drseg_core.training.rank_channels import dense_features
-from drseg_core.training.run import load_run, model_of
 
 
 def clip_model(setting: Setting, seed: int, out: Path) -> Segmenter:

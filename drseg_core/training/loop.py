@@ -16,15 +16,7 @@ import torch
 from torch import nn
 
 from drseg_core.checkpoints.channels import ChannelFile, load_channels, save_channels
-from drseg_core.config.schema import Config
-from drseg_core.config.validate import validate
-from drseg_core.data import SegmentationDataset, open_dataset
-from drseg_core.data.loader import training_batches
-from drseg_core.errors import CheckpointError, ConfigError, NumericalError
-from drseg_core.models.count import count_parameters, count_text
-from drseg_core.models.segmenter import Segmenter
-from drseg_core.models.weights import check_left_out, left_out_hashes, load_into, model_state, weights_hash
-from drseg_core.training.checkpoint import (
+from drseg_core.checkpoints.checkpoint import (
     WEIGHTS,
     Checkpoint,
     newest_checkpoint,
@@ -32,15 +24,8 @@ from drseg_core.training.checkpoint import (
     save_checkpoint,
     set_aside_damaged,
 )
-from drseg_core.training.diagnose import first_nonfinite
-from drseg_core.training.distributed import ProcessGroup, process_group
-from drseg_core.training.lock import run_lock
-from drseg_core.training.logs import Clock, Progress, RunLog, Window
-from drseg_core.training.loss import training_loss
-from drseg_core.training.optim import build_optimizer, learning_rate_factor, set_learning_rate, training_progress
-from drseg_core.training.randomness import random_state, restore_random_state, seed_everything
-from drseg_core.training.rank_channels import rank_channels
-from drseg_core.training.run import (
+from drseg_core.checkpoints.lock import run_lock
+from drseg_core.checkpoints.run import (
     CHANNELS,
     CONFIG,
     check_class_names,
@@ -52,8 +37,23 @@ from drseg_core.training.run import (
     warm_start,
     write_run_files,
 )
+from drseg_core.checkpoints.versions import device_name
+from drseg_core.config.schema import Config
+from drseg_core.config.validate import validate
+from drseg_core.data import SegmentationDataset, open_dataset
+from drseg_core.data.loader import training_batches
+from drseg_core.errors import CheckpointError, ConfigError, NumericalError
+from drseg_core.models.count import count_parameters, count_text
+from drseg_core.models.segmenter import Segmenter
+from drseg_core.models.weights import check_left_out, left_out_hashes, load_into, model_state, weights_hash
+from drseg_core.training.diagnose import first_nonfinite
+from drseg_core.training.distributed import ProcessGroup, process_group
+from drseg_core.training.logs import Clock, Progress, RunLog, Window
+from drseg_core.training.loss import training_loss
+from drseg_core.training.optim import build_optimizer, learning_rate_factor, set_learning_rate, training_progress
+from drseg_core.training.randomness import random_state, restore_random_state, seed_everything
+from drseg_core.training.rank_channels import rank_channels
 from drseg_core.training.signals import StopSignals, TrainingStopped
-from drseg_core.training.versions import device_name
 
 _log = logging.getLogger(__name__)
 

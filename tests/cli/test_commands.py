@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from drseg_core.checkpoints.channels import load_channels
-from drseg_core.training.checkpoint import newest_checkpoint
+from drseg_core.checkpoints.checkpoint import newest_checkpoint
 
 
 def test_train_writes_a_run_and_says_what_is_next(drseg, run, data):

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from drseg_core.checkpoints.checkpoint import newest_checkpoint
 from drseg_core.cli import doctor
 from drseg_core.cli.failures import Terminated, failure
 from drseg_core.errors import ConfigError, DatasetError, NumericalError
-from drseg_core.training.checkpoint import newest_checkpoint
 
 
 def check(result, code: int, *words: str) -> None:
@@ -201,7 +201,7 @@ def test_a_loss_that_is_no_number_is_6(drseg, small, data, tmp_path):
 
 
 def test_memory_and_disk_are_7(drseg, small, data, tmp_path, monkeypatch):
-    from drseg_core.training import checkpoint
+    from drseg_core.checkpoints import checkpoint
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from drseg_core import __version__
+from drseg_core.checkpoints.pretrained import save_pretrained
+from drseg_core.checkpoints.run import load_run
 from drseg_core.data import open_dataset
 from drseg_core.data.dataset import class_names_hash
 from drseg_core.models.weights import weights_hash
 from drseg_core.ops import backend_report
-from drseg_core.training.pretrained import save_pretrained
-from drseg_core.training.run import load_run
 from tests.data.miniatures import write_release
 
 ROOT = Path(__file__).parents[2]

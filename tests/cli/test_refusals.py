@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from drseg_core.checkpoints.checkpoint import content_hash, newest_checkpoint
 from drseg_core.config.load import load_config
 from drseg_core.models.build import build_model
 from drseg_core.models.clip import TINY
-from drseg_core.training.checkpoint import content_hash, newest_checkpoint
 from tests.cli.test_exit_codes import check
 
 LONG = "a " * 2500

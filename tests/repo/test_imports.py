@@ -192,7 +192,7 @@ FAULTS = [
     ("drseg_core.training.loop", "from drseg_core.evaluation.metrics import ConfusionMatrix"),
     ("drseg_core.evaluation.evaluate", "import drseg_core.training.loop"),
     ("drseg_core.scenes.predict", "from drseg_core.evaluation.metrics import ConfusionMatrix"),
-    ("drseg_core.scenes.predict", "from drseg_core.training import run"),
+    ("drseg_core.scenes.predict", "from drseg_core.checkpoints import run"),
     ("drseg_core.config.schema", "from drseg_core.nn.pdgr import PDGR"),
     ("drseg_core.errors", "from drseg_core.files import atomic_path"),
     ("drseg_core.training.loop", "from drseg_core.cli.main import main"),

@@ -19,6 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
+from drseg_core.checkpoints.lock import run_lock
+from drseg_core.checkpoints.run import LoadedRun
+from drseg_core.checkpoints.versions import device_name
 from drseg_core.config.load import override
 from drseg_core.data.protocols import PROTOCOLS
 from drseg_core.data.synthetic import write_scenes
@@ -28,10 +31,7 @@ from drseg_core.studies import runner
 from drseg_core.studies.setting import ScoredSet, Setting, make_setting
 from drseg_core.studies.tables import Cell, TrainingStudy
 from drseg_core.studies.training import run_training_study
-from drseg_core.training.lock import run_lock
-from drseg_core.training.run import LoadedRun
 from drseg_core.training.signals import TrainingStopped
-from drseg_core.training.versions import device_name
 from tests.data.miniatures import write_release
 
 PLAIN, OTHER = Cell("plain", "plain", {"model.fusion.kind": "none"}), Cell("other", "other", {"model.fusion.tau": 0.5})

@@ -9,13 +9,13 @@ import json
 import pytest
 import torch
 
+from drseg_core.checkpoints.run import plain_config
 from drseg_core.config.load import override
 from drseg_core.errors import ConfigError
 from drseg_core.models.build import build_model
 from drseg_core.studies import paper
 from drseg_core.studies.setting import ScoredSet, Setting, make_setting
 from drseg_core.studies.tables import training_study, training_study_names
-from drseg_core.training.run import plain_config
 
 NAMES = training_study_names()
 

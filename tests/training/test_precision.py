@@ -8,14 +8,14 @@ import json
 import pytest
 import torch
 
+from drseg_core.checkpoints.checkpoint import newest_checkpoint
+from drseg_core.checkpoints.run import model_of
 from drseg_core.config.load import override
 from drseg_core.config.schema import Config
 from drseg_core.errors import NumericalError
 from drseg_core.training import loop
-from drseg_core.training.checkpoint import newest_checkpoint
 from drseg_core.training.logs import read_log
 from drseg_core.training.loop import train
-from drseg_core.training.run import model_of
 from drseg_core.training.signals import TrainingStopped
 from tests.training.test_resume import differences, final_state, stop_after
 from tests.training.test_train import poisoned

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
+from drseg_core.checkpoints.checkpoint import TRAINING, generations, newest_checkpoint
 from drseg_core.config.load import override
 from drseg_core.errors import CheckpointError, ConfigError
 from drseg_core.training import loop
-from drseg_core.training.checkpoint import TRAINING, generations, newest_checkpoint
 from drseg_core.training.logs import read_log
 from drseg_core.training.loop import train
 from drseg_core.training.signals import TrainingStopped

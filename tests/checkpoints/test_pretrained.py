@@ -15,19 +15,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from drseg_core.checkpoints import pretrained
+from drseg_core.checkpoints.card import read_scores
 from drseg_core.checkpoints.channels import load_channels
+from drseg_core.checkpoints.licences import UNKNOWN, licence_notes
+from drseg_core.checkpoints.pretrained import from_pretrained, open_model, push_to_hub, save_pretrained
+from drseg_core.checkpoints.run import LoadedRun, load_run, training_data
 from drseg_core.config.load import override
 from drseg_core.config.schema import ClipConfig, DinoConfig, ModelConfig
 from drseg_core.errors import CheckpointError, ConfigError, ResourceError
 from drseg_core.models.clip import ARCHITECTURES
 from drseg_core.models.dino import DinoPrior
 from drseg_core.models.weights import weights_hash
-from drseg_core.training import pretrained
-from drseg_core.training.card import read_scores
-from drseg_core.training.licences import UNKNOWN, licence_notes
 from drseg_core.training.loop import train
-from drseg_core.training.pretrained import from_pretrained, open_model, push_to_hub, save_pretrained
-from drseg_core.training.run import LoadedRun, load_run, training_data
 
 NAMES = ["green meadow", "bare soil"]
 FILES = {"README.md", "channels.safetensors", "classes.txt", "config.json", "manifest.json", "model.safetensors"}

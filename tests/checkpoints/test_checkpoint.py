@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from drseg_core.errors import CheckpointError, ResourceError
-from drseg_core.training import checkpoint as module
-from drseg_core.training.checkpoint import (
+from drseg_core.checkpoints import checkpoint as module
+from drseg_core.checkpoints.checkpoint import (
     DESCRIPTION,
     FOLDER,
     TRAINING,
@@ -29,7 +28,8 @@ from drseg_core.training.checkpoint import (
     save_checkpoint,
     set_aside_damaged,
 )
-from drseg_core.training.lock import run_lock
+from drseg_core.checkpoints.lock import run_lock
+from drseg_core.errors import CheckpointError, ResourceError
 from drseg_core.training.randomness import random_state, restore_random_state, seed_everything
 
 CONFIG = {"model": {"k": 3}, "seed": 0}

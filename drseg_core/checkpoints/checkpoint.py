@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drseg_core.checkpoints.versions import library_versions
 from drseg_core.errors import CheckpointError, ResourceError
 from drseg_core.files import sync_directory
 from drseg_core.models.weights import load_weights, save_weights
-from drseg_core.training.versions import library_versions
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"

@@ -20,7 +20,12 @@ from typing import Any
 
 import torch
 
+from drseg_core.checkpoints.card import model_card, read_scores, training_facts
 from drseg_core.checkpoints.channels import ChannelFile, load_channels, save_channels
+from drseg_core.checkpoints.checkpoint import content_hash, file_hash, first_line, storage_failure, whole_folder
+from drseg_core.checkpoints.licences import licence_notes
+from drseg_core.checkpoints.run import CHANNELS, CLASSES, MANIFEST, LoadedRun, load_run, model_of, plain_config
+from drseg_core.checkpoints.versions import library_versions
 from drseg_core.config.load import config_from_dict
 from drseg_core.config.schema import Config
 from drseg_core.data.dataset import class_names_hash
@@ -34,11 +39,6 @@ from drseg_core.models.weights import (
     save_weights,
     weights_hash,
 )
-from drseg_core.training.card import model_card, read_scores, training_facts
-from drseg_core.training.checkpoint import content_hash, file_hash, first_line, storage_failure, whole_folder
-from drseg_core.training.licences import licence_notes
-from drseg_core.training.run import CHANNELS, CLASSES, MANIFEST, LoadedRun, load_run, model_of, plain_config
-from drseg_core.training.versions import library_versions
 
 FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
@@ -63,7 +63,7 @@ def save_pretrained(
     """Write a model, complete or not at all.
 
     Args:
-        run: the model with its options and classes, as :func:`drseg_core.training.run.load_run` gives it.
+        run: the model with its options and classes, as :func:`drseg_core.checkpoints.run.load_run` gives it.
         folder: new or empty.
         channels: the ranking behind the model's split; by default that of the run's folder.
         include_frozen: also write frozen parts that can be had elsewhere (the prior). Without them whoever loads the
@@ -242,7 +242,7 @@ def open_model(path: str | Path) -> LoadedRun:
     """A model from the folder of a run, of a checkpoint, or of :func:`save_pretrained`.
 
     Raises:
-        CheckpointError: see :func:`drseg_core.training.run.load_run` and :func:`from_pretrained`.
+        CheckpointError: see :func:`drseg_core.checkpoints.run.load_run` and :func:`from_pretrained`.
     """
     return from_pretrained(path) if (Path(path) / DESCRIPTION).is_file() else load_run(path)
 

@@ -45,7 +45,7 @@ def model_card(
         f"Image encoder {config.clip.name}, prior {config.dino.name}, fusion {config.fusion.kind}.",
         "",
         "```python",
-        "from drseg_core.training.pretrained import from_pretrained",
+        "from drseg_core.checkpoints.pretrained import from_pretrained",
         "",
         f'model = from_pretrained("{name or "this folder or its name on the hub"}").model',
         "```",

@@ -15,14 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from drseg_core.config.load import config_from_dict, override, to_yaml
-from drseg_core.config.schema import Config
-from drseg_core.errors import CheckpointError, ConfigError, DatasetError
-from drseg_core.files import write_text_atomic
-from drseg_core.models.build import build_model
-from drseg_core.models.segmenter import Segmenter
-from drseg_core.models.weights import check_left_out, load_into, load_weights
-from drseg_core.training.checkpoint import (
+from drseg_core.checkpoints.checkpoint import (
     DESCRIPTION,
     FOLDER,
     WEIGHTS,
@@ -30,7 +23,14 @@ from drseg_core.training.checkpoint import (
     newest_checkpoint,
     open_checkpoint,
 )
-from drseg_core.training.versions import git_revision, library_versions
+from drseg_core.checkpoints.versions import git_revision, library_versions
+from drseg_core.config.load import config_from_dict, override, to_yaml
+from drseg_core.config.schema import Config
+from drseg_core.errors import CheckpointError, ConfigError, DatasetError
+from drseg_core.files import write_text_atomic
+from drseg_core.models.build import build_model
+from drseg_core.models.segmenter import Segmenter
+from drseg_core.models.weights import check_left_out, load_into, load_weights
 
 CONFIG, CLASSES, MANIFEST, CHANNELS = "config.yaml", "classes.txt", "manifest.json", "channels.safetensors"
 # what may differ between the parts of one run: limits, intervals and what depends on the machine
