@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from drseg_core.data import archives
-from drseg_core.data.archives import Limits, archive_stem, unpack
+from drseg_core.data.prepare import archives
+from drseg_core.data.prepare.archives import Limits, archive_stem, unpack
 from drseg_core.errors import ArchiveError, ResourceError
 
 

@@ -13,9 +13,9 @@ from PIL import Image
 from drseg_core.data import open_dataset
 from drseg_core.data.benchmark_dataset import BenchmarkDataset, RelabelledDataset
 from drseg_core.data.benchmarks import BENCHMARKS, get_benchmark
-from drseg_core.data.labels import TOLERANCE
 from drseg_core.data.manifest import write_manifest
-from drseg_core.data.raw import RECIPES
+from drseg_core.data.prepare.labels import TOLERANCE
+from drseg_core.data.prepare.raw import RECIPES
 from drseg_core.errors import ConfigError, DatasetError
 from tests.data.miniatures import CODED_BY_COLOR, NAMES, SUFFIX, write_release
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from drseg_core.data import open_dataset
-from drseg_core.data.landscape import CLASS_NAMES, COLORS, GROUNDS, HELD_OUT, KINDS, SEEN_NAMES, THIN
-from drseg_core.data.shapes import _grown
 from drseg_core.data.synthetic import class_names, held_out_ids, render_scene
+from drseg_core.data.synthetic.landscape import CLASS_NAMES, COLORS, GROUNDS, HELD_OUT, KINDS, SEEN_NAMES, THIN
+from drseg_core.data.synthetic.shapes import _grown
 
 
 def scene(index, **options):

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from drseg_core.data import open_dataset
-from drseg_core.data import prepare as prepare_module
 from drseg_core.data.benchmarks import BENCHMARKS
 from drseg_core.data.images import read_image, read_mask
-from drseg_core.data.labels import label_ids
 from drseg_core.data.prepare import Options, patch_starts, prepare
-from drseg_core.data.raw import RECIPES
+from drseg_core.data.prepare import write as prepare_module
+from drseg_core.data.prepare.labels import label_ids
+from drseg_core.data.prepare.raw import RECIPES
 from drseg_core.errors import ArchiveError, ConfigError, DatasetError
 from tests.data.miniatures import NAMES, PATCHED, color_image, label_code, pack, random_ids, save, write_raw
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from drseg_core.data import open_dataset
-from drseg_core.data.shapes import COLORS, KINDS
 from drseg_core.data.synthetic import (
     CLASS_NAMES,
     HELD_OUT,
@@ -17,6 +16,7 @@ from drseg_core.data.synthetic import (
     render_scene,
     write_scenes,
 )
+from drseg_core.data.synthetic.shapes import COLORS, KINDS
 from drseg_core.errors import ConfigError, DatasetError
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from drseg_core.data.benchmarks import Benchmark, Color
 from drseg_core.data.dataset import IGNORE
-from drseg_core.data.raw import Recipe
+from drseg_core.data.prepare.raw import Recipe
 from drseg_core.errors import DatasetError
 
 TOLERANCE = 8

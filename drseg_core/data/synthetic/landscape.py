@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from drseg_core.data.shapes import Array, Bool, Extent, Sun, draw_object, smooth_noise, soil
+from drseg_core.data.synthetic.shapes import Array, Bool, Extent, Sun, draw_object, smooth_noise, soil
 
 Domain = Literal["source", "shifted"]
 DOMAINS: tuple[Domain, ...] = ("source", "shifted")

@@ -19,14 +19,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from drseg_core.data.archives import Limits, archive_stem, unpack
 from drseg_core.data.benchmarks import Benchmark, get_benchmark
 from drseg_core.data.dataset import IGNORE
 from drseg_core.data.images import read_image
-from drseg_core.data.labels import label_ids
 from drseg_core.data.manifest import MANIFEST, printable, write_manifest
-from drseg_core.data.raw import RECIPES, RawPair, Recipe, find_raw_pairs, list_tree
-from drseg_core.data.strips import Strips, open_strips
+from drseg_core.data.prepare.archives import Limits, archive_stem, unpack
+from drseg_core.data.prepare.labels import label_ids
+from drseg_core.data.prepare.raw import RECIPES, RawPair, Recipe, find_raw_pairs, list_tree
+from drseg_core.data.prepare.strips import Strips, open_strips
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.files import atomic_path, write_text_atomic
 

@@ -3,7 +3,8 @@
 
 ``objects``: six kinds of object in six colours on soil; six of the 36 combinations never occur in scenes of the
 ``seen`` vocabulary, so a model trained on those can be asked for them by name. ``landscape``: the harder one, see
-:mod:`drseg_core.data.landscape`. A scene is a pure function of (seed, split, index, world, domain, vocabulary, size).
+:mod:`drseg_core.data.synthetic.landscape`. A scene is a pure function of (seed, split, index, world, domain,
+vocabulary, size).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from drseg_core.data import landscape
 from drseg_core.data.dataset import Sample, SegmentationDataset
-from drseg_core.data.landscape import DOMAINS, Domain, draw_landscape
-from drseg_core.data.shapes import COLORS, KINDS, Sun, draw_object, soil
+from drseg_core.data.synthetic import landscape
+from drseg_core.data.synthetic.landscape import DOMAINS, Domain, draw_landscape
+from drseg_core.data.synthetic.shapes import COLORS, KINDS, Sun, draw_object, soil
 from drseg_core.errors import ConfigError
 from drseg_core.files import write_text_atomic
 
