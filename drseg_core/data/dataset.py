@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drseg_core.data.benchmarks import BENCHMARKS
-from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.errors import DatasetError
 
 IGNORE = 255
 """Mask value of pixels that are neither trained on nor scored."""
@@ -73,39 +72,3 @@ def check_class_names(class_names: Sequence[str], origin: str) -> tuple[str, ...
 def class_names_hash(class_names: Sequence[str]) -> str:
     """SHA-256 (hex) of the names in order; names are part of an open-vocabulary model's input."""
     return hashlib.sha256("\n".join(class_names).encode()).hexdigest()
-
-
-def open_dataset(spec: str, split: str = "train") -> SegmentationDataset:
-    """Open a data set by its specification.
-
-    * ``folder:PATH``: ``PATH/classes.txt`` and ``PATH/{split}/{images,masks}/*`` (see :class:`FolderDataset`).
-    * ``synthetic:seed=0,scenes=400,size=128,vocabulary=seen``: procedural scenes, made while they are read; every
-      option may be left out (see :class:`SyntheticDataset`).
-    * ``NAME:ROOT``: a benchmark set, such as ``dlrsd:datasets``, in the release's folders (see
-      :class:`BenchmarkDataset`).
-
-    Args:
-        spec: the specification.
-        split: ``train``, ``val`` or, for folders, any other folder of that layout; ``all`` for benchmark sets.
-
-    Raises:
-        ConfigError: unknown kind, option or value.
-        DatasetError: the data set cannot be used.
-    """
-    kind, separator, rest = spec.partition(":")
-    if separator and kind == "folder":
-        from drseg_core.data.folder import FolderDataset
-
-        return FolderDataset(rest, split)
-    if kind == "synthetic":
-        from drseg_core.data.synthetic import SyntheticDataset
-
-        return SyntheticDataset.from_spec(rest, split)
-    if separator and kind in BENCHMARKS:
-        from drseg_core.data.benchmark_dataset import BenchmarkDataset
-
-        return BenchmarkDataset(kind, rest, split)
-    raise ConfigError(
-        "open_dataset: spec is unknown; expected folder:PATH, synthetic:seed=0,... or NAME:ROOT with NAME one of "
-        f"{', '.join(BENCHMARKS)}, got {spec!r}"
-    )
