@@ -2,9 +2,9 @@
 """Aggregation of the cost embedding over space (within each class map) and over classes (at each place).
 
 The benchmark's efficient form is here: spatial attention with keys and values reduced by two, class attention on maps
-reduced by two; CAT-Seg's is in :mod:`drseg_core.models.swin`. Guidance enters queries and keys; because a linear map of
-a concatenation is a sum of two linear maps, the guidance part is computed once per image (or class) and broadcast,
-never expanded to B x T.
+reduced by two; CAT-Seg's is in :mod:`drseg_core.models.baselines.swin`. Guidance enters queries and keys; because a
+linear map of a concatenation is a sum of two linear maps, the guidance part is computed once per image (or class) and
+broadcast, never expanded to B x T.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drseg_core.models.swin import LinearClassBlock, WindowPair
+from drseg_core.models.baselines.swin import LinearClassBlock, WindowPair
 
 
 class GatedMLP(nn.Module):
@@ -134,8 +134,8 @@ class Aggregator(nn.Module):
     Args:
         width: channels of the cost embedding.
         embed_dim: channels of the dense CLIP features and of the text embeddings (C).
-        kind: ``efficient`` (:class:`SpatialBlock`, :class:`ClassBlock`), ``swin`` (:class:`~.swin.WindowPair`,
-            :class:`~.swin.LinearClassBlock`) or ``conv`` (:class:`ConvBlock`, :class:`~.swin.LinearClassBlock`).
+        kind: ``efficient`` (:class:`SpatialBlock`, :class:`ClassBlock`), ``swin`` (:class:`WindowPair`,
+            :class:`LinearClassBlock`) or ``conv`` (:class:`ConvBlock`, :class:`LinearClassBlock`).
         layers: number of layers.
         heads: attention heads; must divide ``width``.
         mlp_hidden: width inside the MLPs.

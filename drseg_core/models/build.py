@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from drseg_core.config.schema import ModelConfig
+from drseg_core.models.baselines.proposals import ProposalSegmenter
 from drseg_core.models.drseg import DRSeg
-from drseg_core.models.proposals import ProposalSegmenter
 from drseg_core.models.segmenter import Segmenter
 
 

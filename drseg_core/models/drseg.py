@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from drseg_core.config.schema import ModelConfig
 from drseg_core.models.aggregator import Aggregator
+from drseg_core.models.baselines.remote import RemoteGuidance
 from drseg_core.models.correlation import correlation, cosine, rotate
 from drseg_core.models.decoder import Decoder
 from drseg_core.models.dino import DinoPrior, PriorMaps, resample
-from drseg_core.models.remote import RemoteGuidance
 from drseg_core.models.segmenter import Segmenter, SegmenterOutput
 from drseg_core.nn.pdgr import PDGR
 from drseg_core.nn.spsd import SPSD

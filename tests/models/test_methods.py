@@ -13,11 +13,11 @@ from drseg_core.config.load import load_config, override
 from drseg_core.config.methods import METHODS, apply_method
 from drseg_core.config.schema import Config, ModelConfig
 from drseg_core.errors import ConfigError
-from drseg_core.models import proposals
+from drseg_core.models.baselines import proposals
+from drseg_core.models.baselines.proposals import ProposalSegmenter
 from drseg_core.models.build import build_model
 from drseg_core.models.count import count_parameters
 from drseg_core.models.decoder import GuidanceAttention, Stage
-from drseg_core.models.proposals import ProposalSegmenter
 from drseg_core.training.loss import training_loss
 
 NAMES = ("bare soil", "red roof", "blue pond", "white car", "grass")

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from drseg_core.config.load import load_config
 from drseg_core.config.schema import ClipConfig, ModelConfig, RemoteConfig
 from drseg_core.errors import CheckpointError
+from drseg_core.models.baselines.remote import RemoteGuidance
 from drseg_core.models.build import build_model
 from drseg_core.models.clip import ARCHITECTURES, ClipEncoder
 from drseg_core.models.count import ParameterCount, count_parameters
 from drseg_core.models.decoder import Decoder
-from drseg_core.models.remote import RemoteGuidance
 from drseg_core.models.weights import check_left_out, left_out_hashes, load_into, model_state
 
 CONFIG = RemoteConfig(name="drseg-tiny", image_size=64, guidance_blocks=(0, 1))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drseg_core.models.aggregator import Aggregator
+from drseg_core.models.baselines.swin import LinearClassBlock, WindowBlock, WindowPair
 from drseg_core.models.build import build_model
-from drseg_core.models.swin import LinearClassBlock, WindowBlock, WindowPair
 
 OPTIONS = {"kind": "swin", "heads": 2, "mlp_hidden": 32, "window": 4, "class_slots": 12}
 
