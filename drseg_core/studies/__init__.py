@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements and comparisons that can be run again."""
+"""The paper's tables and figures, its open options and other measurements, as commands that can be run again."""

@@ -15,8 +15,10 @@ from drseg_core.data import open_dataset
 from drseg_core.models.weights import weights_hash
 from drseg_core.studies import figures
 from drseg_core.studies.output import mean_text, write_study
+from drseg_core.studies.plan import PlannedCell, plan
 from drseg_core.studies.seeds import measure_seeds
 from drseg_core.studies.setting import Setting
+from drseg_core.studies.tables import DRSEG
 from drseg_core.studies.zero_shot import SubsetScores, class_text, clip_model, token_features
 from drseg_core.training.rank_channels import rank_channels
 
@@ -27,7 +29,7 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 def channel_masking(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
     """Fig. 2: the zero-shot mIoU without one channel, less that with all, for every channel and test set."""
-    measured = measure_seeds("channel-masking", _masked, setting, out, jobs)
+    measured = measure_seeds("channel-masking", _masked, plan(setting, [DRSEG], out), jobs)
     found = measured.found
     rows = []
     for name, by_seed in found.items():
@@ -61,19 +63,19 @@ def channel_masking(setting: Setting, out: Path, *, jobs: int = 1, command: str 
     return write_study("channel-masking", title, text, rows, measured, setting, out, command, draw)
 
 
-def _masked(setting: Setting, seed: int, out: Path) -> dict[str, Any]:
-    model = clip_model(setting, seed, out)
+def _masked(planned: PlannedCell) -> dict[str, Any]:
+    model = clip_model(planned)
     channels = model.clip.embed_dim
     subsets = torch.cat((torch.ones(1, channels), 1 - torch.eye(channels))).bool()
     return {
         name: {"all": scores[0], "change": [score - scores[0] for score in scores[1:]]}
-        for name, scores in _scored(setting, model, subsets)
+        for name, scores in _scored(planned.setting, model, subsets)
     }
 
 
 def retention(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
     """Fig. 6: the zero-shot mIoU with the most semantic, and with the least semantic, share of the channels."""
-    measured = measure_seeds("retention", _retained, setting, out, jobs)
+    measured = measure_seeds("retention", _retained, plan(setting, [DRSEG], out), jobs)
     found = measured.found
     rows = []
     for name, by_seed in found.items():
@@ -108,9 +110,9 @@ def retention(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") 
     return write_study("retention", title, text, rows, measured, setting, out, command, draw)
 
 
-def _retained(setting: Setting, seed: int, out: Path) -> dict[str, Any]:
-    model = clip_model(setting, seed, out)
-    order = ranking(setting, model, seed).score.argsort(descending=True, stable=True)
+def _retained(planned: PlannedCell) -> dict[str, Any]:
+    model = clip_model(planned)
+    order = ranking(planned, model).score.argsort(descending=True, stable=True)
     counts = [max(1, round(share * len(order))) for share in SHARES]
     subsets = torch.zeros(2 * len(counts), len(order), dtype=torch.bool)
     for place, count in enumerate(counts):
@@ -118,13 +120,13 @@ def _retained(setting: Setting, seed: int, out: Path) -> dict[str, Any]:
         subsets[len(counts) + place, order[-count:]] = True
     return {
         name: {"top": scores[: len(counts)], "bottom": scores[len(counts) :]}
-        for name, scores in _scored(setting, model, subsets)
+        for name, scores in _scored(planned.setting, model, subsets)
     }
 
 
 def activation_sparsity(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
     """How many classes, and how few pixels, a channel answers to, in the semantic and in the structural half."""
-    measured = measure_seeds("activation-sparsity", _sparse, setting, out, jobs)
+    measured = measure_seeds("activation-sparsity", _sparse, plan(setting, [DRSEG], out), jobs)
     found = measured.found
     rows = []
     for group in ("semantic", "structural"):
@@ -159,27 +161,27 @@ def activation_sparsity(setting: Setting, out: Path, *, jobs: int = 1, command: 
     return write_study("activation-sparsity", title, text, rows, measured, setting, out, command, draw)
 
 
-def _sparse(setting: Setting, seed: int, out: Path) -> dict[str, Any]:
-    model = clip_model(setting, seed, out)
-    ranked = ranking(setting, model, seed)
+def _sparse(planned: PlannedCell) -> dict[str, Any]:
+    model = clip_model(planned)
+    ranked = ranking(planned, model)
     found = {
         "effective_classes": ranked.entropy.exp().tolist(),
-        "pixel_sparsity": _pixel_sparsity(setting, model).tolist(),
+        "pixel_sparsity": _pixel_sparsity(planned.setting, model).tolist(),
         "semantic": ranked.semantic_index.tolist(),
         "structural": ranked.structural_index.tolist(),
     }
     return {"training set": found}
 
 
-def ranking(setting: Setting, model: Any, seed: int) -> ChannelFile:
+def ranking(planned: PlannedCell, model: Any) -> ChannelFile:
     """The channels' ranking on the training set (Eq. 1-5)."""
     return rank_channels(
         model,
-        open_dataset(setting.data, "train"),
-        setting.config.model.spsd,
-        backbone=setting.config.model.clip.name,
+        open_dataset(planned.setting.data, "train"),
+        planned.config.model.spsd,
+        backbone=planned.config.model.clip.name,
         weights_hash=weights_hash(model.clip),
-        seed=seed,
+        seed=planned.seed,
         device=next(model.parameters()).device,
     )
 

@@ -6,7 +6,6 @@ Propagation can only help as far as neighbours belong together, so this is where
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ from drseg_core.data import IGNORE
 from drseg_core.models.dino import DinoPrior, resample
 from drseg_core.ops import knn_graph, prepare_prior
 from drseg_core.studies.output import mean_text, write_study
-from drseg_core.studies.prior import teach_prior
+from drseg_core.studies.plan import PlannedCell, plan
+from drseg_core.studies.runner import train_priors
 from drseg_core.studies.seeds import measure_seeds
 from drseg_core.studies.setting import Setting
+from drseg_core.studies.tables import DRSEG
 from drseg_core.studies.zero_shot import clip_model, sampled
 from drseg_core.training.distributed import select_device
 from drseg_core.training.rank_channels import dense_features, label_on_grid
@@ -34,9 +35,9 @@ LABELS = "the labels themselves"
 
 def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
     """Share of neighbours that have the node's own label, mean over the classes, without the node itself."""
-    if setting.prior_steps:
-        teach_prior(setting.config.model.dino, setting.prior_data, setting.prior_steps, out)
-    measured = measure_seeds("neighbour-purity", _purity, setting, out, jobs)
+    planned = plan(setting, [DRSEG], out)
+    train_priors(planned)
+    measured = measure_seeds("neighbour-purity", _purity, planned, jobs)
     found = measured.found
     rows = [
         {
@@ -70,13 +71,10 @@ def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str
     return write_study("neighbour-purity", title, explained, rows, measured, setting, out, command, draw)
 
 
-def _purity(setting: Setting, seed: int, out: Path) -> dict[str, Any]:
-    config = setting.config.model.dino
-    if setting.prior_steps:
-        taught = teach_prior(config, setting.prior_data, setting.prior_steps, out)
-        config = dataclasses.replace(config, weights=str(taught))
-    prior = DinoPrior(config).eval().to(select_device(setting.device))
-    model = clip_model(setting, seed, out)
+def _purity(planned: PlannedCell) -> dict[str, Any]:
+    setting = planned.setting
+    prior = DinoPrior(planned.config.model.dino).eval().to(select_device(setting.device))
+    model = clip_model(planned)
     found = {}
     for test in setting.tests:
         dataset, _ = setting.open_test(test)

@@ -21,16 +21,16 @@ from drseg_core.data.protocols import Protocol
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.evaluation.report import heat
 from drseg_core.studies.output import mean_text, write_study
+from drseg_core.studies.plan import PlannedCell, plan
 from drseg_core.studies.runner import load_cell, run_cell, train_priors
 from drseg_core.studies.seeds import measure_seeds
 from drseg_core.studies.setting import Setting
-from drseg_core.studies.tables import Cell
+from drseg_core.studies.tables import DRSEG
 from drseg_core.studies.zero_shot import sampled
 from drseg_core.training.distributed import select_device
 
 IMAGES, SHOWN = 60, 4
 MAPS = ("original", "rectified", "logits")
-DRSEG = Cell("drseg", "DR-Seg", {})
 RELIANCE = ("mIoU", "mIoU without rectified", "mIoU without original")
 
 
@@ -40,8 +40,9 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
     The measure is the area under the ROC curve of each map as a detector of each class of an image, over all images of
     each test set: 50 % tells nothing, 100 % everything, and it does not depend on a map's scale.
     """
-    train_priors(setting, [DRSEG], out)
-    measured = measure_seeds("correlation-maps", _measured_maps, setting, out, jobs)
+    planned = plan(setting, [DRSEG], out)
+    train_priors(planned)
+    measured = measure_seeds("correlation-maps", _measured_maps, planned, jobs)
     found = measured.found
     first = next(iter(next(iter(found.values()))))
     rows = [
@@ -56,7 +57,7 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
 
     def draw(plt: Any) -> Any:
         # its folder may be gone
-        model = _trained(setting, first, out)
+        model = _trained(next(item for item in planned if item.seed == first))
         sets = [setting.open_test(test)[0] for test in setting.tests]
         examples = [_example(*maps) for dataset in sets for maps in islice(_maps(model, dataset), SHOWN)]
         figure, axes = plt.subplots(len(examples), 6, figsize=(11, 1.9 * len(examples)), squeeze=False)
@@ -73,8 +74,8 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
     return write_study("correlation-maps", title, explained, rows, measured, setting, out, command, draw)
 
 
-def _measured_maps(setting: Setting, seed: int, out: Path) -> dict[str, Any]:
-    model = _trained(setting, seed, out)
+def _measured_maps(planned: PlannedCell) -> dict[str, Any]:
+    setting, model = planned.setting, _trained(planned)
     found: dict[str, dict[str, float | None]] = {}
     for test in setting.tests:
         dataset, protocol = setting.open_test(test)
@@ -90,9 +91,9 @@ def _measured_maps(setting: Setting, seed: int, out: Path) -> dict[str, Any]:
     return found
 
 
-def _trained(setting: Setting, seed: int, out: Path) -> Any:
-    run_cell(setting, DRSEG, seed, out)
-    return load_cell(setting, DRSEG, seed, out).model.eval().to(select_device(setting.device))
+def _trained(planned: PlannedCell) -> Any:
+    run_cell(planned)
+    return load_cell(planned).model.eval().to(select_device(planned.setting.device))
 
 
 @torch.no_grad()

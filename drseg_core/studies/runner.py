@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains and scores the cells of a study, once each, in as many processes as asked for.
 
-``OUT/runs/`` holds one run folder per cell and seed, named by a hash of everything that decides it. A study that is
-started again takes what is complete, goes on with what is not, and shares cells with every other study in ``OUT``.
+A study that is started again takes what is complete, goes on with what is not, and shares cells with every other study
+in ``OUT``.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -28,24 +26,21 @@ import torch
 
 from drseg_core.checkpoints.checkpoint import newest_checkpoint
 from drseg_core.checkpoints.lock import LOCK_NAME, run_lock
-from drseg_core.checkpoints.run import CONFIG, MANIFEST, LoadedRun, load_run, plain_config
+from drseg_core.checkpoints.run import CONFIG, MANIFEST, LoadedRun, load_run
 from drseg_core.checkpoints.versions import git_revision
-from drseg_core.config.load import override
 from drseg_core.config.schema import Config
-from drseg_core.data.manifest import file_sha256
 from drseg_core.errors import DRSegError
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.files import write_text_atomic
-from drseg_core.studies.prior import prior_file, teach_prior
-from drseg_core.studies.setting import Setting, fingerprint, scored_fingerprint
+from drseg_core.studies.plan import PlannedCell
+from drseg_core.studies.prior import teach_prior
+from drseg_core.studies.setting import Setting, scored_fingerprint
 from drseg_core.studies.tables import Cell
 from drseg_core.training.loop import train
 from drseg_core.training.signals import TrainingStopped
 
 SCORES = "scores.json"
 SECONDS = "seconds.json"
-# raised when scores of the same configuration would come out differently
-VERSION = 1
 _log = logging.getLogger(__name__)
 
 Task = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -59,72 +54,11 @@ class Outcome(NamedTuple):
     problem: str | None
 
 
-def start_folder(setting: Setting, seed: int, out: Path) -> Path:
-    """Where the dual encoder of a seed is."""
-    return _folder(out, f"start-{seed}", setting.start_config(seed), setting, None)
-
-
-def cell_folder(setting: Setting, cell: Cell, seed: int, out: Path) -> Path:
-    """Where a cell of a seed is."""
-    start = start_folder(setting, seed, out).name if setting.needs_start else None
-    return _folder(out, f"cell-{seed}", cell_config(setting, cell, seed, out), setting, start)
-
-
-def cell_config(setting: Setting, cell: Cell, seed: int, out: Path) -> Config:
-    """The configuration of a cell; one that has a prior gets the taught one where the setting asks for it."""
-    config = setting.cell_config(dict(cell.options), seed)
-    if not setting.prior_steps or config.model.fusion.kind in ("none", "cosine"):
-        return config
-    path = prior_file(config.model.dino, setting.prior_data, setting.prior_steps, out)
-    return override(config, {"model.dino.weights": str(path)})
-
-
-def train_priors(setting: Setting, cells: Sequence[Cell], out: Path) -> None:
+def train_priors(planned: Sequence[PlannedCell]) -> None:
     """The taught priors that cells need, where they are not yet."""
-    for cell in cells if setting.prior_steps else ():
-        config = setting.cell_config(dict(cell.options), 0)
-        if config.model.fusion.kind not in ("none", "cosine"):
-            teach_prior(config.model.dino, setting.prior_data, setting.prior_steps, out)
-
-
-def _folder(out: Path, kind: str, config: Config, setting: Setting, start: str | None) -> Path:
-    plain = plain_config(config)
-    weights = plain["model"]["dino"]["weights"]
-    if weights is not None and Path(weights).parent == out / "runs":
-        # a taught prior is told by its name, wherever the studies lie
-        plain["model"]["dino"]["weights"] = Path(weights).name
-    content = {
-        "version": VERSION,
-        "config": changed_options(plain, plain_config(Config())),
-        "files": files_hash(config, out),
-        "data": fingerprint(setting.data, "train"),
-        "start": start,
-    }
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return out / "runs" / f"{kind}-{digest[:12]}"
-
-
-def files_hash(config: Config, out: Path) -> dict[str, str]:
-    """SHA-256 of the files that a configuration names, by option; a taught prior is what its name says."""
-    model = config.model
-    named = {
-        "clip": model.clip.weights,
-        "dino": model.dino.weights,
-        "remote": model.remote.weights if model.decoder.remote_clip else None,
-        "channels": model.spsd.channels,
-    }
-    found = {}
-    for option, path in named.items():
-        if path is not None and Path(path).is_file() and Path(path).parent != out / "runs":
-            status = Path(path).stat()
-            found[option] = _file_hash(path, status.st_size, status.st_mtime_ns)
-    return found
-
-
-@functools.cache
-def _file_hash(path: str, size: int, changed: int) -> str:
-    # size and time are part of what is remembered: a file that changed is read again
-    return file_sha256(Path(path))
+    for item in planned:
+        if item.prior is not None:
+            teach_prior(item.prior, item.setting.prior_data, item.setting.prior_steps, item.out)
 
 
 def scored_sets(setting: Setting) -> list[dict[str, Any]]:
@@ -132,31 +66,24 @@ def scored_sets(setting: Setting) -> list[dict[str, Any]]:
     return [{**dataclasses.asdict(test), "sha256": scored_fingerprint(setting, test)} for test in setting.tests]
 
 
-def changed_options(config: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    """Options that are not at their default: one that a later version adds changes no name."""
-    found = {
-        key: changed_options(value, default[key]) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if value != default[key]
-    }
-    return found
+def train_start(planned: PlannedCell) -> Path | None:
+    """The dual encoder that stands for CLIP, trained where it is not yet; None where none is needed."""
+    start = planned.start
+    if start is None:
+        return None
+    _train(start.config, planned.setting, start.folder, init=None)
+    return start.folder
 
 
-def train_start(setting: Setting, seed: int, out: Path) -> Path:
-    """The dual encoder that stands for CLIP, trained where it is not yet."""
-    folder = start_folder(setting, seed, out)
-    _train(setting.start_config(seed), setting, folder, init=None)
-    return folder
-
-
-def train_starts(setting: Setting, seeds: Sequence[int], out: Path, jobs: int) -> dict[int, str]:
-    """Train the dual encoders of seeds; returns why some could not be, by seed."""
-    tasks: list[Task] = [(train_start, (setting, seed, out)) for seed in seeds if setting.needs_start]
-    problems = {seeds[place]: problem for place, (_, problem) in run_tasks(tasks, jobs) if problem is not None}
+def train_starts(planned: Sequence[PlannedCell], jobs: int) -> dict[int, str]:
+    """Train the dual encoders of cells, once for each seed; returns why some could not be, by seed."""
+    firsts = sorted({item.seed: item for item in planned if item.start is not None}.items())
+    tasks: list[Task] = [(train_start, (item,)) for _, item in firsts]
+    problems = {firsts[place][0]: problem for place, (_, problem) in run_tasks(tasks, jobs) if problem is not None}
     return {seed: f"its dual encoder failed; {problem}" for seed, problem in problems.items()}
 
 
-def run_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> dict[str, Any]:
+def run_cell(planned: PlannedCell) -> dict[str, Any]:
     """Train and score one cell where that has not been done.
 
     Returns:
@@ -166,33 +93,29 @@ def run_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> dict[str, An
     Raises:
         DRSegError: the cell cannot be trained or scored.
     """
-    folder = cell_folder(setting, cell, seed, out)
+    setting, folder = planned.setting, planned.folder
     wanted = {"tests": scored_sets(setting), "protocol": setting.protocol}
     kept = read_json(folder / SCORES)
     if kept is not None and all(kept.get(key) == value for key, value in wanted.items()):
         return kept["scores"]
-    train_priors(setting, [cell], out)
-    start = train_start(setting, seed, out) if setting.needs_start else None
-    _train(cell_config(setting, cell, seed, out), setting, folder, init=start)
+    train_priors([planned])
+    _train(planned.config, setting, folder, init=train_start(planned))
     begin = time.monotonic()
-    scores = score(load_cell(setting, cell, seed, out), setting)
+    scores = score(load_cell(planned), setting)
     _note_seconds(folder, score=time.monotonic() - begin)
-    content = {**wanted, "cell": cell.title, "git": git_revision(), "scores": scores}
+    content = {**wanted, "cell": planned.cell.title, "git": git_revision(), "scores": scores}
     write_text_atomic(folder / SCORES, json.dumps(content, indent=1) + "\n")
     return scores
 
 
-def load_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> LoadedRun:
-    """A trained cell, with its prior from ``out``, wherever that was when it was trained."""
-    weights = cell_config(setting, cell, seed, out).model.dino.weights
-    return load_run(cell_folder(setting, cell, seed, out), dino_weights=weights)
+def load_cell(planned: PlannedCell) -> LoadedRun:
+    """A trained cell, with its prior from where the studies are now, wherever that was when it was trained."""
+    return load_run(planned.folder, dino_weights=planned.config.model.dino.weights)
 
 
-def provenance(setting: Setting, cells: Sequence[Cell], out: Path) -> dict[str, list[str]]:
+def provenance(planned: Sequence[PlannedCell]) -> dict[str, list[str]]:
     """The commits of the source, and the machines, that trained the cells that are complete."""
-    folders = {
-        cell_folder(setting, cell, seed, out) for cell in cells for seed in setting.seeds if cell.why_not is None
-    }
+    folders = {item.folder for item in planned}
     found = [read_json(folder / MANIFEST) or {} for folder in folders if (folder / SCORES).is_file()]
     # a training that stopped may have gone on elsewhere
     parts = [part for manifest in found for part in (manifest, *manifest.get("resumed", ()))]
@@ -207,14 +130,11 @@ def _machine(manifest: Mapping[str, Any]) -> str:
     return "a machine that was not noted" if machine is None else f"{machine['device']}, threads: {machine['threads']}"
 
 
-def seconds(setting: Setting, cells: Sequence[Cell], out: Path) -> float:
+def seconds(planned: Sequence[PlannedCell]) -> float:
     """What training and scoring the cells that are complete took, and the dual encoders that they start from, one
     process after another."""
-    folders = set()
-    for seed in setting.seeds:
-        own = {cell_folder(setting, cell, seed, out) for cell in cells if cell.why_not is None}
-        own = {folder for folder in own if (folder / SCORES).is_file()}
-        folders |= own | ({start_folder(setting, seed, out)} if own and setting.needs_start else set())
+    complete = [item for item in planned if (item.folder / SCORES).is_file()]
+    folders = {item.folder for item in complete} | {item.start.folder for item in complete if item.start is not None}
     return sum(sum((read_json(folder / SECONDS) or {}).values()) for folder in folders)
 
 
@@ -250,9 +170,7 @@ def score(loaded: LoadedRun, setting: Setting) -> dict[str, Any]:
 
 
 def run_cells(
-    setting: Setting,
-    cells: Sequence[Cell],
-    out: Path,
+    planned: Sequence[PlannedCell],
     *,
     jobs: int = 1,
     done: Callable[[Cell, int, dict[str, Any] | None, str | None], None],
@@ -260,33 +178,29 @@ def run_cells(
     """Train and score all cells for all seeds.
 
     Args:
-        setting: what they have in common.
-        cells: those that cannot be run are left out.
-        out: folder of the studies.
+        planned: see :func:`drseg_core.studies.plan.plan`.
         jobs: processes; each gets its share of the CPU's threads.
         done: called for every cell and seed with its scores, or with why there are none.
     """
-    todo = [(cell, seed) for seed in setting.seeds for cell in cells if cell.why_not is None]
     # cells of equal options are one run: two processes must not write it at a time
-    twins: dict[Path, list[tuple[Cell, int]]] = {}
-    for cell, seed in todo:
-        twins.setdefault(cell_folder(setting, cell, seed, out), []).append((cell, seed))
-    unique = {folder: cells[0] for folder, cells in twins.items()}
+    twins: dict[Path, list[PlannedCell]] = {}
+    for item in planned:
+        twins.setdefault(item.folder, []).append(item)
+    unique = {folder: items[0] for folder, items in twins.items()}
 
     def report(folder: Path, scores: dict[str, Any] | None, problem: str | None) -> None:
-        for cell, seed in twins[folder]:
-            done(cell, seed, scores, problem)
+        for item in twins[folder]:
+            done(item.cell, item.seed, scores, problem)
 
-    missing = [item for item in unique.items() if read_json(item[0] / SCORES) is None]
-    seeds = sorted({seed for _, (_, seed) in missing})
-    train_priors(setting, [cell for _, (cell, _) in missing], out)
-    failed = train_starts(setting, seeds, out, jobs)
-    for folder, (_, seed) in missing:
-        if seed in failed:
-            report(folder, None, failed[seed])
-            del unique[folder]
+    missing = [item for folder, item in unique.items() if read_json(folder / SCORES) is None]
+    train_priors(missing)
+    failed = train_starts(missing, jobs)
+    for item in missing:
+        if item.seed in failed:
+            report(item.folder, None, failed[item.seed])
+            del unique[item.folder]
     folders = list(unique)
-    tasks: list[Task] = [(run_cell, (setting, cell, seed, out)) for cell, seed in unique.values()]
+    tasks: list[Task] = [(run_cell, (item,)) for item in unique.values()]
     for place, (scores, problem) in run_tasks(tasks, jobs):
         report(folders[place], scores, problem)
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from drseg_core.checkpoints.versions import git_revision
 from drseg_core.errors import DRSegError
 from drseg_core.files import write_text_atomic
-from drseg_core.studies.runner import Task, cell_folder, read_json, run_tasks, scored_sets, train_starts
-from drseg_core.studies.setting import Setting
-from drseg_core.studies.tables import Cell
+from drseg_core.studies.plan import PlannedCell
+from drseg_core.studies.runner import Task, read_json, run_tasks, scored_sets, train_starts
 
 # raised when a measure would find something else in the same models and images
 VERSION = 1
 
-Measure = Callable[[Setting, int, Path], Mapping[str, Any]]
-"""``measure(setting, seed, out)``: what is found, as JSON has it, by test set. A function of a module."""
+Measure = Callable[[PlannedCell], Mapping[str, Any]]
+"""``measure(planned)``: what is found, as JSON has it, by test set. A function of a module."""
 
 
 class Measured(NamedTuple):
@@ -31,24 +30,29 @@ class Measured(NamedTuple):
     commits: list[str]
 
 
-def measure_seeds(name: str, measure: Measure, setting: Setting, out: Path, jobs: int) -> Measured:
+def measure_seeds(name: str, measure: Measure, planned: Sequence[PlannedCell], jobs: int) -> Measured:
     """What ``measure`` finds for every seed, taken from ``OUT/runs`` where that has been done; seeds fail alone.
+
+    Args:
+        name: of the measure.
+        measure: a function of a module.
+        planned: one cell, once for each seed.
+        jobs: processes.
 
     Raises:
         DRSegError: no seed has a result.
     """
-    paths = {seed: _path(name, setting, seed, out) for seed in setting.seeds}
-    missing = [seed for seed, path in paths.items() if not path.is_file()]
-    failed = train_starts(setting, missing, out, jobs)
+    paths = {item.seed: _path(name, item) for item in planned}
+    failed = train_starts([item for item in planned if not paths[item.seed].is_file()], jobs)
     problems = {f"seed {seed}": problem for seed, problem in failed.items()}
-    seeds = [seed for seed in setting.seeds if seed not in failed]
-    tasks: list[Task] = [(_measured, (paths[seed], measure, setting, seed, out)) for seed in seeds]
+    left = [item for item in planned if item.seed not in failed]
+    tasks: list[Task] = [(_measured, (paths[item.seed], measure, item)) for item in left]
     by_seed = dict[int, dict[str, Any]]()
     for place, (content, problem) in run_tasks(tasks, jobs):
         if content is None:
-            problems[f"seed {seeds[place]}"] = problem or ""
+            problems[f"seed {left[place].seed}"] = problem or ""
         else:
-            by_seed[seeds[place]] = content
+            by_seed[left[place].seed] = content
     if not by_seed:
         reasons = "; ".join(f"{seed}: {problem}" for seed, problem in problems.items())
         error = DRSegError(f"study: {name} has no result; {reasons}")
@@ -63,16 +67,15 @@ def measure_seeds(name: str, measure: Measure, setting: Setting, out: Path, jobs
     )
 
 
-def _path(name: str, setting: Setting, seed: int, out: Path) -> Path:
-    cell = cell_folder(setting, Cell(name, name, {}), seed, out)
-    content = [VERSION, cell.name, scored_sets(setting), setting.protocol]
+def _path(name: str, planned: PlannedCell) -> Path:
+    content = [VERSION, planned.folder.name, scored_sets(planned.setting), planned.setting.protocol]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return out / "runs" / f"{name}-{seed}-{digest[:12]}.json"
+    return planned.out / "runs" / f"{name}-{planned.seed}-{digest[:12]}.json"
 
 
-def _measured(path: Path, measure: Measure, setting: Setting, seed: int, out: Path) -> dict[str, Any]:
+def _measured(path: Path, measure: Measure, planned: PlannedCell) -> dict[str, Any]:
     content = read_json(path)
     if content is None:
-        content = {"git": git_revision(), "found": measure(setting, seed, out)}
+        content = {"git": git_revision(), "found": measure(planned)}
         write_text_atomic(path, json.dumps(content) + "\n")
     return content

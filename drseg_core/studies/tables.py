@@ -43,6 +43,10 @@ class Cell:
     why_not: str | None = None
 
 
+DRSEG = Cell("drseg", "DR-Seg", {})
+"""The configuration of a setting as it is."""
+
+
 @dataclass(frozen=True)
 class TrainingStudy:
     """A study whose cells are trained and scored.

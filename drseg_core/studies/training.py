@@ -14,7 +14,8 @@ from drseg_core.config.schema import Config
 from drseg_core.files import write_text_atomic
 from drseg_core.ops import backend_report
 from drseg_core.studies import figures, report
-from drseg_core.studies.runner import changed_options, provenance, run_cells, seconds
+from drseg_core.studies.plan import changed_options, plan
+from drseg_core.studies.runner import provenance, run_cells, seconds
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import Cell, training_study
 
@@ -35,6 +36,7 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
         Why cells failed, by name; empty where all went well.
     """
     study = training_study(name, setting)
+    planned = plan(setting, study.cells, out)
     name += setting.suffix
     options = changed_options(plain_config(setting.config), plain_config(Config()))
     facts: dict[str, Any] = {**setting.record(), "command": command, "config": options}
@@ -59,8 +61,8 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
             for cell in study.cells
         ]
         order = report.order(study.cells, scores)
-        facts.update(provenance(setting, study.cells, out))
-        facts["seconds"] = seconds(setting, study.cells, out)
+        facts.update(provenance(planned))
+        facts["seconds"] = seconds(planned)
         content = {
             "study": name,
             "title": study.title,
@@ -84,7 +86,7 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
             _log.info("study %s: %s, seed %d: mIoU %s", name, cell.title, seed, _shown(found))
         write()
 
-    run_cells(setting, study.cells, out, jobs=jobs, done=done)
+    run_cells(planned, jobs=jobs, done=done)
     # for a study none of whose cells can be run
     write()
     figures.draw_training_study(study, scores, out / f"{name}.png")

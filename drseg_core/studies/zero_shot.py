@@ -8,7 +8,6 @@ pixels below it, so there is no interpolation, and all subsets of channels are s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +18,21 @@ from drseg_core.config.load import override
 from drseg_core.data import IGNORE, SegmentationDataset
 from drseg_core.evaluation.metrics import ConfusionMatrix
 from drseg_core.models.segmenter import Segmenter
+from drseg_core.studies.plan import PlannedCell
 from drseg_core.studies.runner import train_start
-from drseg_core.studies.setting import BARE, Setting
+from drseg_core.studies.setting import BARE
 from drseg_core.training.distributed import select_device
 from drseg_core.training.rank_channels import dense_features
 
 
-def clip_model(setting: Setting, seed: int, out: Path) -> Segmenter:
+def clip_model(planned: PlannedCell) -> Segmenter:
     """CLIP as it is before any adaptation: published weights, or the dual encoder of the seed."""
-    device = select_device(setting.device)
-    if setting.needs_start:
-        return load_run(train_start(setting, seed, out)).model.eval().to(device)
-    bare = override(setting.config, {**BARE, "seed": seed})
-    torch.manual_seed(seed)
+    device = select_device(planned.setting.device)
+    start = train_start(planned)
+    if start is not None:
+        return load_run(start).model.eval().to(device)
+    bare = override(planned.setting.config, {**BARE, "seed": planned.seed})
+    torch.manual_seed(planned.seed)
     return model_of(bare).eval().to(device)
 
 

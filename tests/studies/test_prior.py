@@ -15,17 +15,9 @@ import torch.nn.functional as F
 from drseg_core.config.load import load_config, override
 from drseg_core.errors import CheckpointError, ConfigError
 from drseg_core.models.dino import DinoPrior
+from drseg_core.studies.plan import plan_cell
 from drseg_core.studies.prior import prior_file, structure_loss, teach_prior
-from drseg_core.studies.runner import (
-    SCORES,
-    cell_config,
-    cell_folder,
-    load_cell,
-    run_cell,
-    start_folder,
-    train_priors,
-    train_start,
-)
+from drseg_core.studies.runner import SCORES, load_cell, run_cell, train_priors, train_start
 from drseg_core.studies.setting import make_setting
 from drseg_core.studies.tables import Cell
 from drseg_core.training.loop import train
@@ -92,28 +84,28 @@ def test_all_that_have_a_prior_get_the_same_one(tmp_path):
     setting = make_setting(quick=True, prior_steps=2)
     baseline = Cell("baseline", "baseline", {"model.fusion.kind": "none"})
     cells = [Cell("a", "a", {}), Cell("b", "b", {"model.fusion.kind": "mean"})]
-    weights = {cell_config(setting, cell, seed, tmp_path).model.dino.weights for cell in cells for seed in (0, 1)}
+    weights = {plan_cell(setting, cell, seed, tmp_path).config.model.dino.weights for cell in cells for seed in (0, 1)}
     assert len(weights) == 1 and None not in weights
-    assert cell_config(setting, baseline, 0, tmp_path).model.dino.weights is None
+    assert plan_cell(setting, baseline, 0, tmp_path).config.model.dino.weights is None
     # cells without a prior are shared with studies of the random one, those with it are not
     plain = make_setting(quick=True)
-    assert cell_folder(setting, baseline, 0, tmp_path) == cell_folder(plain, baseline, 0, tmp_path)
-    assert cell_folder(setting, cells[0], 0, tmp_path) != cell_folder(plain, cells[0], 0, tmp_path)
+    assert plan_cell(setting, baseline, 0, tmp_path).folder == plan_cell(plain, baseline, 0, tmp_path).folder
+    assert plan_cell(setting, cells[0], 0, tmp_path).folder != plan_cell(plain, cells[0], 0, tmp_path).folder
     # wherever the studies lie
-    elsewhere = cell_folder(setting, cells[0], 0, tmp_path / "elsewhere")
-    assert elsewhere.name == cell_folder(setting, cells[0], 0, tmp_path).name
+    elsewhere = plan_cell(setting, cells[0], 0, tmp_path / "elsewhere").folder
+    assert elsewhere.name == plan_cell(setting, cells[0], 0, tmp_path).folder.name
 
 
 def test_studies_that_moved_find_their_prior(tmp_path):
     setting = make_setting(quick=True, prior_steps=2, seeds=(0,))
     cell = Cell("drseg", "DR-Seg", {})
     there, here = tmp_path / "there", tmp_path / "here"
-    train_start(setting, 0, there)
-    scores = run_cell(setting, cell, 0, there)
+    train_start(plan_cell(setting, cell, 0, there))
+    scores = run_cell(plan_cell(setting, cell, 0, there))
     there.rename(here)
-    assert load_cell(setting, cell, 0, here).config.model.dino.weights.startswith(str(here))
-    (cell_folder(setting, cell, 0, here) / SCORES).unlink()
-    assert run_cell(setting, cell, 0, here) == scores
+    assert load_cell(plan_cell(setting, cell, 0, here)).config.model.dino.weights.startswith(str(here))
+    (plan_cell(setting, cell, 0, here).folder / SCORES).unlink()
+    assert run_cell(plan_cell(setting, cell, 0, here)) == scores
 
 
 def test_scenes_of_its_own():
@@ -136,22 +128,22 @@ def test_studies_that_moved_in_the_middle_of_a_training_go_on(tmp_path):
     setting = make_setting(quick=True, prior_steps=2, seeds=(0,))
     cell = Cell("drseg", "DR-Seg", {})
     there, here, straight = tmp_path / "there", tmp_path / "here", tmp_path / "straight"
-    train_start(setting, 0, there)
+    train_start(plan_cell(setting, cell, 0, there))
     shutil.copytree(there, straight)
-    train_priors(setting, [cell], there)
-    start, folder = start_folder(setting, 0, there), cell_folder(setting, cell, 0, there)
+    planned = plan_cell(setting, cell, 0, there)
+    train_priors([planned])
     with pytest.raises(TrainingStopped):
         train(
-            cell_config(setting, cell, 0, there),
+            planned.config,
             setting.data,
-            folder,
-            init=start,
+            planned.folder,
+            init=planned.start.folder,
             show_progress=False,
             on_step=_stop,
         )
     there.rename(here)
-    assert run_cell(setting, cell, 0, here) == run_cell(setting, cell, 0, straight)
-    assert len(json.loads((cell_folder(setting, cell, 0, here) / "manifest.json").read_text())["resumed"]) == 1
+    assert run_cell(plan_cell(setting, cell, 0, here)) == run_cell(plan_cell(setting, cell, 0, straight))
+    assert len(json.loads((plan_cell(setting, cell, 0, here).folder / "manifest.json").read_text())["resumed"]) == 1
 
 
 def test_another_prior_is_refused_in_the_middle_of_a_training(config, tmp_path):

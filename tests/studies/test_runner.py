@@ -27,7 +27,9 @@ from drseg_core.data.protocols import PROTOCOLS
 from drseg_core.data.synthetic import write_scenes
 from drseg_core.errors import CheckpointError, ConfigError, NumericalError
 from drseg_core.models.segmenter import SegmenterOutput
+from drseg_core.studies import plan as planning
 from drseg_core.studies import runner
+from drseg_core.studies.plan import plan, plan_cell
 from drseg_core.studies.setting import ScoredSet, Setting, make_setting
 from drseg_core.studies.tables import Cell, TrainingStudy
 from drseg_core.studies.training import run_training_study
@@ -65,9 +67,9 @@ def finished(setting, tmp_path_factory):
     """A folder with both cells trained and scored."""
     out = tmp_path_factory.mktemp("studies")
     found = {
-        cell.name: runner.run_cell(setting, cell, 0, out)
+        cell.name: runner.run_cell(plan_cell(setting, cell, 0, out))
         for cell in (PLAIN, OTHER)
-        if runner.train_start(setting, 0, out)
+        if runner.train_start(plan_cell(setting, cell, 0, out))
     }
     return out, found
 
@@ -95,15 +97,18 @@ def test_scores(finished):
 def test_complete_cells_are_taken_as_they_are(setting, finished, tmp_path, monkeypatch):
     out = shutil.copytree(finished[0], tmp_path / "out")
     names = trained(monkeypatch)
-    assert runner.run_cell(setting, PLAIN, 0, out) == finished[1]["plain"] and not names
+    assert runner.run_cell(plan_cell(setting, PLAIN, 0, out)) == finished[1]["plain"] and not names
     # other test sets: scored again, not trained again
     other = dataclasses.replace(setting, tests=(dataclasses.replace(setting.tests[0], name="b"),))
-    assert runner.run_cell(other, PLAIN, 0, out)["b"] == finished[1]["plain"]["a"] and not names
+    assert runner.run_cell(plan_cell(other, PLAIN, 0, out))["b"] == finished[1]["plain"]["a"] and not names
 
 
 def test_what_the_cells_took_is_counted_once(setting, finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "out")
-    folders = [runner.start_folder(setting, 0, out), *(runner.cell_folder(setting, c, 0, out) for c in (PLAIN, OTHER))]
+    folders = [
+        plan_cell(setting, PLAIN, 0, out).start.folder,
+        *(plan_cell(setting, c, 0, out).folder for c in (PLAIN, OTHER)),
+    ]
     for place, folder in enumerate(folders):
         kept = json.loads((folder / runner.SECONDS).read_text())
         # a dual encoder is not scored
@@ -111,50 +116,50 @@ def test_what_the_cells_took_is_counted_once(setting, finished, tmp_path):
         (folder / runner.SECONDS).write_text(json.dumps({"train": 10.0**place, "score": 0.5}))
     twin = Cell("twin", "twin", OTHER.options)
     never = Cell("never", "never", {"model.fusion.tau": 0.9})
-    assert runner.seconds(setting, [PLAIN, OTHER, twin, never], out) == 111 + 3 * 0.5
-    assert runner.seconds(setting, [never], out) == 0
+    assert runner.seconds(plan(setting, [PLAIN, OTHER, twin, never], out)) == 111 + 3 * 0.5
+    assert runner.seconds(plan(setting, [never], out)) == 0
 
 
 def test_a_cell_that_stopped_goes_on_and_ends_the_same(setting, finished, tmp_path, monkeypatch):
     out = shutil.copytree(finished[0], tmp_path / "out")
-    folder = runner.cell_folder(setting, OTHER, 0, out)
+    folder = plan_cell(setting, OTHER, 0, out).folder
     # before its first checkpoint, but with all its other files: it must not go on from random weights
     (folder / runner.SCORES).unlink()
     shutil.rmtree(folder / "checkpoints")
     assert (folder / "config.yaml").is_file()
-    assert runner.run_cell(setting, OTHER, 0, out) == finished[1]["other"]
+    assert runner.run_cell(plan_cell(setting, OTHER, 0, out)) == finished[1]["other"]
     # before its first file
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / ".lock").touch()
-    assert runner.run_cell(setting, OTHER, 0, out) == finished[1]["other"]
+    assert runner.run_cell(plan_cell(setting, OTHER, 0, out)) == finished[1]["other"]
     # after the training, before the scores
     (folder / runner.SCORES).unlink()
     names = trained(monkeypatch)
-    assert runner.run_cell(setting, OTHER, 0, out) == finished[1]["other"] and not names
+    assert runner.run_cell(plan_cell(setting, OTHER, 0, out)) == finished[1]["other"] and not names
 
 
 def test_a_cell_needs_nothing_that_was_there_before(setting, finished, tmp_path):
-    assert runner.run_cell(setting, PLAIN, 0, tmp_path) == finished[1]["plain"]
+    assert runner.run_cell(plan_cell(setting, PLAIN, 0, tmp_path)) == finished[1]["plain"]
 
 
 def test_a_damaged_checkpoint_is_not_scored(setting, finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "out")
-    folder = runner.cell_folder(setting, OTHER, 0, out)
+    folder = plan_cell(setting, OTHER, 0, out).folder
     (folder / runner.SCORES).unlink()
     (weights,) = folder.glob("checkpoints/*/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="checksum mismatch"):
-        runner.run_cell(setting, OTHER, 0, out)
+        runner.run_cell(plan_cell(setting, OTHER, 0, out))
 
 
 def test_a_run_that_another_process_trains_is_not_wiped(setting, finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "out")
-    folder = runner.cell_folder(setting, OTHER, 0, out)
+    folder = plan_cell(setting, OTHER, 0, out).folder
     (folder / runner.SCORES).unlink()
     shutil.rmtree(folder / "checkpoints")
     with run_lock(folder), pytest.raises(CheckpointError, match=f"in use; locked by pid {os.getpid()}"):
-        runner.run_cell(setting, OTHER, 0, out)
+        runner.run_cell(plan_cell(setting, OTHER, 0, out))
     assert (folder / "config.yaml").is_file()
 
 
@@ -162,16 +167,16 @@ def test_commits_and_machines_are_those_of_the_trainings(setting, finished, tmp_
     out = shutil.copytree(finished[0], tmp_path / "out")
     never = Cell("never", "never", {"model.fusion.tau": 0.9})
     here = f"{device_name('cpu')}, threads: 1"
-    found = runner.provenance(setting, [PLAIN, OTHER, never], out)
+    found = runner.provenance(plan(setting, [PLAIN, OTHER, never], out))
     assert len(found["commits"]) <= 1 and found["machines"] == [here]
-    path = runner.cell_folder(setting, PLAIN, 0, out) / "manifest.json"
+    path = plan_cell(setting, PLAIN, 0, out).folder / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "git": "abc", "machine": {"device": "H100", "threads": 4}}))
-    found = runner.provenance(setting, [PLAIN, OTHER], out)
+    found = runner.provenance(plan(setting, [PLAIN, OTHER], out))
     assert "abc" in found["commits"] and found["machines"] == sorted(["H100, threads: 4", here])
     # one that went on elsewhere, and one that did not say
     path.write_text(json.dumps({"git": "abc", "resumed": [{"git": "def", "machine": {"device": "CPU", "threads": 1}}]}))
-    found = runner.provenance(setting, [PLAIN], out)
+    found = runner.provenance(plan(setting, [PLAIN], out))
     assert found == {"commits": ["abc", "def"], "machines": ["CPU, threads: 1", "a machine that was not noted"]}
 
 
@@ -188,7 +193,9 @@ def test_a_dual_encoder_that_fails_is_tried_once(setting, tmp_path, monkeypatch)
     monkeypatch.setattr(runner, "train", broken)
     found = {}
     both = dataclasses.replace(setting, seeds=(0, 1))
-    runner.run_cells(both, [PLAIN, OTHER], tmp_path, done=lambda c, seed, *rest: found.update({(c.name, seed): rest}))
+    runner.run_cells(
+        plan(both, [PLAIN, OTHER], tmp_path), done=lambda c, seed, *rest: found.update({(c.name, seed): rest})
+    )
     assert names.count("broken") == 1
     for name in ("plain", "other"):
         assert found[name, 0][0] is not None and found[name, 0][1] is None
@@ -204,7 +211,7 @@ def test_a_stop_stops_the_study_and_is_no_failed_cell(setting, finished, tmp_pat
     monkeypatch.setattr(runner, "train", stopped)
     new = Cell("new", "new", {"model.fusion.tau": 0.9})
     with pytest.raises(TrainingStopped) as caught:
-        runner.run_cells(setting, [new, PLAIN], out, done=lambda *_: pytest.fail("went on"))
+        runner.run_cells(plan(setting, [new, PLAIN], out), done=lambda *_: pytest.fail("went on"))
     again = pickle.loads(pickle.dumps(caught.value))
     assert again.exit_code == 143 and str(again) == "train: stopped by SIGTERM"
 
@@ -215,18 +222,18 @@ def test_content_that_changes_under_its_path_is_other_content(setting, tmp_path)
         write_scenes(tmp_path / name, splits={"train": 2, "val": 2}, size=32, seed=0)
     data = f"folder:{tmp_path / 'tr'}"
     changed = dataclasses.replace(setting, data=data, tests=(ScoredSet("a", f"folder:{tmp_path / 'te'}"),))
-    folder, tests = runner.cell_folder(changed, PLAIN, 0, out), runner.scored_sets(changed)
+    folder, tests = plan_cell(changed, PLAIN, 0, out).folder, runner.scored_sets(changed)
     weights = tmp_path / "prior.safetensors"
     weights.write_bytes(b"one")
     with_file = override(changed.config, {"model.dino.weights": str(weights)})
-    first = runner.files_hash(with_file, out)
+    first = planning.files_hash(with_file, out)
     for name in ("tr", "te"):
         write_scenes(tmp_path / name, splits={"train": 2, "val": 2}, size=32, seed=1, overwrite=True)
     weights.write_bytes(b"two!")
-    runner.fingerprint.cache_clear()
+    planning.fingerprint.cache_clear()
     runner.scored_fingerprint.cache_clear()
-    assert runner.cell_folder(changed, PLAIN, 0, out) != folder and runner.scored_sets(changed) != tests
-    assert runner.files_hash(with_file, out) != first
+    assert plan_cell(changed, PLAIN, 0, out).folder != folder and runner.scored_sets(changed) != tests
+    assert planning.files_hash(with_file, out) != first
 
 
 class Constant(torch.nn.Module):
@@ -298,7 +305,7 @@ def test_scores_by_a_protocol(setting, tmp_path, monkeypatch):
 
 def test_everything_that_decides_a_cell_is_in_its_name(setting, tmp_path):
     names = {
-        runner.cell_folder(changed, cell, seed, tmp_path).name
+        plan_cell(changed, cell, seed, tmp_path).folder.name
         for changed in (
             setting,
             dataclasses.replace(setting, data=setting.data + ",seed=1"),
@@ -311,7 +318,7 @@ def test_everything_that_decides_a_cell_is_in_its_name(setting, tmp_path):
     assert len(names) == 16
     # what is scored decides nothing of the training
     scored = dataclasses.replace(setting, tests=(ScoredSet("c", "folder:c"),))
-    assert runner.cell_folder(scored, PLAIN, 0, tmp_path) == runner.cell_folder(setting, PLAIN, 0, tmp_path)
+    assert plan_cell(scored, PLAIN, 0, tmp_path).folder == plan_cell(setting, PLAIN, 0, tmp_path).folder
 
 
 def test_cells_of_equal_options_are_one_training(setting, finished, tmp_path, monkeypatch):
@@ -320,7 +327,7 @@ def test_cells_of_equal_options_are_one_training(setting, finished, tmp_path, mo
     twin = Cell("twin", "twin", dict(PLAIN.options))
     found = {}
     runner.run_cells(
-        setting, [PLAIN, twin], out, done=lambda cell, seed, scores, problem: found.update({cell.name: scores})
+        plan(setting, [PLAIN, twin], out), done=lambda cell, seed, scores, problem: found.update({cell.name: scores})
     )
     assert found["twin"] == found["plain"] == finished[1]["plain"] and not names
 
@@ -353,9 +360,7 @@ def test_a_cell_that_fails_fails_alone(setting, finished, tmp_path, monkeypatch,
 def test_two_processes_find_the_same(setting, finished, tmp_path):
     found = {}
     runner.run_cells(
-        setting,
-        [PLAIN, OTHER],
-        tmp_path,
+        plan(setting, [PLAIN, OTHER], tmp_path),
         jobs=2,
         done=lambda cell, seed, scores, problem: found.update({cell.name: scores}),
     )

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a study will run, decided once when it starts: each cell and seed with its configuration and its folder.
+
+``OUT/runs/`` holds one run folder per cell and seed, named by a hash of everything that decides it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drseg_core.checkpoints.run import plain_config
+from drseg_core.config.load import override
+from drseg_core.config.schema import Config, DinoConfig
+from drseg_core.data.manifest import file_sha256
+from drseg_core.studies.prior import prior_file
+from drseg_core.studies.setting import Setting, fingerprint
+from drseg_core.studies.tables import Cell
+
+# raised when scores of the same configuration would come out differently
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Start:
+    """The dual encoder that stands for CLIP: its configuration, and where its run is."""
+
+    config: Config
+    folder: Path
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """One training of a study, and all that follows from its cell, its seed and the setting.
+
+    Args:
+        setting: what the cells have in common.
+        cell: the row it belongs to.
+        seed: of initial weights and order.
+        out: folder of the studies.
+        config: all options, with the taught prior's weight file where the setting asks for one.
+        folder: where its run is.
+        start: the dual encoder it begins with; None where CLIP has published weights.
+        prior: the prior that is taught first; None where there is none to teach.
+    """
+
+    setting: Setting
+    cell: Cell
+    seed: int
+    out: Path
+    config: Config
+    folder: Path
+    start: Start | None
+    prior: DinoConfig | None
+
+
+def plan(setting: Setting, cells: Sequence[Cell], out: Path) -> tuple[PlannedCell, ...]:
+    """All cells that can be run, seed by seed."""
+    return tuple(
+        plan_cell(setting, cell, seed, out) for seed in setting.seeds for cell in cells if cell.why_not is None
+    )
+
+
+def plan_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> PlannedCell:
+    """One cell and seed.
+
+    Raises:
+        ConfigError: options of the cell do not fit the setting's configuration.
+        DatasetError: the training data cannot be read.
+    """
+    start = None
+    if setting.needs_start:
+        begin = setting.start_config(seed)
+        start = Start(begin, _folder(out, f"start-{seed}", begin, setting, None))
+    config, prior = setting.cell_config(dict(cell.options), seed), None
+    if setting.prior_steps and config.model.fusion.kind not in ("none", "cosine"):
+        prior = config.model.dino
+        taught = prior_file(prior, setting.prior_data, setting.prior_steps, out)
+        config = override(config, {"model.dino.weights": str(taught)})
+    folder = _folder(out, f"cell-{seed}", config, setting, None if start is None else start.folder.name)
+    return PlannedCell(setting, cell, seed, out, config, folder, start, prior)
+
+
+def _folder(out: Path, kind: str, config: Config, setting: Setting, start: str | None) -> Path:
+    plain = plain_config(config)
+    weights = plain["model"]["dino"]["weights"]
+    if weights is not None and Path(weights).parent == out / "runs":
+        # a taught prior is told by its name, wherever the studies lie
+        plain["model"]["dino"]["weights"] = Path(weights).name
+    content = {
+        "version": VERSION,
+        "config": changed_options(plain, plain_config(Config())),
+        "files": files_hash(config, out),
+        "data": fingerprint(setting.data, "train"),
+        "start": start,
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return out / "runs" / f"{kind}-{digest[:12]}"
+
+
+def files_hash(config: Config, out: Path) -> dict[str, str]:
+    """SHA-256 of the files that a configuration names, by option; a taught prior is what its name says."""
+    model = config.model
+    named = {
+        "clip": model.clip.weights,
+        "dino": model.dino.weights,
+        "remote": model.remote.weights if model.decoder.remote_clip else None,
+        "channels": model.spsd.channels,
+    }
+    found = {}
+    for option, path in named.items():
+        if path is not None and Path(path).is_file() and Path(path).parent != out / "runs":
+            status = Path(path).stat()
+            found[option] = _file_hash(path, status.st_size, status.st_mtime_ns)
+    return found
+
+
+@functools.cache
+def _file_hash(path: str, size: int, changed: int) -> str:
+    # size and time are part of what is remembered: a file that changed is read again
+    return file_sha256(Path(path))
+
+
+def changed_options(config: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """Options that are not at their default: one that a later version adds changes no name."""
+    found = {
+        key: changed_options(value, default[key]) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if value != default[key]
+    }
+    return found
