@@ -57,7 +57,7 @@ lint: install  ## ruff and mypy
 aot: install  ## compile every Triton kernel for every GPU in view, without one (TRITON=3.6.0 for another version)
 	test -z "$(TRITON)" || test -d build/triton-$(TRITON) || \
 		$(BIN)/python -m pip install -q --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
-	PYTHONPATH="$(if $(TRITON),build/triton-$(TRITON))" $(BIN)/python bench/aot.py
+	PYTHONPATH="$(if $(TRITON),build/triton-$(TRITON))" $(BIN)/python -m bench aot
 
 bench: install  ## time the named cases (pytest-benchmark)
 	$(BIN)/python -m pytest -q bench/bench_cases.py --benchmark-only --benchmark-columns=median,iqr,rounds
@@ -66,12 +66,12 @@ bench: install  ## time the named cases (pytest-benchmark)
 BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD~1)
 regress: install  ## every kernel right, then none slower than at BASE (a git ref; the last release)
 	$(BIN)/python -m pytest -q tests/ops tests/nn/test_pdgr.py
-	$(BIN)/python bench/run.py --base $(BASE) --gate
+	$(BIN)/python -m bench run --base $(BASE) --gate
 
 plots: install  ## draw the rows of ROWS (a folder of bench/results), and the README's tables from them
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) matplotlib
-	$(BIN)/python bench/plot.py $(wildcard $(ROWS)/knn*.jsonl $(ROWS)/pdgr*.jsonl $(ROWS)/ops*.jsonl) --out docs/bench/$(notdir $(patsubst %/,%,$(ROWS)))
-	$(BIN)/python bench/report.py $(ROWS) README.md
+	$(BIN)/python -m bench plot $(wildcard $(ROWS)/knn*.jsonl $(ROWS)/pdgr*.jsonl $(ROWS)/ops*.jsonl) --out docs/bench/$(notdir $(patsubst %/,%,$(ROWS)))
+	$(BIN)/python -m bench report $(ROWS) README.md
 
 format: install  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .

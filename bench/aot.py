@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every Triton kernel in every shipped configuration for every GPU in view, without a GPU.
 
-    python bench/aot.py              # check against bench/aot_baseline.json
-    python bench/aot.py --update     # write the figures there
+    python -m bench aot              # check against bench/aot_baseline.json
+    python -m bench aot --update     # write the figures there
 
 Shared memory, registers, stack and spills are read from the compiler and held to each device's limits; against the
 baseline of the same Triton version none may grow by more than a tenth. The PTX must keep float32 products in float32,
@@ -15,15 +15,13 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "kernels")]
-
-from aot_variants import Variant, variants  # noqa: E402
+from bench.aot_variants import Variant, variants
 
 BASELINE = Path(__file__).parent / "aot_baseline.json"
 GROWTH = 1.1
@@ -169,12 +167,14 @@ def growth_problems(figures: dict[str, int], before: dict[str, int]) -> list[str
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--update", action="store_true", help="write the figures to the baseline")
     parser.add_argument("--arch", type=int, action="append", choices=[target.arch for target in TARGETS])
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name has this in it")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     import triton
 
     baseline = json.loads(BASELINE.read_text(encoding="utf-8")) if BASELINE.exists() else {}
@@ -198,7 +198,7 @@ def main() -> int:
                 if key in before:
                     problems += growth_problems(figures, before[key])
                 else:
-                    problems.append("not in the baseline; expected a row, got none: run bench/aot.py --update")
+                    problems.append("not in the baseline; expected a row, got none: run python -m bench aot --update")
             rows[key] = figures
             words = " ".join(f"{name}={value}" for name, value in figures.items())
             print(f"{key}: {words} ({time.perf_counter() - begin:.1f} s)", flush=True)
@@ -214,7 +214,3 @@ def main() -> int:
         BASELINE.write_text(json.dumps(baseline, indent=1) + "\n", encoding="utf-8")
     print(f"aot: {len(rows)} kernels built with Triton {triton.__version__}, {failed} failed")
     return 1 if failed or not rows else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

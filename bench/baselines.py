@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timing import seconds_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from bench.timing import seconds_of
 from drseg_core.nn import PDGR
 from drseg_core.ops._cases import Case
 

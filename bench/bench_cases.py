@@ -1,30 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The named cases as pytest-benchmark entries: ``make bench``, or ``pytest bench/bench_cases.py --benchmark-only``.
 
-Nothing is compared here; bench/run.py does that.
+Nothing is compared here; ``python -m bench run`` does that.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-sys.path[:0] = [
-    str(path) for path in (Path(__file__).parent, *(Path(__file__).parents[1] / n for n in ("", "kernels")))
-]
-
-import jobs  # noqa: E402
-import ops  # noqa: E402
-import torch  # noqa: E402
+from bench import jobs, one_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 JOBS = [
     job
     for case in ("paper_vitl_24x24", "pdgr_1x576", "knn_4096")
-    for op in ("pdgr", *ops.with_kernel(DEVICE))
+    for op in ("pdgr", *one_op.with_kernel(DEVICE))
     for job in jobs.jobs_of(op, case, list(jobs.MODES), ["dino"], "float32", None)
 ]
 

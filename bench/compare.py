@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares stored rows of two runs on one kind of machine.
 
-    python bench/compare.py OLD.jsonl NEW.jsonl
+    python -m bench compare OLD.jsonl NEW.jsonl
 
 Times are normalised by the ceilings each run measured, so that a slow hour of the machine is not the code's. Beside
 each verdict stands the smallest slowdown that these rows can tell from noise: of the times, of one or two samples, of
 what lies between two runs, and of ceilings that moved, for which the machine or chance may be the reason. Stored rows
-are weaker evidence than the race of ``bench/run.py --base REF --gate``, which is the gate.
+are weaker evidence than the race of ``python -m bench run --base REF --gate``, which is the gate.
 
 Exit code 0: nothing slower or lost; 1: something is; 2: the files cannot be compared.
 """
@@ -49,7 +49,7 @@ def read(path: Path) -> dict[tuple[str, ...], Row]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompareError(f"{path}: is no file of rows; {' '.join(str(error).split())}") from None
     if not found:
-        raise CompareError(f"{path}: holds no timed row; expected what bench/run.py --out writes")
+        raise CompareError(f"{path}: holds no timed row; expected what python -m bench run --out writes")
     for key, row in found.items():
         if not row["p50_ms"] > 0 or not row["repeats"] > 0:
             raise CompareError(f"{path}: {' '.join(key)} was never timed; expected p50_ms and repeats above 0")
@@ -119,7 +119,9 @@ def compare(old: dict[tuple[str, ...], Row], new: dict[tuple[str, ...], Row]) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     args = parser.parse_args(arguments)
@@ -139,7 +141,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(f"{' '.join(one.key):{width}}  {ratio}  {one.verdict:6}{tells}{raw}")
     return int(any(one.verdict in ("slower", "lost") for one in found))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from baselines import pdgr_products
-from timing import seconds_of
 
+from bench.baselines import pdgr_products
+from bench.timing import seconds_of
 from drseg_core.ops._cases import Case
 
 

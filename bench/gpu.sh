@@ -121,16 +121,16 @@ contracts() {
 }
 
 measure() {
-    "$PYTHON" bench/run.py --device cuda $(each --op $BENCH_OPS) $(each --case $BENCH_CASES) $BENCH_OPTIONS \
+    "$PYTHON" -m bench run --device cuda $(each --op $BENCH_OPS) $(each --case $BENCH_CASES) $BENCH_OPTIONS \
         --out "$OUT/rows.jsonl"
 }
 
 model() {
-    "$PYTHON" bench/model.py --device cuda --backend triton --backend reference --out "$OUT/model.jsonl"
+    "$PYTHON" -m bench model --device cuda --backend triton --backend reference --out "$OUT/model.jsonl"
 }
 
 tune() {
-    "$PYTHON" bench/tune.py $(each --op $TUNE_OPS) $(each --case $TUNE_CASES) $TUNE_OPTIONS
+    "$PYTHON" -m bench tune $(each --op $TUNE_OPS) $(each --case $TUNE_CASES) $TUNE_OPTIONS
 }
 
 sanitize() {
@@ -169,7 +169,7 @@ for slice in "${@:-environment build aot test tune bench model sanitize}"; do
         [ ! -f "$library" ] || export DRSEG_NATIVE_LIBRARY="$library"
         case $name in
         environment | build) export -f environment build && export OUT PYTHON && run "$name" bash -c "$name" ;;
-        aot) run aot "$PYTHON" bench/aot.py ;;
+        aot) run aot "$PYTHON" -m bench aot ;;
         test) export -f contracts && export PYTHON && run test bash -c "contracts $TESTS" ;;
         tune)
             export -f each tune && export OUT PYTHON TUNE_OPS TUNE_CASES TUNE_OPTIONS && run tune bash -c tune

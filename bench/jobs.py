@@ -7,20 +7,18 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ops
-import pdgr
-import selection
 import torch
 
+from bench import one_op, selection, whole_pdgr
 from drseg_core.ops import use_backend
 from drseg_core.ops._cases import CASES, Case
 
 MODES = ("fwd", "fwd+bwd")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-PDGR_CASES = {case.name: case for case in pdgr.CASES}
+PDGR_CASES = {case.name: case for case in whole_pdgr.CASES}
 SELECTION_CASES = {what.case.name: what for what in selection.CASES}
 # what whole PDGR and the selection can be compared with
-BESIDE = tuple(dict.fromkeys((*pdgr.BESIDE, *selection.BESIDE)))
+BESIDE = tuple(dict.fromkeys((*whole_pdgr.BESIDE, *selection.BESIDE)))
 OP_CASES = {case.name: case for case in CASES}
 
 
@@ -59,7 +57,7 @@ def jobs_of(op: str, case: str, modes: list[str], data: list[str], dtype: str, b
         return [Job(op, case, mode, kind, dtype, backend) for mode in modes for kind in data]
     if op == "knn_graph" and case in SELECTION_CASES:
         return [Job(op, case, mode, kind, dtype, backend) for mode in modes for kind in data]
-    if op in ops.OPS and case in OP_CASES:
+    if op in one_op.OPS and case in OP_CASES:
         return [Job(op, case, mode, "case", dtype, backend) for mode in modes]
     return []
 
@@ -84,11 +82,11 @@ def build(job: Job, device: str = "cpu") -> Engine:
     dtype = DTYPES[job.dtype]
     with use_backend(job.backend):
         if job.op == "pdgr":
-            made = pdgr.engine(PDGR_CASES[job.case], job.data, job.mode, device)
+            made = whole_pdgr.engine(PDGR_CASES[job.case], job.data, job.mode, device)
         elif job.case in SELECTION_CASES:
             made = selection.engine(SELECTION_CASES[job.case], job.data, dtype, device)
         else:
-            made = ops.engine(job.op, OP_CASES[job.case], job.mode, dtype, device)
+            made = one_op.engine(job.op, OP_CASES[job.case], job.mode, dtype, device)
     call, wrong, backends = made
 
     def run() -> object:
@@ -104,7 +102,7 @@ def measure(
     """The engine beside what it is compared with: rows, and what was refused."""
     with use_backend(job.backend):
         if job.op == "pdgr":
-            return pdgr.measure(
+            return whole_pdgr.measure(
                 PDGR_CASES[job.case], job.data, job.mode, repeats=repeats, slow=slow, with_memory=with_memory,
                 device=device, beside=beside,
             )  # fmt: skip
@@ -113,7 +111,7 @@ def measure(
                 SELECTION_CASES[job.case], job.data, repeats=repeats, slow=slow, dtype=DTYPES[job.dtype], device=device,
                 beside=beside,
             )  # fmt: skip
-        return ops.measure(
+        return one_op.measure(
             job.op, OP_CASES[job.case], job.mode, repeats=repeats, dtype=DTYPES[job.dtype], backend=job.backend,
             device=device,
         )  # fmt: skip

@@ -48,11 +48,11 @@ def rise(run: Callable[[], object], device: str = "cpu") -> float:
 
 
 def in_child(module: str, function: str, *arguments: Any) -> Any:
-    """What a function of a module of this folder returns in a fresh process; arguments and result are JSON."""
+    """What a function of a module returns in a fresh process; arguments and result are JSON."""
     done = subprocess.run(
         [sys.executable, "-c", _CODE.format(module, function), json.dumps(arguments)],
-        # only what this process already imports from, with this folder in front
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        # it imports from where this process does
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )

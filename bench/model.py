@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole model: images per second and peak memory of a training step and of inference, and PDGR's share of both.
 
-    python bench/model.py --config vitb --backend native --backend reference --out rows.jsonl
+    python -m bench model --config vitb --backend native --backend reference --out rows.jsonl
 
 Random weights, random images, 17 classes, float32. Every row comes from a process of its own. The share is the
 wall-clock time inside PDGR, backward included, over that of the call.
@@ -18,16 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [
-    str(path) for path in (Path(__file__).parent, *(Path(__file__).parents[1] / n for n in ("", "kernels")))
-]
+import torch
+from torch import nn
 
-import memory  # noqa: E402
-import record  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from drseg_core.ops import last_backend, use_backend  # noqa: E402
+from bench import memory, record
+from drseg_core.ops import last_backend, use_backend
 
 MODES = ("inference", "training")
 _CLASSES = 17
@@ -125,7 +120,9 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", action="append", help="preset or YAML file; vitb and vitl by default")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="option, e.g. model.rotations=1"
@@ -156,7 +153,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for backend in args.backend or (None,):
                 try:
                     figures = memory.in_child(
-                        "model", "measure", config, overrides, mode, backend, args.batch, args.repeats, args.device
+                        "bench.model",
+                        "measure",
+                        config,
+                        overrides,
+                        mode,
+                        backend,
+                        args.batch,
+                        args.repeats,
+                        args.device,
                     )
                 except RuntimeError as error:
                     print(f"model: {config} {mode} {backend}: {str(error).splitlines()[-1]}", file=sys.stderr)
@@ -176,7 +181,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if args.out:
                     record.append(args.out, [row])
     return int(failed)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

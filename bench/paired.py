@@ -21,10 +21,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from source import Source
+from bench.source import Source
 
 TOLERANCE = 0.05
 # a turn lasts about so long, and has so many calls unless they are slow, so that one interruption is not all of it
@@ -46,8 +45,8 @@ class Worker:
     def __init__(self, source: Source, device: str = "cpu", threads: int | None = None) -> None:
         self.source = source
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("paired_worker.py")), device, str(threads or 0)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=source.environment(),
+            [sys.executable, "-m", "bench.paired_worker", device, str(threads or 0)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=source.environment(), cwd=source.tree,
         )  # fmt: skip
 
     def ask(self, **request: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process behind ``paired.Worker``: requests come as JSON lines, answers go back as JSON lines.
 
-The benchmark is that of this checkout, ``drseg_core`` that of the tree in ``DRSEG_TREE``.
+It runs in the tree that is raced and imports everything from there.
 """
 
 from __future__ import annotations
@@ -9,17 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
-
-_TREE = Path(os.environ["DRSEG_TREE"])
-sys.path[:0] = [str(Path(__file__).parent), str(_TREE), str(_TREE / "kernels")]
 
 
 def _answer(request: dict[str, Any], state: dict[str, Any], device: str) -> dict[str, Any]:
-    import jobs
-    import memory
-    from timing import GraphSampler, seconds_of
+    from bench import jobs, memory
+    from bench.timing import GraphSampler, seconds_of
 
     if request["do"] == "build":
         job = jobs.Job(**request["job"])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of stored rows, and of nothing else.
 
-    python bench/plot.py bench/results/FOLDER/*.jsonl --out docs/bench/FOLDER
+    python -m bench plot bench/results/FOLDER/*.jsonl --out docs/bench/FOLDER
 
 writes ``speedup``, ``scaling`` and ``roofline``, each as PNG and SVG; a picture whose rows are missing is left out and
 said so. Needs matplotlib (the ``bench`` extra).
@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import compare
 import matplotlib
-from compare import Row
+
+from bench import compare
+from bench.compare import Row
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 # one colour per contender in every picture; told apart in grey print and by the colour-blind
 _COLOURS = {
@@ -152,8 +153,10 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path, nargs="+", help="JSON-lines files of bench/run.py")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", type=Path, nargs="+", help="JSON-lines files of python -m bench run")
     parser.add_argument("--out", type=Path, default=Path("docs/bench"), help="folder")
     args = parser.parse_args(arguments)
     try:
@@ -170,7 +173,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = device if "gpu" in rows[0] else f"{device}, {threads} threads, {level}"
     made = draw(rows, args.out, f"{machine}; torch {rows[0]['torch']}, {rows[0]['date']}")
     return 0 if made else 2
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The published presets on every benchmark set: one training step and one scored image, with random weights on the CPU.
 
-    python bench/presets.py --out bench/results/FOLDER/presets.jsonl
-    python bench/presets.py --preset vitl --set potsdam
+    python -m bench presets --out bench/results/FOLDER/presets.jsonl
+    python -m bench presets --preset vitl --set potsdam
 
 Each command is a process of its own, on a miniature of the set in the layout of its release. Wall-clock seconds begin
 with the interpreter: building the model and ranking the channels are most of them. A row is added as soon as it is
@@ -21,15 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [
-    str(path) for path in (Path(__file__).parent, *(Path(__file__).parents[1] / n for n in ("", "kernels")))
-]
+import numpy as np
+from PIL import Image
 
-import numpy as np  # noqa: E402
-import record  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from drseg_core.data.benchmarks import BENCHMARKS  # noqa: E402
+from bench import record
+from drseg_core.data.benchmarks import BENCHMARKS
 
 PRESETS = ("vitl", "vitb")
 RANDOM = ("--model.clip.weights", "null", "--model.dino.weights", "null")
@@ -103,7 +99,9 @@ def measure(preset: str, name: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench presets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", action="append", choices=PRESETS, help="both by default")
     parser.add_argument("--set", action="append", choices=tuple(BENCHMARKS), help="all by default")
     parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
@@ -129,7 +127,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if args.out:
                 record.append(args.out, [row])
     return int(failed)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -13,10 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import counts
 import torch
-from timing import Contender, gpu_state
 
+from bench import counts
+from bench.timing import Contender, gpu_state
 from drseg_core.checkpoints.versions import device_name
 from drseg_core.ops._cases import Case
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's performance sections, made from stored rows and from nothing else: one for each machine.
 
-    python bench/report.py bench/results/FOLDER README.md [--check]
+    python -m bench report bench/results/FOLDER README.md [--check]
 
 Replaces what stands between the ``bench`` marks with the folder's name in the file; ``--check`` changes nothing and
 exits with 1 where the section is not what the rows give.
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import compare
-from compare import Row
+from bench import compare
+from bench.compare import Row
 
 BEGIN, END = "<!-- bench: {}, made by bench/report.py -->", "<!-- /bench -->"
 _WORDS = {"fwd": "forward", "fwd+bwd": "forward + backward"}
@@ -162,7 +162,9 @@ def _rows_of(path: Path) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", type=Path, help="folder of JSON-lines files")
     parser.add_argument("readme", type=Path)
     parser.add_argument("--check", action="store_true", help="change nothing")
@@ -185,7 +187,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(wanted != text)
     args.readme.write_text(wanted, encoding="utf-8")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

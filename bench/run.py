@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the engine beside its baselines at named cases; prints a table, writes JSON lines.
 
-    python bench/run.py --list                                  what there is to measure
-    python bench/run.py --dry-run                               which backends run here, and why the others do not
-    python bench/run.py --op pdgr --case pdgr_8x576 --out bench/results/cpu/pdgr.jsonl
-    python bench/run.py --op knn_graph --case knn_4096 --data dino
-    python bench/run.py --op graph_propagate --case paper_vitl_24x24 --mode fwd+bwd --dtype bfloat16
-    python bench/run.py --base HEAD~1 --gate                    this checkout against another version
+    python -m bench run --list                                  what there is to measure
+    python -m bench run --dry-run                               which backends run here, and why the others do not
+    python -m bench run --op pdgr --case pdgr_8x576 --out bench/results/cpu/pdgr.jsonl
+    python -m bench run --op knn_graph --case knn_4096 --data dino
+    python -m bench run --op graph_propagate --case paper_vitl_24x24 --mode fwd+bwd --dtype bfloat16
+    python -m bench run --base HEAD~1 --gate                    this checkout against another version
 
 Cases ``pdgr_*`` are the whole module beside the module as the paper writes it, factored, compiled, and the floor of its
 matrix products; ``knn_*`` are the selection beside plain torch and faiss; every other case times the backends of one
@@ -27,20 +27,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[:0] = [
-    str(path) for path in (Path(__file__).parent, *(Path(__file__).parents[1] / n for n in ("", "kernels")))
-]
+import torch
 
-import jobs  # noqa: E402
-import ops  # noqa: E402
-import paired  # noqa: E402
-import pdgr  # noqa: E402
-import record  # noqa: E402
-import source  # noqa: E402
-import torch  # noqa: E402
-
-from drseg_core.errors import BackendUnavailableError  # noqa: E402
-from drseg_core.ops import backend_report  # noqa: E402
+from bench import jobs, one_op, paired, record, source, whole_pdgr
+from drseg_core.errors import BackendUnavailableError
+from drseg_core.ops import backend_report
 
 _DEFAULT_CASES = ("paper_vitl_24x24", "pdgr_8x576")
 # of the gate: large enough that a call is more than overhead, small enough to repeat
@@ -62,15 +53,17 @@ def _share(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--op", choices=("pdgr", *ops.OPS), action="append", help="what to measure; all that has a kernel by default"
+        "--op", choices=("pdgr", *one_op.OPS), action="append", help="what to measure; all that has a kernel by default"
     )
     parser.add_argument(
         "--case", action="append", help=f"named case; {', '.join(_DEFAULT_CASES)} by default (gate: {_GATE_CASES})"
     )
     parser.add_argument("--mode", choices=jobs.MODES, action="append", help="both by default")
-    parser.add_argument("--data", choices=pdgr.DATA, action="append", help="of pdgr_* and knn_*; both by default")
+    parser.add_argument("--data", choices=whole_pdgr.DATA, action="append", help="of pdgr_* and knn_*; both by default")
     parser.add_argument("--dtype", choices=jobs.DTYPES, default="float32", help="of the features; pdgr_* are float32")
     parser.add_argument("--backend", choices=("reference", "native", "triton"), help="the best that runs, by default")
     parser.add_argument(
@@ -102,9 +95,9 @@ def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[j
     chosen = [
         job
         for case in args.case or default
-        for op in args.op or ("pdgr", *(ops.OPS if args.list else ops.with_kernel(args.device)))
+        for op in args.op or ("pdgr", *(one_op.OPS if args.list else one_op.with_kernel(args.device)))
         for job in jobs.jobs_of(
-            op, case, args.mode or list(jobs.MODES), args.data or list(pdgr.DATA), args.dtype, args.backend
+            op, case, args.mode or list(jobs.MODES), args.data or list(whole_pdgr.DATA), args.dtype, args.backend
         )
     ]
     if args.op and "pdgr" in args.op and args.dtype != "float32":
@@ -182,7 +175,7 @@ def _race(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
             [
                 {
                     **dataclasses.asdict(job),
-                    "sizes": ops.sizes_of(job.sizes),
+                    "sizes": one_op.sizes_of(job.sizes),
                     **dataclasses.asdict(v),
                     **common,
                     **place,
@@ -217,7 +210,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("bench: --device cuda cannot be used; expected a CUDA device, got a torch without", file=sys.stderr)
         return 5
     return _race(chosen, args) if args.base else _measure(chosen, args)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

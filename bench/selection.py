@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import gate
-import memory
 import torch
-from baselines import PEERS, Floor, best_block, grid_distance, naive_selection, scores_product
-from ops import launch_of
-from record import Row, rows_of
-from timing import Contender, interleave
 from torch import Tensor
 
+from bench import gate, memory
+from bench.baselines import PEERS, Floor, best_block, grid_distance, naive_selection, scores_product
+from bench.one_op import launch_of
+from bench.record import Row, rows_of
+from bench.timing import Contender, interleave
 from drseg_core.ops import knn_graph, last_backend
 from drseg_core.ops._cases import Case, dino_like_prior, generator
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project as it was at a git ref, in a throw-away worktree, with the native library built from its own sources."""
+"""The project as it was at a git ref, in a throw-away worktree, with the native library built from its own sources and
+with the benchmark of this checkout: what measures is the same on both sides."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Source:
 
     def environment(self) -> dict[str, str]:
         """Environment of a process that uses this tree and no other."""
-        found = os.environ | {"DRSEG_TREE": str(self.tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        path = [str(self.tree), str(self.tree / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        found = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1"}
         found["DRSEG_NATIVE_LIBRARY"] = str(self.library) if self.library else str(self.tree / "no native library")
         return found
 
@@ -99,6 +101,12 @@ def native_library(tree: Path, cache: Path = ROOT / "build" / "bench") -> Path |
     return library
 
 
+def _lend(package: Path, place: Path) -> None:
+    """Put a package of this checkout into another tree, in the place of what lies there."""
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(package, place, ignore=shutil.ignore_patterns("results", "__pycache__"))
+
+
 def working_tree() -> Source:
     """This checkout as it stands, uncommitted changes included."""
     return Source("new", ROOT, native_library(ROOT), _git("rev-parse", "HEAD"))
@@ -119,6 +127,7 @@ def checkout(ref: str) -> Iterator[Source]:
         tree = Path(folder) / "tree"
         _git("worktree", "add", "--quiet", "--detach", str(tree), commit)
         try:
+            _lend(Path(__file__).parent, tree / "bench")
             yield Source("base", tree, native_library(tree), commit)
         finally:
             _git("worktree", "remove", "--force", str(tree))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times candidate launch configurations on a CUDA device and writes the fastest into the device's tables.
 
-    python bench/tune.py --op knn_graph --case grid_64x64        # one op at one size; both may be repeated
-    python bench/tune.py --dry-run --target 120                  # what would be timed, without a GPU
+    python -m bench tune --op knn_graph --case grid_64x64        # one op at one size; both may be repeated
+    python -m bench tune --dry-run --target 120                  # what would be timed, without a GPU
 
 The tables are ``kernels/drseg_kernels/tuned/<device>/<op>.json``, read by ``drseg_kernels._launch``; entries at other
 sizes stay. A candidate must fit the device's shared memory and agree with the reference before it is timed; all that
@@ -16,22 +16,19 @@ import argparse
 import dataclasses
 import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
+from drseg_kernels import _launch
+from drseg_kernels._launch import Device
 
-from aot import TARGETS  # noqa: E402
-from drseg_kernels import _launch  # noqa: E402
-from drseg_kernels._launch import Device  # noqa: E402
-from timing import Contender, interleave  # noqa: E402
-from tune_candidates import KINDS, TABLES, candidates  # noqa: E402
-
-from drseg_core.files import write_text_atomic  # noqa: E402
-from drseg_core.ops._cases import CASES, Case  # noqa: E402
+from bench.aot import TARGETS
+from bench.timing import Contender, interleave
+from bench.tune_candidates import KINDS, TABLES, candidates
+from drseg_core.files import write_text_atomic
+from drseg_core.ops._cases import CASES, Case
 
 DEFAULT_CASES = ("paper_vitl_24x24", "grid_64x64", "grid_128x128")
 NO_DEVICE = 5
@@ -100,7 +97,8 @@ def tune(table: str, case: Case, dtype: str, device: Device, repeats: int, tuned
     """Time a table's candidates at a case and write the best; one line on what went wrong, or None."""
     import torch
     import triton
-    from tune_runs import make
+
+    from bench.tune_runs import make
 
     run, wrong = make(table, case, getattr(torch, dtype), "cuda")
     options = candidates(table, device, case)
@@ -119,7 +117,9 @@ def tune(table: str, case: Case, dtype: str, device: Device, repeats: int, tuned
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--op", action="append", choices=sorted(TABLES), help="all by default")
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="the large ones")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
@@ -157,6 +157,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 __all__ = ["KINDS", "TABLES", "candidates", "fastest", "main", "write_entry"]
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -7,14 +7,12 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import gate
-import graphs
-import selection
 import torch
 from drseg_kernels import graph_propagate, knn_graph
 from drseg_kernels._knn_sizes import Way
 from torch import Tensor
 
+from bench import gate, graphs, selection
 from drseg_core.ops._cases import Case, generator
 from drseg_core.ops._dispatch import plain_float32
 

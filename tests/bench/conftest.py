@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's modules are scripts: they import each other from their own folder."""
+"""What is compiled is captured and run, not generated."""
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 
 @pytest.fixture(autouse=True)

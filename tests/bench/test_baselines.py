@@ -5,14 +5,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import baselines
-import gate
-import pdgr
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import baselines, gate, whole_pdgr
 from drseg_core.nn import PDGR
 from drseg_core.ops import knn_graph
 from drseg_core.ops._cases import Case
@@ -21,9 +19,9 @@ from drseg_core.studies.pdgr_speed import LiteralPDGR
 TINY = Case("bench_tiny", 2, 5, 7, prior=12, hidden=6, channels=8, neighbours=5)
 
 
-def _double(data: str) -> tuple[pdgr.Problem, Tensor]:
-    made = pdgr.make(TINY, data)
-    problem = pdgr.Problem(
+def _double(data: str) -> tuple[whole_pdgr.Problem, Tensor]:
+    made = whole_pdgr.make(TINY, data)
+    problem = whole_pdgr.Problem(
         made.engine.double(),
         made.features.detach().double().requires_grad_(),
         made.prior.double(),
@@ -38,21 +36,23 @@ def _assert_same(one: tuple[Tensor, tuple[Tensor, ...]], other: tuple[Tensor, tu
         torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("data", pdgr.DATA)
+@pytest.mark.parametrize("data", whole_pdgr.DATA)
 @pytest.mark.parametrize("row_block", [None, 4])
 def test_factored_is_the_engine(data: str, row_block: int | None):
     problem, index = _double(data)
     factored = baselines.FactoredPDGR(problem.engine, row_block)
-    _assert_same(pdgr.step(partial(factored, index=index), problem, True), pdgr.step(problem.engine, problem, True))
+    _assert_same(
+        whole_pdgr.step(partial(factored, index=index), problem, True), whole_pdgr.step(problem.engine, problem, True)
+    )
 
 
 def test_factored_and_literal_choose_as_the_engine_does():
     problem, index = _double("random")
     unit = torch.nn.functional.normalize(problem.prior.flatten(2).transpose(1, 2), dim=-1)
     assert torch.equal(baselines.FactoredPDGR(problem.engine).select(unit, (5, 7)).sort(-1).values, index.long())
-    expected = pdgr.step(problem.engine, problem, True)
+    expected = whole_pdgr.step(problem.engine, problem, True)
     for module in (baselines.FactoredPDGR(problem.engine), LiteralPDGR(problem.engine)):
-        _assert_same(pdgr.step(module, problem, True), expected)
+        _assert_same(whole_pdgr.step(module, problem, True), expected)
 
 
 def test_factored_knows_the_default_options_only():
@@ -86,7 +86,7 @@ def test_faiss_selection_is_the_engine_s_without_decay():
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_floor_has_the_products_of_the_factored_module_and_no_others(backward: bool):
-    problem = pdgr.make(TINY, "random")
+    problem = whole_pdgr.make(TINY, "random")
     module = baselines.FactoredPDGR(problem.engine)
     with FlopCounterMode(display=False) as counted:
         output = module(problem.features, problem.prior)

@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import compare
-import plot
 import pytest
-import report
+
+from bench import compare, plot, report
 
 
 def row(**changes: Any) -> dict[str, Any]:

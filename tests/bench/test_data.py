@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import pdgr
 import pytest
-import selection
 import torch
 from torch.nn import functional as F
 
+from bench import selection, whole_pdgr
 from drseg_core.ops._cases import dino_like_prior
 
 
@@ -50,10 +49,10 @@ def test_any_size(size: tuple[int, int, int, int]):
 
 
 def test_the_benchmark_s_inputs_are_these():
-    case = pdgr.CASES[1]
-    problem = pdgr.make(case, "dino")
+    case = whole_pdgr.CASES[1]
+    problem = whole_pdgr.make(case, "dino")
     assert problem.prior.shape == (1, 1024, 24, 24) and problem.prior.is_contiguous()
     assert problem.features.requires_grad and not problem.prior.requires_grad
     zero = (selection.make_prior(case, "dino") == 0).all(-1)
     assert torch.equal((problem.prior == 0).all(1).flatten(1), zero) and bool(zero.any())
-    assert [type(pdgr.make(case, data).engine).__name__ for data in pdgr.DATA] == ["PDGR", "PDGR"]
+    assert [type(whole_pdgr.make(case, data).engine).__name__ for data in whole_pdgr.DATA] == ["PDGR", "PDGR"]

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import gate
 import pytest
 import torch
 from torch import Tensor
 
+from bench import gate
 from drseg_core.ops import knn_graph
 
 GRID = (6, 7)

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
 
-import jobs
-import paired
 import pytest
-import run
-import source
+
+from bench import jobs, paired, run, source
 
 JOB = jobs.Job("graph_propagate", "tiny_3x4", "fwd", "case")
 HERE = source.Source("here", source.ROOT, None, "none")
@@ -125,7 +124,9 @@ def test_a_ref_is_checked_out_and_gone_afterwards(tmp_path: Path, monkeypatch: p
     with source.checkout("HEAD") as base:
         assert (base.tree / "file").read_text() == "old" and base.library is None
         assert base.commit == source._git("rev-parse", "HEAD")
-        assert base.environment()["DRSEG_TREE"] == str(base.tree)
+        assert base.environment()["PYTHONPATH"].split(os.pathsep)[:2] == [str(base.tree), str(base.tree / "kernels")]
+        # what measures is this checkout's
+        assert (base.tree / "bench" / "paired_worker.py").is_file()
     assert not base.tree.exists() and "drseg-base" not in source._git("worktree", "list")
     with pytest.raises(source.SourceError, match="nothing"), source.checkout("nothing"):
         pass

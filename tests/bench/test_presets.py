@@ -17,7 +17,7 @@ from drseg_core.data.protocols import get_protocol, open_protocol
 
 @pytest.fixture
 def presets() -> Any:
-    return importlib.import_module("presets")
+    return importlib.import_module("bench.presets")
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -11,18 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import baselines
-import jobs
-import memory
-import paired
-import pdgr
 import pytest
-import run
-import selection
-import source
-import timing
 import torch
 
+from bench import baselines, jobs, memory, paired, run, selection, source, timing, whole_pdgr
 from drseg_core import ops
 from drseg_core.ops import _dispatch
 from drseg_core.ops._cases import Case
@@ -62,7 +54,7 @@ def test_pdgr_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code, rows = _run(tmp_path, "--op", "pdgr", "--case", TINY.name)
     assert code == 0
     names = ["engine", "literal", "factored", "compiled", "floor"]
-    runs = [(mode, data) for mode in pdgr.MODES for data in pdgr.DATA]
+    runs = [(mode, data) for mode in whole_pdgr.MODES for data in whole_pdgr.DATA]
     # a peer has a row where it is installed
     rows = [row for row in rows if row["name"] != "pyg"]
     assert [(r["mode"], r["data"], r["name"]) for r in rows] == [(*pair, name) for pair in runs for name in names]
@@ -97,10 +89,12 @@ def test_selection_without_faiss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_large_cases_have_fewer_neighbours_in_the_race(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pdgr, "_MOST_NODES", {"literal": 10, "factored": 10, "compiled": 10, "pyg": 10, "floor": 42})
-    monkeypatch.setattr(pdgr, "_GATE_ROWS", 5)
-    for mode in pdgr.MODES:
-        rows, refused = pdgr.measure(TINY, "dino", mode, repeats=1, with_memory=False)
+    monkeypatch.setattr(
+        whole_pdgr, "_MOST_NODES", {"literal": 10, "factored": 10, "compiled": 10, "pyg": 10, "floor": 42}
+    )
+    monkeypatch.setattr(whole_pdgr, "_GATE_ROWS", 5)
+    for mode in whole_pdgr.MODES:
+        rows, refused = whole_pdgr.measure(TINY, "dino", mode, repeats=1, with_memory=False)
         assert [row["name"] for row in rows] == ["engine", "floor"] and not refused
         assert rows[0]["gate"]["against"] == "factored"
     monkeypatch.setattr(selection, "_MOST_NODES", 10)
@@ -112,7 +106,7 @@ def test_large_cases_have_fewer_neighbours_in_the_race(monkeypatch: pytest.Monke
 def test_rows_of_an_op(tmp_path: Path, op: str):
     code, rows = _run(tmp_path, "--op", op, "--case", "tiny_3x4")
     _check(rows)
-    modes = ["fwd"] if op == "knn_graph" else list(pdgr.MODES)
+    modes = ["fwd"] if op == "knn_graph" else list(whole_pdgr.MODES)
     assert code == 0 and [row["mode"] for row in rows if row["ratio_to_engine"] == 1] == modes
     assert {row["name"] for row in rows} >= {"reference"} and {row["op"] for row in rows} == {op}
 
@@ -178,7 +172,7 @@ def test_a_wrong_engine_is_refused(
     _plant(monkeypatch, op, **changes)
     code, rows = _run(tmp_path, "--op", "pdgr", "--case", TINY.name, "--data", "random")
     assert code == 1
-    assert {row["mode"] for row in rows} == set(pdgr.MODES) - modes
+    assert {row["mode"] for row in rows} == set(whole_pdgr.MODES) - modes
     error = capsys.readouterr().err
     assert "refused: engine:" in error and message in error
 
@@ -212,9 +206,9 @@ def test_a_baseline_whose_gradients_are_wrong_is_refused(monkeypatch: pytest.Mon
             output = super().forward(*arguments, **options)
             return output + 0.2 * (output - output.detach())
 
-    monkeypatch.setattr(pdgr, "FactoredPDGR", Steeper)
+    monkeypatch.setattr(whole_pdgr, "FactoredPDGR", Steeper)
     for mode, names in (("fwd", {"engine", "factored"}), ("fwd+bwd", {"engine"})):
-        rows, refused = pdgr.measure(TINY, "random", mode, repeats=1, with_memory=False, beside=["factored"])
+        rows, refused = whole_pdgr.measure(TINY, "random", mode, repeats=1, with_memory=False, beside=["factored"])
         assert {row["name"] for row in rows} == names
         assert len(refused) == (mode == "fwd+bwd") and all("factored: gradient of features" in one for one in refused)
 
@@ -286,7 +280,9 @@ def test_contenders_take_turns():
 
 def test_peaks_are_of_one_step_in_a_process_of_its_own():
     case = dataclasses.asdict(dataclasses.replace(TINY, batch=1, height=16, width=16, prior=256, neighbours=60))
-    literal, engine = (memory.in_child("pdgr", "peak", case, "dino", name, False) for name in ("literal", "engine"))
+    literal, engine = (
+        memory.in_child("bench.whole_pdgr", "peak", case, "dino", name, False) for name in ("literal", "engine")
+    )
     pairs = 256 * 60 * 2 * 256 * 4 / 2**20
     assert literal["peak_mb"] > pairs > 2 * engine["peak_mb"]
     assert literal["process_mb"] > literal["peak_mb"] and engine["process_mb"] > engine["peak_mb"]

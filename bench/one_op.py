@@ -12,14 +12,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import gate
-import graphs
-import memory
 import torch
-from record import Row, rows_of
-from timing import Contender, interleave
 from torch import Tensor
 
+from bench import gate, graphs, memory
+from bench.record import Row, rows_of
+from bench.timing import Contender, interleave
 from drseg_core import ops
 from drseg_core.ops._cases import Case, generator
 

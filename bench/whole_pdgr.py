@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import gate
-import memory
 import torch
-from baselines import FactoredPDGR, Floor, ScatteredPDGR, pdgr_products
-from ops import launch_of
-from record import Row, rows_of
-from timing import Contender, interleave
 from torch import Tensor
 
+from bench import gate, memory
+from bench.baselines import FactoredPDGR, Floor, ScatteredPDGR, pdgr_products
+from bench.one_op import launch_of
+from bench.record import Row, rows_of
+from bench.timing import Contender, interleave
 from drseg_core.nn import PDGR
 from drseg_core.ops import _dispatch, last_backend, use_backend
 from drseg_core.ops._cases import Case, dino_like_prior, generator
@@ -270,7 +269,13 @@ def measure(
         elif contender.name in ("engine", "literal", "factored"):
             contender.fields.update(
                 memory.in_child(
-                    "pdgr", "peak", dataclasses.asdict(case), data, contender.name, backward, _dispatch._override
+                    "bench.whole_pdgr",
+                    "peak",
+                    dataclasses.asdict(case),
+                    data,
+                    contender.name,
+                    backward,
+                    _dispatch._override,
                 )
             )
     common = {

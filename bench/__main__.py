@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m bench COMMAND ...``: each command is a module of this package and is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "run": "time the engine beside its baselines, or this checkout against another version (--base REF --gate)",
+    "compare": "stored rows of two runs",
+    "report": "the README's tables, from stored rows",
+    "plot": "pictures of stored rows",
+    "model": "the whole model, and PDGR's share of it",
+    "presets": "a training step and a scored image of every set under both presets",
+    "tune": "find the fastest launch sizes on a GPU and write its tables",
+    "aot": "compile every Triton kernel for every GPU in view, without one",
+}
+_USAGE = "usage: python -m bench COMMAND ... (COMMAND --help says what it takes)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ("--help",)
+    if command in ("-h", "--help"):
+        print(_USAGE, *(f"  {name:9}{words}" for name, words in COMMANDS.items()), sep="\n")
+        return 0
+    if command not in COMMANDS:
+        print(f"bench: command is unknown; expected one of {', '.join(COMMANDS)}, got {command}", file=sys.stderr)
+        return 2
+    code: int = importlib.import_module(f"bench.{command}").main(rest)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
