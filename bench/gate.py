@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from drseg_core.ops import _numerics as numerics
+from drseg_core.testing import numerics
 
 # PDGR ends in a LayerNorm: its outputs are near one, and two float32 evaluations differ by 1e-5 (CPU, 2026-11)
 OUTPUT_TOLERANCE = 1e-3

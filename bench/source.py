@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The project as it was at a git ref, in a throw-away worktree, with the native library built from its own sources and
-with the benchmark of this checkout: what measures is the same on both sides."""
+with the benchmark of this checkout: what measures and judges is the same on both sides."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from drseg_core import testing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,7 +129,8 @@ def checkout(ref: str) -> Iterator[Source]:
         tree = Path(folder) / "tree"
         _git("worktree", "add", "--quiet", "--detach", str(tree), commit)
         try:
-            _lend(Path(__file__).parent, tree / "bench")
+            for package, place in ((__file__, "bench"), (testing.__file__, "drseg_core/testing")):
+                _lend(Path(package).parent, tree / place)
             yield Source("base", tree, native_library(tree), commit)
         finally:
             _git("worktree", "remove", "--force", str(tree))

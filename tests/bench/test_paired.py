@@ -125,8 +125,9 @@ def test_a_ref_is_checked_out_and_gone_afterwards(tmp_path: Path, monkeypatch: p
         assert (base.tree / "file").read_text() == "old" and base.library is None
         assert base.commit == source._git("rev-parse", "HEAD")
         assert base.environment()["PYTHONPATH"].split(os.pathsep)[:2] == [str(base.tree), str(base.tree / "kernels")]
-        # what measures is this checkout's
-        assert (base.tree / "bench" / "paired_worker.py").is_file()
+        # what measures and judges is this checkout's
+        for lent in ("bench/paired_worker.py", "drseg_core/testing/numerics.py"):
+            assert (base.tree / lent).read_text() == (Path(__file__).parents[2] / lent).read_text()
     assert not base.tree.exists() and "drseg-base" not in source._git("worktree", "list")
     with pytest.raises(source.SourceError, match="nothing"), source.checkout("nothing"):
         pass

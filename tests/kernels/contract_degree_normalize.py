@@ -16,8 +16,8 @@ from subjects import DEGREE_NORMALIZE
 from test_degree_normalize import TestDegreeNormalize as _Tests
 from torch import Tensor
 
-from drseg_core.ops import _numerics as numerics
 from drseg_core.ops.degree_normalize import reference
+from drseg_core.testing import numerics
 
 SUBJECT = on_kernels(DEGREE_NORMALIZE)
 NORMS = ["sym_undirected", "sym_row", "sym_inout", "row", "sym_count"]

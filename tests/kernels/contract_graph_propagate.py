@@ -16,8 +16,8 @@ from subjects import GRAPH_PROPAGATE
 from test_graph_propagate import TestGraphPropagate as _Tests
 from torch import Tensor
 
-from drseg_core.ops import _numerics as numerics
 from drseg_core.ops.graph_propagate import reference
+from drseg_core.testing import numerics
 
 SUBJECT = on_kernels(GRAPH_PROPAGATE)
 

@@ -17,8 +17,8 @@ from subjects import Inputs, Subject
 from torch import Tensor
 
 from drseg_core import ops
-from drseg_core.ops import _numerics as numerics
 from drseg_core.ops._cases import CASES, Case
+from drseg_core.testing import numerics
 
 Call = Callable[..., Tensor]
 

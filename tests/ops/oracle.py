@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from drseg_core.ops import _numerics as numerics
+from drseg_core.testing import numerics
 
 Expected = dict[str, tuple[Tensor, Tensor]]
 

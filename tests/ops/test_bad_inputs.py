@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from drseg_core import ops
 from drseg_core.errors import BackendUnavailableError, NumericalError
 from drseg_core.nn import PDGR
-from drseg_core.ops import _numerics as numerics
+from drseg_core.testing import numerics
 
 B, N, K, D, E, C = 2, 6, 3, 5, 4, 7
 GRID = (2, 3)
