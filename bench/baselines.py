@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.timing import seconds_of
 from drseg_core.nn import PDGR
-from drseg_core.ops._cases import Case
+from drseg_core.testing import Case
 
 # Largest result of one product of the floor; longer ones are computed by row blocks into the same memory.
 _BLOCK_BYTES = 64 << 20

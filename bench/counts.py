@@ -12,7 +12,7 @@ import torch
 
 from bench.baselines import pdgr_products
 from bench.timing import seconds_of
-from drseg_core.ops._cases import Case
+from drseg_core.testing import Case
 
 
 @dataclass(frozen=True)

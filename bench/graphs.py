@@ -8,7 +8,7 @@ import functools
 from torch import Tensor
 
 from drseg_core import ops
-from drseg_core.ops._cases import Case, dino_like_prior, generator
+from drseg_core.testing import Case, dino_like_prior, generator
 
 # enough for the neighbours, and quick
 _CHANNELS = 64

@@ -11,7 +11,7 @@ import torch
 
 from bench import one_op, selection, whole_pdgr
 from drseg_core.ops import use_backend
-from drseg_core.ops._cases import CASES, Case
+from drseg_core.testing import CASES, Case
 
 MODES = ("fwd", "fwd+bwd")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from drseg_core.studies.pdgr_speed import _high_water as high_water
+from drseg_core.testing import high_water
 
 _CODE = "import json, sys, {0}; print(json.dumps({0}.{1}(*json.loads(sys.argv[1]))))"
 

@@ -7,7 +7,6 @@ Its inputs are those of the tests, but for the graph: neighbours drawn from anyw
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from bench import gate, graphs, memory
 from bench.record import Row, rows_of
 from bench.timing import Contender, interleave
 from drseg_core import ops
-from drseg_core.ops._cases import Case, generator
+from drseg_core.testing import Case, generator, make_inputs
 
 OPS = ("knn_graph", "edge_weight", "degree_normalize", "edge_coefficient", "graph_propagate", "graph_layer")
 
@@ -90,7 +89,7 @@ def sizes_of(case: Case) -> dict[str, int]:
 
 def _prepare(op: str, case: Case, backward: bool, dtype: torch.dtype, device: str) -> tuple[_Problem, str | None]:
     """The problem, and the backend that runs by default."""
-    inputs = importlib.import_module(f"drseg_core.ops.{op}.cases").make_inputs(case, dtype, device=device)
+    inputs = make_inputs(op, case, dtype, device)
     if "index" in inputs:
         inputs["index"] = graphs.dino_like_index(case).to(device)
     function: Callable[..., Tensor] = getattr(ops, op)

@@ -18,7 +18,7 @@ import torch
 from bench import counts
 from bench.timing import Contender, gpu_state
 from drseg_core.checkpoints.versions import device_name
-from drseg_core.ops._cases import Case
+from drseg_core.testing import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]

@@ -18,7 +18,7 @@ from bench.one_op import launch_of
 from bench.record import Row, rows_of
 from bench.timing import Contender, interleave
 from drseg_core.ops import knn_graph, last_backend
-from drseg_core.ops._cases import Case, dino_like_prior, generator
+from drseg_core.testing import Case, dino_like_prior, generator
 
 BESIDE = ("naive", *PEERS, "floor")
 # with more nodes only the engine runs; up to the second, plain torch takes all rows at once

@@ -28,7 +28,7 @@ from bench.aot import TARGETS
 from bench.timing import Contender, interleave
 from bench.tune_candidates import KINDS, TABLES, candidates
 from drseg_core.files import write_text_atomic
-from drseg_core.ops._cases import CASES, Case
+from drseg_core.testing import CASES, Case
 
 DEFAULT_CASES = ("paper_vitl_24x24", "grid_64x64", "grid_128x128")
 NO_DEVICE = 5

@@ -13,7 +13,7 @@ from drseg_kernels._knn_sizes import FUSED_NEIGHBOURS, ON_CHIP_NODES, STRATEGIES
 from drseg_kernels._launch import Configuration, Device, power_of_two_from
 from drseg_kernels._tile import Tile
 
-from drseg_core.ops._cases import Case
+from drseg_core.testing import Case
 
 # tables of each op, and what their entries are arguments of; that of the strategies is timed with the sizes before it
 TABLES = {

@@ -13,8 +13,8 @@ from drseg_kernels._knn_sizes import Way
 from torch import Tensor
 
 from bench import gate, graphs, selection
-from drseg_core.ops._cases import Case, generator
 from drseg_core.ops._dispatch import plain_float32
+from drseg_core.testing import Case, generator, make_inputs
 
 Run = Callable[[Any], tuple[Tensor, ...]]
 Wrong = Callable[[Any], str | None]
@@ -62,8 +62,7 @@ def _knn_graph(case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]
 
 def _inputs(op: str, case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Those of the op's cases, on a graph as PDGR has it: how much neighbours share decides what is fastest."""
-    inputs = importlib.import_module(f"drseg_core.ops.{op}.cases").make_inputs(case, dtype, device)
-    return inputs | {"index": graphs.dino_like_index(case).to(device)}
+    return make_inputs(op, case, dtype, device) | {"index": graphs.dino_like_index(case).to(device)}
 
 
 def _degree_normalize(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from bench import gate, memory
 from bench.baselines import FactoredPDGR, Floor, ScatteredPDGR, pdgr_products
-from bench.one_op import launch_of
+from bench.one_op import OPS, launch_of
 from bench.record import Row, rows_of
 from bench.timing import Contender, interleave
 from drseg_core.nn import PDGR
 from drseg_core.ops import _dispatch, last_backend, use_backend
-from drseg_core.ops._cases import Case, dino_like_prior, generator
-from drseg_core.studies.pdgr_speed import OPS, LiteralPDGR
+from drseg_core.testing import Case, LiteralPDGR, dino_like_prior, generator
 
 MODES = ("fwd", "fwd+bwd")
 DATA = ("random", "dino")

@@ -23,6 +23,10 @@ class Case:
         neighbours: K.
         saturated: values at the edge of the number range instead of ordinary ones.
         large: too large for every commit on a CPU.
+
+    Example:
+        >>> Case("mine_8x8", 1, 8, 8, prior=16, hidden=8, channels=12, neighbours=5).nodes
+        64
     """
 
     name: str
@@ -58,19 +62,34 @@ CASES = (
 
 
 def generator(case: Case, seed: int = 0) -> torch.Generator:
-    """Random numbers that depend on nothing but the case and the seed; always on the CPU."""
+    """Random numbers that depend on nothing but the case and the seed; always on the CPU.
+
+    Example:
+        >>> torch.equal(*(torch.rand(3, generator=generator(CASES[0])) for _ in range(2)))
+        True
+    """
     return torch.Generator().manual_seed(sum(case.name.encode()) * 1000 + seed)
 
 
 def random_index(case: Case, random: torch.Generator) -> Tensor:
-    """(B, N, K) int32 neighbours, ascending and distinct in each row, with a few nodes that many rows choose."""
+    """(B, N, K) int32 neighbours, ascending and distinct in each row, with a few nodes that many rows choose.
+
+    Example:
+        >>> random_index(CASES[0], generator(CASES[0])).shape
+        torch.Size([2, 12, 3])
+    """
     score = torch.rand(case.batch, case.nodes, case.nodes, generator=random)
     score[:, :, : max(1, case.nodes // 16)] += 0.6
     return score.topk(case.neighbours, dim=-1).indices.sort(-1).values.int()
 
 
 def vit_like_prior(case: Case, random: torch.Generator) -> Tensor:
-    """(B, N, D) float32 features as a vision transformer makes them: clusters, a shared mean, 2 % exact duplicates."""
+    """(B, N, D) float32 features as a vision transformer makes them: clusters, a shared mean, 2 % exact duplicates.
+
+    Example:
+        >>> vit_like_prior(CASES[0], generator(CASES[0])).shape
+        torch.Size([2, 12, 8])
+    """
     shape = (case.batch, case.nodes, case.prior)
     centre = torch.randn(case.batch, 6, case.prior, generator=random)
     member = torch.randint(0, 6, shape[:2], generator=random)
@@ -105,6 +124,10 @@ def dino_like_prior(batch: int, height: int, width: int, channels: int, random: 
 
     Returns:
         (B, N, D) float32. Nothing else of that size is allocated on the way.
+
+    Example:
+        >>> dino_like_prior(2, 6, 7, 32, torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 42, 32])
     """
     nodes, regions, fields = height * width, 6, 8
     logit = 4 * _waves(batch, height, width, 3 * regions, random).unflatten(2, (3, regions)).sum(2)

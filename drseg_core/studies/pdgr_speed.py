@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PDGR as the paper writes it beside PDGR on the engine: the same numbers, their time and their memory.
 
-``LiteralPDGR`` is Eq. 7-9 in plain PyTorch: the N x N affinity, the concatenation of every edge, and ``index_add``.
-It is the baseline of every speed figure, and its outputs must agree with the engine's before a time counts.
+The outputs must agree before a time counts.
 """
 
 from __future__ import annotations
@@ -11,66 +10,16 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from drseg_core.nn import PDGR
 from drseg_core.ops import last_backend
+from drseg_core.testing import LiteralPDGR, high_water
 
 OPS = ("knn_graph", "edge_weight", "degree_normalize", "edge_coefficient", "graph_propagate", "graph_layer")
-
-
-class LiteralPDGR(nn.Module):
-    """The default options of :class:`drseg_core.nn.PDGR` with nothing factored; shares the weights of ``engine``.
-
-    Args:
-        engine: the module whose parameters are used.
-    """
-
-    def __init__(self, engine: PDGR) -> None:
-        super().__init__()
-        if (engine.affinity, engine.self_loop, engine.norm) != ("exp", "in_topk", "sym_row"):
-            raise ValueError("LiteralPDGR: engine has other options; expected the defaults of Eq. 7 and 9")
-        self.engine = engine
-
-    def forward(self, features: Tensor, prior: Tensor) -> Tensor:
-        """(B, C, h, w) and (B, D, h, w) to (B, C, h, w)."""
-        m = self.engine
-        batch, _, h, w = features.shape
-        nodes = h * w
-        k = min(m.k, nodes)
-        unit = F.normalize(prior.detach().flatten(2).transpose(1, 2), dim=-1)
-        cell = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).view(-1, 2)
-        distance = torch.cdist(cell.to(unit), cell.to(unit))
-        affinity = torch.exp(m.gamma * unit @ unit.mT) * torch.exp(-m.decay * distance / distance.max().clamp_min(1))
-        index = affinity.topk(k, dim=-1).indices
-
-        start = torch.arange(nodes, device=index.device)[:, None].expand(nodes, k)
-        pair = torch.cat([unit[:, start], torch.stack([unit[b][index[b]] for b in range(batch)])], dim=-1)
-        first = torch.cat([m.edge_source.weight, m.edge_target.weight], dim=1)
-        hidden = F.linear(pair, first, m.edge_source.bias).relu()
-        weight = F.softplus(hidden @ m.edge_vector + m.edge_bias)
-
-        degree = weight.sum(-1) + 1e-6
-        far = torch.stack([degree[b][index[b]] for b in range(batch)])
-        coefficient = weight / (degree[..., None] * far).sqrt()
-        x = features.flatten(2).transpose(1, 2)
-        for layer, matrix in enumerate(m.weights):
-            x = F.linear(x, matrix)
-            message = coefficient[..., None] * torch.stack([x[b][index[b]] for b in range(batch)])
-            target = start.reshape(-1)
-            x = torch.stack(
-                [torch.zeros_like(x[b]).index_add(0, target, message[b].flatten(0, 1)) for b in range(batch)]
-            )
-            if m.biases is not None:
-                x = x + m.biases[layer]
-            if layer < len(m.weights) - 1:
-                x = x.relu()
-        return m.output_norm(x).transpose(1, 2).unflatten(2, (h, w))
 
 
 def _setup(batch: int, side: int, prior_dim: int, channels: int) -> tuple[PDGR, Tensor, Tensor]:
@@ -88,25 +37,13 @@ def _step(module: nn.Module, features: Tensor, prior: Tensor, backward: bool) ->
             module(features, prior)
 
 
-def _high_water() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage would count what the parent process held when it started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def _print_peak(variant: str, sizes: tuple[int, int, int, int], backward: bool) -> None:
     """Peak memory of one step above that of the loaded program and its inputs."""
     _step(*_setup(1, 4, *sizes[2:]), backward=True)
     module, features, prior = _setup(*sizes)
-    before = _high_water()
+    before = high_water()
     _step(module if variant == "engine" else LiteralPDGR(module), features, prior, backward)
-    print(_high_water() - before)
+    print(high_water() - before)
 
 
 def _peak_bytes(variant: str, sizes: tuple[int, int, int, int], backward: bool) -> int:

@@ -26,16 +26,32 @@ NEAR_TIE_SHARE = 0.05
 
 
 def accumulate_unit(dtype: torch.dtype) -> float:
-    """Unit roundoff of the sums for inputs of this dtype: float32, or float64 for float64."""
+    """Unit roundoff of the sums for inputs of this dtype: float32, or float64 for float64.
+
+    Example:
+        >>> accumulate_unit(torch.bfloat16) == UNIT[torch.float32]
+        True
+    """
     return UNIT[torch.float64] if dtype == torch.float64 else UNIT[torch.float32]
 
 
 def affinity_tolerance(dtype: torch.dtype) -> float:
+    """How far the cosine of two nodes may be off.
+
+    Example:
+        >>> affinity_tolerance(torch.bfloat16)
+        2e-06
+    """
     return AFFINITY_TOLERANCE if dtype != torch.float64 else 1e-13
 
 
 def rounding_bound(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """What storing ``value`` in ``dtype`` may cost: half a unit in the last place, subnormal numbers included."""
+    """What storing ``value`` in ``dtype`` may cost: half a unit in the last place, subnormal numbers included.
+
+    Example:
+        >>> bool((torch.tensor(0.1) - torch.tensor(0.1).half()).abs() <= rounding_bound(torch.tensor(0.1), torch.half))
+        True
+    """
     smallest = torch.finfo(dtype).smallest_normal * UNIT[dtype]
     return value.abs() * UNIT[dtype] + smallest
 
@@ -66,6 +82,10 @@ def compare_values(got: Tensor, oracle: Tensor, limit: Tensor | float) -> Compar
         got: what a backend returned.
         oracle: the same in float64.
         limit: largest absolute error of each element.
+
+    Example:
+        >>> compare_values(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), 0.25).problem
+        '1 of 2 elements over the limit; first at (1,): got 2.5, expected 2.0 +- 0.25'
     """
     if got.shape != oracle.shape:
         return Comparison(
@@ -120,6 +140,12 @@ def compare_selection(
         tolerance: largest error of one score; 0 demands exact ties to the lowest index.
         include_self: the node itself must be (or must never be) chosen.
         near_tie_share: fail if more than this share of the rows has a near-tie at the k-th place.
+
+    Example:
+        >>> score = torch.tensor([[1.0, 0.9, 0.1], [0.9, 1.0, 0.2], [0.1, 0.2, 1.0]])
+        >>> chosen = torch.tensor([[0, 1], [0, 1], [0, 2]])
+        >>> compare_selection(chosen, score.gather(1, chosen), score, 1e-6, include_self=True)
+        'row 2 holds a clearly lower node'
     """
     nodes, k = index.shape
     index, score, oracle = index.long().cpu(), score.double().cpu(), oracle.double().cpu()

@@ -13,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import baselines, gate, whole_pdgr
 from drseg_core.nn import PDGR
 from drseg_core.ops import knn_graph
-from drseg_core.ops._cases import Case
-from drseg_core.studies.pdgr_speed import LiteralPDGR
+from drseg_core.testing import Case, LiteralPDGR
 
 TINY = Case("bench_tiny", 2, 5, 7, prior=12, hidden=6, channels=8, neighbours=5)
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from bench import selection, whole_pdgr
-from drseg_core.ops._cases import dino_like_prior
+from drseg_core.testing import dino_like_prior
 
 
 def _make(seed: int = 0, batch: int = 2, height: int = 24, width: int = 20, channels: int = 512) -> torch.Tensor:

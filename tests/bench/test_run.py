@@ -17,7 +17,7 @@ import torch
 from bench import baselines, jobs, memory, paired, run, selection, source, timing, whole_pdgr
 from drseg_core import ops
 from drseg_core.ops import _dispatch
-from drseg_core.ops._cases import Case
+from drseg_core.testing import Case
 
 # what PDGR runs on a CPU
 OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")

@@ -24,7 +24,7 @@ from torch.library import opcheck
 
 from drseg_core import ops
 from drseg_core.errors import BackendDtypeError
-from drseg_core.ops._cases import CASES, Case
+from drseg_core.testing import CASES, Case
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -11,7 +11,7 @@ from drseg_kernels._launch import Configuration, Device, choose, folder_of, rule
 
 from bench import tune
 from bench.aot import TARGETS
-from drseg_core.ops._cases import CASES
+from drseg_core.testing import CASES
 
 DEVICES = [Device(target.name, target.l2_bytes, target.shared_bytes) for target in TARGETS]
 CASE = next(case for case in CASES if case.name == "paper_vitl_24x24")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from drseg_core import ops
 from drseg_core.nn import PDGR
+from drseg_core.testing import dense_affinity, dense_neighbours, dense_pdgr
 
 C, D, E = 6, 5, 4
 AFFINITIES = ("exp", "linear", "power", "product", "gauss")
@@ -47,94 +48,6 @@ def maps(
     return features.to(dtype), prior.to(dtype)
 
 
-def literal_affinity(module: PDGR, prior: Tensor, h: int, w: int) -> Tensor:
-    """Eq. 7 as printed, for every pair: (B, N, D) to (B, N, N)."""
-    length = prior.norm(dim=-1, keepdim=True)
-    unit = torch.where(length > 0, prior / length, 0)
-    cosine = unit @ unit.mT
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    cell = torch.stack([y.flatten(), x.flatten()], -1).double()
-    delta = (cell[:, None] - cell).norm(dim=-1)
-    longest = max(((h - 1) ** 2 + (w - 1) ** 2) ** 0.5, 1.0)
-    gamma, decay = module.gamma, module.decay
-    if module.affinity == "exp":
-        return torch.exp(gamma * cosine) * torch.exp(-decay * delta / longest)
-    if module.affinity == "linear":
-        return gamma * cosine - decay * delta / longest
-    if module.affinity == "power":
-        return cosine.clamp_min(0) ** gamma * torch.exp(-decay * delta / longest)
-    if module.affinity == "product":
-        return gamma * cosine * torch.exp(-decay * delta / longest)
-    return torch.exp(gamma * cosine) * torch.exp(-decay * delta**2 / longest**2)
-
-
-def literal_neighbours(module: PDGR, affinity: Tensor, excluded: Tensor | None = None) -> Tensor:
-    """N(i) as a bool matrix (B, N, N): the k largest of each row, ties to the lowest index, the node itself by rule."""
-    key = affinity.clone()
-    if excluded is not None:
-        key[:, :, excluded] = -torch.inf
-        key[:, excluded] = -torch.inf
-    inside = module.self_loop == "in_topk"
-    key.diagonal(dim1=1, dim2=2).fill_(torch.inf if inside else -torch.inf)
-    best = key.sort(dim=2, descending=True, stable=True).indices[..., : module.k]
-    return torch.zeros_like(key).scatter(2, best, 1.0).bool() & (key > -torch.inf)
-
-
-def literal(module: PDGR, features: Tensor, prior: Tensor, excluded: Tensor | None = None) -> Tensor:
-    """Eq. 7-9 with the module's float64 parameters, one dense matrix after the other.
-
-    ``excluded`` are nodes that choose no other and that no other chooses.
-    """
-    batch, _, h, w = prior.shape
-    nodes = h * w
-    d = prior.detach().double().flatten(2).transpose(1, 2)
-    affinity = literal_affinity(module, d, h, w)
-    neighbours = literal_neighbours(module, affinity, excluded)
-
-    # Eq. 8 on the concatenation of every pair
-    length = d.norm(dim=-1, keepdim=True)
-    given = torch.where(length > 0, d / length, 0) if module.normalize_prior else d
-    pair = torch.cat([given[:, :, None].expand(-1, -1, nodes, -1), given[:, None].expand(-1, nodes, -1, -1)], dim=-1)
-    first = torch.cat([module.edge_source.weight, module.edge_target.weight], dim=1)
-    hidden = F.linear(pair, first, module.edge_source.bias).relu()
-    # the threshold takes torch's switch to a linear function out of sight
-    weight = F.softplus(hidden @ module.edge_vector + module.edge_bias, threshold=700) * neighbours
-    if module.use_affinity_as_weight:
-        weight = weight * affinity.clamp_min(0)
-    if module.self_loop == "extra":
-        weight = weight + torch.eye(nodes, dtype=torch.float64)
-        neighbours = neighbours | torch.eye(nodes, dtype=torch.bool)
-
-    # the coefficients of Eq. 9
-    eps = 1e-6
-    row, column = weight.sum(2), weight.sum(1)
-    if module.norm == "sym_row":
-        matrix = weight / torch.sqrt((row + eps)[:, :, None] * (row + eps)[:, None, :])
-    elif module.norm == "sym_count":
-        size = neighbours.sum(2).clamp_min(1).double()
-        matrix = weight / torch.sqrt(size[:, :, None] * size[:, None, :])
-    elif module.norm == "sym_inout":
-        matrix = weight / torch.sqrt((row + eps)[:, :, None] * (column + eps)[:, None, :])
-    elif module.norm == "row":
-        matrix = weight / (row + eps)[:, :, None]
-    else:
-        both = (weight + weight.mT) / 2
-        degree = both.sum(2) + eps
-        matrix = both / torch.sqrt(degree[:, :, None] * degree[:, None, :])
-
-    x = features.flatten(2).transpose(1, 2)
-    last = len(module.weights) - 1
-    for layer, linear in enumerate(module.weights):
-        x = matrix @ (x @ linear.T)
-        if module.biases is not None:
-            x = x + module.biases[layer]
-        if layer < last:
-            x = x.relu()
-    x = F.layer_norm(x, (module.channels,), module.output_norm.weight, module.output_norm.bias)
-    x = x.transpose(1, 2).reshape(batch, module.channels, h, w)
-    return features + x if module.residual else x
-
-
 def gradients(module: PDGR, output: Tensor, features: Tensor) -> dict[str, Tensor]:
     """Gradients of a weighted sum of the output to the features and to every parameter."""
     random = torch.Generator().manual_seed(2)
@@ -147,7 +60,7 @@ def check(module: PDGR, features: Tensor, prior: Tensor) -> None:
     """Forward and every gradient agree with the literal implementation to float64's precision."""
     leaf = features.detach().requires_grad_()
     given = prior.detach().requires_grad_()
-    output, expected = module(leaf, given), literal(module, leaf, prior)
+    output, expected = module(leaf, given), dense_pdgr(module, leaf, prior)
     assert output.dtype == features.dtype and output.shape == features.shape and output.abs().sum() > 0
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-12)
     exact = gradients(module, expected, leaf)
@@ -230,7 +143,7 @@ def test_no_neighbours(norm, self_loop):
     module = make(k=0, norm=norm, self_loop=self_loop)
     features, prior = maps()
     leaf = features.requires_grad_()
-    output, expected = module(leaf, prior), literal(module, leaf, prior)
+    output, expected = module(leaf, prior), dense_pdgr(module, leaf, prior)
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-12)
     exact = gradients(module, expected, leaf)
     for name, got in gradients(module, output, leaf).items():
@@ -297,11 +210,11 @@ def test_float32_is_close(norm, backend):
     module = make(dtype=torch.float32, channels=48, prior_dim=32, k=20, edge_hidden=32, norm=norm, backend=backend)
     exact = copy.deepcopy(module).double()
     leaf, wide = features.requires_grad_(), features.detach().double().requires_grad_()
-    output, expected = module(leaf, prior), literal(exact, wide, prior)
+    output, expected = module(leaf, prior), dense_pdgr(exact, wide, prior)
     # where a near-tie went the other way the graphs differ and there is nothing to compare
     index, _ = module.graph(prior)
     chosen = torch.zeros(2, 144, 144, dtype=torch.bool).scatter(2, index.long(), True)
-    assert torch.equal(chosen, literal_neighbours(exact, literal_affinity(exact, _nodes(prior), 12, 12)))
+    assert torch.equal(chosen, dense_neighbours(exact, dense_affinity(exact, _nodes(prior), 12, 12)))
     torch.testing.assert_close(output.double(), expected, rtol=2e-5, atol=2e-5)
     truth = gradients(exact, expected, wide)
     for name, got in gradients(module, output, leaf).items():
@@ -355,7 +268,7 @@ def test_a_cell_that_is_not_finite_keeps_to_itself(as_weight, self_loop, norm):
     assert not (index[0] == node).any(1).logical_and(torch.arange(12) != node).any()
 
     # the others are as if the cell had a healthy prior and stood alone
-    expected = literal(module, features[:1], prior[:1], excluded=torch.tensor([node]))
+    expected = dense_pdgr(module, features[:1], prior[:1], excluded=torch.tensor([node]))
     torch.testing.assert_close(
         flat[0][0, ~hurt[0]], expected.flatten(2).transpose(1, 2)[0, ~hurt[0]], rtol=1e-9, atol=1e-12
     )
@@ -416,7 +329,7 @@ def test_dtypes(dtype):
     if dtype in (torch.float16, torch.bfloat16):
         # the selection reads the same bits, so only the linear maps round more coarsely
         exact = copy.deepcopy(module).double()
-        expected = literal(exact, features.detach().double(), prior.double())
+        expected = dense_pdgr(exact, features.detach().double(), prior.double())
         error = (output.detach().double() - expected).norm() / expected.norm()
         assert error < (0.01 if dtype == torch.float16 else 0.08)
 

@@ -17,8 +17,7 @@ from subjects import Inputs, Subject
 from torch import Tensor
 
 from drseg_core import ops
-from drseg_core.ops._cases import CASES, Case
-from drseg_core.testing import numerics
+from drseg_core.testing import CASES, Case, numerics
 
 Call = Callable[..., Tensor]
 

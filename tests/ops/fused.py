@@ -15,10 +15,9 @@ from subjects import Inputs, Subject
 from torch import Tensor
 
 from drseg_core import ops
-from drseg_core.ops._cases import Case
 from drseg_core.ops.edge_coefficient import cases as coefficient_cases
 from drseg_core.ops.graph_layer import cases as layer_cases
-from drseg_core.testing import numerics
+from drseg_core.testing import Case, numerics
 
 TINY = torch.finfo(torch.float32).tiny
 

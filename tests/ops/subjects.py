@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from drseg_core import ops
-from drseg_core.ops._cases import Case
 from drseg_core.ops.degree_normalize import cases as degree_cases
 from drseg_core.ops.edge_weight import cases as edge_cases
 from drseg_core.ops.graph_propagate import cases as propagate_cases
+from drseg_core.testing import Case
 
 Inputs = dict[str, Any]
 

@@ -13,7 +13,7 @@ from subjects import DEGREE_NORMALIZE, EDGE_WEIGHT, GRAPH_PROPAGATE, Subject
 from torch import Tensor
 
 from drseg_core import ops
-from drseg_core.ops._cases import CASES
+from drseg_core.testing import CASES
 
 
 class Straight(torch.autograd.Function):

@@ -8,7 +8,7 @@ from subjects import DEGREE_NORMALIZE
 from torch.library import opcheck
 
 from drseg_core import ops
-from drseg_core.ops._cases import CASES
+from drseg_core.testing import CASES
 
 
 class TestDegreeNormalize(OpContract):

@@ -25,7 +25,7 @@ from drseg_core import ops
 from drseg_core.errors import BackendDtypeError, BackendUnavailableError
 from drseg_core.nn import PDGR
 from drseg_core.ops import _dispatch, _native
-from drseg_core.ops._cases import CASES
+from drseg_core.testing import CASES
 
 OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
 NO_TRITON = "Triton kernels need a CUDA device (TRITON_INTERPRET=1 interprets them on the CPU, slowly)"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from drseg_core import ops
-from drseg_core.ops._cases import CASES
+from drseg_core.testing import CASES
 
 
 class TestEdgeCoefficient(OpContract):

@@ -9,7 +9,7 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from drseg_core import ops
-from drseg_core.ops._cases import CASES
+from drseg_core.testing import CASES
 
 
 class LayerContract(OpContract):

@@ -8,7 +8,7 @@ from subjects import GRAPH_PROPAGATE
 from torch.library import opcheck
 
 from drseg_core import ops
-from drseg_core.ops._cases import CASES
+from drseg_core.testing import CASES
 
 
 class TestGraphPropagate(OpContract):

@@ -15,10 +15,9 @@ from torch.library import opcheck
 
 from drseg_core import ops
 from drseg_core.errors import NumericalError
-from drseg_core.ops._cases import CASES, dino_like_prior, vit_like_prior
 from drseg_core.ops.knn_graph import reference, registration
 from drseg_core.ops.knn_graph.cases import make_inputs
-from drseg_core.testing import numerics
+from drseg_core.testing import CASES, dino_like_prior, numerics, vit_like_prior
 
 BACKENDS = ("reference", "native")
 FORMS = ("additive", "gauss", "multiplicative", "product")

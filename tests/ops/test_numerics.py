@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from drseg_core import ops
-from drseg_core.ops._cases import Case, generator, vit_like_prior
-from drseg_core.testing import numerics
+from drseg_core.testing import Case, generator, numerics, vit_like_prior
 
 NODES, K = 289, 16
 CASE = Case("odd_17x17", 1, 17, 17, prior=256, hidden=8, channels=8, neighbours=K)
