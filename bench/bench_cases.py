@@ -14,12 +14,7 @@ import torch
 from bench import jobs, one_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-JOBS = [
-    job
-    for case in ("paper_vitl_24x24", "pdgr_1x576", "knn_4096")
-    for op in ("pdgr", *one_op.with_kernel(DEVICE))
-    for job in jobs.jobs_of(op, case, list(jobs.MODES), ["dino"], "float32", None)
-]
+JOBS = jobs.quick_jobs(("pdgr", *one_op.with_kernel(DEVICE)), jobs.MODES, ("case", "dino"))
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(str(job).split()))

@@ -23,6 +23,19 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+# what the width of the edge MLP matters to
+OF_HIDDEN = ("pdgr", "edge_weight", "edge_coefficient")
+# cases of rows that were stored before all came from one list of sizes
+_NAMES = {
+    "pdgr_8x576": "paper_vitl_24x24_e256",
+    "pdgr_1x4096": "grid_64x64_e256",
+    "pdgr_1x16384": "vitl_128x128_e256",
+    "pdgr_1x65536": "vitl_256x256_e256",
+    "knn_8x576": "paper_vitl_24x24",
+    "knn_4096": "grid_64x64",
+    "knn_16384": "grid_128x128",
+    "knn_65536": "grid_256x256",
+}
 _KEY = ("op", "case", "mode", "dtype", "data", "name")
 _TIMES = {"p20_ms", "p50_ms", "p80_ms", "repeats", "sizes"}
 # of one kind of machine
@@ -37,6 +50,17 @@ class CompareError(ValueError):
     """Files that cannot be read, or do not belong together."""
 
 
+def load(path: Path) -> list[Row]:
+    """Every row of a file, under the name that its case has now."""
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [row | {"case": _NAMES.get(row["case"], row["case"])} for row in rows]
+
+
+def width_of(row: Row) -> list[str]:
+    """``E 128``, where the width of the edge MLP matters."""
+    return [f"E {row['sizes']['E']}"] if row["op"] in OF_HIDDEN else []
+
+
 def read(path: Path) -> dict[tuple[str, ...], Row]:
     """The rows of a file by what they measure; of several of the same, the last.
 
@@ -44,8 +68,7 @@ def read(path: Path) -> dict[tuple[str, ...], Row]:
         CompareError: no such file, or no rows in it.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        found = {_key(row): row for row in rows if row.keys() >= _TIMES}
+        found = {_key(row): row for row in load(path) if row.keys() >= _TIMES}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompareError(f"{path}: is no file of rows; {' '.join(str(error).split())}") from None
     if not found:

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 
 from bench import one_op, selection, whole_pdgr
+from bench.compare import OF_HIDDEN
+from drseg_core import testing
 from drseg_core.ops import use_backend
-from drseg_core.testing import CASES, Case
+from drseg_core.testing import Case
 
-MODES = ("fwd", "fwd+bwd")
+MODES = whole_pdgr.MODES
+# an op's own inputs, and features for whole PDGR and the selection
+DATA = ("case", *whole_pdgr.DATA)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-PDGR_CASES = {case.name: case for case in whole_pdgr.CASES}
-SELECTION_CASES = {what.case.name: what for what in selection.CASES}
 # what whole PDGR and the selection can be compared with
 BESIDE = tuple(dict.fromkeys((*whole_pdgr.BESIDE, *selection.BESIDE)))
-OP_CASES = {case.name: case for case in CASES}
+CASES = {case.name: case for case in testing.CASES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,39 +29,61 @@ class Job:
     """What is asked for.
 
     Args:
-        op: ``pdgr`` or an op. case: a named size. mode: ``fwd`` or ``fwd+bwd``.
-        data: ``random`` or ``dino`` for ``pdgr_*`` and ``knn_*``; the other cases have their own (``case``).
-        dtype: of the features; ``pdgr_*`` are float32. backend: None takes the one that runs by default.
+        op: ``pdgr`` or an op. case: the sizes. mode: ``fwd`` or ``fwd+bwd``.
+        data: ``random`` or ``dino`` features for ``pdgr``, and for ``knn_graph`` beside other searches; ``case`` for
+            the backends of an op on its own inputs.
+        dtype: of the features; ``pdgr`` is float32. backend: None takes the one that runs by default.
     """
 
     op: str
-    case: str
+    case: Case
     mode: str
     data: str
     dtype: str = "float32"
     backend: str | None = None
 
     def __str__(self) -> str:
-        words = [self.op, self.case, self.mode, self.data, self.dtype]
+        words = [self.op, self.case.name, self.mode, self.data, self.dtype]
         return " ".join(words + ([self.backend] if self.backend else []))
 
-    @property
-    def sizes(self) -> Case:
-        if self.case in SELECTION_CASES:
-            return SELECTION_CASES[self.case].case
-        return PDGR_CASES[self.case] if self.case in PDGR_CASES else OP_CASES[self.case]
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Job:
+        """From what ``dataclasses.asdict`` made of one in another process."""
+        return cls(**fields | {"case": Case(**fields["case"])})
 
 
-def jobs_of(op: str, case: str, modes: list[str], data: list[str], dtype: str, backend: str | None) -> list[Job]:
+def jobs_of(
+    op: str, name: str, modes: Sequence[str], data: Sequence[str], dtype: str, backend: str | None
+) -> list[Job]:
     """Every job of an op at a case; none where there is no such thing."""
-    modes = [mode for mode in modes if mode == "fwd" or op != "knn_graph"]
-    if op == "pdgr" and case in PDGR_CASES and dtype == "float32":
-        return [Job(op, case, mode, kind, dtype, backend) for mode in modes for kind in data]
-    if op == "knn_graph" and case in SELECTION_CASES:
-        return [Job(op, case, mode, kind, dtype, backend) for mode in modes for kind in data]
-    if op in one_op.OPS and case in OP_CASES:
-        return [Job(op, case, mode, "case", dtype, backend) for mode in modes]
-    return []
+    case = CASES[name]
+    kinds: list[str] = []
+    if name.endswith("_e256") and op not in ("pdgr", *OF_HIDDEN):
+        # the same as without the wide edge MLP
+        return []
+    if op in one_op.OPS and case.nodes <= one_op.MOST_NODES:
+        kinds += ["case"]
+    if case.large and (op == "pdgr" and dtype == "float32" or op == "knn_graph"):
+        kinds += whole_pdgr.DATA
+    return [
+        Job(op, case, mode, kind, dtype, backend)
+        for mode in modes
+        if mode == "fwd" or op != "knn_graph"
+        for kind in kinds
+        if kind in data
+    ]
+
+
+def quick_jobs(
+    ops: Sequence[str], modes: Sequence[str], data: Sequence[str], dtype: str = "float32", backend: str | None = None
+) -> list[Job]:
+    """Those of the gate and of ``make bench``: large enough that a call is more than overhead, and quick to repeat."""
+    found = []
+    for op in ops:
+        for kind in data:
+            name = "paper_vitl_24x24" if kind == "case" else "image_24x24" if op == "pdgr" else "grid_64x64"
+            found += jobs_of(op, name, modes, [kind], dtype, backend)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +106,11 @@ def build(job: Job, device: str = "cpu") -> Engine:
     dtype = DTYPES[job.dtype]
     with use_backend(job.backend):
         if job.op == "pdgr":
-            made = whole_pdgr.engine(PDGR_CASES[job.case], job.data, job.mode, device)
-        elif job.case in SELECTION_CASES:
-            made = selection.engine(SELECTION_CASES[job.case], job.data, dtype, device)
+            made = whole_pdgr.engine(job.case, job.data, job.mode, device)
+        elif job.data != "case":
+            made = selection.engine(job.case, job.data, dtype, device)
         else:
-            made = one_op.engine(job.op, OP_CASES[job.case], job.mode, dtype, device)
+            made = one_op.engine(job.op, job.case, job.mode, dtype, device)
     call, wrong, backends = made
 
     def run() -> object:
@@ -103,15 +127,13 @@ def measure(
     with use_backend(job.backend):
         if job.op == "pdgr":
             return whole_pdgr.measure(
-                PDGR_CASES[job.case], job.data, job.mode, repeats=repeats, slow=slow, with_memory=with_memory,
-                device=device, beside=beside,
-            )  # fmt: skip
-        if job.case in SELECTION_CASES:
-            return selection.measure(
-                SELECTION_CASES[job.case], job.data, repeats=repeats, slow=slow, dtype=DTYPES[job.dtype], device=device,
+                job.case, job.data, job.mode, repeats=repeats, slow=slow, with_memory=with_memory, device=device,
                 beside=beside,
             )  # fmt: skip
+        if job.data != "case":
+            return selection.measure(
+                job.case, job.data, repeats=repeats, slow=slow, dtype=DTYPES[job.dtype], device=device, beside=beside
+            )
         return one_op.measure(
-            job.op, OP_CASES[job.case], job.mode, repeats=repeats, dtype=DTYPES[job.dtype], backend=job.backend,
-            device=device,
-        )  # fmt: skip
+            job.op, job.case, job.mode, repeats=repeats, dtype=DTYPES[job.dtype], backend=job.backend, device=device
+        )

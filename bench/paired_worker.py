@@ -17,11 +17,11 @@ def _answer(request: dict[str, Any], state: dict[str, Any], device: str) -> dict
     from bench.timing import GraphSampler, seconds_of
 
     if request["do"] == "build":
-        job = jobs.Job(**request["job"])
+        job = jobs.Job.of(request["job"])
         engine = jobs.build(job, device)
         state["sample"] = GraphSampler(engine.run) if device == "cuda" else lambda: seconds_of(engine.run)
         state["run"] = engine.run
-        sizes = {name: value for name, value in vars(job.sizes).items() if isinstance(value, int)}
+        sizes = {name: value for name, value in vars(job.case).items() if isinstance(value, int)}
         return {"wrong": engine.wrong, "sizes": sizes, "backends": engine.backends}
     if request["do"] == "time":
         # the other process has just used the caches

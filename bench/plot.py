@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib
 
 from bench import compare
-from bench.compare import Row
+from bench.compare import Row, width_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -52,7 +52,9 @@ def speedup(rows: Sequence[Row], figure: Any) -> bool:
             and row["name"] in ("literal", "factored", "compiled", "naive", "faiss")
         ]  # fmt: skip
         if others:
-            groups.append((f"{engine['case']}\n{_WORDS[engine['mode']]}", others))
+            size = f"{engine['sizes']['B']} x {engine['sizes']['h']}x{engine['sizes']['w']}"
+            words = [engine["op"], ", ".join([size, *width_of(engine)]), _WORDS[engine["mode"]]]
+            groups.append(("\n".join(words), others))
     if not groups:
         return False
     axes = figure.subplots()
@@ -115,9 +117,11 @@ def roofline(rows: Sequence[Row], figure: Any) -> bool:
     for row in chosen:
         rate = row["flop"] / row["p50_ms"] / 1e6
         mark = "s" if row["mode"] == "fwd" else "^"
-        label = f"{row['op']}, {_WORDS[row['mode']]}"
+        label = ", ".join([row["op"], *width_of(row), _WORDS[row["mode"]]])
         colour = f"C{sorted({one['op'] for one in chosen}).index(row['op'])}"
-        (marks[label],) = axes.plot(row["flop"] / row["byte"], rate, mark, color=colour, markersize=5)
+        # hollow: the wide edge MLP
+        fill = "none" if row["case"].endswith("_e256") else "full"
+        (marks[label],) = axes.plot(row["flop"] / row["byte"], rate, mark, color=colour, markersize=5, fillstyle=fill)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s of the whole problem")
     axes.legend([*axes.lines[:1], *marks.values()], ["measured ceilings", *marks], frameon=False, fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)

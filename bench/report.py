@@ -10,14 +10,12 @@ exits with 1 where the section is not what the rows give.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from bench import compare
-from bench.compare import Row
+from bench.compare import Row, width_of
 
 BEGIN, END = "<!-- bench: {}, made by bench/report.py -->", "<!-- /bench -->"
 _WORDS = {"fwd": "forward", "fwd+bwd": "forward + backward"}
@@ -38,6 +36,10 @@ def _times(rows: Sequence[Row], engine: Row, name: str, digits: int = 1) -> str:
     return "-" if row is None else f"{row['ratio_to_engine']:.{digits}f}x"
 
 
+def _grid(row: Row) -> str:
+    return f"{row['sizes']['B']} x {row['sizes']['h']}x{row['sizes']['w']}"
+
+
 def _ms(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
@@ -46,24 +48,31 @@ def _module_table(rows: Sequence[Row]) -> list[str]:
     engines = [row for row in rows if row["op"] == "pdgr" and row["name"] == "engine"]
     if not engines:
         return []
+    # what all rows have in common stands above them
+    sizes = {name: {row["sizes"][name] for row in engines} for name in ("D", "E", "C", "K")}
+    common = [f"{name} {value}" for name, (value, *others) in sizes.items() if not others]
     lines = [
-        "| PDGR, D 1024, E 256, C 384, K 75 | features | engine, ms | literal | factored | compiled | floor | "
+        f"| {', '.join(['PDGR', *common])} | features | engine, ms | literal | factored | compiled | floor | "
         "engine, MB | literal, MB |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in engines:
         literal = _find(rows, name="literal", **{key: row[key] for key in ("op", "case", "mode", "data", "dtype")})
         memory = [f"{one['peak_mb']:.0f}" if one and one.get("peak_mb") else "-" for one in (row, literal)]
-        size = row["sizes"]
-        cells = [f"{size['B']} x {size['h']}x{size['w']}, {_WORDS[row['mode']]}", row["data"], _ms(row["p50_ms"])]
+        own = [f"{name} {row['sizes'][name]}" for name, values in sizes.items() if len(values) > 1]
+        cells = [", ".join([_grid(row), *own, _WORDS[row["mode"]]]), row["data"], _ms(row["p50_ms"])]
         cells += [_times(rows, row, name, 0) for name in ("literal", "factored")]
         cells += [_times(rows, row, "compiled"), _times(rows, row, "floor", 2), *memory]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
+def _is_selection(row: Row) -> bool:
+    return bool(row["op"] == "knn_graph" and row["data"] != "case")
+
+
 def _selection_table(rows: Sequence[Row]) -> list[str]:
-    engines = [row for row in rows if row["case"].startswith("knn_") and row["name"] == "engine"]
+    engines = [row for row in rows if _is_selection(row) and row["name"] == "engine"]
     if not engines:
         return []
     lines = [
@@ -89,8 +98,7 @@ def _op_table(rows: Sequence[Row]) -> list[str]:
         "|---|---|---:|---:|---:|---:|",
     ]
     for row in engines:
-        size = row["sizes"]
-        cells = [f"`{row['op']}`, {size['B']} x {size['h']}x{size['w']}, {_WORDS[row['mode']]}", row["name"]]
+        cells = [", ".join([f"`{row['op']}`", _grid(row), *width_of(row), _WORDS[row["mode"]]]), row["name"]]
         cells += [_ms(row["p50_ms"]), "-" if row["name"] == "reference" else _times(rows, row, "reference")]
         cells += [f"{row['share_of_ceiling']:.2f}", f"{row['peak_mb']:.0f}" if row.get("peak_mb") is not None else "-"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -143,21 +151,27 @@ def section(folder: Path, root: Path) -> str:
     for name, words in _PICTURES.items():
         picture = f"docs/bench/{folder.name}/{name}.png"
         if (root / picture).is_file():
-            shown = [path.name for path in sorted(folder.glob("*.jsonl")) if _shows(name, _rows_of(path))]
+            shown = {
+                path.name: part for path in sorted(folder.glob("*.jsonl")) if (part := _shown(name, _rows_of(path)))
+            }
             files = ", ".join(f"`{place}/{file}`" for file in shown)
-            lines += [f"![{name}: {words}]({picture})", "", f"*{words[0].upper()}{words[1:]}. {files}*", ""]
+            widths = sorted({width for part in shown.values() for row in part for width in width_of(row)})
+            title = "; ".join([words[0].upper() + words[1:], *([" and ".join(widths)] if widths else [])])
+            lines += [f"![{name}: {words}]({picture})", "", f"*{title}. {files}*", ""]
     return "\n".join(lines)
 
 
-def _shows(picture: str, rows: Sequence[Row]) -> bool:
-    """Whether a picture is made of these rows."""
-    return any("ceiling" in row and (picture != "scaling" or row["case"].startswith("knn_")) for row in rows)
+def _shown(picture: str, rows: Sequence[Row]) -> list[Row]:
+    """What a picture is made of."""
+    timed = [row for row in rows if "ceiling" in row]
+    kinds: dict[str, Callable[[Row], bool]] = {"speedup": lambda row: row["data"] == "dino", "scaling": _is_selection}
+    return list(filter(kinds.get(picture), timed))
 
 
 def _rows_of(path: Path) -> list[Row]:
     """As compare.read, but rows of the whole model too."""
-    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    last = {tuple(str(row.get(key)) for key in ("op", "case", "mode", "dtype", "data", "name")): row for row in rows}
+    keys = ("op", "case", "mode", "dtype", "data", "name")
+    last = {tuple(str(row.get(key)) for key in keys): row for row in compare.load(path)}
     return list(last.values())
 
 

@@ -3,15 +3,16 @@
 
     python -m bench run --list                                  what there is to measure
     python -m bench run --dry-run                               which backends run here, and why the others do not
-    python -m bench run --op pdgr --case pdgr_8x576 --out bench/results/cpu/pdgr.jsonl
-    python -m bench run --op knn_graph --case knn_4096 --data dino
+    python -m bench run --op pdgr --case paper_vitl_24x24_e256 --out bench/results/cpu/pdgr.jsonl
+    python -m bench run --op knn_graph --case grid_64x64 --data dino
     python -m bench run --op graph_propagate --case paper_vitl_24x24 --mode fwd+bwd --dtype bfloat16
     python -m bench run --base HEAD~1 --gate                    this checkout against another version
 
-Cases ``pdgr_*`` are the whole module beside the module as the paper writes it, factored, compiled, and the floor of its
-matrix products; ``knn_*`` are the selection beside plain torch and faiss; every other case times the backends of one
-op. All that is compared is interleaved in one process and the median counts. A row is written only where its result
-passed the gate; where one did not, the exit code is 1.
+``pdgr`` is the whole module beside the module as the paper writes it, factored, compiled, and the floor of its matrix
+products; ``knn_graph`` is the selection beside plain torch and faiss: both at the large cases, on random and on
+DINO-like features. ``--data case`` times the backends of one op on its own inputs. The edge MLP of cases ``*_e256`` is
+256 wide, that of all others as wide as PDGR has it by default. All that is compared is interleaved in one process and
+the median counts. A row is written only where its result passed the gate; where one did not, the exit code is 1.
 
 With ``--base`` the engine races itself at a git ref, which is checked out and built in a throw-away folder: two
 processes take turns, and the ratio of their pairs counts (see paired.py). With ``--gate`` a slowdown beyond noise, more
@@ -29,13 +30,11 @@ from pathlib import Path
 
 import torch
 
-from bench import jobs, one_op, paired, record, source, whole_pdgr
+from bench import jobs, one_op, paired, record, source
 from drseg_core.errors import BackendUnavailableError
 from drseg_core.ops import backend_report
 
-_DEFAULT_CASES = ("paper_vitl_24x24", "pdgr_8x576")
-# of the gate: large enough that a call is more than overhead, small enough to repeat
-_GATE_CASES = ("paper_vitl_24x24", "pdgr_1x576", "knn_4096")
+_DEFAULT_CASES = ("paper_vitl_24x24", "paper_vitl_24x24_e256")
 
 
 def _positive(text: str) -> int:
@@ -60,21 +59,21 @@ def _parser() -> argparse.ArgumentParser:
         "--op", choices=("pdgr", *one_op.OPS), action="append", help="what to measure; all that has a kernel by default"
     )
     parser.add_argument(
-        "--case", action="append", help=f"named case; {', '.join(_DEFAULT_CASES)} by default (gate: {_GATE_CASES})"
+        "--case", action="append", help=f"named case; {', '.join(_DEFAULT_CASES)} by default, quicker ones with --base"
     )
     parser.add_argument("--mode", choices=jobs.MODES, action="append", help="both by default")
-    parser.add_argument("--data", choices=whole_pdgr.DATA, action="append", help="of pdgr_* and knn_*; both by default")
-    parser.add_argument("--dtype", choices=jobs.DTYPES, default="float32", help="of the features; pdgr_* are float32")
+    parser.add_argument("--data", choices=jobs.DATA, action="append", help="all that there are by default")
+    parser.add_argument("--dtype", choices=jobs.DTYPES, default="float32", help="of the features; pdgr is float32")
     parser.add_argument("--backend", choices=("reference", "native", "triton"), help="the best that runs, by default")
     parser.add_argument(
-        "--beside", action="append", choices=(*jobs.BESIDE, "nothing"), help="what pdgr_* and knn_* stand beside; all"
+        "--beside", action="append", choices=(*jobs.BESIDE, "nothing"), help="what the engine stands beside; all"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=_positive, default=7, help="timed calls")
     parser.add_argument("--slow-repeats", type=_positive, default=2, help="of the literal module and the largest cases")
     parser.add_argument("--threads", type=_positive, help="torch's threads; one with --base on a CPU")
     parser.add_argument(
-        "--memory", action=argparse.BooleanOptionalAction, default=True, help="peaks beside pdgr_* cases"
+        "--memory", action=argparse.BooleanOptionalAction, default=True, help="peaks beside times of pdgr"
     )
     parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
     parser.add_argument("--list", action="store_true", help="print the jobs and end")
@@ -87,23 +86,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[jobs.Job]:
-    known = {**jobs.OP_CASES, **jobs.PDGR_CASES, **jobs.SELECTION_CASES}
     for name in args.case or ():
-        if name not in known:
-            parser.error(f"unknown case {name}; expected one of {', '.join(known)}")
-    default = known if args.list else _GATE_CASES if args.base else _DEFAULT_CASES
-    chosen = [
-        job
-        for case in args.case or default
-        for op in args.op or ("pdgr", *(one_op.OPS if args.list else one_op.with_kernel(args.device)))
-        for job in jobs.jobs_of(
-            op, case, args.mode or list(jobs.MODES), args.data or list(whole_pdgr.DATA), args.dtype, args.backend
-        )
-    ]
+        if name not in jobs.CASES:
+            parser.error(f"unknown case {name}; expected one of {', '.join(jobs.CASES)}")
+    ops = args.op or ("pdgr", *(one_op.OPS if args.list else one_op.with_kernel(args.device)))
+    how = (args.mode or jobs.MODES, args.data or jobs.DATA, args.dtype, args.backend)
+    if args.base and not args.case and not args.list:
+        chosen = jobs.quick_jobs(ops, *how)
+    else:
+        cases = args.case or (jobs.CASES if args.list else _DEFAULT_CASES)
+        chosen = [job for case in cases for op in ops for job in jobs.jobs_of(op, case, *how)]
     if args.op and "pdgr" in args.op and args.dtype != "float32":
         print(f"bench: pdgr is measured in float32 and left out; got --dtype {args.dtype}", file=sys.stderr)
     if not chosen:
-        parser.error("no such op has such a case; expected pdgr with pdgr_*, knn_graph with knn_*, or an op's own case")
+        parser.error("no such op has such a case; expected pdgr at a large case in float32, or an op (--list has them)")
     if args.out is not None and args.out.is_dir():
         parser.error(f"--out is a folder; expected a file to add rows to, got {args.out}")
     if args.gate and args.base is None:
@@ -175,7 +171,8 @@ def _race(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
             [
                 {
                     **dataclasses.asdict(job),
-                    "sizes": one_op.sizes_of(job.sizes),
+                    "case": job.case.name,
+                    "sizes": one_op.sizes_of(job.case),
                     **dataclasses.asdict(v),
                     **common,
                     **place,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,26 +22,8 @@ from drseg_core.testing import Case, dino_like_prior, generator
 BESIDE = ("naive", *PEERS, "floor")
 # with more nodes only the engine runs; up to the second, plain torch takes all rows at once
 _MOST_NODES, _MOST_AT_ONCE = 16384, 4096
-
-
-@dataclass(frozen=True)
-class Selection:
-    """A size and the strength of its decay."""
-
-    case: Case
-    decay: float
-
-
-def _case(name: str, batch: int, side: int, prior: int) -> Case:
-    return Case(name, batch, side, side, prior=prior, hidden=0, channels=0, neighbours=75, large=True)
-
-
-CASES = (
-    Selection(_case("knn_8x576", 8, 24, 1024), 1.0),
-    Selection(_case("knn_4096", 1, 64, 1024), 2.0),
-    Selection(_case("knn_16384", 1, 128, 768), 4.0),
-    Selection(_case("knn_65536", 1, 256, 768), 4.0),
-)
+# strength by case; 1 at the others
+DECAY = {"grid_64x64": 2.0, "grid_128x128": 4.0, "grid_256x256": 4.0}
 
 
 def make_prior(case: Case, data: str, device: str = "cpu") -> Tensor:
@@ -53,27 +34,31 @@ def make_prior(case: Case, data: str, device: str = "cpu") -> Tensor:
     return torch.randn(case.batch, case.nodes, case.prior, generator=random).to(device)
 
 
-def _engine(what: Selection, prior: Tensor) -> tuple[Callable[[], Tensor], str | None]:
+def decay_of(case: Case) -> float:
+    return DECAY.get(case.name, 1.0)
+
+
+def _engine(case: Case, prior: Tensor) -> tuple[Callable[[], Tensor], str | None]:
     """One call, and what is wrong with its result."""
-    grid = (what.case.height, what.case.width)
-    run = partial(knn_graph, prior, grid, what.case.neighbours, decay=what.decay)
+    grid, decay = (case.height, case.width), decay_of(case)
+    run = partial(knn_graph, prior, grid, case.neighbours, decay=decay)
     chosen = run()
-    wrong = gate.selection(chosen, prior, grid, what.decay)
+    wrong = gate.selection(chosen, prior, grid, decay)
     if wrong is None and bool((chosen.diff(dim=-1) <= 0).any()):
         wrong = "a row is not strictly ascending"
     return run, wrong
 
 
 def engine(
-    what: Selection, data: str, dtype: torch.dtype, device: str
+    case: Case, data: str, dtype: torch.dtype, device: str
 ) -> tuple[Callable[[], Tensor], str | None, dict[str, str | None]]:
     """(one call, what is wrong with it, backends)."""
-    run, wrong = _engine(what, make_prior(what.case, data, device).to(dtype))
+    run, wrong = _engine(case, make_prior(case, data, device).to(dtype))
     return run, wrong, {"knn_graph": last_backend("knn_graph")}
 
 
 def measure(
-    what: Selection,
+    case: Case,
     data: str,
     *,
     repeats: int = 7,
@@ -86,10 +71,10 @@ def measure(
 
     ``slow``: timed calls at the largest size. ``beside``: what the engine is compared with, of ``BESIDE``.
     """
-    case, grid, k = what.case, (what.case.height, what.case.width), what.case.neighbours
+    grid, k, decay = (case.height, case.width), case.neighbours, decay_of(case)
     prior = make_prior(case, data, device).to(dtype)
     small = case.nodes <= _MOST_NODES
-    run_engine, wrong = _engine(what, prior)
+    run_engine, wrong = _engine(case, prior)
     if wrong is not None:
         return [], [f"engine: {wrong}"]
     backends = {"knn_graph": last_backend("knn_graph")}
@@ -101,10 +86,10 @@ def measure(
     if small and "naive" in beside:
         distance = grid_distance(grid, prior.device)
         at_once = case.nodes <= _MOST_AT_ONCE
-        block = case.nodes if at_once else best_block(prior, distance, what.decay, k)
-        naive: Callable[[], Tensor] = partial(naive_selection, prior, distance, what.decay, k, block)
+        block = case.nodes if at_once else best_block(prior, distance, decay, k)
+        naive: Callable[[], Tensor] = partial(naive_selection, prior, distance, decay, k, block)
         note = "N x N at once" if at_once else f"fastest row block of those tried: {block}"
-        candidates.append(("naive", naive, what.decay, {"note": note, "row_block": block}))
+        candidates.append(("naive", naive, decay, {"note": note, "row_block": block}))
     for name, peer in PEERS.items():
         if not small or name not in beside or device != peer.device or dtype != torch.float32:
             continue
@@ -116,9 +101,9 @@ def measure(
             print(
                 f"selection: {name} is not installed, its row is left out; pip install {peer.package}", file=sys.stderr
             )
-    for name, run, decay, said in candidates:
+    for name, run, strength, said in candidates:
         # without decay, or for a zero feature, a node need not be among its own
-        wrong = gate.selection(run(), prior, grid, decay, include_self=False)
+        wrong = gate.selection(run(), prior, grid, strength, include_self=False)
         if wrong is None:
             contenders.append(Contender(name, run, repeats, {**said, "peak_mb": memory.rise(run, device)}))
         else:
@@ -130,7 +115,7 @@ def measure(
     common = {
         "op": "knn_graph",
         "case": case.name,
-        "sizes": {"B": case.batch, "h": case.height, "w": case.width, "D": case.prior, "K": k, "decay": what.decay},
+        "sizes": {"B": case.batch, "h": case.height, "w": case.width, "D": case.prior, "K": k, "decay": decay},
         "mode": "fwd",
         "dtype": str(dtype).removeprefix("torch."),
         "data": data,

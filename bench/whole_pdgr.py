@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench import gate, memory
 from bench.baselines import FactoredPDGR, Floor, ScatteredPDGR, pdgr_products
-from bench.one_op import OPS, launch_of
+from bench.one_op import OPS, launch_of, sizes_of
 from bench.record import Row, rows_of
 from bench.timing import Contender, interleave
 from drseg_core.nn import PDGR
@@ -23,19 +23,6 @@ from drseg_core.testing import Case, LiteralPDGR, dino_like_prior, generator
 
 MODES = ("fwd", "fwd+bwd")
 DATA = ("random", "dino")
-
-
-def _case(name: str, batch: int, side: int) -> Case:
-    return Case(name, batch, side, side, prior=1024, hidden=256, channels=384, neighbours=75, large=True)
-
-
-CASES = (
-    _case("pdgr_8x576", 8, 24),
-    _case("pdgr_1x576", 1, 24),
-    _case("pdgr_1x4096", 1, 64),
-    _case("pdgr_1x16384", 1, 128),
-    _case("pdgr_1x65536", 1, 256),
-)
 # what stands beside the engine at most nodes per image: one edge tensor of the literal module is 10 GB at 16384
 _MOST_NODES = {"literal": 4096, "factored": 4096, "compiled": 4096, "pyg": 4096, "floor": 16384}
 BESIDE = tuple(_MOST_NODES)
@@ -280,17 +267,7 @@ def measure(
     common = {
         "op": "pdgr",
         "case": case.name,
-        "sizes": {
-            "B": case.batch,
-            "h": case.height,
-            "w": case.width,
-            "D": case.prior,
-            "E": case.hidden,
-            "C": case.channels,
-            "K": case.neighbours,
-            "layers": len(problem.engine.weights),
-            "decay": problem.engine.decay,
-        },
+        "sizes": sizes_of(case) | {"layers": len(problem.engine.weights), "decay": problem.engine.decay},
         "mode": mode,
         "dtype": "float32",
         "data": data,

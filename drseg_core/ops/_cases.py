@@ -22,7 +22,7 @@ class Case:
         channels: C, feature channels.
         neighbours: K.
         saturated: values at the edge of the number range instead of ordinary ones.
-        large: too large for every commit on a CPU.
+        large: of a model, and too large for every commit on a CPU; whole PDGR is measured at these.
 
     Example:
         >>> Case("mine_8x8", 1, 8, 8, prior=16, hidden=8, channels=12, neighbours=5).nodes
@@ -52,12 +52,21 @@ CASES = (
     Case("odd_all_neighbours", 1, 5, 7, prior=33, hidden=33, channels=65, neighbours=35),
     Case("odd_231_channels", 1, 9, 11, prior=7, hidden=16, channels=231, neighbours=16),
     Case("saturated_6x7", 2, 6, 7, prior=64, hidden=16, channels=33, neighbours=9, saturated=True),
+    # E is the default of PDGR, and 256 where the name ends so: the wide edge MLP, of which the targets speak
     Case("paper_vitb_24x24", 8, 24, 24, prior=1024, hidden=128, channels=256, neighbours=75, large=True),
     Case("paper_vitl_24x24", 8, 24, 24, prior=1024, hidden=128, channels=384, neighbours=75, large=True),
+    Case("paper_vitl_24x24_e256", 8, 24, 24, prior=1024, hidden=256, channels=384, neighbours=75, large=True),
     Case("paper_rsib_24x24", 8, 24, 24, prior=768, hidden=128, channels=384, neighbours=75, large=True),
+    Case("image_24x24", 1, 24, 24, prior=1024, hidden=128, channels=384, neighbours=75, large=True),
     Case("grid_48x48", 1, 48, 48, prior=768, hidden=128, channels=384, neighbours=75, large=True),
     Case("grid_64x64", 1, 64, 64, prior=1024, hidden=128, channels=384, neighbours=75, large=True),
+    Case("grid_64x64_e256", 1, 64, 64, prior=1024, hidden=256, channels=384, neighbours=75, large=True),
     Case("grid_128x128", 1, 128, 128, prior=768, hidden=128, channels=384, neighbours=75, large=True),
+    Case("grid_256x256", 1, 256, 256, prior=768, hidden=128, channels=384, neighbours=75, large=True),
+    Case("vitl_128x128", 1, 128, 128, prior=1024, hidden=128, channels=384, neighbours=75, large=True),
+    Case("vitl_128x128_e256", 1, 128, 128, prior=1024, hidden=256, channels=384, neighbours=75, large=True),
+    Case("vitl_256x256", 1, 256, 256, prior=1024, hidden=128, channels=384, neighbours=75, large=True),
+    Case("vitl_256x256_e256", 1, 256, 256, prior=1024, hidden=256, channels=384, neighbours=75, large=True),
 )
 
 

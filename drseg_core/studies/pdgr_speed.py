@@ -78,6 +78,7 @@ def compare(
         raise RuntimeError(
             f"pdgr_speed: the engine differs from the equations by {difference:.3g}; expected below 1e-3"
         )
+    hidden = len(module.edge_vector)
     rows = []
     for backward in (False, True):
         seconds: dict[str, list[float]] = {"literal": [], "engine": []}
@@ -90,7 +91,7 @@ def compare(
         rows.append(
             {
                 "pass": "forward + backward" if backward else "forward",
-                "size": f"{batch} x {side}x{side}, D {prior_dim}, C {channels}, K {module.k}",
+                "size": f"{batch} x {side}x{side}, D {prior_dim}, E {hidden}, C {channels}, K {module.k}",
                 "literal_ms": median["literal"],
                 "engine_ms": median["engine"],
                 "speedup": median["literal"] / median["engine"],

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from bench import compare, plot, report
+from bench import compare, one_op, plot, report
+from drseg_core.testing import CASES
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -170,10 +173,35 @@ def test_the_readme_section_is_what_the_rows_give(tmp_path: Path, capsys: pytest
 
 
 def test_the_readme_says_what_the_committed_rows_say():
-    root = Path(__file__).parents[2]
-    text = (root / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     before, after = report.BEGIN.split("{}")
     folders = [part.split(after)[0] for part in text.split(before)[1:]]
     assert len(folders) == text.count(report.END) > 1
     for folder in folders:
-        assert report.main([str(root / "bench" / "results" / folder), str(root / "README.md"), "--check"]) == 0
+        assert report.main([str(ROOT / "bench" / "results" / folder), str(ROOT / "README.md"), "--check"]) == 0
+
+
+def test_rows_under_a_name_of_before_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    old, new = write(tmp_path / "old", row(case="knn_4096")), write(tmp_path / "new", row(case="grid_64x64"))
+    assert compare.main([str(old), str(new)]) == 0
+    assert "knn_graph grid_64x64 fwd float32 dino engine  " in capsys.readouterr().out
+
+
+def test_names_of_before_are_cases_of_those_sizes():
+    sizes = {case.name: one_op.sizes_of(case) for case in CASES}
+    stored = [row for path in (ROOT / "bench" / "results").glob("*/*.jsonl") for row in compare.load(path)]
+    rows = [row for row in stored if row["op"] not in ("model", "preset")]
+    assert {row["case"] for row in rows} >= {*compare._NAMES.values()}
+    for one in rows:
+        assert one["sizes"].items() <= (sizes[one["case"]] | {"decay": one["sizes"].get("decay"), "layers": 2}).items()
+
+
+def test_tables_name_the_width_of_the_edge_mlp(tmp_path: Path):
+    sizes = {"B": 8, "h": 24, "w": 24, "D": 1024, "E": 128, "C": 384, "K": 75}
+    rows = [row(op="pdgr", case="one", sizes=sizes), row(op="pdgr", case="wide", sizes=sizes | {"E": 256})]
+    heading, _, *lines, _ = report._module_table(rows)
+    assert heading.startswith("| PDGR, D 1024, C 384, K 75 |")
+    assert [line.split("|")[1] for line in lines] == [f" 8 x 24x24, E {width}, forward " for width in (128, 256)]
+    assert report._module_table(rows[1:])[0].startswith("| PDGR, D 1024, E 256, C 384, K 75 |")
+    op = {"op": "edge_weight", "data": "case", "name": "native", "share_of_ceiling": 0.5, "sizes": sizes}
+    assert report._op_table([row(**op)])[2].startswith("| `edge_weight`, 8 x 24x24, E 128, forward |")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import selection, whole_pdgr
+from bench import jobs, selection, whole_pdgr
 from drseg_core.testing import dino_like_prior
 
 
@@ -49,7 +49,7 @@ def test_any_size(size: tuple[int, int, int, int]):
 
 
 def test_the_benchmark_s_inputs_are_these():
-    case = whole_pdgr.CASES[1]
+    case = jobs.CASES["image_24x24"]
     problem = whole_pdgr.make(case, "dino")
     assert problem.prior.shape == (1, 1024, 24, 24) and problem.prior.is_contiguous()
     assert problem.features.requires_grad and not problem.prior.requires_grad

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from bench import jobs, paired, run, source
 
-JOB = jobs.Job("graph_propagate", "tiny_3x4", "fwd", "case")
+JOB = jobs.Job("graph_propagate", jobs.CASES["tiny_3x4"], "fwd", "case")
 HERE = source.Source("here", source.ROOT, None, "none")
 
 
@@ -101,13 +102,13 @@ def test_what_is_no_matter_of_time(monkeypatch: pytest.MonkeyPatch, changes: dic
 def test_a_worker_builds_times_and_measures():
     worker = paired.Worker(HERE)
     try:
-        built = worker.ask(do="build", job=vars(JOB))
+        built = worker.ask(do="build", job=asdict(JOB))
         assert built["wrong"] is None and built["sizes"]["height"] == 3
         assert built["backends"] == {"graph_propagate": "reference"}
         taken = worker.ask(do="time", calls=3)["seconds"]
         assert len(taken) == 3 and min(taken) > 0
         assert worker.ask(do="peak")["peak_mb"] >= 0
-        assert "KeyError" in worker.ask(do="build", job=vars(JOB) | {"case": "nothing"})["error"]
+        assert "ModuleNotFoundError" in worker.ask(do="build", job=asdict(JOB) | {"op": "nothing"})["error"]
     finally:
         worker.close()
     assert "exit code" in worker.ask(do="time", calls=1)["error"]

@@ -21,7 +21,9 @@ from drseg_core.testing import Case
 
 # what PDGR runs on a CPU
 OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
-TINY = Case("bench_tiny", 2, 6, 7, prior=16, hidden=8, channels=12, neighbours=6)
+TINY = Case("bench_tiny", 2, 6, 7, prior=16, hidden=8, channels=12, neighbours=6, large=True)
+# what whole PDGR and the selection are measured on
+PRIORS = ("--data", "random", "--data", "dino")
 COMMON = {
     "op": str, "case": str, "sizes": dict, "mode": str, "dtype": str, "data": str, "name": str, "p20_ms": float,
     "p50_ms": float, "p80_ms": float, "ratio_to_engine": float, "repeats": int, "device": str, "threads": int,
@@ -31,8 +33,8 @@ COMMON = {
 
 @pytest.fixture(autouse=True)
 def _tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(jobs.PDGR_CASES, TINY.name, TINY)
-    monkeypatch.setitem(jobs.SELECTION_CASES, TINY.name, selection.Selection(TINY, 2.0))
+    monkeypatch.setitem(jobs.CASES, TINY.name, TINY)
+    monkeypatch.setitem(selection.DECAY, TINY.name, 2.0)
 
 
 def _run(tmp_path: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
@@ -72,7 +74,7 @@ def test_pdgr_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_selection_rows(tmp_path: Path):
-    code, rows = _run(tmp_path, "--op", "knn_graph", "--case", TINY.name)
+    code, rows = _run(tmp_path, "--op", "knn_graph", "--case", TINY.name, *PRIORS)
     names = [row["name"] for row in rows if row["name"] not in baselines.PEERS]
     assert code == 0 and names == ["engine", "naive", "floor"] * 2
     _check(rows)
@@ -98,7 +100,7 @@ def test_large_cases_have_fewer_neighbours_in_the_race(monkeypatch: pytest.Monke
         assert [row["name"] for row in rows] == ["engine", "floor"] and not refused
         assert rows[0]["gate"]["against"] == "factored"
     monkeypatch.setattr(selection, "_MOST_NODES", 10)
-    rows, refused = selection.measure(selection.Selection(TINY, 1.0), "dino", repeats=2, slow=1)
+    rows, refused = selection.measure(TINY, "dino", repeats=2, slow=1)
     assert [(row["name"], row["repeats"]) for row in rows] == [("engine", 1)] and not refused
 
 
@@ -195,7 +197,7 @@ def test_a_wrong_backend_of_an_op_is_refused(
 
 def test_a_wrong_baseline_is_refused_and_the_rest_stays(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(selection, "naive_selection", lambda prior, *_: torch.zeros(2, 42, 6, dtype=torch.long))
-    rows, refused = selection.measure(selection.Selection(TINY, 1.0), "random", repeats=1)
+    rows, refused = selection.measure(TINY, "random", repeats=1)
     assert "naive" not in {row["name"] for row in rows} and {"engine", "floor"} <= {row["name"] for row in rows}
     assert len(refused) == 1 and refused[0].startswith("naive:")
 
@@ -216,7 +218,7 @@ def test_a_baseline_whose_gradients_are_wrong_is_refused(monkeypatch: pytest.Mon
 def test_what_stands_beside_is_chosen(tmp_path: Path):
     code, rows = _run(tmp_path, "--op", "pdgr", "--case", TINY.name, "--mode", "fwd", "--beside", "floor")
     assert code == 0 and {row["name"] for row in rows} == {"engine", "floor"}
-    code, rows = _run(tmp_path, "--op", "knn_graph", "--case", TINY.name, "--beside", "nothing")
+    code, rows = _run(tmp_path, "--op", "knn_graph", "--case", TINY.name, *PRIORS, "--beside", "nothing")
     assert code == 0 and {row["name"] for row in rows if row["op"] == "knn_graph"} == {"engine"}
 
 
