@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import memory, record
+from bench import memory, one_op, record
 from drseg_core.ops import last_backend, use_backend
 
 MODES = ("inference", "training")
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="option, e.g. model.rotations=1"
     )
     parser.add_argument("--mode", choices=MODES, action="append", help="both by default")
-    parser.add_argument("--backend", choices=("reference", "native", "triton"), action="append", help="of the ops")
+    parser.add_argument("--backend", choices=one_op.backends(), action="append", help="of the ops")
     parser.add_argument("--batch", type=int, default=1, help="images per call")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -153,15 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for backend in args.backend or (None,):
                 try:
                     figures = memory.in_child(
-                        "bench.model",
-                        "measure",
-                        config,
-                        overrides,
-                        mode,
-                        backend,
-                        args.batch,
-                        args.repeats,
-                        args.device,
+                        __name__, "measure", config, overrides, mode, backend, args.batch, args.repeats, args.device
                     )
                 except RuntimeError as error:
                     print(f"model: {config} {mode} {backend}: {str(error).splitlines()[-1]}", file=sys.stderr)

@@ -25,6 +25,11 @@ OPS = ("knn_graph", "edge_weight", "degree_normalize", "edge_coefficient", "grap
 MOST_NODES = 16384
 
 
+def backends() -> list[str]:
+    """Every name that an op has a backend of."""
+    return list(dict.fromkeys(row["backend"] for row in ops.backend_report()))
+
+
 def with_kernel(device: str) -> tuple[str, ...]:
     """Those that are to have a kernel on a device; a checkout that has lost one must not lose its place here as well.
 

@@ -123,7 +123,10 @@ def roofline(rows: Sequence[Row], figure: Any) -> bool:
         fill = "none" if row["case"].endswith("_e256") else "full"
         (marks[label],) = axes.plot(row["flop"] / row["byte"], rate, mark, color=colour, markersize=5, fillstyle=fill)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s of the whole problem")
-    axes.legend([*axes.lines[:1], *marks.values()], ["measured ceilings", *marks], frameon=False, fontsize=7)
+    axes.legend(
+        [*axes.lines[:1], *marks.values()], ["measured ceilings", *marks],
+        frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5),
+    )  # fmt: skip
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("above the line: work that was skipped, not done", fontsize=8)
     return True

@@ -17,7 +17,6 @@ import torch
 
 from bench import counts
 from bench.timing import Contender, gpu_state
-from drseg_core.checkpoints.versions import device_name
 from drseg_core.testing import Case
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +65,9 @@ def _version(package: str) -> str | None:
 
 def environment(device: str) -> Row:
     """Where and with what a figure was made."""
+    # not needed by a race, which also imports this from trees that have it elsewhere
+    from drseg_core.checkpoints.versions import device_name
+
     return {
         **({"gpu": gpu_state()} if device == "cuda" else {}),
         "device": device_name(device),

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=jobs.MODES, action="append", help="both by default")
     parser.add_argument("--data", choices=jobs.DATA, action="append", help="all that there are by default")
     parser.add_argument("--dtype", choices=jobs.DTYPES, default="float32", help="of the features; pdgr is float32")
-    parser.add_argument("--backend", choices=("reference", "native", "triton"), help="the best that runs, by default")
+    parser.add_argument("--backend", choices=one_op.backends(), help="the best that runs, by default")
     parser.add_argument(
         "--beside", action="append", choices=(*jobs.BESIDE, "nothing"), help="what the engine stands beside; all"
     )

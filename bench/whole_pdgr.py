@@ -255,13 +255,7 @@ def measure(
         elif contender.name in ("engine", "literal", "factored"):
             contender.fields.update(
                 memory.in_child(
-                    "bench.whole_pdgr",
-                    "peak",
-                    dataclasses.asdict(case),
-                    data,
-                    contender.name,
-                    backward,
-                    _dispatch._override,
+                    __name__, "peak", dataclasses.asdict(case), data, contender.name, backward, _dispatch._override
                 )
             )
     common = {

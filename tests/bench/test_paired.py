@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,13 @@ def test_a_ref_is_checked_out_and_gone_afterwards(tmp_path: Path, monkeypatch: p
     assert not base.tree.exists() and "drseg-base" not in source._git("worktree", "list")
     with pytest.raises(source.SourceError, match="nothing"), source.checkout("nothing"):
         pass
+
+
+def test_a_race_needs_only_what_every_version_has():
+    code = "import sys; from bench import jobs, memory, timing; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source.ROOT, capture_output=True, text=True, check=True)
+    parts = {name.split(".")[1] for name in done.stdout.split() if name.startswith("drseg_core.")}
+    assert parts == {"errors", "ops", "nn", "testing"}
 
 
 @pytest.mark.parametrize("arguments", [["--gate"], ["--base", "HEAD", "--tolerance", "2"], ["--dtype", "int8"]])
