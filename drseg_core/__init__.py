@@ -1,10 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DR-Seg: open-vocabulary segmentation of remote-sensing images around a custom-kernel graph engine."""
+"""DR-Seg: open-vocabulary segmentation of remote-sensing images around a custom-kernel graph engine.
+
+``load`` and ``predict`` are the doors of the trained model, ``nn`` has the paper's blocks, ``ops`` what they compute.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from drseg_core.errors import BackendUnavailableError, NumericalError
 
+if TYPE_CHECKING:
+    from drseg_core import nn, ops
+    from drseg_core.checkpoints.pretrained import load
+    from drseg_core.scenes.predict import predict
+
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailableError", "NumericalError", "__version__", "backends"]
+__all__ = ["BackendUnavailableError", "NumericalError", "__version__", "backends", "load", "nn", "ops", "predict"]
+
+_DOORS = {"load": "drseg_core.checkpoints.pretrained", "predict": "drseg_core.scenes.predict"}
+
+
+def __getattr__(name: str) -> Any:
+    # what is behind a name is imported when the name is first used: importing the package stays free
+    if name in ("nn", "ops"):
+        return importlib.import_module(f"drseg_core.{name}")
+    if name in _DOORS:
+        return getattr(importlib.import_module(_DOORS[name]), name)
+    raise AttributeError(f"module 'drseg_core' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def backends() -> list[dict[str, object]]:

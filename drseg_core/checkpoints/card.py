@@ -45,9 +45,10 @@ def model_card(
         f"Image encoder {config.clip.name}, prior {config.dino.name}, fusion {config.fusion.kind}.",
         "",
         "```python",
-        "from drseg_core.checkpoints.pretrained import from_pretrained",
+        "import drseg_core as drseg",
         "",
-        f'model = from_pretrained("{name or "this folder or its name on the hub"}").model',
+        f'model = drseg.load("{name or "this folder or its name on the hub"}")',
+        'drseg.predict(model, "scene.tif", classes=["building", "field"], out="map.tif")',
         "```",
         "",
         "## Licences",
@@ -61,7 +62,7 @@ def model_card(
         cells = [str(note[key]) for key in ("part", "architecture", "weights", "licence")]
         lines.append(f"| {' | '.join(cells)} | {'yes' if note['included'] else 'no, has to be fetched'} |")
     for part in [note["part"] for note in notes if not note["included"]]:
-        lines += ["", f'Where {part} is a file: `from_pretrained(..., weights={{"{part}": "FILE"}})`; it is checked.']
+        lines += ["", f'Where {part} is a file: `drseg.load(..., weights={{"{part}": "FILE"}})`; it is checked.']
     if facts:
         lines += [
             "",

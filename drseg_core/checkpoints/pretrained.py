@@ -24,9 +24,19 @@ from drseg_core.checkpoints.card import model_card, read_scores, training_facts
 from drseg_core.checkpoints.channels import ChannelFile, load_channels, save_channels
 from drseg_core.checkpoints.checkpoint import content_hash, file_hash, first_line, storage_failure, whole_folder
 from drseg_core.checkpoints.licences import licence_notes
-from drseg_core.checkpoints.run import CHANNELS, CLASSES, MANIFEST, LoadedRun, load_run, model_of, plain_config
+from drseg_core.checkpoints.run import (
+    CHANNELS,
+    CLASSES,
+    MANIFEST,
+    PARTS,
+    LoadedRun,
+    load_run,
+    model_of,
+    plain_config,
+    weight_options,
+)
 from drseg_core.checkpoints.versions import library_versions
-from drseg_core.config.load import config_from_dict
+from drseg_core.config.load import config_from_dict, override
 from drseg_core.config.schema import Config
 from drseg_core.data.dataset import class_names_hash
 from drseg_core.errors import CheckpointError, ConfigError, ResourceError
@@ -42,7 +52,6 @@ from drseg_core.models.weights import (
 
 FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
-PARTS = ("clip", "dino", "remote")
 _READ = {"clip": "read_clip", "dino": "read_prior", "remote": "read_remote"}
 # owner/name, as the hub takes it
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -125,7 +134,7 @@ def save_pretrained(
 def from_pretrained(
     name: str | Path,
     *,
-    weights: Mapping[str, str] | None = None,
+    weights: Mapping[str, str | Path] | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -144,6 +153,7 @@ def from_pretrained(
             weights here.
         ConfigError: ``weights`` names no part of the model.
     """
+    moved = weight_options(weights, "from_pretrained")
     folder = Path(name)
     if not folder.is_dir():
         folder = _fetched(str(name), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
@@ -151,12 +161,9 @@ def from_pretrained(
     state = load_weights(folder / WEIGHTS)[0]
     inside = {part for part in PARTS if any(key.startswith(f"{part}.") for key in state)}
     try:
-        config = config_from_dict(description["config"], Config, str(folder / DESCRIPTION))
-        config = _with_weights(config, weights or {})
+        config = override(config_from_dict(description["config"], Config, str(folder / DESCRIPTION)), moved)
         model = model_of(config, **{flag: part not in inside for part, flag in _READ.items()})
     except ConfigError as error:
-        if weights and not set(weights) <= set(PARTS):
-            raise
         raise CheckpointError(f"from_pretrained: {folder} has a configuration that cannot be used; {error}") from error
     load_into(model, state, name=str(folder / WEIGHTS), complete=not description["left_out"])
     check_left_out(model, description["left_out"], name=str(folder))
@@ -238,13 +245,26 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-def open_model(path: str | Path) -> LoadedRun:
-    """A model from the folder of a run, of a checkpoint, or of :func:`save_pretrained`.
+def load(
+    source: str | Path, *, weights: Mapping[str, str | Path] | None = None, revision: str | None = None
+) -> LoadedRun:
+    """A trained model, on the CPU and in evaluation mode, from wherever it is kept.
+
+    Args:
+        source: the folder of a run, of one of its checkpoints, or of :func:`save_pretrained`; or ``owner/name`` on the
+            Hugging Face hub.
+        weights: where a part that was left out is, such as ``{"dino": "dinov3.safetensors"}``.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         CheckpointError: see :func:`drseg_core.checkpoints.run.load_run` and :func:`from_pretrained`.
+        ConfigError: ``weights`` names no part of a model.
     """
-    return from_pretrained(path) if (Path(path) / DESCRIPTION).is_file() else load_run(path)
+    path = Path(source)
+    on_hub = _REPOSITORY.fullmatch(str(source)) is not None and not path.exists()
+    if on_hub or (path / DESCRIPTION).is_file():
+        return from_pretrained(source, weights=weights, revision=revision)
+    return load_run(path, weights=weights)
 
 
 def _fetched(name: str, **options: Any) -> Path:
@@ -326,14 +346,3 @@ def _portable(config: Config) -> Config:
         part = getattr(model, name)
         named[name] = dataclasses.replace(part, weights=part.weights and Path(part.weights).name)
     return dataclasses.replace(config, model=dataclasses.replace(model, **named))
-
-
-def _with_weights(config: Config, weights: Mapping[str, str]) -> Config:
-    model = config.model
-    for part, path in weights.items():
-        if part not in PARTS:
-            raise ConfigError(
-                f"from_pretrained: weights name no part; expected one of {', '.join(PARTS)}, got {part!r}"
-            )
-        model = dataclasses.replace(model, **{part: dataclasses.replace(getattr(model, part), weights=path)})
-    return dataclasses.replace(config, model=model)

@@ -32,6 +32,8 @@ from drseg_core.models.build import build_model
 from drseg_core.models.segmenter import Segmenter
 from drseg_core.models.weights import check_left_out, load_into, load_weights
 
+PARTS = ("clip", "dino", "remote")
+"""Parts of a model whose weights may be those of a file."""
 CONFIG, CLASSES, MANIFEST, CHANNELS = "config.yaml", "classes.txt", "manifest.json", "channels.safetensors"
 # what may differ between the parts of one run: limits, intervals and what depends on the machine
 _FREE = (
@@ -58,23 +60,24 @@ class LoadedRun:
     path: Path
 
 
-def load_run(path: str | Path, *, dino_weights: str | Path | None = None) -> LoadedRun:
+def load_run(path: str | Path, *, weights: Mapping[str, str | Path] | None = None) -> LoadedRun:
     """Read the newest undamaged checkpoint of a run folder, or one checkpoint folder.
 
     Args:
         path: ``RUN`` or ``RUN/checkpoints/step-XXXXXXXX``.
-        dino_weights: where the prior's weight file is now; by default where the run's configuration says.
+        weights: where a part that was left out is now, such as ``{"dino": "dinov3.safetensors"}``; by default where the
+            run's configuration says.
 
     Raises:
+        ConfigError: ``weights`` names no part of a model.
         CheckpointError: not found, damaged, of another model than its configuration says, or with an option that this
             version does not know; or a frozen part that it leaves out has other weights now.
     """
+    moved = weight_options(weights, "load_run")
     checkpoint = find_checkpoint(Path(path))
     state = checkpoint.weights()
     try:
-        config = config_from_dict(checkpoint.config, Config, str(checkpoint.path / DESCRIPTION))
-        if dino_weights is not None:
-            config = override(config, {"model.dino.weights": str(dino_weights)})
+        config = override(config_from_dict(checkpoint.config, Config, str(checkpoint.path / DESCRIPTION)), moved)
         model = model_of(config, read_clip=not holds_clip(state))
     except ConfigError as error:
         raise CheckpointError(
@@ -83,6 +86,18 @@ def load_run(path: str | Path, *, dino_weights: str | Path | None = None) -> Loa
     load_into(model, state, name=str(checkpoint.path / WEIGHTS))
     check_left_out(model, checkpoint.left_out, name=str(checkpoint.path))
     return LoadedRun(model.eval(), config, checkpoint.class_names, checkpoint.step, checkpoint.path)
+
+
+def weight_options(weights: Mapping[str, str | Path] | None, caller: str) -> dict[str, str]:
+    """The options that name the weight files of parts.
+
+    Raises:
+        ConfigError: no such part.
+    """
+    for part in weights or {}:
+        if part not in PARTS:
+            raise ConfigError(f"{caller}: weights name no part; expected one of {', '.join(PARTS)}, got {part!r}")
+    return {f"model.{part}.weights": str(path) for part, path in (weights or {}).items()}
 
 
 def training_data(run: LoadedRun) -> str | None:

@@ -31,7 +31,7 @@ no "no-data" class), ovrs, segearth.
 
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.usage, parser.epilog = USAGE, EPILOG
-    parser.add_argument("run", type=str, metavar="RUN", help="run, checkpoint or model folder")
+    parser.add_argument("run", type=str, metavar="RUN", help="run, checkpoint or model folder, or a name on the hub")
     parser.add_argument("--data", required=True, type=str, metavar="DATA", help=DATA_HELP)
     parser.add_argument("--split", type=str | None, metavar="SPLIT", help="part of the data; val by default")
     parser.add_argument("--protocol", type=str | None, metavar="NAME", help="rskt, clean, ovrs or segearth")
@@ -115,7 +115,7 @@ def run(args: Any) -> None:
 
 def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
     """The scores with their run card: what gave them, on what, by which protocol, command and versions."""
-    from drseg_core.checkpoints.pretrained import open_model
+    from drseg_core.checkpoints.pretrained import load
     from drseg_core.checkpoints.run import check_class_names, plain_config, training_data
     from drseg_core.checkpoints.versions import git_revision, library_versions
     from drseg_core.data import open_dataset
@@ -129,7 +129,7 @@ def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
     if protocol is not None:
         split = protocol.view(args.data.partition(":")[0]).split
     dataset = open_dataset(args.data, split) if protocol is None else open_protocol(protocol, args.data)
-    loaded = open_model(args.run)
+    loaded = load(args.run)
     trained_on = training_data(loaded)
     if protocol is not None and trained_on is not None:
         check_held_out(protocol, args.data, trained_on)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from drseg_core.cli.evaluate import add_tile_arguments, evaluation_options
+from drseg_core.cli.evaluate import add_tile_arguments
 from drseg_core.cli.parsers import Parser, check_output, split_names
 
 USAGE = 'drseg predict RUN IMAGE --out map.tif [--classes "building; field"] [options]'
@@ -23,7 +23,7 @@ Written: the class raster --out with CRS, transform, colour table and class name
 
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.usage, parser.epilog = USAGE, EPILOG
-    parser.add_argument("run", type=str, metavar="RUN", help="run, checkpoint or model folder")
+    parser.add_argument("run", type=str, metavar="RUN", help="run, checkpoint or model folder, or a name on the hub")
     parser.add_argument("image", type=str, metavar="IMAGE", help="GeoTIFF, PNG or JPEG of any size")
     parser.add_argument("--out", required=True, type=str, metavar="FILE", help="class raster to write (.tif)")
     parser.add_argument(
@@ -43,25 +43,21 @@ def run(args: Any) -> None:
     names = None if args.classes is None else split_names(args.classes)
     bands = None if args.bands is None else _bands(args.bands)
     check_output(out, overwrite=args.overwrite, inputs=[image])
-    from drseg_core.checkpoints.pretrained import open_model
-    from drseg_core.evaluation.inference import Predictor
-    from drseg_core.scenes.predict import predict_scene, scene_files
-    from drseg_core.training.distributed import select_device
+    from drseg_core.scenes.predict import predict
 
-    scene_files(out)
-    device = select_device(args.device)
-    loaded = open_model(args.run)
-    options = evaluation_options(loaded.config.evaluation, args)
-    predictor = Predictor(
-        loaded.model,
-        names or loaded.class_names,
-        mode=options.mode,
-        tile_size=options.tile_size,
-        overlap=options.overlap,
-        batch_size=options.batch_size,
-        device=device,
-    )
-    for path in predict_scene(predictor, image, out, overwrite=args.overwrite, bands=bands):
+    for path in predict(
+        args.run,
+        image,
+        classes=names,
+        out=out,
+        overwrite=args.overwrite,
+        bands=bands,
+        mode=args.mode,
+        tile_size=args.tile_size,
+        overlap=args.overlap,
+        batch_size=args.batch_size,
+        device=args.device,
+    ):
         print(f"written: {path}")
 
 

@@ -50,8 +50,8 @@ def run(args: Any) -> None:
     from drseg_core.checkpoints.channels import save_channels
     from drseg_core.checkpoints.run import check_class_names, load_run, model_of
     from drseg_core.data import open_dataset
+    from drseg_core.device import select_device
     from drseg_core.models.weights import weights_hash
-    from drseg_core.training.distributed import select_device
     from drseg_core.training.rank_channels import rank_channels
 
     device = select_device(args.device)

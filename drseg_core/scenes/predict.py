@@ -7,15 +7,18 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from drseg_core.checkpoints.pretrained import load
+from drseg_core.checkpoints.run import LoadedRun
 from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.palette import overlay, with_legend
+from drseg_core.device import select_device
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.evaluation.inference import Prediction, Predictor
 from drseg_core.files import atomic_path
@@ -37,6 +40,64 @@ def scene_files(out_path: str | Path) -> SceneFiles:
     if path.suffix.lower() not in (".tif", ".tiff"):
         raise ConfigError(f"predict_scene: out has a wrong suffix; expected a path ending in .tif, got {path}")
     return SceneFiles(path, path.with_name(f"{path.stem}_overlay.png"), path.with_name(f"{path.stem}_uncertainty.tif"))
+
+
+def predict(
+    model: LoadedRun | str | Path,
+    image: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    out: str | Path,
+    overwrite: bool = False,
+    bands: Sequence[int] | None = None,
+    mode: Literal["whole", "tile"] = "tile",
+    tile_size: int | None = None,
+    overlap: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> SceneFiles:
+    """Map an image of any size by class names: what ``drseg predict`` does.
+
+    Args:
+        model: what :func:`drseg_core.load` gives, or what it takes. A model that is given is left on ``device``.
+        image: GeoTIFF, PNG, JPEG or what else GDAL reads.
+        classes: names to tell apart, any words; those of the training by default.
+        out: class raster to write, ``.tif``; see :func:`predict_scene` for what it holds and what is written beside it.
+        overwrite: replace existing outputs.
+        bands: one or three band numbers from 1; by default the first three, or the only one.
+        mode: ``tile`` at native resolution, or the ``whole`` image in one piece.
+        tile_size: side of a tile in pixels; the run's by default, like the next two.
+        overlap: pixels shared by neighbouring tiles.
+        batch_size: tiles per forward pass.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None takes CUDA where there is one.
+        progress: show a progress bar.
+
+    Returns:
+        The files written: ``classes``, ``overlay`` and ``uncertainty``.
+
+    Raises:
+        ConfigError: an option does not fit, or an output exists.
+        CheckpointError: the model cannot be read.
+        RasterError: the image cannot be read in full.
+        BackendUnavailableError: the device is not here.
+        ResourceError: an output cannot be written in full.
+    """
+    # before the model is read: that may take a while
+    check_outputs(image, out, overwrite=overwrite)
+    place = select_device(device)
+    run = model if isinstance(model, LoadedRun) else load(model)
+    own = run.config.evaluation
+    predictor = Predictor(
+        run.model,
+        classes or run.class_names,
+        mode=mode,
+        tile_size=own.tile_size if tile_size is None else tile_size,
+        overlap=own.overlap if overlap is None else overlap,
+        batch_size=own.batch_size if batch_size is None else batch_size,
+        device=place,
+    )
+    return predict_scene(predictor, image, out, overwrite=overwrite, bands=bands, progress=progress)
 
 
 def predict_scene(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from drseg_core.data import IGNORE
+from drseg_core.device import select_device
 from drseg_core.models.dino import DinoPrior, resample
 from drseg_core.ops import knn_graph, prepare_prior
 from drseg_core.studies.output import mean_text, write_study
@@ -23,7 +24,6 @@ from drseg_core.studies.seeds import measure_seeds
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import DRSEG
 from drseg_core.studies.zero_shot import clip_model, sampled
-from drseg_core.training.distributed import select_device
 from drseg_core.training.rank_channels import dense_features, label_on_grid
 
 IMAGES = 60

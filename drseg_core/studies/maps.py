@@ -18,6 +18,7 @@ from drseg_core.config.schema import EvaluationConfig
 from drseg_core.data import IGNORE, Sample, SegmentationDataset
 from drseg_core.data.palette import colorize
 from drseg_core.data.protocols import Protocol
+from drseg_core.device import select_device
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.evaluation.report import heat
 from drseg_core.studies.output import mean_text, write_study
@@ -27,7 +28,6 @@ from drseg_core.studies.seeds import measure_seeds
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import DRSEG
 from drseg_core.studies.zero_shot import sampled
-from drseg_core.training.distributed import select_device
 
 IMAGES, SHOWN = 60, 4
 MAPS = ("original", "rectified", "logits")

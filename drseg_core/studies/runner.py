@@ -110,7 +110,8 @@ def run_cell(planned: PlannedCell) -> dict[str, Any]:
 
 def load_cell(planned: PlannedCell) -> LoadedRun:
     """A trained cell, with its prior from where the studies are now, wherever that was when it was trained."""
-    return load_run(planned.folder, dino_weights=planned.config.model.dino.weights)
+    taught = planned.config.model.dino.weights
+    return load_run(planned.folder, weights=None if taught is None else {"dino": taught})
 
 
 def provenance(planned: Sequence[PlannedCell]) -> dict[str, list[str]]:

@@ -16,12 +16,12 @@ from torch import Tensor
 from drseg_core.checkpoints.run import load_run, model_of
 from drseg_core.config.load import override
 from drseg_core.data import IGNORE, SegmentationDataset
+from drseg_core.device import select_device
 from drseg_core.evaluation.metrics import ConfusionMatrix
 from drseg_core.models.segmenter import Segmenter
 from drseg_core.studies.plan import PlannedCell
 from drseg_core.studies.runner import train_start
 from drseg_core.studies.setting import BARE
-from drseg_core.training.distributed import select_device
 from drseg_core.training.rank_channels import dense_features
 
 

@@ -19,7 +19,7 @@ from drseg_core.checkpoints import pretrained
 from drseg_core.checkpoints.card import read_scores
 from drseg_core.checkpoints.channels import load_channels
 from drseg_core.checkpoints.licences import UNKNOWN, licence_notes
-from drseg_core.checkpoints.pretrained import from_pretrained, open_model, push_to_hub, save_pretrained
+from drseg_core.checkpoints.pretrained import from_pretrained, load, push_to_hub, save_pretrained
 from drseg_core.checkpoints.run import LoadedRun, load_run, training_data
 from drseg_core.config.load import override
 from drseg_core.config.schema import ClipConfig, DinoConfig, ModelConfig
@@ -311,7 +311,7 @@ def test_the_card_tells_how_to_load_it_and_what_it_was_trained_on(with_prior, hu
     run, _ = with_prior
     push_to_hub(run, "somebody/drseg")
     card = (hub.store / "README.md").read_text()
-    assert card.startswith("---\n") and 'from_pretrained("somebody/drseg").model' in card
+    assert card.startswith("---\n") and 'drseg.load("somebody/drseg")' in card
     assert 'weights={"dino": "FILE"}' in card and "| dino | drseg-tiny | satellite.safetensors |" in card
     manifest = json.loads((run / "manifest.json").read_text())
     total = manifest["parameters"]["total"]
@@ -389,10 +389,10 @@ def test_what_cannot_be_pushed(run, tmp_path, hub):
     assert {name for name, *_ in hub.asked} == {"whoami"} and not hub.store.exists()
 
 
-def test_open_model_takes_runs_checkpoints_and_folders(run, tmp_path):
+def test_load_takes_runs_checkpoints_and_folders(run, tmp_path):
     folder = save_pretrained(load_run(run), tmp_path / "model")
     paths = [run, run / "checkpoints" / "step-00000002", folder]
-    first, *others = [open_model(path) for path in paths]
+    first, *others = [load(path) for path in paths]
     assert all(equal(first, other) for other in others)
 
 

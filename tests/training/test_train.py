@@ -14,10 +14,10 @@ from drseg_core.checkpoints.channels import load_channels, save_channels
 from drseg_core.checkpoints.checkpoint import generations, newest_checkpoint
 from drseg_core.checkpoints.run import load_run
 from drseg_core.config.load import load_config, override
+from drseg_core.device import select_device
 from drseg_core.errors import BackendUnavailableError, CheckpointError, ConfigError, NumericalError, ResourceError
 from drseg_core.models.build import build_model
 from drseg_core.training import loop
-from drseg_core.training.distributed import select_device
 from drseg_core.training.loop import train
 from drseg_core.training.loss import LossSum, training_loss
 
