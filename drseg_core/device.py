@@ -16,6 +16,11 @@ def select_device(name: str | None, *, local_rank: int = 0) -> torch.device:
     Raises:
         ConfigError: no name of a device.
         BackendUnavailableError: the device is not here.
+
+    Example:
+        >>> from drseg_core.device import select_device
+        >>> select_device("cpu")
+        device(type='cpu')
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"

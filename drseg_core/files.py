@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+__all__ = ["atomic_path", "write_text_atomic"]
+
 
 def sync_directory(directory: Path) -> None:
     """Make the names in ``directory`` durable (a rename alone may be lost by a power cut)."""
@@ -25,6 +27,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     If the body raises, the temporary file is removed and ``path`` is what it was before.
     The suffix is kept, because writers choose their format by it.
+
+    Example:
+        >>> from drseg_core.files import atomic_path
+        >>> with atomic_path("numbers.txt") as temporary:
+        ...     size = temporary.write_text("1 2 3")
+        >>> open("numbers.txt").read()
+        '1 2 3'
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +55,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8 so that ``path`` holds all of it or what it held before."""
+    """Write ``text`` as UTF-8 so that ``path`` holds all of it or what it held before.
+
+    Example:
+        >>> from drseg_core.files import write_text_atomic
+        >>> write_text_atomic("out/note.txt", "whole or not at all")
+        >>> open("out/note.txt").read()
+        'whole or not at all'
+    """
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

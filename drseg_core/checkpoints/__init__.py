@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training leaves: run folders, checkpoints that appear whole, rankings, and models to give away."""
+"""What a training leaves and how it is read: run folders, checkpoints that appear whole, models to give away."""

@@ -16,6 +16,8 @@ from drseg_core.errors import CheckpointError
 from drseg_core.models.weights import write_tensors
 from drseg_core.nn.spsd import check_partition, split_by_score
 
+__all__ = ["ChannelFile", "load_channels", "save_channels"]
+
 FORMAT_VERSION = 1
 
 
@@ -31,6 +33,12 @@ class ChannelFile:
         similarity: (C,) S of Eq. 3.
         metadata: backbone, weights_sha256, dataset_sha256, class_names, alpha, semantic_ratio,
             prototypes_per_class, seed and the other options of the ranking.
+
+    Example:
+        >>> from drseg_core.checkpoints.channels import load_channels
+        >>> channels = load_channels("run/channels.safetensors")
+        >>> len(channels.split_again(0.25).semantic_index), len(channels.score)
+        (16, 64)
     """
 
     score: Tensor
@@ -52,6 +60,12 @@ def save_channels(path: str | os.PathLike[str], channels: ChannelFile) -> None:
 
     Raises:
         ResourceError: the file cannot be written (disk full, read-only).
+
+    Example:
+        >>> from drseg_core.checkpoints.channels import load_channels, save_channels
+        >>> save_channels("half.safetensors", load_channels("run/channels.safetensors").split_again(0.5))
+        >>> load_channels("half.safetensors").metadata["semantic_ratio"]
+        0.5
     """
     names = ("score", "semantic_index", "structural_index", "entropy", "similarity")
     tensors = {name: getattr(channels, name).contiguous() for name in names}
@@ -70,6 +84,11 @@ def load_channels(
 
     Raises:
         CheckpointError: not readable, of another kind or model, or its indices are no partition of the channels.
+
+    Example:
+        >>> from drseg_core.checkpoints.channels import load_channels
+        >>> load_channels("run/channels.safetensors", channels=64, backbone="drseg-tiny").metadata["class_names"]
+        ['bare soil', 'red roof', 'blue pond']
     """
     from safetensors import safe_open
 

@@ -50,6 +50,8 @@ from drseg_core.models.weights import (
     weights_hash,
 )
 
+__all__ = ["from_pretrained", "load", "push_to_hub", "save_pretrained"]
+
 FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 _READ = {"clip": "read_clip", "dino": "read_prior", "remote": "read_remote"}
@@ -87,6 +89,13 @@ def save_pretrained(
         ConfigError: the folder is not empty, or ``results`` holds a file that is none of this model's.
         CheckpointError: the ranking is not that of the model's split.
         ResourceError: the disk is full or not writable.
+
+    Example:
+        >>> import drseg_core as drseg
+        >>> from drseg_core.checkpoints.pretrained import save_pretrained
+        >>> folder = save_pretrained(drseg.load("run"), "gift")
+        >>> sorted(path.name for path in folder.iterdir())[:3]
+        ['README.md', 'channels.safetensors', 'classes.txt']
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -152,6 +161,11 @@ def from_pretrained(
         CheckpointError: not found, damaged, of a newer format or another model, or a part that was left out has other
             weights here.
         ConfigError: ``weights`` names no part of the model.
+
+    Example:
+        >>> from drseg_core.checkpoints.pretrained import from_pretrained
+        >>> from_pretrained("folder").class_names
+        ('bare soil', 'red roof', 'blue pond')
     """
     moved = weight_options(weights, "from_pretrained")
     folder = Path(name)
@@ -203,6 +217,11 @@ def push_to_hub(
         ConfigError: ``repository`` is no such name, or an option goes with a run only.
         CheckpointError: the model cannot be read or is damaged; or the hub cannot be reached or does not let us in.
         ResourceError: there is no room for the folder.
+
+    Example:
+        >>> from drseg_core.checkpoints.pretrained import push_to_hub
+        >>> push_to_hub("folder", "owner/name")
+        'https://.../owner/name/commit/...'
     """
     if not _REPOSITORY.fullmatch(repository):
         raise ConfigError(f"push_to_hub: repository has a wrong form; expected owner/name, got {repository!r}")
@@ -259,6 +278,12 @@ def load(
     Raises:
         CheckpointError: see :func:`drseg_core.checkpoints.run.load_run` and :func:`from_pretrained`.
         ConfigError: ``weights`` names no part of a model.
+
+    Example:
+        >>> import drseg_core as drseg
+        >>> run = drseg.load("run")
+        >>> run.model.training, run.class_names
+        (False, ('bare soil', 'red roof', 'blue pond'))
     """
     path = Path(source)
     on_hub = _REPOSITORY.fullmatch(str(source)) is not None and not path.exists()

@@ -32,6 +32,8 @@ from drseg_core.models.build import build_model
 from drseg_core.models.segmenter import Segmenter
 from drseg_core.models.weights import check_left_out, load_into, load_weights
 
+__all__ = ["LoadedRun", "load_run"]
+
 PARTS = ("clip", "dino", "remote")
 """Parts of a model whose weights may be those of a file."""
 CONFIG, CLASSES, MANIFEST, CHANNELS = "config.yaml", "classes.txt", "manifest.json", "channels.safetensors"
@@ -51,7 +53,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model on the CPU, in evaluation mode, with what it was trained for."""
+    """A trained model on the CPU, in evaluation mode, with what it was trained for.
+
+    Example:
+        >>> import drseg_core as drseg
+        >>> run = drseg.load("run")
+        >>> run.step, run.class_names, run.config.train.batch_size
+        (1, ('bare soil', 'red roof', 'blue pond'), 2)
+    """
 
     model: Segmenter
     config: Config
@@ -72,6 +81,11 @@ def load_run(path: str | Path, *, weights: Mapping[str, str | Path] | None = Non
         ConfigError: ``weights`` names no part of a model.
         CheckpointError: not found, damaged, of another model than its configuration says, or with an option that this
             version does not know; or a frozen part that it leaves out has other weights now.
+
+    Example:
+        >>> from drseg_core.checkpoints.run import load_run
+        >>> load_run("run").path.as_posix()
+        'run/checkpoints/step-00000001'
     """
     moved = weight_options(weights, "load_run")
     checkpoint = find_checkpoint(Path(path))

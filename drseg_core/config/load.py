@@ -22,6 +22,8 @@ import yaml
 from drseg_core.config.schema import Config
 from drseg_core.errors import ConfigError
 
+__all__ = ["load_config", "override", "to_yaml"]
+
 T = TypeVar("T")
 # a configuration is a page of text; anything far larger is another file given by mistake
 SIZE_LIMIT = 1_000_000
@@ -41,6 +43,11 @@ def load_config(source: str | os.PathLike[str]) -> Config:
 
     Raises:
         ConfigError: no such preset or file, unknown or repeated key, wrong type, YAML tag.
+
+    Example:
+        >>> from drseg_core.config.load import load_config
+        >>> load_config("tiny").model.graph.k
+        33
     """
     name = os.fspath(source)
     if name in preset_names():
@@ -88,7 +95,16 @@ def config_from_dict(content: Mapping[str, Any], kind: type[T], name: str = "con
 
 
 def to_yaml(config: Any) -> str:
-    """A configuration as YAML text that :func:`parse_config` reads back to an equal one."""
+    """A configuration as YAML text that :func:`parse_config` reads back to an equal one.
+
+    Example:
+        >>> from drseg_core.config.load import load_config, to_yaml
+        >>> print(to_yaml(load_config("tiny").evaluation), end="")
+        mode: whole
+        tile_size: 128
+        overlap: 32
+        batch_size: 4
+    """
     return yaml.safe_dump(_lists(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
@@ -97,6 +113,12 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
 
     Raises:
         ConfigError: unknown option or wrong type.
+
+    Example:
+        >>> from drseg_core.config.load import load_config, override
+        >>> config = override(load_config("vitl"), {"model.graph.k": 50, "train.iterations": 1000})
+        >>> config.model.graph.k, config.train.iterations, config.train.batch_size
+        (50, 1000, 8)
     """
     content = _lists(dataclasses.asdict(config))
     for key, value in values.items():

@@ -15,6 +15,8 @@ from drseg_core.config.load import override
 from drseg_core.config.schema import Config
 from drseg_core.errors import ConfigError
 
+__all__ = ["METHODS", "Method", "apply_method"]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -25,6 +27,11 @@ class Method:
         source: paper and repository it is described by.
         options: dotted options of the configuration.
         simplified: what differs from the original.
+
+    Example:
+        >>> from drseg_core.config.methods import METHODS
+        >>> METHODS["sed"].source
+        'arXiv 2311.15537; xb534/SED'
     """
 
     title: str
@@ -121,6 +128,12 @@ def apply_method(config: Config, name: str) -> Config:
 
     Raises:
         ConfigError: no such method, or it does not fit the configuration.
+
+    Example:
+        >>> from drseg_core.config.load import load_config
+        >>> from drseg_core.config.methods import apply_method
+        >>> apply_method(load_config("tiny"), "catseg").model.aggregator.kind
+        'swin'
     """
     if name not in METHODS:
         raise ConfigError(f"method: name is unknown; expected one of {', '.join(METHODS)}, got {name!r}")

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+__all__ = ["Config"]
+
 
 @dataclass(frozen=True)
 class ClipConfig:
@@ -344,7 +346,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run needs besides its data and its output folder."""
+    """Everything a run needs besides its data and its output folder.
+
+    Example:
+        >>> from drseg_core.config.schema import Config
+        >>> config = Config()
+        >>> config.model.graph.k, config.model.spsd.semantic_ratio, config.train.crop_size
+        (75, 0.5, 384)
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -21,6 +21,12 @@ class Sample(NamedTuple):
     """One image with its mask.
 
     ``image`` is (3, H, W) uint8 RGB, ``mask`` (H, W) uint8 class ids with 255 = ignore, ``name`` a path or scene name.
+
+    Example:
+        >>> from drseg_core.data import open_dataset
+        >>> image, mask, name = open_dataset("folder:data", "train")[0]
+        >>> image.dtype, image.shape[0], mask.shape == image.shape[1:]
+        (torch.uint8, 3, True)
     """
 
     image: Tensor
@@ -29,7 +35,21 @@ class Sample(NamedTuple):
 
 
 class SegmentationDataset(torch.utils.data.Dataset[Sample], ABC):
-    """A numbered set of samples whose mask value ``c`` means ``class_names[c]``."""
+    """A numbered set of samples whose mask value ``c`` means ``class_names[c]``.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.data import Sample, SegmentationDataset
+        >>> class Night(SegmentationDataset):
+        ...     class_names = ("darkness",)
+        ...     def __len__(self): return 2
+        ...     def __getitem__(self, index):
+        ...         pixels = torch.zeros(4, 8, 8, dtype=torch.uint8)
+        ...         return Sample(pixels[:3], pixels[3], f"night {index}")
+        ...     def fingerprint(self): return "0" * 64
+        >>> len(Night()), Night()[1].name
+        (2, 'night 1')
+    """
 
     class_names: tuple[str, ...]
 

@@ -24,6 +24,13 @@ def open_dataset(spec: str, split: str = "train") -> SegmentationDataset:
     Raises:
         ConfigError: unknown kind, option or value.
         DatasetError: the data set cannot be used.
+
+    Example:
+        >>> from drseg_core.data import open_dataset
+        >>> open_dataset("folder:data", "val").class_names
+        ('bare soil', 'red roof', 'blue pond')
+        >>> len(open_dataset("synthetic:scenes=5,size=64"))
+        5
     """
     kind, separator, rest = spec.partition(":")
     if separator and kind == "folder":

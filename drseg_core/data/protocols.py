@@ -37,6 +37,8 @@ from drseg_core.data.benchmarks import ALL, BENCHMARKS
 from drseg_core.data.dataset import IGNORE, SegmentationDataset
 from drseg_core.errors import ConfigError
 
+__all__ = ["get_protocol", "open_protocol"]
+
 
 @dataclass(frozen=True)
 class Views:
@@ -171,6 +173,11 @@ def get_protocol(name: str) -> Protocol:
 
     Raises:
         ConfigError: no such protocol.
+
+    Example:
+        >>> from drseg_core.data.protocols import get_protocol
+        >>> get_protocol("rskt").convention, get_protocol("clean").held_out
+        ('present', True)
     """
     if name not in PROTOCOLS:
         raise ConfigError(f"get_protocol: name is unknown; expected one of {', '.join(PROTOCOLS)}, got {name!r}")
@@ -187,6 +194,11 @@ def open_protocol(protocol: Protocol, spec: str) -> SegmentationDataset:
     Raises:
         ConfigError: not a benchmark set, or one that the protocol does not cover.
         DatasetError: the files cannot be used.
+
+    Example:
+        >>> from drseg_core.data.protocols import get_protocol, open_protocol
+        >>> open_protocol(get_protocol("rskt"), "udd5:datasets").class_names
+        ('Vegetation', 'Building', 'Road', 'Vehicle', 'Other')
     """
     name, _, root = spec.partition(":")
     if name not in BENCHMARKS:

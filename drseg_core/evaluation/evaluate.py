@@ -24,6 +24,8 @@ from drseg_core.evaluation.metrics import CONVENTIONS, ConfusionMatrix
 from drseg_core.evaluation.views import ViewPredictor
 from drseg_core.models.prior_cache import prior_cache as kept_features
 
+__all__ = ["evaluate"]
+
 _log = logging.getLogger(__name__)
 
 
@@ -85,6 +87,15 @@ def evaluate(
             is no folder or for a model without a prior.
         DatasetError: the data set is empty or a sample cannot be read.
         ResourceError: ``prior_cache`` cannot be written.
+
+    Example:
+        >>> import drseg_core as drseg
+        >>> from drseg_core.data import open_dataset
+        >>> from drseg_core.evaluation.evaluate import evaluate
+        >>> data = open_dataset("folder:data", "val")
+        >>> scores = evaluate(drseg.load("run").model, data.class_names, data, progress=False)
+        >>> 0 <= scores["mIoU"] <= 100, list(scores["per_class"])
+        (True, ['bare soil', 'red roof', 'blue pond'])
     """
     from tqdm import tqdm
 

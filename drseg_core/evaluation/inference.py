@@ -15,10 +15,21 @@ from drseg_core.data.dataset import check_class_names
 from drseg_core.errors import ConfigError, NumericalError
 from drseg_core.evaluation.tiling import blend_window, check_tiles, tile_starts
 
+__all__ = ["Prediction", "Predictor"]
+
 
 class Prediction(NamedTuple):
     """Per pixel: ``class_index`` (H, W) uint8, ``score`` (H, W) float32, the sigmoid score of that class, and
-    ``uncertainty`` (H, W) float32, the gate of Eq. 12. All on the CPU."""
+    ``uncertainty`` (H, W) float32, the gate of Eq. 12. All on the CPU.
+
+    Example:
+        >>> import torch, drseg_core as drseg
+        >>> from drseg_core.evaluation.inference import Predictor
+        >>> predictor = Predictor(drseg.load("run").model, ["roof", "pond"])
+        >>> found = predictor(torch.zeros(3, 40, 56, dtype=torch.uint8))
+        >>> found.class_index.shape, found.class_index.dtype, bool((found.uncertainty <= 1).all())
+        (torch.Size([40, 56]), torch.uint8, True)
+    """
 
     class_index: Tensor
     score: Tensor
@@ -54,6 +65,14 @@ class Predictor:
         DatasetError: no class name, too many, or one twice.
 
     Calls raise NumericalError where the model's logits are not finite.
+
+    Example:
+        >>> import torch, drseg_core as drseg
+        >>> from drseg_core.evaluation.inference import Predictor
+        >>> model = drseg.load("run").model
+        >>> predictor = Predictor(model, ["roof", "pond", "road"], mode="tile", tile_size=32, overlap=8)
+        >>> predictor(torch.zeros(3, 50, 70, dtype=torch.uint8)).class_index.shape
+        torch.Size([50, 70])
     """
 
     def __init__(

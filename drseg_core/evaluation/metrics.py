@@ -25,6 +25,8 @@ from torch import Tensor
 
 from drseg_core.data.dataset import IGNORE
 
+__all__ = ["ConfusionMatrix"]
+
 Convention = Literal["present", "union", "all"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
@@ -40,6 +42,14 @@ class ConfusionMatrix:
     Attributes:
         matrix: (T, T) int64; row = truth, column = prediction.
         ignored: pixels whose truth was 255.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.evaluation.metrics import ConfusionMatrix
+        >>> confusion = ConfusionMatrix(2)
+        >>> confusion.update(prediction=torch.tensor([0, 0, 1, 1]), target=torch.tensor([0, 1, 1, 255]))
+        >>> confusion.mean_iou(), confusion.ignored
+        (50.0, 1)
     """
 
     def __init__(self, num_classes: int) -> None:

@@ -15,7 +15,16 @@ __all__ = ["SheetRow", "heat", "markdown_table", "overlay_sheet"]
 
 class SheetRow(NamedTuple):
     """One scene of an overlay sheet: ``image`` (3, H, W) uint8, the others (H, W): ids, 255 = ignore, and
-    ``uncertainty`` in [0, 1]. What is None stays blank. Tensors are taken too."""
+    ``uncertainty`` in [0, 1]. What is None stays blank. Tensors are taken too.
+
+    Example:
+        >>> from drseg_core.data import open_dataset
+        >>> from drseg_core.evaluation.report import SheetRow
+        >>> sample = open_dataset("folder:data")[0]
+        >>> row = SheetRow(sample.image, truth=sample.mask)
+        >>> row.drseg is None
+        True
+    """
 
     image: Any
     truth: Any = None
@@ -33,6 +42,14 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | N
     Args:
         rows: one mapping per row.
         columns: which keys, in order; those of the first row by default.
+
+    Example:
+        >>> from drseg_core.evaluation.report import markdown_table
+        >>> print(markdown_table([{"model": "DR-Seg", "mIoU": 40.33}, {"model": "other", "mIoU": None}]), end="")
+        | model | mIoU |
+        |---|---:|
+        | DR-Seg | 40.3 |
+        | other | - |
     """
     columns = list(columns or (rows[0] if rows else ()))
     text = [[_cell(row.get(c)) for c in columns] for row in rows]
@@ -52,7 +69,14 @@ def _cell(value: Any) -> str:
 
 
 def heat(value: Any) -> Image8:
-    """(H, W) in [0, 1] -> (H, W, 3): dark blue over red to light yellow."""
+    """(H, W) in [0, 1] -> (H, W, 3): dark blue over red to light yellow.
+
+    Example:
+        >>> import numpy as np
+        >>> from drseg_core.evaluation.report import heat
+        >>> heat(np.array([[0.0, 1.0]])).tolist()
+        [[[12, 8, 60], [255, 250, 190]]]
+    """
     stop = np.array([[12, 8, 60], [120, 28, 110], [220, 70, 60], [250, 160, 40], [255, 250, 190]], np.float32)
     clean = np.clip(np.nan_to_num(np.asarray(value, np.float32)), 0, 1)
     at = np.linspace(0, 1, len(stop))
@@ -71,6 +95,14 @@ def overlay_sheet(rows: Sequence[SheetRow], class_names: Sequence[str], *, cell:
 
     Returns:
         (H, W, 3) uint8.
+
+    Example:
+        >>> from drseg_core.data import open_dataset
+        >>> from drseg_core.evaluation.report import SheetRow, overlay_sheet
+        >>> data = open_dataset("folder:data")
+        >>> sheet = overlay_sheet([SheetRow(data[i].image, data[i].mask) for i in range(2)], data.class_names, cell=64)
+        >>> sheet.shape[2], sheet.dtype.name
+        (3, 'uint8')
     """
     from PIL import Image, ImageDraw, ImageFont
 

@@ -8,6 +8,8 @@ from drseg_core.models.baselines.proposals import ProposalSegmenter
 from drseg_core.models.drseg import DRSeg
 from drseg_core.models.segmenter import Segmenter
 
+__all__ = ["build_model"]
+
 
 def build_model(
     config: ModelConfig, *, read_clip: bool = True, read_prior: bool = True, read_remote: bool = True
@@ -25,6 +27,13 @@ def build_model(
     Raises:
         ValueError: options that do not fit together.
         CheckpointError: CLIP or prior weights that cannot be had.
+
+    Example:
+        >>> from drseg_core.config.load import load_config
+        >>> from drseg_core.models.build import build_model
+        >>> model = build_model(load_config("tiny").model)
+        >>> type(model).__name__, len(model.spsd.semantic_index), model.pdgr is not None
+        ('DRSeg', 32, True)
     """
     if config.proposals.kind != "none":
         return ProposalSegmenter(config, read_clip=read_clip)

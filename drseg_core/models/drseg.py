@@ -18,6 +18,8 @@ from drseg_core.nn.pdgr import PDGR
 from drseg_core.nn.spsd import SPSD
 from drseg_core.nn.ugaf import build_fusion, uncertainty
 
+__all__ = ["DRSeg"]
+
 
 class DRSeg(Segmenter):
     """The whole model (model of arXiv 2604.02010).
@@ -39,6 +41,14 @@ class DRSeg(Segmenter):
     Raises:
         ValueError: options that do not fit together.
         CheckpointError: weights of CLIP, the prior or the second CLIP that cannot be had.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.config.load import load_config
+        >>> from drseg_core.models.drseg import DRSeg
+        >>> model = DRSeg(load_config("tiny").model).eval()
+        >>> model(torch.rand(1, 3, 128, 128), model.tokenize(["roof", "pond"])).logits.shape
+        torch.Size([1, 2, 64, 64])
     """
 
     def __init__(

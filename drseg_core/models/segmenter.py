@@ -16,6 +16,8 @@ from drseg_core.models.dino import DinoPrior
 from drseg_core.nn.pdgr import PDGR
 from drseg_core.nn.spsd import SPSD
 
+__all__ = ["Segmenter", "SegmenterOutput"]
+
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
 EMBEDDINGS = ("class_embedding", "positional_embedding", "logit_scale", "logit_bias")
 
@@ -26,6 +28,13 @@ class SegmenterOutput(NamedTuple):
     ``logits`` (B, T, 4h, 4w), of the dual encoder alone (B, T, h, w); ``uncertainty`` (B, 1, h, w) in [0, 1];
     ``original`` (B, T, h, w) cosines, mean over the orientations; ``refined`` (B, T, h, w) cosines of the second
     branch, None where there is none.
+
+    Example:
+        >>> import torch, drseg_core as drseg
+        >>> model = drseg.load("run").model
+        >>> output = model(torch.rand(1, 3, 32, 32), model.tokenize(["roof", "pond"]))
+        >>> output.logits.shape, output.uncertainty.shape
+        (torch.Size([1, 2, 16, 16]), torch.Size([1, 1, 4, 4]))
     """
 
     logits: Tensor
@@ -44,6 +53,13 @@ class Segmenter(nn.Module):
     Raises:
         ValueError: options that do not fit together.
         CheckpointError: CLIP weights that cannot be had.
+
+    Example:
+        >>> import drseg_core as drseg
+        >>> from drseg_core.models.segmenter import Segmenter
+        >>> model = drseg.load("run").model
+        >>> isinstance(model, Segmenter), model.encode_text(model.tokenize(["roof", "pond"])).shape[0]
+        (True, 2)
     """
 
     def __init__(self, config: ModelConfig, *, read_clip: bool = True) -> None:

@@ -105,6 +105,14 @@ def rank_by_prototypes(
     Raises:
         TypeError: wrong dtype.
         ValueError: wrong shape, non-finite prototype, label out of range, fewer than two classes present.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.nn import rank_by_prototypes
+        >>> prototype = torch.tensor([[0.0, 1.0, 0.0], [0.6, 0.0, 0.8], [0.0, 1.0, 0.0], [0.6, 0.0, 0.8]])
+        >>> ranking = rank_by_prototypes(prototype, torch.tensor([0, 1, 0, 0]), num_classes=2)
+        >>> ranking.score.shape, ranking.split(0.34)[0].tolist()
+        (torch.Size([3]), [1])
     """
     rule: RankingRule = RankingOptions() if options is None else options
     _check_prototypes(prototype, label, num_classes)
@@ -141,6 +149,15 @@ class SPSD(nn.Module):
         channels: C.
         semantic_ratio: rho in [0, 1]; 0 makes every channel structural.
         ranking: (C,) score, larger is more semantic.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.nn import SPSD
+        >>> spsd = SPSD(4, semantic_ratio=0.5, ranking=torch.tensor([0.1, 0.9, 0.3, 0.8]))
+        >>> features = torch.randn(2, 4, 6, 6)
+        >>> semantic, structural = spsd.split(features)
+        >>> spsd.semantic_index.tolist(), torch.equal(spsd.merge(semantic, structural), features)
+        ([1, 3], True)
     """
 
     semantic_index: Tensor

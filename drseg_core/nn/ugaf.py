@@ -170,6 +170,14 @@ class UGAF(nn.Module):
         detach_gate: the uncertainty sends no gradient into the original maps (a learned tau still gets its own).
         head: joins both embeddings by ``conv1x1`` with GroupNorm and ReLU, or by ``conv7x7`` with sigmoid and residual.
         multi_scale: see :class:`MultiScaleBlock`.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.nn import UGAF
+        >>> fusion = UGAF(rotations=4, width=32)
+        >>> output = fusion(torch.rand(2, 4, 5, 24, 24), torch.rand(2, 1, 5, 24, 24))  # five classes here
+        >>> output.embedding.shape, output.uncertainty.shape
+        (torch.Size([2, 32, 5, 24, 24]), torch.Size([2, 1, 24, 24]))
     """
 
     def __init__(
@@ -256,7 +264,15 @@ def build_fusion(
     head: Literal["conv1x1", "conv7x7"] = "conv1x1",
     multi_scale: Literal["dilation", "kernel"] = "dilation",
 ) -> UGAF | _Fusion:
-    """The fusion of that name; options that a kind does not have are not looked at."""
+    """The fusion of that name; options that a kind does not have are not looked at.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.nn import build_fusion
+        >>> fusion = build_fusion("concat", rotations=4, width=32)
+        >>> fusion(torch.rand(1, 4, 3, 8, 8), torch.rand(1, 1, 3, 8, 8)).embedding.shape
+        torch.Size([1, 32, 3, 8, 8])
+    """
     if kind == "ugaf":
         return UGAF(rotations, width, tau=tau, gate=gate, detach_gate=detach_gate, head=head, multi_scale=multi_scale)
     simple = {"mean": MeanFusion, "concat": ConcatFusion, "separate": SeparateFusion, "none": NoFusion}

@@ -25,9 +25,18 @@ from drseg_core.files import atomic_path
 from drseg_core.scenes.reader import SceneReader, open_scene
 from drseg_core.scenes.writer import describe_classes, raster_like, written
 
+__all__ = ["SceneFiles", "predict", "predict_scene"]
+
 
 class SceneFiles(NamedTuple):
-    """What :func:`predict_scene` writes: ``classes`` GeoTIFF, ``overlay`` PNG, ``uncertainty`` GeoTIFF."""
+    """What :func:`predict_scene` writes: ``classes`` GeoTIFF, ``overlay`` PNG, ``uncertainty`` GeoTIFF.
+
+    Example:
+        >>> import drseg_core as drseg
+        >>> files = drseg.predict("run", "scene.tif", out="map.tif", progress=False)
+        >>> [path.name for path in files]
+        ['map.tif', 'map_overlay.png', 'map_uncertainty.tif']
+    """
 
     classes: Path
     overlay: Path
@@ -82,6 +91,13 @@ def predict(
         RasterError: the image cannot be read in full.
         BackendUnavailableError: the device is not here.
         ResourceError: an output cannot be written in full.
+
+    Example:
+        >>> import drseg_core as drseg
+        >>> model = drseg.load("run")
+        >>> files = drseg.predict(model, "scene.tif", classes=["building", "field"], out="map.tif", progress=False)
+        >>> files.classes.name
+        'map.tif'
     """
     # before the model is read: that may take a while
     check_outputs(image, out, overwrite=overwrite)
@@ -134,6 +150,14 @@ def predict_scene(
         ConfigError: an output exists, is the input or cannot be written; or ``bands`` or names do not fit.
         RasterError: the scene cannot be read in full.
         ResourceError: an output cannot be written in full.
+
+    Example:
+        >>> import drseg_core as drseg
+        >>> from drseg_core.evaluation.inference import Predictor
+        >>> from drseg_core.scenes.predict import predict_scene
+        >>> predictor = Predictor(drseg.load("run").model, ["roof", "pond"], mode="tile", tile_size=32, overlap=8)
+        >>> predict_scene(predictor, "scene.tif", "map.tif", progress=False).overlay.name
+        'map_overlay.png'
     """
     files = check_outputs(image_path, out_path, overwrite=overwrite)
     names = predictor.class_names if class_names is None else check_class_names(class_names, "predict_scene")

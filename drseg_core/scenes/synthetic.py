@@ -12,6 +12,8 @@ from drseg_core.data.dataset import IGNORE
 from drseg_core.data.synthetic import Vocabulary, render_scene
 from drseg_core.files import atomic_path
 
+__all__ = ["write_synthetic_scene"]
+
 
 def write_synthetic_scene(
     path: str | Path,
@@ -46,6 +48,14 @@ def write_synthetic_scene(
 
     Returns:
         ``path``.
+
+    Example:
+        >>> from drseg_core.scenes.reader import open_scene
+        >>> from drseg_core.scenes.synthetic import write_synthetic_scene
+        >>> path = write_synthetic_scene("drawn.tif", width=80, height=60)
+        >>> with open_scene(path) as scene:
+        ...     scene.height, scene.width
+        (60, 80)
     """
     import rasterio
     from rasterio.transform import from_origin

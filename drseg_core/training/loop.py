@@ -55,6 +55,8 @@ from drseg_core.training.randomness import random_state, restore_random_state, s
 from drseg_core.training.rank_channels import rank_channels
 from drseg_core.training.signals import StopSignals, TrainingStopped
 
+__all__ = ["train"]
+
 _log = logging.getLogger(__name__)
 
 
@@ -95,6 +97,13 @@ def train(
         NumericalError: ``train.nan_limit`` steps in a row were not finite.
         ResourceError: the disk is full.
         TrainingStopped: a signal ended the training, after its state was saved.
+
+    Example:
+        >>> from drseg_core.config.load import load_config, override
+        >>> from drseg_core.training.loop import train
+        >>> config = override(load_config("run/config.yaml"), {"seed": 1})
+        >>> train(config, "folder:data", "again", device="cpu", show_progress=False).as_posix()
+        'again'
     """
     validate(config)
     run = Path(out)

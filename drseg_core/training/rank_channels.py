@@ -17,6 +17,8 @@ from drseg_core.data import IGNORE, Sample, SegmentationDataset
 from drseg_core.errors import DatasetError
 from drseg_core.nn.spsd import rank_by_prototypes, split_by_score
 
+__all__ = ["rank_channels"]
+
 _log = logging.getLogger(__name__)
 
 
@@ -58,6 +60,16 @@ def rank_channels(
 
     Raises:
         DatasetError: fewer than two classes have labelled pixels.
+
+    Example:
+        >>> import drseg_core as drseg
+        >>> from drseg_core.data import open_dataset
+        >>> from drseg_core.training.rank_channels import rank_channels
+        >>> run = drseg.load("run")
+        >>> data, options = open_dataset("folder:data"), run.config.model.spsd
+        >>> found = rank_channels(run.model, data, options, backbone="drseg-tiny", weights_hash="")
+        >>> found.score.shape, len(found.semantic_index)
+        (torch.Size([64]), 32)
     """
     classes = len(dataset.class_names)
     kept = options.prototypes_per_class * (10 if options.sampling == "kmeans" else 1)

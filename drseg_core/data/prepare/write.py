@@ -48,6 +48,11 @@ class Options:
         stride: pixels from one patch to the next; ``patch`` where None.
         edges: what remains at the right and at the bottom is left out (``drop``), or covered by a last patch that is
             moved back (``shift``).
+
+    Example:
+        >>> from drseg_core.data.prepare import Options
+        >>> Options(patch=512, edges="shift")
+        Options(patch=512, stride=None, edges='shift')
     """
 
     patch: int | None = None
@@ -57,7 +62,14 @@ class Options:
 
 @dataclass
 class Prepared:
-    """What was done: the set's folder, pairs by split, and counts of what was left out."""
+    """What was done: the set's folder, pairs by split, and counts of what was left out.
+
+    Example:
+        >>> from drseg_core.data.prepare import prepare
+        >>> done = prepare("udd5", "raw", "sets")
+        >>> done.folder.as_posix(), done.written == sum(done.pairs.values())
+        ('sets/UDD5', True)
+    """
 
     folder: Path
     pairs: dict[str, int] = field(default_factory=dict)
@@ -68,7 +80,13 @@ class Prepared:
 
 
 def patch_starts(length: int, patch: int, stride: int, edges: Edges) -> list[int]:
-    """First pixel of every patch along one axis; none where the image is smaller than a patch."""
+    """First pixel of every patch along one axis; none where the image is smaller than a patch.
+
+    Example:
+        >>> from drseg_core.data.prepare import patch_starts
+        >>> patch_starts(600, 256, 256, "drop"), patch_starts(600, 256, 256, "shift")
+        ([0, 256], [0, 256, 344])
+    """
     starts = list(range(0, length - patch + 1, stride))
     if edges == "shift" and starts and starts[-1] + patch < length:
         starts.append(length - patch)
@@ -102,6 +120,13 @@ def prepare(
         ArchiveError: an archive that is refused.
         DatasetError: files missing, damaged, or with unknown labels.
         ResourceError: too little room on the disk.
+
+    Example:
+        >>> from drseg_core.data import open_dataset
+        >>> from drseg_core.data.prepare import prepare
+        >>> done = prepare("udd5", "raw", "sets")
+        >>> len(open_dataset("udd5:sets", "train")) == done.pairs["train"]
+        True
     """
     from tqdm import tqdm
 

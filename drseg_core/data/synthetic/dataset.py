@@ -57,6 +57,11 @@ def class_names(vocabulary: Vocabulary, world: World = "objects") -> tuple[str, 
     """The ``seen`` or the ``full`` names: 31 or 37 of ``objects``, 21 or 25 of ``landscape``.
 
     The seen names come first, so a seen name has the same id in both.
+
+    Example:
+        >>> from drseg_core.data.synthetic import class_names
+        >>> len(class_names("seen")), class_names("full")[-1]
+        (31, 'gray car')
     """
     if vocabulary not in ("seen", "full"):
         raise ConfigError(f"synthetic: vocabulary is unknown; expected seen or full, got {vocabulary!r}")
@@ -68,7 +73,13 @@ def class_names(vocabulary: Vocabulary, world: World = "objects") -> tuple[str, 
 
 
 def held_out_ids(world: World = "objects") -> tuple[int, ...]:
-    """Ids of the names that scenes of the ``seen`` vocabulary never show."""
+    """Ids of the names that scenes of the ``seen`` vocabulary never show.
+
+    Example:
+        >>> from drseg_core.data.synthetic import class_names, held_out_ids
+        >>> [class_names("full")[i] for i in held_out_ids()][:2]
+        ['green roof', 'white tank']
+    """
     return tuple(range(len(class_names("seen", world)), len(class_names("full", world))))
 
 
@@ -102,6 +113,12 @@ def render_scene(
 
     Raises:
         ConfigError: unknown split, vocabulary, world or domain, negative index or seed, size below 32.
+
+    Example:
+        >>> from drseg_core.data.synthetic import render_scene
+        >>> image, mask = render_scene(0, size=(64, 96), world="landscape")
+        >>> image.shape, mask.shape
+        ((64, 96, 3), (64, 96))
     """
     height, width = (size, size) if isinstance(size, int) else size
     if split not in _SPLITS:
@@ -138,7 +155,13 @@ def render_scene(
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticOptions:
-    """Options of ``synthetic:...``: seed of the set, number of scenes, side in pixels, vocabulary, world, domain."""
+    """Options of ``synthetic:...``: seed of the set, number of scenes, side in pixels, vocabulary, world, domain.
+
+    Example:
+        >>> from drseg_core.data.synthetic import SyntheticOptions
+        >>> SyntheticOptions(scenes=8, vocabulary="full").content()
+        {'seed': 0, 'scenes': 8, 'size': 128, 'vocabulary': 'full'}
+    """
 
     seed: int = 0
     scenes: int = 400
@@ -167,6 +190,12 @@ class SyntheticDataset(SegmentationDataset):
     Args:
         options: which scenes.
         split: ``train``, ``val`` or ``test``.
+
+    Example:
+        >>> from drseg_core.data.synthetic import SyntheticDataset, SyntheticOptions
+        >>> dataset = SyntheticDataset(SyntheticOptions(scenes=3, size=64), "val")
+        >>> len(dataset), dataset[2].image.shape
+        (3, torch.Size([3, 64, 64]))
     """
 
     def __init__(self, options: SyntheticOptions | None = None, split: str = "train") -> None:
@@ -266,6 +295,13 @@ def write_scenes(
 
     Raises:
         ConfigError: ``root`` exists and is not empty (or, with ``overwrite``, is not of this function's making).
+
+    Example:
+        >>> from drseg_core.data import open_dataset
+        >>> from drseg_core.data.synthetic import write_scenes
+        >>> root = write_scenes("scenes", splits={"train": 2, "val": 1}, size=64)
+        >>> len(open_dataset(f"folder:{root}", "train"))
+        2
     """
     from PIL import Image
     from tqdm import tqdm
