@@ -33,11 +33,6 @@ class Variant:
 
 # pointers of every kernel of knn_graph
 _SELECTION = {f"{name}_ptr": "*fp32" for name in ("inverse_norm", "table", "score")} | {"index_ptr": "*i32"}
-# and of those that search and select among candidates
-_SEARCH = {f"{name}_ptr": "*fp32" for name in ("length", "longest", "reach")} | {
-    f"{name}_ptr": "*i32" for name in ("order", "window", "count", "threshold", "live", "listed")
-}
-_SEARCH["candidate_ptr"] = "*i64"
 _DTYPES = ("fp32", "bf16")
 
 # nodes, neighbours, form, include_self, and whether the row already holds a result: every branch of the kernel, the
@@ -66,9 +61,7 @@ def variants(target: Any) -> Iterator[Variant]:
     seen = set()
     for found in (
         _prepare_prior,
-        _knn_tiles,
-        _knn_on_chip,
-        _knn_fused,
+        _knn_graph,
         _edge_weight,
         _edge_coefficient,
         _degree_normalize,
@@ -87,131 +80,45 @@ def _name(op: str, words: dict[str, Any], num_warps: int) -> str:
 
 def _prepare_prior(device: Any) -> Iterator[Variant]:
     from drseg_kernels import prepare_prior as op
-    from drseg_kernels._tile import FUSED
+    from drseg_kernels._launch import FMA
 
     for dtype, channels in (("fp32", 1024), ("bf16", 1024), ("fp16", 1024), ("fp32", 96), ("fp32", 1000)):
         columns = op.columns_of(channels)
-        constants = {"SCALE": dtype != "fp16", "COLUMNS": columns}
+        constants = {"SCALE": dtype != "fp16", "BLOCK_N": columns}
         types = {"prior_ptr": f"*{dtype}", "scaled_ptr": f"*{dtype}", "inverse_ptr": "*fp32"}
         warps = op.warps_of(columns)
         even = channels % 16 == 0
         name = _name("prepare_prior", {"dtype": dtype, **constants} | ({} if even else {"even": False}), warps)
-        options = {"num_warps": warps, **FUSED}
+        options = {"num_warps": warps, **FMA}
         sizes = ("channels",) if even else ()
         yield Variant(name, op._prepare_prior_kernel, types, constants, options, 64 * warps, sizes)
 
 
-def _knn_tiles(device: Any) -> Iterator[Variant]:
-    from drseg_kernels import _knn_tiles as op
+def _knn_graph(device: Any) -> Iterator[Variant]:
     from drseg_kernels import _launch
+    from drseg_kernels import knn_graph as op
 
     asked = [(*case, _launch.choose("knn_graph", device, case[0], case[1])) for case in KNN_GRAPH]
-    for nodes, k, configuration in _launch.table("knn_graph", device):
-        asked += [(nodes, k, "additive", True, first, configuration) for first in (True, False)]
-    for _, k, form, include_self, first, configuration in asked:
-        constants = op.constants(k, form, include_self, first, configuration)
+    for nodes, k, sizes in _launch.tuned_sizes("knn_graph", device):
+        asked += [(nodes, k, "additive", True, first, sizes) for first in (True, False)]
+    for _, k, form, include_self, first, sizes in asked:
+        constants = op.constants(k, form, include_self, first, sizes)
         yield Variant(
-            _name("knn_graph", constants, configuration.num_warps),
+            _name("knn_graph", constants, sizes.num_warps),
             op._knn_graph_fwd_kernel_merge,
             {**_SELECTION, "product_ptr": "*fp32"},
             constants,
-            {"num_warps": configuration.num_warps, **op.OPTIONS},
-            configuration.shared_bytes(),
-        )
-
-
-# nodes, neighbours, form, include_self, dtype of the features, whether the channels are a multiple of 16
-KNN_ON_CHIP = (
-    (576, 75, "additive", True, "fp32", True),
-    (576, 75, "additive", True, "bf16", True),
-    (576, 75, "additive", True, "fp16", True),
-    (576, 75, "product", False, "fp32", True),
-    (1024, 512, "multiplicative", True, "fp32", True),
-    (1024, 512, "multiplicative", True, "bf16", True),
-    (1024, 75, "additive", True, "fp32", False),
-    (1024, 75, "additive", True, "bf16", False),
-    (49, 9, "additive", True, "fp32", True),
-)
-
-
-def _knn_on_chip(device: Any) -> Iterator[Variant]:
-    from drseg_kernels import _knn_on_chip as op
-    from drseg_kernels import _knn_sizes
-
-    asked = [(*case, _knn_sizes.choose_on_chip(device, case[0], case[1])) for case in KNN_ON_CHIP]
-    for nodes, k, sizes in _knn_sizes.on_chip_table(device):
-        asked += [(nodes, k, "additive", True, dtype, True, sizes) for dtype in _DTYPES]
-    for nodes, _, form, include_self, dtype, even, sizes in asked:
-        constants = op.constants(nodes, form, include_self, sizes)
-        words = {"dtype": dtype, **constants, "stages": sizes.num_stages} | ({} if even else {"even": False})
-        yield Variant(
-            _name("knn_graph on_chip", words, sizes.num_warps),
-            op._knn_graph_fwd_kernel_on_chip,
-            {**_SELECTION, "prior_ptr": f"*{dtype}"},
-            constants,
-            {**sizes.options(), **op.OPTIONS},
+            {"num_warps": sizes.num_warps, **op.OPTIONS},
             sizes.shared_bytes(),
-            ("channels",) if even else (),
         )
-
-
-# nodes, neighbours, form, include_self, dtype of the features, whether the channels are a multiple of 16
-KNN_FUSED = (
-    (16_384, 75, "additive", True, "fp32", True),
-    (16_384, 75, "additive", True, "bf16", True),
-    (16_384, 75, "additive", True, "fp16", True),
-    (16_384, 75, "multiplicative", False, "fp32", True),
-    (16_384, 75, "product", True, "bf16", False),
-    (65_536, 75, "additive", True, "fp32", True),
-    (65_536, 75, "additive", True, "bf16", True),
-    (16_384, 512, "additive", True, "fp32", True),
-    (16_384, 960, "additive", False, "bf16", True),
-    (4_096, 1, "additive", False, "fp32", False),
-)
-
-
-def _knn_fused(device: Any) -> Iterator[Variant]:
-    from drseg_kernels import _knn_fused as op
-    from drseg_kernels import _knn_sizes
-
-    asked = [(*case, _knn_sizes.choose_fused(device, case[0], case[1])) for case in KNN_FUSED]
-    for nodes, k, sizes in _knn_sizes.fused_table(device):
-        asked += [(nodes, k, "additive", True, dtype, True, sizes) for dtype in _DTYPES]
-    for _, k, form, include_self, dtype, even, sizes in asked:
-        constants = op.search_constants(k, form, include_self, sizes)
-        options = sizes.options(1024 if even else 1023)
-        words = {"dtype": dtype, **constants, "stages": options["num_stages"]} | ({} if even else {"even": False})
-        yield Variant(
-            _name("knn_graph search", words, sizes.num_warps),
-            op._knn_graph_fwd_kernel_search,
-            {**_SELECTION, **_SEARCH, "prior_ptr": f"*{dtype}"},
-            constants,
-            {**options, **op.OPTIONS},
-            sizes.shared_bytes(),
-            ("channels",) if even else (),
-        )
-        narrow, select = op.narrow_constants(k, form, include_self, sizes), op.select_constants(k, include_self, sizes)
-        for name, kernel, constants, num_warps in (
-            ("narrow", op._knn_graph_fwd_kernel_narrow, narrow, sizes.narrow_warps(k)),
-            ("select", op._knn_graph_fwd_kernel_select, select, sizes.select_warps(k)),
-        ):
-            yield Variant(
-                _name(f"knn_graph {name}", constants, num_warps),
-                kernel,
-                {**_SELECTION, **_SEARCH},
-                constants,
-                op.no_pipeline(num_warps),
-                sizes.shared_bytes(),
-            )
 
 
 # pointers that have one type whatever the dtype of the features
 _FIXED = {
-    **{f"{name}_ptr": "*fp32" for name in ("weight", "slope", "part", "total", "row", "column")},
-    **{f"{name}_ptr": "*fp32" for name in ("normed", "inverse", "moment", "gain", "shift", "dot", "coefficient")},
-    "index_ptr": "*i32",
-    **{f"{name}_ptr": "*i32" for name in ("edge", "member", "union", "incoming", "place")},
-    **{f"{name}_ptr": "*i64" for name in ("begin", "count", "incoming_begin", "incoming_count")},
+    **{f"{name}_ptr": "*fp32" for name in ("weight", "slope", "part", "row", "column", "dot", "coefficient")},
+    **{f"{name}_ptr": "*fp32" for name in ("given", "mean", "rstd", "moment", "norm_weight", "norm_bias")},
+    **{f"{name}_ptr": "*i32" for name in ("index", "perm")},
+    "indptr_ptr": "*i64",
     "mask_ptr": "*u8",
     "eps": "fp32",
 }
@@ -227,8 +134,6 @@ def _variant(
     options: dict[str, Any] | None = None,
 ) -> Variant:
     """A kernel of the ops on edges; every pointer that is not of one type always is one to ``dtype``."""
-    from drseg_kernels._tile import FUSED
-
     names = kernel.arg_names
     sizes = {key: value for key, value in tile.constants().items() if key in names}
     types = {name: _FIXED.get(name, f"*{dtype}") for name in names if name.endswith("_ptr") or name == "eps"}
@@ -241,7 +146,7 @@ def _variant(
         kernel,
         types,
         {**constants, **sizes},
-        options or {**tile.options(), **FUSED},
+        options or tile.options(),
         tile.shared_bytes(),
         ("width", "channels") if even else (),
     )
@@ -249,9 +154,9 @@ def _variant(
 
 def _tiles(op: str, device: Any, *sizes: tuple[int, int, int]) -> list[Any]:
     """Tiles of the rule at (nodes, k, width), and those of the device's table."""
-    from drseg_kernels import _tile
+    from drseg_kernels import _launch
 
-    return [_tile.choose(op, device, *size) for size in sizes] + [row[2] for row in _tile.table(op, device)]
+    return [_launch.choose(op, device, *size) for size in sizes] + [row[2] for row in _launch.tuned_sizes(op, device)]
 
 
 def _edge_weight(device: Any) -> Iterator[Variant]:
@@ -310,66 +215,39 @@ def _degree_normalize(device: Any) -> Iterator[Variant]:
 
 
 def _graph_propagate(device: Any) -> Iterator[Variant]:
-    import torch
-    from drseg_kernels import _tile
     from drseg_kernels import graph_propagate as op
 
-    name = "graph_propagate"
-    usual = [*_tiles(name, device, (4096, 75, 384), (4096, 4, 24)), _tile.dense(name, 384), _tile.union(name, 384)]
-    gathered, densified = op._graph_propagate_fwd_kernel_gathered, op._graph_propagate_fwd_kernel_densified
-    for tile in (tile for tile in usual if not tile.sources):
-        for short in _DTYPES:
+    name, dots = "graph_propagate", "graph_propagate_dot"
+    for tile in _tiles(name, device, (4096, 75, 384), (4096, 4, 24)):
+        for dtype in _DTYPES:
             for transpose in (False, True):
-                yield _variant(name, gathered, tile, short, {"TRANSPOSE": transpose})
-        yield _variant(name, gathered, tile, "fp32", {"TRANSPOSE": False}, even=False)
-    for tile in (tile for tile in usual if tile.sources):
-        for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-            for transpose in (False, True):
-                constants = op.dense_constants(dtype, transpose, 75, tile, False)
-                words = {key: value for key, value in constants.items() if key not in tile.constants()}
-                yield _variant(name, densified, tile, short, words, options=op.dense_options(transpose, tile))
-    dots = "graph_propagate_dot"
-    for tile in [*_tiles(dots, device, (4096, 75, 384)), _tile.dense(dots, 384), _tile.union(dots, 384)]:
-        for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+                yield _variant(name, op._graph_propagate_fwd_kernel, tile, dtype, {"TRANSPOSE": transpose})
+        yield _variant(name, op._graph_propagate_fwd_kernel, tile, "fp32", {"TRANSPOSE": False}, even=False)
+    for tile in _tiles(dots, device, (4096, 75, 384)):
+        options = tile.options(limit_registers=True)
+        for dtype in _DTYPES:
             for both in (False, True):
-                if tile.sources:
-                    constants = op.sampled_constants(dtype != torch.float32, 75, both, tile)
-                    words = {key: value for key, value in constants.items() if key not in tile.constants()}
-                    yield _variant(name, op._graph_propagate_bwd_kernel_sampled, tile, short, words)
-                else:
-                    words = {"BOTH": both}
-                    kernel = op._graph_propagate_bwd_kernel_coefficient
-                    yield _variant(name, kernel, tile, short, words, options=op.options(tile))
+                yield _variant(name, op._graph_propagate_bwd_kernel_dot, tile, dtype, {"BOTH": both}, options=options)
 
 
 def _graph_layer(device: Any) -> Iterator[Variant]:
-    import torch
-    from drseg_kernels import _tile
     from drseg_kernels import graph_layer as op
-    from drseg_kernels.graph_propagate import dense_constants
 
     name = "graph_layer"
 
     def variant(kernel: Any, tile: Any, dtype: str, constants: dict[str, Any]) -> Variant:
-        return _variant(name, kernel, tile, dtype, constants, options=op.options(tile))
+        return _variant(name, kernel, tile, dtype, constants, options=tile.options(limit_registers=True))
 
-    usual = op.epilogue(True, "layer_norm", True, False)
-    ends = (usual, op.epilogue(True, "layer_norm", False, True), op.epilogue(True, "relu", False, False))
-    sizes = ((4096, 75, 384), (4096, 4, 24), (4096, 75, 1024))
-    others = [way(name, width) for way in (_tile.dense, _tile.union) for width in (384, 256)]
-    for tile in [*_tiles(name, device, *sizes), *others]:
-        for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-            for end in ends if tile.columns == 512 else (usual,):
-                if not tile.sources:
-                    yield variant(op._graph_layer_fwd_kernel_gathered, tile, short, end)
-                    continue
-                constants = dense_constants(dtype, False, 75, tile, False)
-                words = {key: value for key, value in constants.items() if key not in ("TRANSPOSE", *tile.constants())}
-                yield variant(op._graph_layer_fwd_kernel_densified, tile, short, {**end, **words})
+    usual = {"UNDIRECTED": False, "BIAS": True, "ACTIVATION": "layer_norm", "KEEP": True}
+    ends = (usual, {**usual, "UNDIRECTED": True, "KEEP": False}, {**usual, "ACTIVATION": "relu", "KEEP": False})
+    for tile in _tiles(name, device, (4096, 75, 384), (4096, 4, 24), (4096, 75, 1024)):
+        for dtype in (*_DTYPES, "fp16"):
+            for end in ends if tile.block_n == 512 else (usual,):
+                yield variant(op._graph_layer_fwd_kernel, tile, dtype, end)
     for tile in _tiles("graph_layer_rows", device, (576, 75, 384), (576, 75, 2048)):
         for activation in ("relu", "layer_norm"):
             everything = {"NEED_INNER": True, "NEED_PARAMETERS": True}
-            constants = {"ACTIVATION": activation, "WHOLE": tile.columns < 1024, **everything}
+            constants = {"ACTIVATION": activation, "WHOLE": tile.block_n < 1024, **everything}
             yield variant(op._graph_layer_bwd_kernel_activation, tile, "fp32", constants)
         yield variant(op._graph_layer_bwd_kernel_sum, tile, "fp32", {"BIAS": True})
     yield variant(op._graph_layer_fwd_kernel_norm, tile, "fp32", {})

@@ -14,7 +14,7 @@ import torch
 from bench import jobs, one_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-JOBS = jobs.quick_jobs(("pdgr", *one_op.with_kernel(DEVICE)), jobs.MODES, ("case", "dino"))
+JOBS = jobs.quick_jobs(("pdgr", *one_op.OPS), jobs.MODES, ("case", "dino"))
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(str(job).split()))

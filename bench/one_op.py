@@ -30,14 +30,6 @@ def backends() -> list[str]:
     return list(dict.fromkeys(row["backend"] for row in ops.backend_report()))
 
 
-def with_kernel(device: str) -> tuple[str, ...]:
-    """Those that are to have a kernel on a device; a checkout that has lost one must not lose its place here as well.
-
-    On a CPU the fused ops are their references: the ops that they fuse are faster there.
-    """
-    return tuple(op for op in OPS if device != "cpu" or op not in ("edge_coefficient", "graph_layer"))
-
-
 @dataclasses.dataclass(frozen=True)
 class _Problem:
     """An op with its inputs.
@@ -70,16 +62,12 @@ def launch_of(op: str, case: Case, backend: str | None, device: str) -> dict[str
     """Sizes of a Triton launch; None for what has none."""
     if backend != "triton":
         return None
-    from drseg_kernels import _tile
-    from drseg_kernels.knn_graph import sizes_of as sizes_of_knn
+    from drseg_kernels import _launch
 
-    at = torch.device(device)
-    if op == "knn_graph":
-        return dataclasses.asdict(sizes_of_knn(at, case.nodes, case.neighbours))
     channels = dict.fromkeys(("graph_propagate", "graph_layer"), case.channels)
     hidden = dict.fromkeys(("edge_weight", "edge_coefficient"), case.hidden)
     width = (channels | hidden).get(op, case.neighbours)
-    return dataclasses.asdict(_tile.tile_of(op, at, case.nodes, case.neighbours, width))
+    return dataclasses.asdict(_launch.sizes_of(op, torch.device(device), case.nodes, case.neighbours, width))
 
 
 def sizes_of(case: Case) -> dict[str, int]:

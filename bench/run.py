@@ -55,9 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--op", choices=("pdgr", *one_op.OPS), action="append", help="what to measure; all that has a kernel by default"
-    )
+    parser.add_argument("--op", choices=("pdgr", *one_op.OPS), action="append", help="what to measure; all by default")
     parser.add_argument(
         "--case", action="append", help=f"named case; {', '.join(_DEFAULT_CASES)} by default, quicker ones with --base"
     )
@@ -89,7 +87,7 @@ def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[j
     for name in args.case or ():
         if name not in jobs.CASES:
             parser.error(f"unknown case {name}; expected one of {', '.join(jobs.CASES)}")
-    ops = args.op or ("pdgr", *(one_op.OPS if args.list else one_op.with_kernel(args.device)))
+    ops = args.op or ("pdgr", *one_op.OPS)
     how = (args.mode or jobs.MODES, args.data or jobs.DATA, args.dtype, args.backend)
     if args.base and not args.case and not args.list:
         chosen = jobs.quick_jobs(ops, *how)

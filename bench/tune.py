@@ -26,7 +26,7 @@ from drseg_kernels._launch import Device
 
 from bench.aot import TARGETS
 from bench.timing import Contender, interleave
-from bench.tune_candidates import KINDS, TABLES, candidates
+from bench.tune_candidates import TABLES, candidates
 from drseg_core.files import write_text_atomic
 from drseg_core.testing import CASES, Case
 
@@ -91,6 +91,8 @@ def write_entry(path: Path, nodes: int, k: int, chosen: Any, **notes: Any) -> No
     rows.append({"nodes": nodes, "k": k, "configuration": dataclasses.asdict(chosen), **notes})
     rows.sort(key=lambda row: (row["nodes"], row["k"]))
     write_text_atomic(path, json.dumps({"configurations": rows}, indent=1) + "\n")
+    # what was written counts from here on
+    _launch.read_table.cache_clear()
 
 
 def tune(table: str, case: Case, dtype: str, device: Device, repeats: int, tuned: Path) -> str | None:
@@ -110,8 +112,6 @@ def tune(table: str, case: Case, dtype: str, device: Device, repeats: int, tuned
     path = tuned / _launch.folder_of(device.name) / f"{table}.json"
     notes = {"case": case.name, "dtype": dtype, "seconds": seconds, "torch": torch.__version__}
     write_entry(path, case.nodes, case.neighbours, chosen, **notes, triton=triton.__version__)
-    # what was written counts from here on: the strategies are timed with it
-    _launch.read_table.cache_clear()
     print(f"{table} {case.name}: {1e6 * seconds:.1f} us {chosen}", flush=True)
     return None
 
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if args.dry_run:
                     for option in candidates(table, device, case):
                         print(f"{device.name} {table} {case.name}: {option}")
-                elif candidates(table, device, case):
+                else:
                     problem = tune(table, case, args.dtype, device, args.repeats, args.out)
                     if problem is not None:
                         print(f"tune: {problem}", flush=True)
@@ -156,4 +156,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-__all__ = ["KINDS", "TABLES", "candidates", "fastest", "main", "write_entry"]
+__all__ = ["TABLES", "candidates", "fastest", "main", "write_entry"]

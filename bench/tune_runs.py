@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from drseg_kernels import graph_propagate, knn_graph
-from drseg_kernels._knn_sizes import Way
 from torch import Tensor
 
 from bench import gate, graphs, selection
@@ -41,18 +40,15 @@ def _agree(expected: tuple[Tensor, ...]) -> Wrong:
 
 
 def _knn_graph(case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]:
-    # what can be left out depends on the features: those of a backbone on an image, not clusters anywhere
+    # how much a tile adds to the lists depends on the features: those of a backbone on an image, not clusters anywhere
     features, grid, decay = selection.make_prior(case, "dino", device).to(dtype), (case.height, case.width), 1.0
-    reference = _reference("knn_graph")
-    prior, inverse = reference.prepare_prior(features)
-    table = reference.decay_table(grid, decay, "additive", torch.float32, prior.device)
+    prior, inverse = _reference("prepare_prior").prepare_prior(features)
+    table = _reference("knn_graph").decay_table(grid, decay, "additive", torch.float32, prior.device)
     given = (prior, inverse, table, case.neighbours, "additive", True)
 
     def run(sizes: Any) -> tuple[Tensor, ...]:
-        # a way to compute takes the sizes that the device's tables have for it
-        how = {"strategy": sizes.strategy} if isinstance(sizes, Way) else {"configuration": sizes}
         with plain_float32(prior):
-            return knn_graph.knn_graph(*given, **how)
+            return knn_graph.knn_graph(*given, sizes=sizes)
 
     def wrong(got: tuple[Tensor, ...]) -> str | None:
         return gate.selection(got[0], features, grid, decay)
@@ -72,9 +68,8 @@ def _degree_normalize(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: A
 
 def _edge_weight(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
     given = [inputs[name] for name in ("source", "target", "index", "vector", "bias")]
-    needed = dict.fromkeys(("need_source", "need_target", "need_parameters"), True)
     output = ops.edge_weight(*given, **sizes)
-    return output, *ops.edge_weight_backward(grad, output, *given, **needed, **sizes)
+    return output, *ops.edge_weight_backward(grad, output, *given, [True] * 4, **sizes)
 
 
 def _edge_coefficient(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
@@ -94,11 +89,11 @@ def _graph_propagate_dot(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes
     x, index, coefficient = inputs["x"], inputs["index"], inputs["coefficient"]
     if sizes:
         return (graph_propagate.edge_dot(grad, x, index, coefficient.dtype, **sizes),)
-    return (ops.graph_propagate_backward(grad, x, index, coefficient, False, False, True)[1],)
+    return (ops.graph_propagate_backward(grad, x, index, coefficient, False, [False, True])[1],)
 
 
 def _layer(inputs: dict[str, Any], ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
-    given = [inputs[name] for name in ("x", "index", "coefficient", "bias", "gain", "shift")]
+    given = [inputs[name] for name in ("x", "index", "coefficient", "bias", "norm_weight", "norm_bias")]
     found: tuple[Tensor, ...] = ops.graph_layer(*given, "layer_norm", 1e-5, False, True, **sizes)
     return found
 
@@ -110,8 +105,8 @@ def _graph_layer(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -
 def _graph_layer_rows(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
     # what comes before propagation is led back; the forward is not timed
     given = [inputs[name] for name in ("x", "index", "coefficient")]
-    parameters = [inputs[name] for name in ("bias", "gain", "shift")]
-    options = ("layer_norm", False, False, False, True)
+    parameters = [inputs[name] for name in ("bias", "norm_weight", "norm_bias")]
+    options = ("layer_norm", False, [False, False, True, True, True])
     rows = {"rows": sizes["tile"]} if sizes else {}
     return tuple(ops.graph_layer_backward(grad, *given, *inputs["saved"], *parameters, *options, **rows)[2:])
 

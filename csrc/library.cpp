@@ -6,7 +6,7 @@
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(drseg_native, m) {
-  m.def("prepare_prior(Tensor prior) -> (Tensor, Tensor)");
+  m.def("prepare_prior(Tensor prior, bool scale=True) -> (Tensor, Tensor)");
   m.def(
       "knn_graph(Tensor prior, Tensor inverse_norm, Tensor table, int k, int form, bool include_self) "
       "-> (Tensor, Tensor)");

@@ -12,9 +12,9 @@ namespace drseg {
 
 using torch::stable::Tensor;
 
-// Rows scaled by powers of two, and their inverse norms: 0 for a zero row, NaN for one that is not finite.
+// Rows scaled by powers of two, or not, and their inverse norms: 0 for a zero row, NaN for one that is not finite.
 // (B,N,D) -> (B,N,D), (B,N)
-std::tuple<Tensor, Tensor> prepare_prior(const Tensor& prior);
+std::tuple<Tensor, Tensor> prepare_prior(const Tensor& prior, bool scale);
 
 // The k best of every node, ascending, with their scores. `form` counts additive, gauss, multiplicative, product.
 // (B,N,D), (B,N), (h,w) -> (B,N,k) int32, (B,N,k)

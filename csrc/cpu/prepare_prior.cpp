@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows scaled by exact powers of two, and the inverse of their norms: one pass over the features.
+// Rows scaled by exact powers of two, or as they are, and the inverse of their norms: one pass over the features.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,7 +17,8 @@ namespace drseg {
 namespace {
 
 template <class T, int kBytes>
-DRSEG_INLINE void prepare_rows(const T* prior, T* scaled, T* inverse, int64_t channels, int64_t first, int64_t last) {
+DRSEG_INLINE void prepare_rows(
+    const T* prior, T* scaled, T* inverse, bool scales, int64_t channels, int64_t first, int64_t last) {
   constexpr int64_t lanes = 4 * kBytes / sizeof(T);
   constexpr T largest = std::numeric_limits<T>::max();
   // the exponent of a subnormal number is lower still, and its inverse would overflow
@@ -40,8 +41,9 @@ DRSEG_INLINE void prepare_rows(const T* prior, T* scaled, T* inverse, int64_t ch
       bad[l] |= !(size <= largest);
     }
     const bool finite = *std::max_element(bad, bad + lanes) == 0;
-    int exponent = 0;
-    if (finite) std::frexp(*std::max_element(most, most + lanes), &exponent);
+    // as the reference scales a row that is not finite
+    int exponent = scales ? 1 : 0;
+    if (finite && scales) std::frexp(*std::max_element(most, most + lanes), &exponent);
     const T scale = std::ldexp(T(1), -std::clamp(exponent, -limit, limit));
     T sum[lanes] = {};
     d = 0;
@@ -66,19 +68,19 @@ DRSEG_INLINE void prepare_rows(const T* prior, T* scaled, T* inverse, int64_t ch
 DRSEG_LEVELS(prepare, prepare_rows)
 
 template <class T>
-void run(const Tensor& prior, Tensor& scaled, Tensor& inverse) {
+void run(const Tensor& prior, bool scales, Tensor& scaled, Tensor& inverse) {
   const int64_t channels = prior.size(2);
   const T* in = prior.const_data_ptr<T>();
   T *out = scaled.mutable_data_ptr<T>(), *norm = inverse.mutable_data_ptr<T>();
   const int64_t grain = std::max<int64_t>(1, 16384 / channels);
   torch::stable::parallel_for(0, prior.size(0) * prior.size(1), grain, [&](int64_t first, int64_t last) {
-    DRSEG_CALL(prepare, T, in, out, norm, channels, first, last);
+    DRSEG_CALL(prepare, T, in, out, norm, scales, channels, first, last);
   });
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> prepare_prior(const Tensor& prior) {
+std::tuple<Tensor, Tensor> prepare_prior(const Tensor& prior, bool scale) {
   constexpr const char* op = "drseg_native::prepare_prior";
   const ScalarType dtype = check_floating(op, prior);
   check_operand(op, "prior", prior, 3, dtype);
@@ -86,9 +88,9 @@ std::tuple<Tensor, Tensor> prepare_prior(const Tensor& prior) {
   Tensor inverse = torch::stable::new_empty(prior, {prior.size(0), prior.size(1)});
   if (scaled.numel() == 0) return {scaled, torch::stable::fill_(inverse, 0)};
   if (dtype == ScalarType::Double) {
-    run<double>(prior, scaled, inverse);
+    run<double>(prior, scale, scaled, inverse);
   } else {
-    run<float>(prior, scaled, inverse);
+    run<float>(prior, scale, scaled, inverse);
   }
   return {scaled, inverse};
 }

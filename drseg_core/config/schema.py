@@ -152,7 +152,7 @@ class GraphConfig:
     residual: bool = False
     use_affinity_as_weight: bool = False
     norm_scale: float = 1.0
-    backend: Literal["reference", "native", "triton"] | None = None
+    backend: str | None = None
 
 
 @dataclass(frozen=True)

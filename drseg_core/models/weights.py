@@ -83,7 +83,12 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         )
     check_finite(state, f"load_weights: {path}")
     # copied out of the file's mapping: a file replaced later must not change loaded weights
-    return {name: value.clone() for name, value in state.items()}, record["metadata"]
+    return {name: _as_now(name, value).clone() for name, value in state.items()}, record["metadata"]
+
+
+def _as_now(name: str, value: Tensor) -> Tensor:
+    """A tensor of an older version in today's shape: PDGR's edge bias was a single number before 0.2."""
+    return value.view(1) if value.dim() == 0 and name.rpartition(".")[2] == "edge_bias" else value
 
 
 def payload_hash(state: Mapping[str, Tensor]) -> str:

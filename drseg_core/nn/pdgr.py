@@ -4,23 +4,22 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drseg_core.ops import (
+    backend_names,
     degree_normalize,
     edge_coefficient,
     edge_weight,
     graph_layer,
-    graph_propagate,
     knn_graph,
     prepare_prior,
 )
 from drseg_core.ops._checks import check_choice, check_count, check_flag, check_number, check_tensor
-from drseg_core.ops._dispatch import BACKEND_NAMES, preferred, requested_backend
 
 Affinity = Literal["exp", "linear", "power", "product", "gauss"]
 SelfLoop = Literal["in_topk", "exclude", "extra"]
@@ -66,9 +65,8 @@ class PDGR(nn.Module):
         dropout: dropout probability between the layers.
         residual: add the input to the output.
         use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity (negative affinities count as 0).
-        norm_scale: initial gain of the final LayerNorm.
-        backend: kernel backend of all ops; None takes the best that can run. Where that is ``triton``, the fused
-            ops ``edge_coefficient`` and ``graph_layer`` run in place of their parts if the options allow it.
+        norm_scale: initial weight of the final LayerNorm.
+        backend: kernel backend of all ops, one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
 
     Shape:
         features (B, C, h, w) and prior (B, D, h, w) to (B, C, h, w), in the dtype of the features (under autocast: of
@@ -76,6 +74,14 @@ class PDGR(nn.Module):
 
     Note:
         A cell whose prior is not finite gets a NaN output and influences no other cell.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.nn import PDGR
+        >>> pdgr = PDGR(channels=8, prior_dim=16, k=5)
+        >>> features, prior = torch.randn(2, 8, 6, 6), torch.randn(2, 16, 6, 6)
+        >>> tuple(pdgr(features, prior).shape)
+        (2, 8, 6, 6)
     """
 
     def __init__(
@@ -127,7 +133,7 @@ class PDGR(nn.Module):
         }.items():
             check_flag("PDGR", name, flag)
         if backend is not None:
-            check_choice("PDGR", "backend", backend, BACKEND_NAMES)
+            check_choice("PDGR", "backend", backend, backend_names())
         self.channels, self.prior_dim, self.k = channels, prior_dim, k
         self.affinity, self.gamma, self.decay = affinity, float(gamma), float(decay)
         self.self_loop, self.norm = self_loop, norm
@@ -139,7 +145,7 @@ class PDGR(nn.Module):
         self.edge_source = nn.Linear(prior_dim, edge_hidden)
         self.edge_target = nn.Linear(prior_dim, edge_hidden, bias=False)
         self.edge_vector = nn.Parameter(torch.empty(edge_hidden))
-        self.edge_bias = nn.Parameter(torch.empty(()))
+        self.edge_bias = nn.Parameter(torch.empty(1))
         widths = [channels] + [channels if hidden is None else hidden] * (layers - 1) + [channels]
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(out, into)) for into, out in zip(widths[:-1], widths[1:], strict=True)
@@ -166,6 +172,13 @@ class PDGR(nn.Module):
         self.output_norm.reset_parameters()
         nn.init.constant_(self.output_norm.weight, self.norm_scale)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        # it was a single number before 0.2
+        bias = state_dict.get(f"{prefix}edge_bias")
+        if isinstance(bias, Tensor) and bias.dim() == 0:
+            state_dict[f"{prefix}edge_bias"] = bias.view(1)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def extra_repr(self) -> str:
         return (
             f"{self.channels}, {self.prior_dim}, k={self.k}, affinity={self.affinity!r}, gamma={self.gamma}, "
@@ -191,13 +204,6 @@ class PDGR(nn.Module):
             raise TypeError(
                 f"PDGR: features have another dtype than the module; expected {own} or autocast, got {features.dtype}"
             )
-
-    def _fused(self, tensor: Tensor) -> bool:
-        """Whether the fused ops run: they save launches on a GPU, and the CPU has kernels for their parts only."""
-        requested = requested_backend("PDGR", self.backend)
-        if requested == "auto":
-            return tensor.is_cuda and preferred("graph_layer", "cuda", tensor.dtype) == "triton"
-        return requested == "triton"
 
     def _affinity(self, score: Tensor) -> Tensor:
         """Eq. 7 from the score that orders the candidates."""
@@ -243,7 +249,7 @@ class PDGR(nn.Module):
         # padded slots have no score
         edges = (source, target, index, self.edge_vector, self.edge_bias)
         mask = score != -torch.inf
-        if self._fused(source) and not self.use_affinity_as_weight and self.self_loop != "extra":
+        if not self.use_affinity_as_weight and self.self_loop != "extra":
             return index, edge_coefficient(*edges, mask=mask, norm=self.norm, backend=self.backend)
         weight = edge_weight(*edges, mask=mask, backend=self.backend)
         if self.use_affinity_as_weight:
@@ -254,56 +260,27 @@ class PDGR(nn.Module):
             weight = torch.cat([weight, weight.new_ones(*weight.shape[:2], 1)], dim=2)
         return index, degree_normalize(weight, index, norm=self.norm, backend=self.backend)
 
-    def _propagate(self, x: Tensor, index: Tensor, coefficient: Tensor) -> Tensor:
-        y = graph_propagate(x, index, coefficient, backend=self.backend)
-        if self.norm == "sym_undirected":
-            y = y + graph_propagate(x, index, coefficient, transpose=True, backend=self.backend)
-        return y
-
-    def _layer(self, x: Tensor, index: Tensor, coefficient: Tensor, bias: Tensor | None, last: bool) -> Tensor:
-        """What follows the linear map of a layer, in one pass but for the dropout."""
-        undirected = self.norm == "sym_undirected"
-        if not last:
-            return self.dropout(
-                graph_layer(x, index, coefficient, bias, activation="relu", undirected=undirected, backend=self.backend)
-            )
-        norm = self.output_norm
-        return graph_layer(
-            x,
-            index,
-            coefficient,
-            bias,
-            norm.weight,
-            norm.bias,
-            activation="layer_norm",
-            eps=norm.eps,
-            undirected=undirected,
-            backend=self.backend,
-        )
-
     def forward(self, features: Tensor, prior: Tensor) -> Tensor:
         """Rectify ``features`` (B, C, h, w) along the graph of ``prior`` (B, D, h, w)."""
         self._check(features, prior)
         index, coefficient = self.graph(prior)
+        undirected, norm = self.norm == "sym_undirected", self.output_norm
         x = features.flatten(2).transpose(1, 2)
-        fused, last = self._fused(x), len(self.weights) - 1
         for layer, weight in enumerate(self.weights):
-            bias = None if self.biases is None else self.biases[layer]
-            # both orders give the same sum; propagate the narrower side
-            if weight.shape[0] > weight.shape[1]:
-                x = F.linear(self._propagate(x, index, coefficient), weight)
-            elif fused:
-                x = self._layer(F.linear(x, weight), index, coefficient, bias, layer == last)
-                continue
-            else:
-                x = self._propagate(F.linear(x, weight), index, coefficient)
-            if bias is not None:
-                # under autocast x is narrower than the parameters, and stays so
-                x = x + bias.to(x.dtype)
-            if layer < last:
-                # in place where the sum is new: it is not needed for a gradient
-                x = self.dropout(x.relu() if bias is None else x.relu_())
-            else:
-                x = self.output_norm(x)
+            last = layer == len(self.weights) - 1
+            x = graph_layer(
+                F.linear(x, weight),
+                index,
+                coefficient,
+                None if self.biases is None else self.biases[layer],
+                norm.weight if last else None,
+                norm.bias if last else None,
+                activation="layer_norm" if last else "relu",
+                eps=norm.eps,
+                undirected=undirected,
+                backend=self.backend,
+            )
+            if not last:
+                x = self.dropout(x)
         x = x.transpose(1, 2).unflatten(2, features.shape[2:])
         return features + x if self.residual else x

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four ops of Prior-Driven Graph Rectification and their fusions; the only way to reach a kernel."""
+"""The ops of Prior-Driven Graph Rectification and their fusions; the only way to reach a kernel."""
 
-from drseg_core.ops._dispatch import backend_report, last_backend, use_backend
+import importlib
+import os
+
+from drseg_core.ops._dispatch import backend_names, backend_report, last_backend, register_backend, use_backend
 from drseg_core.ops.degree_normalize.api import degree_normalize
 from drseg_core.ops.edge_coefficient.api import edge_coefficient
 from drseg_core.ops.edge_weight.api import edge_weight
 from drseg_core.ops.graph_layer.api import graph_layer
 from drseg_core.ops.graph_propagate.api import graph_propagate
-from drseg_core.ops.knn_graph.api import PreparedPrior, knn_graph, padding_mask, prepare_prior
+from drseg_core.ops.knn_graph.api import knn_graph, padding_mask
+from drseg_core.ops.prepare_prior.api import PreparedPrior, prepare_prior
 
 __all__ = [
     "PreparedPrior",
+    "backend_names",
     "backend_report",
     "degree_normalize",
     "edge_coefficient",
@@ -21,5 +26,10 @@ __all__ = [
     "last_backend",
     "padding_mask",
     "prepare_prior",
+    "register_backend",
     "use_backend",
 ]
+
+# other people's backends register themselves when they are imported
+for _module in filter(None, os.environ.get("DRSEG_BACKENDS", "").split(",")):
+    importlib.import_module(_module.strip())

@@ -2,12 +2,14 @@
 """Which implementation of an op runs, and why not another.
 
 An op's table lists its backends from the most to the least preferred. One predicate, ``why_not``, serves the choice,
-the error for a backend named in vain and ``drseg doctor``. Nothing falls back silently.
+the error for a backend named in vain and ``drseg doctor``. Nothing falls back silently. A fused op has the kernels
+that somebody wrote for it; with any other backend that has all of its parts, it runs those.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +18,10 @@ import torch
 from torch import Tensor
 
 from drseg_core.errors import BackendDtypeError, BackendUnavailableError
+from drseg_core.ops._checks import FLOAT_DTYPES
 
-BACKEND_NAMES = ("reference", "native", "triton")
+Run = Callable[..., Any]
+WhyNot = Callable[[str], str | None]
 
 _override: str | None = None
 _last: dict[str, str] = {}
@@ -28,7 +32,7 @@ class Backend:
     """One implementation of an op.
 
     Args:
-        name: one of ``BACKEND_NAMES``.
+        name: of the backend.
         run: what computes the op's forward; positional arguments of the registered op without ``backend``.
         run_backward: what computes its gradients, or None for an op without any.
         why_not: given a device type, says why this backend cannot run there, or returns None when it can.
@@ -36,18 +40,130 @@ class Backend:
     """
 
     name: str
-    run: Callable[..., Any]
-    run_backward: Callable[..., Any] | None
-    why_not: Callable[[str], str | None]
-    dtypes: tuple[torch.dtype, ...]
+    run: Run
+    run_backward: Run | None
+    why_not: WhyNot
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 
 
-_tables: dict[str, Sequence[Backend]] = {}
+def reference_backend(run: Run, run_backward: Run | None = None) -> Backend:
+    """The op's meaning in plain PyTorch, which runs wherever torch does."""
+    return Backend("reference", run, run_backward, lambda device: None)
 
 
-def add_table(op: str, backends: Sequence[Backend]) -> None:
+# forward and backward of a fused op from those of each of its parts
+Compose = Callable[..., tuple[Run, Run]]
+
+_tables: dict[str, tuple[Backend, ...]] = {}
+# every backend that some op has
+_names: tuple[str, ...] = ()
+_fusions: dict[str, tuple[tuple[str, ...], Compose]] = {}
+
+
+def add_table(op: str, *backends: Backend) -> None:
     """Make ``backends`` (most preferred first) the implementations of ``op``."""
-    _tables[op] = tuple(backends)
+    global _names
+    _tables[op] = backends
+    _names = tuple(dict.fromkeys([*_names, *(backend.name for backend in backends)]))
+    table.cache_clear()
+
+
+def add_fusion(op: str, parts: tuple[str, ...], compose: Compose, *backends: Backend) -> None:
+    """As ``add_table``, for an op that ``compose`` makes of ``parts`` for every backend that is not named here."""
+    _fusions[op] = (parts, compose)
+    add_table(op, *backends)
+
+
+def register_backend(
+    op: str,
+    name: str,
+    run: Run,
+    why_not: WhyNot,
+    *,
+    run_backward: Run | None = None,
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+    preferred: bool = False,
+) -> None:
+    """Add an implementation of an op; dispatch, ``drseg doctor``, the contract tests and the benchmark know it then.
+
+    Modules named in the environment variable ``DRSEG_BACKENDS`` (separated by commas) are imported with
+    ``drseg_core.ops``: one file that calls this is enough. Fused ops whose parts a backend has run on it too.
+
+    Args:
+        op: name of the op. name: of the backend, a word of your choice.
+        run: the forward. It takes what the op's ``reference.py`` takes, in that order, and returns what it returns.
+        why_not: given a device type (``"cpu"``, ``"cuda"``), says in a few words why ``run`` cannot run there, or
+            returns None when it can.
+        run_backward: the gradients, as the function of that name in ``reference.py``; None where the op has none.
+        dtypes: what the op's floating-point tensors may be.
+        preferred: take it unasked, before every other backend; otherwise it runs where it is named.
+
+    Raises:
+        ValueError: there is no such op, or it has a backend of that name already.
+
+    Example:
+        >>> from drseg_core.ops import backend_report, register_backend
+        >>> from drseg_core.ops.degree_normalize import reference
+        >>> register_backend(
+        ...     "degree_normalize", "mine", reference.degree_normalize, lambda device: None,
+        ...     run_backward=reference.degree_normalize_backward,
+        ... )
+        >>> [row["available"] for row in backend_report() if row["backend"] == "mine" and row["device"] == "cpu"][:1]
+        [True]
+    """
+    if op not in _tables:
+        raise ValueError(f"register_backend: op is unknown; expected one of {', '.join(_tables)}, got {op!r}")
+    if not isinstance(name, str) or not name.isidentifier() or name == "auto":
+        raise ValueError(f"register_backend: name is no word; expected an identifier other than auto, got {name!r}")
+    if any(backend.name == name for backend in _tables[op]):
+        raise ValueError(f"register_backend: name is taken; expected another than {name!r} for {op}, got it again")
+    added = Backend(name, run, run_backward, why_not, tuple(dtypes))
+    add_table(op, *((added, *_tables[op]) if preferred else (*_tables[op], added)))
+
+
+def _composed(parts: Sequence[str], compose: Compose, backends: Sequence[Backend]) -> Backend:
+    """A fused op on a backend that has no kernel for it."""
+    name = backends[0].name
+    forward, backward = compose(*((backend.run, backend.run_backward) for backend in backends))
+    differentiable = all(backend.run_backward for backend in backends)
+
+    def noted(run: Run) -> Run:
+        def runs(*arguments: Any) -> Any:
+            _last.update(dict.fromkeys(parts, name))
+            return run(*arguments)
+
+        return runs
+
+    def why_not(device: str) -> str | None:
+        return next(filter(None, (backend.why_not(device) for backend in backends)), None)
+
+    dtypes = [dtype for dtype in backends[0].dtypes if all(dtype in backend.dtypes for backend in backends)]
+    return Backend(name, noted(forward), noted(backward) if differentiable else None, why_not, tuple(dtypes))
+
+
+@functools.cache
+def table(op: str) -> tuple[Backend, ...]:
+    """The backends of an op from the most to the least preferred, those that compose a fused op after its kernels."""
+    found = list(_tables[op])
+    if op in _fusions:
+        parts, compose = _fusions[op]
+        others = [{backend.name: backend for backend in _tables[part]} for part in parts]
+        for backend in _tables[parts[0]]:
+            named = [other.get(backend.name) for other in others]
+            if all(named) and all(backend.name != own.name for own in found):
+                found.append(_composed(parts, compose, [part for part in named if part is not None]))
+    return tuple(found)
+
+
+def backend_names() -> tuple[str, ...]:
+    """Every backend that some op has, ours from the most to the least preferred.
+
+    Example:
+        >>> from drseg_core.ops import backend_names
+        >>> backend_names()[:3]
+        ('native', 'triton', 'reference')
+    """
+    return _names
 
 
 def _unasked(backend: Backend, device: str) -> bool:
@@ -72,7 +188,7 @@ def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) ->
     device = tensor.device.type
     dtypes = {"": tensor.dtype} | {name: other.dtype for name, other in others.items() if other is not None}
     reasons = {}
-    for backend in _tables[op]:
+    for backend in table(op):
         if requested != backend.name and not (requested == "auto" and _unasked(backend, device)):
             continue
         reason = backend.why_not(device)
@@ -88,7 +204,7 @@ def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) ->
             _last[op] = backend.name
             return backend
         reasons[backend.name] = reason
-    able = [b.name for b in _tables[op] if b.why_not(device) is None and set(dtypes.values()) <= {*b.dtypes}]
+    able = [b.name for b in table(op) if b.why_not(device) is None and set(dtypes.values()) <= {*b.dtypes}]
     reason = reasons.get(requested, f"{op} has no {requested} kernel")
     raise BackendUnavailableError(
         f"{op}: backend {requested} cannot run on {tensor.device}: {reason}; "
@@ -96,17 +212,18 @@ def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) ->
     )
 
 
-def preferred(op: str, device: str, dtype: torch.dtype) -> str | None:
-    """Name of the backend that ``op`` takes for tensors of a dtype on a device type if none is named."""
-    for backend in _tables[op]:
-        if _unasked(backend, device) and backend.why_not(device) is None and dtype in backend.dtypes:
-            return backend.name
-    return None
+def gradients(op: str, chosen: Backend, *arguments: Any) -> Any:
+    """What the backend's backward gives.
 
-
-# the answer is the same for every call, and torch.compile cannot follow the search for it; the public way to say so
-# would import the compiler
-preferred._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    Raises:
+        BackendUnavailableError: it has none.
+    """
+    if chosen.run_backward is None:
+        able = ", ".join(backend.name for backend in table(op) if backend.run_backward is not None)
+        raise BackendUnavailableError(
+            f"{op}: backend {chosen.name} has no backward; expected one of {able} for a gradient, got {chosen.name}"
+        )
+    return chosen.run_backward(*arguments)
 
 
 def requested_backend(op: str, backend: str | None) -> str:
@@ -115,14 +232,23 @@ def requested_backend(op: str, backend: str | None) -> str:
         backend = _override
     if backend is None:
         return "auto"
-    if backend not in BACKEND_NAMES:
-        raise ValueError(f"{op}: backend is unknown; expected one of {', '.join(BACKEND_NAMES)}, got {backend!r}")
+    if backend not in backend_names():
+        raise ValueError(f"{op}: backend is unknown; expected one of {', '.join(backend_names())}, got {backend!r}")
     return backend
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block every op whose ``backend`` is None uses this one (process-wide, not per thread)."""
+    """Within the block every op whose ``backend`` is None uses this one (process-wide, not per thread).
+
+    Example:
+        >>> import torch
+        >>> from drseg_core import ops
+        >>> with ops.use_backend("reference"):
+        ...     y = ops.graph_propagate(torch.ones(3, 2), torch.tensor([[1], [2], [0]]), torch.ones(3, 1))
+        >>> ops.last_backend("graph_propagate")
+        'reference'
+    """
     global _override
     requested_backend("use_backend", name)
     previous, _override = _override, name
@@ -133,7 +259,13 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def last_backend(op: str) -> str | None:
-    """Name of the backend that computed ``op`` last in this process."""
+    """Name of the backend that computed ``op`` last in this process.
+
+    Example:
+        >>> from drseg_core import ops
+        >>> ops.last_backend("no such op") is None
+        True
+    """
     return _last.get(op)
 
 
@@ -144,17 +276,22 @@ def backend_report() -> list[dict[str, Any]]:
         Rows with the keys ``op``, ``backend``, ``device``, ``available``, ``reason`` (None when available) and
         ``place``: 0 for what runs where no backend is named, 1 for what would without that, and so on; None for what
         never does.
+
+    Example:
+        >>> from drseg_core import ops
+        >>> {row["op"] for row in ops.backend_report()} >= {"knn_graph", "graph_layer"}
+        True
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows: list[dict[str, Any]] = []
-    for op, backends in _tables.items():
-        table = {backend.name: backend for backend in backends}
-        for name in BACKEND_NAMES:
+    for op in _tables:
+        backends = {backend.name: backend for backend in table(op)}
+        for name in backend_names():
             for device in devices:
-                unasked = [b.name for b in backends if _unasked(b, device) and b.why_not(device) is None]
-                reason = table[name].why_not(device) if name in table else f"{op} has no {name} kernel"
+                able = [b.name for b in backends.values() if _unasked(b, device) and b.why_not(device) is None]
+                reason = backends[name].why_not(device) if name in backends else f"{op} has no {name} kernel"
                 row = {"op": op, "backend": name, "device": device, "available": reason is None, "reason": reason}
-                rows.append({**row, "place": unasked.index(name) if name in unasked else None})
+                rows.append({**row, "place": able.index(name) if name in able else None})
     return rows
 
 
@@ -209,14 +346,3 @@ def plain_float32(tensor: Tensor) -> Iterator[None]:
             torch.set_float32_matmul_precision(legacy)
         for backend, op, precision in own:
             torch._C._set_fp32_precision_setter(backend, op, precision)
-
-
-def refuse_double_backward(op: str) -> Callable[..., Any]:
-    """Backward of a backward: raises, because no second derivative is implemented."""
-
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"{op}: backward is not twice differentiable; expected create_graph=False, got a second derivative"
-        )
-
-    return backward

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from drseg_core.ops._dispatch import Backend, Run
+
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 
@@ -83,3 +85,8 @@ def why_not(device: str, *symbols: str) -> str | None:
         if missing:
             reason = f"native library is older than this package: it lacks {', '.join(missing)}; build it again"
     return reason
+
+
+def backend(run: Run, run_backward: Run | None, *symbols: str) -> Backend:
+    """What calls the library's operators ``symbols``."""
+    return Backend("native", run, run_backward, lambda device: why_not(device, *symbols))

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the Triton kernels (``drseg_kernels``) can run, and in which dtypes."""
+"""The Triton kernels (``drseg_kernels``) as a backend: where they run, in which dtypes, how they are reached."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
 
 import torch
+
+from drseg_core.ops._dispatch import Backend, Run
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -39,3 +42,19 @@ def _why_not(device: str, interpreted: bool) -> str | None:
             least, own = (".".join(map(str, version)) for version in (_LEAST_CAPABILITY, found))
             return f"the Triton kernels need a device of compute capability {least}, this one has {own}"
     return None
+
+
+def _lazy(op: str, function: str) -> Run:
+    """A launcher of ``drseg_kernels.<op>``, imported when it is first called: that imports triton."""
+
+    @functools.cache
+    def found() -> Run:
+        launcher: Run = getattr(importlib.import_module(f"drseg_kernels.{op}"), function)
+        return launcher
+
+    return lambda *arguments: found()(*arguments)
+
+
+def backend(op: str, backward: bool = True) -> Backend:
+    """The launchers ``<op>`` and ``<op>_backward`` of ``drseg_kernels.<op>``."""
+    return Backend("triton", _lazy(op, op), _lazy(op, f"{op}_backward") if backward else None, why_not, DTYPES)

@@ -20,6 +20,7 @@ class LiteralPDGR(nn.Module):
     Example:
         >>> import torch
         >>> from drseg_core.nn import PDGR
+        >>> from drseg_core.testing import LiteralPDGR
         >>> engine = PDGR(channels=4, prior_dim=6, k=3)
         >>> features, prior = torch.randn(1, 4, 5, 5), torch.randn(1, 6, 5, 5)
         >>> torch.allclose(LiteralPDGR(engine)(features, prior), engine(features, prior), atol=1e-4)
@@ -74,6 +75,7 @@ def dense_affinity(module: PDGR, prior: Tensor, h: int, w: int) -> Tensor:
     Example:
         >>> import torch
         >>> from drseg_core.nn import PDGR
+        >>> from drseg_core.testing import dense_affinity
         >>> dense_affinity(PDGR(channels=4, prior_dim=6, decay=0.0), torch.zeros(1, 4, 6).double(), 2, 2)[0, 0].tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
@@ -102,6 +104,7 @@ def dense_neighbours(module: PDGR, affinity: Tensor, excluded: Tensor | None = N
     Example:
         >>> import torch
         >>> from drseg_core.nn import PDGR
+        >>> from drseg_core.testing import dense_neighbours
         >>> dense_neighbours(PDGR(channels=4, prior_dim=6, k=2), torch.ones(1, 3, 3).double())[0].int().tolist()
         [[1, 1, 0], [1, 1, 0], [1, 0, 1]]
     """
@@ -126,6 +129,7 @@ def dense_pdgr(module: PDGR, features: Tensor, prior: Tensor, excluded: Tensor |
     Example:
         >>> import torch
         >>> from drseg_core.nn import PDGR
+        >>> from drseg_core.testing import dense_pdgr
         >>> module = PDGR(channels=4, prior_dim=6, k=3, affinity="gauss", norm="sym_undirected").double()
         >>> features, prior = torch.randn(1, 4, 5, 5).double(), torch.randn(1, 6, 5, 5).double()
         >>> torch.allclose(dense_pdgr(module, features, prior), module(features, prior))

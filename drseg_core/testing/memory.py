@@ -11,6 +11,7 @@ def high_water() -> int:
     """Largest resident size of this process so far, in bytes.
 
     Example:
+        >>> from drseg_core.testing import high_water
         >>> high_water() > 2**20
         True
     """

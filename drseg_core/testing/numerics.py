@@ -29,6 +29,8 @@ def accumulate_unit(dtype: torch.dtype) -> float:
     """Unit roundoff of the sums for inputs of this dtype: float32, or float64 for float64.
 
     Example:
+        >>> import torch
+        >>> from drseg_core.testing.numerics import UNIT, accumulate_unit
         >>> accumulate_unit(torch.bfloat16) == UNIT[torch.float32]
         True
     """
@@ -39,6 +41,8 @@ def affinity_tolerance(dtype: torch.dtype) -> float:
     """How far the cosine of two nodes may be off.
 
     Example:
+        >>> import torch
+        >>> from drseg_core.testing.numerics import affinity_tolerance
         >>> affinity_tolerance(torch.bfloat16)
         2e-06
     """
@@ -49,6 +53,8 @@ def rounding_bound(value: Tensor, dtype: torch.dtype) -> Tensor:
     """What storing ``value`` in ``dtype`` may cost: half a unit in the last place, subnormal numbers included.
 
     Example:
+        >>> import torch
+        >>> from drseg_core.testing.numerics import rounding_bound
         >>> bool((torch.tensor(0.1) - torch.tensor(0.1).half()).abs() <= rounding_bound(torch.tensor(0.1), torch.half))
         True
     """
@@ -66,6 +72,13 @@ class Comparison:
         rms_ratio: RMS of the error over RMS of the oracle (informs, never gates: it hides a wrong row).
         worst_row_ratio: the largest such ratio of a single row.
         problem: None, or one line that says what failed first.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.testing.numerics import Comparison, compare_values
+        >>> found = compare_values(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), 1.0)
+        >>> isinstance(found, Comparison), found.worst, found.max_error
+        (True, 0.5, 0.5)
     """
 
     worst: float
@@ -84,6 +97,8 @@ def compare_values(got: Tensor, oracle: Tensor, limit: Tensor | float) -> Compar
         limit: largest absolute error of each element.
 
     Example:
+        >>> import torch
+        >>> from drseg_core.testing.numerics import compare_values
         >>> compare_values(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), 0.25).problem
         '1 of 2 elements over the limit; first at (1,): got 2.5, expected 2.0 +- 0.25'
     """
@@ -142,6 +157,8 @@ def compare_selection(
         near_tie_share: fail if more than this share of the rows has a near-tie at the k-th place.
 
     Example:
+        >>> import torch
+        >>> from drseg_core.testing.numerics import compare_selection
         >>> score = torch.tensor([[1.0, 0.9, 0.1], [0.9, 1.0, 0.2], [0.1, 0.2, 1.0]])
         >>> chosen = torch.tensor([[0, 1], [0, 1], [0, 2]])
         >>> compare_selection(chosen, score.gather(1, chosen), score, 1e-6, include_self=True)

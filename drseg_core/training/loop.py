@@ -237,6 +237,10 @@ class Trainer:
         load_into(self.model, checkpoint.weights(), name=str(checkpoint.path / WEIGHTS))
         check_left_out(self.model, checkpoint.left_out, name=str(checkpoint.path))
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, kept in self.optimizer.state.items():
+            # a parameter that was a single number in an older version; the count of steps is one in every version
+            if parameter.numel() == 1:
+                kept.update({name: value.view_as(parameter) for name, value in kept.items() if name != "step"})
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
         self.elapsed = state["elapsed"]
         if len(state["random"]) == self.group.world_size:

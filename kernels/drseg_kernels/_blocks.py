@@ -15,12 +15,6 @@ def ordered_bits(value):
 
 
 @triton.jit
-def value_of_bits(bits):
-    """The float32 of which ``bits`` are the ``ordered_bits``."""
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def exp_negative(a):
     """exp(-a) for a >= 0 in float32, within two units in the last place down to 2**-126; NaN passes.
 

@@ -2,12 +2,14 @@
 """How large tiles and programs are: an argument, then the device's table in ``tuned/``, then a rule.
 
 Nothing is timed at run time: two processes on the same device always choose the same sizes.
-A table is ``tuned/<device>/<op>.json``, the device's name in lower case with ``_`` for what is no letter or digit::
+A table is ``tuned/<device>/<table>.json``, the device's name in lower case with ``_`` for what is no letter or digit::
 
-    {"configurations": [{"nodes": 576, "k": 128, "configuration": {"tile_bytes": ..., ...}}, ...]}
+    {"configurations": [{"nodes": 576, "k": 128, "configuration": {"block_m": 16, ...}}, ...]}
 
-The first entry with ``nodes`` and ``k`` at least those of the call counts. The sizes of ``knn_graph`` are here, those
-of the ops on edges in ``_tile.py``.
+The first entry with ``nodes`` and ``k`` at least those of the call counts. ``knn_graph`` has a ``Selection``, every
+other op a ``Tile``; beside the tables of the ops there are ``graph_propagate_dot`` for the gradient to coefficients and
+``graph_layer_rows`` for what ``graph_layer`` does row by row. The rules are what was fastest or nearly so on an H100
+(2026-11), ``graph_layer``'s by arithmetic.
 """
 
 from __future__ import annotations
@@ -36,40 +38,24 @@ TILE_BYTES = 64 << 20
 # only the first axis of a CUDA grid is longer
 LARGEST_GRID_Y = 65_535
 
+# The fusion of multiply and add is pinned on where a kernel is sums of products, which it makes half as long and no
+# result of which is compared bit for bit with another backend's.
+FMA = {"enable_fp_fusion": True}
 
-@dataclass(frozen=True)
-class Configuration:
-    """Sizes of a launch.
+# Values of a tile per thread: enough loads in flight to hide the memory, few enough to stay in registers.
+_VALUES_PER_THREAD = 32
 
-    Args:
-        tile_bytes: float32 scores that live at a time, bytes.
-        columns: columns of a tile, a power of two.
-        rows_per_program: rows that one program merges, a power of two.
-        num_warps: warps of one program, a power of two.
-    """
+# block_m, block_n and warps of the ops on edges. Small programs: what counts is how many loads are under way on the
+# whole device. Twice to eight times as large ones took 1.25 to 2.4 times as long.
+_EDGES = {
+    "edge_weight": (32, 32, 1),
+    "edge_coefficient": (16, 32, 1),
+    "graph_propagate": (16, 64, 2),
+    "graph_propagate_dot": (32, 32, 2),
+}
 
-    tile_bytes: int
-    columns: int
-    rows_per_program: int
-    num_warps: int
-
-    def __post_init__(self) -> None:
-        for name in ("columns", "rows_per_program", "num_warps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1 or value & (value - 1):
-                raise ValueError(f"Configuration: {name} is out of range; expected a power of two, got {value!r}")
-        if not isinstance(self.tile_bytes, int) or self.tile_bytes < 4 * self.columns:
-            raise ValueError(
-                f"Configuration: tile_bytes is too small; expected at least a row of {self.columns} columns "
-                f"({4 * self.columns} bytes), got {self.tile_bytes!r}"
-            )
-
-    def shared_bytes(self) -> int:
-        """Upper bound of a block's shared memory: the parts of sums over a row that its warps exchange.
-
-        ``bench/aot.py`` compares it with what the compiler asks for.
-        """
-        return 64 * self.rows_per_program * self.num_warps
+# a program that normalises rows holds them whole up to this many channels
+WIDEST_ROW = 1024
 
 
 @dataclass(frozen=True)
@@ -80,31 +66,95 @@ class Device:
     l2_bytes: int
     shared_bytes: int
 
+    @property
+    def interpreted(self) -> bool:
+        """Programs run one after another, and what they cost is instructions."""
+        return self.name == "interpreter"
+
+
+def _check_powers(sizes: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(sizes, name)
+        if not isinstance(value, int) or value < 1 or value & (value - 1):
+            raise ValueError(f"{type(sizes).__name__}: {name} is out of range; expected a power of two, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of a program of the ops on edges.
+
+    Args:
+        block_m: edges at a time, a power of two.
+        block_n: hidden units or channels at a time, a power of two.
+        num_warps: warps of one program, a power of two.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+    def __post_init__(self) -> None:
+        _check_powers(self, "block_m", "block_n", "num_warps")
+
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments of the kernels."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+
+    def options(self, limit_registers: bool = False) -> dict[str, Any]:
+        """What the compiler is told; with ``limit_registers`` it spills a few so that more programs run at a time."""
+        limit = {"maxnreg": min(255, 65_536 // (32 * self.num_warps))} if limit_registers else {}
+        return {"num_warps": self.num_warps, **FMA, **limit}
+
+    def shared_bytes(self) -> int:
+        """Upper bound of a block's shared memory: the parts of a sum over the edges that the warps exchange.
+
+        ``python -m bench aot`` compares it with what the compiler asks for.
+        """
+        return 4 * self.block_m * self.block_n + 1024
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Sizes of ``knn_graph``: tiles of scores, and the programs that merge them.
+
+    Args:
+        tile_bytes: float32 scores that live at a time, bytes.
+        block_m: rows that one program merges, a power of two.
+        block_n: columns of a tile, a power of two.
+        num_warps: warps of one program, a power of two.
+    """
+
+    tile_bytes: int
+    block_m: int
+    block_n: int
+    num_warps: int
+
+    def __post_init__(self) -> None:
+        _check_powers(self, "block_m", "block_n", "num_warps")
+        if not isinstance(self.tile_bytes, int) or self.tile_bytes < 4 * self.block_n:
+            raise ValueError(
+                f"Selection: tile_bytes is too small; expected at least a row of {self.block_n} columns "
+                f"({4 * self.block_n} bytes), got {self.tile_bytes!r}"
+            )
+
+    def shared_bytes(self) -> int:
+        """Upper bound of a block's shared memory: the parts of sums over a row that its warps exchange."""
+        return 64 * self.block_m * self.num_warps
+
+
+Sizes = Tile | Selection
+
 
 def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
-        # the interpreter runs program by program, and its cost is per instruction
         return Device("interpreter", 32 << 20, SMALLEST_SHARED)
     found: Any = torch.cuda.get_device_properties(device)
     shared = getattr(found, "shared_memory_per_block_optin", SMALLEST_SHARED)
     return Device(found.name, getattr(found, "L2_cache_size", 32 << 20), shared)
 
 
-def rule(device: Device, nodes: int, k: int) -> Configuration:
-    """Sizes for a device without a table."""
-    slots = power_of_two_from(k)
-    if device.name == "interpreter":
-        columns = min(2048, max(16, power_of_two_from(nodes)))
-        return Configuration(device.l2_bytes, columns, min(512, columns), 4)
-    # with 2048 columns the selection takes a tenth longer
-    columns = min(1024, max(32, power_of_two_from(nodes)))
-    while True:
-        # about 16 keys per thread: enough to hide the loads, few enough to stay in registers
-        warps = min(16, max(1, power_of_two_from((columns + slots) // 1024 * 2)))
-        chosen = Configuration(TILE_BYTES, columns, 1, warps)
-        if chosen.shared_bytes() <= device.shared_bytes or columns == 32:
-            return chosen
-        columns //= 2
+# asking torch takes longer than a launch
+known_device = functools.cache(device_of)
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -117,12 +167,54 @@ def power_of_two_from(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
+def _selection_rule(device: Device, nodes: int, k: int) -> Selection:
+    if device.interpreted:
+        columns = min(2048, max(16, power_of_two_from(nodes)))
+        return Selection(device.l2_bytes, min(512, columns), columns, 4)
+    # with 2048 columns the selection takes a tenth longer
+    columns = min(1024, max(32, power_of_two_from(nodes)))
+    while True:
+        # about 16 keys per thread: enough to hide the loads, few enough to stay in registers
+        warps = min(16, max(1, power_of_two_from((columns + power_of_two_from(k)) // 1024 * 2)))
+        chosen = Selection(TILE_BYTES, 1, columns, warps)
+        if chosen.shared_bytes() <= device.shared_bytes or columns == 32:
+            return chosen
+        columns //= 2
+
+
+def rule(table: str, device: Device, nodes: int, k: int, width: int) -> Any:
+    """Sizes for a device without a table.
+
+    Args:
+        table: name of the table. device: where it runs. nodes, k: N and K.
+        width: E of ``edge_weight`` and ``edge_coefficient``, C of ``graph_propagate`` and ``graph_layer``, K of
+            ``degree_normalize``; ``knn_graph`` takes no notice of it.
+    """
+    if table == "knn_graph":
+        return _selection_rule(device, nodes, k)
+    whole = min(WIDEST_ROW, max(16, power_of_two_from(width)))
+    if table == "degree_normalize":
+        # one row or one list per program: only its slots are worked on at a time
+        columns = min(1024, max(32, power_of_two_from(width)))
+        return Tile(1, columns, max(1, min(4, columns // 256)))
+    if table == "graph_layer_rows":
+        return Tile(max(1, 1024 // whole), whole, max(1, min(4, whole // 128)))
+    if device.interpreted:
+        # whole rows, and all edges of a node where they are few
+        return Tile(min(128, max(4, power_of_two_from(k))), whole, 4)
+    if table == "graph_layer":
+        rows = min(max(1, 4 * 32 * _VALUES_PER_THREAD // whole), max(4, power_of_two_from(k)))
+        return Tile(rows, whole, max(1, min(4, rows * whole // (32 * _VALUES_PER_THREAD))))
+    rows, columns, warps = _EDGES[table]
+    return Tile(min(rows, max(4, power_of_two_from(k))), min(columns, max(16, power_of_two_from(width))), warps)
+
+
 def folder_of(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 @functools.cache
-def read_table(path: Path, kind: Any = Configuration) -> tuple[tuple[int, int, Any], ...]:
+def read_table(path: Path, kind: Any) -> tuple[tuple[int, int, Any], ...]:
     """Rows (nodes, k, sizes) of a table whose entries are arguments of ``kind``; empty where there is no such file.
 
     Raises:
@@ -145,23 +237,24 @@ def read_table(path: Path, kind: Any = Configuration) -> tuple[tuple[int, int, A
     return tuple((nodes, k, kind(**given)) for nodes, k, given in rows)
 
 
-def table(op: str, device: Device, tuned: Path = TUNED) -> tuple[tuple[int, int, Configuration], ...]:
-    """Rows (nodes, k, configuration) of a device's table, empty where there is none."""
-    return read_table(tuned / folder_of(device.name) / f"{op}.json")
+def kind_of(table: str) -> Any:
+    """What the entries of a table are arguments of."""
+    return Selection if table == "knn_graph" else Tile
 
 
-def choose(op: str, device: Device, nodes: int, k: int, tuned: Path = TUNED) -> Configuration:
+def tuned_sizes(table: str, device: Device, tuned: Path = TUNED) -> tuple[tuple[int, int, Any], ...]:
+    """Rows (nodes, k, sizes) of a device's table, empty where there is none."""
+    return read_table(tuned / folder_of(device.name) / f"{table}.json", kind_of(table))
+
+
+def choose(table: str, device: Device, nodes: int, k: int, width: int = 0, tuned: Path = TUNED) -> Any:
     """The device's table if an entry is large enough and fits the device's shared memory, else the rule."""
-    for up_to_nodes, up_to_k, found in table(op, device, tuned):
+    for up_to_nodes, up_to_k, found in tuned_sizes(table, device, tuned):
         if nodes <= up_to_nodes and k <= up_to_k and found.shared_bytes() <= device.shared_bytes:
             return found
-    return rule(device, nodes, k)
+    return rule(table, device, nodes, k, width)
 
 
-# asking torch takes longer than a launch
-known_device = functools.cache(device_of)
-
-
-def configuration_of(op: str, device: torch.device, nodes: int, k: int) -> Configuration:
-    """Sizes of a launch on ``device`` for N nodes and k neighbours."""
-    return choose(op, known_device(device), nodes, k)
+def sizes_of(table: str, device: torch.device, nodes: int, k: int, width: int = 0) -> Any:
+    """Sizes of a launch on ``device``; arguments as in ``rule``."""
+    return choose(table, known_device(device), nodes, k, width)

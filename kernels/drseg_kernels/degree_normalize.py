@@ -2,8 +2,8 @@
 """Propagation coefficients from edge weights and degrees, and the gradient through both degrees (arXiv 2604.02010,
 Eq. 9).
 
-A program is one node. Every sum has one order: the slots of a row, or the edges that end in a node by reversed lists,
-in steps of COLUMNS, then a tree over the COLUMNS.
+A program is one node. Every sum has one order: the slots of a row, or the edges that end in a node by its columns,
+in steps of BLOCK_N, then a tree over the BLOCK_N.
 """
 
 from __future__ import annotations
@@ -17,41 +17,40 @@ import triton.language as tl
 from torch import Tensor
 
 from drseg_kernels._blocks import within
-from drseg_kernels._launch import on_device_of
-from drseg_kernels._reverse import Reverse, reverse_lists
-from drseg_kernels._tile import FUSED, Tile, tile_of
+from drseg_kernels._csc import Csc, csc_of
+from drseg_kernels._launch import Tile, on_device_of, sizes_of
 
 
 @triton.jit(do_not_specialize=["slots"])
-def _degree_normalize_fwd_kernel_row(weight_ptr, coefficient_ptr, slots, eps, COLUMNS: tl.constexpr):
+def _degree_normalize_fwd_kernel_row(weight_ptr, coefficient_ptr, slots, eps, BLOCK_N: tl.constexpr):
     """Norm ``row``: coefficient (B * N, slots) = weight / (its sum over the slots + eps)."""
     first = tl.program_id(0).to(tl.int64) * slots
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, slots, COLUMNS):
-        k = start + tl.arange(0, COLUMNS)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, slots, BLOCK_N):
+        k = start + tl.arange(0, BLOCK_N)
         total += tl.load(weight_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
     degree = tl.sum(total, axis=0) + eps
-    for start in range(0, slots, COLUMNS):
-        k = start + tl.arange(0, COLUMNS)
+    for start in range(0, slots, BLOCK_N):
+        k = start + tl.arange(0, BLOCK_N)
         weight = tl.load(weight_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
         tl.store(coefficient_ptr + first + k, weight / degree, mask=k < slots)
 
 
 @triton.jit(do_not_specialize=["slots"])
-def _degree_normalize_bwd_kernel_row(grad_ptr, weight_ptr, grad_weight_ptr, slots, eps, COLUMNS: tl.constexpr):
+def _degree_normalize_bwd_kernel_row(grad_ptr, weight_ptr, grad_weight_ptr, slots, eps, BLOCK_N: tl.constexpr):
     """Norm ``row``: the gradient to the weights of a row, through its degree."""
     first = tl.program_id(0).to(tl.int64) * slots
-    total = tl.zeros((COLUMNS,), tl.float32)
-    product = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, slots, COLUMNS):
-        k = start + tl.arange(0, COLUMNS)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    product = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, slots, BLOCK_N):
+        k = start + tl.arange(0, BLOCK_N)
         weight = tl.load(weight_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
         total += weight
         product += weight * tl.load(grad_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
     inverse = 1.0 / (tl.sum(total, axis=0) + eps)
     through = inverse * tl.sum(product, axis=0)
-    for start in range(0, slots, COLUMNS):
-        k = start + tl.arange(0, COLUMNS)
+    for start in range(0, slots, BLOCK_N):
+        k = start + tl.arange(0, BLOCK_N)
         grad = tl.load(grad_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
         tl.store(grad_weight_ptr + first + k, inverse * (grad - through), mask=k < slots)
 
@@ -59,33 +58,33 @@ def _degree_normalize_bwd_kernel_row(grad_ptr, weight_ptr, grad_weight_ptr, slot
 @triton.jit(do_not_specialize=["slots"])
 def _degree_normalize_fwd_kernel_scale(
     weight_ptr,
-    begin_ptr,
-    edge_ptr,
+    indptr_ptr,
+    perm_ptr,
     start_ptr,
     end_ptr,
     slots,
     eps,
     NORM: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Inverse roots of a node's degrees: start (B * N,) as the start of an edge, end (B * N,) as its end.
 
     The two are one for ``sym_row`` and ``sym_undirected``, which write ``start`` only.
     """
     node = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for first in range(0, slots, COLUMNS):
-        k = first + tl.arange(0, COLUMNS)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, slots, BLOCK_N):
+        k = first + tl.arange(0, BLOCK_N)
         total += tl.load(weight_ptr + node * slots + k, mask=k < slots, other=0.0).to(tl.float32)
     row = tl.sum(total, axis=0)
     if NORM == "sym_row":
         tl.store(start_ptr + node, tl.rsqrt(row + eps))
     else:
-        last = tl.load(begin_ptr + node + 1)
-        total = tl.zeros((COLUMNS,), tl.float32)
-        for first in range(tl.load(begin_ptr + node), last, COLUMNS):
-            place = first + tl.arange(0, COLUMNS)
-            edge = tl.load(edge_ptr + place, mask=place < last, other=0)
+        last = tl.load(indptr_ptr + node + 1)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        for first in range(tl.load(indptr_ptr + node), last, BLOCK_N):
+            place = first + tl.arange(0, BLOCK_N)
+            edge = tl.load(perm_ptr + place, mask=place < last, other=0)
             total += tl.load(weight_ptr + edge, mask=place < last, other=0.0).to(tl.float32)
         column = tl.sum(total, axis=0)
         if NORM == "sym_inout":
@@ -105,15 +104,15 @@ def _degree_normalize_fwd_kernel_edges(
     nodes,
     slots,
     NORM: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Coefficients (B * N, slots) of the edges of one node: the weight times the scales of both ends, or of one."""
     node = tl.program_id(0)
     sample = (node // nodes).to(tl.int64) * nodes
     node = node.to(tl.int64)
     near = tl.load(start_ptr + node)
-    for first in range(0, slots, COLUMNS):
-        k = first + tl.arange(0, COLUMNS)
+    for first in range(0, slots, BLOCK_N):
+        k = first + tl.arange(0, BLOCK_N)
         slot = k < slots
         edge = node * slots + k
         other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
@@ -131,8 +130,8 @@ def _degree_normalize_bwd_kernel_degree(
     grad_ptr,
     weight_ptr,
     index_ptr,
-    begin_ptr,
-    edge_ptr,
+    indptr_ptr,
+    perm_ptr,
     start_ptr,
     end_ptr,
     row_ptr,
@@ -140,7 +139,7 @@ def _degree_normalize_bwd_kernel_degree(
     nodes,
     slots,
     NORM: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Gradients to a node's degrees: row (B * N,) for the edges that leave it, column for those that end in it.
 
@@ -151,9 +150,9 @@ def _degree_normalize_bwd_kernel_degree(
     node = node.to(tl.int64)
     start, end = tl.load(start_ptr + node), tl.load(end_ptr + node)
 
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for first in range(0, slots, COLUMNS):
-        k = first + tl.arange(0, COLUMNS)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, slots, BLOCK_N):
+        k = first + tl.arange(0, BLOCK_N)
         slot = k < slots
         edge = node * slots + k
         other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
@@ -163,12 +162,12 @@ def _degree_normalize_bwd_kernel_degree(
     # d(degree ** -1/2) = -1/2 degree ** -3/2
     to_start = -0.5 * (start * start * start) * tl.sum(total, axis=0)
 
-    last = tl.load(begin_ptr + node + 1)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for first in range(tl.load(begin_ptr + node), last, COLUMNS):
-        place = first + tl.arange(0, COLUMNS)
+    last = tl.load(indptr_ptr + node + 1)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(tl.load(indptr_ptr + node), last, BLOCK_N):
+        place = first + tl.arange(0, BLOCK_N)
         incoming = place < last
-        edge = tl.load(edge_ptr + place, mask=incoming, other=0)
+        edge = tl.load(perm_ptr + place, mask=incoming, other=0)
         share = tl.load(grad_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
         share = share * tl.load(weight_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
         total += share * tl.load(start_ptr + edge // slots, mask=incoming, other=0.0)
@@ -209,15 +208,15 @@ def _degree_normalize_bwd_kernel_edges(
     nodes,
     slots,
     NORM: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Gradient (B * N, slots) to the weights of one node's edges."""
     node = tl.program_id(0)
     sample = (node // nodes).to(tl.int64) * nodes
     node = node.to(tl.int64)
     near, through_row = tl.load(start_ptr + node), tl.load(row_ptr + node)
-    for first in range(0, slots, COLUMNS):
-        k = first + tl.arange(0, COLUMNS)
+    for first in range(0, slots, BLOCK_N):
+        k = first + tl.arange(0, BLOCK_N)
         slot = k < slots
         edge = node * slots + k
         other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
@@ -233,7 +232,7 @@ class Ends:
         norm: ``sym_row``, ``sym_inout`` or ``sym_undirected``.
         start, end: (B * N,) scales of a node at the start and at the end of an edge.
         row, column: (B * N,) gradients to its degrees there; one tensor where the degrees are one.
-        reverse: incoming edges.
+        csc: incoming edges.
     """
 
     norm: str
@@ -241,7 +240,7 @@ class Ends:
     end: Tensor
     row: Tensor
     column: Tensor
-    reverse: Reverse
+    csc: Csc
 
 
 def scales(
@@ -258,19 +257,19 @@ def scales(
         start = torch.empty(rows, dtype=torch.float32, device=weight.device)
         into = (start, torch.empty_like(start) if norm == "sym_inout" else start)
     # never read for sym_row
-    begin, edge = index, index
+    indptr, perm = index, index
     if norm != "sym_row":
-        reverse = reverse_lists(index)
-        begin, edge = reverse.begin, reverse.edge
-    _degree_normalize_fwd_kernel_scale[(rows,)](weight, begin, edge, *into, index.shape[2], eps, NORM=norm, **common)
+        csc = csc_of(index)
+        indptr, perm = csc
+    _degree_normalize_fwd_kernel_scale[(rows,)](weight, indptr, perm, *into, index.shape[2], eps, NORM=norm, **common)
     return into
 
 
 def common_of(weight: Tensor, index: Tensor, tile: Tile | None = None) -> dict[str, Any]:
     """Compile-time arguments and options of the kernels here."""
     slots = index.shape[2]
-    chosen = tile or tile_of("degree_normalize", weight.device, index.shape[1], slots, slots)
-    return {"COLUMNS": chosen.columns, **chosen.options(), **FUSED}
+    chosen = tile or sizes_of("degree_normalize", weight.device, index.shape[1], slots, slots)
+    return {"BLOCK_N": chosen.block_n, **chosen.options()}
 
 
 def degree_normalize(weight: Tensor, index: Tensor, norm: str, eps: float, *, tile: Tile | None = None) -> Tensor:
@@ -306,15 +305,15 @@ def through_degrees(
     grad: Tensor, weight: Tensor, index: Tensor, norm: str, start: Tensor, end: Tensor, common: dict[str, Any]
 ) -> Ends:
     """Gradients to the degrees; ``grad`` and ``weight`` contiguous, the scales as ``scales`` gives them."""
-    reverse = reverse_lists(index)
+    csc = csc_of(index)
     row = torch.empty_like(start)
     column = torch.empty_like(start) if norm == "sym_inout" else row
     _degree_normalize_bwd_kernel_degree[(start.numel(),)](
         grad,
         weight,
         index.contiguous(),
-        reverse.begin,
-        reverse.edge,
+        csc.indptr,
+        csc.perm,
         start,
         end,
         row,
@@ -324,7 +323,7 @@ def through_degrees(
         NORM=norm,
         **common,
     )
-    return Ends(norm, start, end, row, column, reverse)
+    return Ends(norm, start, end, row, column, csc)
 
 
 def degree_normalize_backward(

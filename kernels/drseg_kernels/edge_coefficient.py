@@ -11,6 +11,7 @@ The order of every sum is that of the two ops.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drseg_kernels._launch import on_device_of
-from drseg_kernels._tile import FUSED, Tile, tile_of
+from drseg_kernels._launch import Tile, on_device_of, sizes_of
 from drseg_kernels.degree_normalize import (
     _degree_normalize_fwd_kernel_edges,
     common_of,
@@ -50,15 +50,15 @@ def _edge_coefficient_fwd_kernel(
     eps,
     NORM: tl.constexpr,
     MASKED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Edges of one node: weight (B * N, slots); for ``sym_row`` and ``row`` its scale start (B * N,); for
     ``sym_count`` its coefficients."""
     node = tl.program_id(0)
-    total = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, slots, ROWS):
-        k = first + tl.arange(0, ROWS)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, slots, BLOCK_M):
+        k = first + tl.arange(0, BLOCK_M)
         weight = weights_of(
             source_ptr,
             target_ptr,
@@ -72,8 +72,8 @@ def _edge_coefficient_fwd_kernel(
             slots,
             width,
             MASKED,
-            ROWS,
-            COLUMNS,
+            BLOCK_M,
+            BLOCK_N,
         )
         edge = node.to(tl.int64) * slots + k
         tl.store(weight_ptr + edge, weight, mask=k < slots)
@@ -113,7 +113,7 @@ def edge_coefficient(
     scale = torch.empty(ENDS[norm], batch, nodes, **like)
     if weight.numel() == 0:
         return coefficient, weight, scale.fill_(eps**-0.5)
-    chosen = tile or tile_of("edge_coefficient", source.device, nodes, slots, width)
+    chosen = tile or sizes_of("edge_coefficient", source.device, nodes, slots, width)
     near = index.contiguous()
     start = scale[0] if ENDS[norm] else torch.empty(batch, nodes, **like) if norm == "row" else weight
     common = common_of(weight, index)
@@ -137,7 +137,6 @@ def edge_coefficient(
             MASKED=mask is not None,
             **chosen.constants(),
             **chosen.options(),
-            **FUSED,
         )
         if norm == "sym_count":
             return coefficient, weight, scale
@@ -161,17 +160,15 @@ def edge_coefficient_backward(
     bias: Tensor,
     norm: str,
     eps: float,
-    need_source: bool,
-    need_target: bool,
-    need_parameters: bool,
+    output_mask: Sequence[bool],
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to ``source``, ``target``, ``vector`` and ``bias`` in their dtypes; one that is not needed is empty.
+    """Gradients to ``source``, ``target``, ``vector`` and ``bias`` in their dtypes.
 
     Args:
         grad: (B, N, K), of the coefficients. weight, scale: as the forward returned them. The other arguments as there.
-        need_source, need_target, need_parameters: which gradients to compute; ``vector`` and ``bias`` go together.
+        output_mask: which gradients to compute; the others are empty, ``vector`` and ``bias`` if neither is asked.
     """
     ends = None
     if index.numel() and ENDS[norm]:
@@ -181,5 +178,4 @@ def edge_coefficient_backward(
             ends = through_degrees(grad, weight, index, norm, start, end, common_of(weight, index))
     else:
         grad = degree_normalize_backward(grad, weight, index, norm, eps)
-    given = (grad, weight, source, target, index, vector, bias, need_source, need_target, need_parameters)
-    return edge_weight_backward(*given, ends=ends, tile=tile)
+    return edge_weight_backward(grad, weight, source, target, index, vector, bias, output_mask, ends=ends, tile=tile)

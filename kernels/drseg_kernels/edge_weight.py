@@ -2,15 +2,16 @@
 """Edge weights ``softplus(vector . relu(source_i + target_j) + bias)`` and their gradients (arXiv 2604.02010, Eq. 8).
 
 Nothing of the size of all edges times the hidden width is stored: the backward computes the mask of the ReLU again.
-Every sum has one order, whatever the device does first. Forward: the hidden units of an edge in steps of COLUMNS, then
-a tree over the COLUMNS. Gradient to ``source``: the slots of a row in steps of ROWS, then a tree over the ROWS; to
-``target`` the same over the edges that end in a node, by reversed lists; to ``vector`` and ``bias`` sums of chunks of
-rows, then of the chunks, both in ascending order.
+Every sum has one order, whatever the device does first. Forward: the hidden units of an edge in steps of BLOCK_N, then
+a tree over the BLOCK_N. Gradient to ``source``: the slots of a row in steps of BLOCK_M, then a tree over the BLOCK_M;
+to ``target`` the same over the edges that end in a node, by the graph's columns; to ``vector`` and ``bias`` sums of
+chunks of rows, then of the chunks, both in ascending order.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from drseg_kernels._blocks import softplus, softplus_slope, within
-from drseg_kernels._launch import on_device_of
-from drseg_kernels._reverse import reverse_lists
-from drseg_kernels._tile import FUSED, Tile, tile_of
+from drseg_kernels._csc import csc_of
+from drseg_kernels._launch import Tile, on_device_of, sizes_of
 from drseg_kernels.degree_normalize import Ends, weight_gradient
 
 # chunks of rows whose contributions to the gradients of vector and bias are summed apart: enough to fill a device
@@ -43,18 +43,18 @@ def weights_of(
     slots,
     width,
     MASKED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """(ROWS,) weights of the edges in the slots ``k`` of one node."""
+    """(BLOCK_M,) weights of the edges in the slots ``k`` of one node."""
     first = (node // nodes).to(tl.int64) * nodes
     node = node.to(tl.int64)
     slot = k < slots
     edge = node * slots + k
     near = first + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, width, COLUMNS):
-        c = start + tl.arange(0, COLUMNS)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, width, BLOCK_N):
+        c = start + tl.arange(0, BLOCK_N)
         column = c < width
         both = slot[:, None] & column[None, :]
         own = tl.load(source_ptr + node * width + c, mask=column, other=0.0).to(tl.float32)
@@ -83,12 +83,12 @@ def _edge_weight_fwd_kernel(
     slots,
     width,
     MASKED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """ROWS edges of one node: source, target (B * N, width), index, mask, weight (B * N, slots)."""
+    """BLOCK_M edges of one node: source, target (B * N, width), index, mask, weight (B * N, slots)."""
     node = tl.program_id(0)
-    k = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    k = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     weight = weights_of(
         source_ptr,
         target_ptr,
@@ -102,8 +102,8 @@ def _edge_weight_fwd_kernel(
         slots,
         width,
         MASKED,
-        ROWS,
-        COLUMNS,
+        BLOCK_M,
+        BLOCK_N,
     )
     tl.store(weight_ptr + node.to(tl.int64) * slots + k, weight, mask=k < slots)
 
@@ -131,8 +131,8 @@ def _edge_weight_bwd_kernel_source(
     NORM: tl.constexpr,
     NEED_SOURCE: tl.constexpr,
     NEED_PARAMETERS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Some hidden units of a chunk of rows: slope (rows, slots), the gradient of each logit; grad_source; and in part
     (chunks, width + 1) the chunk's contributions to the gradients of vector and, last, of bias.
@@ -140,19 +140,19 @@ def _edge_weight_bwd_kernel_source(
     With a NORM ``grad`` is the gradient of the normalised weights, see ``degree_normalize.weight_gradient``.
     """
     begin = tl.program_id(0).to(tl.int64) * chunk
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = c < width
     vector = tl.load(vector_ptr + c, mask=column, other=0.0).to(tl.float32)
-    to_vector = tl.zeros((ROWS, COLUMNS), tl.float32)
-    to_bias = tl.zeros((ROWS,), tl.float32)
+    to_vector = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    to_bias = tl.zeros((BLOCK_M,), tl.float32)
     for step in range(0, chunk):
         node = begin + step
         inside = node < rows
         first = (node.to(tl.int32) // nodes).to(tl.int64) * nodes
         own = tl.load(source_ptr + node * width + c, mask=column & inside, other=0.0).to(tl.float32)
-        active = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for start in range(0, slots, ROWS):
-            k = start + tl.arange(0, ROWS)
+        active = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, slots, BLOCK_M):
+            k = start + tl.arange(0, BLOCK_M)
             slot = (k < slots) & inside
             edge = node * slots + k
             near = first + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
@@ -191,26 +191,26 @@ def _edge_weight_bwd_kernel_target(
     slope_ptr,
     source_ptr,
     target_ptr,
-    begin_ptr,
-    edge_ptr,
+    indptr_ptr,
+    perm_ptr,
     vector_ptr,
     grad_target_ptr,
     slots,
     width,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Some hidden units of one node: grad_target (B * N, width) over the edges that end in it."""
     node = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = c < width
     own = tl.load(target_ptr + node * width + c, mask=column, other=0.0).to(tl.float32)
-    end = tl.load(begin_ptr + node + 1)
-    active = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(tl.load(begin_ptr + node), end, ROWS):
-        place = start + tl.arange(0, ROWS)
+    end = tl.load(indptr_ptr + node + 1)
+    active = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(tl.load(indptr_ptr + node), end, BLOCK_M):
+        place = start + tl.arange(0, BLOCK_M)
         incoming = place < end
-        edge = tl.load(edge_ptr + place, mask=incoming, other=0)
+        edge = tl.load(perm_ptr + place, mask=incoming, other=0)
         slope = tl.load(slope_ptr + edge, mask=incoming, other=0.0)
         row = (edge // slots).to(tl.int64)
         both = incoming[:, None] & column[None, :]
@@ -222,13 +222,13 @@ def _edge_weight_bwd_kernel_target(
 
 @triton.jit(do_not_specialize=["chunks"])
 def _edge_weight_bwd_kernel_sum(
-    part_ptr, grad_vector_ptr, grad_bias_ptr, chunks, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    part_ptr, grad_vector_ptr, grad_bias_ptr, chunks, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Some of grad_vector (width,) and, last, grad_bias: the sum of part (chunks, width + 1) over the chunks."""
-    c = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, chunks, ROWS):
-        r = (start + tl.arange(0, ROWS)).to(tl.int64)
+    c = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, chunks, BLOCK_M):
+        r = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         both = (r < chunks)[:, None] & (c <= width)[None, :]
         total += tl.load(part_ptr + (r * (width + 1))[:, None] + c[None, :], mask=both, other=0.0)
     value = tl.sum(total, axis=0)
@@ -238,7 +238,7 @@ def _edge_weight_bwd_kernel_sum(
 
 def two_sums(tile: Tile) -> Tile:
     """Sizes of the kernel that keeps two sums per hidden unit: half of the rows, or they do not fit the registers."""
-    return dataclasses.replace(tile, rows=max(1, tile.rows // 2))
+    return dataclasses.replace(tile, block_m=max(1, tile.block_m // 2))
 
 
 def edge_weight(
@@ -264,9 +264,9 @@ def edge_weight(
     weight = torch.empty(index.shape, dtype=torch.float32, device=source.device)
     if weight.numel() == 0:
         return weight
-    chosen = tile or tile_of("edge_weight", source.device, nodes, slots, width)
+    chosen = tile or sizes_of("edge_weight", source.device, nodes, slots, width)
     with on_device_of(source):
-        _edge_weight_fwd_kernel[(batch * nodes, triton.cdiv(slots, chosen.rows))](
+        _edge_weight_fwd_kernel[(batch * nodes, triton.cdiv(slots, chosen.block_m))](
             source.contiguous(),
             target.contiguous(),
             index.contiguous(),
@@ -281,7 +281,6 @@ def edge_weight(
             MASKED=mask is not None,
             **chosen.constants(),
             **chosen.options(),
-            **FUSED,
         )
     return weight
 
@@ -294,41 +293,36 @@ def edge_weight_backward(
     index: Tensor,
     vector: Tensor,
     bias: Tensor,
-    need_source: bool,
-    need_target: bool,
-    need_parameters: bool,
+    output_mask: Sequence[bool],
     *,
     ends: Ends | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to ``source``, ``target``, ``vector`` and ``bias`` in their dtypes; one that is not needed is empty.
+    """Gradients to ``source``, ``target``, ``vector`` and ``bias`` in their dtypes.
 
     Args:
         grad, weight: (B, N, K); the other arguments as in ``edge_weight``.
-        need_source, need_target, need_parameters: which gradients to compute; ``vector`` and ``bias`` go together.
+        output_mask: which gradients to compute; the others are empty, ``vector`` and ``bias`` if neither is asked.
         ends: given where ``grad`` is that of the normalised weights.
     """
     batch, nodes, slots = index.shape
     width, rows = source.shape[-1], batch * nodes
+    need_source, need_target, need_parameters = output_mask[0], output_mask[1], any(output_mask[2:])
+    needed = (need_source, need_target, need_parameters, need_parameters)
     grads = tuple(
         torch.empty(like.shape if need else (0,), dtype=like.dtype, device=like.device)
-        for like, need in (
-            (source, need_source),
-            (target, need_target),
-            (vector, need_parameters),
-            (bias, need_parameters),
-        )
+        for like, need in zip((source, target, vector, bias), needed, strict=True)
     )
     if index.numel() == 0:
         return tuple(value.zero_() for value in grads)  # type: ignore[return-value]
     grad_source, grad_target, grad_vector, grad_bias = grads
-    chosen = tile or tile_of("edge_weight", source.device, nodes, slots, width)
+    chosen = tile or sizes_of("edge_weight", source.device, nodes, slots, width)
     source, target, vector = source.contiguous(), target.contiguous(), vector.contiguous()
     slope = torch.empty(index.shape, dtype=torch.float32, device=source.device)
     chunk = max(_SMALLEST_CHUNK, triton.cdiv(rows, _MOST_CHUNKS))
-    chunks, blocks = triton.cdiv(rows, chunk), triton.cdiv(width, chosen.columns)
+    chunks, blocks = triton.cdiv(rows, chunk), triton.cdiv(width, chosen.block_n)
     part = torch.empty(chunks if need_parameters else 0, width + 1, dtype=torch.float32, device=source.device)
-    common: dict[str, Any] = {**chosen.constants(), **chosen.options(), **FUSED}
+    common: dict[str, Any] = {**chosen.constants(), **chosen.options()}
     # never read without a norm
     scales = (slope,) * 4 if ends is None else (ends.start, ends.end, ends.row, ends.column)
     with on_device_of(source):
@@ -355,12 +349,12 @@ def edge_weight_backward(
             **{**common, **two_sums(chosen).constants()},
         )
         if need_target and blocks:
-            reverse = reverse_lists(index) if ends is None else ends.reverse
+            csc = csc_of(index) if ends is None else ends.csc
             _edge_weight_bwd_kernel_target[(rows, blocks)](
-                slope, source, target, reverse.begin, reverse.edge, vector, grad_target, slots, width, **common
+                slope, source, target, csc.indptr, csc.perm, vector, grad_target, slots, width, **common
             )
         if need_parameters:
-            _edge_weight_bwd_kernel_sum[(triton.cdiv(width + 1, chosen.columns),)](
+            _edge_weight_bwd_kernel_sum[(triton.cdiv(width + 1, chosen.block_n),)](
                 part, grad_vector, grad_bias, chunks, width, **common
             )
     return grad_source, grad_target, grad_vector, grad_bias

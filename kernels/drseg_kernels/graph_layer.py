@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Propagation with what follows it in one launch: bias, then ReLU or LayerNorm (arXiv 2604.02010, Eq. 9).
 
-Forward, one launch: the sums of ``graph_propagate`` by any of its strategies; a program that holds whole rows
-normalises them before it writes. Rows that are wider than a program take a second launch. Backward: one launch leads
-the gradient through LayerNorm or ReLU and adds up chunks of rows for bias, gain and shift, one adds the chunks in
-ascending order, and the rest is the backward of ``graph_propagate``.
+Forward, one launch: the sums of ``graph_propagate``; a program that holds whole rows normalises them before it writes.
+Rows that are wider than a program take a second launch. Backward: one launch leads the gradient through LayerNorm or
+ReLU and adds up chunks of rows for the parameters, one adds the chunks in ascending order, and the rest is the backward
+of ``graph_propagate``.
 
-LayerNorm keeps its normalised rows for the backward in float32, whatever the dtype of the features.
+LayerNorm keeps what it was given, in float32 whatever the dtype of the features, and each row's mean and rstd.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,18 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drseg_kernels._launch import on_device_of
-from drseg_kernels._reverse import reverse_lists
-from drseg_kernels._tile import Tile, options, tile_of
-from drseg_kernels.graph_propagate import (
-    dense_constants,
-    dense_sum,
-    edge_dot,
-    gathered_sum,
-    graph_propagate,
-    group_of,
-    groups_of,
-)
+from drseg_kernels._csc import csc_of
+from drseg_kernels._launch import Tile, on_device_of, sizes_of
+from drseg_kernels.graph_propagate import edge_dot, gathered_sum, graph_propagate
 
 # chunks of rows whose contributions to the gradients of the parameters are summed apart: enough to fill a device
 _MOST_CHUNKS = 1024
@@ -38,66 +30,20 @@ _SMALLEST_CHUNK = 8
 ACTIVATIONS = ("none", "relu", "layer_norm")
 
 
-@triton.jit
-def _finish(
-    total,
-    node,
-    row,
-    c,
-    bias_ptr,
-    gain_ptr,
-    shift_ptr,
-    y_ptr,
-    normed_ptr,
-    inverse_ptr,
-    channels,
-    eps,
-    BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    KEEP: tl.constexpr,
-):
-    """Write channels ``c`` of y for nodes ``node`` (int64, where ``row``) from their sums ``total``.
-
-    For ``layer_norm`` all channels of a row are there; KEEP writes the normalised rows and their inverse deviations.
-    """
-    channel = c < channels
-    both = row[:, None] & channel[None, :]
-    at = (node * channels)[:, None] + c[None, :]
-    if BIAS:
-        total += tl.load(bias_ptr + c, mask=channel, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == "relu":
-        # written so that NaN passes
-        total = tl.where(total < 0.0, 0.0, total)
-    if ACTIVATION == "layer_norm":
-        # a coefficient that is not finite makes NaN of the channels beyond the last
-        total = tl.where(channel[None, :], total, 0.0)
-        share = 1.0 / channels
-        mean = tl.sum(total, axis=1) * share
-        total = tl.where(channel[None, :], total - mean[:, None], 0.0)
-        inverse = tl.rsqrt(tl.sum(total * total, axis=1) * share + eps)
-        total = total * inverse[:, None]
-        if KEEP:
-            tl.store(normed_ptr + at, total, mask=both)
-            tl.store(inverse_ptr + node, inverse, mask=row)
-        gain = tl.load(gain_ptr + c, mask=channel, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + c, mask=channel, other=0.0).to(tl.float32)
-        total = total * gain[None, :] + shift[None, :]
-    tl.store(y_ptr + at, total, mask=both)
-
-
 @triton.jit(do_not_specialize=["nodes", "slots"])
-def _graph_layer_fwd_kernel_gathered(
+def _graph_layer_fwd_kernel(
     x_ptr,
     index_ptr,
     coefficient_ptr,
-    begin_ptr,
-    edge_ptr,
+    indptr_ptr,
+    perm_ptr,
     bias_ptr,
-    gain_ptr,
-    shift_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
     y_ptr,
-    normed_ptr,
-    inverse_ptr,
+    given_ptr,
+    mean_ptr,
+    rstd_ptr,
     nodes,
     slots,
     channels,
@@ -106,215 +52,119 @@ def _graph_layer_fwd_kernel_gathered(
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     KEEP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Some channels of one node of y (B * N, channels); UNDIRECTED follows its edges in both directions."""
+    """Some channels of one node of y (B * N, channels); UNDIRECTED follows its edges in both directions.
+
+    For ``layer_norm`` the program holds all channels; KEEP writes what it normalises, and the row's mean and rstd.
+    """
     node = tl.program_id(0)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel = c < channels
     total = gathered_sum(
         x_ptr,
         index_ptr,
         coefficient_ptr,
-        begin_ptr,
-        edge_ptr,
+        indptr_ptr,
+        perm_ptr,
         node,
         nodes,
         slots,
         channels,
         c,
         False,
-        ROWS,
-        COLUMNS,
+        BLOCK_M,
+        BLOCK_N,
     )
     if UNDIRECTED:
         total += gathered_sum(
             x_ptr,
             index_ptr,
             coefficient_ptr,
-            begin_ptr,
-            edge_ptr,
+            indptr_ptr,
+            perm_ptr,
             node,
             nodes,
             slots,
             channels,
             c,
             True,
-            ROWS,
-            COLUMNS,
+            BLOCK_M,
+            BLOCK_N,
         )
-    one = tl.arange(0, 1)
-    _finish(
-        total[None, :],
-        node.to(tl.int64) + one,
-        one == 0,
-        c,
-        bias_ptr,
-        gain_ptr,
-        shift_ptr,
-        y_ptr,
-        normed_ptr,
-        inverse_ptr,
-        channels,
-        eps,
-        BIAS,
-        ACTIVATION,
-        KEEP,
-    )
-
-
-@triton.jit(do_not_specialize=["nodes", "slots", "groups"])
-def _graph_layer_fwd_kernel_densified(
-    x_ptr,
-    index_ptr,
-    coefficient_ptr,
-    member_ptr,
-    begin_ptr,
-    count_ptr,
-    union_ptr,
-    incoming_begin_ptr,
-    incoming_count_ptr,
-    incoming_ptr,
-    bias_ptr,
-    gain_ptr,
-    shift_ptr,
-    y_ptr,
-    normed_ptr,
-    inverse_ptr,
-    nodes,
-    slots,
-    channels,
-    groups,
-    eps,
-    UNDIRECTED: tl.constexpr,
-    BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    KEEP: tl.constexpr,
-    UNION: tl.constexpr,
-    PARTS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    SLOTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SOURCES: tl.constexpr,
-):
-    """Some channels of ROWS nodes of y (B * N, channels), in ``groups`` of a sample; UNDIRECTED follows their edges in
-    both directions."""
-    program = tl.program_id(0)
-    sample, r = group_of(member_ptr, program, nodes, groups, UNION, ROWS)
-    base = sample * nodes
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    total = dense_sum(
-        x_ptr,
-        index_ptr,
-        coefficient_ptr,
-        begin_ptr,
-        count_ptr,
-        union_ptr,
-        program,
-        base,
-        r,
-        c,
-        nodes,
-        slots,
-        channels,
-        False,
-        UNION,
-        PARTS,
-        INTERPRETED,
-        SLOTS,
-        ROWS,
-        COLUMNS,
-        SOURCES,
-    )
-    if UNDIRECTED:
-        total += dense_sum(
-            x_ptr,
-            index_ptr,
-            coefficient_ptr,
-            incoming_begin_ptr,
-            incoming_count_ptr,
-            incoming_ptr,
-            program,
-            base,
-            r,
-            c,
-            nodes,
-            slots,
-            channels,
-            True,
-            UNION,
-            PARTS,
-            INTERPRETED,
-            SLOTS,
-            ROWS,
-            COLUMNS,
-            SOURCES,
-        )
-    _finish(
-        total,
-        base + r,
-        (r >= 0) & (r < nodes),
-        c,
-        bias_ptr,
-        gain_ptr,
-        shift_ptr,
-        y_ptr,
-        normed_ptr,
-        inverse_ptr,
-        channels,
-        eps,
-        BIAS,
-        ACTIVATION,
-        KEEP,
-    )
+    at = node.to(tl.int64) * channels + c
+    if BIAS:
+        total += tl.load(bias_ptr + c, mask=channel, other=0.0).to(tl.float32)
+    if ACTIVATION == "relu":
+        # written so that NaN passes
+        total = tl.where(total < 0.0, 0.0, total)
+    if ACTIVATION == "layer_norm":
+        if KEEP:
+            tl.store(given_ptr + at, total, mask=channel)
+        # a coefficient that is not finite makes NaN of the channels beyond the last
+        total = tl.where(channel, total, 0.0)
+        share = 1.0 / channels
+        mean = tl.sum(total, axis=0) * share
+        total = tl.where(channel, total - mean, 0.0)
+        rstd = tl.rsqrt(tl.sum(total * total, axis=0) * share + eps)
+        total = total * rstd
+        if KEEP:
+            tl.store(mean_ptr + node, mean)
+            tl.store(rstd_ptr + node, rstd)
+        weight = tl.load(norm_weight_ptr + c, mask=channel, other=0.0).to(tl.float32)
+        total = total * weight + tl.load(norm_bias_ptr + c, mask=channel, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, total, mask=channel)
 
 
 @triton.jit
 def _graph_layer_fwd_kernel_norm(
-    normed_ptr, inverse_ptr, gain_ptr, shift_ptr, y_ptr, channels, eps, COLUMNS: tl.constexpr
+    given_ptr, mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, channels, eps, BLOCK_N: tl.constexpr
 ):
-    """LayerNorm of one row that no program holds: ``normed`` holds its sums first, its normalised values after."""
+    """LayerNorm of one row that no program holds."""
     node = tl.program_id(0).to(tl.int64)
     at = node * channels
     # divided once: the compiler calls a function for it, and keeps few values across a call
     share = 1.0 / channels
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, channels, COLUMNS):
-        c = start + tl.arange(0, COLUMNS)
-        total += tl.load(normed_ptr + at + c, mask=c < channels, other=0.0)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, channels, BLOCK_N):
+        c = start + tl.arange(0, BLOCK_N)
+        total += tl.load(given_ptr + at + c, mask=c < channels, other=0.0)
     mean = tl.sum(total, axis=0) * share
-    square = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, channels, COLUMNS):
-        c = start + tl.arange(0, COLUMNS)
-        delta = tl.where(c < channels, tl.load(normed_ptr + at + c, mask=c < channels, other=0.0) - mean, 0.0)
+    square = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, channels, BLOCK_N):
+        c = start + tl.arange(0, BLOCK_N)
+        delta = tl.where(c < channels, tl.load(given_ptr + at + c, mask=c < channels, other=0.0) - mean, 0.0)
         square += delta * delta
-    inverse = tl.rsqrt(tl.sum(square, axis=0) * share + eps)
-    tl.store(inverse_ptr + node, inverse)
-    for start in range(0, channels, COLUMNS):
-        c = start + tl.arange(0, COLUMNS)
+    rstd = tl.rsqrt(tl.sum(square, axis=0) * share + eps)
+    tl.store(mean_ptr + node, mean)
+    tl.store(rstd_ptr + node, rstd)
+    for start in range(0, channels, BLOCK_N):
+        c = start + tl.arange(0, BLOCK_N)
         channel = c < channels
-        normed = (tl.load(normed_ptr + at + c, mask=channel, other=0.0) - mean) * inverse
-        gain = tl.load(gain_ptr + c, mask=channel, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + c, mask=channel, other=0.0).to(tl.float32)
-        tl.store(normed_ptr + at + c, normed, mask=channel)
-        tl.store(y_ptr + at + c, normed * gain + shift, mask=channel)
+        normed = (tl.load(given_ptr + at + c, mask=channel, other=0.0) - mean) * rstd
+        weight = tl.load(norm_weight_ptr + c, mask=channel, other=0.0).to(tl.float32)
+        shift = tl.load(norm_bias_ptr + c, mask=channel, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at + c, normed * weight + shift, mask=channel)
 
 
 @triton.jit
-def _graph_layer_bwd_kernel_moments(grad_ptr, normed_ptr, gain_ptr, moment_ptr, channels, COLUMNS: tl.constexpr):
+def _graph_layer_bwd_kernel_moments(
+    grad_ptr, given_ptr, mean_ptr, rstd_ptr, norm_weight_ptr, moment_ptr, channels, BLOCK_N: tl.constexpr
+):
     """moment (B * N, 2) of a row that no program holds: means of its gradient, plain and times the normalised row."""
     node = tl.program_id(0).to(tl.int64)
+    mean, rstd = tl.load(mean_ptr + node), tl.load(rstd_ptr + node)
     share = 1.0 / channels
-    plain = tl.zeros((COLUMNS,), tl.float32)
-    along = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, channels, COLUMNS):
-        c = start + tl.arange(0, COLUMNS)
+    plain = tl.zeros((BLOCK_N,), tl.float32)
+    along = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, channels, BLOCK_N):
+        c = start + tl.arange(0, BLOCK_N)
         channel = c < channels
         grad = tl.load(grad_ptr + node * channels + c, mask=channel, other=0.0).to(tl.float32)
-        grad *= tl.load(gain_ptr + c, mask=channel, other=0.0).to(tl.float32)
+        grad *= tl.load(norm_weight_ptr + c, mask=channel, other=0.0).to(tl.float32)
         plain += grad
-        along += grad * tl.load(normed_ptr + node * channels + c, mask=channel, other=0.0)
+        along += grad * ((tl.load(given_ptr + node * channels + c, mask=channel, other=0.0) - mean) * rstd)
     tl.store(moment_ptr + node * 2, tl.sum(plain, axis=0) * share)
     tl.store(moment_ptr + node * 2 + 1, tl.sum(along, axis=0) * share)
 
@@ -323,10 +173,11 @@ def _graph_layer_bwd_kernel_moments(grad_ptr, normed_ptr, gain_ptr, moment_ptr, 
 def _graph_layer_bwd_kernel_activation(
     grad_ptr,
     y_ptr,
-    normed_ptr,
-    inverse_ptr,
+    given_ptr,
+    mean_ptr,
+    rstd_ptr,
     moment_ptr,
-    gain_ptr,
+    norm_weight_ptr,
     inner_ptr,
     part_ptr,
     rows,
@@ -336,23 +187,23 @@ def _graph_layer_bwd_kernel_activation(
     WHOLE: tl.constexpr,
     NEED_INNER: tl.constexpr,
     NEED_PARAMETERS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Some channels of a chunk of rows: inner (rows, channels), the gradient before the activation; and in part
-    (chunks, 3, channels) the chunk's contributions to the gradients of bias, gain and shift.
+    (chunks, 3, channels) the chunk's contributions to the gradients of bias, norm_weight and norm_bias.
 
     WHOLE: a program holds whole rows; otherwise LayerNorm takes their ``moment``.
     """
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = c < channels
     begin = tl.program_id(0).to(tl.int64) * chunk
     share = 1.0 / channels
-    to_bias = tl.zeros((ROWS, COLUMNS), tl.float32)
-    to_gain = tl.zeros((ROWS, COLUMNS), tl.float32)
-    to_shift = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in range(0, chunk, ROWS):
-        place = step + tl.arange(0, ROWS)
+    to_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    to_weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    to_shift = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(0, chunk, BLOCK_M):
+        place = step + tl.arange(0, BLOCK_M)
         node = begin + place
         row = (place < chunk) & (node < rows)
         both = row[:, None] & channel[None, :]
@@ -362,18 +213,20 @@ def _graph_layer_bwd_kernel_activation(
             # NaN is not off
             grad = tl.where(tl.load(y_ptr + at, mask=both, other=0.0).to(tl.float32) <= 0.0, 0.0, grad)
         if ACTIVATION == "layer_norm":
-            normed = tl.load(normed_ptr + at, mask=both, other=0.0)
+            mean = tl.load(mean_ptr + node, mask=row, other=0.0)
+            rstd = tl.load(rstd_ptr + node, mask=row, other=0.0)
+            normed = (tl.load(given_ptr + at, mask=both, other=0.0) - mean[:, None]) * rstd[:, None]
             to_shift += grad
-            to_gain += grad * normed
-            grad *= tl.load(gain_ptr + c, mask=channel, other=0.0).to(tl.float32)[None, :]
+            to_weight += grad * normed
+            grad *= tl.load(norm_weight_ptr + c, mask=channel, other=0.0).to(tl.float32)[None, :]
             if WHOLE:
                 plain = tl.sum(grad, axis=1) * share
+                # what lies beyond the last channel is minus the mean, and has no gradient
                 along = tl.sum(grad * normed, axis=1) * share
             else:
                 plain = tl.load(moment_ptr + node * 2, mask=row, other=0.0)
                 along = tl.load(moment_ptr + node * 2 + 1, mask=row, other=0.0)
-            inverse = tl.load(inverse_ptr + node, mask=row, other=0.0)
-            grad = (grad - plain[:, None] - normed * along[:, None]) * inverse[:, None]
+            grad = (grad - plain[:, None] - normed * along[:, None]) * rstd[:, None]
             # a row's mean is no gradient of channels beyond the last
             grad = tl.where(both, grad, 0.0)
         if NEED_INNER:
@@ -383,44 +236,39 @@ def _graph_layer_bwd_kernel_activation(
         part = part_ptr + tl.program_id(0).to(tl.int64) * 3 * channels
         tl.store(part + c, tl.sum(to_bias, axis=0), mask=channel)
         if ACTIVATION == "layer_norm":
-            tl.store(part + channels + c, tl.sum(to_gain, axis=0), mask=channel)
+            tl.store(part + channels + c, tl.sum(to_weight, axis=0), mask=channel)
             tl.store(part + 2 * channels + c, tl.sum(to_shift, axis=0), mask=channel)
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def _graph_layer_bwd_kernel_sum(
     part_ptr,
-    bias_ptr,
-    gain_ptr,
-    shift_ptr,
+    grad_bias_ptr,
+    grad_norm_weight_ptr,
+    grad_norm_bias_ptr,
     chunks,
     channels,
     BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Some channels of one of bias, gain and shift (channels,): the sum of part (chunks, 3, channels) over chunks."""
+    """Some channels of one of the gradients (channels,) of the parameters: part (chunks, 3, channels) over chunks."""
     which = tl.program_id(1)
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = c < channels
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, chunks, ROWS):
-        r = (start + tl.arange(0, ROWS)).to(tl.int64)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, chunks, BLOCK_M):
+        r = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         both = (r < chunks)[:, None] & channel[None, :]
         total += tl.load(part_ptr + ((r * 3 + which) * channels)[:, None] + c[None, :], mask=both, other=0.0)
     value = tl.sum(total, axis=0)
     if which == 0:
         if BIAS:
-            tl.store(bias_ptr + c, value, mask=channel)
+            tl.store(grad_bias_ptr + c, value, mask=channel)
     elif which == 1:
-        tl.store(gain_ptr + c, value, mask=channel)
+        tl.store(grad_norm_weight_ptr + c, value, mask=channel)
     else:
-        tl.store(shift_ptr + c, value, mask=channel)
-
-
-def epilogue(bias: bool, activation: str, keep: bool, undirected: bool) -> dict[str, Any]:
-    """Compile-time arguments of the forward kernels beside those of their tile."""
-    return {"UNDIRECTED": undirected, "BIAS": bias, "ACTIVATION": activation, "KEEP": keep}
+        tl.store(grad_norm_bias_ptr + c, value, mask=channel)
 
 
 def graph_layer(
@@ -428,8 +276,8 @@ def graph_layer(
     index: Tensor,
     coefficient: Tensor,
     bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     activation: str,
     eps: float,
     undirected: bool,
@@ -437,146 +285,116 @@ def graph_layer(
     *,
     dtype: torch.dtype | None = None,
     tile: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output (B, N, C), and what LayerNorm's backward needs, in float32.
 
     Args:
         x: (B, N, C) float32, float16 or bfloat16. coefficient: (B, N, K), any of these.
         index: (B, N, K) int32 or int64, clamped into [0, N).
-        bias: (C,) or None. gain, shift: (C,) for ``layer_norm``, None otherwise.
+        bias: (C,) or None. norm_weight, norm_bias: (C,) for ``layer_norm``, None otherwise.
         activation: one of ``ACTIVATIONS``. eps: of LayerNorm.
         undirected: add the sums over the reversed edges.
-        keep: return normalised rows (B, N, C) and inverse deviations (B, N); empty otherwise.
+        keep: return what LayerNorm was given (B, N, C), and the mean and rstd of its rows (B, N); empty otherwise.
         dtype: of the output, by default that of ``x``.
-        tile: strategy and sizes; by default those of the device's table, then a rule.
+        tile: sizes of a program; by default those of the device's table, then a rule.
     """
     batch, nodes, slots = index.shape
     channels = x.shape[-1]
     norm = activation == "layer_norm"
+    chosen = tile or sizes_of("graph_layer", x.device, nodes, slots, channels)
+    wide = norm and channels > chosen.block_n
+    keeps = norm and (keep or wide)
     y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    chosen = tile or tile_of("graph_layer", x.device, nodes, slots, channels)
-    wide = norm and channels > chosen.columns
-    wanted = norm and (keep or wide)
-    normed = torch.empty(x.shape if wanted else (0,), dtype=torch.float32, device=x.device)
-    inverse = torch.empty(x.shape[:2] if wanted else (0,), dtype=torch.float32, device=x.device)
+    given = torch.empty(x.shape if keeps else (0,), dtype=torch.float32, device=x.device)
+    mean, rstd = (given.new_empty(x.shape[:2] if keeps else (0,)) for _ in range(2))
     if y.numel() == 0:
-        return y, normed, inverse.zero_()
-    x, coefficient, near = x.contiguous(), coefficient.contiguous(), index.contiguous()
+        return y, given, mean.zero_(), rstd.zero_()
+    near = index.contiguous()
     # what a kernel does not ask for is never read or written
-    given = [y if value is None else value.contiguous() for value in (bias, gain, shift)]
-    constants = epilogue(bias is not None, "none" if wide else activation, keep and norm and not wide, undirected)
-    blocks = triton.cdiv(channels, chosen.columns)
+    parameters = [y if value is None else value.contiguous() for value in (bias, norm_weight, norm_bias)]
     with on_device_of(x):
-        # sums that are not final stay in float32
-        out = normed if wide else y
-        if chosen.sources and slots:
-            dense = dense_constants(x.dtype, False, slots, chosen, not x.is_cuda)
-            del dense["TRANSPOSE"]
-            groups = groups_of(index, chosen, False)
-            incoming = groups_of(index, chosen, True) if undirected else groups
-            _graph_layer_fwd_kernel_densified[(batch * groups.count, blocks)](
-                x,
-                near,
-                coefficient,
-                *groups.lists[:4],
-                *incoming.lists[1:4],
-                *given,
-                out,
-                normed,
-                inverse,
-                nodes,
-                slots,
-                channels,
-                groups.count,
-                eps,
-                **constants,
-                **dense,
-                **options(chosen),
-            )
-        else:
-            begin, edge = near, near
-            if undirected:
-                reverse = reverse_lists(index)
-                begin, edge = reverse.begin, reverse.edge
-            _graph_layer_fwd_kernel_gathered[(batch * nodes, blocks)](
-                x,
-                near,
-                coefficient,
-                begin,
-                edge,
-                *given,
-                out,
-                normed,
-                inverse,
-                nodes,
-                slots,
-                channels,
-                eps,
-                **constants,
-                ROWS=chosen.rows,
-                COLUMNS=chosen.columns,
-                **options(chosen),
-            )
+        indptr, perm = csc_of(index) if undirected else (near, near)
+        _graph_layer_fwd_kernel[(batch * nodes, triton.cdiv(channels, chosen.block_n))](
+            x.contiguous(),
+            near,
+            coefficient.contiguous(),
+            indptr,
+            perm,
+            *parameters,
+            # sums that are not final stay in float32
+            given if wide else y,
+            given,
+            mean,
+            rstd,
+            nodes,
+            slots,
+            channels,
+            eps,
+            UNDIRECTED=undirected,
+            BIAS=bias is not None,
+            ACTIVATION="none" if wide else activation,
+            KEEP=keeps and not wide,
+            **chosen.constants(),
+            **chosen.options(limit_registers=True),
+        )
         if wide:
-            rows = tile_of("graph_layer_rows", x.device, nodes, slots, channels)
+            rows = sizes_of("graph_layer_rows", x.device, nodes, slots, channels)
             _graph_layer_fwd_kernel_norm[(batch * nodes,)](
-                normed,
-                inverse,
-                given[1],
-                given[2],
+                given,
+                mean,
+                rstd,
+                *parameters[1:],
                 y,
                 channels,
                 eps,
-                COLUMNS=rows.columns,
-                **options(rows),
+                BLOCK_N=rows.block_n,
+                **rows.options(limit_registers=True),
             )
     if wide and not keep:
-        normed, inverse = normed.new_empty(0), inverse.new_empty(0)
-    return y, normed, inverse
+        given, mean, rstd = (value.new_empty(0) for value in (given, mean, rstd))
+    return y, given, mean, rstd
 
 
 def _through_activation(
     grad: Tensor,
     y: Tensor,
-    normed: Tensor,
-    inverse: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor],
     parameters: tuple[Tensor | None, Tensor | None, Tensor | None],
     activation: str,
     need_inner: bool,
     need_parameters: bool,
     tile: Tile | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradient before the activation, and those of bias, gain and shift in their dtypes; empty where not needed."""
+    """The gradient before the activation, and those of the parameters in their dtypes; empty where not needed."""
     channels = grad.shape[-1]
     rows = grad.numel() // channels
     norm = activation == "layer_norm"
     # ReLU passes a gradient as it is or not at all; LayerNorm's is not rounded before it is summed
     inner = torch.empty(grad.shape, dtype=torch.float32 if norm else grad.dtype, device=grad.device)
-    chosen = tile or tile_of("graph_layer_rows", grad.device, grad.shape[1], 1, channels)
-    whole = channels <= chosen.columns
+    chosen = tile or sizes_of("graph_layer_rows", grad.device, grad.shape[1], 1, channels)
+    whole = channels <= chosen.block_n
     chunk = max(_SMALLEST_CHUNK, triton.cdiv(rows, _MOST_CHUNKS))
-    chunks, blocks = triton.cdiv(rows, chunk), triton.cdiv(channels, chosen.columns)
+    chunks, blocks = triton.cdiv(rows, chunk), triton.cdiv(channels, chosen.block_n)
     part = torch.empty(chunks if need_parameters else 0, 3, channels, dtype=torch.float32, device=grad.device)
     grads = [
         grad.new_empty(0) if value is None or not need_parameters else torch.empty_like(value.contiguous())
         for value in parameters
     ]
-    moment = inverse
-    gain = grad if parameters[1] is None else parameters[1].contiguous()
-    common = options(chosen)
+    moment = saved[1]
+    weight = grad if parameters[1] is None else parameters[1].contiguous()
+    options = chosen.options(limit_registers=True)
     with on_device_of(grad):
         if norm and not whole:
             moment = torch.empty(rows, 2, dtype=torch.float32, device=grad.device)
             _graph_layer_bwd_kernel_moments[(rows,)](
-                grad, normed, gain, moment, channels, COLUMNS=chosen.columns, **common
+                grad, *saved, weight, moment, channels, BLOCK_N=chosen.block_n, **options
             )
         _graph_layer_bwd_kernel_activation[(chunks, blocks)](
             grad,
             y,
-            normed,
-            inverse,
+            *saved,
             moment,
-            gain,
+            weight,
             inner,
             part,
             rows,
@@ -587,7 +405,7 @@ def _through_activation(
             NEED_INNER=need_inner,
             NEED_PARAMETERS=need_parameters,
             **chosen.constants(),
-            **common,
+            **options,
         )
         if need_parameters:
             _graph_layer_bwd_kernel_sum[(blocks, 3 if norm else 1)](
@@ -597,7 +415,7 @@ def _through_activation(
                 channels,
                 BIAS=parameters[0] is not None,
                 **chosen.constants(),
-                **common,
+                **options,
             )
     return inner, *grads  # type: ignore[return-value]
 
@@ -608,74 +426,52 @@ def graph_layer_backward(
     index: Tensor,
     coefficient: Tensor,
     y: Tensor,
-    normed: Tensor,
-    inverse: Tensor,
+    given: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
     bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     activation: str,
     undirected: bool,
-    need_x: bool,
-    need_coefficient: bool,
-    need_parameters: bool,
+    output_mask: Sequence[bool],
     *,
     tile: Tile | None = None,
     rows: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to ``x``, ``coefficient``, ``bias``, ``gain`` and ``shift`` in their dtypes; empty where not needed.
+    """Gradients to ``x``, ``coefficient``, ``bias``, ``norm_weight`` and ``norm_bias`` in their dtypes.
 
     Args:
         grad: (B, N, C), of ``y``.
-        y: the output for ``relu``, otherwise unused. normed, inverse: as returned for ``layer_norm``, otherwise unused.
-        need_x, need_coefficient, need_parameters: which gradients to compute; bias, gain and shift go together.
+        y: the output, read for ``relu``. given, mean, rstd: as returned for ``layer_norm``, otherwise unused.
+        output_mask: which gradients to compute; the others are empty, those of the parameters if none of them is asked.
         tile: sizes for the propagation. rows: sizes for what goes by rows. The other arguments as in the forward.
     """
-    parameters = (bias, gain, shift)
-    need_parameters = need_parameters and any(value is not None for value in parameters)
+    parameters = (bias, norm_weight, norm_bias)
+    need_x, need_coefficient = output_mask[:2]
     need_inner = need_x or need_coefficient
+    need_parameters = any(output_mask[2:]) and any(value is not None for value in parameters)
     if grad.numel() == 0:
-        grads = (x, coefficient, *parameters)
         needed = (need_x, need_coefficient, *(need_parameters,) * 3)
         return tuple(  # type: ignore[return-value]
             torch.zeros_like(value.contiguous()) if need and value is not None else grad.new_empty(0)
-            for value, need in zip(grads, needed, strict=True)
+            for value, need in zip((x, coefficient, *parameters), needed, strict=True)
         )
     inner = grad = grad.contiguous()
     found = [grad.new_empty(0) for _ in parameters]
-    if need_parameters or need_inner and activation != "none":
-        inner, *found = _through_activation(
-            grad,
-            y,
-            normed,
-            inverse,
-            parameters,
-            activation,
-            need_inner and activation != "none",
-            need_parameters,
-            rows,
-        )
+    through = need_inner and activation != "none"
+    if need_parameters or through:
+        saved = (given, mean, rstd)
+        inner, *found = _through_activation(grad, y, saved, parameters, activation, through, need_parameters, rows)
     if activation == "none":
         inner = grad
-    to_bias, to_gain, to_shift = found
     grad_x, grad_coefficient = x.new_empty(0), coefficient.new_empty(0)
     if need_x and undirected:
         # the operator is its own transpose
-        grad_x = graph_layer(
-            inner,
-            index,
-            coefficient,
-            None,
-            None,
-            None,
-            "none",
-            eps=0.0,
-            undirected=True,
-            keep=False,
-            dtype=x.dtype,
-            tile=tile,
-        )[0]
+        options: dict[str, Any] = {"dtype": x.dtype, "tile": tile}
+        grad_x = graph_layer(inner, index, coefficient, None, None, None, "none", 0.0, True, False, **options)[0]
     elif need_x:
         grad_x = graph_propagate(inner, index, coefficient, True, dtype=x.dtype, tile=tile)
     if need_coefficient:
         grad_coefficient = edge_dot(inner, x, index, coefficient.dtype, undirected, tile=tile)
-    return grad_x, grad_coefficient, to_bias, to_gain, to_shift
+    return grad_x, grad_coefficient, *found  # type: ignore[return-value]

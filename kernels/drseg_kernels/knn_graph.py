@@ -1,60 +1,275 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Neighbours of the highest affinity, in one of three ways that agree up to the rounding of dot products.
+"""Neighbours of the highest affinity: tiles of dot products from the library, merged into lists of the best.
 
-``on_chip`` keeps all scores of a row in registers (up to 1024 nodes); ``tiles`` lets the library multiply and merges
-what it made; ``fused`` multiplies by itself, keeps the candidates only and leaves out what the decay rules out. The
-choice is an argument, then the device's table, then a rule, as are the sizes. By rule it is ``tiles`` on every GPU.
+The library multiplies a tile of rows by columns in float32; one kernel per tile turns the products into scores with the
+decay table, drops what does not beat the row's k-th best so far, and selects among the k best so far and the rest of
+the tile. Tiles come in ascending order of their columns, so both lists are in ascending index already: the lowest index
+wins a tie by its place, and nothing is ever sorted or cut short.
+
+Scores are ranked as int32 keys (``ordered_bits``). No key is ever sorted: the k-th is found by bisection with counts,
+and where candidates stand in ascending index, equal keys at the border go to the first of them by a running count.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from drseg_kernels._knn_fused import fused
-from drseg_kernels._knn_on_chip import on_chip
-from drseg_kernels._knn_sizes import (
-    FUSED_NEIGHBOURS,
-    ON_CHIP_NODES,
-    STRATEGIES,
-    Fused,
-    OnChip,
-    choose_fused,
-    choose_on_chip,
-    choose_strategy,
+from drseg_kernels._blocks import ordered_bits
+from drseg_kernels._launch import LARGEST_GRID_Y, Selection, on_device_of, sizes_of
+
+# the lowest key: no candidate; and the highest: a candidate that must be taken
+NONE = tl.constexpr(-(2**31))
+FORCED = tl.constexpr(2**31 - 1)
+
+# gauss differs from additive in the table only
+_JOIN = {"additive": "subtract", "gauss": "subtract", "multiplicative": "clamped", "product": "product"}
+
+
+@triton.jit
+def decay_between(table_ptr, i, j, width, both):
+    """Entries of the decay table for nodes i (R,) and j (C,), where ``both`` (R, C) is true."""
+    # |dy| * width + |dx| without a product: the start of a row of the grid is the index less the column
+    x_own, x = i % width, j % width
+    cell = tl.abs((i - x_own)[:, None] - (j - x)[None, :]) + tl.abs(x_own[:, None] - x[None, :])
+    return tl.load(table_ptr + cell, mask=both, other=0.0)
+
+
+@triton.jit
+def join_scores(cosine, decay, JOIN: tl.constexpr):
+    if JOIN == "subtract":
+        value = cosine - decay
+    else:
+        if JOIN == "clamped":
+            cosine = tl.maximum(cosine, 0.0)
+        value = cosine * decay
+    return value
+
+
+@triton.jit
+def allowed_pairs(both, inverse_own, inverse, own, INCLUDE_SELF: tl.constexpr):
+    """Pairs (R, C) that may be chosen. NaN differs from itself: a non-finite node neither chooses nor is chosen."""
+    allowed = both & (inverse_own == inverse_own)[:, None] & (inverse == inverse)[None, :]
+    if not INCLUDE_SELF:
+        allowed = allowed & (own == 0)
+    return allowed
+
+
+@triton.jit
+def keys_of(value, allowed, own, INCLUDE_SELF: tl.constexpr):
+    key = tl.where(allowed, ordered_bits(value), NONE)
+    if INCLUDE_SELF:
+        key = tl.where(allowed & own, FORCED, key)
+    return key
+
+
+@triton.jit
+def count_from(key, other, least, TWO: tl.constexpr):
+    """How many keys of each row (of one or two lists) are at least ``least`` (R,)."""
+    total = tl.sum((key >= least[:, None]).to(tl.int32), axis=1)
+    if TWO:
+        total += tl.sum((other >= least[:, None]).to(tl.int32), axis=1)
+    return total
+
+
+@triton.jit
+def kth_key(key, other, floor, k, TWO: tl.constexpr):
+    """The highest key that at least k candidates of a row reach; ``NONE + 1`` where there are no more than k.
+
+    Args:
+        key, other: (R, C) and, if TWO, (R, C') keys. floor: (R,) a key that is known to be no higher than the answer.
+    """
+    candidates = count_from(key, other, tl.full(floor.shape, NONE + 1, tl.int32), TWO)
+    bottom = tl.min(tl.where(key > NONE, key, FORCED), axis=1)
+    top = tl.max(tl.where(key < FORCED, key, NONE), axis=1)
+    if TWO:
+        bottom = tl.minimum(bottom, tl.min(tl.where(other > NONE, other, FORCED), axis=1))
+        top = tl.maximum(top, tl.max(tl.where(other < FORCED, other, NONE), axis=1))
+    low = tl.where(candidates > k, tl.maximum(floor, bottom), NONE + 1)
+    high = tl.where(candidates > k, tl.maximum(top, low), low)
+    while tl.max((low < high).to(tl.int32), axis=0) > 0:
+        # the mean, rounded up; the sum of the two may leave the range of int32
+        guess = (low | high) - ((low ^ high) >> 1)
+        reach = count_from(key, other, guess, TWO)
+        high = tl.where(reach > k, high, tl.where(reach == k, guess, tl.maximum(guess - 1, low)))
+        low = tl.where(reach >= k, guess, low)
+    return low
+
+
+@triton.jit
+def take_in_order(key, threshold, room):
+    """Chosen keys of a row and their places from 1 on: all above the threshold, the first ``room`` equal to it."""
+    above, tied = key > threshold[:, None], key == threshold[:, None]
+    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), axis=1) <= room[:, None]))
+    return chosen, tl.cumsum(chosen.to(tl.int32), axis=1)
+
+
+@triton.jit
+def write_chosen(index_ptr, score_ptr, start, chosen, place, j, value):
+    """Chosen columns ``j`` (C,) and their scores, from ``start`` (R,) on."""
+    to = start[:, None] + place - 1
+    tl.store(index_ptr + to, tl.broadcast_to(j[None, :], chosen.shape), mask=chosen)
+    tl.store(score_ptr + to, value, mask=chosen)
+
+
+@triton.jit
+def write_blank(index_ptr, score_ptr, place, empty, i, finite):
+    """The slots without a candidate: the row's own index, with score -inf, or NaN in a row that is not finite."""
+    blank = tl.where(finite, -float("inf"), float("nan"))
+    tl.store(index_ptr + place, tl.broadcast_to(i[:, None], empty.shape), mask=empty)
+    tl.store(score_ptr + place, tl.broadcast_to(blank[:, None], empty.shape), mask=empty)
+
+
+@triton.jit
+def merge_columns(
+    index_ptr,
+    score_ptr,
+    key,
+    value,
+    row,
+    node,
+    i,
+    j,
+    finite,
+    k,
+    INCLUDE_SELF: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Merges columns in ascending order, all after those merged before, into the rows of ``index`` and ``score``.
+
+    Args:
+        key, value: (R, C) keys and scores. row: (R,) rows that count. node: (R,) their places in the batch, int64.
+        i: (R,) and j: (C,) node indices. finite: (R,). FIRST: nothing has been merged into these rows yet.
+        BLOCK_K: a power of two, at least k.
+    """
+    s = tl.arange(0, BLOCK_K)
+    slot = row[:, None] & (s < k)[None, :]
+    place = (node * k)[:, None] + s[None, :]
+    if FIRST:
+        # never read: there is no list beside the new keys
+        kept_key = key
+        floor = tl.full(row.shape, NONE, tl.int32)
+        work = 1
+    else:
+        kept_index = tl.load(index_ptr + place, mask=slot, other=0)
+        kept_value = tl.load(score_ptr + place, mask=slot, other=-float("inf"))
+        # false for a padded slot (-inf) and for a row that is not finite (NaN)
+        kept = kept_value > -float("inf")
+        kept_key = tl.where(kept, ordered_bits(kept_value), NONE)
+        if INCLUDE_SELF:
+            kept_key = tl.where(kept & (kept_index == i[:, None]), FORCED, kept_key)
+        # the k-th best so far: an equal newcomer has the higher index and loses
+        floor = tl.min(tl.where(slot, kept_key, FORCED), axis=1)
+        work = tl.max(tl.sum((key > floor[:, None]).to(tl.int32), axis=1), axis=0)
+
+    if work > 0:
+        threshold = kth_key(key, kept_key, floor, k, not FIRST)
+        before = tl.zeros(row.shape, tl.int32)
+        # every warp has read the old lists before any of them writes into the same rows
+        tl.debug_barrier()
+        room = k - tl.sum((key > threshold[:, None]).to(tl.int32), axis=1)
+        if not FIRST:
+            room -= tl.sum((kept_key > threshold[:, None]).to(tl.int32), axis=1)
+            stays, at = take_in_order(kept_key, threshold, room)
+            to = (node * k)[:, None] + at - 1
+            tl.store(index_ptr + to, kept_index, mask=stays)
+            tl.store(score_ptr + to, kept_value, mask=stays)
+            before = tl.sum(stays.to(tl.int32), axis=1)
+            room -= tl.sum((kept_key == threshold[:, None]).to(tl.int32), axis=1)
+        chosen, at = take_in_order(key, threshold, room)
+        write_chosen(index_ptr, score_ptr, node * k + before, chosen, at, j, value)
+        found = before + tl.sum(chosen.to(tl.int32), axis=1)
+        write_blank(index_ptr, score_ptr, place, slot & (s[None, :] >= found[:, None]), i, finite)
+
+
+# the fusion of multiply and add is pinned off: Triton's default changes between its versions, and with it the last bits
+OPTIONS = {"enable_fp_fusion": False}
+
+
+# one binary serves every size: knowing that a size is a multiple of 16 would widen the loads of the products, and
+# lose as much by moving them between the registers of threads afterwards
+@triton.jit(
+    do_not_specialize=["first_image", "first_row", "first_column", "rows", "columns", "nodes", "width", "k"],
 )
-from drseg_kernels._knn_tiles import by_tiles
-from drseg_kernels._launch import Configuration, Device, configuration_of, known_device
+def _knn_graph_fwd_kernel_merge(
+    product_ptr,
+    inverse_norm_ptr,
+    table_ptr,
+    index_ptr,
+    score_ptr,
+    first_image,
+    first_row,
+    first_column,
+    rows,
+    columns,
+    nodes,
+    width,
+    k,
+    JOIN: tl.constexpr,
+    INCLUDE_SELF: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Merges a tile of dot products (images, rows, columns) into ``index`` and ``score`` (B, N, k).
 
-Sizes = Configuration | OnChip | Fused
-_BELONGS: dict[type, str] = {Configuration: "tiles", OnChip: "on_chip", Fused: "fused"}
+    FIRST: nothing has been merged into these rows yet. BLOCK_M rows of the tile per program; BLOCK_N and BLOCK_K are
+    powers of two, at least ``columns`` and ``k``.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = r < rows
+    i = (first_row + r).to(tl.int32)
+    tile_row = image * rows + r
+    image += first_image
+    node = image * nodes + first_row + r
+    c = tl.arange(0, BLOCK_N)
+    column = c < columns
+    j = first_column + c
+
+    inverse_own = tl.load(inverse_norm_ptr + node, mask=row, other=0.0)
+    inverse = tl.load(inverse_norm_ptr + image * nodes + j, mask=column, other=0.0)
+    both = row[:, None] & column[None, :]
+    product = tl.load(product_ptr + (tile_row * columns)[:, None] + c[None, :], mask=both, other=0.0)
+    decay = decay_between(table_ptr, i, j, width, both)
+    value = join_scores(product * inverse_own[:, None] * inverse[None, :], decay, JOIN)
+    own = i[:, None] == j[None, :]
+    allowed = allowed_pairs(both, inverse_own, inverse, own, INCLUDE_SELF)
+    key = keys_of(value, allowed, own, INCLUDE_SELF)
+    finite = inverse_own == inverse_own
+    merge_columns(index_ptr, score_ptr, key, value, row, node, i, j, finite, k, INCLUDE_SELF, FIRST, BLOCK_K)
 
 
-def _strategy(device: Device, nodes: int, k: int, strategy: str | None, configuration: Sizes | None) -> str:
-    """The way to compute: as asked for, or that to which the sizes belong, or the device's."""
-    if strategy is not None and strategy not in STRATEGIES:
-        raise ValueError(f"knn_graph: strategy is unknown; expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    if configuration is not None:
-        belongs = _BELONGS[type(configuration)]
-        if strategy not in (None, belongs):
-            raise ValueError(f"knn_graph: configuration is for {belongs}; expected one for {strategy}, got another")
-        strategy = belongs
-    strategy = strategy or choose_strategy(device, nodes, k)
-    if strategy == "on_chip" and nodes > ON_CHIP_NODES:
-        raise ValueError(f"knn_graph: too many nodes for on_chip; expected at most {ON_CHIP_NODES}, got {nodes}")
-    if strategy == "fused" and k > FUSED_NEIGHBOURS:
-        raise ValueError(f"knn_graph: too many neighbours for fused; expected at most {FUSED_NEIGHBOURS}, got {k}")
-    return strategy
+def constants(k: int, form: str, include_self: bool, first: bool, chosen: Selection) -> dict[str, Any]:
+    """Compile-time arguments of the kernel: what is compiled ahead of time and what is launched are one thing."""
+    return {
+        "JOIN": _JOIN[form],
+        "INCLUDE_SELF": include_self,
+        "FIRST": first,
+        "BLOCK_M": chosen.block_m,
+        "BLOCK_N": chosen.block_n,
+        "BLOCK_K": max(16, triton.next_power_of_2(k)),
+    }
 
 
-def sizes_of(device: torch.device, nodes: int, k: int, strategy: str | None = None) -> Sizes:
-    """What a call without ``configuration`` takes."""
-    way = _strategy(known_device(device), nodes, k, strategy, None)
-    if way == "on_chip":
-        return choose_on_chip(known_device(device), nodes, k)
-    if way == "fused":
-        return choose_fused(known_device(device), nodes, k)
-    return configuration_of("knn_graph", device, nodes, k)
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Dot products of the rows of (G, R, D) and (G, T, D) in float32, into (G, R, T)."""
+    if left.dtype == torch.float32 and len(left) == 1:
+        # the library has faster ways for one product than for a batch of one
+        torch.mm(left[0], right[0].mT, out=out[0])
+    elif left.dtype == torch.float32:
+        torch.bmm(left, right.mT, out=out)
+    elif left.is_cuda:
+        torch.bmm(left, right.mT, out_dtype=torch.float32, out=out)
+    else:
+        # the CPU has no product that widens; half-precision features are exact in float32
+        torch.bmm(left.float(), right.mT.float(), out=out)
 
 
 def knn_graph(
@@ -65,13 +280,11 @@ def knn_graph(
     form: str,
     include_self: bool,
     *,
-    strategy: str | None = None,
-    configuration: Sizes | None = None,
+    sizes: Selection | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Neighbours and scores of prepared features.
 
-    The float32 products of ``tiles`` follow torch's precision setting: the caller turns TF32 off where the result must
-    be exact. ``on_chip`` and ``fused`` never round float32 features.
+    Float32 products follow torch's precision setting: the caller turns TF32 off where the result must be exact.
 
     Args:
         prior: (B, N, D) float32, float16 or bfloat16.
@@ -80,30 +293,52 @@ def knn_graph(
         k: neighbours per node.
         form: ``additive``, ``gauss`` (both subtract the table), ``multiplicative`` or ``product``.
         include_self: the node itself is always, or never, among its neighbours.
-        strategy: ``tiles``, ``on_chip`` (up to 1024 nodes) or ``fused`` (up to 960 neighbours); by default what the
-            device's table says, then the rule.
-        configuration: sizes of tiles and programs; by default those of the device's table, then a rule.
+        sizes: of tiles and programs; by default those of the device's table, then a rule.
 
     Returns:
         ``index`` (B, N, k) int32, ascending in each row, and ``score`` (B, N, k) float32. Slots without a candidate
         come last and hold the row's own index with score ``-inf``, or NaN in a row that is not finite.
-
-    Raises:
-        ValueError: ``strategy`` is unknown, does not take so many nodes or neighbours, or ``configuration`` belongs to
-            another.
     """
     batch, nodes, _ = prior.shape
-    way = _strategy(known_device(prior.device), nodes, k, strategy, configuration)
     index = torch.empty(batch, nodes, k, dtype=torch.int32, device=prior.device)
     score = torch.empty(batch, nodes, k, dtype=torch.float32, device=prior.device)
     if index.numel() == 0:
         return index, score
-    given = (prior.contiguous(), inverse_norm.contiguous(), table.contiguous(), form, include_self)
-    sizes = configuration or sizes_of(prior.device, nodes, k, way)
-    if isinstance(sizes, OnChip):
-        on_chip(*given, sizes, index, score)
-    elif isinstance(sizes, Fused):
-        fused(*given, sizes, index, score)
-    else:
-        by_tiles(*given, sizes, index, score)
+    chosen = sizes or sizes_of("knn_graph", prior.device, nodes, k)
+    prior, inverse_norm, table = prior.contiguous(), inverse_norm.contiguous(), table.contiguous()
+    tile_columns = min(chosen.block_n, nodes)
+    fitting_rows = chosen.tile_bytes // (4 * tile_columns)
+    tile_rows = min(fitting_rows, nodes)
+    # images share a tile where they fit; the library may sum in another order for another number of images
+    images = 1 if torch.are_deterministic_algorithms_enabled() else max(1, fitting_rows // nodes)
+    images = min(batch, images, LARGEST_GRID_Y)
+    buffer = torch.empty(images * tile_rows * tile_columns, dtype=torch.float32, device=prior.device)
+    with on_device_of(prior):
+        for image in range(0, batch, images):
+            features = prior[image : image + images]
+            for row in range(0, nodes, tile_rows):
+                left = features[:, row : row + tile_rows]
+                for column in range(0, nodes, tile_columns):
+                    right = features[:, column : column + tile_columns]
+                    shape = (left.shape[0], left.shape[1], right.shape[1])
+                    tile = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+                    _multiply(left, right, tile)
+                    _knn_graph_fwd_kernel_merge[(triton.cdiv(shape[1], chosen.block_m), shape[0])](
+                        tile,
+                        inverse_norm,
+                        table,
+                        index,
+                        score,
+                        image,
+                        row,
+                        column,
+                        shape[1],
+                        shape[2],
+                        nodes,
+                        table.shape[1],
+                        k,
+                        **constants(k, form, include_self, column == 0, chosen),
+                        num_warps=chosen.num_warps,
+                        **OPTIONS,
+                    )
     return index, score

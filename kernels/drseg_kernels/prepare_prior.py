@@ -13,23 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drseg_kernels._launch import on_device_of, power_of_two_from
-from drseg_kernels._tile import FUSED
+from drseg_kernels._launch import FMA, on_device_of, power_of_two_from
 
 # channels that a program works on at a time, at least and at most
 _COLUMNS = (32, 1024)
 
 
 @triton.jit
-def _prepare_prior_kernel(prior_ptr, scaled_ptr, inverse_ptr, channels, SCALE: tl.constexpr, COLUMNS: tl.constexpr):
+def _prepare_prior_kernel(prior_ptr, scaled_ptr, inverse_ptr, channels, SCALE: tl.constexpr, BLOCK_N: tl.constexpr):
     """``scaled`` (B * N, D) in the prior's dtype and ``inverse`` (B * N,); without SCALE the row is copied."""
     row = tl.program_id(0).to(tl.int64)
     prior_ptr += row * channels
     scaled_ptr += row * channels
-    largest = tl.zeros((COLUMNS,), tl.float32)
-    broken = tl.zeros((COLUMNS,), tl.int32)
-    for start in range(0, channels, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
+    largest = tl.zeros((BLOCK_N,), tl.float32)
+    broken = tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(0, channels, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
         size = tl.abs(tl.load(prior_ptr + column, mask=column < channels, other=0.0).to(tl.float32))
         largest = tl.maximum(largest, size)
         # true of infinity, and of NaN, which compares with nothing
@@ -42,9 +41,9 @@ def _prepare_prior_kernel(prior_ptr, scaled_ptr, inverse_ptr, channels, SCALE: t
     exponent = tl.where(any_broken, 1, tl.where(top == 0, 0, exponent))
     scale = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
 
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, channels, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, channels, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
         value = tl.load(prior_ptr + column, mask=column < channels, other=0.0)
         if SCALE:
             value = (value.to(tl.float32) * scale).to(scaled_ptr.dtype.element_ty)
@@ -81,8 +80,8 @@ def prepare_prior(prior: Tensor) -> tuple[Tensor, Tensor]:
                 channels,
                 # squares of float16 values are within the range of float32
                 SCALE=prior.dtype != torch.float16,
-                COLUMNS=columns,
+                BLOCK_N=columns,
                 num_warps=warps_of(columns),
-                **FUSED,
+                **FMA,
             )
     return scaled, inverse

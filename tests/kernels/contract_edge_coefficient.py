@@ -14,7 +14,7 @@ from contract import output_gradient, run
 from drseg_kernels import degree_normalize as degree_kernels
 from drseg_kernels import edge_coefficient as kernels
 from drseg_kernels import edge_weight as weight_kernels
-from drseg_kernels._tile import Tile
+from drseg_kernels._launch import Tile
 from edges import DEVICE, INTERPRETED, KernelContract, check_sizes, crowded_index, on_device, on_kernels, within_padding
 from fused import EDGE_COEFFICIENT
 from test_edge_coefficient import TestEdgeCoefficient as _Tests
@@ -30,7 +30,6 @@ SUBJECT = dataclasses.replace(on_kernels(EDGE_COEFFICIENT), variants=VARIANTS)
 
 class TestEdgeCoefficientKernels(KernelContract, _Tests):
     subject = SUBJECT
-    backends = ("triton",)
     test_is_the_composition_of_its_parts = None
 
 
@@ -61,7 +60,7 @@ class _WithTile(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         norm, tile = ctx.given
-        given = (grad, *ctx.saved_tensors, norm, 1e-6, True, True, True)
+        given = (grad, *ctx.saved_tensors, norm, 1e-6, [True] * 4)
         to_source, to_target, *others = kernels.edge_coefficient_backward(*given, tile=tile)
         return to_source, to_target, None, *others, None, None, None
 
@@ -119,7 +118,7 @@ def test_a_node_that_is_not_finite_stays_where_the_reference_has_it(where, value
     got = run(SUBJECT, {**inputs, "norm": norm}, functools.partial(with_tile, TILES[1]))
     torch.testing.assert_close(got["output"], output[0], rtol=1e-4, atol=1e-6, equal_nan=True)
     saved = [inputs[name] for name in ("source", "target", "index", "vector", "bias")]
-    grads = reference.edge_coefficient_backward(got["given"], *output[1:], *saved, norm, 1e-6, True, True, True)
+    grads = reference.edge_coefficient_backward(got["given"], *output[1:], *saved, norm, 1e-6, [True] * 4)
     for name, right in zip(SUBJECT.differentiable, grads, strict=True):
         torch.testing.assert_close(got[f"grad_{name}"], right, rtol=1e-3, atol=1e-5, equal_nan=True)
 

@@ -8,16 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from drseg_kernels import (
-    _kept,
-    _reverse,
-    degree_normalize,
-    edge_coefficient,
-    edge_weight,
-    graph_layer,
-    graph_propagate,
-)
-from drseg_kernels._tile import Tile
+from drseg_kernels import _csc, degree_normalize, edge_coefficient, edge_weight, graph_layer, graph_propagate
+from drseg_kernels._launch import Tile
 from edges import DEVICE, INTERPRETED
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +19,7 @@ from drseg_core.nn import PDGR
 from drseg_core.ops import _dispatch
 
 OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
-FUSED = ("knn_graph", "edge_coefficient", "graph_layer")
+FUSED = ("prepare_prior", "knn_graph", "edge_coefficient", "graph_layer")
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +48,7 @@ def run(module: PDGR, features: Tensor, prior: Tensor, backend: str) -> dict[str
     weight = torch.randn(output.shape, generator=random, dtype=torch.float64).to(output)
     grads = torch.autograd.grad((output * weight).sum(), [features, *module.parameters()])
     assert set(_dispatch._last.values()) == {backend}
-    assert set(_dispatch._last) <= {*OPS, *FUSED, "prepare_prior"}
+    assert set(_dispatch._last) <= {*OPS, *FUSED}
     names = ("features", *(name for name, _ in module.named_parameters()))
     return {"output": output.detach(), **dict(zip(names, grads, strict=True))}
 
@@ -88,30 +80,6 @@ def test_agrees_with_the_reference_in_float64(options):
     check(run(module, features, prior, "triton"), exact, 2e-5)
 
 
-def sum_over_unions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let a table say so; the ops that ask for sizes from here on."""
-    asked, usual = [], graph_layer.tile_of
-
-    def by_unions(op: str, *where: Any) -> Tile:
-        asked.append(op)
-        summed = ("graph_layer", "graph_propagate", "graph_propagate_dot")
-        return Tile(16, 16, 4, 16, 4) if op in summed else usual(op, *where)
-
-    for kernels in (graph_layer, graph_propagate):
-        monkeypatch.setattr(kernels, "tile_of", by_unions)
-    return asked
-
-
-@pytest.mark.parametrize("norm", ["sym_row", "sym_undirected"])
-def test_sums_over_unions_give_the_same_module(norm, monkeypatch):
-    module, _, _ = make(norm=norm)
-    features, prior = torch.randn(2, 6, 6, 6, device=DEVICE), torch.randn(2, 5, 6, 6, device=DEVICE) + 0.4
-    exact = run(copy.deepcopy(module).double(), features.double(), prior.double(), "reference")
-    asked = sum_over_unions(monkeypatch)
-    check(run(module, features, prior, "triton"), exact, 2e-5)
-    assert {"graph_layer", "graph_propagate_dot"} <= set(asked)
-
-
 def test_autocast_in_half_precision():
     module, features, prior = make()
     exact = run(copy.deepcopy(module).double(), features.double(), prior.double(), "reference")
@@ -121,24 +89,16 @@ def test_autocast_in_half_precision():
     assert all(value.dtype == torch.float32 for name, value in got.items() if name != "output")
 
 
-@pytest.mark.parametrize("options,expected", [({}, FUSED), ({"self_loop": "extra"}, (*OPS[:3], "graph_layer"))])
+@pytest.mark.parametrize(
+    "options,expected", [({}, FUSED), ({"self_loop": "extra"}, ("prepare_prior", *OPS[:3], "graph_layer"))]
+)
 def test_the_fused_ops_run_where_they_can(options, expected):
     module, features, prior = make(**options)
     run(module, features, prior, "triton")
     assert set(_dispatch._last) == set(expected)
+    # where there is no kernel for all of it, its parts run
     run(module, features, prior, "reference")
-    assert set(_dispatch._last) == set(OPS)
-
-
-@pytest.mark.parametrize("options", [{}, {"norm": "sym_undirected"}, {"dropout": 0.5, "bias": False}], ids=str)
-def test_fused_is_what_its_parts_are(options, monkeypatch):
-    module, features, prior = make(**options)
-    torch.manual_seed(2)
-    fused = run(module, features, prior, "triton")
-    monkeypatch.setattr(PDGR, "_fused", lambda self, tensor: False)
-    torch.manual_seed(2)
-    parts = run(module, features, prior, "triton")
-    check(fused, {name: value.double() for name, value in parts.items()}, 2e-5)
+    assert set(_dispatch._last) == {*OPS, *expected}
 
 
 @pytest.mark.parametrize("norm", ["sym_row", "sym_undirected"])
@@ -155,8 +115,8 @@ def test_a_cell_that_is_not_finite_keeps_to_itself(norm):
 
 def test_the_graph_is_sorted_once(monkeypatch):
     calls = []
-    build = _reverse._build
-    monkeypatch.setattr(_reverse, "_build", lambda index: calls.append(index) or build(index))
+    build = _csc._build
+    monkeypatch.setattr(_csc, "_build", lambda index: calls.append(index) or build(index))
     module, features, prior = make()
     run(module, features, prior, "triton")
     assert len(calls) == 1
@@ -165,7 +125,7 @@ def test_the_graph_is_sorted_once(monkeypatch):
 def test_same_bits_again():
     module, features, prior = make(norm="sym_undirected")
     first = run(module, features, prior, "triton")
-    _kept.kept.clear()
+    _csc.kept.clear()
     again = run(module, features, prior, "triton")
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
@@ -222,37 +182,32 @@ def test_what_synchronises_is_noticed(waits):
 
 
 @pytest.mark.parametrize("norm", ["sym_row", "sym_inout", "row"])
-@pytest.mark.parametrize(
-    "tile",
-    [Tile(4, 16, 1), Tile(16, 16, 4, 16), Tile(16, 16, 4, 16, 4)],
-    ids=["gathered", "densified", "union"],
-)
-def test_no_launcher_synchronises(tile, norm):
+def test_no_launcher_synchronises(norm):
     """The launchers by themselves: inside a registered op a mode sees nothing."""
     random = torch.Generator().manual_seed(0)
     source, target, x = torch.randn(3, 1, 5, 7, generator=random).to(DEVICE)
     index = torch.randint(0, 5, (1, 5, 2), generator=random).to(DEVICE)
     vector, bias = torch.randn(7, generator=random).to(DEVICE), torch.zeros((), device=DEVICE)
-    edges = Tile(tile.rows, tile.columns, tile.num_warps)
+    tile = Tile(4, 16, 1)
     with NoSynchronisation():
-        weight = edge_weight.edge_weight(source, target, index, vector, bias, index > 1, tile=edges)
-        needs = (True, True, True)
-        edge_weight.edge_weight_backward(weight, weight, source, target, index, vector, bias, *needs, tile=edges)
+        weight = edge_weight.edge_weight(source, target, index, vector, bias, index > 1, tile=tile)
+        mask = [True] * 5
+        edge_weight.edge_weight_backward(weight, weight, source, target, index, vector, bias, mask[:4], tile=tile)
         degree_normalize.degree_normalize(weight, index, norm, 1e-6)
         degree_normalize.degree_normalize_backward(weight, weight, index, norm, 1e-6)
         coefficient, *saved = edge_coefficient.edge_coefficient(
-            source, target, index, vector, bias, index > 1, norm, 1e-6, tile=edges
+            source, target, index, vector, bias, index > 1, norm, 1e-6, tile=tile
         )
         given = (source, target, index, vector, bias, norm, 1e-6)
-        _kept.kept.clear()
-        edge_coefficient.edge_coefficient_backward(coefficient, *saved, *given, *needs, tile=edges)
+        _csc.kept.clear()
+        edge_coefficient.edge_coefficient_backward(coefficient, *saved, *given, mask[:4], tile=tile)
         graph_propagate.graph_propagate(x, index, coefficient, True, tile=tile)
-        graph_propagate.graph_propagate_backward(x, x, index, coefficient, True, True, True, tile=tile)
+        graph_propagate.graph_propagate_backward(x, x, index, coefficient, True, mask[:2], tile=tile)
         for activation in ("relu", "layer_norm"):
             parameters = (vector, vector, vector) if activation == "layer_norm" else (vector, None, None)
             options = (*parameters, activation)
             saved = graph_layer.graph_layer(x, index, coefficient, *options, 1e-5, True, True, tile=tile)
-            graph_layer.graph_layer_backward(x, x, index, coefficient, *saved, *options, True, *needs, tile=tile)
+            graph_layer.graph_layer_backward(x, x, index, coefficient, *saved, *options, True, mask, tile=tile)
 
 
 def test_the_module_does_not_synchronise():
@@ -282,17 +237,15 @@ def test_launches_of_the_layers(monkeypatch):
         for name in [name for name in vars(kernels) if "_kernel" in name]:
             monkeypatch.setattr(kernels, name, Counted(name, getattr(kernels, name), seen))
     run(module, features, prior, "triton")
-    # so few nodes are densified under the interpreter alone
-    sums, dots = ("densified", "sampled") if INTERPRETED else ("gathered", "coefficient")
     assert sorted(seen) == sorted(
         [
             "_edge_coefficient_fwd_kernel",
             "_degree_normalize_fwd_kernel_edges",
-            *[f"_graph_layer_fwd_kernel_{sums}"] * 2,
+            *["_graph_layer_fwd_kernel"] * 2,
             *["_graph_layer_bwd_kernel_activation"] * 2,
             *["_graph_layer_bwd_kernel_sum"] * 2,
-            *[f"_graph_propagate_fwd_kernel_{sums}"] * 2,
-            *[f"_graph_propagate_bwd_kernel_{dots}"] * 2,
+            *["_graph_propagate_fwd_kernel"] * 2,
+            *["_graph_propagate_bwd_kernel_dot"] * 2,
             "_degree_normalize_bwd_kernel_degree",
             "_edge_weight_bwd_kernel_source",
             "_edge_weight_bwd_kernel_target",
@@ -302,12 +255,9 @@ def test_launches_of_the_layers(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("unions", [False, True], ids=["rule", "unions"])
 @pytest.mark.parametrize("options", [{}, {"norm": "sym_undirected", "k": 3}], ids=str)
-def test_replays_of_a_cuda_graph_are_what_eager_calls_are(options, unions, monkeypatch):
+def test_replays_of_a_cuda_graph_are_what_eager_calls_are(options):
     module, features, prior = make(**options)
-    if unions:
-        sum_over_unions(monkeypatch)
     features.requires_grad_()
     names = ("output", "features", *(name for name, _ in module.named_parameters()))
     leaves, weight = [features, *module.parameters()], torch.randn_like(features)

@@ -10,7 +10,7 @@ import torch
 from drseg_kernels.prepare_prior import prepare_prior
 
 from drseg_core import ops
-from drseg_core.ops.knn_graph import reference
+from drseg_core.ops.prepare_prior import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

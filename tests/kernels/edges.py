@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from contract import LAYOUTS, ORDINARY, Call, Inputs, OpContract, check_layout, check_repeats, compare, run
-from drseg_kernels import _kept
+from drseg_kernels import _csc
 from subjects import Subject
 from torch import Tensor
 from torch.library import opcheck
@@ -52,10 +52,10 @@ def on_kernels(subject: Subject) -> Subject:
 
 
 def sorted_anew(call: Call) -> Call:
-    """The same call, with the graph's lists made again each time."""
+    """The same call, with the graph's columns listed again each time."""
 
     def forgetful(**inputs: Any) -> Tensor:
-        _kept.kept.clear()
+        _csc.kept.clear()
         return call(**inputs)
 
     return forgetful

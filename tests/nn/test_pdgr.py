@@ -537,3 +537,13 @@ def test_it_is_a_drop_in_module():
     assert all(parameter.grad is not None for parameter in head.parameters())
     with torch.inference_mode():
         assert head(torch.randn(1, 3, 4, 5), torch.randn(1, D, 4, 5)).shape == (1, 2, 4, 5)
+
+
+def test_an_old_state_dict_loads():
+    module = make()
+    state = module.state_dict()
+    assert state["edge_bias"].shape == (1,)
+    old = {**state, "edge_bias": state["edge_bias"].view(()) + 1}
+    outer = torch.nn.ModuleDict({"graph": module})
+    outer.load_state_dict({f"graph.{name}": value for name, value in old.items()})
+    assert module.edge_bias.shape == (1,) and torch.equal(module.edge_bias, old["edge_bias"].view(1))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every backend of every differentiable op must pass; ``test_knn_graph.py`` holds the selection to its own.
 
-A test class sets ``subject`` and ``backends`` and inherits all checks. The checks take ``call`` so that planted faults
-can be run through them (``test_contract.py``): a check that no fault fails would prove nothing.
+A test class sets ``subject`` and inherits all checks, for every backend that can run here. The checks take ``call`` so
+that planted faults can be run through them (``test_contract.py``): a check that no fault fails would prove nothing.
 """
 
 from __future__ import annotations
@@ -194,10 +194,9 @@ def empty_inputs(subject: Subject, axis: str) -> Inputs:
 
 
 class OpContract:
-    """Inherit, set ``subject`` and ``backends``, and every check runs for every backend."""
+    """Inherit, set ``subject``, and every check runs for every backend."""
 
     subject: Subject
-    backends: tuple[str, ...]
     device = "cpu"
 
     @pytest.fixture

@@ -27,7 +27,9 @@ def _double(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def graph_layer(inputs: Inputs, grad: Tensor) -> Expected:
-    x, coefficient, bias, gain, shift = _double(*(inputs.get(n) for n in ("x", "coefficient", "bias", "gain", "shift")))
+    x, coefficient, bias, norm_weight, norm_bias = _double(
+        *(inputs.get(n) for n in ("x", "coefficient", "bias", "norm_weight", "norm_bias"))
+    )
     given, index, grad = inputs["x"], inputs["index"].long(), grad.double()
     activation = inputs.get("activation", "none")
     unit = numerics.accumulate_unit(given.dtype)
@@ -63,14 +65,14 @@ def graph_layer(inputs: Inputs, grad: Tensor) -> Expected:
         loose = (normed.abs() * off).mean(-1, keepdim=True) + (channels + numerics.SPARE_UNITS) * unit
         # where a row's deviation is of the size of its rounding, the first order is not all
         off = 2 * (off + normed.abs() * loose)
-        y = normed * gain + shift
-        slip = off * gain.abs() + numerics.SPARE_UNITS * unit * (y.abs() + shift.abs()) + TINY
-        result["grad_gain"] = (
+        y = normed * norm_weight + norm_bias
+        slip = off * norm_weight.abs() + numerics.SPARE_UNITS * unit * (y.abs() + norm_bias.abs()) + TINY
+        result["grad_norm_weight"] = (
             (grad * normed).sum((0, 1)),
             (count * unit * (grad * normed).abs() + grad.abs() * off).sum((0, 1)) + TINY,
         )
-        result["grad_shift"] = (grad.sum((0, 1)), count * unit * grad.abs().sum((0, 1)) + TINY)
-        scaled = grad * gain
+        result["grad_norm_bias"] = (grad.sum((0, 1)), count * unit * grad.abs().sum((0, 1)) + TINY)
+        scaled = grad * norm_weight
         along = (scaled * normed).mean(-1, keepdim=True)
         inner = (scaled - scaled.mean(-1, keepdim=True) - normed * along) * inverse
         terms = scaled.abs() + scaled.abs().mean(-1, keepdim=True)
@@ -92,7 +94,7 @@ def graph_layer(inputs: Inputs, grad: Tensor) -> Expected:
     value = dot(inner, x)
     limit = (2 * channels + numerics.SPARE_UNITS) * unit * dot(absolute, x.abs()) + dot(inner_slip, x.abs()) + TINY
     result["grad_coefficient"] = (value, limit + numerics.rounding_bound(value, inputs["coefficient"].dtype))
-    for name in ("bias", "gain", "shift"):
+    for name in ("bias", "norm_weight", "norm_bias"):
         if inputs.get(name) is None:
             result.pop(f"grad_{name}", None)
         else:
@@ -199,7 +201,7 @@ class Fused(Subject):
 
 def _registered_layer(i: Inputs) -> tuple[Any, ...]:
     options = (i.get("activation", "none"), i.get("eps", 1e-5), i.get("undirected", False), True, "auto")
-    return (i["x"], i["index"], i["coefficient"], i.get("bias"), i.get("gain"), i.get("shift"), *options)
+    return (i["x"], i["index"], i["coefficient"], i.get("bias"), i.get("norm_weight"), i.get("norm_bias"), *options)
 
 
 GRAPH_LAYER = Fused(
@@ -207,7 +209,7 @@ GRAPH_LAYER = Fused(
     function=ops.graph_layer,
     make_inputs=layer_cases.make_inputs,
     oracle=graph_layer,
-    differentiable=("x", "coefficient", "bias", "gain", "shift"),
+    differentiable=("x", "coefficient", "bias", "norm_weight", "norm_bias"),
     node_inputs=("x", "index", "coefficient"),
     registered=_registered_layer,
     variants=({"undirected": False}, {"undirected": True}),

@@ -13,7 +13,6 @@ from drseg_core.testing import CASES
 
 class TestDegreeNormalize(OpContract):
     subject = DEGREE_NORMALIZE
-    backends = ("reference", "native")
 
     def test_rows_sum_to_one(self, call):
         inputs = self.inputs({})

@@ -14,7 +14,6 @@ from drseg_core.testing import CASES
 
 class TestEdgeCoefficient(OpContract):
     subject = EDGE_COEFFICIENT
-    backends = ("reference",)
 
     def test_editing_a_saved_input_is_refused(self, variant, call):
         inputs = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in self.inputs(variant).items()}
@@ -63,11 +62,6 @@ def test_opcheck(dtype, norm):
         ({"bias": torch.zeros(2)}, ValueError, r"bias has the wrong shape; expected \(\) or \(1,\), got \(2,\)"),
         ({"mask": torch.zeros(2, 12, 3)}, TypeError, "mask has an unsupported dtype; expected one of bool"),
         ({"index": torch.zeros(2, 11, 3).int(), "mask": None}, ValueError, "index does not match source"),
-        (
-            {"backend": "native"},
-            RuntimeError,
-            "backend native cannot run on cpu: edge_coefficient has no native kernel",
-        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -14,7 +14,6 @@ from drseg_core.testing import CASES
 
 class TestEdgeWeight(OpContract):
     subject = EDGE_WEIGHT
-    backends = ("reference", "native")
 
     def test_equals_the_mlp_on_concatenated_features(self, call):
         random = torch.Generator().manual_seed(5)

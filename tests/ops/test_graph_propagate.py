@@ -13,7 +13,6 @@ from drseg_core.testing import CASES
 
 class TestGraphPropagate(OpContract):
     subject = GRAPH_PROPAGATE
-    backends = ("reference", "native")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
     def test_integers_are_exact(self, dtype, variant, call):

@@ -15,11 +15,17 @@ from torch.library import opcheck
 
 from drseg_core import ops
 from drseg_core.errors import NumericalError
+from drseg_core.ops import _dispatch
 from drseg_core.ops.knn_graph import reference, registration
 from drseg_core.ops.knn_graph.cases import make_inputs
+from drseg_core.ops.prepare_prior import reference as prepare_reference
 from drseg_core.testing import CASES, dino_like_prior, numerics, vit_like_prior
 
-BACKENDS = ("reference", "native")
+BACKENDS = [
+    row["backend"]
+    for row in ops.backend_report()
+    if row["op"] == "knn_graph" and row["device"] == "cpu" and row["available"]
+]
 FORMS = ("additive", "gauss", "multiplicative", "product")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -79,10 +85,11 @@ def test_sizes_around_block_borders(nodes, k, backend):
     check(inputs, *ops.knn_graph(**inputs, return_score=True))
 
 
-def select(prior: Tensor, grid: tuple[int, int], table: Tensor, k: int, form: str, include_self: bool, backend: str):
-    """The op after normalisation: integers stay exact."""
-    inverse = torch.ones(prior.shape[:2])
-    return registration.knn_graph(prior, inverse, table, k, form, include_self, backend)
+def select(prior: Tensor, inverse: Tensor, table: Tensor, k: int, form: str, include_self: bool, backend: str):
+    """What a backend computes, after normalisation and of any table: integers stay exact."""
+    with _dispatch.plain_float32(prior):
+        chosen = _dispatch.resolve("knn_graph", prior, backend)
+        return chosen.run(prior, inverse, table, k, form, include_self)
 
 
 @pytest.mark.parametrize("channels,largest", [(8, 1), (8, 3), (256, 3), (1024, 3)])
@@ -95,7 +102,8 @@ def test_integer_lattice_is_exact(channels, largest, include_self, dtype, backen
         prior = torch.randint(-largest, largest + 1, (2, nodes, channels), generator=random).to(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         table = torch.randint(0, 4, grid, generator=random).to(wide)
-        index, score = select(prior, grid, table, k, "additive", include_self, backend)
+        inverse = torch.ones(prior.shape[:2])
+        index, score = select(prior, inverse, table, k, "additive", include_self, backend)
         exact = prior.double() @ prior.double().mT
         y, x = torch.arange(nodes) // grid[1], torch.arange(nodes) % grid[1]
         exact = exact - table.double()[(y[:, None] - y).abs(), (x[:, None] - x).abs()]
@@ -129,7 +137,7 @@ def test_large_grids_are_exact(grid, form, include_self, backend):
             table = 2.0**-table
         inverse = torch.ones(1, nodes)
         inverse[0, 5:9] = torch.nan
-        got = registration.knn_graph(prior, inverse, table, k, form, include_self, backend)
+        got = select(prior, inverse, table, k, form, include_self, backend)
         expected = reference.knn_graph(prior, inverse, table, k, form, include_self)
         assert torch.equal(got[0], expected[0])
         torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0, equal_nan=True)
@@ -166,7 +174,7 @@ def test_grids_that_are_searched_coarsely_first(kind, form, backend):
         inverse = torch.where(torch.arange(h * w) == 77, torch.nan, 1.0)[None]
         table = torch.randint(0, 9, (h, w), generator=random).float()
         table = table if form == "additive" else 2.0**-table
-        got = registration.knn_graph(prior, inverse, table, 30, form, True, backend)
+        got = select(prior, inverse, table, 30, form, True, backend)
         expected = reference.knn_graph(prior, inverse, table, 30, form, True)
         assert torch.equal(got[0], expected[0])
         torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0, equal_nan=True)
@@ -206,7 +214,7 @@ def test_a_negative_decay_turns_scores_over(backend):
     prior = torch.randint(-2, 3, (1, 43 * 50, 100), generator=random).float()
     table = torch.randint(-3, 4, (43, 50), generator=random).float()
     inverse = torch.ones(1, 43 * 50)
-    got = registration.knn_graph(prior, inverse, table, 30, "product", True, backend)
+    got = select(prior, inverse, table, 30, "product", True, backend)
     expected = reference.knn_graph(prior, inverse, table, 30, "product", True)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
@@ -469,15 +477,33 @@ def test_compiles_without_a_break_and_with_few_recompilations(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     inputs = make_inputs(CASES[0], dtype)
-    prior, inverse = reference.prepare_prior(inputs["prior"])
-    table = reference.decay_table(inputs["grid"], 1.0, "additive", inverse.dtype, prior.device)
+    prior, inverse = prepare_reference.prepare_prior(inputs["prior"])
+    options = (*inputs["grid"], 3, 1.0, "additive", True, "auto")
     for form in (prior, prior.mT.contiguous().mT, prior.repeat(1, 1, 2)[..., ::2], prior[:1].expand(prior.shape)):
-        opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, table, 3, "additive", True, "auto"))
+        opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, *options))
+
+
+def test_the_decay_table_is_made_once(monkeypatch):
+    made = []
+    make = reference.decay_table
+    monkeypatch.setattr(reference, "decay_table", lambda *arguments: made.append(arguments) or make(*arguments))
+    registration._kept_table.cache_clear()
+    prior = torch.randn(1, 6, 5)
+    with torch.inference_mode():
+        first = ops.knn_graph(prior, (2, 3), 3, return_score=True)
+    for _ in range(3):
+        assert all(map(torch.equal, ops.knn_graph(prior, (2, 3), 3, return_score=True), first))
+    assert len(made) == 1
+    ops.knn_graph(prior.double(), (2, 3), 3)
+    ops.knn_graph(prior, (3, 2), 3)
+    ops.knn_graph(prior, (2, 3), 3, decay=2.0)
+    ops.knn_graph(prior, (2, 3), 3, form="gauss")
+    assert len(made) == 5
 
 
 def test_reference_gives_the_same_for_any_block():
     inputs = make_inputs(CASES[4])
-    prior, inverse = reference.prepare_prior(inputs["prior"])
+    prior, inverse = prepare_reference.prepare_prior(inputs["prior"])
     table = reference.decay_table(inputs["grid"], 1.0, "additive", torch.float32, prior.device)
     for block in (1, 7, 64, 1000):
         index, score = reference.knn_graph(prior, inverse, table, 16, "additive", True, block=block)
@@ -511,7 +537,7 @@ def test_float64_features_of_any_size_have_the_same_neighbours(scale, backend):
 def test_scales_are_exact_powers_of_two():
     exponent = torch.arange(-1022, 1024)
     prior = torch.tensor([2.0**e for e in exponent.tolist()], dtype=torch.float64)[:, None]
-    scaled, inverse = reference.prepare_prior(prior)
+    scaled, inverse = prepare_reference.prepare_prior(prior)
     assert torch.equal(torch.frexp(scaled).mantissa, torch.full_like(prior, 0.5))
     assert (scaled[1:-4] == 0.5).all() and inverse.isfinite().all()
 

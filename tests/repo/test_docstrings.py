@@ -25,6 +25,7 @@ from drseg_core.checkpoints.pretrained import save_pretrained
 from drseg_core.checkpoints.run import load_run
 from drseg_core.config.load import override
 from drseg_core.scenes.synthetic import write_synthetic_scene
+from drseg_core.testing import numerics
 from drseg_core.training.loop import train
 from tests.checkpoints.test_pretrained import Hub
 from tests.data.miniatures import write_raw, write_release
@@ -45,8 +46,10 @@ def public_modules() -> Iterator[ModuleType]:
 
 def public() -> dict[str, Any]:
     """Functions and classes by where they are defined."""
-    named = (getattr(module, name) for module in public_modules() for name in module.__all__)
+    named = [getattr(module, name) for module in public_modules() for name in module.__all__]
+    named += vars(numerics).values()
     found = [value for value in named if inspect.isclass(value) or inspect.isroutine(value)]
+    found = [value for value in found if value.__module__.startswith("drseg_core")]
     return {f"{value.__module__}.{value.__qualname__}": value for value in found}
 
 

@@ -226,6 +226,29 @@ def test_a_run_older_than_an_option_goes_on(config, data, tmp_path, uninterrupte
     assert differences(uninterrupted, final_state(run)) == []
 
 
+def test_a_run_goes_on_whose_edge_bias_was_a_single_number(config, data, tmp_path, uninterrupted, monkeypatch):
+    run = tmp_path / "run"
+    original = loop.save_checkpoint
+    numbers = []
+
+    def older(*arguments: Any, model: dict[str, Any], training: dict[str, Any], **options: Any) -> Path:
+        name = next(name for name in model if name.endswith("edge_bias"))
+        model = {**model, name: model[name].view(())}
+        for kept in training["optimizer"]["state"].values():
+            for key, value in kept.items():
+                if key != "step" and value.numel() == 1:
+                    kept[key] = value.view(())
+                    numbers.append(key)
+        return original(*arguments, model=model, training=training, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", older)
+        stopped_run(config, data, run)
+    assert numbers
+    train(config, data, run, resume=True, show_progress=False)
+    assert differences(uninterrupted, final_state(run)) == []
+
+
 def test_other_classes_and_other_data_are_refused(config, data, other_data, tmp_path):
     run = tmp_path / "run"
     stopped_run(config, data, run, step=1)

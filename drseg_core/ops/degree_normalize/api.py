@@ -47,7 +47,7 @@ def degree_normalize(
         norm: see above.
         eps: added to every degree, at least 1e-20: gradients of a row of zeros grow as ``eps**-1.5``.
         validate: refuse negative or non-finite weights and indices outside [0, N) (synchronises a GPU).
-        backend: ``reference``, ``native`` or ``triton``; None takes the best that can run.
+        backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
         (B, N, K) coefficients, float32 (float64 for float64 weights). Differentiable once to ``weight``.
@@ -56,6 +56,13 @@ def degree_normalize(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
         NumericalError: ``validate`` found a negative or non-finite weight.
         BackendUnavailableError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.ops import degree_normalize
+        >>> weight, index = torch.tensor([[1.0, 3.0], [2.0, 2.0]]), torch.tensor([[0, 1], [0, 1]])
+        >>> degree_normalize(weight, index)[0].round(decimals=4).tolist()
+        [0.25, 0.75]
     """
     op = "degree_normalize"
     _checks.check_tensor(op, "weight", weight, ("B", "N", "K"))

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from drseg_core.ops import _dispatch, _native, _triton
-from drseg_core.ops._checks import FLOAT_DTYPES
-from drseg_core.ops._dispatch import Backend
+from drseg_core.ops._registration import Differentiable, backward_of, define, widest
 from drseg_core.ops.degree_normalize import reference
 
 # the order in which the library counts them
@@ -28,83 +27,55 @@ def _run_native_backward(grad: Tensor, weight: Tensor, index: Tensor, norm: str,
     return torch.ops.drseg_native.degree_normalize_backward(grad, wide, ends, number, eps).to(weight.dtype)
 
 
-def _run_triton(weight: Tensor, index: Tensor, norm: str, eps: float) -> Tensor:
-    from drseg_kernels.degree_normalize import degree_normalize as launch
-
-    return launch(weight, index, norm, eps)
-
-
-def _run_triton_backward(grad: Tensor, weight: Tensor, index: Tensor, norm: str, eps: float) -> Tensor:
-    from drseg_kernels.degree_normalize import degree_normalize_backward as launch
-
-    return launch(grad, weight, index, norm, eps)
-
-
 _dispatch.add_table(
     "degree_normalize",
-    [
-        Backend(
-            name="native",
-            run=_run_native,
-            run_backward=_run_native_backward,
-            why_not=lambda device: _native.why_not(device, "degree_normalize", "degree_normalize_backward"),
-            dtypes=FLOAT_DTYPES,
-        ),
-        Backend(
-            name="triton",
-            run=_run_triton,
-            run_backward=_run_triton_backward,
-            why_not=_triton.why_not,
-            dtypes=_triton.DTYPES,
-        ),
-        Backend(
-            name="reference",
-            run=reference.degree_normalize,
-            run_backward=reference.degree_normalize_backward,
-            why_not=lambda device: None,
-            dtypes=FLOAT_DTYPES,
-        ),
-    ],
+    _native.backend(_run_native, _run_native_backward, "degree_normalize", "degree_normalize_backward"),
+    _triton.backend("degree_normalize"),
+    _dispatch.reference_backend(reference.degree_normalize, reference.degree_normalize_backward),
 )
 
 
-@torch.library.custom_op("drseg::degree_normalize", mutates_args=())
-def degree_normalize(weight: Tensor, index: Tensor, norm: str, eps: float, backend: str) -> Tensor:
+def _run(weight: Tensor, index: Tensor, norm: str, eps: float, backend: str) -> Tensor:
     chosen = _dispatch.resolve("degree_normalize", weight, backend)
     with _dispatch.plain_float32(weight):
         return chosen.run(weight, index, norm, eps).contiguous()
 
 
-@degree_normalize.register_fake
-def _(weight: Tensor, index: Tensor, norm: str, eps: float, backend: str) -> Tensor:
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return weight.new_empty(weight.shape, dtype=wide)
-
-
-@torch.library.custom_op("drseg::degree_normalize_backward", mutates_args=())
-def degree_normalize_backward(
-    grad: Tensor, weight: Tensor, index: Tensor, norm: str, eps: float, backend: str
-) -> Tensor:
+def _run_backward(grad: Tensor, weight: Tensor, index: Tensor, norm: str, eps: float, backend: str) -> Tensor:
     chosen = _dispatch.resolve("degree_normalize", weight, backend)
-    assert chosen.run_backward is not None
     with _dispatch.plain_float32(weight):
-        return chosen.run_backward(grad, weight, index, norm, eps).contiguous()
+        return _dispatch.gradients("degree_normalize", chosen, grad, weight, index, norm, eps).contiguous()
 
 
-@degree_normalize_backward.register_fake
-def _(grad: Tensor, weight: Tensor, index: Tensor, norm: str, eps: float, backend: str) -> Tensor:
-    return weight.new_empty(weight.shape)
+_forward = define(
+    "degree_normalize",
+    "(Tensor weight, Tensor index, str norm, float eps, str backend) -> Tensor",
+    _run,
+    lambda weight, *others: weight.new_empty(weight.shape, dtype=widest(weight)),
+)
+_backward = define(
+    "degree_normalize_backward",
+    "(Tensor grad, Tensor weight, Tensor index, str norm, float eps, str backend) -> Tensor",
+    _run_backward,
+    lambda grad, weight, *others: weight.new_empty(weight.shape),
+)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, index, ctx.norm, ctx.eps, ctx.backend = inputs
-    ctx.save_for_backward(weight, index)
+class _DegreeNormalize(Differentiable):
+    @staticmethod
+    def forward(weight: Tensor, index: Tensor, norm: str, eps: float, backend: str) -> Tensor:
+        return _forward(weight, index, norm, eps, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, index, ctx.norm, ctx.eps, ctx.backend = inputs
+        ctx.save_for_backward(weight, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        given = (grad, *ctx.saved_tensors, ctx.norm, ctx.eps, ctx.backend)
+        return *backward_of("degree_normalize", _backward, [True], *given), None, None, None, None
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, index = ctx.saved_tensors
-    return degree_normalize_backward(grad, weight, index, ctx.norm, ctx.eps, ctx.backend), None, None, None, None
-
-
-degree_normalize.register_autograd(_backward, setup_context=_setup_context)
-degree_normalize_backward.register_autograd(_dispatch.refuse_double_backward("degree_normalize"))
+def degree_normalize(*arguments: Any) -> Tensor:
+    return _DegreeNormalize.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)

@@ -59,8 +59,7 @@ def edge_coefficient(
     """Propagation coefficients from the projections of the nodes: ``edge_weight`` and ``degree_normalize`` in one
     (arXiv 2604.02010, Eq. 8 and 9).
 
-    Worth it where it saves launches and passes over memory, on a GPU. It has no native kernel: on the CPU the two ops
-    are faster.
+    A backend without a kernel for both runs its two ops.
 
     Args:
         source: (B, N, E) or (N, E), half of the edge MLP's first layer for the node itself; float32, float64, float16
@@ -71,7 +70,7 @@ def edge_coefficient(
         norm: see ``degree_normalize``.
         eps: added to every degree, at least 1e-20: gradients of a row of zeros grow as ``eps**-1.5``.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
-        backend: ``reference`` or ``triton``; None takes the best that can run.
+        backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
         (B, N, K) coefficients, float32 (float64 if an input is). Differentiable once to ``source``, ``target``,
@@ -80,6 +79,13 @@ def edge_coefficient(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
         BackendUnavailableError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.ops import edge_coefficient
+        >>> half, index = torch.zeros(2, 4), torch.tensor([[0, 1], [1, 0]])
+        >>> edge_coefficient(half, half, index, torch.ones(4), torch.zeros(1), norm="row")[0].round(decimals=4).tolist()
+        [0.5, 0.5]
     """
     op = "edge_coefficient"
     _check(source, target, index, vector, bias, mask)

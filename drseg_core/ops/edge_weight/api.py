@@ -59,7 +59,7 @@ def edge_weight(
         bias: () or (1,), its bias.
         mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
-        backend: ``reference``, ``native`` or ``triton``; None takes the best that can run.
+        backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
         (B, N, K) weights >= 0, float32 (float64 if an input is): half precision would underflow to 0. Differentiable
@@ -68,6 +68,13 @@ def edge_weight(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
         BackendUnavailableError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.ops import edge_weight
+        >>> half, index = torch.zeros(2, 4), torch.tensor([[0, 1], [1, 0]])
+        >>> edge_weight(half, half, index, torch.ones(4), torch.zeros(1))[0].tolist()  # softplus(0) = log 2
+        [0.6931471824645996, 0.6931471824645996]
     """
     _check(source, target, index, vector, bias, mask)
     _checks.check_flag("edge_weight", "validate", validate)

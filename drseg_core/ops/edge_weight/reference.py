@@ -6,6 +6,8 @@ Both work through blocks of rows, so that no tensor of all edges times the hidde
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -68,18 +70,16 @@ def edge_weight_backward(
     index: Tensor,
     vector: Tensor,
     bias: Tensor,
-    mask: Tensor | None = None,
-    need_source: bool = True,
-    need_target: bool = True,
-    need_parameters: bool = True,
+    output_mask: Sequence[bool] = (True,) * 4,
     *,
     block: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to ``source``, ``target``, ``vector`` and ``bias``, each in its input's dtype.
 
-    One that is not needed is an empty tensor; ``vector`` and ``bias`` are the parameters. The ReLU mask is computed
-    again. The derivative of softplus comes from the saved weight: 1 - exp(-weight).
+    One whose ``output_mask`` is False is an empty tensor. The ReLU mask is computed again. The derivative of softplus
+    comes from the saved weight: 1 - exp(-weight).
     """
+    need_source, need_target, need_vector, _ = output_mask
     inputs = (source, target, vector, bias)
     grad, weight, source, target, vector, _ = _wide(grad, weight, *inputs)
     batch, nodes, k = index.shape
@@ -95,7 +95,7 @@ def edge_weight_backward(
             near = neighbour[b, rows]
             hidden = (source[b, rows, None] + target[b][near]).relu()
             logit = grad_logit[b, rows]
-            if need_parameters:
+            if need_vector:
                 grad_vector += (logit.unsqueeze(-1) * hidden).sum((0, 1))
             if not need_source and not need_target:
                 continue
@@ -105,9 +105,8 @@ def edge_weight_backward(
             if need_target:
                 grad_target[b].index_add_(0, near.flatten(), grad_hidden.flatten(0, 1))
     results = (grad_source, grad_target, grad_vector, grad_logit.sum())
-    needed = (need_source, need_target, need_parameters, need_parameters)
     source, target, vector, bias = (
         result.to(given.dtype).reshape(given.shape) if need else given.new_empty(0)
-        for result, given, need in zip(results, inputs, needed, strict=True)
+        for result, given, need in zip(results, inputs, output_mask, strict=True)
     )
     return source, target, vector, bias

@@ -36,7 +36,7 @@ def _check(
         _checks.check_tensor(op, name, value, ("C",))
     _checks.check_same_device(op, x=x, index=index, coefficient=coefficient, **given)
     _checks.check_no_tangent(op, x=x, coefficient=coefficient, **given)
-    for name in ("gain", "shift"):
+    for name in ("norm_weight", "norm_bias"):
         if (parameters[name] is None) is (activation == "layer_norm"):
             rule = "a tensor" if activation == "layer_norm" else "None"
             got = "None" if parameters[name] is None else "a tensor"
@@ -55,8 +55,8 @@ def graph_layer(
     index: Tensor,
     coefficient: Tensor,
     bias: Tensor | None = None,
-    gain: Tensor | None = None,
-    shift: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     *,
     activation: Activation = "none",
     eps: float = 1e-5,
@@ -68,42 +68,46 @@ def graph_layer(
 
     ``y_i = activation(sum_k coefficient_ik x_j + bias)`` with ``j = index_ik``; with ``undirected`` the sum also runs
     over the edges that end in i, as ``graph_propagate`` does with ``transpose``. ``layer_norm`` normalises each row:
-    ``gain (z - mean(z)) / sqrt(var(z) + eps) + shift``. The value before the activation is never rounded to half
-    precision.
-
-    Worth it where it saves launches and passes over memory, on a GPU. It has no native kernel: on the CPU
-    ``graph_propagate`` followed by PyTorch's own functions is faster.
+    ``norm_weight (z - mean(z)) / sqrt(var(z) + eps) + norm_bias``. The value before the activation is never rounded to
+    half precision. A backend without a kernel for all of it runs its ``graph_propagate`` and the library's functions.
 
     Args:
         x: (B, N, C) or (N, C) node features; float32, float64, float16 or bfloat16.
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
         coefficient: shape of ``index``, a floating-point dtype, not necessarily that of ``x``.
-        bias: (C,) or None, any floating-point dtype, as ``gain`` and ``shift``.
-        gain, shift: (C,) for ``layer_norm``, None otherwise.
+        bias: (C,) or None, any floating-point dtype, as ``norm_weight`` and ``norm_bias``.
+        norm_weight, norm_bias: (C,) for ``layer_norm``, None otherwise.
         activation: ``none``, ``relu`` or ``layer_norm``.
         eps: of ``layer_norm``, > 0.
         undirected: follow every edge in both directions.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
-        backend: ``reference`` or ``triton``; None takes the best that can run.
+        backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
         (B, N, C) in the dtype of ``x``; sums in float32 (float64 if ``x`` or ``coefficient`` is) and rounds once.
-        Differentiable once to ``x``, ``coefficient``, ``bias``, ``gain`` and ``shift``.
+        Differentiable once to ``x``, ``coefficient``, ``bias``, ``norm_weight`` and ``norm_bias``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
         BackendUnavailableError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.ops import graph_layer
+        >>> x, index = torch.tensor([[1.0], [-3.0]]), torch.tensor([[0, 1], [1, 1]])
+        >>> graph_layer(x, index, torch.full((2, 2), 0.5), torch.ones(1), activation="relu").tolist()
+        [[0.0], [0.0]]
     """
     op = "graph_layer"
-    _check(x, index, coefficient, {"bias": bias, "gain": gain, "shift": shift}, activation, eps)
+    _check(x, index, coefficient, {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}, activation, eps)
     _checks.check_flag(op, "undirected", undirected)
     _checks.check_flag(op, "validate", validate)
     requested = requested_backend(op, backend)
     if validate:
         _checks.check_index_values(op, index, x.shape[-2])
-    tensors = (x, coefficient, bias, gain, shift)
+    tensors = (x, coefficient, bias, norm_weight, norm_bias)
     keep = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
-    options = (bias, gain, shift, activation, eps, undirected, keep, requested)
+    options = (bias, norm_weight, norm_bias, activation, eps, undirected, keep, requested)
     if x.dim() == 3:
         return registration.graph_layer(x, index, coefficient, *options)[0]
     return registration.graph_layer(x[None], index[None], coefficient[None], *options)[0][0]

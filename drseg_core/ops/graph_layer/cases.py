@@ -22,14 +22,14 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "c
     if case.saturated:
         x[:, ::3] *= 1e2 if dtype == torch.float16 else 1e15
     coefficient = torch.rand(case.batch, case.nodes, case.neighbours, generator=random) / case.neighbours
-    bias, gain, shift = torch.randn(3, case.channels, generator=random)
+    bias, norm_weight, norm_bias = torch.randn(3, case.channels, generator=random)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return {
         "x": x.to(device=device, dtype=dtype),
         "index": random_index(case, random).to(device),
         "coefficient": coefficient.to(device=device, dtype=wide),
         "bias": bias.to(device=device, dtype=dtype),
-        "gain": (1 + 0.3 * gain).to(device=device, dtype=dtype),
-        "shift": shift.to(device=device, dtype=dtype),
+        "norm_weight": (1 + 0.3 * norm_weight).to(device=device, dtype=dtype),
+        "norm_bias": norm_bias.to(device=device, dtype=dtype),
         "activation": "layer_norm",
     }

@@ -3,205 +3,152 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from drseg_core.ops import _dispatch, _triton
-from drseg_core.ops._checks import FLOAT_DTYPES
-from drseg_core.ops._dispatch import Backend
+from drseg_core.ops._registration import Differentiable, asked_for, backward_of, define, fake_gradients, widest
 from drseg_core.ops.graph_layer import reference
 
+_dispatch.add_fusion("graph_layer", ("graph_propagate",), reference.compose, _triton.backend("graph_layer"))
 
-def _run_triton(
+
+def _resolve(x: Tensor, backend: str, *others: Tensor | None) -> _dispatch.Backend:
+    names = ("coefficient", "bias", "norm_weight", "norm_bias")
+    return _dispatch.resolve("graph_layer", x, backend, **dict(zip(names, others, strict=True)))
+
+
+def _run(
     x: Tensor,
     index: Tensor,
     coefficient: Tensor,
     bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     activation: str,
     eps: float,
     undirected: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from drseg_kernels.graph_layer import graph_layer as launch
-
-    return launch(x, index, coefficient, bias, gain, shift, activation, eps, undirected, keep)
-
-
-def _run_triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from drseg_kernels.graph_layer import graph_layer_backward as launch
-
-    return launch(*arguments)
+    backend: str,
+) -> tuple[Tensor, ...]:
+    chosen = _resolve(x, backend, coefficient, bias, norm_weight, norm_bias)
+    parameters = (bias, norm_weight, norm_bias)
+    with _dispatch.plain_float32(x):
+        return chosen.run(x, index, coefficient, *parameters, activation, eps, undirected, keep)
 
 
-_dispatch.add_table(
+def _run_backward(
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    y: Tensor,
+    given: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: str,
+    undirected: bool,
+    output_mask: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    parameters = (bias, norm_weight, norm_bias)
+    chosen = _resolve(x, backend, coefficient, *parameters)
+    saved = (y, given, mean, rstd, *parameters)
+    arguments = (grad, x, index, coefficient, *saved, activation, undirected, output_mask)
+    with _dispatch.plain_float32(x):
+        return asked_for(_dispatch.gradients("graph_layer", chosen, *arguments), output_mask)
+
+
+def _fake(
+    x: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: str,
+    eps: float,
+    undirected: bool,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    wide, kept = widest(x, coefficient), keep and activation == "layer_norm"
+    mean, rstd = (x.new_empty(x.shape[:2] if kept else (0,), dtype=wide) for _ in range(2))
+    return x.new_empty(x.shape), x.new_empty(x.shape if kept else (0,), dtype=wide), mean, rstd
+
+
+def _fake_backward(grad: Tensor, x: Tensor, index: Tensor, coefficient: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, bias, norm_weight, norm_bias, activation, undirected, output_mask, backend = others
+    return fake_gradients(output_mask, x, coefficient, bias, norm_weight, norm_bias)
+
+
+_forward = define(
     "graph_layer",
-    [
-        Backend(
-            name="triton",
-            run=_run_triton,
-            run_backward=_run_triton_backward,
-            why_not=_triton.why_not,
-            dtypes=_triton.DTYPES,
-        ),
-        Backend(
-            name="reference",
-            run=reference.graph_layer,
-            run_backward=reference.graph_layer_backward,
-            why_not=lambda device: None,
-            dtypes=FLOAT_DTYPES,
-        ),
-    ],
+    "(Tensor x, Tensor index, Tensor coefficient, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+    "str activation, float eps, bool undirected, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
+_backward = define(
+    "graph_layer_backward",
+    "(Tensor grad, Tensor x, Tensor index, Tensor coefficient, Tensor y, Tensor given, Tensor mean, Tensor rstd, "
+    "Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, str activation, bool undirected, bool[5] output_mask, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
 )
 
 
-@torch.library.custom_op("drseg::graph_layer", mutates_args=())
-def graph_layer(
-    x: Tensor,
-    index: Tensor,
-    coefficient: Tensor,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    activation: str,
-    eps: float,
-    undirected: bool,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    others = {"coefficient": coefficient, "bias": bias, "gain": gain, "shift": shift}
-    chosen = _dispatch.resolve("graph_layer", x, backend, **others)
-    with _dispatch.plain_float32(x):
-        return chosen.run(x, index, coefficient, bias, gain, shift, activation, eps, undirected, keep)
+class _GraphLayer(Differentiable):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        index: Tensor,
+        coefficient: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        activation: str,
+        eps: float,
+        undirected: bool,
+        keep: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        parameters = (bias, norm_weight, norm_bias)
+        found: tuple[Tensor, ...] = _forward(
+            x, index, coefficient, *parameters, activation, eps, undirected, keep, backend
+        )
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # undirected edges are followed in the transposed direction too
+        x, index, coefficient, *parameters, ctx.activation, _, ctx.undirected, ctx.keep, ctx.backend = inputs
+        y, given, mean, rstd = output
+        ctx.mark_non_differentiable(given, mean, rstd)
+        ctx.set_materialize_grads(False)
+        # of the output only ReLU's mask is needed again
+        mask = y if ctx.activation == "relu" else given
+        ctx.save_for_backward(x, index, coefficient, mask, given, mean, rstd, *parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 11
+        if ctx.activation == "layer_norm" and not ctx.keep:
+            raise RuntimeError("graph_layer: keep is False; expected True where a gradient is needed, got a backward")
+        needs = ctx.needs_input_grad
+        mask = [needs[0], *needs[2:6]]
+        given = (grad, *ctx.saved_tensors, ctx.activation, ctx.undirected, mask, ctx.backend)
+        to_x, *grads = backward_of("graph_layer", _backward, mask, *given)
+        return to_x, None, *grads, None, None, None, None, None
 
 
-@graph_layer.register_fake
-def _(
-    x: Tensor,
-    index: Tensor,
-    coefficient: Tensor,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    activation: str,
-    eps: float,
-    undirected: bool,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float64 if torch.float64 in (x.dtype, coefficient.dtype) else torch.float32
-    kept = keep and activation == "layer_norm"
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(x.shape if kept else (0,), dtype=wide),
-        x.new_empty(x.shape[:2] if kept else (0,), dtype=wide),
-    )
-
-
-@torch.library.custom_op("drseg::graph_layer_backward", mutates_args=())
-def graph_layer_backward(
-    grad: Tensor,
-    x: Tensor,
-    index: Tensor,
-    coefficient: Tensor,
-    y: Tensor,
-    normed: Tensor,
-    inverse: Tensor,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    activation: str,
-    undirected: bool,
-    need_x: bool,
-    need_coefficient: bool,
-    need_parameters: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    others = {"coefficient": coefficient, "bias": bias, "gain": gain, "shift": shift}
-    chosen = _dispatch.resolve("graph_layer", x, backend, **others)
-    assert chosen.run_backward is not None
-    given = (grad, x, index, coefficient, y, normed, inverse, bias, gain, shift, activation, undirected)
-    with _dispatch.plain_float32(x):
-        return chosen.run_backward(*given, need_x, need_coefficient, need_parameters)
-
-
-@graph_layer_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    index: Tensor,
-    coefficient: Tensor,
-    y: Tensor,
-    normed: Tensor,
-    inverse: Tensor,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    activation: str,
-    undirected: bool,
-    need_x: bool,
-    need_coefficient: bool,
-    need_parameters: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    to_bias, to_gain, to_shift = (
-        grad.new_empty(0) if value is None or not need_parameters else value.new_empty(value.shape)
-        for value in (bias, gain, shift)
-    )
-    return (
-        x.new_empty(x.shape if need_x else (0,)),
-        coefficient.new_empty(coefficient.shape if need_coefficient else (0,)),
-        to_bias,
-        to_gain,
-        to_shift,
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # undirected edges are followed in the transposed direction too
-    x, index, coefficient, bias, gain, shift, activation, _, ctx.transpose, _, ctx.backend = inputs
-    y, normed, inverse = output
-    ctx.mark_non_differentiable(normed, inverse)
-    ctx.set_materialize_grads(False)
-    # of the output only ReLU's mask is needed again
-    mask = y if activation == "relu" else None
-    ctx.save_for_backward(x, index, coefficient, mask, normed, inverse, bias, gain, shift)
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 11
-    x, index, coefficient, y, normed, inverse, bias, gain, shift = ctx.saved_tensors
-    activation = "layer_norm" if gain is not None else "none" if y is None else "relu"
-    if activation == "layer_norm" and normed.shape != x.shape:
-        raise RuntimeError("graph_layer: keep is False; expected True where a gradient is needed, got a backward")
-    need_x, _, need_coefficient, *need_parameters = ctx.needs_input_grad[:6]
-    grads = graph_layer_backward(
-        grad,
-        x,
-        index,
-        coefficient,
-        # read for ReLU only
-        normed if y is None else y,
-        normed,
-        inverse,
-        bias,
-        gain,
-        shift,
-        activation,
-        ctx.transpose,
-        need_x,
-        need_coefficient,
-        any(need_parameters),
-        ctx.backend,
-    )
-    needed = (need_x, need_coefficient, *need_parameters)
-    to_x, to_coefficient, *others = (value if need else None for value, need in zip(grads, needed, strict=True))
-    return to_x, None, to_coefficient, *others, None, None, None, None, None
-
-
-graph_layer.register_autograd(_backward, setup_context=_setup_context)
-graph_layer_backward.register_autograd(_dispatch.refuse_double_backward("graph_layer"))
+def graph_layer(*arguments: Any) -> tuple[Tensor, ...]:
+    return _GraphLayer.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)

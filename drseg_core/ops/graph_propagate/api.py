@@ -30,7 +30,7 @@ def graph_propagate(
         coefficient: shape of ``index``, a floating-point dtype, not necessarily that of ``x``.
         transpose: follow the edges from neighbour to node.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
-        backend: ``reference``, ``native`` or ``triton``; None takes the best that can run.
+        backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
         (B, N, C) in the dtype of ``x``; sums in float32 (float64 if an input is) and rounds once. Differentiable once
@@ -39,6 +39,13 @@ def graph_propagate(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
         BackendUnavailableError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.ops import graph_propagate
+        >>> x, index = torch.tensor([[1.0], [3.0]]), torch.tensor([[0, 1], [1, 1]])
+        >>> graph_propagate(x, index, torch.full((2, 2), 0.5)).tolist()
+        [[2.0], [3.0]]
     """
     op = "graph_propagate"
     _checks.check_tensor(op, "x", x, ("B", "N", "C"))

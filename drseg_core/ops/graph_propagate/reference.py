@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,20 +57,19 @@ def graph_propagate_backward(
     index: Tensor,
     coefficient: Tensor,
     transpose: bool,
-    need_x: bool,
-    need_coefficient: bool,
+    output_mask: Sequence[bool],
     *,
     block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to ``x`` and ``coefficient``; one that is not needed is an empty tensor.
+    """Gradients to ``x`` and ``coefficient``; one whose ``output_mask`` is False is an empty tensor.
 
     To ``x``: the same propagation in the other direction. To ``coefficient``: the dot product of the gradient at the
     node that receives with the features of the node that sends.
     """
     grad_x, grad_coefficient = x.new_empty(0), coefficient.new_empty(0)
-    if need_x:
+    if output_mask[0]:
         grad_x = graph_propagate(grad, index, coefficient, not transpose, block=block).to(x.dtype)
-    if need_coefficient:
+    if output_mask[1]:
         wide_grad, wide_x = _wide(grad, x)
         start, end = (wide_x, wide_grad) if transpose else (wide_grad, wide_x)
         batch, nodes, k = index.shape

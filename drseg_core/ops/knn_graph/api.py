@@ -3,71 +3,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from drseg_core.ops import _checks
+from drseg_core.ops import _checks, _dispatch
 from drseg_core.ops._dispatch import requested_backend
 from drseg_core.ops.knn_graph import registration
-from drseg_core.ops.knn_graph.reference import decay_table
+from drseg_core.ops.prepare_prior.api import PreparedPrior, prepare_prior
 
 FORMS = ("additive", "gauss", "multiplicative", "product")
 PRECISIONS = ("exact",)
 
 Form = Literal["additive", "gauss", "multiplicative", "product"]
-
-
-class PreparedPrior(NamedTuple):
-    """Features of a prior with what normalises them: work shared by the selection and by linear maps.
-
-    Args:
-        scaled: (B, N, D) or (N, D), contiguous, each row times a power of two that brings its largest entry near one
-            (float16: as given, its products cannot leave the range of float32).
-        inverse_norm: (B, N) or (N,), float32 (float64 for float64 features): inverse L2 norms of the scaled rows, 0 for
-            a zero row, NaN for a row with a non-finite value.
-    """
-
-    scaled: Tensor
-    inverse_norm: Tensor
-
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A linear map of the L2-normalised rows, as ``torch.nn.functional.linear`` of them; NaN for a NaN norm.
-
-        The norm is applied to the result, which is narrower than the rows.
-
-        Args:
-            weight: (E, D). bias: (E,).
-
-        Returns:
-            (B, N, E) or (N, E) in float32 (float64 where the features or ``weight`` are).
-        """
-        scaled, factor = self.scaled, self.inverse_norm[..., None]
-        if scaled.dtype == torch.float16:
-            scaled, factor = scaled.float() * factor, torch.ones_like(factor)
-        result = F.linear(scaled.to(weight.dtype), weight)
-        return result * factor if bias is None else torch.addcmul(bias.to(factor.dtype), result, factor)
-
-
-def prepare_prior(prior: Tensor, *, backend: str | None = None) -> PreparedPrior:
-    """Normalisation of a prior, done once for ``knn_graph`` and for the edge MLP. It carries no gradient.
-
-    Args:
-        prior: (B, N, D) or (N, D) features, float32, float64, float16 or bfloat16.
-        backend: as for ``knn_graph``.
-
-    Raises:
-        TypeError, ValueError: ``prior`` has the wrong type, dtype or rank, or no channels.
-        BackendUnavailableError: the named backend cannot run here.
-    """
-    _checks.check_tensor("prepare_prior", "prior", prior, ("B", "N", "D"))
-    if prior.shape[-1] == 0:
-        raise ValueError(f"prepare_prior: prior has no channels; expected D >= 1, got shape {tuple(prior.shape)}")
-    requested = requested_backend("knn_graph", backend)
-    # the choice is not differentiable, and a frozen prior must not be kept alive by a graph
-    return PreparedPrior(*registration.prepare_prior(prior.detach(), requested))
 
 
 def _check(
@@ -187,7 +136,7 @@ def knn_graph(
         pad: where there are fewer than k candidates, fill up with the row's own index (see ``padding_mask``).
         precision: ``exact`` ranks float32 affinities; nothing less is offered yet.
         check_finite: refuse non-finite features (synchronises a GPU) instead of containing them.
-        backend: ``reference``, ``native`` or ``triton``; None takes the best that can run.
+        backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
         ``index`` (B, N, k) int32, each row ascending with its padding last. With ``return_score`` also ``score``
@@ -203,17 +152,27 @@ def knn_graph(
         its own slots hold its own index with score NaN, and the other rows are as if it were not there: if that
         leaves them fewer than k candidates, they are padded. On a GPU the library multiplies, whose last bits may
         depend on the number of images in the batch; not under ``torch.use_deterministic_algorithms``.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.ops import knn_graph
+        >>> prior = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+        >>> knn_graph(prior, (2, 2), 2, decay=0.0).tolist()
+        [[0, 1], [0, 1], [2, 3], [2, 3]]
     """
     features = prior.scaled if isinstance(prior, PreparedPrior) else prior
     _check(features, grid, k, decay, form, include_self, return_score, pad, precision, check_finite)
     requested = requested_backend("knn_graph", backend)
+    if not torch.compiler.is_compiling():
+        # the error of a backend named in vain is about this op, not about the preparation
+        _dispatch.resolve("knn_graph", features, requested)
     if check_finite:
         _checks.check_finite_rows("knn_graph", "prior", features)
     scaled, inverse_norm = prior if isinstance(prior, PreparedPrior) else prepare_prior(prior, backend=backend)
     if features.dim() == 2:
         scaled, inverse_norm = scaled[None], inverse_norm[None]
-    table = decay_table((int(grid[0]), int(grid[1])), decay, form, inverse_norm.dtype, features.device)
-    index, score = registration.knn_graph(scaled, inverse_norm, table, k, form, include_self, requested)
+    options = (int(grid[0]), int(grid[1]), k, float(decay), form, include_self, requested)
+    index, score = registration.knn_graph(scaled, inverse_norm, *options)
     if features.dim() == 2:
         index, score = index[0], score[0]
     return (index, score) if return_score else index
@@ -228,6 +187,13 @@ def padding_mask(index: Tensor, *, include_self: bool = True) -> Tensor:
 
     Returns:
         bool tensor of the shape of ``index``: the ``mask`` of ``edge_weight``.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.ops import knn_graph, padding_mask
+        >>> index = knn_graph(torch.ones(2, 3), (1, 2), 3, pad=True)
+        >>> index.tolist(), padding_mask(index).tolist()
+        ([[0, 1, 0], [0, 1, 1]], [[True, True, False], [True, True, False]])
     """
     _checks.check_tensor("padding_mask", "index", index, ("B", "N", "K"), _checks.INDEX_DTYPES)
     _checks.check_flag("padding_mask", "include_self", include_self)

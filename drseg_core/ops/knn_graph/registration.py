@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from drseg_core.ops import _dispatch, _native, _triton
-from drseg_core.ops._checks import FLOAT_DTYPES
-from drseg_core.ops._dispatch import Backend
+from drseg_core.ops._registration import define, widest
 from drseg_core.ops.knn_graph import reference
 
 # the order in which the library counts them
@@ -23,77 +25,60 @@ def _run_native(
     return torch.ops.drseg_native.knn_graph(*given, k, _FORMS.index(form), include_self)
 
 
-def _run_triton(
-    prior: Tensor, inverse_norm: Tensor, table: Tensor, k: int, form: str, include_self: bool
-) -> tuple[Tensor, Tensor]:
-    from drseg_kernels.knn_graph import knn_graph as launch
-
-    return launch(prior, inverse_norm, table, k, form, include_self)
-
-
 _dispatch.add_table(
     "knn_graph",
-    [
-        Backend(
-            name="native",
-            run=_run_native,
-            run_backward=None,
-            why_not=lambda device: _native.why_not(device, "prepare_prior", "knn_graph"),
-            dtypes=FLOAT_DTYPES,
-        ),
-        Backend(
-            name="triton",
-            run=_run_triton,
-            run_backward=None,
-            why_not=_triton.why_not,
-            dtypes=_triton.DTYPES,
-        ),
-        Backend(
-            name="reference",
-            run=reference.knn_graph,
-            run_backward=None,
-            why_not=lambda device: None,
-            dtypes=FLOAT_DTYPES,
-        ),
-    ],
+    _native.backend(_run_native, None, "knn_graph"),
+    _triton.backend("knn_graph", backward=False),
+    _dispatch.reference_backend(reference.knn_graph),
 )
 
 
-@torch.library.custom_op("drseg::prepare_prior", mutates_args=())
-def prepare_prior(prior: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    chosen = _dispatch.resolve("knn_graph", prior, backend)
-    if chosen.name == "native" and prior.dtype in (torch.float32, torch.float64):
-        batched = prior if prior.dim() == 3 else prior[None]
-        scaled, inverse_norm = torch.ops.drseg_native.prepare_prior(batched.contiguous())
-        return scaled.view(prior.shape), inverse_norm.view(prior.shape[:-1])
-    if chosen.name == "triton":
-        from drseg_kernels.prepare_prior import prepare_prior as launch
-
-        return launch(prior)
-    scaled, inverse_norm = reference.prepare_prior(prior)
-    # the result of an op may not be its argument
-    return scaled.clone() if scaled is prior else scaled.contiguous(), inverse_norm
+@functools.lru_cache(maxsize=64)
+def _kept_table(
+    grid: tuple[int, int], decay: float, form: str, dtype: torch.dtype, device: torch.device, stream: Any
+) -> Tensor:
+    return reference.decay_table(grid, decay, form, dtype, device)
 
 
-@prepare_prior.register_fake
-def _(prior: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if prior.dtype == torch.float64 else torch.float32
-    return prior.new_empty(prior.shape), prior.new_empty(prior.shape[:-1], dtype=wide)
+def decay_table(grid: tuple[int, int], decay: float, form: str, like: Tensor) -> Tensor:
+    """The spatial term of Eq. 7 in the dtype and on the device of ``like``, made once and kept.
+
+    What is made while a CUDA graph is recorded has no content yet; and another stream may run before what was made on
+    this one is there.
+    """
+    stream = torch.cuda.current_stream(like.device) if like.is_cuda else None
+    recorded = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    with torch.inference_mode(False):
+        make = _kept_table.__wrapped__ if recorded else _kept_table
+        return make(grid, decay, form, like.dtype, like.device, stream)
 
 
-@torch.library.custom_op("drseg::knn_graph", mutates_args=())
-def knn_graph(
-    prior: Tensor, inverse_norm: Tensor, table: Tensor, k: int, form: str, include_self: bool, backend: str
+def _run(
+    prior: Tensor,
+    inverse_norm: Tensor,
+    height: int,
+    width: int,
+    k: int,
+    decay: float,
+    form: str,
+    include_self: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     chosen = _dispatch.resolve("knn_graph", prior, backend)
+    table = decay_table((height, width), decay, form, inverse_norm)
     with _dispatch.plain_float32(prior):
         return chosen.run(prior, inverse_norm, table, k, form, include_self)
 
 
-@knn_graph.register_fake
-def _(
-    prior: Tensor, inverse_norm: Tensor, table: Tensor, k: int, form: str, include_self: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+def _fake(prior: Tensor, inverse_norm: Tensor, height: int, width: int, k: int, *options: Any) -> tuple[Tensor, Tensor]:
     shape = (*prior.shape[:2], k)
-    wide = torch.float64 if prior.dtype == torch.float64 else torch.float32
-    return prior.new_empty(shape, dtype=torch.int32), prior.new_empty(shape, dtype=wide)
+    return prior.new_empty(shape, dtype=torch.int32), prior.new_empty(shape, dtype=widest(prior))
+
+
+knn_graph = define(
+    "knn_graph",
+    "(Tensor prior, Tensor inverse_norm, SymInt height, SymInt width, SymInt k, float decay, str form, "
+    "bool include_self, str backend) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)

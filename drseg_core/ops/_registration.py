@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What registering an op takes: a schema in torch's library, and a step of autograd that ``torch.func`` can follow.
+
+A schema has a forward and, apart, a backward. What joins them is a ``torch.autograd.Function`` with
+``setup_context``: the one form that ``backward``, ``torch.compile``, ``vmap``, ``grad`` and ``jacrev`` all take.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def define(op: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Add ``drseg::op`` to torch's library.
+
+    Args:
+        op: name. schema: arguments and results, as torch writes them.
+        run: computes it, on any device. fake: shapes and dtypes of its results.
+
+    Returns:
+        The operator.
+    """
+
+    def without_autograd(*arguments: Any) -> Any:
+        with torch.no_grad():
+            return run(*arguments)
+
+    name = f"drseg::{op}"
+    torch.library.define(name, schema)
+    torch.library.impl(name, "default", without_autograd)
+    torch.library.register_fake(name, fake)
+    operator = getattr(torch.ops.drseg, op).default
+
+    def one_by_one(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        """The rule of ``vmap``: a sum over a sample is not one over all of them, so each has its own call."""
+        results = []
+        for n in range(info.batch_size):
+            given = (
+                value.select(dim, n) if isinstance(value, Tensor) and dim is not None else value
+                for value, dim in zip(arguments, in_dims, strict=True)
+            )
+            results.append(operator(*given))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    torch.library.register_vmap(name, one_by_one)
+    return operator
+
+
+class Differentiable(Function):
+    """Base of an op's step of autograd: ``forward``, ``setup_context`` and ``backward`` are the op's own."""
+
+    generate_vmap_rule = True
+
+    def __init_subclass__(cls) -> None:
+        # torch asks for it in every call, and finding it takes longer than the call
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+
+
+class _Once(Differentiable):
+    """A backward that must not be differentiated again: no second derivative is implemented."""
+
+    @staticmethod
+    def forward(op: str, operator: Any, *arguments: Any) -> Any:
+        return operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.op}: backward is not twice differentiable; expected create_graph=False, got a second derivative"
+        )
+
+
+def backward_of(op: str, operator: Any, output_mask: Sequence[bool], *arguments: Any) -> list[Tensor | None]:
+    """Gradients by ``operator``, of which ``output_mask`` and ``arguments`` end in it; None where not asked for."""
+    # only who asks for a graph of the backward could differentiate it
+    run = (lambda *given: _Once.apply(op, operator, *given)) if torch.is_grad_enabled() else operator
+    found = run(*arguments)
+    grads = [found] if isinstance(found, Tensor) else found
+    return [value if need else None for value, need in zip(grads, output_mask, strict=True)]
+
+
+def asked_for(grads: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What a backend's backward gave, empty where it was not asked for; there it may be anything."""
+    return tuple(value if need else value.new_empty(0) for value, need in zip(grads, output_mask, strict=True))
+
+
+def fake_gradients(output_mask: Sequence[bool], *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Shapes of what a backward returns: a gradient like its input, or nothing where it is not asked for."""
+    like = next(value for value in inputs if value is not None)
+    return tuple(
+        like.new_empty(0) if value is None or not need else value.new_empty(value.shape)
+        for value, need in zip(inputs, output_mask, strict=True)
+    )
+
+
+def widest(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype in which sums are kept: float64 where an input is, float32 otherwise."""
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32

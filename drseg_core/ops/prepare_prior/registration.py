@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``drseg::prepare_prior``: schema, fake and backends. It has no gradient: the prior is frozen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from drseg_core.ops import _dispatch, _native, _triton
+from drseg_core.ops._registration import define, widest
+from drseg_core.ops.prepare_prior import reference
+
+
+def _run_native(prior: Tensor) -> tuple[Tensor, Tensor]:
+    (wide,) = _native.operands(prior if prior.dim() == 3 else prior[None])
+    scaled, inverse_norm = torch.ops.drseg_native.prepare_prior(wide, prior.dtype != torch.float16)
+    # half-precision rows are exact in float32, and so are their products with a power of two
+    return scaled.view(prior.shape).to(prior.dtype), inverse_norm.view(prior.shape[:-1])
+
+
+_dispatch.add_table(
+    "prepare_prior",
+    _native.backend(_run_native, None, "prepare_prior"),
+    _triton.backend("prepare_prior", backward=False),
+    _dispatch.reference_backend(reference.prepare_prior),
+)
+
+
+def _run(prior: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    scaled, inverse_norm = _dispatch.resolve("prepare_prior", prior, backend).run(prior)
+    # the result of an op may not be its argument
+    return scaled.clone() if scaled is prior else scaled.contiguous(), inverse_norm
+
+
+def _fake(prior: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return prior.new_empty(prior.shape), prior.new_empty(prior.shape[:-1], dtype=widest(prior))
+
+
+prepare_prior = define("prepare_prior", "(Tensor prior, str backend) -> (Tensor, Tensor)", _run, _fake)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch.func`` over every differentiable op and the module: ``grad``, ``jacrev``, ``vmap``, per-sample gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import leaves, output_gradient, run
+from fused import FUSED, GRAPH_LAYER_RELU
+from subjects import SUBJECTS, Inputs, Subject
+from torch import Tensor
+
+from drseg_core.nn import PDGR
+from drseg_core.testing import CASES
+
+TINY = next(case for case in CASES if case.name == "tiny_3x4")
+ALL = {**SUBJECTS, **FUSED, "graph_layer relu": GRAPH_LAYER_RELU}
+
+
+@pytest.fixture(params=ALL.values(), ids=ALL)
+def subject(request) -> Subject:
+    return request.param
+
+
+def parts(subject: Subject, seed: int = 0) -> tuple[Inputs, list[Tensor]]:
+    inputs = {**subject.make_inputs(TINY, torch.float32, seed=seed), **subject.variants[-1]}
+    return inputs, [inputs[name] for name in subject.differentiable]
+
+
+def with_differentiable(subject: Subject, inputs: Inputs):
+    def call(*values: Tensor) -> Tensor:
+        return subject.function(**{**inputs, **dict(zip(subject.differentiable, values, strict=True))})
+
+    return call
+
+
+def test_grad_is_what_backward_gives(subject):
+    inputs, values = parts(subject)
+    expected = run(subject, inputs, subject.function)
+    call = with_differentiable(subject, inputs)
+    every = tuple(range(len(values)))
+    got = torch.func.grad(lambda *given: (call(*given) * expected["given"]).sum(), every)(*values)
+    for name, value in zip(subject.differentiable, got, strict=True):
+        assert torch.equal(value, expected[f"grad_{name}"]), name
+
+
+def test_jacrev_has_the_gradient_of_every_output(subject):
+    inputs, values = parts(subject)
+    call = with_differentiable(subject, inputs)
+    jacobian = torch.func.jacrev(call)(*values)
+    output = call(*values)
+    random = torch.Generator().manual_seed(3)
+    for place in torch.randint(0, output.numel(), (5,), generator=random).tolist():
+        unit = torch.zeros(output.numel()).index_fill(0, torch.tensor(place), 1).view(output.shape)
+        expected = run(subject, inputs, subject.function, unit)[f"grad_{subject.differentiable[0]}"]
+        got = jacobian.reshape(output.numel(), *values[0].shape)[place]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_vmap_over_inputs_and_over_parameters(subject):
+    inputs, values = parts(subject)
+    _, others = parts(subject, seed=1)
+    call = with_differentiable(subject, inputs)
+    for place in range(len(values)):
+        stacked = [
+            torch.stack([a, b], 1 if a.dim() else 0) if n == place else a
+            for n, (a, b) in enumerate(zip(values, others, strict=True))
+        ]
+        dims = tuple((1 if values[place].dim() else 0) if n == place else None for n in range(len(values)))
+        got = torch.vmap(call, dims)(*stacked)
+        for sample, given in enumerate((values, others)):
+            alone = [given[n] if n == place else value for n, value in enumerate(values)]
+            assert torch.equal(got[sample], call(*alone))
+
+
+def test_per_sample_gradients_of_parameters(subject):
+    inputs, values = parts(subject)
+    call = with_differentiable(subject, inputs)
+    grad = output_gradient(call(*values))
+    scale = torch.tensor([1.0, -2.0, 0.5])
+
+    def loss(factor: Tensor, *given: Tensor) -> Tensor:
+        return (call(*given) * grad * factor).sum()
+
+    every = tuple(range(1, len(values) + 1))
+    got = torch.vmap(torch.func.grad(loss, every), (0, *(None,) * len(values)))(scale, *values)
+    for n, factor in enumerate(scale):
+        expected = torch.func.grad(loss, every)(factor, *values)
+        assert all(torch.equal(value[n], right) for value, right in zip(got, expected, strict=True))
+
+
+def test_a_second_derivative_is_refused_in_one_line(subject):
+    inputs, values = parts(subject)
+    call = with_differentiable(subject, inputs)
+    with pytest.raises(RuntimeError, match="backward is not twice differentiable; expected create_graph=False"):
+        torch.func.jacrev(torch.func.grad(lambda value: call(value, *values[1:]).square().sum()))(values[0])
+    # and leaves nothing behind
+    run(subject, inputs, subject.function)
+
+
+def test_forward_mode_is_refused_in_one_line(subject):
+    inputs, values = parts(subject)
+    call = with_differentiable(subject, inputs)
+    with pytest.raises(TypeError, match=r"has a forward-mode tangent; expected reverse-mode .*, got jvp$"):
+        torch.func.jvp(lambda value: call(value, *values[1:]), (values[0],), (values[0],))
+    assert leaves(subject, inputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "sym_undirected", "self_loop": "extra"}], ids=str)
+def test_per_sample_gradients_of_the_module(options):
+    torch.manual_seed(0)
+    # sums of squares of normalised rows hardly depend on anything: what is left is rounding, unless it is small
+    module = PDGR(6, 5, k=4, edge_hidden=4, **options).double()
+    parameters = dict(module.named_parameters())
+    features, prior = torch.randn(3, 6, 3, 4).double(), torch.randn(3, 5, 3, 4).double()
+
+    def loss(parameters: dict[str, Tensor], features: Tensor, prior: Tensor) -> Tensor:
+        return torch.func.functional_call(module, parameters, (features[None], prior[None])).square().sum()
+
+    got = torch.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, features, prior)
+    for n in range(3):
+        alone = torch.autograd.grad(module(features[n : n + 1], prior[n : n + 1]).square().sum(), module.parameters())
+        for name, right in zip(parameters, alone, strict=True):
+            torch.testing.assert_close(got[name][n], right, rtol=1e-9, atol=1e-12)
