@@ -268,8 +268,9 @@ class PDGR(nn.Module):
         x = features.flatten(2).transpose(1, 2)
         for layer, weight in enumerate(self.weights):
             last = layer == len(self.weights) - 1
+            x = F.linear(x, weight)
             x = graph_layer(
-                F.linear(x, weight),
+                x,
                 index,
                 coefficient,
                 None if self.biases is None else self.biases[layer],

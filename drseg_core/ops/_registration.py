@@ -64,6 +64,16 @@ class Differentiable(Function):
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
 
+def differentiated(*inputs: Any) -> bool:
+    """Whether a call on these inputs is a step of autograd; where it is none, the operator alone is quicker."""
+    if not torch.is_grad_enabled():
+        return False
+    # a transform may hide from a tensor that an outer one follows it
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+
+
 class _Once(Differentiable):
     """A backward that must not be differentiated again: no second derivative is implemented."""
 

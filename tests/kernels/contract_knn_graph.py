@@ -191,12 +191,3 @@ def test_offsets_beyond_32_bits(device):
     index, _ = kernels.knn_graph(prior, inverse, table, k, "additive", True)
     alone, _ = kernels.knn_graph(prior[-1:], inverse[-1:], table, k, "additive", True)
     assert index.numel() > 2**31 and torch.equal(index[-1:], alone)
-
-
-@pytest.mark.parametrize("include_self", [True, False])
-def test_infinite_decays_rule_out(include_self, device):
-    prior, inverse, table = prepared(1, (5, 17), 4, device)
-    table[:, 3:] = torch.inf
-    table[0, 0] = torch.inf
-    # more neighbours than a node has within reach
-    check_exactly((prior, inverse, table), 40, "additive", include_self, CONFIGURATIONS[0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drseg_core.ops import _dispatch, _native, _triton
-from drseg_core.ops._registration import Differentiable, backward_of, define, widest
+from drseg_core.ops._registration import Differentiable, backward_of, define, differentiated, widest
 from drseg_core.ops.degree_normalize import reference
 
 # the order in which the library counts them
@@ -78,4 +78,4 @@ class _DegreeNormalize(Differentiable):
 
 
 def degree_normalize(*arguments: Any) -> Tensor:
-    return _DegreeNormalize.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)
+    return _DegreeNormalize.apply(*arguments) if differentiated(*arguments) else _forward(*arguments)

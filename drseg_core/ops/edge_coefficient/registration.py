@@ -6,11 +6,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from drseg_core.ops import _dispatch, _triton
-from drseg_core.ops._registration import Differentiable, asked_for, backward_of, define, fake_gradients, widest
+from drseg_core.ops._registration import (
+    Differentiable,
+    asked_for,
+    backward_of,
+    define,
+    differentiated,
+    fake_gradients,
+    widest,
+)
 from drseg_core.ops.edge_coefficient import reference
 
 _dispatch.add_fusion(
@@ -121,4 +128,4 @@ class _EdgeCoefficient(Differentiable):
 
 
 def edge_coefficient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _EdgeCoefficient.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)
+    return _EdgeCoefficient.apply(*arguments) if differentiated(*arguments) else _forward(*arguments)

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from drseg_core.ops import _dispatch, _native, _triton
-from drseg_core.ops._registration import Differentiable, asked_for, backward_of, define, fake_gradients, widest
+from drseg_core.ops._registration import (
+    Differentiable,
+    asked_for,
+    backward_of,
+    define,
+    differentiated,
+    fake_gradients,
+    widest,
+)
 from drseg_core.ops.edge_weight import reference
 
 
@@ -117,4 +125,4 @@ class _EdgeWeight(Differentiable):
 
 
 def edge_weight(*arguments: Any) -> Tensor:
-    return _EdgeWeight.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)
+    return _EdgeWeight.apply(*arguments) if differentiated(*arguments) else _forward(*arguments)

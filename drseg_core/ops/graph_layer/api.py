@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from drseg_core.ops import _checks
 from drseg_core.ops._dispatch import requested_backend
+from drseg_core.ops._registration import differentiated
 from drseg_core.ops.graph_layer import registration
 
 ACTIVATIONS = ("none", "relu", "layer_norm")
@@ -105,8 +105,7 @@ def graph_layer(
     requested = requested_backend(op, backend)
     if validate:
         _checks.check_index_values(op, index, x.shape[-2])
-    tensors = (x, coefficient, bias, norm_weight, norm_bias)
-    keep = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
+    keep = differentiated(x, coefficient, bias, norm_weight, norm_bias)
     options = (bias, norm_weight, norm_bias, activation, eps, undirected, keep, requested)
     if x.dim() == 3:
         return registration.graph_layer(x, index, coefficient, *options)[0]

@@ -6,11 +6,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from drseg_core.ops import _dispatch, _triton
-from drseg_core.ops._registration import Differentiable, asked_for, backward_of, define, fake_gradients, widest
+from drseg_core.ops._registration import (
+    Differentiable,
+    asked_for,
+    backward_of,
+    define,
+    differentiated,
+    fake_gradients,
+    widest,
+)
 from drseg_core.ops.graph_layer import reference
 
 _dispatch.add_fusion("graph_layer", ("graph_propagate",), reference.compose, _triton.backend("graph_layer"))
@@ -151,4 +158,4 @@ class _GraphLayer(Differentiable):
 
 
 def graph_layer(*arguments: Any) -> tuple[Tensor, ...]:
-    return _GraphLayer.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)
+    return _GraphLayer.apply(*arguments) if differentiated(*arguments) else _forward(*arguments)

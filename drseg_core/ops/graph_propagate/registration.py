@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from drseg_core.ops import _dispatch, _native, _triton
-from drseg_core.ops._registration import Differentiable, asked_for, backward_of, define, fake_gradients
+from drseg_core.ops._registration import Differentiable, asked_for, backward_of, define, differentiated, fake_gradients
 from drseg_core.ops.graph_propagate import reference
 
 
@@ -96,4 +96,4 @@ class _GraphPropagate(Differentiable):
 
 
 def graph_propagate(*arguments: Any) -> Tensor:
-    return _GraphPropagate.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)
+    return _GraphPropagate.apply(*arguments) if differentiated(*arguments) else _forward(*arguments)
