@@ -2,7 +2,7 @@
 // softplus(vector . relu(source_i + target_j) + bias) for every edge, and its gradients.
 //
 // No hidden activation is stored: the backward computes the ReLU's mask again. Every sum has one order, so the bits do
-// not depend on the number of threads: rows add their edges in ascending order, ends add theirs by reversed lists, and
+// not depend on the number of threads: rows add their edges in ascending order, ends add theirs by the graph's columns, and
 // the gradient to `vector` adds partial sums of fixed chunks of rows.
 
 #include <torch/csrc/stable/library.h>
@@ -18,7 +18,7 @@
 
 #include "check.h"
 #include "cpu/level.h"
-#include "cpu/reverse.h"
+#include "cpu/csc.h"
 #include "cpu/softplus.h"
 #include "cpu/vector.h"
 #include "ops.h"
@@ -158,15 +158,15 @@ DRSEG_INLINE void source_chunks(
 // Gradient to `target` of some nodes of one sample, whose `slope`, `source`, `target` and `grad` these are.
 template <class T, int kBytes>
 DRSEG_INLINE void target_nodes(
-    Edges<T> edges, const Reverse* reverse, const T* slope, const T* source, const T* target, T* grad, int64_t first,
+    Edges<T> edges, const Csc* csc, const T* slope, const T* source, const T* target, T* grad, int64_t first,
     int64_t last) {
   std::vector<T> ordered;
   for (int64_t node = first; node < last; ++node) {
-    const int64_t begin = reverse->begin[node], count = reverse->begin[node + 1] - begin;
+    const int64_t begin = csc->indptr[node], count = csc->indptr[node + 1] - begin;
     ordered.resize(count);
-    for (int64_t n = 0; n < count; ++n) ordered[n] = slope[reverse->edge[begin + n]];
+    for (int64_t n = 0; n < count; ++n) ordered[n] = slope[csc->perm[begin + n]];
     add_all_active<T, kBytes, false>(
-        target + node * edges.hidden, source, reverse->start.data() + begin, ordered.data(), count, edges.hidden,
+        target + node * edges.hidden, source, csc->start.data() + begin, ordered.data(), count, edges.hidden,
         edges.vector, grad + node * edges.hidden, nullptr);
   }
 }
@@ -229,11 +229,11 @@ void backward(
   T* to_target = grad_target.mutable_data_ptr<T>();
   for_ends(
       edges.index, batch, edges.nodes, edges.slots, grain(edges.slots, edges.hidden),
-      [&](int64_t b, const Reverse& reverse, int64_t first, int64_t last) {
+      [&](int64_t b, const Csc& csc, int64_t first, int64_t last) {
         const int64_t offset = b * edges.nodes * edges.hidden;
         const T* given = slope.get() + b * edges.nodes * edges.slots;
         DRSEG_CALL(
-            target_gradient, T, edges, &reverse, given, edges.source + offset, edges.target + offset,
+            target_gradient, T, edges, &csc, given, edges.source + offset, edges.target + offset,
             to_target + offset, first, last);
       });
   *grad_bias.mutable_data_ptr<T>() = T(std::accumulate(slope.get(), slope.get() + count, double(0)));

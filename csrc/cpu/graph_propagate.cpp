@@ -12,7 +12,7 @@
 
 #include "check.h"
 #include "cpu/level.h"
-#include "cpu/reverse.h"
+#include "cpu/csc.h"
 #include "cpu/vector.h"
 #include "ops.h"
 
@@ -107,12 +107,12 @@ DRSEG_INLINE void gather_along(Graph<T> graph, const T* x, T* y, int64_t first, 
 // `x`, `y` and `coefficient` of one sample.
 template <class T, int kBytes>
 DRSEG_INLINE void gather_against(
-    Graph<T> graph, const Reverse* reverse, const T* coefficient, const T* x, T* y, int64_t first, int64_t last) {
-  const int64_t begin = reverse->begin[first], count = reverse->begin[last] - begin;
+    Graph<T> graph, const Csc* csc, const T* coefficient, const T* x, T* y, int64_t first, int64_t last) {
+  const int64_t begin = csc->indptr[first], count = csc->indptr[last] - begin;
   std::vector<T> share(count);
-  for (int64_t n = 0; n < count; ++n) share[n] = coefficient[reverse->edge[begin + n]];
+  for (int64_t n = 0; n < count; ++n) share[n] = coefficient[csc->perm[begin + n]];
   const Received<T> received{
-      reverse->start.data(), share.data(), reverse->begin.data(), graph.slots, graph.nodes, graph.channels};
+      csc->start.data(), share.data(), csc->indptr.data(), graph.slots, graph.nodes, graph.channels};
   gather_nodes<T, kBytes, 8>(received, begin, x, y, first, last);
 }
 
@@ -154,7 +154,7 @@ DRSEG_INLINE void dot_rows(Graph<T> graph, const T* start, const T* end, T* dot,
 }
 
 DRSEG_LEVELS(gather, gather_along)
-DRSEG_LEVELS(gather_reversed, gather_against)
+DRSEG_LEVELS(gather_transposed, gather_against)
 DRSEG_LEVELS(edge_dot, dot_rows)
 
 // Rows per task, so that a task is worth the hand-over to a thread.
@@ -176,10 +176,10 @@ void propagate(const Tensor& x, const Tensor& index, const Tensor& coefficient, 
   }
   for_ends(
       graph.index, batch, nodes, slots, grain(slots, channels),
-      [&](int64_t b, const Reverse& reverse, int64_t first, int64_t last) {
+      [&](int64_t b, const Csc& csc, int64_t first, int64_t last) {
         const int64_t offset = b * nodes * channels;
         const T* shares = graph.coefficient + b * nodes * slots;
-        DRSEG_CALL(gather_reversed, T, graph, &reverse, shares, in + offset, out + offset, first, last);
+        DRSEG_CALL(gather_transposed, T, graph, &csc, shares, in + offset, out + offset, first, last);
       });
 }
 

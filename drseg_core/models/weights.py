@@ -87,7 +87,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def _as_now(name: str, value: Tensor) -> Tensor:
-    """A tensor of an older version in today's shape: PDGR's edge bias was a single number before 0.2."""
+    """A tensor of an older version in today's shape: PDGR's edge bias was a single number."""
     return value.view(1) if value.dim() == 0 and name.rpartition(".")[2] == "edge_bias" else value
 
 

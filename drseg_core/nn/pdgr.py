@@ -173,7 +173,7 @@ class PDGR(nn.Module):
         nn.init.constant_(self.output_norm.weight, self.norm_scale)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        # it was a single number before 0.2
+        # it was a single number in older checkpoints
         bias = state_dict.get(f"{prefix}edge_bias")
         if isinstance(bias, Tensor) and bias.dim() == 0:
             state_dict[f"{prefix}edge_bias"] = bias.view(1)
