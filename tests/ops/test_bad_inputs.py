@@ -282,7 +282,7 @@ TABLE: list[tuple[str, str, str, Any, type[Exception], str]] = [
     ("24", "graph_propagate", "x", torch.ones(3, N, C), ValueError, r"expected \(3, 6\) before K, got \(2, 6, 3\)$"),
     ("24", "graph_propagate", "x", torch.ones(N, C), ValueError, r"does not match x"),
     *(
-        ("40", op, "backend", name, ValueError, "one of reference, native, triton, got ")
+        ("40", op, "backend", name, ValueError, "one of native, triton, reference, got ")
         for op in ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
         for name in ("cuda", "", 1, "Native")
     ),
@@ -355,7 +355,7 @@ CONSTRUCTOR: list[tuple[str, Any, type[Exception], str]] = [
     ("dropout", "0.1", TypeError, "expected float, got str$"),
     ("norm_scale", float("nan"), ValueError, "finite number >= 0, got nan$"),
     ("norm_scale", "x", TypeError, "expected float, got str$"),
-    ("backend", "cuda", ValueError, "one of reference, native, triton, got 'cuda'$"),
+    ("backend", "cuda", ValueError, "one of native, triton, reference, got 'cuda'$"),
 ]
 
 
