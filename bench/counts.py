@@ -53,7 +53,7 @@ def work(op: str, case: Case, mode: str, element: int = 4) -> Work:
         parts = [work(name, case, mode, element) for name in ("edge_weight", "degree_normalize")]
         return Work(sum(part.flop for part in parts), parts[0].byte)
     if op == "graph_layer":
-        # LayerNorm: mean, deviation, scale and shift; backward: two more means and as many products
+        # LayerNorm: mean, deviation, weight and bias; backward: two more means and as many products
         one, values = work("graph_propagate", case, mode, element), nodes * case.channels
         return Work(one.flop + (20 if backward else 8) * values, one.byte)
     if op != "pdgr":

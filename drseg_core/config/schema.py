@@ -132,7 +132,7 @@ class GraphConfig:
         dropout: dropout between the layers.
         residual: add the input of the graph to its output.
         use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity.
-        norm_scale: initial gain of the final LayerNorm; it sets how much the rectified channels weigh in the cosine.
+        norm_scale: initial weight of the final LayerNorm; it sets how much the rectified channels weigh in the cosine.
         backend: kernel backend; null takes the best that can run.
     """
 
@@ -157,13 +157,13 @@ class GraphConfig:
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """How the original and the rectified correlation are joined (UGAF, Eq. 12-13, and the rows of Table 4).
+    """How the original and the refined correlation are joined (UGAF, Eq. 12-13, and the rows of Table 4).
 
     Args:
         kind: ``ugaf``; ``mean``, ``concat`` or ``separate`` of Table 4; ``none`` is the baseline without
-            prior, graph and rectified branch (first row of Table 2); ``cosine`` is the dual encoder alone, its
+            prior, graph and refined correlation (first row of Table 2); ``cosine`` is the dual encoder alone, its
             logits being scaled cosines: it makes a CLIP out of random weights.
-        branch: what the second correlation is made of: CLIP's features rectified over the ``graph``, or the
+        branch: what the refined correlation is made of: CLIP's features rectified over the ``graph``, or the
             ``prior``'s own features in the joint space (RSKT-Seg, GSNet), without split and graph.
         original: of CLIP's correlation the fusion gets one map per rotation (``stack``), or their ``mean``.
         tau: temperature of Eq. 12; null makes it a learned parameter that starts at 0.01.

@@ -20,7 +20,7 @@ __all__ = ["Prediction", "Predictor"]
 
 class Prediction(NamedTuple):
     """Per pixel: ``class_index`` (H, W) uint8, ``score`` (H, W) float32, the sigmoid score of that class, and
-    ``uncertainty`` (H, W) float32, the gate of Eq. 12. All on the CPU.
+    ``uncertainty`` (H, W) float32, U of Eq. 12. All on the CPU.
 
     Example:
         >>> import torch, drseg_core as drseg

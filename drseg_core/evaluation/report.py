@@ -33,7 +33,7 @@ class SheetRow(NamedTuple):
     uncertainty: Any = None
 
 
-COLUMNS = ("image", "truth", "baseline", "DR-Seg", "uncertainty gate")
+COLUMNS = ("image", "truth", "baseline", "DR-Seg", "uncertainty")
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
@@ -84,9 +84,9 @@ def heat(value: Any) -> Image8:
 
 
 def overlay_sheet(rows: Sequence[SheetRow], class_names: Sequence[str], *, cell: int = 160) -> Image8:
-    """A sheet of scenes: image, truth, baseline, DR-Seg and uncertainty gate side by side, with a legend.
+    """A sheet of scenes: image, truth, baseline, DR-Seg and uncertainty side by side, with a legend.
 
-    The gate is stretched to its own range in each scene: it is the pattern that shows, not the level.
+    The uncertainty is stretched to its own range in each scene: it is the pattern that shows, not the level.
 
     Args:
         rows: the scenes; columns that are None in all of them are left out.

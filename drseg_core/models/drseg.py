@@ -26,11 +26,11 @@ class DRSeg(Segmenter):
 
     Dense CLIP features in four orientations and class embeddings give the original correlation (Eq. 10). The canonical
     features are split into semantic and structural channels (SPSD), the structural ones are propagated over a graph
-    that a frozen prior decides (PDGR), and give the rectified correlation (Eq. 11). UGAF joins both; aggregation and
+    that a frozen prior decides (PDGR), and give the refined correlation (Eq. 11). UGAF joins both; aggregation and
     decoder turn the result into logits. ``fusion.kind = "none"`` is the baseline without prior, split and graph;
     ``"cosine"`` is the dual encoder alone, whose logits are the original correlation times a learned scale plus a
     learned bias. ``fusion.branch = "prior"`` takes the prior's own features, brought into the joint space by a learned
-    linear map, for the rectified ones: the second correlation of RSKT-Seg and GSNet.
+    linear map, for the rectified ones: the refined correlation of RSKT-Seg and GSNet.
 
     Args:
         config: see :class:`drseg_core.config.schema.ModelConfig`.
@@ -147,20 +147,20 @@ class DRSeg(Segmenter):
         if self.decoder is None:
             mean = original.mean(dim=1)
             with torch.no_grad():
-                ambiguity = uncertainty(mean, self.config.fusion.tau or 0.01)
-            return SegmenterOutput(mean * self.logit_scale.exp() + self.logit_bias, ambiguity, mean, None)
+                u = uncertainty(mean, self.config.fusion.tau or 0.01)
+            return SegmenterOutput(mean * self.logit_scale.exp() + self.logit_bias, u, mean, None)
         canonical = dense.features[:batch]
         refined, prior = None, None
         if self.dino is not None:
             prior = self.dino.maps(image, self._prior_blocks)
             refined = cosine(self._rectified(canonical, prior.features), text)[:, None]
         stacked = self.config.fusion.original == "stack"
-        fused = self.fusion(original if stacked else original.mean(dim=1, keepdim=True), refined)
-        embedding = self.aggregator(fused.embedding, canonical, text)
+        joined = self.fusion(original if stacked else original.mean(dim=1, keepdim=True), refined)
+        embedding = self.aggregator(joined.embedding, canonical, text)
         remote = () if self.remote is None else tuple(resample(maps, self.clip.grid) for maps in self.remote(image))
         return SegmenterOutput(
             self.decoder(embedding, dense.guidance, self._prior_guidance(prior), original.mean(dim=1), remote),
-            fused.uncertainty,
+            joined.uncertainty,
             original.mean(dim=1),
             None if refined is None else refined[:, 0],
         )

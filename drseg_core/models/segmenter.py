@@ -26,8 +26,8 @@ class SegmenterOutput(NamedTuple):
     """One forward pass.
 
     ``logits`` (B, T, 4h, 4w), of the dual encoder alone (B, T, h, w); ``uncertainty`` (B, 1, h, w) in [0, 1];
-    ``original`` (B, T, h, w) cosines, mean over the orientations; ``refined`` (B, T, h, w) cosines of the second
-    branch, None where there is none.
+    ``original`` (B, T, h, w) cosines, mean over the orientations; ``refined`` (B, T, h, w) those of the
+    refined correlation, None where there is none.
 
     Example:
         >>> import torch, drseg_core as drseg

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Uncertainty-guided adaptive fusion (UGAF) of the original and the rectified correlation, and its simpler rivals.
+"""Uncertainty-guided adaptive fusion (UGAF) of the original and the refined correlation, and its simpler rivals.
 
 Every fusion has one call, ``fusion(original (B,R,T,h,w), refined (B,1,T,h,w) | None) -> FusionOutput``, acts on each
 class map alone (classes are folded into the batch), and so takes any number of classes T at any time.
@@ -24,7 +24,7 @@ class FusionOutput(NamedTuple):
 
 
 def uncertainty(correlation: Tensor, tau: float | Tensor = 0.01) -> Tensor:
-    """Normalised class entropy of every place (Eq. 12): 0 is certain, 1 is ambiguous.
+    """Normalised class entropy of every place (Eq. 12): 0 is certain, 1 is uncertain.
 
     ``q = softmax_c(M / tau)``, ``U = -sum_c q_c log q_c / log T``; ``U = 0`` for T = 1.
 
@@ -71,15 +71,15 @@ class _Fusion(nn.Module):
         batch, _, classes = original.shape[:3]
         embedding = self._embed(_fold(original), None if refined is None else _fold(refined))
         with torch.no_grad():
-            ambiguity = uncertainty(original.mean(dim=1), self.tau)
-        return FusionOutput(_unfold(embedding, batch, classes), ambiguity)
+            u = uncertainty(original.mean(dim=1), self.tau)
+        return FusionOutput(_unfold(embedding, batch, classes), u)
 
     def _embed(self, original: Tensor, refined: Tensor | None) -> Tensor:
         raise NotImplementedError
 
 
 class NoFusion(_Fusion):
-    """The baseline: 7x7 convolution of the original maps alone; the rectified map is not looked at."""
+    """The baseline: 7x7 convolution of the original maps alone; the refined map is not looked at."""
 
     def __init__(self, rotations: int, width: int, *, tau: float | None = 0.01) -> None:
         super().__init__(width, tau)
@@ -152,9 +152,10 @@ class MultiScaleBlock(nn.Module):
 
 
 class UGAF(nn.Module):
-    """Lets the rectified map speak where the original one is ambiguous (Eq. 12-13).
+    """Lets the refined map speak where the original one is uncertain (Eq. 12-13).
 
-    ``U`` is the class entropy of the mean original map; the gate of Eq. 13 weighs the rectified map by it:
+    The uncertainty ``U`` (Eq. 12) is the class entropy of the mean original map; the gate, the factor of Eq. 13, is
+    made of it and weighs the refined map ``M_r``:
 
     * ``sigmoid_proj``: ``sigmoid(a U + b) M_r`` (a, b learned, from 4 and -2);
     * ``residual``: ``(1 + sigmoid(a U + b)) M_r``;
@@ -165,7 +166,7 @@ class UGAF(nn.Module):
     Args:
         rotations: original maps per class (R).
         width: channels of the embedding.
-        tau: temperature of Eq. 12; None learns it, from 0.01.
+        tau: temperature of the uncertainty; None learns it, from 0.01.
         gate: form of Eq. 13.
         detach_gate: the uncertainty sends no gradient into the original maps (a learned tau still gets its own).
         head: joins both embeddings by ``conv1x1`` with GroupNorm and ReLU, or by ``conv7x7`` with sigmoid and residual.
@@ -228,27 +229,27 @@ class UGAF(nn.Module):
         batch, _, classes = original.shape[:3]
         mean = original.mean(dim=1)
         tau = self.log_tau.exp() if self.log_tau is not None else self.tau
-        ambiguity = uncertainty(mean.detach() if self.detach_gate else mean, 0.01 if tau is None else tau)
+        u = uncertainty(mean.detach() if self.detach_gate else mean, 0.01 if tau is None else tau)
         first = self.embed_original(_fold(original))
-        second = _channels_last(self.embed_refined(_fold(self._modulate(refined, ambiguity))))
+        second = _channels_last(self.embed_refined(_fold(self._modulate(refined, u))))
         if self.gate == "feature" and self.project is not None:
-            weight = self.project(ambiguity).sigmoid()
-            second = (second.unflatten(0, (batch, classes)) * weight[:, None]).flatten(0, 1)
+            gate = self.project(u).sigmoid()
+            second = (second.unflatten(0, (batch, classes)) * gate[:, None]).flatten(0, 1)
         second = self.multi_scale(second)
         joined = self.head(torch.cat((first, second), dim=1))
         if self.head_residual:
             joined = joined + first
-        return FusionOutput(_unfold(joined, batch, classes), ambiguity.detach())
+        return FusionOutput(_unfold(joined, batch, classes), u.detach())
 
-    def _modulate(self, refined: Tensor, ambiguity: Tensor) -> Tensor:
-        # ambiguity (B,1,h,w) is the same for every class: a dimension of one stands for T
+    def _modulate(self, refined: Tensor, u: Tensor) -> Tensor:
+        # the uncertainty (B,1,h,w) is the same for every class: a dimension of one stands for T
         if self.gate == "direct":
-            return ambiguity[:, None] * refined
+            return u[:, None] * refined
         if self.gate == "proj_on_map" and self.project is not None:
-            gate = self.project(refined.flatten(2, 3)).sigmoid().view_as(refined)
-            return ambiguity[:, None] * gate
+            projected = self.project(refined.flatten(2, 3)).sigmoid().view_as(refined)
+            return u[:, None] * projected
         if self.gate in ("sigmoid_proj", "residual") and self.project is not None:
-            gate = self.project(ambiguity).sigmoid()
+            gate = self.project(u).sigmoid()
             return (1 + gate if self.gate == "residual" else gate)[:, None] * refined
         return refined
 

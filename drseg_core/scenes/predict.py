@@ -250,11 +250,11 @@ def _write(
     nan = float("nan")
     with (
         raster_like(scene.source, temporary.classes, files.classes, dtype="uint8", nodata=IGNORE) as classes,
-        raster_like(scene.source, temporary.uncertainty, files.uncertainty, dtype="float32", nodata=nan) as gate,
+        raster_like(scene.source, temporary.uncertainty, files.uncertainty, dtype="float32", nodata=nan) as uncertainty,
         tqdm(total=scene.height, desc="predict", unit="row", disable=not progress) as bar,
     ):
         describe_classes(classes, names)
-        gate.set_band_description(1, "uncertainty")
+        uncertainty.set_band_description(1, "uncertainty")
         expected = 0
         for first, prediction, image, valid in _predicted(predictor, scene):
             if first != expected:
@@ -264,7 +264,7 @@ def _write(
             with written(files.classes):
                 classes.write(label, 1, window=window)
             with written(files.uncertainty):
-                gate.write(np.where(valid, prediction.uncertainty.numpy(), np.float32(nan)), 1, window=window)
+                uncertainty.write(np.where(valid, prediction.uncertainty.numpy(), np.float32(nan)), 1, window=window)
             picture.add(first, image.numpy(), label)
             expected += len(label)
             bar.update(len(label))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fig. 7: the original and the rectified correlation of a trained DR-Seg, what it makes of them, and its gate."""
+"""Fig. 7: the original and the refined correlation of a trained DR-Seg, what it makes of them, and its uncertainty."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from drseg_core.studies.tables import DRSEG
 from drseg_core.studies.zero_shot import sampled
 
 IMAGES, SHOWN = 60, 4
-MAPS = ("original", "rectified", "logits")
-RELIANCE = ("mIoU", "mIoU without rectified", "mIoU without original")
+MAPS = ("original", "refined", "logits")
+RELIANCE = ("mIoU", "mIoU without refined", "mIoU without original")
 
 
 def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
@@ -51,7 +51,7 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
     ]
     explained = (
         "Area under the ROC curve, percent, of each map as a detector of each class of an image: 50 tells nothing, "
-        "100 everything. The rectified map is trained through fusion and decoder alone. Then mIoU, and what "
+        "100 everything. The refined map is trained through fusion and decoder alone. Then mIoU, and what "
         "is left of it where the fusion gets zeros for one of the two maps."
     )
 
@@ -66,7 +66,7 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
                 axis.imshow(picture, interpolation="nearest")
                 axis.set_axis_off()
             row[2].set_title(title, fontsize=8)
-        for axis, title in zip(axes[0], ("image", "truth", *MAPS, "gate"), strict=True):
+        for axis, title in zip(axes[0], ("image", "truth", *MAPS, "uncertainty"), strict=True):
             axis.set_title(f"{title}\n{axis.get_title()}", fontsize=9)
         return figure
 
@@ -100,7 +100,7 @@ def _trained(planned: PlannedCell) -> Any:
 def _maps(
     model: Any, dataset: SegmentationDataset
 ) -> Iterator[tuple[Sample, Sequence[str], dict[str, Tensor], Tensor]]:
-    """Images of a test set, its class names, their maps (1, T, h, w) by name, and their gate (h, w), on the CPU."""
+    """Images of a test set, its class names, their maps (1, T, h, w) by name, and uncertainty (h, w), on the CPU."""
     text = model.encode_text(model.tokenize(dataset.class_names))
     device = next(model.parameters()).device
     for place in sampled(dataset, IMAGES):
@@ -149,13 +149,13 @@ def roc_area(value: Tensor, mask: Tensor, label: int) -> float | None:
     return 100 * float((rank[inside].sum() - positive * (positive + 1) / 2) / (positive * (total - positive)))
 
 
-def _example(sample: Sample, names: Sequence[str], maps: dict[str, Tensor], gate: Tensor) -> tuple[str, list[Any]]:
+def _example(sample: Sample, names: Sequence[str], maps: dict[str, Tensor], u: Tensor) -> tuple[str, list[Any]]:
     """The second largest class of an image: the largest is ground in most."""
     labels, count = sample.mask[sample.mask != IGNORE].unique(return_counts=True)
     label = int(labels[count.argsort(descending=True)[min(1, len(labels) - 1)]])
     pictures: list[Any] = [sample.image.permute(1, 2, 0).numpy(), colorize(sample.mask.numpy(), len(names))]
     pictures += [_stretched(value[0, label]) for value in maps.values()]
-    return names[label], [*pictures, _stretched(gate)]
+    return names[label], [*pictures, _stretched(u)]
 
 
 def _stretched(value: Tensor) -> Any:

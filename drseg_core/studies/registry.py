@@ -37,7 +37,7 @@ def _all() -> dict[str, Study]:
         Study("channel-masking", "mIoU of CLIP without one channel (Fig. 2)", channel_masking),
         Study("retention", "mIoU of CLIP with a share of its channels (Fig. 6)", retention),
         Study("activation-sparsity", "How sparse semantic and structural channels are", activation_sparsity),
-        Study("correlation-maps", "Original, rectified and fused maps (Fig. 7)", correlation_maps),
+        Study("correlation-maps", "Original and refined correlation, and logits (Fig. 7)", correlation_maps),
         Study("neighbour-purity", "What the graph of a prior connects", neighbour_purity),
     ]
     setting = make_setting()

@@ -16,7 +16,7 @@ from drseg_core.studies.plan import PlannedCell
 from drseg_core.studies.runner import Task, read_json, run_tasks, scored_sets, train_starts
 
 # raised when a measure would find something else in the same models and images
-VERSION = 1
+VERSION = 2
 
 Measure = Callable[[PlannedCell], Mapping[str, Any]]
 """``measure(planned)``: what is found, as JSON has it, by test set. A function of a module."""

@@ -92,7 +92,7 @@ _SWEEPS: dict[str, tuple[str, str, tuple[Any, ...] | Callable[[Setting], tuple[A
     ),
     "affinity": ("Form of the affinity (Eq. 7)", "model.graph.affinity", ("exp", "power", "product", "gauss")),
     "neighbours": ("Neighbours K, fewer than Table 6 has", "model.graph.k", (4, 8, 16, 33, 75)),
-    "tau": ("Temperature of the gate (Eq. 12)", "model.fusion.tau", (0.01, 0.02, 0.07, 1.0, None)),
+    "tau": ("Temperature of the uncertainty (Eq. 12)", "model.fusion.tau", (0.01, 0.02, 0.07, 1.0, None)),
     "gate": (
         "Form of the gate (Eq. 13)",
         "model.fusion.gate",
@@ -112,7 +112,7 @@ _SWEEPS: dict[str, tuple[str, str, tuple[Any, ...] | Callable[[Setting], tuple[A
         ("sym_row", "sym_count", "sym_inout", "row", "sym_undirected"),
     ),
     "self-loop": ("Self edge (Eq. 9)", "model.graph.self_loop", ("in_topk", "exclude", "extra")),
-    "norm-scale": ("Initial gain of the graph's LayerNorm", "model.graph.norm_scale", (0.1, 0.3, 1.0, 3.0)),
+    "norm-scale": ("Initial weight of the graph's LayerNorm", "model.graph.norm_scale", (0.1, 0.3, 1.0, 3.0)),
     "residual": ("Residual around the graph", "model.graph.residual", (False, True)),
     "hidden": ("Width between the graph's layers", "model.graph.hidden", (None, 128, 256)),
     "edge-hidden": ("Hidden width of the edge MLP (Eq. 8)", "model.graph.edge_hidden", (32, 64, 128, 256)),

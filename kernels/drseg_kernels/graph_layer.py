@@ -144,8 +144,8 @@ def _graph_layer_fwd_kernel_norm(
         channel = c < channels
         normed = (tl.load(given_ptr + at + c, mask=channel, other=0.0) - mean) * rstd
         weight = tl.load(norm_weight_ptr + c, mask=channel, other=0.0).to(tl.float32)
-        shift = tl.load(norm_bias_ptr + c, mask=channel, other=0.0).to(tl.float32)
-        tl.store(y_ptr + at + c, normed * weight + shift, mask=channel)
+        bias = tl.load(norm_bias_ptr + c, mask=channel, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at + c, normed * weight + bias, mask=channel)
 
 
 @triton.jit

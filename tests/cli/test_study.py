@@ -59,10 +59,10 @@ def test_studies_need_no_other(drseg, tmp_path, name):
 def test_a_seed_that_fails_fails_alone(drseg, tmp_path, monkeypatch):
     measure = channels._masked
 
-    def broken(setting, seed, out):
-        if seed == 1:
+    def broken(planned):
+        if planned.seed == 1:
             raise ValueError("one is not finite")
-        return measure(setting, seed, out)
+        return measure(planned)
 
     monkeypatch.setattr(channels, "_masked", broken)
     words = ("study", "channel-masking", *SMALL, "--out", tmp_path)

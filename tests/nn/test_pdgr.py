@@ -25,7 +25,7 @@ NORMS = ("sym_row", "sym_count", "sym_inout", "row", "sym_undirected")
 
 
 def make(seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> PDGR:
-    """A module whose every parameter matters: no zero bias, no unit gain."""
+    """A module whose every parameter matters: no zero bias, no unit weight."""
     torch.manual_seed(seed)
     module = PDGR(**{"channels": C, "prior_dim": D, "k": 5, "edge_hidden": E, **options}).to(dtype)
     with torch.no_grad():

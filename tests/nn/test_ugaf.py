@@ -97,7 +97,7 @@ def test_every_parameter_gets_a_gradient(kind: str, tau: float | None, classes: 
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), (variant, name)
 
 
-def test_detached_gate_sends_no_gradient_into_the_original_maps() -> None:
+def test_detached_uncertainty_sends_no_gradient_into_the_original_maps() -> None:
     torch.manual_seed(0)
     original, refined = maps()
     gradients = []
@@ -132,8 +132,8 @@ def test_feature_gate_weighs_the_embedding() -> None:
     seen: list[Tensor] = []
     fusion.multi_scale.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     fusion(original, refined)
-    weight = torch.sigmoid(4 * uncertainty(original.mean(1), 0.05) - 2)
-    embedded = fusion.embed_refined(refined.transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 5)) * weight[:, None]
+    gate = torch.sigmoid(4 * uncertainty(original.mean(1), 0.05) - 2)
+    embedded = fusion.embed_refined(refined.transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 5)) * gate[:, None]
     torch.testing.assert_close(seen[0].unflatten(0, (2, 5)), embedded)
 
 

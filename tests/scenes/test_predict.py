@@ -88,8 +88,8 @@ def test_grid_is_kept_exactly(tmp_path, georeference, mode):
         assert result.dtypes == (dtype,) and result.tags().get("AREA_OR_POINT") == source.tags().get("AREA_OR_POINT")
     data, result = read(files.classes)
     assert np.array_equal(data[0], truth().numpy()) and result.nodata == 255
-    gate, result = read(files.uncertainty)
-    assert np.allclose(gate[0], color_image(truth())[0] / 255, atol=1e-6) and math.isnan(result.nodata)
+    uncertainty, result = read(files.uncertainty)
+    assert np.allclose(uncertainty[0], color_image(truth())[0] / 255, atol=1e-6) and math.isnan(result.nodata)
 
 
 def test_ground_control_points(tmp_path):
@@ -139,9 +139,9 @@ def test_nodata_becomes_255(tmp_path):
     image[0, 20, 20] = 0
     files = run(write(tmp_path / "in.tif", image, nodata=0), tmp_path / "map.tif")
     data, _ = read(files.classes)
-    gate, _ = read(files.uncertainty)
+    uncertainty, _ = read(files.uncertainty)
     assert (data[0, :7] == 255).all() and not (data[0, 7:] == 255).any()
-    assert np.isnan(gate[0, :7]).all() and np.isfinite(gate[0, 7:]).all()
+    assert np.isnan(uncertainty[0, :7]).all() and np.isfinite(uncertainty[0, 7:]).all()
     alpha = np.concatenate([color_image(truth()).numpy(), np.full((1, 50, 70), 255, np.uint8)])
     alpha[3, :, :5] = 0
     image_path = write(tmp_path / "alpha.tif", alpha, photometric="RGB", alpha="yes")

@@ -110,4 +110,4 @@ def test_reliance_is_on_the_map_that_is_used():
     data = AllSecond(SyntheticOptions(scenes=2, size=32))
     data.class_names = ("first", "second")
     found = reliance(OneMap(), data, EvaluationConfig(batch_size=1))
-    assert found == {"mIoU": 100, "mIoU without rectified": 0, "mIoU without original": 100}
+    assert found == {"mIoU": 100, "mIoU without refined": 0, "mIoU without original": 100}

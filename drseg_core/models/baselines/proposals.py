@@ -192,8 +192,8 @@ class ProposalSegmenter(Segmenter):
         logits = torch.einsum("bqhw,bqt->bthw", share, total) * self.logit_scale.exp() + self.logit_bias
         small = F.adaptive_avg_pool2d(share, grid)
         with torch.no_grad():
-            ambiguity = uncertainty(original, self.config.fusion.tau or 0.01)
-        return SegmenterOutput(logits, ambiguity, original, torch.einsum("bqhw,bqt->bthw", small, score))
+            u = uncertainty(original, self.config.fusion.tau or 0.01)
+        return SegmenterOutput(logits, u, original, torch.einsum("bqhw,bqt->bthw", small, score))
 
     def _bias(self, share: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
         """Attention bias (B, heads or 1, Q, 1 + hw) of the proposals' tokens on CLIP's, the class token first."""

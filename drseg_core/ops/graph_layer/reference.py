@@ -59,8 +59,8 @@ def compose(propagate: tuple[Callable[..., Tensor], Run]) -> tuple[Run, Run]:
         if activation == "relu":
             y.relu_()
         elif activation == "layer_norm":
-            weight, shift = _to(y.dtype, norm_weight, norm_bias)
-            normed, *moments = torch.native_layer_norm(y, y.shape[-1:], weight, shift, eps)
+            weight, bias = _to(y.dtype, norm_weight, norm_bias)
+            normed, *moments = torch.native_layer_norm(y, y.shape[-1:], weight, bias, eps)
             if keep:
                 given, mean, rstd = y, *(value.view(y.shape[:2]) for value in moments)
             y = normed
