@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "run": "time the engine beside its baselines, or this checkout against another version (--base REF --gate)",
+    "run": "time the engine beside other contenders, or this checkout against another version (--base REF --gate)",
     "compare": "stored rows of two runs",
     "report": "the README's tables, from stored rows",
     "plot": "pictures of stored rows",

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 # what the width of the edge MLP matters to
 OF_HIDDEN = ("pdgr", "edge_weight", "edge_coefficient")
 # cases of rows that were stored before all came from one list of sizes
-_NAMES = {
+_CASES = {
     "pdgr_8x576": "paper_vitl_24x24_e256",
     "pdgr_1x4096": "grid_64x64_e256",
     "pdgr_1x16384": "vitl_128x128_e256",
@@ -36,6 +36,8 @@ _NAMES = {
     "knn_16384": "grid_128x128",
     "knn_65536": "grid_256x256",
 }
+# and contenders
+_NAMES = {"floor": "matmul_lower_bound"}
 _KEY = ("op", "case", "mode", "dtype", "data", "name")
 _TIMES = {"p20_ms", "p50_ms", "p80_ms", "repeats", "sizes"}
 # of one kind of machine
@@ -51,9 +53,10 @@ class CompareError(ValueError):
 
 
 def load(path: Path) -> list[Row]:
-    """Every row of a file, under the name that its case has now."""
+    """Every row of a file, under the names that its case and its contender have now."""
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return [row | {"case": _NAMES.get(row["case"], row["case"])} for row in rows]
+    now = (("case", _CASES), ("name", _NAMES))
+    return [row | {key: names[row[key]] for key, names in now if row.get(key) in names} for row in rows]
 
 
 def width_of(row: Row) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.baselines import pdgr_products
+from bench.contenders import pdgr_products
 from bench.timing import seconds_of
 from drseg_core.testing import Case
 

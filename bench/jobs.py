@@ -16,7 +16,7 @@ from drseg_core.ops import use_backend
 from drseg_core.testing import Case
 
 MODES = whole_pdgr.MODES
-# an op's own inputs, and features for whole PDGR and the selection
+# an op's own inputs, and priors for whole PDGR and the selection
 DATA = ("case", *whole_pdgr.DATA)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # what whole PDGR and the selection can be compared with
@@ -30,8 +30,8 @@ class Job:
 
     Args:
         op: ``pdgr`` or an op. case: the sizes. mode: ``fwd`` or ``fwd+bwd``.
-        data: ``random`` or ``dino`` features for ``pdgr``, and for ``knn_graph`` beside other searches; ``case`` for
-            the backends of an op on its own inputs.
+        data: a ``random`` or a ``dino``-like prior for ``pdgr``, and for ``knn_graph`` beside other searches; ``case``
+            for the backends of an op on its own inputs.
         dtype: of the features; ``pdgr`` is float32. backend: None takes the one that runs by default.
     """
 

@@ -25,9 +25,10 @@ from matplotlib import pyplot as plt
 
 # one colour per contender in every picture; told apart in grey print and by the colour-blind
 _COLOURS = {
-    "engine": "#0b6e99", "literal": "#b3541e", "factored": "#d9a441", "compiled": "#7a9e3f", "floor": "#888888",
+    "engine": "#0b6e99", "literal": "#b3541e", "factored": "#d9a441", "compiled": "#7a9e3f",
     "naive": "#8c4fa3", "faiss": "#4c9f9a",
 }  # fmt: skip
+_BOUND = "#888888"
 _WORDS = {"fwd": "forward", "fwd+bwd": "forward + backward"}
 
 
@@ -41,7 +42,7 @@ def _legend(axes: Any) -> None:
 
 
 def speedup(rows: Sequence[Row], figure: Any) -> bool:
-    """Bars: how many times as long the others take, on DINO-like features. False where there is nothing to show."""
+    """Bars: how many times as long the others take, on a DINO-like prior. False where there is nothing to show."""
     engines = [row for row in rows if row["name"] == "engine" and row["data"] == "dino"]
     groups = []
     for engine in engines:
@@ -93,7 +94,7 @@ def scaling(rows: Sequence[Row], figure: Any) -> bool:
     largest = max(n for line in lines.values() for n in line)
     wall = axes.twinx()
     grid = [1024 * 2**n for n in range(0, 12) if 1024 * 2**n <= 2 * largest]
-    wall.plot(grid, [4 * n * n / 2**30 for n in grid], ":", color=_COLOURS["floor"], label="one N x N matrix, GiB")
+    wall.plot(grid, [4 * n * n / 2**30 for n in grid], ":", color=_BOUND, label="one N x N matrix, GiB")
     wall.set(yscale="log", ylabel="GiB")
     wall.legend(frameon=False, fontsize=8, loc="lower right")
     axes.set(xscale="log", yscale="log", xlabel="nodes N", ylabel="ms per image")
@@ -112,7 +113,7 @@ def roofline(rows: Sequence[Row], figure: Any) -> bool:
     slope = max(row["ceiling"]["copy_gbs"] for row in chosen)
     reach = [row["flop"] / row["byte"] for row in chosen]
     left, right = min(*reach, top / slope) / 2, max(max(reach), 2 * top / slope) * 2
-    axes.plot([left, top / slope, right], [left * slope, top, top], color=_COLOURS["floor"], label="measured ceilings")
+    axes.plot([left, top / slope, right], [left * slope, top, top], color=_BOUND, label="measured ceilings")
     marks = {}
     for row in chosen:
         rate = row["flop"] / row["p50_ms"] / 1e6

@@ -20,7 +20,7 @@ from bench.compare import Row, width_of
 BEGIN, END = "<!-- bench: {}, made by bench/report.py -->", "<!-- /bench -->"
 _WORDS = {"fwd": "forward", "fwd+bwd": "forward + backward"}
 _PICTURES = {
-    "speedup": "times as long as the engine takes, on DINO-like features",
+    "speedup": "times as long as the engine takes, on a DINO-like prior",
     "scaling": "time of one image over N, and the matrix that the others hold",
     "roofline": "rate over intensity, and the highest ceilings that their runs measured",
 }
@@ -52,8 +52,8 @@ def _module_table(rows: Sequence[Row]) -> list[str]:
     sizes = {name: {row["sizes"][name] for row in engines} for name in ("D", "E", "C", "K")}
     common = [f"{name} {value}" for name, (value, *others) in sizes.items() if not others]
     lines = [
-        f"| {', '.join(['PDGR', *common])} | features | engine, ms | literal | factored | compiled | floor | "
-        "engine, MB | literal, MB |",
+        f"| {', '.join(['PDGR', *common])} | prior | engine, ms | literal | factored | compiled | "
+        "matmul lower bound | engine, MB | literal, MB |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in engines:
@@ -62,7 +62,7 @@ def _module_table(rows: Sequence[Row]) -> list[str]:
         own = [f"{name} {row['sizes'][name]}" for name, values in sizes.items() if len(values) > 1]
         cells = [", ".join([_grid(row), *own, _WORDS[row["mode"]]]), row["data"], _ms(row["p50_ms"])]
         cells += [_times(rows, row, name, 0) for name in ("literal", "factored")]
-        cells += [_times(rows, row, "compiled"), _times(rows, row, "floor", 2), *memory]
+        cells += [_times(rows, row, "compiled"), _times(rows, row, "matmul_lower_bound", 2), *memory]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -76,7 +76,7 @@ def _selection_table(rows: Sequence[Row]) -> list[str]:
     if not engines:
         return []
     lines = [
-        "| `knn_graph` with decay, K 75 | features | engine, ms | plain torch | faiss-cpu (no decay) | product of the "
+        "| `knn_graph` with decay, K 75 | prior | engine, ms | plain torch | faiss-cpu (no decay) | product of the "
         "scores alone |",
         "|---|---|---:|---:|---:|---:|",
     ]
@@ -84,7 +84,7 @@ def _selection_table(rows: Sequence[Row]) -> list[str]:
         size = row["sizes"]
         name = f"{size['B']} x {size['h'] * size['w']} nodes, D {size['D']}, decay {size['decay']:g}"
         cells = [name, row["data"], _ms(row["p50_ms"])]
-        cells += [_times(rows, row, name, 2) for name in ("naive", "faiss", "floor")]
+        cells += [_times(rows, row, name, 2) for name in ("naive", "faiss", "matmul_lower_bound")]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the engine beside its baselines at named cases; prints a table, writes JSON lines.
+"""Times the engine beside other contenders at named cases; prints a table, writes JSON lines.
 
     python -m bench run --list                                  what there is to measure
     python -m bench run --dry-run                               which backends run here, and why the others do not
@@ -8,9 +8,9 @@
     python -m bench run --op graph_propagate --case paper_vitl_24x24 --mode fwd+bwd --dtype bfloat16
     python -m bench run --base HEAD~1 --gate                    this checkout against another version
 
-``pdgr`` is the whole module beside the module as the paper writes it, factored, compiled, and the floor of its matrix
-products; ``knn_graph`` is the selection beside plain torch and faiss: both at the large cases, on random and on
-DINO-like features. ``--data case`` times the backends of one op on its own inputs. The edge MLP of cases ``*_e256`` is
+``pdgr`` is the whole module beside the module as the paper writes it, factored, compiled, and its matrix products
+alone; ``knn_graph`` is the selection beside plain torch and faiss: both at the large cases, with a random and with a
+DINO-like prior. ``--data case`` times the backends of one op on its own inputs. The edge MLP of cases ``*_e256`` is
 256 wide, that of all others as wide as PDGR has it by default. All that is compared is interleaved in one process and
 the median counts. A row is written only where its result passed the gate; where one did not, the exit code is 1.
 

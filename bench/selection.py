@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from bench import gate, memory
-from bench.baselines import PEERS, Floor, best_block, grid_distance, naive_selection, scores_product
+from bench.contenders import PEERS, MatmulLowerBound, best_block, grid_distance, naive_selection, scores_product
 from bench.one_op import launch_of
 from bench.record import Row, rows_of
 from bench.timing import Contender, interleave
 from drseg_core.ops import knn_graph, last_backend
 from drseg_core.testing import Case, dino_like_prior, generator
 
-BESIDE = ("naive", *PEERS, "floor")
+BESIDE = ("naive", *PEERS, "matmul_lower_bound")
 # with more nodes only the engine runs; up to the second, plain torch takes all rows at once
 _MOST_NODES, _MOST_AT_ONCE = 16384, 4096
 # strength by case; 1 at the others
@@ -27,7 +27,7 @@ DECAY = {"grid_64x64": 2.0, "grid_128x128": 4.0, "grid_256x256": 4.0}
 
 
 def make_prior(case: Case, data: str, device: str = "cpu") -> Tensor:
-    """(B, N, D) seeded features; ``data`` is ``random`` or ``dino``."""
+    """(B, N, D) seeded prior; ``data`` is ``random`` or ``dino``."""
     random = generator(case)
     if data == "dino":
         return dino_like_prior(case.batch, case.height, case.width, case.prior, random).to(device)
@@ -108,10 +108,12 @@ def measure(
             contenders.append(Contender(name, run, repeats, {**said, "peak_mb": memory.rise(run, device)}))
         else:
             refused.append(f"{name}: {wrong}")
-    if small and "floor" in beside:
-        floor = Floor([scores_product(case)], device)
-        floor()
-        contenders.append(Contender("floor", floor, repeats, {"note": "matrix product of the scores only"}))
+    if small and "matmul_lower_bound" in beside:
+        bound = MatmulLowerBound([scores_product(case)], device)
+        bound()
+        contenders.append(
+            Contender("matmul_lower_bound", bound, repeats, {"note": "matrix product of the scores only"})
+        )
     common = {
         "op": "knn_graph",
         "case": case.name,

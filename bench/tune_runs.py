@@ -40,9 +40,9 @@ def _agree(expected: tuple[Tensor, ...]) -> Wrong:
 
 
 def _knn_graph(case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]:
-    # how much a tile adds to the lists depends on the features: those of a backbone on an image, not clusters anywhere
-    features, grid, decay = selection.make_prior(case, "dino", device).to(dtype), (case.height, case.width), 1.0
-    prior, inverse = _reference("prepare_prior").prepare_prior(features)
+    # how much a tile adds to the lists depends on the prior: that of a backbone on an image, not clusters anywhere
+    nodes, grid, decay = selection.make_prior(case, "dino", device).to(dtype), (case.height, case.width), 1.0
+    prior, inverse = _reference("prepare_prior").prepare_prior(nodes)
     table = _reference("knn_graph").decay_table(grid, decay, "additive", torch.float32, prior.device)
     given = (prior, inverse, table, case.neighbours, "additive", True)
 
@@ -51,7 +51,7 @@ def _knn_graph(case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]
             return knn_graph.knn_graph(*given, sizes=sizes)
 
     def wrong(got: tuple[Tensor, ...]) -> str | None:
-        return gate.selection(got[0], features, grid, decay)
+        return gate.selection(got[0], nodes, grid, decay)
 
     return run, wrong
 

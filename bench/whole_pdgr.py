@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole PDGR, default options: the engine beside the module as the paper writes it, factored, compiled, the floor."""
+"""Whole PDGR, default options: the engine beside the module as the paper writes it, factored, compiled, a bound."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench import gate, memory
-from bench.baselines import FactoredPDGR, Floor, ScatteredPDGR, pdgr_products
+from bench.contenders import FactoredPDGR, MatmulLowerBound, ScatteredPDGR, pdgr_products
 from bench.one_op import OPS, launch_of, sizes_of
 from bench.record import Row, rows_of
 from bench.timing import Contender, interleave
@@ -24,7 +24,7 @@ from drseg_core.testing import Case, LiteralPDGR, dino_like_prior, generator
 MODES = ("fwd", "fwd+bwd")
 DATA = ("random", "dino")
 # what stands beside the engine at most nodes per image: one edge tensor of the literal module is 10 GB at 16384
-_MOST_NODES = {"literal": 4096, "factored": 4096, "compiled": 4096, "pyg": 4096, "floor": 16384}
+_MOST_NODES = {"literal": 4096, "factored": 4096, "compiled": 4096, "pyg": 4096, "matmul_lower_bound": 16384}
 BESIDE = tuple(_MOST_NODES)
 # rows of edges at once where the gate cannot hold all of them
 _GATE_ROWS = 1024
@@ -147,7 +147,7 @@ def engine(
     return partial(step, problem.engine, problem, backward), wrong, fields.get("backends", {})
 
 
-def _baselines(
+def _others(
     case: Case,
     problem: Problem,
     index: Tensor,
@@ -209,10 +209,10 @@ def _baselines(
                 yield Contender("pyg", partial(step, scattered, problem, backward), slow, {})
             else:
                 refused.append(f"pyg: {wrong}")
-    if "floor" in wanted:
-        floor = Floor(pdgr_products(case, backward), problem.prior.device.type)
-        floor()
-        yield Contender("floor", floor, repeats, {"note": "matrix products only"})
+    if "matmul_lower_bound" in wanted:
+        bound = MatmulLowerBound(pdgr_products(case, backward), problem.prior.device.type)
+        bound()
+        yield Contender("matmul_lower_bound", bound, repeats, {"note": "matrix products only"})
 
 
 def measure(
@@ -248,7 +248,7 @@ def measure(
     engine = Contender(
         "engine", partial(step, problem.engine, problem, backward), repeats if case.nodes <= 16384 else slow, fields
     )
-    contenders = [engine, *_baselines(case, problem, index, mode, repeats, slow, beside, refused)]
+    contenders = [engine, *_others(case, problem, index, mode, repeats, slow, beside, refused)]
     for contender in contenders if with_memory else ():
         if device == "cuda":
             contender.fields["peak_mb"] = memory.rise(contender.run, device)

@@ -100,17 +100,17 @@ void run(
   const Decay<T> decay(decay_table, h, w);
   const Problem<T> problem{
       grid, decay, channels, k, form == kAdditive || form == kGauss, form == kMultiplicative, include_self};
-  const T *features = prior.const_data_ptr<T>(), *inverse = inverse_norm.const_data_ptr<T>();
+  const T *rows = prior.const_data_ptr<T>(), *inverse = inverse_norm.const_data_ptr<T>();
   int32_t* chosen = index.mutable_data_ptr<int32_t>();
   T* value = score.mutable_data_ptr<T>();
   if (small) {
-    small_grids(problem, batch, features, inverse, chosen, value);
+    small_grids(problem, batch, rows, inverse, chosen, value);
     return;
   }
   Bounds<T> bounds(problem, decay_table);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t sample = b * nodes;
-    const T* image = features + sample * channels;
+    const T* image = rows + sample * channels;
     if constexpr (std::is_same_v<T, float>) {
       if (Coarse::available() && nodes >= kCoarseGrid && channels >= kCoarseChannels &&
           channels <= Coarse::kMostChannels && bounds.ascending) {

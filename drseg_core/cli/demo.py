@@ -33,12 +33,12 @@ from drseg_core.studies import pdgr_speed
 MARK = "made-by-drseg-demo.txt"
 TRAINING_SCENES, TEST_SCENES = 400, 60
 # Optimiser steps; together they take about three minutes on two cores.
-BASELINE_STEPS, DRSEG_STEPS = 2000, 350
+DUAL_ENCODER_STEPS, DRSEG_STEPS = 2000, 350
 MAP_CLASSES = ("bare soil", "red roof", "green roof", "blue pond", "green field", "gray court", "white car")
 
 
 def run(out: Path, *, seed: int = 0) -> None:
-    """Make scenes, train a baseline and DR-Seg on top of it, score both, map a GeoTIFF, time PDGR.
+    """Make scenes, train a dual encoder and DR-Seg on top of it, score both, map a GeoTIFF, time PDGR.
 
     Args:
         out: new or empty folder, or that of an earlier demo, which is replaced. Left there: ``results.json``,
@@ -55,21 +55,21 @@ def run(out: Path, *, seed: int = 0) -> None:
     write_scenes(seen, splits={"train": TRAINING_SCENES, "val": TEST_SCENES}, seed=seed)
     write_scenes(full, splits={"val": TEST_SCENES}, seed=seed, vocabulary="full")
 
-    baseline, drseg, channels = out / "baseline", out / "drseg", out / "channels.safetensors"
+    dual_encoder, drseg, channels = out / "dual_encoder", out / "drseg", out / "channels.safetensors"
     data = ("--config", "tiny", "--data", f"folder:{seen}", "--seed", seed)
     # the dual encoder: image and text encoder from random weights, matched by cosine at every token
     _command(
-        *("train", *data, "--out", baseline, "--model.fusion.kind", "cosine", "--model.rotations", 1),
-        *("--train.loss", "softmax", "--train.alignment_weight", 0, "--train.iterations", BASELINE_STEPS),
+        *("train", *data, "--out", dual_encoder, "--model.fusion.kind", "cosine", "--model.rotations", 1),
+        *("--train.loss", "softmax", "--train.alignment_weight", 0, "--train.iterations", DUAL_ENCODER_STEPS),
     )
-    _command("rank", baseline, "--data", f"folder:{seen}", "--out", channels)
+    _command("rank", dual_encoder, "--data", f"folder:{seen}", "--out", channels)
     _command(
-        *("train", *data, "--out", drseg, "--init", baseline, "--model.spsd.channels", channels),
+        *("train", *data, "--out", drseg, "--init", dual_encoder, "--model.spsd.channels", channels),
         *("--train.clip_learning_rate_scale", 0.2, "--train.batch_size", 2, "--train.iterations", DRSEG_STEPS),
     )
 
-    scores = _scores(baseline, drseg, full, seed)
-    save_png(out / "overlay.png", _overlays(baseline, drseg, full))
+    scores = _scores(dual_encoder, drseg, full, seed)
+    save_png(out / "overlay.png", _overlays(dual_encoder, drseg, full))
 
     write_synthetic_scene(out / "scene.tif", seed=seed)
     _command("predict", drseg, out / "scene.tif", "--classes", "; ".join(MAP_CLASSES), "--out", out / "map.tif")
@@ -113,15 +113,15 @@ def _command(*words: object) -> None:
         raise error
 
 
-def _scores(baseline: Path, drseg: Path, full: Path, seed: int) -> list[dict[str, Any]]:
+def _scores(dual_encoder: Path, drseg: Path, full: Path, seed: int) -> list[dict[str, Any]]:
     """The dual encoder before and after its training, and DR-Seg, on the test scenes; all 37 names as prompts."""
     print(f"\n{TEST_SCENES} test scenes, prompts: all 37 names", flush=True)
     dataset = open_dataset(f"folder:{full}", "val")
     untrained = override(load_config("tiny"), {"model.fusion.kind": "cosine", "model.rotations": 1})
     torch.manual_seed(seed)
-    steps = {"untrained": 0, "baseline": BASELINE_STEPS, "DR-Seg": BASELINE_STEPS + DRSEG_STEPS}
+    steps = {"untrained": 0, "dual encoder": DUAL_ENCODER_STEPS, "DR-Seg": DUAL_ENCODER_STEPS + DRSEG_STEPS}
     rows = []
-    for name, source in (("untrained", None), ("baseline", baseline), ("DR-Seg", drseg)):
+    for name, source in (("untrained", None), ("dual encoder", dual_encoder), ("DR-Seg", drseg)):
         model = build_model(untrained.model).eval() if source is None else load_run(source).model
         held_out = set(HELD_OUT_IDS)
         subsets = {"seen": [i for i in range(37) if i not in held_out], "held-out": list(HELD_OUT_IDS)}
@@ -140,9 +140,9 @@ def _scores(baseline: Path, drseg: Path, full: Path, seed: int) -> list[dict[str
     return rows
 
 
-def _overlays(baseline: Path, drseg: Path, full: Path, count: int = 6) -> Any:
+def _overlays(dual_encoder: Path, drseg: Path, full: Path, count: int = 6) -> Any:
     dataset = open_dataset(f"folder:{full}", "val")
-    predictors = [Predictor(load_run(run).model, dataset.class_names) for run in (baseline, drseg)]
+    predictors = [Predictor(load_run(run).model, dataset.class_names) for run in (dual_encoder, drseg)]
     rows = []
     for i in range(count):
         sample = dataset[i]

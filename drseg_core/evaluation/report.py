@@ -28,12 +28,12 @@ class SheetRow(NamedTuple):
 
     image: Any
     truth: Any = None
-    baseline: Any = None
+    dual_encoder: Any = None
     drseg: Any = None
     uncertainty: Any = None
 
 
-COLUMNS = ("image", "truth", "baseline", "DR-Seg", "uncertainty")
+COLUMNS = ("image", "truth", "dual encoder", "DR-Seg", "uncertainty")
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
@@ -84,7 +84,7 @@ def heat(value: Any) -> Image8:
 
 
 def overlay_sheet(rows: Sequence[SheetRow], class_names: Sequence[str], *, cell: int = 160) -> Image8:
-    """A sheet of scenes: image, truth, baseline, DR-Seg and uncertainty side by side, with a legend.
+    """A sheet of scenes: image, truth, dual encoder, DR-Seg and uncertainty side by side, with a legend.
 
     The uncertainty is stretched to its own range in each scene: it is the pattern that shows, not the level.
 

@@ -12,7 +12,7 @@ from drseg_core.nn import PDGR
 
 class LiteralPDGR(nn.Module):
     """The default options of :class:`drseg_core.nn.PDGR` edge by edge: the N x N affinity, the concatenation of every
-    edge, and ``index_add``. It shares the weights of ``engine`` and is the baseline of every speed figure.
+    edge, and ``index_add``. It shares the weights of ``engine`` and is what every speed-up is over.
 
     Args:
         engine: the module whose parameters are used.

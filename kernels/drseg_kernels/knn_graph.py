@@ -261,7 +261,7 @@ def constants(k: int, form: str, include_self: bool, first: bool, chosen: Select
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     """Dot products of the rows of (G, R, D) and (G, T, D) in float32, into (G, R, T)."""
     if left.dtype == torch.float32 and len(left) == 1:
-        # the library has faster ways for one product than for a batch of one
+        # the library has faster kernels for one product than for a batch of one
         torch.mm(left[0], right[0].mT, out=out[0])
     elif left.dtype == torch.float32:
         torch.bmm(left, right.mT, out=out)
@@ -315,11 +315,11 @@ def knn_graph(
     buffer = torch.empty(images * tile_rows * tile_columns, dtype=torch.float32, device=prior.device)
     with on_device_of(prior):
         for image in range(0, batch, images):
-            features = prior[image : image + images]
+            part = prior[image : image + images]
             for row in range(0, nodes, tile_rows):
-                left = features[:, row : row + tile_rows]
+                left = part[:, row : row + tile_rows]
                 for column in range(0, nodes, tile_columns):
-                    right = features[:, column : column + tile_columns]
+                    right = part[:, column : column + tile_columns]
                     shape = (left.shape[0], left.shape[1], right.shape[1])
                     tile = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
                     _multiply(left, right, tile)

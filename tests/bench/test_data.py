@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DINO-like features have what the benchmark says of them."""
+"""The DINO-like prior has what the benchmark says of it."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import baselines, jobs, memory, paired, run, selection, source, timing, whole_pdgr
+from bench import contenders, jobs, memory, paired, run, selection, source, timing, whole_pdgr
 from drseg_core import ops
 from drseg_core.ops import _dispatch
 from drseg_core.testing import Case
 
 # what PDGR runs on a CPU
-OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
+OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate", "edge_coefficient", "graph_layer")
 TINY = Case("bench_tiny", 2, 6, 7, prior=16, hidden=8, channels=12, neighbours=6, large=True)
 # what whole PDGR and the selection are measured on
 PRIORS = ("--data", "random", "--data", "dino")
@@ -55,7 +55,7 @@ def _check(rows: list[dict[str, Any]]) -> None:
 def test_pdgr_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code, rows = _run(tmp_path, "--op", "pdgr", "--case", TINY.name)
     assert code == 0
-    names = ["engine", "literal", "factored", "compiled", "floor"]
+    names = ["engine", "literal", "factored", "compiled", "matmul_lower_bound"]
     runs = [(mode, data) for mode in whole_pdgr.MODES for data in whole_pdgr.DATA]
     # a peer has a row where it is installed
     rows = [row for row in rows if row["name"] != "pyg"]
@@ -75,10 +75,10 @@ def test_pdgr_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_selection_rows(tmp_path: Path):
     code, rows = _run(tmp_path, "--op", "knn_graph", "--case", TINY.name, *PRIORS)
-    names = [row["name"] for row in rows if row["name"] not in baselines.PEERS]
-    assert code == 0 and names == ["engine", "naive", "floor"] * 2
+    names = [row["name"] for row in rows if row["name"] not in contenders.PEERS]
+    assert code == 0 and names == ["engine", "naive", "matmul_lower_bound"] * 2
     _check(rows)
-    assert all("no decay" in row["note"] for row in rows if row["name"] in baselines.PEERS)
+    assert all("no decay" in row["note"] for row in rows if row["name"] in contenders.PEERS)
     assert all(row["sizes"]["decay"] == 2.0 for row in rows)
 
 
@@ -86,25 +86,25 @@ def test_selection_without_faiss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for package in ("faiss", "sklearn.neighbors", "pykeops.torch"):
         monkeypatch.setitem(__import__("sys").modules, package, None)
     code, rows = _run(tmp_path, "--op", "knn_graph", "--case", TINY.name, "--data", "random")
-    assert code == 0 and [row["name"] for row in rows] == ["engine", "naive", "floor"]
+    assert code == 0 and [row["name"] for row in rows] == ["engine", "naive", "matmul_lower_bound"]
     assert "faiss is not installed" in capsys.readouterr().err
 
 
 def test_large_cases_have_fewer_neighbours_in_the_race(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        whole_pdgr, "_MOST_NODES", {"literal": 10, "factored": 10, "compiled": 10, "pyg": 10, "floor": 42}
+        whole_pdgr, "_MOST_NODES", {"literal": 10, "factored": 10, "compiled": 10, "pyg": 10, "matmul_lower_bound": 42}
     )
     monkeypatch.setattr(whole_pdgr, "_GATE_ROWS", 5)
     for mode in whole_pdgr.MODES:
         rows, refused = whole_pdgr.measure(TINY, "dino", mode, repeats=1, with_memory=False)
-        assert [row["name"] for row in rows] == ["engine", "floor"] and not refused
+        assert [row["name"] for row in rows] == ["engine", "matmul_lower_bound"] and not refused
         assert rows[0]["gate"]["against"] == "factored"
     monkeypatch.setattr(selection, "_MOST_NODES", 10)
     rows, refused = selection.measure(TINY, "dino", repeats=2, slow=1)
     assert [(row["name"], row["repeats"]) for row in rows] == [("engine", 1)] and not refused
 
 
-@pytest.mark.parametrize("op", [*OPS, "edge_coefficient", "graph_layer"])
+@pytest.mark.parametrize("op", OPS)
 def test_rows_of_an_op(tmp_path: Path, op: str):
     code, rows = _run(tmp_path, "--op", op, "--case", "tiny_3x4")
     _check(rows)
@@ -195,15 +195,17 @@ def test_a_wrong_backend_of_an_op_is_refused(
     assert "refused:" in capsys.readouterr().err
 
 
-def test_a_wrong_baseline_is_refused_and_the_rest_stays(monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_contender_is_refused_and_the_rest_stays(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(selection, "naive_selection", lambda prior, *_: torch.zeros(2, 42, 6, dtype=torch.long))
     rows, refused = selection.measure(TINY, "random", repeats=1)
-    assert "naive" not in {row["name"] for row in rows} and {"engine", "floor"} <= {row["name"] for row in rows}
+    assert "naive" not in {row["name"] for row in rows} and {"engine", "matmul_lower_bound"} <= {
+        row["name"] for row in rows
+    }
     assert len(refused) == 1 and refused[0].startswith("naive:")
 
 
-def test_a_baseline_whose_gradients_are_wrong_is_refused(monkeypatch: pytest.MonkeyPatch):
-    class Steeper(baselines.FactoredPDGR):
+def test_a_contender_whose_gradients_are_wrong_is_refused(monkeypatch: pytest.MonkeyPatch):
+    class Steeper(contenders.FactoredPDGR):
         def forward(self, *arguments: Any, **options: Any) -> torch.Tensor:
             output = super().forward(*arguments, **options)
             return output + 0.2 * (output - output.detach())
@@ -216,8 +218,8 @@ def test_a_baseline_whose_gradients_are_wrong_is_refused(monkeypatch: pytest.Mon
 
 
 def test_what_stands_beside_is_chosen(tmp_path: Path):
-    code, rows = _run(tmp_path, "--op", "pdgr", "--case", TINY.name, "--mode", "fwd", "--beside", "floor")
-    assert code == 0 and {row["name"] for row in rows} == {"engine", "floor"}
+    code, rows = _run(tmp_path, "--op", "pdgr", "--case", TINY.name, "--mode", "fwd", "--beside", "matmul_lower_bound")
+    assert code == 0 and {row["name"] for row in rows} == {"engine", "matmul_lower_bound"}
     code, rows = _run(tmp_path, "--op", "knn_graph", "--case", TINY.name, *PRIORS, "--beside", "nothing")
     assert code == 0 and {row["name"] for row in rows if row["op"] == "knn_graph"} == {"engine"}
 

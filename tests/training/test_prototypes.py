@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to choose class prototypes: pixels, image means, centroids; and the label of a grid cell."""
+"""How class prototypes are chosen: pixels, image means, centroids; and the label of a grid cell."""
 
 from __future__ import annotations
 

@@ -160,20 +160,20 @@ def knn_graph(
         >>> knn_graph(prior, (2, 2), 2, decay=0.0).tolist()
         [[0, 1], [0, 1], [2, 3], [2, 3]]
     """
-    features = prior.scaled if isinstance(prior, PreparedPrior) else prior
-    _check(features, grid, k, decay, form, include_self, return_score, pad, precision, check_finite)
+    nodes = prior.scaled if isinstance(prior, PreparedPrior) else prior
+    _check(nodes, grid, k, decay, form, include_self, return_score, pad, precision, check_finite)
     requested = requested_backend("knn_graph", backend)
     if not torch.compiler.is_compiling():
         # the error of a backend named in vain is about this op, not about the preparation
-        _dispatch.resolve("knn_graph", features, requested)
+        _dispatch.resolve("knn_graph", nodes, requested)
     if check_finite:
-        _checks.check_finite_rows("knn_graph", "prior", features)
+        _checks.check_finite_rows("knn_graph", "prior", nodes)
     scaled, inverse_norm = prior if isinstance(prior, PreparedPrior) else prepare_prior(prior, backend=backend)
-    if features.dim() == 2:
+    if nodes.dim() == 2:
         scaled, inverse_norm = scaled[None], inverse_norm[None]
     options = (int(grid[0]), int(grid[1]), k, float(decay), form, include_self, requested)
     index, score = registration.knn_graph(scaled, inverse_norm, *options)
-    if features.dim() == 2:
+    if nodes.dim() == 2:
         index, score = index[0], score[0]
     return (index, score) if return_score else index
 

@@ -93,11 +93,11 @@ def knn_graph(
     everyone = torch.arange(nodes, device=prior.device)
     y, x = everyone // w, everyone % w
     for b in range(batch):
-        features, inverse = prior[b].to(wide), inverse_norm[b]
+        rows, inverse = prior[b].to(wide), inverse_norm[b]
         bad = inverse.isnan()
         for first in range(0, nodes, block):
             own = everyone[first : first + block]
-            cosine = features[own] @ features.T * inverse[own, None] * inverse
+            cosine = rows[own] @ rows.T * inverse[own, None] * inverse
             decay = table[(y[own, None] - y).abs(), (x[own, None] - x).abs()]
             value = combine(cosine, decay, form)
             key = value.masked_fill(bad | bad[own, None], -torch.inf)

@@ -18,7 +18,7 @@ from bench.timing import seconds_of
 from drseg_core.nn import PDGR
 from drseg_core.testing import Case
 
-# Largest result of one product of the floor; longer ones are computed by row blocks into the same memory.
+# Largest result of one product of the lower bound; longer ones are computed by row blocks into the same memory.
 _BLOCK_BYTES = 64 << 20
 
 
@@ -277,7 +277,7 @@ def pdgr_products(case: Case, backward: bool, layers: int = 2) -> list[Product]:
     return products
 
 
-class Floor:
+class MatmulLowerBound:
     """Runs products on operands of their shapes, results in memory that is already there.
 
     Args:
