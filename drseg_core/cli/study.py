@@ -22,7 +22,7 @@ examples:
       --test potsdam:datasets --test vdd:datasets --test uavid:datasets --test udd5:datasets
 
 Without --data a study trains and scores the tiny preset on synthetic landscapes. It writes NAME.json, NAME.md and
-NAME.png into --out, goes on where it stopped, and shares trained cells with the other studies there; index.md has a
+NAME.png into --out, goes on where it stopped, and shares trained variants with the other studies there; index.md has a
 line for each of them.
 """
 
@@ -39,9 +39,9 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     )
     parser.add_argument("--protocol", type=str | None, metavar="NAME", help="rskt, clean, ovrs or segearth")
     parser.add_argument(
-        "--seeds", type=str | None, metavar="N,N", help="one training of every cell for each; 0,1,2 by default"
+        "--seeds", type=str | None, metavar="N,N", help="one training of every variant for each; 0,1,2 by default"
     )
-    parser.add_argument("--steps", type=int | None, metavar="N", help="training steps of a cell")
+    parser.add_argument("--steps", type=int | None, metavar="N", help="training steps of a variant")
     parser.add_argument(
         "--start-steps", type=int | None, metavar="N", help="steps of the dual encoder where CLIP has random weights"
     )
@@ -53,7 +53,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         metavar="N",
         help="teach the random prior for N steps on labelled scenes of its own; files are then named NAME-taught",
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells that are trained at a time")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="variants that are trained at a time")
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
     parser.add_argument("--quick", action="store_true", help="a few scenes and steps: shows that it runs, nothing else")
 
@@ -106,7 +106,7 @@ def run(args: Any) -> None:
     print(f"written to {out}: {', '.join(path.name for path in sorted(out.glob(f'{name}.*')))}")
     if problems:
         error = DRSegError(
-            f"study: {len(problems)} cells failed: {', '.join(problems)}; {next(iter(problems.values()))}"
+            f"study: {len(problems)} variants failed: {', '.join(problems)}; {next(iter(problems.values()))}"
         )
         error.exit_code = 8
         raise error

@@ -15,7 +15,7 @@ from drseg_core.data import open_dataset
 from drseg_core.models.weights import weights_hash
 from drseg_core.studies import figures
 from drseg_core.studies.output import mean_text, write_study
-from drseg_core.studies.plan import PlannedCell, plan
+from drseg_core.studies.plan import PlannedVariant, plan
 from drseg_core.studies.seeds import measure_seeds
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import DRSEG
@@ -63,7 +63,7 @@ def channel_masking(setting: Setting, out: Path, *, jobs: int = 1, command: str 
     return write_study("channel-masking", title, text, rows, measured, setting, out, command, draw)
 
 
-def _masked(planned: PlannedCell) -> dict[str, Any]:
+def _masked(planned: PlannedVariant) -> dict[str, Any]:
     model = clip_model(planned)
     channels = model.clip.embed_dim
     subsets = torch.cat((torch.ones(1, channels), 1 - torch.eye(channels))).bool()
@@ -110,7 +110,7 @@ def retention(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") 
     return write_study("retention", title, text, rows, measured, setting, out, command, draw)
 
 
-def _retained(planned: PlannedCell) -> dict[str, Any]:
+def _retained(planned: PlannedVariant) -> dict[str, Any]:
     model = clip_model(planned)
     order = ranking(planned, model).score.argsort(descending=True, stable=True)
     counts = [max(1, round(share * len(order))) for share in SHARES]
@@ -161,7 +161,7 @@ def activation_sparsity(setting: Setting, out: Path, *, jobs: int = 1, command: 
     return write_study("activation-sparsity", title, text, rows, measured, setting, out, command, draw)
 
 
-def _sparse(planned: PlannedCell) -> dict[str, Any]:
+def _sparse(planned: PlannedVariant) -> dict[str, Any]:
     model = clip_model(planned)
     ranked = ranking(planned, model)
     found = {
@@ -173,7 +173,7 @@ def _sparse(planned: PlannedCell) -> dict[str, Any]:
     return {"training set": found}
 
 
-def ranking(planned: PlannedCell, model: Any) -> ChannelFile:
+def ranking(planned: PlannedVariant, model: Any) -> ChannelFile:
     """The channels' ranking on the training set (Eq. 1-5)."""
     return rank_channels(
         model,

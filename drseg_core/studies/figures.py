@@ -36,20 +36,20 @@ def save(figure: Any, path: Path) -> None:
 
 
 def draw_training_study(study: TrainingStudy, scores: Mapping[str, Scores], path: Path) -> None:
-    """mIoU of every cell with its seeds and spread, and the paper's beside it where there is one."""
+    """mIoU of every variant with its seeds and spread, and the paper's beside it where there is one."""
     plt = pyplot()
-    shown = [cell for cell in study.cells if scores.get(cell.name)]
+    shown = [variant for variant in study.variants if scores.get(variant.name)]
     if plt is None or not shown:
         return
-    has_paper = any(cell.paper and cell.paper.miou is not None for cell in shown)
+    has_paper = any(variant.paper and variant.paper.miou is not None for variant in shown)
     if study.axis is None:
         size = (9.0 if has_paper else 6.0, 0.9 + 0.42 * len(shown))
         figure, axes = plt.subplots(1, 2 if has_paper else 1, figsize=size, sharey=True, squeeze=False)
-        titles = [cell.title for cell in shown]
-        _bars(axes[0, 0], titles, [scores[cell.name] for cell in shown])
+        titles = [variant.title for variant in shown]
+        _bars(axes[0, 0], titles, [scores[variant.name] for variant in shown])
         axes[0, 0].set_xlabel("mIoU here, %")
         if has_paper:
-            values = [cell.paper.miou if cell.paper else None for cell in shown]
+            values = [variant.paper.miou if variant.paper else None for variant in shown]
             places = [place for place, value in enumerate(values) if value is not None]
             axes[0, 1].barh(places, [values[place] for place in places], color=PAPER, height=0.6)
             axes[0, 1].set_xlabel("mIoU in the paper, %")
@@ -60,7 +60,11 @@ def draw_training_study(study: TrainingStudy, scores: Mapping[str, Scores], path
         _line(axes[0, 0], shown, scores)
         axes[0, 0].set(xlabel=study.axis, ylabel="mIoU here, %")
         if has_paper:
-            known = [(cell.value, cell.paper.miou) for cell in shown if cell.paper and cell.paper.miou is not None]
+            known = [
+                (variant.value, variant.paper.miou)
+                for variant in shown
+                if variant.paper and variant.paper.miou is not None
+            ]
             axes[0, 1].plot([x for x, _ in known], [y for _, y in known], "o-", color=PAPER)
             axes[0, 1].set(xlabel=study.axis, ylabel="mIoU in the paper, %")
     for axis in axes.flat:
@@ -69,13 +73,13 @@ def draw_training_study(study: TrainingStudy, scores: Mapping[str, Scores], path
     save(figure, path)
 
 
-def _bars(axis: Any, titles: Sequence[str], cells: Sequence[Scores]) -> None:
-    found = [spread(cell, "mIoU") for cell in cells]
+def _bars(axis: Any, titles: Sequence[str], variants: Sequence[Scores]) -> None:
+    found = [spread(variant, "mIoU") for variant in variants]
     means = [0.0 if value is None else value.mean for value in found]
     deviations = [0.0 if value is None or value.deviation is None else value.deviation for value in found]
     axis.barh(range(len(titles)), means, xerr=deviations, color=ACCENT, ecolor=INK, height=0.6, capsize=3)
-    for place, cell in enumerate(cells):
-        dots = [value for value in (over_tests(row, "mIoU") for row in cell.values()) if value is not None]
+    for place, variant in enumerate(variants):
+        dots = [value for value in (over_tests(row, "mIoU") for row in variant.values()) if value is not None]
         axis.plot(dots, [place] * len(dots), "o", color="white", markeredgecolor=INK, markersize=4)
     axis.set_yticks(range(len(titles)), titles)
     _zoom(
@@ -92,11 +96,13 @@ def _zoom(axis: Any, values: Sequence[float]) -> None:
 
 
 def _line(axis: Any, shown: Sequence[Any], scores: Mapping[str, Scores]) -> None:
-    found = [(cell.value, spread(scores[cell.name], "mIoU")) for cell in shown]
+    found = [(variant.value, spread(scores[variant.name], "mIoU")) for variant in shown]
     x = [value for value, result in found if result is not None]
     y = [result.mean for _, result in found if result is not None]
     error = [result.deviation or 0.0 for _, result in found if result is not None]
     axis.errorbar(x, y, yerr=error, fmt="o-", color=ACCENT, ecolor=INK, capsize=3)
-    for cell in shown:
-        dots = [value for value in (over_tests(row, "mIoU") for row in scores[cell.name].values()) if value is not None]
-        axis.plot([cell.value] * len(dots), dots, "o", color="white", markeredgecolor=INK, markersize=4)
+    for variant in shown:
+        dots = [
+            value for value in (over_tests(row, "mIoU") for row in scores[variant.name].values()) if value is not None
+        ]
+        axis.plot([variant.value] * len(dots), dots, "o", color="white", markeredgecolor=INK, markersize=4)

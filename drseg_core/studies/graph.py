@@ -18,7 +18,7 @@ from drseg_core.device import select_device
 from drseg_core.models.dino import DinoPrior, resample
 from drseg_core.ops import knn_graph, prepare_prior
 from drseg_core.studies.output import mean_text, write_study
-from drseg_core.studies.plan import PlannedCell, plan
+from drseg_core.studies.plan import PlannedVariant, plan
 from drseg_core.studies.runner import train_priors
 from drseg_core.studies.seeds import measure_seeds
 from drseg_core.studies.setting import Setting
@@ -71,7 +71,7 @@ def neighbour_purity(setting: Setting, out: Path, *, jobs: int = 1, command: str
     return write_study("neighbour-purity", title, explained, rows, measured, setting, out, command, draw)
 
 
-def _purity(planned: PlannedCell) -> dict[str, Any]:
+def _purity(planned: PlannedVariant) -> dict[str, Any]:
     setting = planned.setting
     prior = DinoPrior(planned.config.model.dino).eval().to(select_device(setting.device))
     model = clip_model(planned)

@@ -25,8 +25,8 @@ process after another, with the dual encoders, which studies share.
 def write_index(out: Path) -> None:
     """Write ``OUT/index.md`` from the JSON files of the studies in ``out``."""
     found = [content for content in map(_read, sorted(out.glob("*.json"))) if content is not None]
-    trained = [_row(content) for content in found if "cells" in content]
-    others = [f"* {_link(content)}: {content['title']}\n" for content in found if "cells" not in content]
+    trained = [_row(content) for content in found if "variants" in content]
+    others = [f"* {_link(content)}: {content['title']}\n" for content in found if "variants" not in content]
     parts = [_HEAD, markdown_table(trained) if trained else "", "".join(others)]
     write_text_atomic(out / PAGE, "\n".join(part for part in parts if part))
 
@@ -37,7 +37,10 @@ def _read(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) and {"study", "title", "seeds"} <= content.keys() else None
+    if not isinstance(content, dict) or not {"study", "title", "seeds"} <= content.keys():
+        return None
+    # as studies wrote it before
+    return content | {"variants": content["cells"]} if "cells" in content else content
 
 
 def _link(content: Mapping[str, Any]) -> str:
@@ -45,7 +48,7 @@ def _link(content: Mapping[str, Any]) -> str:
 
 
 def _row(content: Mapping[str, Any]) -> dict[str, Any]:
-    scores: dict[str, Scores] = {cell["title"]: cell["scores"] for cell in content["cells"]}
+    scores: dict[str, Scores] = {variant["title"]: variant["scores"] for variant in content["variants"]}
     means = {title: found for title, own in scores.items() if (found := spread(own, "mIoU")) is not None}
     shown, apart = {title: f"{title}: {text_of(found)}" for title, found in means.items()}, None
     lowest, highest = (pick(means, key=lambda title: means[title].mean, default="") for pick in (min, max))

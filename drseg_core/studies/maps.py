@@ -22,8 +22,8 @@ from drseg_core.device import select_device
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.evaluation.report import heat
 from drseg_core.studies.output import mean_text, write_study
-from drseg_core.studies.plan import PlannedCell, plan
-from drseg_core.studies.runner import load_cell, run_cell, train_priors
+from drseg_core.studies.plan import PlannedVariant, plan
+from drseg_core.studies.runner import load_variant, run_variant, train_priors
 from drseg_core.studies.seeds import measure_seeds
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import DRSEG
@@ -74,7 +74,7 @@ def correlation_maps(setting: Setting, out: Path, *, jobs: int = 1, command: str
     return write_study("correlation-maps", title, explained, rows, measured, setting, out, command, draw)
 
 
-def _measured_maps(planned: PlannedCell) -> dict[str, Any]:
+def _measured_maps(planned: PlannedVariant) -> dict[str, Any]:
     setting, model = planned.setting, _trained(planned)
     found: dict[str, dict[str, float | None]] = {}
     for test in setting.tests:
@@ -91,9 +91,9 @@ def _measured_maps(planned: PlannedCell) -> dict[str, Any]:
     return found
 
 
-def _trained(planned: PlannedCell) -> Any:
-    run_cell(planned)
-    return load_cell(planned).model.eval().to(select_device(planned.setting.device))
+def _trained(planned: PlannedVariant) -> Any:
+    run_variant(planned)
+    return load_variant(planned).model.eval().to(select_device(planned.setting.device))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a study will run, decided once when it starts: each cell and seed with its configuration and its folder.
+"""What a study will run, decided once when it starts: each variant and seed with its configuration and its folder.
 
-``OUT/runs/`` holds one run folder per cell and seed, named by a hash of everything that decides it.
+``OUT/runs/`` holds one run folder per variant and seed, named by a hash of everything that decides it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from drseg_core.config.schema import Config, DinoConfig
 from drseg_core.data.manifest import file_sha256
 from drseg_core.studies.prior import prior_file
 from drseg_core.studies.setting import Setting, fingerprint
-from drseg_core.studies.tables import Cell
+from drseg_core.studies.tables import Variant
 
 # raised when scores of the same configuration would come out differently
 VERSION = 1
@@ -35,12 +35,12 @@ class Start:
 
 
 @dataclass(frozen=True)
-class PlannedCell:
-    """One training of a study, and all that follows from its cell, its seed and the setting.
+class PlannedVariant:
+    """One training of a study, and all that follows from its variant, its seed and the setting.
 
     Args:
-        setting: what the cells have in common.
-        cell: the row it belongs to.
+        setting: what the variants have in common.
+        variant: the row it belongs to.
         seed: of initial weights and order.
         out: folder of the studies.
         config: all options, with the taught prior's weight file where the setting asks for one.
@@ -50,7 +50,7 @@ class PlannedCell:
     """
 
     setting: Setting
-    cell: Cell
+    variant: Variant
     seed: int
     out: Path
     config: Config
@@ -59,31 +59,34 @@ class PlannedCell:
     prior: DinoConfig | None
 
 
-def plan(setting: Setting, cells: Sequence[Cell], out: Path) -> tuple[PlannedCell, ...]:
-    """All cells that can be run, seed by seed."""
+def plan(setting: Setting, variants: Sequence[Variant], out: Path) -> tuple[PlannedVariant, ...]:
+    """All variants that can be run, seed by seed."""
     return tuple(
-        plan_cell(setting, cell, seed, out) for seed in setting.seeds for cell in cells if cell.why_not is None
+        plan_variant(setting, variant, seed, out)
+        for seed in setting.seeds
+        for variant in variants
+        if variant.why_not is None
     )
 
 
-def plan_cell(setting: Setting, cell: Cell, seed: int, out: Path) -> PlannedCell:
-    """One cell and seed.
+def plan_variant(setting: Setting, variant: Variant, seed: int, out: Path) -> PlannedVariant:
+    """One variant and seed.
 
     Raises:
-        ConfigError: options of the cell do not fit the setting's configuration.
+        ConfigError: options of the variant do not fit the setting's configuration.
         DatasetError: the training data cannot be read.
     """
     start = None
     if setting.needs_start:
         begin = setting.start_config(seed)
         start = Start(begin, _folder(out, f"start-{seed}", begin, setting, None))
-    config, prior = setting.cell_config(dict(cell.options), seed), None
+    config, prior = setting.variant_config(dict(variant.options), seed), None
     if setting.prior_steps and config.model.fusion.kind not in ("none", "cosine"):
         prior = config.model.dino
         taught = prior_file(prior, setting.prior_data, setting.prior_steps, out)
         config = override(config, {"model.dino.weights": str(taught)})
     folder = _folder(out, f"cell-{seed}", config, setting, None if start is None else start.folder.name)
-    return PlannedCell(setting, cell, seed, out, config, folder, start, prior)
+    return PlannedVariant(setting, variant, seed, out, config, folder, start, prior)
 
 
 def _folder(out: Path, kind: str, config: Config, setting: Setting, start: str | None) -> Path:

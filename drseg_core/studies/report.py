@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 from drseg_core.evaluation.report import markdown_table
 from drseg_core.studies.paper import PaperRow
-from drseg_core.studies.tables import Cell, TrainingStudy
+from drseg_core.studies.tables import TrainingStudy, Variant
 
-METRICS = ("mIoU", "fwIoU", "mACC", "boundary", "unseen")
-TITLES = {"mIoU": "mIoU", "fwIoU": "fwIoU", "mACC": "mACC", "boundary": "boundary IoU", "unseen": "unseen names, mIoU"}
+METRICS = ("mIoU", "fwIoU", "mACC", "boundary", "novel")
+TITLES = {"mIoU": "mIoU", "fwIoU": "fwIoU", "mACC": "mACC", "boundary": "boundary IoU", "novel": "novel classes, mIoU"}
 
 TAUGHT = " with the labels of other scenes of the same kind, which rows without a prior never see"
 
 Scores = Mapping[int, Mapping[str, Mapping[str, Any]]]
-"""Of one cell: seed to test set to metric."""
+"""Of one variant: seed to test set to metric."""
 
 
 class Spread(NamedTuple):
@@ -63,9 +63,11 @@ class Order(NamedTuple):
     equal: int
 
 
-def order(cells: Sequence[Cell], scores: Mapping[str, Scores]) -> Order | None:
+def order(variants: Sequence[Variant], scores: Mapping[str, Scores]) -> Order | None:
     """Compare the order of the rows with the paper's; None where it has fewer than two of them."""
-    known = [cell for cell in cells if cell.paper and cell.paper.miou is not None and scores.get(cell.name)]
+    known = [
+        variant for variant in variants if variant.paper and variant.paper.miou is not None and scores.get(variant.name)
+    ]
     pairs = same = always = never = equal = 0
     for first, second in itertools.combinations(known, 2):
         assert first.paper is not None and second.paper is not None
@@ -94,22 +96,22 @@ def _differences(first: Scores, second: Scores) -> list[float]:
 
 
 def rows(study: TrainingStudy, scores: Mapping[str, Scores], problems: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The table's rows; a cell that could not be run says why in the first column."""
-    tests = list(dict.fromkeys(test for cell in scores.values() for row in cell.values() for test in row))
-    used = [m for m in METRICS if any(spread(cell, m) is not None for cell in scores.values())]
+    """The table's rows; a variant that could not be run says why in the first column."""
+    tests = list(dict.fromkeys(test for variant in scores.values() for row in variant.values() for test in row))
+    used = [m for m in METRICS if any(spread(variant, m) is not None for variant in scores.values())]
     table = []
-    for cell in study.cells:
-        own, reason = scores.get(cell.name, {}), cell.why_not or problems.get(cell.name)
+    for variant in study.variants:
+        own, reason = scores.get(variant.name, {}), variant.why_not or problems.get(variant.name)
         if reason and own:
             reason = f"mean of {len(own)}; {reason}"
-        row: dict[str, Any] = {"": cell.title + (f" ({'' if own else 'not run: '}{reason})" if reason else "")}
+        row: dict[str, Any] = {"": variant.title + (f" ({'' if own else 'not run: '}{reason})" if reason else "")}
         row.update({TITLES[metric]: text_of(spread(own, metric)) for metric in used})
         if len(tests) > 1:
             row.update({f"mIoU, {test}": text_of(spread(own, "mIoU", test)) for test in tests})
         if study.reference is not None:
-            row["against it"] = _against(scores, cell.name, study.reference)
-        if any(cell.paper for cell in study.cells):
-            row.update(_paper_columns(cell.paper))
+            row["against it"] = _against(scores, variant.name, study.reference)
+        if any(variant.paper for variant in study.variants):
+            row.update(_paper_columns(variant.paper))
         table.append(row)
     return table
 
@@ -138,12 +140,12 @@ def markdown(
     """The report of a study.
 
     Args:
-        study: its cells.
-        scores: of each cell, by name.
-        problems: why a cell failed, by name.
+        study: its variants.
+        scores: of each variant, by name.
+        problems: why a variant failed, by name.
         facts: command, commits, seconds, data and steps, see :mod:`drseg_core.studies.training`.
     """
-    title = next((cell.title for cell in study.cells if cell.name == study.reference), None)
+    title = next((variant.title for variant in study.variants if variant.name == study.reference), None)
     lines = [f"# {study.title}", ""]
     lines += [
         f"Trained on `{facts['data']}`, {facts['steps']} steps"
@@ -158,9 +160,9 @@ def markdown(
     ]
     if title is not None:
         lines += [f"*Against it*: mIoU less that of {title}, seed by seed.", ""]
-    if any(cell.paper for cell in study.cells):
+    if any(variant.paper for variant in study.variants):
         lines += [f"*Paper*: {study.paper}.", ""]
-    agreement = order(study.cells, scores)
+    agreement = order(study.variants, scores)
     if agreement is not None:
         lines += [
             f"Order: the paper orders {agreement.pairs} pairs of these rows by mIoU. {agreement.same} of them stand "

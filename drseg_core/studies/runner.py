@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains and scores the cells of a study, once each, in as many processes as asked for.
+"""Trains and scores the variants of a study, once each, in as many processes as asked for.
 
-A study that is started again takes what is complete, goes on with what is not, and shares cells with every other study
-in ``OUT``.
+A study that is started again takes what is complete, goes on with what is not, and shares variants with every other
+study in ``OUT``.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from drseg_core.config.schema import Config
 from drseg_core.errors import DRSegError
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.files import write_text_atomic
-from drseg_core.studies.plan import PlannedCell
+from drseg_core.studies.plan import PlannedVariant
 from drseg_core.studies.prior import teach_prior
 from drseg_core.studies.setting import Setting, scored_fingerprint
-from drseg_core.studies.tables import Cell
+from drseg_core.studies.tables import Variant
 from drseg_core.training.loop import train
 from drseg_core.training.signals import TrainingStopped
 
@@ -54,8 +54,8 @@ class Outcome(NamedTuple):
     problem: str | None
 
 
-def train_priors(planned: Sequence[PlannedCell]) -> None:
-    """The taught priors that cells need, where they are not yet."""
+def train_priors(planned: Sequence[PlannedVariant]) -> None:
+    """The taught priors that variants need, where they are not yet."""
     for item in planned:
         if item.prior is not None:
             teach_prior(item.prior, item.setting.prior_data, item.setting.prior_steps, item.out)
@@ -66,7 +66,7 @@ def scored_sets(setting: Setting) -> list[dict[str, Any]]:
     return [{**dataclasses.asdict(test), "sha256": scored_fingerprint(setting, test)} for test in setting.tests]
 
 
-def train_start(planned: PlannedCell) -> Path | None:
+def train_start(planned: PlannedVariant) -> Path | None:
     """The dual encoder that stands for CLIP, trained where it is not yet; None where none is needed."""
     start = planned.start
     if start is None:
@@ -75,47 +75,52 @@ def train_start(planned: PlannedCell) -> Path | None:
     return start.folder
 
 
-def train_starts(planned: Sequence[PlannedCell], jobs: int) -> dict[int, str]:
-    """Train the dual encoders of cells, once for each seed; returns why some could not be, by seed."""
+def train_starts(planned: Sequence[PlannedVariant], jobs: int) -> dict[int, str]:
+    """Train the dual encoders of variants, once for each seed; returns why some could not be, by seed."""
     firsts = sorted({item.seed: item for item in planned if item.start is not None}.items())
     tasks: list[Task] = [(train_start, (item,)) for _, item in firsts]
     problems = {firsts[place][0]: problem for place, (_, problem) in run_tasks(tasks, jobs) if problem is not None}
     return {seed: f"its dual encoder failed; {problem}" for seed, problem in problems.items()}
 
 
-def run_cell(planned: PlannedCell) -> dict[str, Any]:
-    """Train and score one cell where that has not been done.
+def run_variant(planned: PlannedVariant) -> dict[str, Any]:
+    """Train and score one variant where that has not been done.
 
     Returns:
-        ``{test: {mIoU, fwIoU, mACC, pACC, boundary, unseen}}`` in percent; ``unseen`` is the mean IoU of the names that
+        ``{test: {mIoU, fwIoU, mACC, pACC, boundary, novel}}`` in percent; ``novel`` is the mean IoU of the classes that
         the training data do not have, None where there are none.
 
     Raises:
-        DRSegError: the cell cannot be trained or scored.
+        DRSegError: the variant cannot be trained or scored.
     """
     setting, folder = planned.setting, planned.folder
     wanted = {"tests": scored_sets(setting), "protocol": setting.protocol}
     kept = read_json(folder / SCORES)
-    if kept is not None and all(kept.get(key) == value for key, value in wanted.items()):
+    # scores from before the metric had its name are made again
+    if (
+        kept is not None
+        and all(kept.get(key) == value for key, value in wanted.items())
+        and all("novel" in row for row in kept["scores"].values())
+    ):
         return kept["scores"]
     train_priors([planned])
     _train(planned.config, setting, folder, init=train_start(planned))
     begin = time.monotonic()
-    scores = score(load_cell(planned), setting)
+    scores = score(load_variant(planned), setting)
     _note_seconds(folder, score=time.monotonic() - begin)
-    content = {**wanted, "cell": planned.cell.title, "git": git_revision(), "scores": scores}
+    content = {**wanted, "variant": planned.variant.title, "git": git_revision(), "scores": scores}
     write_text_atomic(folder / SCORES, json.dumps(content, indent=1) + "\n")
     return scores
 
 
-def load_cell(planned: PlannedCell) -> LoadedRun:
-    """A trained cell, with its prior from where the studies are now, wherever that was when it was trained."""
+def load_variant(planned: PlannedVariant) -> LoadedRun:
+    """A trained variant, with its prior from where the studies are now, wherever that was when it was trained."""
     taught = planned.config.model.dino.weights
     return load_run(planned.folder, weights=None if taught is None else {"dino": taught})
 
 
-def provenance(planned: Sequence[PlannedCell]) -> dict[str, list[str]]:
-    """The commits of the source, and the machines, that trained the cells that are complete."""
+def provenance(planned: Sequence[PlannedVariant]) -> dict[str, list[str]]:
+    """The commits of the source, and the machines, that trained the variants that are complete."""
     folders = {item.folder for item in planned}
     found = [read_json(folder / MANIFEST) or {} for folder in folders if (folder / SCORES).is_file()]
     # a training that stopped may have gone on elsewhere
@@ -131,8 +136,8 @@ def _machine(manifest: Mapping[str, Any]) -> str:
     return "a machine that was not noted" if machine is None else f"{machine['device']}, threads: {machine['threads']}"
 
 
-def seconds(planned: Sequence[PlannedCell]) -> float:
-    """What training and scoring the cells that are complete took, and the dual encoders that they start from, one
+def seconds(planned: Sequence[PlannedVariant]) -> float:
+    """What training and scoring the variants that are complete took, and the dual encoders that they start from, one
     process after another."""
     complete = [item for item in planned if (item.folder / SCORES).is_file()]
     folders = {item.folder for item in complete} | {item.start.folder for item in complete if item.start is not None}
@@ -140,19 +145,19 @@ def seconds(planned: Sequence[PlannedCell]) -> float:
 
 
 def score(loaded: LoadedRun, setting: Setting) -> dict[str, Any]:
-    """The scores of a trained model on every test set; see :func:`run_cell`."""
+    """The scores of a trained model on every test set; see :func:`run_variant`."""
     scores = {}
     for test in setting.tests:
         dataset, protocol = setting.open_test(test)
         names = dataset.class_names
-        unseen = [place for place, name in enumerate(names) if name not in loaded.class_names]
+        novel = [place for place, name in enumerate(names) if name not in loaded.class_names]
         result = evaluate(
             loaded.model,
             names,
             dataset,
             loaded.config.evaluation,
             views=None if protocol is None else protocol.views,
-            subsets={"unseen": unseen} if unseen else None,
+            subsets={"novel": novel} if novel else None,
             device=setting.device,
             boundary=True,
             progress=False,
@@ -164,34 +169,34 @@ def score(loaded: LoadedRun, setting: Setting) -> dict[str, Any]:
             "mACC": result["mACC"],
             "pACC": result["pACC"],
             "boundary": result["boundary"]["mIoU"],
-            "unseen": result["subsets"]["unseen"]["mIoU"] if unseen else None,
+            "novel": result["subsets"]["novel"]["mIoU"] if novel else None,
             "per_class": {name: row["iou"] for name, row in result["per_class"].items()},
         }
     return scores
 
 
-def run_cells(
-    planned: Sequence[PlannedCell],
+def run_variants(
+    planned: Sequence[PlannedVariant],
     *,
     jobs: int = 1,
-    done: Callable[[Cell, int, dict[str, Any] | None, str | None], None],
+    done: Callable[[Variant, int, dict[str, Any] | None, str | None], None],
 ) -> None:
-    """Train and score all cells for all seeds.
+    """Train and score all variants for all seeds.
 
     Args:
         planned: see :func:`drseg_core.studies.plan.plan`.
         jobs: processes; each gets its share of the CPU's threads.
-        done: called for every cell and seed with its scores, or with why there are none.
+        done: called for every variant and seed with its scores, or with why there are none.
     """
-    # cells of equal options are one run: two processes must not write it at a time
-    twins: dict[Path, list[PlannedCell]] = {}
+    # variants of equal options are one run: two processes must not write it at a time
+    twins: dict[Path, list[PlannedVariant]] = {}
     for item in planned:
         twins.setdefault(item.folder, []).append(item)
     unique = {folder: items[0] for folder, items in twins.items()}
 
     def report(folder: Path, scores: dict[str, Any] | None, problem: str | None) -> None:
         for item in twins[folder]:
-            done(item.cell, item.seed, scores, problem)
+            done(item.variant, item.seed, scores, problem)
 
     missing = [item for folder, item in unique.items() if read_json(folder / SCORES) is None]
     train_priors(missing)
@@ -201,7 +206,7 @@ def run_cells(
             report(item.folder, None, failed[item.seed])
             del unique[item.folder]
     folders = list(unique)
-    tasks: list[Task] = [(run_cell, (item,)) for item in unique.values()]
+    tasks: list[Task] = [(run_variant, (item,)) for item in unique.values()]
     for place, (scores, problem) in run_tasks(tasks, jobs):
         report(folders[place], scores, problem)
 

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 from drseg_core.checkpoints.versions import git_revision
 from drseg_core.errors import DRSegError
 from drseg_core.files import write_text_atomic
-from drseg_core.studies.plan import PlannedCell
+from drseg_core.studies.plan import PlannedVariant
 from drseg_core.studies.runner import Task, read_json, run_tasks, scored_sets, train_starts
 
 # raised when a measure would find something else in the same models and images
 VERSION = 2
 
-Measure = Callable[[PlannedCell], Mapping[str, Any]]
+Measure = Callable[[PlannedVariant], Mapping[str, Any]]
 """``measure(planned)``: what is found, as JSON has it, by test set. A function of a module."""
 
 
@@ -30,13 +30,13 @@ class Measured(NamedTuple):
     commits: list[str]
 
 
-def measure_seeds(name: str, measure: Measure, planned: Sequence[PlannedCell], jobs: int) -> Measured:
+def measure_seeds(name: str, measure: Measure, planned: Sequence[PlannedVariant], jobs: int) -> Measured:
     """What ``measure`` finds for every seed, taken from ``OUT/runs`` where that has been done; seeds fail alone.
 
     Args:
         name: of the measure.
         measure: a function of a module.
-        planned: one cell, once for each seed.
+        planned: one variant, once for each seed.
         jobs: processes.
 
     Raises:
@@ -67,13 +67,13 @@ def measure_seeds(name: str, measure: Measure, planned: Sequence[PlannedCell], j
     )
 
 
-def _path(name: str, planned: PlannedCell) -> Path:
+def _path(name: str, planned: PlannedVariant) -> Path:
     content = [VERSION, planned.folder.name, scored_sets(planned.setting), planned.setting.protocol]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return planned.out / "runs" / f"{name}-{planned.seed}-{digest[:12]}.json"
 
 
-def _measured(path: Path, measure: Measure, planned: PlannedCell) -> dict[str, Any]:
+def _measured(path: Path, measure: Measure, planned: PlannedVariant) -> dict[str, Any]:
     content = read_json(path)
     if content is None:
         content = {"git": git_revision(), "found": measure(planned)}

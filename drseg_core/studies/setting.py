@@ -18,11 +18,11 @@ from drseg_core.errors import ConfigError
 # CLIP alone
 BARE = {"model.fusion.kind": "cosine", "model.rotations": 1, "model.decoder.remote_clip": False}
 # Without published weights there is no CLIP to adapt: a dual encoder is trained on the training set first, once for
-# each seed, and every cell of a study starts from it.
+# each seed, and every variant of a study starts from it.
 START = {**BARE, "train.loss": "softmax", "train.alignment_weight": 0.0}
 # what follows adapts it as the benchmark adapts CLIP: gently
 ADAPT = {"train.clip_learning_rate_scale": 0.2, "train.batch_size": 2}
-START_STEPS, CELL_STEPS = 1500, 300
+START_STEPS, VARIANT_STEPS = 1500, 300
 
 WORLD = "synthetic:world=landscape"
 # of scenes that nothing else is drawn from
@@ -48,13 +48,13 @@ class ScoredSet:
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything the cells of a study have in common.
+    """Everything the variants of a study have in common.
 
     Args:
-        config: the configuration that cells change.
+        config: the configuration that variants change.
         data: training data, see :func:`drseg_core.data.open_dataset`; its split ``train`` is used.
         tests: what is scored; a study reports the plain mean over them.
-        seeds: each cell is trained once per seed of initial weights and order.
+        seeds: each variant is trained once per seed of initial weights and order.
         start_steps: steps of the dual encoder that stands for CLIP where ``config`` names no weights.
         protocol: name of the benchmark protocol that ``tests`` are scored by; None scores their images as they are.
         prior_v1: weight file of RS-DINOv1, for Table 3.
@@ -77,12 +77,12 @@ class Setting:
         return self.config.model.clip.weights is None
 
     def start_config(self, seed: int) -> Config:
-        """The dual encoder that every cell of a seed starts from."""
+        """The dual encoder that every variant of a seed starts from."""
         steps = {"train.iterations": self.start_steps, "train.checkpoint_every": self.start_steps, "seed": seed}
         return override(self.config, {**START, **steps, "train.seconds": None})
 
-    def cell_config(self, options: dict[str, Any], seed: int) -> Config:
-        """The configuration of one cell."""
+    def variant_config(self, options: dict[str, Any], seed: int) -> Config:
+        """The configuration of one variant."""
         if self.needs_start:
             # short enough to be begun anew
             return override(
@@ -154,7 +154,7 @@ def make_setting(
         data: training data; the landscapes by default.
         tests: ``[NAME=]SPEC`` each; for the landscapes their own domain and the shifted one, all names as prompts.
         seeds: see :class:`Setting`; 0, 1 and 2 by default.
-        steps: training steps of a cell; 300 where CLIP has random weights, otherwise those of the configuration.
+        steps: training steps of a variant; 300 where CLIP has random weights, otherwise those of the configuration.
         start_steps: steps of the dual encoder, where CLIP has random weights.
         protocol: see :class:`Setting`.
         prior_v1: see :class:`Setting`.
@@ -175,7 +175,7 @@ def make_setting(
     if quick:
         steps, start_steps = steps or 4, start_steps or 6
     elif steps is None and base.model.clip.weights is None:
-        steps = CELL_STEPS
+        steps = VARIANT_STEPS
     options: dict[str, Any] = {} if steps is None else {"train.iterations": steps}
     scenes, tested, size = 400, 60, ""
     if quick:

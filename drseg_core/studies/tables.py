@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Studies that train: the paper's tables, and a sweep of every option it leaves open.
 
-A study is a list of cells, and a cell is a handful of options. Cells of equal options are trained once, whichever
-studies they belong to.
+A study is a list of variants, and a variant is a handful of options. Variants of equal options are trained once,
+whichever studies they belong to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from drseg_core.studies.setting import Setting
 
 
 @dataclass(frozen=True)
-class Cell:
+class Variant:
     """One row of a table.
 
     Args:
@@ -32,7 +32,7 @@ class Cell:
         options: dotted options of the configuration.
         paper: the paper's numbers.
         value: place on the axis of a sweep over numbers.
-        why_not: why the cell cannot be run; None where it can.
+        why_not: why the variant cannot be run; None where it can.
     """
 
     name: str
@@ -43,27 +43,27 @@ class Cell:
     why_not: str | None = None
 
 
-DRSEG = Cell("drseg", "DR-Seg", {})
+DRSEG = Variant("drseg", "DR-Seg", {})
 """The configuration of a setting as it is."""
 
 
 @dataclass(frozen=True)
 class TrainingStudy:
-    """A study whose cells are trained and scored.
+    """A study whose variants are trained and scored.
 
     Args:
         name: as typed after ``drseg study``.
         title: one line.
-        cells: its rows.
+        variants: its rows.
         note: what a reader must know of how it differs from the paper's.
-        axis: what ``Cell.value`` is, in a sweep over numbers.
-        reference: name of the cell that the others are compared with.
+        axis: what ``Variant.value`` is, in a sweep over numbers.
+        reference: name of the variant that the others are compared with.
         paper: what the paper's numbers are of.
     """
 
     name: str
     title: str
-    cells: tuple[Cell, ...]
+    variants: tuple[Variant, ...]
     note: str = ""
     axis: str | None = None
     reference: str | None = None
@@ -71,7 +71,7 @@ class TrainingStudy:
 
 
 _BASELINE = {"model.fusion.kind": "none", "model.decoder.dino_guidance": False}
-# the paper does not say how its rows without UGAF join the two correlations; its code base has three ways
+# the paper does not say how its rows without UGAF join the two correlations; its code base has three variants
 _WITHOUT_UGAF = {"model.fusion.kind": "concat"}
 _WITHOUT_SPSD = {"model.spsd.semantic_ratio": 0.0}
 
@@ -150,10 +150,10 @@ def _table1(setting: Setting) -> TrainingStudy:
     kinds = [test.spec.partition(":")[0] for test in setting.tests]
     rows, of = paper.table1(setting.data.partition(":")[0], setting.config.model.clip.name, kinds)
     order = [name for name in METHODS if name != "drseg"] + ["drseg"]
-    cells = tuple(Cell(name, METHODS[name].title, method_options(name), rows.get(name)) for name in order)
+    variants = tuple(Variant(name, METHODS[name].title, method_options(name), rows.get(name)) for name in order)
     note = "Simplified: " + "; ".join(f"{m.title}: {m.simplified}" for k, m in METHODS.items() if k != "drseg") + "."
     title = "Comparison with other methods (Table 1)"
-    return TrainingStudy("table1", title, cells, note, reference="drseg", paper=of)
+    return TrainingStudy("table1", title, variants, note, reference="drseg", paper=of)
 
 
 def _table2(setting: Setting) -> TrainingStudy:
@@ -164,12 +164,12 @@ def _table2(setting: Setting) -> TrainingStudy:
         "pdgr_ugaf": ("+ PDGR + UGAF", _WITHOUT_SPSD),
         "all": ("all (DR-Seg)", {}),
     }
-    cells = tuple(Cell(name, title, options, paper.TABLE2[name]) for name, (title, options) in rows.items())
+    variants = tuple(Variant(name, title, options, paper.TABLE2[name]) for name, (title, options) in rows.items())
     note = (
         "Without SPSD the graph acts on all channels; without UGAF the two correlations are joined by the fusion "
         "concat (the paper does not say by which)."
     )
-    return TrainingStudy("table2", "Modules (Table 2)", cells, note, reference="all")
+    return TrainingStudy("table2", "Modules (Table 2)", variants, note, reference="all")
 
 
 def _table3(setting: Setting) -> TrainingStudy:
@@ -182,40 +182,42 @@ def _table3(setting: Setting) -> TrainingStudy:
     else:
         first.update({"model.dino.name": "vit_base_patch8_224", "model.dino.weights": setting.prior_v1})
         why_not = None if setting.prior_v1 else "weights of RS-DINOv1 were not given (--prior-v1 FILE)"
-    cells = []
+    variants = []
     for version, options, reason in (("v1", first, why_not), ("v3", {}, None)):
         for name in ("gsnet", "rskt", "drseg"):
             title = (
                 f"{METHODS[name].title}, RS-DINO{version}" if not random else f"{METHODS[name].title}, prior {version}"
             )
             row = paper.TABLE3[f"{name}_{version}"]
-            cells.append(Cell(f"{name}_{version}", title, {**method_options(name), **options}, row, why_not=reason))
+            variants.append(
+                Variant(f"{name}_{version}", title, {**method_options(name), **options}, row, why_not=reason)
+            )
     note = ""
     if random:
         start = "random weights" if not setting.prior_steps else "weights taught alike"
         note = f"Both priors have {start} here: prior v1 is a plain vision transformer, v3 one with rotary positions."
-    return TrainingStudy("table3", "Priors (Table 3)", tuple(cells), note, reference="drseg_v3")
+    return TrainingStudy("table3", "Priors (Table 3)", tuple(variants), note, reference="drseg_v3")
 
 
 def _table4(setting: Setting) -> TrainingStudy:
-    cells = tuple(Cell(kind, kind, {"model.fusion.kind": kind}, paper.TABLE4[kind]) for kind in paper.TABLE4)
-    return TrainingStudy("table4", "Fusion of the two correlations (Table 4)", cells, reference="ugaf")
+    variants = tuple(Variant(kind, kind, {"model.fusion.kind": kind}, paper.TABLE4[kind]) for kind in paper.TABLE4)
+    return TrainingStudy("table4", "Fusion of the two correlations (Table 4)", variants, reference="ugaf")
 
 
 def _table5(setting: Setting) -> TrainingStudy:
-    cells = tuple(
-        Cell(f"rho_{ratio}", f"rho {ratio}", {"model.spsd.semantic_ratio": ratio}, row, value=ratio)
+    variants = tuple(
+        Variant(f"rho_{ratio}", f"rho {ratio}", {"model.spsd.semantic_ratio": ratio}, row, value=ratio)
         for ratio, row in paper.TABLE5.items()
     )
-    return TrainingStudy("table5", "Semantic ratio (Table 5)", cells, axis="semantic ratio rho", reference="rho_0.5")
+    return TrainingStudy("table5", "Semantic ratio (Table 5)", variants, axis="semantic ratio rho", reference="rho_0.5")
 
 
 def _table6(setting: Setting) -> TrainingStudy:
-    cells = tuple(
-        Cell(f"k_{k}", f"K {k}", {"model.graph.k": k}, row, value=float(k)) for k, row in paper.TABLE6.items()
+    variants = tuple(
+        Variant(f"k_{k}", f"K {k}", {"model.graph.k": k}, row, value=float(k)) for k, row in paper.TABLE6.items()
     )
     note = "K is a number of nodes, and a grid has as many nodes as CLIP has tokens: 576 in the paper."
-    return TrainingStudy("table6", "Neighbours (Table 6)", cells, note, axis="neighbours K", reference="k_75")
+    return TrainingStudy("table6", "Neighbours (Table 6)", variants, note, axis="neighbours K", reference="k_75")
 
 
 def _remote_clip(setting: Setting) -> TrainingStudy:
@@ -232,13 +234,13 @@ def _remote_clip(setting: Setting) -> TrainingStudy:
         options.update({f"model.remote.{name}": value for name, value in small.items()})
     elif model.remote.weights is None:
         why_not = "weights of RemoteCLIP were not given (model.remote.weights of --config)"
-    cells = (
-        Cell("remote-clip_no", "no", {option: False}),
-        Cell("remote-clip_yes", "yes", options, why_not=why_not),
+    variants = (
+        Variant("remote-clip_no", "no", {option: False}),
+        Variant("remote-clip_yes", "yes", options, why_not=why_not),
     )
     title = "Guidance of the decoder by a second CLIP"
-    reference = cells[bool(model.decoder.remote_clip)].name
-    return TrainingStudy("sweep-remote-clip", title, cells, reference=reference)
+    reference = variants[bool(model.decoder.remote_clip)].name
+    return TrainingStudy("sweep-remote-clip", title, variants, reference=reference)
 
 
 _TABLES = {
@@ -256,13 +258,13 @@ def _sweep(name: str, setting: Setting) -> TrainingStudy:
     title, option, values = _SWEEPS[name]
     values = values if isinstance(values, tuple) else values(setting)
     numeric = all(_is_number(value) for value in values)
-    cells = []
+    variants = []
     for value in values:
         place = float(value) if numeric else None
-        cells.append(Cell(f"{name}_{_shown(name, value)}", _shown(name, value), {option: value}, value=place))
+        variants.append(Variant(f"{name}_{_shown(name, value)}", _shown(name, value), {option: value}, value=place))
     own = functools.reduce(getattr, option.split("."), cast(Any, setting.config))
-    reference = next((cell.name for cell in cells if cell.options[option] == own), None)
-    return TrainingStudy(f"sweep-{name}", title, tuple(cells), axis=title if numeric else None, reference=reference)
+    reference = next((variant.name for variant in variants if variant.options[option] == own), None)
+    return TrainingStudy(f"sweep-{name}", title, tuple(variants), axis=title if numeric else None, reference=reference)
 
 
 def _is_number(value: Any) -> bool:

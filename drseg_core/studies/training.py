@@ -15,15 +15,15 @@ from drseg_core.files import write_text_atomic
 from drseg_core.ops import backend_report
 from drseg_core.studies import figures, report
 from drseg_core.studies.plan import changed_options, plan
-from drseg_core.studies.runner import provenance, run_cells, seconds
+from drseg_core.studies.runner import provenance, run_variants, seconds
 from drseg_core.studies.setting import Setting
-from drseg_core.studies.tables import Cell, training_study
+from drseg_core.studies.tables import Variant, training_study
 
 _log = logging.getLogger(__name__)
 
 
 def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
-    """Train and score the cells of a study; ``OUT/NAME.json``, ``.md`` and ``.png`` are written after every cell.
+    """Train and score the variants of a study; ``OUT/NAME.json``, ``.md`` and ``.png`` are written after every variant.
 
     Args:
         name: one of :func:`drseg_core.studies.tables.training_study_names`.
@@ -33,10 +33,10 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
         command: as it was typed, for the report.
 
     Returns:
-        Why cells failed, by name; empty where all went well.
+        Why variants failed, by name; empty where all went well.
     """
     study = training_study(name, setting)
-    planned = plan(setting, study.cells, out)
+    planned = plan(setting, study.variants, out)
     name += setting.suffix
     options = changed_options(plain_config(setting.config), plain_config(Config()))
     facts: dict[str, Any] = {**setting.record(), "command": command, "config": options}
@@ -44,23 +44,23 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
     problems: dict[str, str] = {}
 
     def write() -> None:
-        cells = [
+        variants = [
             {
-                "name": cell.name,
-                "title": cell.title,
-                "options": dict(cell.options),
-                "paper": None if cell.paper is None else cell.paper._asdict(),
-                "not_run": cell.why_not or problems.get(cell.name),
-                "scores": scores.get(cell.name, {}),
+                "name": variant.name,
+                "title": variant.title,
+                "options": dict(variant.options),
+                "paper": None if variant.paper is None else variant.paper._asdict(),
+                "not_run": variant.why_not or problems.get(variant.name),
+                "scores": scores.get(variant.name, {}),
                 "mean": {
                     metric: None if found is None else found._asdict()
                     for metric in report.METRICS
-                    for found in [report.spread(scores.get(cell.name, {}), metric)]
+                    for found in [report.spread(scores.get(variant.name, {}), metric)]
                 },
             }
-            for cell in study.cells
+            for variant in study.variants
         ]
-        order = report.order(study.cells, scores)
+        order = report.order(study.variants, scores)
         facts.update(provenance(planned))
         facts["seconds"] = seconds(planned)
         content = {
@@ -69,25 +69,25 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
             **facts,
             "versions": library_versions(),
             "backends": backend_report(),
-            "cells": cells,
+            "variants": variants,
             "order": None if order is None else order._asdict(),
         }
         write_text_atomic(out / f"{name}.json", json.dumps(content, indent=1) + "\n")
         write_text_atomic(out / f"{name}.md", report.markdown(study, scores, problems, facts))
 
-    def done(cell: Cell, seed: int, found: dict[str, Any] | None, problem: str | None) -> None:
+    def done(variant: Variant, seed: int, found: dict[str, Any] | None, problem: str | None) -> None:
         if found is None:
-            before = f"{problems[cell.name]}; " if cell.name in problems else ""
-            problems[cell.name] = f"{before}seed {seed}: {problem}"
-            _log.error("study %s: %s failed with seed %d; %s", name, cell.title, seed, problem)
+            before = f"{problems[variant.name]}; " if variant.name in problems else ""
+            problems[variant.name] = f"{before}seed {seed}: {problem}"
+            _log.error("study %s: %s failed with seed %d; %s", name, variant.title, seed, problem)
         else:
-            scores.setdefault(cell.name, {})[seed] = found
-            scores[cell.name] = dict(sorted(scores[cell.name].items()))
-            _log.info("study %s: %s, seed %d: mIoU %s", name, cell.title, seed, _shown(found))
+            scores.setdefault(variant.name, {})[seed] = found
+            scores[variant.name] = dict(sorted(scores[variant.name].items()))
+            _log.info("study %s: %s, seed %d: mIoU %s", name, variant.title, seed, _shown(found))
         write()
 
-    run_cells(planned, jobs=jobs, done=done)
-    # for a study none of whose cells can be run
+    run_variants(planned, jobs=jobs, done=done)
+    # for a study none of whose variants can be run
     write()
     figures.draw_training_study(study, scores, out / f"{name}.png")
     return problems

@@ -19,13 +19,13 @@ from drseg_core.data import IGNORE, SegmentationDataset
 from drseg_core.device import select_device
 from drseg_core.evaluation.metrics import ConfusionMatrix
 from drseg_core.models.segmenter import Segmenter
-from drseg_core.studies.plan import PlannedCell
+from drseg_core.studies.plan import PlannedVariant
 from drseg_core.studies.runner import train_start
 from drseg_core.studies.setting import BARE
 from drseg_core.training.rank_channels import dense_features
 
 
-def clip_model(planned: PlannedCell) -> Segmenter:
+def clip_model(planned: PlannedVariant) -> Segmenter:
     """CLIP as it is before any adaptation: published weights, or the dual encoder of the seed."""
     device = select_device(planned.setting.device)
     start = train_start(planned)

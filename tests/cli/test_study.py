@@ -29,17 +29,20 @@ def test_quick(drseg, out, name):
     content = json.loads((out / f"{name}.json").read_text())
     assert content["study"] == name and content["seeds"] == [0] and content["command"].startswith("drseg ")
     assert (out / f"{name}.md").read_text() in printed and (out / f"{name}.png").stat().st_size > 1000
-    assert all(cell["not_run"] is None for cell in content.get("cells", []))
+    assert all(variant["not_run"] is None for variant in content.get("variants", []))
     assert f"[{name}]({name}.md)" in (out / "index.md").read_text()
 
 
-def test_studies_share_their_cells(drseg, out):
-    cells = {}
+def test_studies_share_their_variants(drseg, out):
+    variants = {}
     for name in ("table2", "table4"):
         assert drseg("study", name, *SMALL, "--out", out)[0] == 0
-        cells[name] = {cell["name"]: cell["scores"] for cell in json.loads((out / f"{name}.json").read_text())["cells"]}
+        variants[name] = {
+            variant["name"]: variant["scores"] for variant in json.loads((out / f"{name}.json").read_text())["variants"]
+        }
     assert (
-        cells["table4"]["ugaf"] == cells["table2"]["all"] and cells["table4"]["concat"] == cells["table2"]["pdgr_spsd"]
+        variants["table4"]["ugaf"] == variants["table2"]["all"]
+        and variants["table4"]["concat"] == variants["table2"]["pdgr_spsd"]
     )
 
 
@@ -67,7 +70,7 @@ def test_a_seed_that_fails_fails_alone(drseg, tmp_path, monkeypatch):
     monkeypatch.setattr(channels, "_masked", broken)
     words = ("study", "channel-masking", *SMALL, "--out", tmp_path)
     code, printed, err = drseg(*words, "--seeds", "0,1")
-    assert code == 8 and "seed 1: ValueError: one is not finite" in printed and "1 cells failed: seed 1" in err
+    assert code == 8 and "seed 1: ValueError: one is not finite" in printed and "1 variants failed: seed 1" in err
     assert "\nSeeds 0; " in printed and "Not run: seed 1" in printed
     code, _, err = drseg(*words, "--seeds", "1")
     assert code == 8 and "channel-masking has no result; seed 1: ValueError: one is not finite" in err

@@ -18,11 +18,13 @@ TABLES = ("table1", "table2", "table4")
 
 
 def means(name: str) -> dict[str, dict[str, str]]:
-    """Title of each cell to its printed figures."""
-    cells = json.loads((STUDIES / f"{name}.json").read_text())["cells"]
+    """Title of each variant to its printed figures."""
+    variants = json.loads((STUDIES / f"{name}.json").read_text())["variants"]
     return {
-        cell["title"]: {key: text_of(None if value is None else Spread(**value)) for key, value in cell["mean"].items()}
-        for cell in cells
+        variant["title"]: {
+            key: text_of(None if value is None else Spread(**value)) for key, value in variant["mean"].items()
+        }
+        for variant in variants
     }
 
 
@@ -39,7 +41,7 @@ def test_the_readme_has_the_numbers_of_the_study(name):
         rows[cells[0]] = dict(zip(header[1:], cells[1:], strict=True))
     found = means(name)
     assert set(rows) == set(found)
-    columns = {"mIoU": "mIoU", "fwIoU": "fwIoU", "mACC": "mACC", "boundary IoU": "boundary", "unseen names": "unseen"}
+    columns = {"mIoU": "mIoU", "fwIoU": "fwIoU", "mACC": "mACC", "boundary IoU": "boundary", "novel classes": "novel"}
     for title, row in rows.items():
         for column, metric in columns.items():
             if column in row:
@@ -58,6 +60,6 @@ def test_every_page_has_its_numbers_and_its_picture(path):
     content, page = json.loads(path.read_text()), path.with_suffix(".md").read_text(encoding="utf-8")
     assert path.with_suffix(".png").is_file() and len(content["seeds"]) >= 1
     assert content["command"] in page
-    for cell in content.get("cells", []):
-        if cell["mean"]["mIoU"] is not None:
-            assert text_of(Spread(**cell["mean"]["mIoU"])) in page
+    for variant in content.get("variants", []):
+        if variant["mean"]["mIoU"] is not None:
+            assert text_of(Spread(**variant["mean"]["mIoU"])) in page

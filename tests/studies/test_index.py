@@ -8,15 +8,15 @@ import pytest
 from drseg_core.studies.index import PAGE, write_index
 
 
-def cell(title, *values):
+def variant(title, *values):
     scores = {str(seed): {"a": {"mIoU": value}, "b": {"mIoU": value + 2}} for seed, value in enumerate(values)}
     return {"title": title, "scores": scores}
 
 
 @pytest.fixture
 def out(tmp_path):
-    cells = [cell("LOW", 10.0, 20.0), cell("HIGH", 13.0, 21.0), cell("GONE")]
-    content = {"study": "sweep-x", "title": "X", "seeds": [0, 1], "seconds": 90.1, "cells": cells}
+    variants = [variant("LOW", 10.0, 20.0), variant("HIGH", 13.0, 21.0), variant("GONE")]
+    content = {"study": "sweep-x", "title": "X", "seeds": [0, 1], "seconds": 90.1, "variants": variants}
     (tmp_path / "sweep-x.json").write_text(json.dumps(content))
     return tmp_path
 
@@ -38,17 +38,21 @@ def test_a_line_by_hand(out):
 
 
 def test_rows_of_which_seeds_failed(out):
-    cells = [cell("A", 1.0), cell("B", 2.0, 3.0)]
-    content = {"study": "sweep-x", "title": "X", "seeds": [0, 1, 2], "cells": cells}
-    (out / "sweep-x.json").write_text(json.dumps(content))
-    write_index(out)
-    assert "| X | 2 | 1 to 2 | A: 2.0 | B: 3.5 ± 0.7 | +1.0 | - |" in (out / PAGE).read_text()
+    variants = [variant("A", 1.0), variant("B", 2.0, 3.0)]
+    content = {"study": "sweep-x", "title": "X", "seeds": [0, 1, 2], "variants": variants}
+    # as studies wrote it before
+    old = {("cells" if key == "variants" else key): value for key, value in content.items()}
+    for written in (content, old):
+        (out / "sweep-x.json").write_text(json.dumps(written))
+        write_index(out)
+        assert "| X | 2 | 1 to 2 | A: 2.0 | B: 3.5 ± 0.7 | +1.0 | - |" in (out / PAGE).read_text()
 
 
 def test_what_is_no_study_or_has_no_scores_yet(out):
     (out / "list.json").write_text("[1]")
     (out / "broken.json").write_text("{")
-    (out / "table1.json").write_text(json.dumps({"study": "table1", "title": "T", "seeds": [0], "cells": [cell("A")]}))
+    row = variant("A")
+    (out / "table1.json").write_text(json.dumps({"study": "table1", "title": "T", "seeds": [0], "variants": [row]}))
     (out / "maps.json").write_text(json.dumps({"study": "maps", "title": "Maps", "seeds": [0]}))
     write_index(out)
     page = (out / PAGE).read_text()

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from drseg_core.config.load import load_config, override
 from drseg_core.errors import CheckpointError, ConfigError
 from drseg_core.models.dino import DinoPrior
-from drseg_core.studies.plan import plan_cell
+from drseg_core.studies.plan import plan_variant
 from drseg_core.studies.prior import prior_file, structure_loss, teach_prior
-from drseg_core.studies.runner import SCORES, load_cell, run_cell, train_priors, train_start
+from drseg_core.studies.runner import SCORES, load_variant, run_variant, train_priors, train_start
 from drseg_core.studies.setting import make_setting
-from drseg_core.studies.tables import Cell
+from drseg_core.studies.tables import Variant
 from drseg_core.training.loop import train
 from drseg_core.training.signals import TrainingStopped
 
@@ -82,30 +82,36 @@ def test_everything_that_decides_it_is_in_its_name(config):
 
 def test_all_that_have_a_prior_get_the_same_one(tmp_path):
     setting = make_setting(quick=True, prior_steps=2)
-    baseline = Cell("baseline", "baseline", {"model.fusion.kind": "none"})
-    cells = [Cell("a", "a", {}), Cell("b", "b", {"model.fusion.kind": "mean"})]
-    weights = {plan_cell(setting, cell, seed, tmp_path).config.model.dino.weights for cell in cells for seed in (0, 1)}
+    baseline = Variant("baseline", "baseline", {"model.fusion.kind": "none"})
+    variants = [Variant("a", "a", {}), Variant("b", "b", {"model.fusion.kind": "mean"})]
+    weights = {
+        plan_variant(setting, variant, seed, tmp_path).config.model.dino.weights
+        for variant in variants
+        for seed in (0, 1)
+    }
     assert len(weights) == 1 and None not in weights
-    assert plan_cell(setting, baseline, 0, tmp_path).config.model.dino.weights is None
-    # cells without a prior are shared with studies of the random one, those with it are not
+    assert plan_variant(setting, baseline, 0, tmp_path).config.model.dino.weights is None
+    # variants without a prior are shared with studies of the random one, those with it are not
     plain = make_setting(quick=True)
-    assert plan_cell(setting, baseline, 0, tmp_path).folder == plan_cell(plain, baseline, 0, tmp_path).folder
-    assert plan_cell(setting, cells[0], 0, tmp_path).folder != plan_cell(plain, cells[0], 0, tmp_path).folder
+    assert plan_variant(setting, baseline, 0, tmp_path).folder == plan_variant(plain, baseline, 0, tmp_path).folder
+    assert (
+        plan_variant(setting, variants[0], 0, tmp_path).folder != plan_variant(plain, variants[0], 0, tmp_path).folder
+    )
     # wherever the studies lie
-    elsewhere = plan_cell(setting, cells[0], 0, tmp_path / "elsewhere").folder
-    assert elsewhere.name == plan_cell(setting, cells[0], 0, tmp_path).folder.name
+    elsewhere = plan_variant(setting, variants[0], 0, tmp_path / "elsewhere").folder
+    assert elsewhere.name == plan_variant(setting, variants[0], 0, tmp_path).folder.name
 
 
 def test_studies_that_moved_find_their_prior(tmp_path):
     setting = make_setting(quick=True, prior_steps=2, seeds=(0,))
-    cell = Cell("drseg", "DR-Seg", {})
+    variant = Variant("drseg", "DR-Seg", {})
     there, here = tmp_path / "there", tmp_path / "here"
-    train_start(plan_cell(setting, cell, 0, there))
-    scores = run_cell(plan_cell(setting, cell, 0, there))
+    train_start(plan_variant(setting, variant, 0, there))
+    scores = run_variant(plan_variant(setting, variant, 0, there))
     there.rename(here)
-    assert load_cell(plan_cell(setting, cell, 0, here)).config.model.dino.weights.startswith(str(here))
-    (plan_cell(setting, cell, 0, here).folder / SCORES).unlink()
-    assert run_cell(plan_cell(setting, cell, 0, here)) == scores
+    assert load_variant(plan_variant(setting, variant, 0, here)).config.model.dino.weights.startswith(str(here))
+    (plan_variant(setting, variant, 0, here).folder / SCORES).unlink()
+    assert run_variant(plan_variant(setting, variant, 0, here)) == scores
 
 
 def test_scenes_of_its_own():
@@ -126,11 +132,11 @@ def _stop(step):
 
 def test_studies_that_moved_in_the_middle_of_a_training_go_on(tmp_path):
     setting = make_setting(quick=True, prior_steps=2, seeds=(0,))
-    cell = Cell("drseg", "DR-Seg", {})
+    variant = Variant("drseg", "DR-Seg", {})
     there, here, straight = tmp_path / "there", tmp_path / "here", tmp_path / "straight"
-    train_start(plan_cell(setting, cell, 0, there))
+    train_start(plan_variant(setting, variant, 0, there))
     shutil.copytree(there, straight)
-    planned = plan_cell(setting, cell, 0, there)
+    planned = plan_variant(setting, variant, 0, there)
     train_priors([planned])
     with pytest.raises(TrainingStopped):
         train(
@@ -142,8 +148,12 @@ def test_studies_that_moved_in_the_middle_of_a_training_go_on(tmp_path):
             on_step=_stop,
         )
     there.rename(here)
-    assert run_cell(plan_cell(setting, cell, 0, here)) == run_cell(plan_cell(setting, cell, 0, straight))
-    assert len(json.loads((plan_cell(setting, cell, 0, here).folder / "manifest.json").read_text())["resumed"]) == 1
+    assert run_variant(plan_variant(setting, variant, 0, here)) == run_variant(
+        plan_variant(setting, variant, 0, straight)
+    )
+    assert (
+        len(json.loads((plan_variant(setting, variant, 0, here).folder / "manifest.json").read_text())["resumed"]) == 1
+    )
 
 
 def test_another_prior_is_refused_in_the_middle_of_a_training(config, tmp_path):

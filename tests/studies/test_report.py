@@ -7,15 +7,15 @@ import pytest
 
 from drseg_core.studies.paper import PaperRow
 from drseg_core.studies.report import Order, markdown, order, over_tests, spread, text_of
-from drseg_core.studies.tables import Cell, TrainingStudy
+from drseg_core.studies.tables import TrainingStudy, Variant
 
 
 def row(*values, metric="mIoU"):
     return {name: {metric: value} for name, value in zip("ab", values, strict=False)}
 
 
-def cell(name, miou, **options):
-    return Cell(name, name.upper(), {}, PaperRow(miou), **options)
+def variant(name, miou, **options):
+    return Variant(name, name.upper(), {}, PaperRow(miou), **options)
 
 
 def test_spread_is_over_seeds_of_the_mean_over_test_sets():
@@ -31,7 +31,7 @@ def test_a_test_set_without_a_metric_has_no_part_in_its_mean():
 
 
 def test_order_counts_pairs_and_whether_every_seed_agrees():
-    cells = (cell("low", 1.0), cell("middle", 2.0), cell("high", 3.0), Cell("new", "NEW", {}))
+    variants = (variant("low", 1.0), variant("middle", 2.0), variant("high", 3.0), Variant("new", "NEW", {}))
     scores = {
         "low": {0: row(10.0), 1: row(10.0)},
         # above low on average, but not with seed 1
@@ -39,15 +39,18 @@ def test_order_counts_pairs_and_whether_every_seed_agrees():
         "high": {0: row(8.0), 1: row(7.0)},
         "new": {0: row(99.0)},
     }
-    assert order(cells, scores) == Order(pairs=3, same=1, same_in_every_seed=0, opposite_in_every_seed=2, equal=0)
+    assert order(variants, scores) == Order(pairs=3, same=1, same_in_every_seed=0, opposite_in_every_seed=2, equal=0)
     alike = {"low": {0: row(10.0), 1: row(5.0)}, "middle": {0: row(10.0), 1: row(5.0)}}
-    assert order(cells, alike) == Order(pairs=1, same=0, same_in_every_seed=0, opposite_in_every_seed=0, equal=1)
-    assert order(cells[:1], scores) is None and order(cells, {}) is None
+    assert order(variants, alike) == Order(pairs=1, same=0, same_in_every_seed=0, opposite_in_every_seed=0, equal=1)
+    assert order(variants[:1], scores) is None and order(variants, {}) is None
 
 
 def test_the_page_says_what_was_not_run_and_what_it_is_compared_with():
     study = TrainingStudy(
-        "t", "Title", (cell("low", 1.0), cell("high", 2.0), cell("gone", 3.0, why_not="no weights")), reference="high"
+        "t",
+        "Title",
+        (variant("low", 1.0), variant("high", 2.0), variant("gone", 3.0, why_not="no weights")),
+        reference="high",
     )
     scores = {"low": {0: row(10.0), 1: row(20.0)}, "high": {0: row(11.0), 1: row(25.0)}}
     facts = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cells are trained once, taken up where they stopped, shared between studies, and fail alone."""
+"""Variants are trained once, taken up where they stopped, shared between studies, and fail alone."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ from drseg_core.errors import CheckpointError, ConfigError, NumericalError
 from drseg_core.models.segmenter import SegmenterOutput
 from drseg_core.studies import plan as planning
 from drseg_core.studies import runner
-from drseg_core.studies.plan import plan, plan_cell
+from drseg_core.studies.plan import plan, plan_variant
 from drseg_core.studies.setting import ScoredSet, Setting, make_setting
-from drseg_core.studies.tables import Cell, TrainingStudy
+from drseg_core.studies.tables import TrainingStudy, Variant
 from drseg_core.studies.training import run_training_study
 from drseg_core.training.signals import TrainingStopped
 from tests.data.miniatures import write_release
 
-PLAIN, OTHER = Cell("plain", "plain", {"model.fusion.kind": "none"}), Cell("other", "other", {"model.fusion.tau": 0.5})
+PLAIN, OTHER = (
+    Variant("plain", "plain", {"model.fusion.kind": "none"}),
+    Variant("other", "other", {"model.fusion.tau": 0.5}),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,12 +67,12 @@ def setting() -> Setting:
 
 @pytest.fixture(scope="module")
 def finished(setting, tmp_path_factory):
-    """A folder with both cells trained and scored."""
+    """A folder with both variants trained and scored."""
     out = tmp_path_factory.mktemp("studies")
     found = {
-        cell.name: runner.run_cell(plan_cell(setting, cell, 0, out))
-        for cell in (PLAIN, OTHER)
-        if runner.train_start(plan_cell(setting, cell, 0, out))
+        variant.name: runner.run_variant(plan_variant(setting, variant, 0, out))
+        for variant in (PLAIN, OTHER)
+        if runner.train_start(plan_variant(setting, variant, 0, out))
     }
     return out, found
 
@@ -90,86 +93,90 @@ def trained(monkeypatch) -> list[str]:
 def test_scores(finished):
     _, found = finished
     row = found["plain"]["a"]
-    assert set(row) == {"mIoU", "fwIoU", "mACC", "pACC", "boundary", "unseen", "per_class"}
+    assert set(row) == {"mIoU", "fwIoU", "mACC", "pACC", "boundary", "novel", "per_class"}
     assert 0 <= row["mIoU"] <= 100 and len(row["per_class"]) == 25
 
 
-def test_complete_cells_are_taken_as_they_are(setting, finished, tmp_path, monkeypatch):
+def test_complete_variants_are_taken_as_they_are(setting, finished, tmp_path, monkeypatch):
     out = shutil.copytree(finished[0], tmp_path / "out")
     names = trained(monkeypatch)
-    assert runner.run_cell(plan_cell(setting, PLAIN, 0, out)) == finished[1]["plain"] and not names
+    assert runner.run_variant(plan_variant(setting, PLAIN, 0, out)) == finished[1]["plain"] and not names
     # other test sets: scored again, not trained again
     other = dataclasses.replace(setting, tests=(dataclasses.replace(setting.tests[0], name="b"),))
-    assert runner.run_cell(plan_cell(other, PLAIN, 0, out))["b"] == finished[1]["plain"]["a"] and not names
+    assert runner.run_variant(plan_variant(other, PLAIN, 0, out))["b"] == finished[1]["plain"]["a"] and not names
+    # so are scores with a metric's name of before
+    scores = plan_variant(setting, OTHER, 0, out).folder / runner.SCORES
+    scores.write_text(scores.read_text().replace('"novel"', '"unseen"'))
+    assert runner.run_variant(plan_variant(setting, OTHER, 0, out)) == finished[1]["other"] and not names
 
 
-def test_what_the_cells_took_is_counted_once(setting, finished, tmp_path):
+def test_what_the_variants_took_is_counted_once(setting, finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "out")
     folders = [
-        plan_cell(setting, PLAIN, 0, out).start.folder,
-        *(plan_cell(setting, c, 0, out).folder for c in (PLAIN, OTHER)),
+        plan_variant(setting, PLAIN, 0, out).start.folder,
+        *(plan_variant(setting, c, 0, out).folder for c in (PLAIN, OTHER)),
     ]
     for place, folder in enumerate(folders):
         kept = json.loads((folder / runner.SECONDS).read_text())
         # a dual encoder is not scored
         assert set(kept) == ({"train", "score"} if place else {"train"}) and all(value > 0 for value in kept.values())
         (folder / runner.SECONDS).write_text(json.dumps({"train": 10.0**place, "score": 0.5}))
-    twin = Cell("twin", "twin", OTHER.options)
-    never = Cell("never", "never", {"model.fusion.tau": 0.9})
+    twin = Variant("twin", "twin", OTHER.options)
+    never = Variant("never", "never", {"model.fusion.tau": 0.9})
     assert runner.seconds(plan(setting, [PLAIN, OTHER, twin, never], out)) == 111 + 3 * 0.5
     assert runner.seconds(plan(setting, [never], out)) == 0
 
 
-def test_a_cell_that_stopped_goes_on_and_ends_the_same(setting, finished, tmp_path, monkeypatch):
+def test_a_variant_that_stopped_goes_on_and_ends_the_same(setting, finished, tmp_path, monkeypatch):
     out = shutil.copytree(finished[0], tmp_path / "out")
-    folder = plan_cell(setting, OTHER, 0, out).folder
+    folder = plan_variant(setting, OTHER, 0, out).folder
     # before its first checkpoint, but with all its other files: it must not go on from random weights
     (folder / runner.SCORES).unlink()
     shutil.rmtree(folder / "checkpoints")
     assert (folder / "config.yaml").is_file()
-    assert runner.run_cell(plan_cell(setting, OTHER, 0, out)) == finished[1]["other"]
+    assert runner.run_variant(plan_variant(setting, OTHER, 0, out)) == finished[1]["other"]
     # before its first file
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / ".lock").touch()
-    assert runner.run_cell(plan_cell(setting, OTHER, 0, out)) == finished[1]["other"]
+    assert runner.run_variant(plan_variant(setting, OTHER, 0, out)) == finished[1]["other"]
     # after the training, before the scores
     (folder / runner.SCORES).unlink()
     names = trained(monkeypatch)
-    assert runner.run_cell(plan_cell(setting, OTHER, 0, out)) == finished[1]["other"] and not names
+    assert runner.run_variant(plan_variant(setting, OTHER, 0, out)) == finished[1]["other"] and not names
 
 
-def test_a_cell_needs_nothing_that_was_there_before(setting, finished, tmp_path):
-    assert runner.run_cell(plan_cell(setting, PLAIN, 0, tmp_path)) == finished[1]["plain"]
+def test_a_variant_needs_nothing_that_was_there_before(setting, finished, tmp_path):
+    assert runner.run_variant(plan_variant(setting, PLAIN, 0, tmp_path)) == finished[1]["plain"]
 
 
 def test_a_damaged_checkpoint_is_not_scored(setting, finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "out")
-    folder = plan_cell(setting, OTHER, 0, out).folder
+    folder = plan_variant(setting, OTHER, 0, out).folder
     (folder / runner.SCORES).unlink()
     (weights,) = folder.glob("checkpoints/*/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="checksum mismatch"):
-        runner.run_cell(plan_cell(setting, OTHER, 0, out))
+        runner.run_variant(plan_variant(setting, OTHER, 0, out))
 
 
 def test_a_run_that_another_process_trains_is_not_wiped(setting, finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "out")
-    folder = plan_cell(setting, OTHER, 0, out).folder
+    folder = plan_variant(setting, OTHER, 0, out).folder
     (folder / runner.SCORES).unlink()
     shutil.rmtree(folder / "checkpoints")
     with run_lock(folder), pytest.raises(CheckpointError, match=f"in use; locked by pid {os.getpid()}"):
-        runner.run_cell(plan_cell(setting, OTHER, 0, out))
+        runner.run_variant(plan_variant(setting, OTHER, 0, out))
     assert (folder / "config.yaml").is_file()
 
 
 def test_commits_and_machines_are_those_of_the_trainings(setting, finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "out")
-    never = Cell("never", "never", {"model.fusion.tau": 0.9})
+    never = Variant("never", "never", {"model.fusion.tau": 0.9})
     here = f"{device_name('cpu')}, threads: 1"
     found = runner.provenance(plan(setting, [PLAIN, OTHER, never], out))
     assert len(found["commits"]) <= 1 and found["machines"] == [here]
-    path = plan_cell(setting, PLAIN, 0, out).folder / "manifest.json"
+    path = plan_variant(setting, PLAIN, 0, out).folder / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "git": "abc", "machine": {"device": "H100", "threads": 4}}))
     found = runner.provenance(plan(setting, [PLAIN, OTHER], out))
@@ -193,7 +200,7 @@ def test_a_dual_encoder_that_fails_is_tried_once(setting, tmp_path, monkeypatch)
     monkeypatch.setattr(runner, "train", broken)
     found = {}
     both = dataclasses.replace(setting, seeds=(0, 1))
-    runner.run_cells(
+    runner.run_variants(
         plan(both, [PLAIN, OTHER], tmp_path), done=lambda c, seed, *rest: found.update({(c.name, seed): rest})
     )
     assert names.count("broken") == 1
@@ -202,16 +209,16 @@ def test_a_dual_encoder_that_fails_is_tried_once(setting, tmp_path, monkeypatch)
         assert found[name, 1] == (None, "its dual encoder failed; train: 10 steps in a row were not finite")
 
 
-def test_a_stop_stops_the_study_and_is_no_failed_cell(setting, finished, tmp_path, monkeypatch):
+def test_a_stop_stops_the_study_and_is_no_failed_variant(setting, finished, tmp_path, monkeypatch):
     out = shutil.copytree(finished[0], tmp_path / "out")
 
     def stopped(*arguments, **options):
         raise TrainingStopped("train: stopped by SIGTERM", 15)
 
     monkeypatch.setattr(runner, "train", stopped)
-    new = Cell("new", "new", {"model.fusion.tau": 0.9})
+    new = Variant("new", "new", {"model.fusion.tau": 0.9})
     with pytest.raises(TrainingStopped) as caught:
-        runner.run_cells(plan(setting, [new, PLAIN], out), done=lambda *_: pytest.fail("went on"))
+        runner.run_variants(plan(setting, [new, PLAIN], out), done=lambda *_: pytest.fail("went on"))
     again = pickle.loads(pickle.dumps(caught.value))
     assert again.exit_code == 143 and str(again) == "train: stopped by SIGTERM"
 
@@ -222,7 +229,7 @@ def test_content_that_changes_under_its_path_is_other_content(setting, tmp_path)
         write_scenes(tmp_path / name, splits={"train": 2, "val": 2}, size=32, seed=0)
     data = f"folder:{tmp_path / 'tr'}"
     changed = dataclasses.replace(setting, data=data, tests=(ScoredSet("a", f"folder:{tmp_path / 'te'}"),))
-    folder, tests = plan_cell(changed, PLAIN, 0, out).folder, runner.scored_sets(changed)
+    folder, tests = plan_variant(changed, PLAIN, 0, out).folder, runner.scored_sets(changed)
     weights = tmp_path / "prior.safetensors"
     weights.write_bytes(b"one")
     with_file = override(changed.config, {"model.dino.weights": str(weights)})
@@ -232,7 +239,7 @@ def test_content_that_changes_under_its_path_is_other_content(setting, tmp_path)
     weights.write_bytes(b"two!")
     planning.fingerprint.cache_clear()
     runner.scored_fingerprint.cache_clear()
-    assert plan_cell(changed, PLAIN, 0, out).folder != folder and runner.scored_sets(changed) != tests
+    assert plan_variant(changed, PLAIN, 0, out).folder != folder and runner.scored_sets(changed) != tests
     assert planning.files_hash(with_file, out) != first
 
 
@@ -270,11 +277,11 @@ def test_scores_by_hand(setting, tmp_path):
     row = runner.score(loaded, dataclasses.replace(setting, tests=tests))["halves"]
     assert row["mIoU"] == 25 and row["fwIoU"] == 25 and row["mACC"] == 50 and row["pACC"] == 50
     # the only name that was not trained, and that the data show, is "right"
-    assert row["unseen"] == 0 and row["per_class"] == {"left": 50, "right": 0, "nowhere": None}
+    assert row["novel"] == 0 and row["per_class"] == {"left": 50, "right": 0, "nowhere": None}
     # the outline of what covers all is the frame of the image, half of which is not the truth's
     assert row["boundary"] not in (None, row["mIoU"]) and 0 < row["boundary"] < 50
     all_known = LoadedRun(Constant(0), setting.config, ("left", "right", "nowhere"), 1, tmp_path)
-    assert runner.score(all_known, dataclasses.replace(setting, tests=tests))["halves"]["unseen"] is None
+    assert runner.score(all_known, dataclasses.replace(setting, tests=tests))["halves"]["novel"] is None
 
 
 def test_scores_by_a_protocol(setting, tmp_path, monkeypatch):
@@ -288,7 +295,7 @@ def test_scores_by_a_protocol(setting, tmp_path, monkeypatch):
         row = {"iou": 0.0, "accuracy": 0.0, "pixels": 0}
         return {
             "mIoU_conventions": counts, "fwIoU": 0.0, "mACC": 0.0, "pACC": 0.0, "boundary": {"mIoU": 0.0},
-            "subsets": {"unseen": {"mIoU": 0.0}}, "per_class": dict.fromkeys(names, row),
+            "subsets": {"novel": {"mIoU": 0.0}}, "per_class": dict.fromkeys(names, row),
         }  # fmt: skip
 
     monkeypatch.setattr(runner, "evaluate", noted)
@@ -303,31 +310,32 @@ def test_scores_by_a_protocol(setting, tmp_path, monkeypatch):
         clean.open_test(tests[0])
 
 
-def test_everything_that_decides_a_cell_is_in_its_name(setting, tmp_path):
+def test_everything_that_decides_a_variant_is_in_its_name(setting, tmp_path):
     names = {
-        plan_cell(changed, cell, seed, tmp_path).folder.name
+        plan_variant(changed, variant, seed, tmp_path).folder.name
         for changed in (
             setting,
             dataclasses.replace(setting, data=setting.data + ",seed=1"),
             dataclasses.replace(setting, start_steps=3),
             dataclasses.replace(setting, config=override(setting.config, {"train.learning_rate": 1e-3})),
         )
-        for cell in (PLAIN, OTHER)
+        for variant in (PLAIN, OTHER)
         for seed in (0, 1)
     }
     assert len(names) == 16
     # what is scored decides nothing of the training
     scored = dataclasses.replace(setting, tests=(ScoredSet("c", "folder:c"),))
-    assert plan_cell(scored, PLAIN, 0, tmp_path).folder == plan_cell(setting, PLAIN, 0, tmp_path).folder
+    assert plan_variant(scored, PLAIN, 0, tmp_path).folder == plan_variant(setting, PLAIN, 0, tmp_path).folder
 
 
-def test_cells_of_equal_options_are_one_training(setting, finished, tmp_path, monkeypatch):
+def test_variants_of_equal_options_are_one_training(setting, finished, tmp_path, monkeypatch):
     out = shutil.copytree(finished[0], tmp_path / "out")
     names = trained(monkeypatch)
-    twin = Cell("twin", "twin", dict(PLAIN.options))
+    twin = Variant("twin", "twin", dict(PLAIN.options))
     found = {}
-    runner.run_cells(
-        plan(setting, [PLAIN, twin], out), done=lambda cell, seed, scores, problem: found.update({cell.name: scores})
+    runner.run_variants(
+        plan(setting, [PLAIN, twin], out),
+        done=lambda variant, seed, scores, problem: found.update({variant.name: scores}),
     )
     assert found["twin"] == found["plain"] == finished[1]["plain"] and not names
 
@@ -340,9 +348,9 @@ def test_cells_of_equal_options_are_one_training(setting, finished, tmp_path, mo
         torch.OutOfMemoryError("not finite memory"),
     ],
 )
-def test_a_cell_that_fails_fails_alone(setting, finished, tmp_path, monkeypatch, error):
+def test_a_variant_that_fails_fails_alone(setting, finished, tmp_path, monkeypatch, error):
     out = shutil.copytree(finished[0], tmp_path / "out")
-    study = TrainingStudy("t", "T", (PLAIN, Cell("bad", "bad", {"model.fusion.tau": 0.7}), OTHER), reference="plain")
+    study = TrainingStudy("t", "T", (PLAIN, Variant("bad", "bad", {"model.fusion.tau": 0.7}), OTHER), reference="plain")
     monkeypatch.setattr("drseg_core.studies.training.training_study", lambda name, setting: study)
 
     def broken(config, *arguments, **options):
@@ -352,17 +360,17 @@ def test_a_cell_that_fails_fails_alone(setting, finished, tmp_path, monkeypatch,
     problems = run_training_study("t", setting, out, command="drseg study t")
     assert list(problems) == ["bad"] and "not finite" in problems["bad"]
     content = json.loads((out / "t.json").read_text())
-    cells = {cell["name"]: cell for cell in content["cells"]}
-    assert cells["bad"]["not_run"] == problems["bad"] and cells["plain"]["scores"]["0"]["a"]["mIoU"] is not None
+    variants = {variant["name"]: variant for variant in content["variants"]}
+    assert variants["bad"]["not_run"] == problems["bad"] and variants["plain"]["scores"]["0"]["a"]["mIoU"] is not None
     assert "bad (not run: seed 0:" in (out / "t.md").read_text() and (out / "t.png").stat().st_size > 1000
 
 
 def test_two_processes_find_the_same(setting, finished, tmp_path):
     found = {}
-    runner.run_cells(
+    runner.run_variants(
         plan(setting, [PLAIN, OTHER], tmp_path),
         jobs=2,
-        done=lambda cell, seed, scores, problem: found.update({cell.name: scores}),
+        done=lambda variant, seed, scores, problem: found.update({variant.name: scores}),
     )
     assert found == finished[1]
 

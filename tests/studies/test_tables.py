@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the cells of every study are: they build, they differ, and each sweep holds the default."""
+"""What the variants of every study are: they build, they differ, and each sweep holds the default."""
 
 from __future__ import annotations
 
@@ -26,12 +26,17 @@ def quick() -> Setting:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_cell_builds_and_is_one_of_its_kind(quick, name):
+def test_every_variant_builds_and_is_one_of_its_kind(quick, name):
     study = training_study(name, quick)
-    assert len({cell.name for cell in study.cells}) == len({cell.title for cell in study.cells}) == len(study.cells) > 1
-    configs = [quick.cell_config(dict(cell.options), 0) for cell in study.cells]
+    assert (
+        len({variant.name for variant in study.variants})
+        == len({variant.title for variant in study.variants})
+        == len(study.variants)
+        > 1
+    )
+    configs = [quick.variant_config(dict(variant.options), 0) for variant in study.variants]
     assert len({json.dumps(plain_config(config)) for config in configs}) == len(configs)
-    assert study.reference is None or study.reference in {cell.name for cell in study.cells}
+    assert study.reference is None or study.reference in {variant.name for variant in study.variants}
     with torch.device("meta"):
         for config in configs:
             build_model(config.model)
@@ -41,12 +46,12 @@ def test_every_cell_builds_and_is_one_of_its_kind(quick, name):
 def test_every_sweep_holds_the_paper_s_configuration(name):
     setting = make_setting("vitl", tests=["x=folder:x"], data="folder:x")
     study = training_study(name, setting)
-    (option,) = study.cells[0].options
+    (option,) = study.variants[0].options
     default = override(setting.config, {})
     for part in option.split("."):
         default = getattr(default, part)
-    assert default in [cell.options[option] for cell in study.cells]
-    assert (study.axis is not None) == all(cell.value is not None for cell in study.cells)
+    assert default in [variant.options[option] for variant in study.variants]
+    assert (study.axis is not None) == all(variant.value is not None for variant in study.variants)
 
 
 def test_the_paper_s_numbers_agree_with_each_other():
@@ -83,7 +88,7 @@ def test_the_means_of_the_paper_s_table_1(trained_on, clip, miou, macc):
 def test_the_paper_s_table_1_over_the_sets_that_are_scored():
     setting = make_setting("vitl", data="dlrsd:x", tests=["potsdam:x", "vdd:x"], protocol="rskt")
     study = training_study("table1", setting)
-    found = {cell.name: cell.paper for cell in study.cells}
+    found = {variant.name: variant.paper for variant in study.variants}
     assert found["drseg"].miou == pytest.approx((45.91 + 41.00) / 2, abs=0.006) and found["sed"] is None
     assert found["rskt"].miou == pytest.approx((37.14 + 40.55) / 2, abs=0.006) and found["rskt"].macc is None
     assert study.paper == "DLRSD, ViT-L, mean over potsdam, vdd"
@@ -99,36 +104,39 @@ def test_what_a_sweep_is_compared_with_is_the_configuration(quick):
 
 
 def test_blocks_of_the_prior(quick):
-    assert [cell.options["model.dino.layer"] for cell in training_study("sweep-dino-layer", quick).cells] == [None, 0]
+    assert [variant.options["model.dino.layer"] for variant in training_study("sweep-dino-layer", quick).variants] == [
+        None,
+        0,
+    ]
     full = make_setting("vitl", tests=["x=folder:x"], data="folder:x")
-    cells = training_study("sweep-dino-layer", full).cells
-    assert [cell.options["model.dino.layer"] for cell in cells] == [None, 17, 11, 5]
+    variants = training_study("sweep-dino-layer", full).variants
+    assert [variant.options["model.dino.layer"] for variant in variants] == [None, 17, 11, 5]
 
 
 def test_a_second_clip_that_is_not_there(quick):
     full = make_setting("vitl", tests=["x=folder:x"], data="folder:x")
-    reasons = [cell.why_not for cell in training_study("sweep-remote-clip", full).cells]
+    reasons = [variant.why_not for variant in training_study("sweep-remote-clip", full).variants]
     assert reasons[0] is None and "model.remote.weights" in reasons[1]
     given = dataclasses.replace(full, config=override(full.config, {"model.remote.weights": "remote.pt"}))
-    assert all(cell.why_not is None for cell in training_study("sweep-remote-clip", given).cells)
+    assert all(variant.why_not is None for variant in training_study("sweep-remote-clip", given).variants)
     assert quick.start_config(0).model.decoder.remote_clip is False
 
 
 def test_a_prior_that_is_not_there(quick):
     full = make_setting("vitl", tests=["x=folder:x"], data="folder:x")
-    reasons = {cell.name: cell.why_not for cell in training_study("table3", full).cells}
+    reasons = {variant.name: variant.why_not for variant in training_study("table3", full).variants}
     assert "--prior-v1" in reasons["drseg_v1"] and reasons["drseg_v3"] is None
     given = dataclasses.replace(full, prior_v1="rsib.pth")
-    cells = {cell.name: cell for cell in training_study("table3", given).cells}
-    assert cells["drseg_v1"].why_not is None and cells["drseg_v1"].options["model.dino.weights"] == "rsib.pth"
-    assert all(cell.why_not is None for cell in training_study("table3", quick).cells)
+    variants = {variant.name: variant for variant in training_study("table3", given).variants}
+    assert variants["drseg_v1"].why_not is None and variants["drseg_v1"].options["model.dino.weights"] == "rsib.pth"
+    assert all(variant.why_not is None for variant in training_study("table3", quick).variants)
 
 
 class TestSetting:
     def test_published_weights_need_no_start(self):
         setting = make_setting("vitb", data="dlrsd:data", tests=["potsdam:data"])
         assert not setting.needs_start and setting.tests == (ScoredSet("potsdam", "potsdam:data"),)
-        config = setting.cell_config({"model.graph.k": 20}, seed=3)
+        config = setting.variant_config({"model.graph.k": 20}, seed=3)
         assert config.train.iterations == 30_000 and config.train.batch_size == 8 and config.seed == 3
         assert config.train.clip_learning_rate_scale == 0.01 and config.model.graph.k == 20
 
@@ -136,7 +144,7 @@ class TestSetting:
         setting = make_setting()
         assert setting.needs_start and setting.start_config(1).model.fusion.kind == "cosine"
         assert setting.start_config(1).train.iterations == 1500 and setting.start_config(1).seed == 1
-        assert setting.cell_config({}, 1).train.iterations == 300
+        assert setting.variant_config({}, 1).train.iterations == 300
         assert [test.name for test in setting.tests] == ["source", "shifted"]
         assert "domain=shifted" in setting.tests[1].spec and "domain" not in setting.data
 

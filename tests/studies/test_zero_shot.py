@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quick ways of the channel studies, against the slow ones written down."""
+"""The quick variants of the channel studies, against the slow ones written down."""
 
 from __future__ import annotations
 
