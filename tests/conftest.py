@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--gpu`` lets the tests marked ``gpu`` run, and moves the kernels' contracts from the interpreter to the device."""
+"""``--gpu`` lets the tests marked ``gpu`` run, and moves the kernels' contracts from the interpreter to the device;
+``--cpuinfo FILE`` gives the processor another name."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from drseg_core.checkpoints import versions
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device, and the kernels on it")
+    parser.addoption("--cpuinfo", type=Path, metavar="FILE", help="what is read in place of /proc/cpuinfo")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--cpuinfo"):
+        versions.CPUINFO = config.getoption("--cpuinfo")
     if not config.getoption("--gpu"):
         return
     # what cuBLAS needs to be deterministic, read when it is first used

@@ -21,6 +21,7 @@ LIBRARIES = (
     "rasterio",
     "jsonargparse",
 )
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def library_versions() -> dict[str, str]:
@@ -40,12 +41,15 @@ def device_name(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    name = fields.get("model name", platform.processor())
-    # a virtual machine may hide which of a maker's processors it is
-    return f"{name}, family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else name
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    # a virtual machine may hide which of a maker's processors it is, and an ARM processor has numbers alone
+    if "cpu family" in fields:
+        return f"{name}, family {fields['cpu family']} model {fields['model']}"
+    if "CPU part" in fields:
+        return f"{name}, implementer {fields['CPU implementer']} part {fields['CPU part']}"
+    return name
 
 
 @functools.cache
