@@ -23,7 +23,9 @@ def out(tmp_path):
 
 def test_a_line_by_hand(out):
     write_index(out)
-    line = next(line for line in (out / PAGE).read_text().splitlines() if line.startswith("| [sweep-x]"))
+    line = next(
+        line for line in (out / PAGE).read_text(encoding="utf-8").splitlines() if line.startswith("| [sweep-x]")
+    )
     # means over the sets 11, 21 and 14, 22; differences 3 and 1
     assert [part.strip() for part in line.strip("|").split("|")] == [
         "[sweep-x](sweep-x.md)",
@@ -45,7 +47,7 @@ def test_rows_of_which_seeds_failed(out):
     for written in (content, old):
         (out / "sweep-x.json").write_text(json.dumps(written))
         write_index(out)
-        assert "| X | 2 | 1 to 2 | A: 2.0 | B: 3.5 ± 0.7 | +1.0 | - |" in (out / PAGE).read_text()
+        assert "| X | 2 | 1 to 2 | A: 2.0 | B: 3.5 ± 0.7 | +1.0 | - |" in (out / PAGE).read_text(encoding="utf-8")
 
 
 def test_what_is_no_study_or_has_no_scores_yet(out):
@@ -55,7 +57,7 @@ def test_what_is_no_study_or_has_no_scores_yet(out):
     (out / "table1.json").write_text(json.dumps({"study": "table1", "title": "T", "seeds": [0], "variants": [row]}))
     (out / "maps.json").write_text(json.dumps({"study": "maps", "title": "Maps", "seeds": [0]}))
     write_index(out)
-    page = (out / PAGE).read_text()
+    page = (out / PAGE).read_text(encoding="utf-8")
     assert "| [table1](table1.md) | T | 1 | 0 | - | - | - | - |\n" in page and page.endswith(
         "* [maps](maps.md): Maps\n"
     )
@@ -63,4 +65,4 @@ def test_what_is_no_study_or_has_no_scores_yet(out):
     # it is no study itself
     before = page
     write_index(out)
-    assert (out / PAGE).read_text() == before
+    assert (out / PAGE).read_text(encoding="utf-8") == before
