@@ -18,7 +18,15 @@ SANITIZE_TESTS ?= tests/ops tests/nn/test_pdgr.py -k "native or test_pdgr"
 SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
 
-.PHONY: help install demo test test-sanitize test-sanitize-address test-sanitize-thread lint aot bench regress plots format clean
+# short tests of every part, for what depends on where they run
+ELSEWHERE_TESTS ?= tests/config tests/evaluation tests/scenes tests/repo/test_tree.py \
+	$(addprefix tests/data/test_,images.py folder.py check.py archives.py manifest.py) \
+	$(addprefix tests/cli/test_,commands.py exit_codes.py refusals.py) tests/ops/test_bad_inputs.py \
+	tests/ops/test_contract.py tests/training/test_versions.py tests/training/test_rank_channels.py \
+	tests/studies/test_tables.py tests/studies/test_index.py tests/bench/test_compare.py tests/bench/test_data.py \
+	tests/studies/test_runner.py::test_commits_and_machines_are_those_of_the_trainings
+
+.PHONY: help install demo test test-elsewhere test-sanitize test-sanitize-address test-sanitize-thread lint aot bench regress plots format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -36,6 +44,9 @@ demo: install  ## train, evaluate and map on synthetic scenes; results in ./demo
 
 test: install  ## all tests, on the CPU
 	$(BIN)/python -m pytest -q --durations=15
+
+test-elsewhere: install  ## short tests as on other machines: language, time zone, user, terminal, processor, threads
+	tests/elsewhere/run $(BIN)/python $(ELSEWHERE_TESTS)
 
 test-sanitize: test-sanitize-address test-sanitize-thread  ## native kernels under ASan, UBSan and TSan (g++)
 
