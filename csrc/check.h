@@ -2,11 +2,16 @@
 // What a kernel relies on before it touches memory.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
 
 namespace drseg {
 
@@ -32,6 +37,21 @@ inline ScalarType check_floating(const char* op, const torch::stable::Tensor& te
       dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": expected float32 or float64 operands");
   return dtype;
 }
+
+// Memory for a result. Torch 2.10 says in its log alone that there is none; whoever catches the error must see it too.
+inline torch::stable::Tensor allocate(
+    const torch::stable::Tensor& like,
+    torch::headeronly::IntHeaderOnlyArrayRef size,
+    std::optional<ScalarType> dtype = std::nullopt) {
+  try {
+    return torch::stable::new_empty(like, size, dtype);
+  } catch (const std::exception& error) {
+    if (std::strstr(error.what(), "memory") != nullptr) throw;
+    throw std::runtime_error(std::string("DefaultCPUAllocator: can't allocate memory: ") + error.what());
+  }
+}
+
+inline torch::stable::Tensor allocate_like(const torch::stable::Tensor& like) { return allocate(like, like.sizes()); }
 
 // An index that the caller did not validate stays inside the tensor.
 inline int64_t clamp_index(int32_t value, int64_t nodes) {

@@ -163,7 +163,7 @@ Tensor checked_run(
     check_leading(op, "grad", *grad, weight);
     STD_TORCH_CHECK(grad->size(2) == weight.size(2), op, ": grad and weight differ in K");
   }
-  Tensor out = torch::stable::empty_like(weight);
+  Tensor out = drseg::allocate_like(weight);
   if (out.numel() == 0) return out;
   if (dtype == ScalarType::Double) {
     run<double>(grad, weight, index, norm, eps, out);

@@ -266,7 +266,7 @@ Tensor edge_weight(
     check_leading(op, "mask", *mask, index);
     STD_TORCH_CHECK(mask->size(2) == index.size(2), op, ": mask and index differ in K");
   }
-  Tensor weight = torch::stable::new_empty(source, {index.size(0), index.size(1), index.size(2)});
+  Tensor weight = drseg::allocate(source, {index.size(0), index.size(1), index.size(2)});
   if (weight.numel() == 0) return weight;
   const bool* present = mask.has_value() ? mask->const_data_ptr<bool>() : nullptr;
   if (dtype == ScalarType::Double) {
@@ -288,8 +288,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edge_weight_backward(
     check_leading(op, "grad or weight", *tensor, index);
     STD_TORCH_CHECK(tensor->size(2) == index.size(2), op, ": grad, weight and index differ in K");
   }
-  Tensor grad_source = torch::stable::empty_like(source), grad_target = torch::stable::empty_like(target);
-  Tensor grad_vector = torch::stable::empty_like(vector), grad_bias = torch::stable::new_empty(vector, {1});
+  Tensor grad_source = drseg::allocate_like(source), grad_target = drseg::allocate_like(target);
+  Tensor grad_vector = drseg::allocate_like(vector), grad_bias = drseg::allocate(vector, {1});
   if (dtype == ScalarType::Double) {
     backward<double>(grad, weight, source, target, index, vector, grad_source, grad_target, grad_vector, grad_bias);
   } else {

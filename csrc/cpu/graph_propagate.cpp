@@ -194,7 +194,7 @@ Tensor graph_propagate(const Tensor& x, const Tensor& index, const Tensor& coeff
   check_leading(op, "index", index, x);
   check_leading(op, "coefficient", coefficient, x);
   STD_TORCH_CHECK(coefficient.size(2) == index.size(2), op, ": coefficient and index differ in K");
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = drseg::allocate_like(x);
   if (y.numel() == 0) return y;
   if (dtype == ScalarType::Double) {
     propagate<double>(x, index, coefficient, transpose, y);
@@ -224,7 +224,7 @@ Tensor graph_edge_dot(const Tensor& start, const Tensor& end, const Tensor& inde
   check_leading(op, "end", end, start);
   check_leading(op, "index", index, start);
   STD_TORCH_CHECK(end.size(2) == start.size(2), op, ": start and end differ in C");
-  Tensor dot = torch::stable::new_empty(start, {index.size(0), index.size(1), index.size(2)});
+  Tensor dot = drseg::allocate(start, {index.size(0), index.size(1), index.size(2)});
   if (dot.numel() == 0) return dot;
   if (dtype == ScalarType::Double) {
     all_dots<double>(start, end, index, dot);

@@ -135,8 +135,8 @@ std::tuple<Tensor, Tensor> knn_graph(
   STD_TORCH_CHECK(table.size(0) * table.size(1) == prior.size(1), op, ": table does not have one entry per node");
   STD_TORCH_CHECK(k >= 0 && form >= kAdditive && form <= kProduct, op, ": k or form is out of range");
   STD_TORCH_CHECK(prior.size(1) <= std::numeric_limits<int32_t>::max(), op, ": too many nodes");
-  Tensor index = torch::stable::new_empty(prior, {prior.size(0), prior.size(1), k}, ScalarType::Int);
-  Tensor score = torch::stable::new_empty(prior, {prior.size(0), prior.size(1), k});
+  Tensor index = drseg::allocate(prior, {prior.size(0), prior.size(1), k}, ScalarType::Int);
+  Tensor score = drseg::allocate(prior, {prior.size(0), prior.size(1), k});
   if (index.numel() == 0) return {index, score};
   if (dtype == ScalarType::Double) {
     run<double>(prior, inverse_norm, table, Form(form), include_self, index, score);

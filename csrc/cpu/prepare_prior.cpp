@@ -84,8 +84,8 @@ std::tuple<Tensor, Tensor> prepare_prior(const Tensor& prior, bool scale) {
   constexpr const char* op = "drseg_native::prepare_prior";
   const ScalarType dtype = check_floating(op, prior);
   check_operand(op, "prior", prior, 3, dtype);
-  Tensor scaled = torch::stable::empty_like(prior);
-  Tensor inverse = torch::stable::new_empty(prior, {prior.size(0), prior.size(1)});
+  Tensor scaled = drseg::allocate_like(prior);
+  Tensor inverse = drseg::allocate(prior, {prior.size(0), prior.size(1)});
   if (scaled.numel() == 0) return {scaled, torch::stable::fill_(inverse, 0)};
   if (dtype == ScalarType::Double) {
     run<double>(prior, scale, scaled, inverse);

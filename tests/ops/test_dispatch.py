@@ -435,8 +435,10 @@ import drseg_core
 found = lambda: [name for name in {HEAVY!r} if name in sys.modules and name not in given]
 state = lambda: [found(), torch.cuda.is_initialized(), [str(path) for path in torch.ops.loaded_libraries]]
 first = state()
-import importlib, pkgutil
+import importlib.util, pkgutil
 names = [module.name for module in pkgutil.walk_packages(drseg_core.__path__, "drseg_core.")]
+if importlib.util.find_spec("jsonargparse") is None:
+    names = [name for name in names if not name.startswith("drseg_core.cli.")]
 guilty = []
 for name in names:
     if not name.endswith("__main__"):
