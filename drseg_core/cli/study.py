@@ -60,12 +60,12 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
 
 def run(args: Any) -> None:
     from drseg_core.studies.index import write_index
-    from drseg_core.studies.registry import STUDIES, find_study
+    from drseg_core.studies.registry import find_study, studies
     from drseg_core.studies.setting import make_setting
 
     if args.name == "list":
-        width = max(map(len, STUDIES))
-        for name, study in STUDIES.items():
+        width = max(map(len, studies()))
+        for name, study in studies().items():
             print(f"{name:<{width}}  {study.title}")
         return
     study = find_study(args.name)

@@ -32,7 +32,9 @@ class Study:
     run: Callable[..., dict[str, str]]
 
 
-def _all() -> dict[str, Study]:
+@functools.cache
+def studies() -> dict[str, Study]:
+    """All studies by name, in the order in which they are listed."""
     found = [
         Study("channel-masking", "mIoU of CLIP without one channel (Fig. 2)", channel_masking),
         Study("retention", "mIoU of CLIP with a share of its channels (Fig. 6)", retention),
@@ -47,15 +49,12 @@ def _all() -> dict[str, Study]:
     return {study.name: study for study in found}
 
 
-STUDIES = _all()
-
-
 def find_study(name: str) -> Study:
     """A study by its name.
 
     Raises:
         ConfigError: no such study.
     """
-    if name not in STUDIES:
-        raise ConfigError(f"study: name is unknown; expected list or one of {', '.join(STUDIES)}, got {name!r}")
-    return STUDIES[name]
+    if name not in studies():
+        raise ConfigError(f"study: name is unknown; expected list or one of {', '.join(studies())}, got {name!r}")
+    return studies()[name]

@@ -6,15 +6,15 @@ import json
 import pytest
 
 from drseg_core.studies import channels
-from drseg_core.studies.registry import STUDIES
+from drseg_core.studies.registry import studies
 
 SMALL = ("--quick", "--steps", "1", "--start-steps", "1")
 
 
 def test_list(drseg):
     code, out, _ = drseg("study", "list")
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(STUDIES)
-    assert {"channel-masking", "retention", "correlation-maps", "table1", "table6", "sweep-decay"} <= set(STUDIES)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(studies())
+    assert {"channel-masking", "retention", "correlation-maps", "table1", "table6", "sweep-decay"} <= set(studies())
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("studies")
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", studies())
 def test_quick(drseg, out, name):
     code, printed, err = drseg("study", name, *SMALL, "--out", out)
     assert code == 0, err
