@@ -118,6 +118,12 @@ class BackendDtypeError(BackendUnavailableError, TypeError):
     """
 
 
+class MissingExtraError(DRSegError, ImportError):
+    """A library of an extra is not installed; the message says what to install."""
+
+    exit_code = 5
+
+
 class NumericalError(DRSegError):
     """Values are not finite where they must be.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from drseg_core.errors import CheckpointError
+from drseg_core.extras import require
 from drseg_core.models.weights import write_tensors
 from drseg_core.nn.spsd import check_partition, split_by_score
 
@@ -90,6 +91,7 @@ def load_channels(
         >>> load_channels("run/channels.safetensors", channels=64, backbone="drseg-tiny").metadata["class_names"]
         ['bare soil', 'red roof', 'blue pond']
     """
+    require("load_channels", "safetensors")
     from safetensors import safe_open
 
     try:

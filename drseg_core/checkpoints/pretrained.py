@@ -40,6 +40,7 @@ from drseg_core.config.load import config_from_dict, override
 from drseg_core.config.schema import Config
 from drseg_core.data.dataset import class_names_hash
 from drseg_core.errors import CheckpointError, ConfigError, ResourceError
+from drseg_core.extras import require
 from drseg_core.models.weights import (
     check_left_out,
     left_out_hashes,
@@ -225,6 +226,7 @@ def push_to_hub(
     """
     if not _REPOSITORY.fullmatch(repository):
         raise ConfigError(f"push_to_hub: repository has a wrong form; expected owner/name, got {repository!r}")
+    require("push_to_hub", "huggingface_hub")
     import huggingface_hub
 
     finished = not isinstance(model, LoadedRun) and (Path(model) / DESCRIPTION).is_file()
@@ -295,6 +297,7 @@ def load(
 def _fetched(name: str, **options: Any) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"from_pretrained: {name} not found; expected a folder, or owner/name on the hub")
+    require("from_pretrained", "huggingface_hub")
     import huggingface_hub
 
     try:

@@ -10,24 +10,24 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
-from drseg_core.cli.parsers import Parser
+from drseg_core.cli.front import PlainParser
 from drseg_core.errors import BackendUnavailableError
+from drseg_core.extras import EXTRAS, installed, module_name
 
 USAGE = "drseg doctor"
-EPILOG = (
-    "Exit code 0: everything needed is here; 5: something that is needed cannot be used.\n\nexample:\n  drseg doctor\n"
-)
-# what training and prediction cannot do without
-NEEDED = ("torchvision", "timm", "open_clip", "safetensors", "rasterio")
+EPILOG = "Exit code 0: all that is installed can be used; 5: some of it cannot.\n\nexample:\n  drseg doctor\n"
 
 
-def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
+def add_arguments(parser: PlainParser, argv: Sequence[str]) -> None:
     parser.usage, parser.epilog = USAGE, EPILOG
 
 
 def run(args: Any) -> None:
     print("versions")
     for line in version_lines():
+        print(f"  {line}")
+    print("extras")
+    for line in extra_lines():
         print(f"  {line}")
     problems = list(import_problems())
     print("devices")
@@ -55,17 +55,37 @@ def version_lines() -> Iterator[str]:
         yield f"source {revision}"
 
 
+def extra_lines() -> Iterator[str]:
+    """Of each extra: whether it is installed, or what is not."""
+    for extra, libraries in EXTRAS.items():
+        absent = [library for library in libraries if not _is_there(library)]
+        yield f"{extra}: " + (
+            f"{', '.join(absent)} not installed; pip install 'drseg[{extra}]'" if absent else "installed"
+        )
+
+
 def import_problems() -> Iterator[str]:
-    """Libraries that are needed and cannot be imported, and torch beside a torchvision of another build."""
+    """Libraries that are installed and cannot be imported, and torch beside a torchvision of another build."""
     mismatch = torchvision_mismatch()
-    for name in NEEDED:
+    for library in dict.fromkeys(library for libraries in EXTRAS.values() for library in libraries):
+        name = module_name(library)
         try:
             importlib.import_module(name)
         except Exception as error:
+            if not _is_there(library):
+                continue
             text = " ".join(str(error).split()) or type(error).__name__
             if "torchvision::nms" in text or (mismatch and name in ("torchvision", "timm", "open_clip")):
                 text += f"; {mismatch or _advice()}"
             yield f"{name} cannot be imported: {text}"
+
+
+def _is_there(library: str) -> bool:
+    # nothing of a library is somebody's choice, a library that is known and not found is a problem
+    try:
+        return installed(library) or bool(metadata.version(library))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def torchvision_mismatch() -> str | None:

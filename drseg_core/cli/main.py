@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point of the ``drseg`` command.
 
-Exit codes: 0 done, 1 internal error, 2 usage or configuration, 3 input data, 4 checkpoint, 5 environment or backend,
-6 numerical failure, 7 out of memory or disk, 130 / 143 stopped by SIGINT / SIGTERM, 141 output closed.
+Exit codes: 0 done, 1 internal error, 2 usage or configuration, 3 input data, 4 checkpoint, 5 environment or backend
+(a library that is not installed, too), 6 numerical failure, 7 out of memory or disk, 130 / 143 stopped by SIGINT /
+SIGTERM, 141 output closed.
 """
 
 from __future__ import annotations
@@ -17,20 +18,26 @@ import threading
 import traceback
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any, NoReturn
 
 from drseg_core import __version__
 from drseg_core.cli.failures import Terminated, UsageError, failure
-from drseg_core.cli.parsers import Parser
+from drseg_core.cli.front import PlainParser
+from drseg_core.extras import installed, require
 
-COMMANDS = {
-    "demo": "make scenes, train a small model, score it and map a GeoTIFF, in a few minutes on a CPU",
-    "train": "train a model on your own images and masks",
-    "rank": "rank CLIP's channels on a training set (SPSD, offline)",
-    "evaluate": "score a trained model on images with masks",
-    "predict": "map an image or GeoTIFF by class names you choose",
-    "study": "run one of the paper's studies, or list them",
-    "data": "prepare a benchmark set from its archives, or look for faults in a data set",
-    "doctor": "say what is installed and which kernels run here",
+# of each command: what it does, and the extras that it needs
+COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "demo": (
+        "make scenes, train a small model, score it and map a GeoTIFF, in a few minutes on a CPU",
+        ("cli", "model", "maps"),
+    ),
+    "train": ("train a model on your own images and masks", ("cli", "model")),
+    "rank": ("rank CLIP's channels on a training set (SPSD, offline)", ("cli", "model")),
+    "evaluate": ("score a trained model on images with masks", ("cli", "model")),
+    "predict": ("map an image or GeoTIFF by class names you choose", ("cli", "model", "maps")),
+    "study": ("run one of the paper's studies, or list them", ("cli", "model")),
+    "data": ("prepare a benchmark set from its archives, or look for faults in a data set", ("cli", "maps")),
+    "doctor": ("say what is installed and which kernels run here", ()),
 }
 EPILOG = """\
 begin with:
@@ -40,6 +47,10 @@ begin with:
   drseg predict RUN scene.tif --classes "building; field; pavement" --out map.tif
 
 drseg COMMAND --help tells more about one command.
+
+exit codes: 0 done, 1 internal error, 2 usage or configuration, 3 input data,
+4 checkpoint, 5 environment (a library, a backend), 6 numerical failure,
+7 out of memory or disk, 130 and 143 stopped
 """
 
 
@@ -79,29 +90,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    chosen = next((word for word in arguments if not word.startswith("-")), None)
-    parser = Parser(
+    name = arguments[0] if arguments else ""
+    if name not in COMMANDS:
+        _front(arguments)
+    summary, extras = COMMANDS[name]
+    # help and usage of a command need a library too
+    if not installed("jsonargparse"):
+        require(name, *extras)
+    module = importlib.import_module(f"drseg_core.cli.{_module(name)}")
+    parser = _parser(extras)(prog=f"drseg {name}", description=f"{summary[0].upper()}{summary[1:]}.")
+    module.add_arguments(parser, arguments[1:])
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parsed = parser.parse_args(arguments[1:])
+    require(name, *extras)
+    module.run(parsed)
+    return 0
+
+
+def _front(arguments: list[str]) -> NoReturn:
+    """Help, the version, or an error."""
+    parser = PlainParser(
         prog="drseg",
         description="Open-vocabulary segmentation of remote-sensing images.",
         usage="drseg COMMAND [options]",
         epilog=EPILOG,
-        version=__version__,
     )
-    commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND", title="commands")
-    for name, summary in COMMANDS.items():
-        command = Parser(description=f"{summary[0].upper()}{summary[1:]}.")
-        # first, because a command may have subcommands of its own
-        commands.add_subcommand(name, command, help=summary)
-        if name == chosen:
-            module = importlib.import_module(f"drseg_core.cli.{_module(name)}")
-            module.add_arguments(command, arguments[arguments.index(name) + 1 :])
-            command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        command.prog = f"drseg {name}"
-        if name == chosen:
-            parser.chosen = command
-    parsed = parser.parse_args(arguments)
-    module.run(parsed[parsed.command])
-    return 0
+    parser.add_argument("--version", action="version", version=f"drseg {__version__}", help="show the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    for name, (summary, _) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    parser.parse_args(arguments)
+    parser.error(f"no command is given; expected one of {', '.join(COMMANDS)}")
+
+
+def _parser(extras: tuple[str, ...]) -> Any:
+    if "cli" not in extras:
+        return PlainParser
+    from drseg_core.cli.parsers import Parser
+
+    return Parser
 
 
 def _module(name: str) -> str:

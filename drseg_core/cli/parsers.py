@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from drseg_core.cli.failures import UsageError
+from drseg_core.cli.front import refuse
 from drseg_core.config.load import config_from_dict, load_config, preset_names
 from drseg_core.config.methods import METHODS, apply_method
 from drseg_core.config.schema import Config
@@ -58,8 +58,7 @@ class Parser(ArgumentParser):
         while parser.chosen is not None:
             parser = parser.chosen
         text = _required.sub(lambda match: parser.named(match.group(1)), " ".join(message.split()))
-        usage = " ".join(parser.format_usage().split())
-        raise UsageError(f"{parser.prog}: error: {text}\n{usage}\nSee {parser.prog} --help.")
+        refuse(parser, text)
 
     def named(self, destinations: str) -> str:
         """``"train.data, train.out"`` of the library's message as what is typed: ``"--data, --out"``."""

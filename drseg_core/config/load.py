@@ -7,6 +7,7 @@ Only plain YAML is read (mappings, sequences, scalars). Every refusal names the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -15,12 +16,14 @@ import typing
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from drseg_core.config.schema import Config
 from drseg_core.errors import ConfigError
+from drseg_core.extras import require
+
+if TYPE_CHECKING:
+    import yaml
 
 __all__ = ["load_config", "override", "to_yaml"]
 
@@ -71,8 +74,11 @@ def load_config(source: str | os.PathLike[str]) -> Config:
 
 def parse_config(text: str, name: str = "configuration") -> Config:
     """YAML text to a configuration; ``name`` stands for the file in errors. Raises as :func:`load_config`."""
+    require("load_config", "pyyaml")
+    import yaml
+
     try:
-        root = yaml.compose(text, Loader=_Loader)
+        root = yaml.compose(text, Loader=_loader())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{name}:{mark.line + 1}" if mark is not None else name
@@ -105,6 +111,9 @@ def to_yaml(config: Any) -> str:
         overlap: 32
         batch_size: 4
     """
+    require("to_yaml", "pyyaml")
+    import yaml
+
     return yaml.safe_dump(_lists(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
@@ -132,18 +141,25 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
     return _build(Config, content, "override", "", {})
 
 
-class _Loader(yaml.SafeLoader):
+@functools.cache
+def _loader() -> Any:
     """SafeLoader that reads ``1e-3`` as a number, as YAML 1.2 does."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {key: list(pairs) for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    number = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return Loader
 
 
-_Loader.yaml_implicit_resolvers = {key: list(pairs) for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
 
 
 def _plain(node: yaml.Node, name: str, key: str, lines: dict[str, int], seen: set[int]) -> Any:
+    import yaml
+
     line = node.start_mark.line + 1
     lines.setdefault(key, line)
     # an alias is the same node again: a few of them can stand for more values than fit in memory
@@ -170,7 +186,7 @@ def _plain(node: yaml.Node, name: str, key: str, lines: dict[str, int], seen: se
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, name, key, lines, seen) for item in node.value]
     try:
-        return _Loader("").construct_object(node)
+        return _loader()("").construct_object(node)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"load_config: {name}:{line}: {key} is not readable; got {node.value!r}") from error
 

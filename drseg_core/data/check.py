@@ -21,6 +21,7 @@ from drseg_core.data.manifest import MANIFEST, manifest_problem, printable, read
 from drseg_core.data.pairs import LISTED, SUFFIXES, PairFolder, list_files, some, unknown_ids, without_partner
 from drseg_core.data.palette import Image8, overlay, with_legend
 from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.extras import require
 
 FOLDER = "folder"
 """Kind of a user's own set, beside the names of the benchmark sets."""
@@ -108,6 +109,7 @@ def check_data(
         ConfigError: unknown kind or split.
         DatasetError: there is nothing to look at.
     """
+    require("check_data", "maps")
     from tqdm import tqdm
 
     folders, report = _begin(kind, Path(root), splits)

@@ -26,13 +26,16 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from drseg_core.errors import DatasetError
+from drseg_core.extras import require
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_PIXELS = 100_000_000
 """Default bound on the pixels of one file, checked before it is decoded."""
@@ -62,6 +65,8 @@ def first_bytes(path: Path) -> str:
 @contextlib.contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """Open with Pillow; whatever goes wrong becomes a DatasetError that names the file."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         # the size limit below takes the place of Pillow's warning; its error at twice that size stays
         with warnings.catch_warnings():
@@ -102,6 +107,8 @@ def _check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
 
 def _stored_bits(path: Path, image: Image.Image) -> int:
     """Bits of a channel as the file stores it; Pillow's mode does not tell, because it converts while it reads."""
+    from PIL import TiffImagePlugin
+
     if image.format == "PNG":
         with open(path, "rb") as file:
             header = file.read(26)
@@ -115,6 +122,8 @@ def _stored_bits(path: Path, image: Image.Image) -> int:
 
 def _check_mask(path: Path, image: Image.Image) -> None:
     """Refuse, by its header, a mask whose numbers are not ids."""
+    from PIL import TiffImagePlugin
+
     tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
     if image.format not in ("PNG", "TIFF") or tiff and image.info.get("compression") in _LOSSY:
         how = f"TIFF with {image.info['compression']} compression" if tiff else "JPEG"
@@ -157,6 +166,8 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
     """
     if _needs_rasterio(path):
         return _read_raster_image(path, max_pixels)
+    from PIL import ImageOps
+
     with _opened(path, max_pixels) as image:
         if image.mode not in _IMAGE_MODES:
             raise DatasetError(
@@ -178,6 +189,8 @@ def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """
     if _needs_rasterio(path):
         return _read_raster_mask(path, max_pixels)
+    from PIL import ImageOps
+
     with _opened(path, max_pixels) as image:
         _check_mask(path, image)
         spread = _SPREAD[_stored_bits(path, image)] if image.mode == "L" else 1
@@ -186,7 +199,10 @@ def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
 
 
 def _needs_rasterio(path: Path) -> bool:
-    """Whether a TIFF is of a kind that Pillow cannot open, such as five bands."""
+    """Whether a TIFF is of a kind that Pillow cannot open, such as five bands. Asked before anything is opened."""
+    require("read_image", "pillow")
+    from PIL import Image
+
     if path.suffix.lower() not in (".tif", ".tiff"):
         return False
     try:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.data.dataset import IGNORE
+from drseg_core.extras import require
 from drseg_core.files import atomic_path
 
 Image8 = NDArray[np.uint8]
@@ -84,6 +85,7 @@ def with_legend(
     picture: Image8, class_names: Sequence[str], present: Sequence[int], *, limit: int = 80, colors: Any = None
 ) -> Image8:
     """Put a legend of the first ``limit`` ids of ``present`` to the right of a picture (H, W, 3)."""
+    require("with_legend", "pillow")
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=14)
@@ -113,6 +115,7 @@ def with_legend(
 
 def save_png(path: str | Path, picture: Image8) -> None:
     """Write (H, W, 3) uint8 as PNG; the file appears complete or not at all."""
+    require("save_png", "pillow")
     from PIL import Image
 
     with atomic_path(path) as temporary:

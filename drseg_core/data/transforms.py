@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from drseg_core.data.dataset import IGNORE, Sample
+from drseg_core.extras import require
 
 PAD_VALUE = 128
 LONGEST_EDGE = 1333 / 384
@@ -41,6 +42,7 @@ def photometric_distortion(image: Tensor, generator: Generator) -> Tensor:
     Returns:
         the same shape and range.
     """
+    require("photometric_distortion", "torchvision")
     from torchvision.transforms.v2 import functional as F
 
     if _chance(generator):
@@ -75,6 +77,7 @@ def augment(
     Returns:
         image (3, S, S) float32 in [0, 1] and mask (S, S) uint8.
     """
+    require("augment", "torchvision")
     from torchvision import tv_tensors
     from torchvision.transforms.v2 import functional as F
 

@@ -22,6 +22,7 @@ from drseg_core.evaluation.boundary import BoundaryCounts
 from drseg_core.evaluation.inference import Predictor
 from drseg_core.evaluation.metrics import CONVENTIONS, ConfusionMatrix
 from drseg_core.evaluation.views import ViewPredictor
+from drseg_core.extras import require
 from drseg_core.models.prior_cache import prior_cache as kept_features
 
 __all__ = ["evaluate"]
@@ -97,6 +98,7 @@ def evaluate(
         >>> 0 <= scores["mIoU"] <= 100, list(scores["per_class"])
         (True, ['bare soil', 'red roof', 'blue pond'])
     """
+    require("evaluate", "tqdm")
     from tqdm import tqdm
 
     evaluation = evaluation or EvaluationConfig()

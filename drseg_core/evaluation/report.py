@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from drseg_core.data.palette import Image8, colorize, with_legend
+from drseg_core.extras import require
 
 __all__ = ["SheetRow", "heat", "markdown_table", "overlay_sheet"]
 
@@ -104,6 +105,7 @@ def overlay_sheet(rows: Sequence[SheetRow], class_names: Sequence[str], *, cell:
         >>> sheet.shape[2], sheet.dtype.name
         (3, 'uint8')
     """
+    require("overlay_sheet", "pillow")
     from PIL import Image, ImageDraw, ImageFont
 
     used = [c for c in range(len(COLUMNS)) if any(row[c] is not None for row in rows)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from drseg_core.config.schema import ClipConfig
 from drseg_core.errors import CheckpointError, ConfigError
+from drseg_core.extras import require
 from drseg_core.models.prompts import class_prompts
 from drseg_core.models.weights import difference, read_foreign_state
 
@@ -324,6 +325,7 @@ def _architecture(name: str) -> dict[str, Any]:
 
 def open_clip_model(config: ClipConfig, read_weights: bool) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     """An open_clip model with its weights, and its pixel statistics. No registry of open_clip is touched."""
+    require("ClipEncoder", "model")
     from open_clip.model import CLIP
 
     architecture = _architecture(config.name)

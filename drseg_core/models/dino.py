@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from drseg_core.config.schema import DinoConfig
 from drseg_core.errors import CheckpointError
+from drseg_core.extras import require
 from drseg_core.models.clip import PIXEL_DEVIATION, PIXEL_MEAN
 from drseg_core.models.weights import difference, read_foreign_state
 
@@ -201,6 +202,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _build(config: DinoConfig) -> Any:
+    require("DinoPrior", "model")
     import timm
 
     options: dict[str, Any] = {"num_classes": 0}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from drseg_core.errors import CheckpointError, ResourceError
+from drseg_core.extras import require
 from drseg_core.files import atomic_path
 
 FORMAT_VERSION = 1
@@ -53,6 +54,7 @@ def write_tensors(
     Raises:
         ResourceError: the file cannot be written; the message begins with ``caller``.
     """
+    require(caller, "safetensors")
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -334,6 +336,7 @@ def _record(header: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
+    require("load_weights", "safetensors")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -21,6 +21,7 @@ from drseg_core.data.palette import overlay, with_legend
 from drseg_core.device import select_device
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.evaluation.inference import Prediction, Predictor
+from drseg_core.extras import require
 from drseg_core.files import atomic_path
 from drseg_core.scenes.reader import SceneReader, open_scene
 from drseg_core.scenes.writer import describe_classes, raster_like, written
@@ -159,6 +160,7 @@ def predict_scene(
         >>> predict_scene(predictor, "scene.tif", "map.tif", progress=False).overlay.name
         'map_overlay.png'
     """
+    require("predict_scene", "maps")
     files = check_outputs(image_path, out_path, overwrite=overwrite)
     names = predictor.class_names if class_names is None else check_class_names(class_names, "predict_scene")
     if len(names) != len(predictor.class_names):

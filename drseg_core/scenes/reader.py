@@ -16,6 +16,7 @@ from torch import Tensor
 
 from drseg_core.data.images import first_bytes
 from drseg_core.errors import ConfigError, RasterError
+from drseg_core.extras import require
 
 STRETCH = (2.0, 98.0)
 """Percentiles that become 0 and 255 where a scene is not 8-bit."""
@@ -125,6 +126,7 @@ def open_scene(path: str | Path, *, bands: Sequence[int] | None = None) -> Itera
         RasterError: no such file, not an image, or no usable band.
         ConfigError: ``bands`` are not in the file.
     """
+    require("open_scene", "rasterio")
     import rasterio
 
     path = Path(path)

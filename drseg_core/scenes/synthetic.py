@@ -10,6 +10,7 @@ import numpy as np
 
 from drseg_core.data.dataset import IGNORE
 from drseg_core.data.synthetic import Vocabulary, render_scene
+from drseg_core.extras import require
 from drseg_core.files import atomic_path
 
 __all__ = ["write_synthetic_scene"]
@@ -57,6 +58,7 @@ def write_synthetic_scene(
         ...     scene.height, scene.width
         (60, 80)
     """
+    require("write_synthetic_scene", "rasterio")
     import rasterio
     from rasterio.transform import from_origin
 

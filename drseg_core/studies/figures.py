@@ -24,7 +24,7 @@ def pyplot() -> Any:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError:
-        _log.warning("study: no figure, matplotlib is not installed; expected pip install 'drseg[studies]'")
+        _log.warning("study: no figure, matplotlib is not installed; expected pip install 'drseg[plots]'")
         return None
     return plt
 

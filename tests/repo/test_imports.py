@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from drseg_core.extras import EXTRAS, module_name
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = "drseg_core"
 
-_BASE = {"errors", "files", "device", "config"}
+_BASE = {"errors", "extras", "files", "device", "config"}
 _BLOCKS = _BASE | {"ops", "nn"}
 _PARTS = _BLOCKS | {"models", "data"}
 # part of the package -> parts it may import besides itself
@@ -28,9 +30,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": {"errors", "ops", "nn", "checkpoints", "scenes"},
     "__main__": {"cli"},
     "errors": set(),
+    "extras": {"errors"},
     "files": {"errors"},
     "device": {"errors"},
-    "config": {"errors", "files"},
+    "config": {"errors", "extras", "files"},
     "ops": {"errors"},
     "nn": {"ops", "errors"},
     "testing": {"ops", "nn"},
@@ -43,8 +46,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "studies": _PARTS | {"checkpoints", "training", "evaluation", "scenes", "testing"},
     "cli": _PARTS | {"checkpoints", "training", "evaluation", "scenes", "studies", ""},
 }
-# imported inside the function that needs them, so that importing the package stays quick and builds nothing
-LAZY = {"timm", "open_clip", "triton", "torchvision", "rasterio", "matplotlib", "huggingface_hub", "drseg_kernels"}
+# imported inside the function that needs them: importing the package stays quick, builds nothing, and works without the
+# extras
+LAZY = {module_name(library) for libraries in EXTRAS.values() for library in libraries} | {"triton", "drseg_kernels"}
+# a class of it is derived from, and a command loads this module after it has made sure of the library
+EAGER = {("drseg_core.cli.parsers", "jsonargparse")}
 KERNELS_MAY_IMPORT = {"torch", "triton", "drseg_kernels", "__future__"} | set(sys.stdlib_module_names)
 
 
@@ -137,7 +143,7 @@ def problem(module: str, found: Import) -> str | None:
         return None if root in KERNELS_MAY_IMPORT else "a kernel imports torch and triton only"
     if not module.startswith(PACKAGE):
         return None
-    if root in LAZY and not (found.lazy or found.typing):
+    if root in LAZY and not (found.lazy or found.typing) and (module, root) not in EAGER:
         return f"{root} is imported inside the function that needs it"
     if root == "drseg_kernels" and not re.fullmatch(r"drseg_core\.ops\._triton", module):
         return "only the backend of that name reaches a kernel"
@@ -195,6 +201,8 @@ FAULTS = [
     ("drseg_core.models.clip", "class A:\n    import torchvision.transforms"),
     ("drseg_core.models.clip", "try:\n    import triton\nexcept ImportError:\n    pass"),
     ("drseg_core.models.clip", "from drseg_core.data import folder"),
+    ("drseg_core.data.images", "from PIL import Image"),
+    ("drseg_core.cli.train", "import jsonargparse"),
     ("drseg_core.models.clip", "from drseg_core.ops import _cases"),
     ("drseg_core.models.clip", "from drseg_core.testing import numerics"),
     ("drseg_core.data.loader", "from drseg_core.models.drseg import DRSeg"),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from drseg_core.data.images import first_bytes
 from drseg_core.data.manifest import printable
 from drseg_core.errors import DatasetError
+from drseg_core.extras import require
 
 # first bytes -> GDAL driver: other drivers read other files, or the network
 _DRIVERS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"II*\0": "GTiff", b"MM\0*": "GTiff", b"II+\0": "GTiff"}
@@ -53,6 +54,7 @@ def open_strips(path: Path, *, max_pixels: int) -> Iterator[Strips]:
     Raises:
         DatasetError: no image, not 8-bit, or more than ``max_pixels`` pixels.
     """
+    require("open_strips", "rasterio")
     import rasterio
 
     # GDAL would fill with black what a JPEG lacks, and keep blocks in a twentieth of the memory (here in 64 MB)

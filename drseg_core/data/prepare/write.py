@@ -28,6 +28,7 @@ from drseg_core.data.prepare.labels import label_ids
 from drseg_core.data.prepare.raw import RECIPES, RawPair, Recipe, find_raw_pairs, list_tree
 from drseg_core.data.prepare.strips import Strips, open_strips
 from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.extras import require
 from drseg_core.files import atomic_path, write_text_atomic
 
 MARKER = "prepare.json"
@@ -128,6 +129,7 @@ def prepare(
         >>> len(open_dataset("udd5:sets", "train")) == done.pairs["train"]
         True
     """
+    require("prepare", "maps")
     from tqdm import tqdm
 
     benchmark, recipe = get_benchmark(name), RECIPES[name]

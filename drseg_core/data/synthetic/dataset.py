@@ -28,6 +28,7 @@ from drseg_core.data.synthetic import landscape
 from drseg_core.data.synthetic.landscape import DOMAINS, Domain, draw_landscape
 from drseg_core.data.synthetic.shapes import COLORS, KINDS, Sun, draw_object, soil
 from drseg_core.errors import ConfigError
+from drseg_core.extras import require
 from drseg_core.files import write_text_atomic
 
 Vocabulary = Literal["seen", "full"]
@@ -303,6 +304,7 @@ def write_scenes(
         >>> len(open_dataset(f"folder:{root}", "train"))
         2
     """
+    require("write_scenes", "pillow", "tqdm")
     from PIL import Image
     from tqdm import tqdm
 
