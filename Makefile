@@ -25,8 +25,12 @@ ELSEWHERE_TESTS ?= tests/config tests/evaluation tests/scenes tests/repo/test_tr
 	tests/ops/test_contract.py tests/training/test_versions.py tests/training/test_rank_channels.py \
 	tests/studies/test_tables.py tests/studies/test_index.py tests/bench/test_compare.py tests/bench/test_data.py \
 	tests/studies/test_runner.py::test_commits_and_machines_are_those_of_the_trainings
+# the lowest bounds of pyproject.toml, and the lowest Python of its that is here
+LOWEST_BOUNDS = $(shell sed -n 's/>=/==/g; s/^dependencies = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+LOWEST_PYTHON ?= $(firstword $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.10.*/bin/python) \
+	$(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 
-.PHONY: help install demo test test-elsewhere test-sanitize test-sanitize-address test-sanitize-thread lint aot bench regress plots format clean
+.PHONY: help install demo test test-elsewhere test-lowest test-sanitize test-sanitize-address test-sanitize-thread lint aot bench regress plots format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -47,6 +51,17 @@ test: install  ## all tests, on the CPU
 
 test-elsewhere: install  ## short tests as on other machines: language, time zone, user, terminal, processor, threads
 	tests/elsewhere/run $(BIN)/python $(ELSEWHERE_TESTS)
+
+test-lowest:  ## the ops' tests on the lowest Python, torch and numpy that are promised, in build/lowest (7 GB)
+	test -x build/lowest/bin/python || $(LOWEST_PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install -q $(LOWEST_BOUNDS) cmake ninja pytest hypothesis
+	build/lowest/bin/python -c 'import sys, torch, numpy; print(sys.version, torch.__version__, numpy.__version__)'
+	PATH="$(CURDIR)/build/lowest/bin:$$PATH" cmake -G Ninja -S . -B build/lowest/native -DCMAKE_BUILD_TYPE=Release \
+		-DDRSEG_OUTPUT_DIR=$(CURDIR)/build/lowest/native \
+		-DDRSEG_TORCH_DIR="$$(build/lowest/bin/python -c 'import torch; print(torch.__path__[0])')"
+	PATH="$(CURDIR)/build/lowest/bin:$$PATH" cmake --build build/lowest/native
+	DRSEG_NATIVE_LIBRARY=$(CURDIR)/build/lowest/native/libdrseg_native.so \
+		build/lowest/bin/python -m pytest -q -p no:cacheprovider tests/ops tests/nn/test_pdgr.py
 
 test-sanitize: test-sanitize-address test-sanitize-thread  ## native kernels under ASan, UBSan and TSan (g++)
 
@@ -80,7 +95,6 @@ regress: install  ## every kernel right, then none slower than at BASE (a git re
 	$(BIN)/python -m bench run --base $(BASE) --gate
 
 plots: install  ## draw the rows of ROWS (a folder of bench/results), and the README's tables from them
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) matplotlib
 	$(BIN)/python -m bench plot $(wildcard $(ROWS)/knn*.jsonl $(ROWS)/pdgr*.jsonl $(ROWS)/ops*.jsonl) --out docs/bench/$(notdir $(patsubst %/,%,$(ROWS)))
 	$(BIN)/python -m bench report $(ROWS) README.md
 
