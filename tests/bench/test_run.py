@@ -122,6 +122,8 @@ def _plant(monkeypatch: pytest.MonkeyPatch, op: str, **changes: Callable[[Wrong]
     assert first.name != "reference"
     changed = {name: change(getattr(first, name)) for name, change in changes.items()}
     monkeypatch.setitem(_dispatch._tables, op, (dataclasses.replace(first, **changed), *others))
+    # which remembers what it has looked up
+    monkeypatch.setattr(_dispatch, "table", _dispatch.table.__wrapped__)
 
 
 def _rolled(run: Wrong) -> Wrong:
