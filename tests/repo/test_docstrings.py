@@ -24,6 +24,7 @@ import torch
 from drseg_core.checkpoints.pretrained import save_pretrained
 from drseg_core.checkpoints.run import load_run
 from drseg_core.config.load import override
+from drseg_core.ops import _dispatch
 from drseg_core.scenes.synthetic import write_synthetic_scene
 from drseg_core.testing import numerics
 from drseg_core.training.loop import train
@@ -74,11 +75,15 @@ def here(place, tmp_path, monkeypatch) -> Iterator[None]:
     shutil.copytree(place, tmp_path / "here", copy_function=os.link)
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(huggingface_hub, "HfApi", type("Hub", (Hub,), {"asked": [], "store": tmp_path / "hub"}))
+    # a backend that an example registers ends with it
+    for name in ("_tables", "_names"):
+        monkeypatch.setattr(_dispatch, name, type(getattr(_dispatch, name))(getattr(_dispatch, name)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+    _dispatch.table.cache_clear()
 
 
 def examples(name: str) -> doctest.DocTest:
