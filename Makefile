@@ -22,7 +22,7 @@ SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=
 ELSEWHERE_TESTS ?= tests/config tests/evaluation tests/scenes tests/repo/test_tree.py \
 	$(addprefix tests/data/test_,images.py folder.py check.py archives.py manifest.py) \
 	$(addprefix tests/cli/test_,commands.py exit_codes.py refusals.py) tests/ops/test_bad_inputs.py \
-	tests/ops/test_contract.py tests/training/test_versions.py tests/training/test_rank_channels.py \
+	tests/ops/test_contract.py tests/checkpoints/test_versions.py tests/training/test_rank_channels.py \
 	tests/studies/test_tables.py tests/studies/test_index.py tests/bench/test_compare.py tests/bench/test_data.py \
 	tests/studies/test_runner.py::test_commits_and_machines_are_those_of_the_trainings
 # the lowest bounds of pyproject.toml, and the lowest Python of its that is here

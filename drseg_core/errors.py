@@ -14,6 +14,7 @@ __all__ = [
     "ConfigError",
     "DRSegError",
     "DatasetError",
+    "MissingExtraError",
     "NumericalError",
     "RasterError",
     "ResourceError",
@@ -119,7 +120,13 @@ class BackendDtypeError(BackendUnavailableError, TypeError):
 
 
 class MissingExtraError(DRSegError, ImportError):
-    """A library of an extra is not installed; the message says what to install."""
+    """A library of an extra is not installed; the message says what to install.
+
+    Example:
+        >>> from drseg_core.errors import DRSegError, MissingExtraError
+        >>> issubclass(MissingExtraError, (DRSegError, ImportError)), MissingExtraError("no rasterio").exit_code
+        (True, 5)
+    """
 
     exit_code = 5
 

@@ -88,9 +88,14 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     return {name: _as_now(name, value).clone() for name, value in state.items()}, record["metadata"]
 
 
+def _was_a_number(name: str) -> bool:
+    """Whether a tensor of one element was a single number in older versions: PDGR's edge bias."""
+    return name.rpartition(".")[2] == "edge_bias"
+
+
 def _as_now(name: str, value: Tensor) -> Tensor:
-    """A tensor of an older version in today's shape: PDGR's edge bias was a single number."""
-    return value.view(1) if value.dim() == 0 and name.rpartition(".")[2] == "edge_bias" else value
+    """A tensor of an older version in today's shape."""
+    return value.view(1) if value.dim() == 0 and _was_a_number(name) else value
 
 
 def payload_hash(state: Mapping[str, Tensor]) -> str:
@@ -108,7 +113,9 @@ def weights_hash(module: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a module's tensors."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        # as older versions counted it, or what they scored would be of another model
+        shape = () if _was_a_number(name) else tuple(value.shape)
+        digest.update(f"{name} {value.dtype} {shape}\n".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

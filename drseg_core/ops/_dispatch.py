@@ -37,6 +37,7 @@ class Backend:
         run_backward: what computes its gradients, or None for an op without any.
         why_not: given a device type, says why this backend cannot run there, or returns None when it can.
         dtypes: dtypes of the op's floating-point tensors that it computes in.
+        by_name_only: device types on which it runs for who names it and for nobody else.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Backend:
     run_backward: Run | None
     why_not: WhyNot
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    by_name_only: tuple[str, ...] = ()
 
 
 def reference_backend(run: Run, run_backward: Run | None = None) -> Backend:
@@ -57,7 +59,7 @@ Compose = Callable[..., tuple[Run, Run]]
 _tables: dict[str, tuple[Backend, ...]] = {}
 # every backend that some op has
 _names: tuple[str, ...] = ()
-_fusions: dict[str, tuple[tuple[str, ...], Compose]] = {}
+_fusions: dict[str, tuple[tuple[str, ...], Compose, bool]] = {}
 
 
 def add_table(op: str, *backends: Backend) -> None:
@@ -68,9 +70,12 @@ def add_table(op: str, *backends: Backend) -> None:
     table.cache_clear()
 
 
-def add_fusion(op: str, parts: tuple[str, ...], compose: Compose, *backends: Backend) -> None:
-    """As ``add_table``, for an op that ``compose`` makes of ``parts`` for every backend that is not named here."""
-    _fusions[op] = (parts, compose)
+def add_fusion(op: str, parts: tuple[str, ...], compose: Compose, *backends: Backend, widens: bool = False) -> None:
+    """As ``add_table``, for an op that ``compose`` makes of ``parts`` for every backend that is not named here.
+
+    ``widens`` says that the parts are given float32, or float64, whatever the dtype of the op's tensors.
+    """
+    _fusions[op] = (parts, compose, widens)
     add_table(op, *backends)
 
 
@@ -91,7 +96,8 @@ def register_backend(
 
     Args:
         op: name of the op. name: of the backend, a word of your choice.
-        run: the forward. It takes what the op's ``reference.py`` takes, in that order, and returns what it returns.
+        run: the forward. It takes what the op's ``reference.py`` takes, in that order, and returns what it returns, in
+            new tensors.
         why_not: given a device type (``"cpu"``, ``"cuda"``), says in a few words why ``run`` cannot run there, or
             returns None when it can.
         run_backward: the gradients, as the function of that name in ``reference.py``; None where the op has none.
@@ -121,7 +127,7 @@ def register_backend(
     add_table(op, *((added, *_tables[op]) if preferred else (*_tables[op], added)))
 
 
-def _composed(parts: Sequence[str], compose: Compose, backends: Sequence[Backend]) -> Backend:
+def _composed(parts: Sequence[str], compose: Compose, widens: bool, backends: Sequence[Backend]) -> Backend:
     """A fused op on a backend that has no kernel for it."""
     name = backends[0].name
     forward, backward = compose(*((backend.run, backend.run_backward) for backend in backends))
@@ -137,22 +143,29 @@ def _composed(parts: Sequence[str], compose: Compose, backends: Sequence[Backend
     def why_not(device: str) -> str | None:
         return next(filter(None, (backend.why_not(device) for backend in backends)), None)
 
-    dtypes = [dtype for dtype in backends[0].dtypes if all(dtype in backend.dtypes for backend in backends)]
-    return Backend(name, noted(forward), noted(backward) if differentiable else None, why_not, tuple(dtypes))
+    def given(dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if widens and dtype != torch.float64 else dtype
+
+    dtypes = tuple(dtype for dtype in FLOAT_DTYPES if all(given(dtype) in backend.dtypes for backend in backends))
+    by_name = tuple(device for backend in backends for device in backend.by_name_only)
+    return Backend(name, noted(forward), noted(backward) if differentiable else None, why_not, dtypes, by_name)
 
 
 @functools.cache
 def table(op: str) -> tuple[Backend, ...]:
-    """The backends of an op from the most to the least preferred, those that compose a fused op after its kernels."""
-    found = list(_tables[op])
-    if op in _fusions:
-        parts, compose = _fusions[op]
-        others = [{backend.name: backend for backend in _tables[part]} for part in parts]
-        for backend in _tables[parts[0]]:
-            named = [other.get(backend.name) for other in others]
-            if all(named) and all(backend.name != own.name for own in found):
-                found.append(_composed(parts, compose, [part for part in named if part is not None]))
-    return tuple(found)
+    """The backends of an op from the most to the least preferred; of a fused op in the order of its first part."""
+    if op not in _fusions:
+        return _tables[op]
+    parts, compose, widens = _fusions[op]
+    kernels = {backend.name: backend for backend in _tables[op]}
+    others = [{backend.name: backend for backend in _tables[part]} for part in parts]
+    found = []
+    for name in others[0]:
+        if name in kernels:
+            found.append(kernels.pop(name))
+        elif all(name in other for other in others):
+            found.append(_composed(parts, compose, widens, [other[name] for other in others]))
+    return (*kernels.values(), *found)
 
 
 def backend_names() -> tuple[str, ...]:
@@ -164,11 +177,6 @@ def backend_names() -> tuple[str, ...]:
         ('native', 'triton', 'reference')
     """
     return _names
-
-
-def _unasked(backend: Backend, device: str) -> bool:
-    """Whether a backend runs for who names none: on a CPU the Triton kernels are interpreted, for tests."""
-    return device != "cpu" or backend.name != "triton"
 
 
 def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) -> Backend:
@@ -189,7 +197,7 @@ def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) ->
     dtypes = {"": tensor.dtype} | {name: other.dtype for name, other in others.items() if other is not None}
     reasons = {}
     for backend in table(op):
-        if requested != backend.name and not (requested == "auto" and _unasked(backend, device)):
+        if requested != backend.name and not (requested == "auto" and device not in backend.by_name_only):
             continue
         reason = backend.why_not(device)
         for name, dtype in dtypes.items():
@@ -288,7 +296,7 @@ def backend_report() -> list[dict[str, Any]]:
         backends = {backend.name: backend for backend in table(op)}
         for name in backend_names():
             for device in devices:
-                able = [b.name for b in backends.values() if _unasked(b, device) and b.why_not(device) is None]
+                able = [b.name for b in backends.values() if device not in b.by_name_only and b.why_not(device) is None]
                 reason = backends[name].why_not(device) if name in backends else f"{op} has no {name} kernel"
                 row = {"op": op, "backend": name, "device": device, "available": reason is None, "reason": reason}
                 rows.append({**row, "place": able.index(name) if name in able else None})

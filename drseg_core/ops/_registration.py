@@ -29,7 +29,9 @@ def define(op: str, schema: str, run: Callable[..., Any], fake: Callable[..., An
 
     def without_autograd(*arguments: Any) -> Any:
         with torch.no_grad():
-            return run(*arguments)
+            found = run(*arguments)
+        # as the fake promises, however a backend lays out its result
+        return found.contiguous() if isinstance(found, Tensor) else tuple(value.contiguous() for value in found)
 
     name = f"drseg::{op}"
     torch.library.define(name, schema)
@@ -39,16 +41,21 @@ def define(op: str, schema: str, run: Callable[..., Any], fake: Callable[..., An
 
     def one_by_one(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
         """The rule of ``vmap``: a sum over a sample is not one over all of them, so each has its own call."""
-        results = []
-        for n in range(info.batch_size):
-            given = (
-                value.select(dim, n) if isinstance(value, Tensor) and dim is not None else value
-                for value, dim in zip(arguments, in_dims, strict=True)
+        mapped = [isinstance(value, Tensor) and dim is not None for value, dim in zip(arguments, in_dims, strict=True)]
+        if info.batch_size == 0:
+            # one sample of zeros shows what a result of none looks like
+            arguments = tuple(
+                value.new_zeros([1 if n == dim else size for n, size in enumerate(value.shape)]) if one else value
+                for value, dim, one in zip(arguments, in_dims, mapped, strict=True)
             )
-            results.append(operator(*given))
+        results = []
+        for n in range(max(info.batch_size, 1)):
+            given = zip(arguments, in_dims, mapped, strict=True)
+            results.append(operator(*(value.select(dim, n) if one else value for value, dim, one in given)))
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+            return torch.stack(results)[: info.batch_size], 0
+        stacked = tuple(torch.stack(values)[: info.batch_size] for values in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
 
     torch.library.register_vmap(name, one_by_one)
     return operator
@@ -58,6 +65,12 @@ class Differentiable(Function):
     """Base of an op's step of autograd: ``forward``, ``setup_context`` and ``backward`` are the op's own."""
 
     generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise TypeError(
+            "drseg_core.ops: an input has a forward-mode tangent; expected reverse-mode differentiation, got jvp"
+        )
 
     def __init_subclass__(cls) -> None:
         # torch asks for it in every call, and finding it takes longer than the call

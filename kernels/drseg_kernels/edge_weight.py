@@ -307,8 +307,8 @@ def edge_weight_backward(
     """
     batch, nodes, slots = index.shape
     width, rows = source.shape[-1], batch * nodes
-    need_source, need_target, need_parameters = output_mask[0], output_mask[1], any(output_mask[2:])
-    needed = (need_source, need_target, need_parameters, need_parameters)
+    wants_source, wants_target, wants_parameters = output_mask[0], output_mask[1], any(output_mask[2:])
+    needed = (wants_source, wants_target, wants_parameters, wants_parameters)
     grads = tuple(
         torch.empty(like.shape if need else (0,), dtype=like.dtype, device=like.device)
         for like, need in zip((source, target, vector, bias), needed, strict=True)
@@ -321,13 +321,13 @@ def edge_weight_backward(
     slope = torch.empty(index.shape, dtype=torch.float32, device=source.device)
     chunk = max(_SMALLEST_CHUNK, triton.cdiv(rows, _MOST_CHUNKS))
     chunks, blocks = triton.cdiv(rows, chunk), triton.cdiv(width, chosen.block_n)
-    part = torch.empty(chunks if need_parameters else 0, width + 1, dtype=torch.float32, device=source.device)
+    part = torch.empty(chunks if wants_parameters else 0, width + 1, dtype=torch.float32, device=source.device)
     common: dict[str, Any] = {**chosen.constants(), **chosen.options()}
     # never read without a norm
     scales = (slope,) * 4 if ends is None else (ends.start, ends.end, ends.row, ends.column)
     with on_device_of(source):
         # the slopes are needed where nothing else is asked of the first kernel
-        _edge_weight_bwd_kernel_source[(chunks, max(1, blocks) if need_source or need_parameters else 1)](
+        _edge_weight_bwd_kernel_source[(chunks, max(1, blocks) if wants_source or wants_parameters else 1)](
             grad.contiguous(),
             weight.contiguous(),
             source,
@@ -344,16 +344,16 @@ def edge_weight_backward(
             width,
             chunk,
             NORM="none" if ends is None else ends.norm,
-            NEED_SOURCE=need_source,
-            NEED_PARAMETERS=need_parameters,
+            NEED_SOURCE=wants_source,
+            NEED_PARAMETERS=wants_parameters,
             **{**common, **two_sums(chosen).constants()},
         )
-        if need_target and blocks:
+        if wants_target and blocks:
             csc = csc_of(index) if ends is None else ends.csc
             _edge_weight_bwd_kernel_target[(rows, blocks)](
                 slope, source, target, csc.indptr, csc.perm, vector, grad_target, slots, width, **common
             )
-        if need_parameters:
+        if wants_parameters:
             _edge_weight_bwd_kernel_sum[(triton.cdiv(width + 1, chosen.block_n),)](
                 part, grad_vector, grad_bias, chunks, width, **common
             )

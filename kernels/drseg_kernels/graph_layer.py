@@ -361,8 +361,8 @@ def _through_activation(
     saved: tuple[Tensor, Tensor, Tensor],
     parameters: tuple[Tensor | None, Tensor | None, Tensor | None],
     activation: str,
-    need_inner: bool,
-    need_parameters: bool,
+    wants_inner: bool,
+    wants_parameters: bool,
     tile: Tile | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient before the activation, and those of the parameters in their dtypes; empty where not needed."""
@@ -375,9 +375,9 @@ def _through_activation(
     whole = channels <= chosen.block_n
     chunk = max(_SMALLEST_CHUNK, triton.cdiv(rows, _MOST_CHUNKS))
     chunks, blocks = triton.cdiv(rows, chunk), triton.cdiv(channels, chosen.block_n)
-    part = torch.empty(chunks if need_parameters else 0, 3, channels, dtype=torch.float32, device=grad.device)
+    part = torch.empty(chunks if wants_parameters else 0, 3, channels, dtype=torch.float32, device=grad.device)
     grads = [
-        grad.new_empty(0) if value is None or not need_parameters else torch.empty_like(value.contiguous())
+        grad.new_empty(0) if value is None or not wants_parameters else torch.empty_like(value.contiguous())
         for value in parameters
     ]
     moment = saved[1]
@@ -402,12 +402,12 @@ def _through_activation(
             channels,
             ACTIVATION=activation,
             WHOLE=whole,
-            NEED_INNER=need_inner,
-            NEED_PARAMETERS=need_parameters,
+            NEED_INNER=wants_inner,
+            NEED_PARAMETERS=wants_parameters,
             **chosen.constants(),
             **options,
         )
-        if need_parameters:
+        if wants_parameters:
             _graph_layer_bwd_kernel_sum[(blocks, 3 if norm else 1)](
                 part,
                 *grads,
@@ -448,30 +448,30 @@ def graph_layer_backward(
         tile: sizes for the propagation. rows: sizes for what goes by rows. The other arguments as in the forward.
     """
     parameters = (bias, norm_weight, norm_bias)
-    need_x, need_coefficient = output_mask[:2]
-    need_inner = need_x or need_coefficient
-    need_parameters = any(output_mask[2:]) and any(value is not None for value in parameters)
+    wants_x, wants_coefficient = output_mask[:2]
+    wants_inner = wants_x or wants_coefficient
+    wants_parameters = any(output_mask[2:]) and any(value is not None for value in parameters)
     if grad.numel() == 0:
-        needed = (need_x, need_coefficient, *(need_parameters,) * 3)
+        needed = (wants_x, wants_coefficient, *(wants_parameters,) * 3)
         return tuple(  # type: ignore[return-value]
             torch.zeros_like(value.contiguous()) if need and value is not None else grad.new_empty(0)
             for value, need in zip((x, coefficient, *parameters), needed, strict=True)
         )
     inner = grad = grad.contiguous()
     found = [grad.new_empty(0) for _ in parameters]
-    through = need_inner and activation != "none"
-    if need_parameters or through:
+    through = wants_inner and activation != "none"
+    if wants_parameters or through:
         saved = (given, mean, rstd)
-        inner, *found = _through_activation(grad, y, saved, parameters, activation, through, need_parameters, rows)
+        inner, *found = _through_activation(grad, y, saved, parameters, activation, through, wants_parameters, rows)
     if activation == "none":
         inner = grad
     grad_x, grad_coefficient = x.new_empty(0), coefficient.new_empty(0)
-    if need_x and undirected:
+    if wants_x and undirected:
         # the operator is its own transpose
         options: dict[str, Any] = {"dtype": x.dtype, "tile": tile}
         grad_x = graph_layer(inner, index, coefficient, None, None, None, "none", 0.0, True, False, **options)[0]
-    elif need_x:
+    elif wants_x:
         grad_x = graph_propagate(inner, index, coefficient, True, dtype=x.dtype, tile=tile)
-    if need_coefficient:
+    if wants_coefficient:
         grad_coefficient = edge_dot(inner, x, index, coefficient.dtype, undirected, tile=tile)
     return grad_x, grad_coefficient, *found  # type: ignore[return-value]

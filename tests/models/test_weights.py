@@ -322,3 +322,11 @@ def test_the_hash_knows_every_weight():
     with torch.no_grad():
         model[1].bias[1] += 1e-6
     assert weights_hash(model) != before
+
+
+def test_the_hash_of_a_model_is_that_of_before_its_edge_bias_had_a_dimension():
+    older, now = torch.nn.Module(), torch.nn.Module()
+    older.edge_bias, now.edge_bias = torch.nn.Parameter(torch.tensor(0.5)), torch.nn.Parameter(torch.tensor([0.5]))
+    assert weights_hash(older) == weights_hash(now)
+    now.edge_bias.data += 1
+    assert weights_hash(older) != weights_hash(now)

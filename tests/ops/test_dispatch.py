@@ -25,6 +25,7 @@ from drseg_core import ops
 from drseg_core.errors import BackendDtypeError, BackendUnavailableError
 from drseg_core.nn import PDGR
 from drseg_core.ops import _dispatch, _native
+from drseg_core.ops.graph_propagate import reference as propagate
 from drseg_core.testing import CASES
 
 OPS = ("prepare_prior", "knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
@@ -299,6 +300,40 @@ def test_a_fused_op_runs_on_the_parts_of_a_stranger(toy):
         "degree_normalize: backend half has no backward; expected one of native, triton, reference for a gradient, "
         "got half",
     ]
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Backends that are gone after the test."""
+    for name in ("_tables", "_names"):
+        monkeypatch.setattr(_dispatch, name, type(getattr(_dispatch, name))(getattr(_dispatch, name)))
+    yield ops.register_backend
+    monkeypatch.undo()
+    _dispatch.table.cache_clear()
+
+
+def test_a_stranger_may_keep_its_results_and_lay_them_out_as_it_likes(registered):
+    kept: list[Tensor] = []
+
+    def run(x: Tensor, *others: Any) -> Tensor:
+        assert x.dtype == torch.float32
+        kept.append(propagate.graph_propagate(x, *others).mT.contiguous().mT)
+        return kept[-1]
+
+    registered("graph_propagate", "odd", run, lambda device: None, dtypes=(torch.float32,), preferred=True)
+    given = {**FUSED["graph_layer"].make_inputs(CASES[0], torch.bfloat16), "activation": "relu"}
+    given |= {"norm_weight": None, "norm_bias": None}
+    for changes in ({}, {"bias": None}, {"undirected": True}):
+        kept.clear()
+        got = ops.graph_layer(**{**given, **changes})
+        # unasked, and in half precision too: it is given float32
+        assert ops.last_backend("graph_layer") == ops.last_backend("graph_propagate") == "odd"
+        assert got.is_contiguous() and torch.equal(got, ops.graph_layer(**{**given, **changes}, backend="reference"))
+        assert any((value < 0).any() for value in kept)
+    single = {name: value.float() if name == "x" else value for name, value in given.items()}
+    assert ops.graph_propagate(single["x"], single["index"], single["coefficient"]).is_contiguous()
+    with pytest.raises(BackendDtypeError):
+        ops.graph_propagate(given["x"], given["index"], given["coefficient"], backend="odd")
 
 
 @pytest.fixture

@@ -487,7 +487,7 @@ def test_the_decay_table_is_made_once(monkeypatch):
     made = []
     make = reference.decay_table
     monkeypatch.setattr(reference, "decay_table", lambda *arguments: made.append(arguments) or make(*arguments))
-    registration._kept_table.cache_clear()
+    registration._kept.clear()
     prior = torch.randn(1, 6, 5)
     with torch.inference_mode():
         first = ops.knn_graph(prior, (2, 3), 3, return_score=True)
@@ -499,6 +499,10 @@ def test_the_decay_table_is_made_once(monkeypatch):
     ops.knn_graph(prior, (2, 3), 3, decay=2.0)
     ops.knn_graph(prior, (2, 3), 3, form="gauss")
     assert len(made) == 5
+    monkeypatch.setattr(registration, "_MOST_KEPT", 5)
+    for decay in (3.0, 4.0, 5.0):
+        ops.knn_graph(prior, (2, 3), 3, decay=decay)
+    assert len(registration._kept) == 5
 
 
 def test_reference_gives_the_same_for_any_block():

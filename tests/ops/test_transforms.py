@@ -106,6 +106,24 @@ def test_forward_mode_is_refused_in_one_line(subject):
     assert leaves(subject, inputs)
 
 
+def test_no_samples_give_no_results(subject):
+    inputs, values = parts(subject)
+    call = with_differentiable(subject, inputs)
+    none = torch.stack([values[0]] * 2)[:0]
+    dims = (0, *(None,) * (len(values) - 1))
+    got = torch.vmap(call, dims)(none, *values[1:])
+    assert got.shape == (0, *call(*values).shape)
+    grads = torch.vmap(torch.func.grad(lambda *given: call(*given).sum()), dims)(none, *values[1:])
+    assert grads.shape == none.shape
+
+
+def test_forward_over_reverse_is_refused_in_one_line(subject):
+    inputs, values = parts(subject)
+    call = with_differentiable(subject, inputs)
+    with pytest.raises(TypeError, match=r"an input has a forward-mode tangent; expected reverse-mode .*, got jvp$"):
+        torch.func.hessian(lambda value: call(value, *values[1:]).square().sum())(values[0])
+
+
 @pytest.mark.parametrize("options", [{}, {"norm": "sym_undirected", "self_loop": "extra"}], ids=str)
 def test_per_sample_gradients_of_the_module(options):
     torch.manual_seed(0)

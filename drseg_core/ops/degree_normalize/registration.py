@@ -38,13 +38,13 @@ _dispatch.add_table(
 def _run(weight: Tensor, index: Tensor, norm: str, eps: float, backend: str) -> Tensor:
     chosen = _dispatch.resolve("degree_normalize", weight, backend)
     with _dispatch.plain_float32(weight):
-        return chosen.run(weight, index, norm, eps).contiguous()
+        return chosen.run(weight, index, norm, eps)
 
 
 def _run_backward(grad: Tensor, weight: Tensor, index: Tensor, norm: str, eps: float, backend: str) -> Tensor:
     chosen = _dispatch.resolve("degree_normalize", weight, backend)
     with _dispatch.plain_float32(weight):
-        return _dispatch.gradients("degree_normalize", chosen, grad, weight, index, norm, eps).contiguous()
+        return _dispatch.gradients("degree_normalize", chosen, grad, weight, index, norm, eps)
 
 
 _forward = define(

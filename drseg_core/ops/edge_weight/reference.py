@@ -79,7 +79,7 @@ def edge_weight_backward(
     One whose ``output_mask`` is False is an empty tensor. The ReLU mask is computed again. The derivative of softplus
     comes from the saved weight: 1 - exp(-weight).
     """
-    need_source, need_target, need_vector, _ = output_mask
+    wants_source, wants_target, wants_vector, _ = output_mask
     inputs = (source, target, vector, bias)
     grad, weight, source, target, vector, _ = _wide(grad, weight, *inputs)
     batch, nodes, k = index.shape
@@ -95,14 +95,14 @@ def edge_weight_backward(
             near = neighbour[b, rows]
             hidden = (source[b, rows, None] + target[b][near]).relu()
             logit = grad_logit[b, rows]
-            if need_vector:
+            if wants_vector:
                 grad_vector += (logit.unsqueeze(-1) * hidden).sum((0, 1))
-            if not need_source and not need_target:
+            if not wants_source and not wants_target:
                 continue
             grad_hidden = (logit.unsqueeze(-1) * vector).masked_fill(hidden <= 0, 0)
-            if need_source:
+            if wants_source:
                 grad_source[b, rows] = grad_hidden.sum(1)
-            if need_target:
+            if wants_target:
                 grad_target[b].index_add_(0, near.flatten(), grad_hidden.flatten(0, 1))
     results = (grad_source, grad_target, grad_vector, grad_logit.sum())
     source, target, vector, bias = (

@@ -54,10 +54,11 @@ def compose(propagate: tuple[Callable[..., Tensor], Run]) -> tuple[Run, Run]:
         if undirected:
             y = y + run(wide_x, index, share, True)
         if bias is not None:
-            y += bias.to(y.dtype)
+            y = y + bias.to(y.dtype)
         given, mean, rstd = (y.new_empty(0) for _ in range(3))
         if activation == "relu":
-            y.relu_()
+            # in place where the sum is ours
+            y = y.relu() if bias is None and not undirected else y.relu_()
         elif activation == "layer_norm":
             weight, bias = _to(y.dtype, norm_weight, norm_bias)
             normed, *moments = torch.native_layer_norm(y, y.shape[-1:], weight, bias, eps)

@@ -20,7 +20,9 @@ from drseg_core.ops._registration import (
 )
 from drseg_core.ops.graph_layer import reference
 
-_dispatch.add_fusion("graph_layer", ("graph_propagate",), reference.compose, _triton.backend("graph_layer"))
+_dispatch.add_fusion(
+    "graph_layer", ("graph_propagate",), reference.compose, _triton.backend("graph_layer"), widens=True
+)
 
 
 def _resolve(x: Tensor, backend: str, *others: Tensor | None) -> _dispatch.Backend:

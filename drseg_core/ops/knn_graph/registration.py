@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -33,24 +32,35 @@ _dispatch.add_table(
 )
 
 
-@functools.lru_cache(maxsize=64)
-def _kept_table(
-    grid: tuple[int, int], decay: float, form: str, dtype: torch.dtype, device: torch.device, stream: Any
-) -> Tensor:
-    return reference.decay_table(grid, decay, form, dtype, device)
+# the tables made last, and those that a recorded CUDA graph reads for as long as it lives
+_kept: dict[Any, Tensor] = {}
+_recorded: dict[Any, Tensor] = {}
+_MOST_KEPT = 64
 
 
 def decay_table(grid: tuple[int, int], decay: float, form: str, like: Tensor) -> Tensor:
     """The spatial term of Eq. 7 in the dtype and on the device of ``like``, made once and kept.
 
-    What is made while a CUDA graph is recorded has no content yet; and another stream may run before what was made on
-    this one is there.
+    On a GPU only what is made on the default stream is kept, and the host waits for it once: other streams may read it
+    at any time. The memory of another stream may be the pool of a CUDA graph, which must not outlive it.
     """
-    stream = torch.cuda.current_stream(like.device) if like.is_cuda else None
-    recorded = like.is_cuda and torch.cuda.is_current_stream_capturing()
-    with torch.inference_mode(False):
-        make = _kept_table.__wrapped__ if recorded else _kept_table
-        return make(grid, decay, form, like.dtype, like.device, stream)
+    key = (grid, decay, form, like.dtype, like.device)
+    recording = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    table = _kept.get(key)
+    if table is None:
+        with torch.inference_mode(False):
+            table = reference.decay_table(grid, decay, form, like.dtype, like.device)
+        if like.is_cuda:
+            stream = torch.cuda.current_stream(like.device)
+            if recording or stream != torch.cuda.default_stream(like.device):
+                return table
+            stream.synchronize()
+        if len(_kept) >= _MOST_KEPT:
+            _kept.pop(next(iter(_kept)), None)
+        _kept[key] = table
+    if recording:
+        _recorded[key] = table
+    return table
 
 
 def _run(

@@ -29,7 +29,7 @@ _dispatch.add_table(
 def _run(prior: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     scaled, inverse_norm = _dispatch.resolve("prepare_prior", prior, backend).run(prior)
     # the result of an op may not be its argument
-    return scaled.clone() if scaled is prior else scaled.contiguous(), inverse_norm
+    return scaled.clone() if scaled is prior else scaled, inverse_norm
 
 
 def _fake(prior: Tensor, backend: str) -> tuple[Tensor, Tensor]:
