@@ -147,7 +147,7 @@ def test_launches(monkeypatch):
         assert len(seen) == forward[norm], seen
         seen.clear()
         given = [inputs[name] for name in ("source", "target", "index", "vector", "bias")]
-        kernels.edge_coefficient_backward(coefficient, *saved, *given, norm, 1e-6, True, True, True)
+        kernels.edge_coefficient_backward(coefficient, *saved, *given, norm, 1e-6, [True] * 4)
         assert len(seen) == backward[norm], seen
         seen.clear()
 

@@ -575,7 +575,7 @@ def test_row_32_the_native_kernels_refuse_sizes_that_do_not_fit():
     backward = torch.ops.drseg.graph_propagate_backward
     for grad in (torch.ones(B, N + 1, C), torch.ones(B + 1, N, C), torch.ones(B, N, C + 1), torch.ones(N, C)):
         with pytest.raises(RuntimeError, match="drseg_native::graph_"):
-            backward(grad, x, index, coefficient, False, True, True, "native")
+            backward(grad, x, index, coefficient, False, [True, True], "native")
     for wrong in (index[:, :5], index[..., :2], index[:1], index[0]):
         with pytest.raises(RuntimeError, match="drseg_native::graph_propagate: "):
             torch.ops.drseg.graph_propagate(x, wrong, coefficient, False, "native")
@@ -600,13 +600,9 @@ def test_row_35_editing_the_features_after_the_forward_of_pdgr(hidden):
     features = leaf * 1
     output = module(features, given["prior"])
     features.add_(1)
-    # a wider hidden layer propagates the features themselves and has saved them; a narrower one has saved a copy
-    if hidden > C:
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            output.square().sum().backward()
-    else:
-        got = torch.autograd.grad(output.square().sum(), parameters)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    # the linear map comes first and has saved a copy
+    got = torch.autograd.grad(output.square().sum(), parameters)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_row_36_pdgr_is_not_twice_differentiable():
@@ -666,8 +662,10 @@ def test_row_45_forward_mode_is_refused_and_not_dropped(op):
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(value, tangent)
             refuse(lambda f=function, d=dual: f(d), TypeError, f"{op}: {name} ", rule)
-        with pytest.raises(RuntimeError, match="functorch|torch.func|setup_context"):
-            torch.func.grad(lambda tensor, f=function: f(tensor).sum())(value)
+        # the other mode works
+        leaf = value.detach().requires_grad_()
+        expected = torch.autograd.grad(function(leaf).sum(), leaf)[0]
+        assert torch.equal(torch.func.grad(lambda tensor, f=function: f(tensor).sum())(value), expected)
 
 
 @pytest.mark.parametrize("op", SUBJECTS)
