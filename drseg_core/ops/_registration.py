@@ -66,12 +66,6 @@ class Differentiable(Function):
 
     generate_vmap_rule = True
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise TypeError(
-            "drseg_core.ops: an input has a forward-mode tangent; expected reverse-mode differentiation, got jvp"
-        )
-
     def __init_subclass__(cls) -> None:
         # torch asks for it in every call, and finding it takes longer than the call
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]

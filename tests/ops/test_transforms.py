@@ -120,7 +120,8 @@ def test_no_samples_give_no_results(subject):
 def test_forward_over_reverse_is_refused_in_one_line(subject):
     inputs, values = parts(subject)
     call = with_differentiable(subject, inputs)
-    with pytest.raises(TypeError, match=r"an input has a forward-mode tangent; expected reverse-mode .*, got jvp$"):
+    # by torch: a rule of ours that says so would keep torch.compile from tracing the op
+    with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.hessian(lambda value: call(value, *values[1:]).square().sum())(values[0])
 
 
