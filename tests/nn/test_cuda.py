@@ -103,6 +103,18 @@ def test_compiled():
     assert max(differences(compiled, eager).values()) < 1e-4
 
 
+def test_compiled_into_cuda_graphs():
+    # what is kept from call to call must not lie in their pool: a replay would overwrite it
+    module = make(decay=1.7).cuda()
+    compiled = torch.compile(module, mode="reduce-overhead")
+    for side in (24, 17, 24):
+        features, prior = (value.cuda() for value in maps(module, side))
+        eager = step(module, features, prior)
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            assert max(differences(step(compiled, features, prior), eager).values()) < 1e-4
+
+
 def test_memory_grows_with_the_edges_and_not_with_the_square_of_the_nodes():
     module = make(16, 16, edge_hidden=16).cuda()
     features, prior = (value.cuda() for value in maps(module, 128, batch=1))
