@@ -62,6 +62,7 @@ def variants(target: Any) -> Iterator[Variant]:
     for found in (
         _prepare_prior,
         _knn_graph,
+        _csc,
         _edge_weight,
         _edge_coefficient,
         _degree_normalize,
@@ -117,8 +118,7 @@ def _knn_graph(device: Any) -> Iterator[Variant]:
 _FIXED = {
     **{f"{name}_ptr": "*fp32" for name in ("weight", "slope", "part", "row", "column", "dot", "coefficient")},
     **{f"{name}_ptr": "*fp32" for name in ("given", "mean", "rstd", "moment", "norm_weight", "norm_bias")},
-    **{f"{name}_ptr": "*i32" for name in ("index", "perm")},
-    "indptr_ptr": "*i64",
+    **{f"{name}_ptr": "*i32" for name in ("index", "indptr", "perm", "count", "degree")},
     "mask_ptr": "*u8",
     "eps": "fp32",
 }
@@ -195,6 +195,24 @@ def _edge_coefficient(device: Any) -> Iterator[Variant]:
         yield _variant(
             "edge_weight", edge_weight._edge_weight_bwd_kernel_source, edge_weight.two_sums(usual), "fp32", constants
         )
+
+
+def _csc(device: Any) -> Iterator[Variant]:
+    from drseg_kernels import csc as op
+
+    for kernel, nodes in (
+        (op._csc_kernel_count, 576),
+        (op._csc_kernel_count, 16_384),
+        (op._csc_kernel_scan, None),
+        (op._csc_kernel_place, 576),
+        (op._csc_kernel_place, 16_384),
+    ):
+        sizes = op.tile_of(nodes) if nodes else op.SCAN
+        part = kernel.__name__.removeprefix("_csc_kernel_")
+        constants = {name: value for name, value in sizes.items() if name.isupper()}
+        types = {name: _FIXED[name] for name in kernel.arg_names if name.endswith("_ptr")}
+        options = {"enable_fp_fusion": True, **{name: value for name, value in sizes.items() if name.islower()}}
+        yield Variant(_name(f"csc {part}", constants, sizes["num_warps"]), kernel, types, constants, options, 16_384)
 
 
 def _degree_normalize(device: Any) -> Iterator[Variant]:

@@ -142,7 +142,7 @@ def engine(
     backward = mode == "fwd+bwd"
     problem = make(case, data, device)
     with torch.no_grad():
-        index, _ = problem.engine.graph(problem.prior)
+        index = problem.engine.graph(problem.prior).index
     wrong, fields = _gate(case, problem, index, backward, most_literal=0)
     return partial(step, problem.engine, problem, backward), wrong, fields.get("backends", {})
 
@@ -238,7 +238,7 @@ def measure(
     backward = mode == "fwd+bwd"
     problem = make(case, data, device)
     with torch.no_grad():
-        index, _ = problem.engine.graph(problem.prior)
+        index = problem.engine.graph(problem.prior).index
     wrong, fields = _gate(case, problem, index, backward)
     if wrong is not None:
         return [], [f"engine: {wrong}"]

@@ -10,20 +10,24 @@ STABLE_TORCH_LIBRARY(drseg_native, m) {
   m.def(
       "knn_graph(Tensor prior, Tensor inverse_norm, Tensor table, int k, int form, bool include_self) "
       "-> (Tensor, Tensor)");
+  m.def("csc(Tensor index) -> (Tensor, Tensor)");
   m.def(
       "edge_weight(Tensor source, Tensor target, Tensor index, Tensor vector, Tensor bias, Tensor? mask) -> Tensor");
   m.def(
-      "edge_weight_backward(Tensor grad, Tensor weight, Tensor source, Tensor target, Tensor index, Tensor vector) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "edge_weight_backward(Tensor grad, Tensor weight, Tensor source, Tensor target, Tensor index, Tensor vector, "
+      "Tensor? indptr, Tensor? perm) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("degree_normalize(Tensor weight, Tensor index, int norm, float eps) -> Tensor");
   m.def("degree_normalize_backward(Tensor grad, Tensor weight, Tensor index, int norm, float eps) -> Tensor");
-  m.def("graph_propagate(Tensor x, Tensor index, Tensor coefficient, bool transpose) -> Tensor");
+  m.def(
+      "graph_propagate(Tensor x, Tensor index, Tensor coefficient, bool transpose, Tensor? indptr, Tensor? perm) "
+      "-> Tensor");
   m.def("graph_edge_dot(Tensor start, Tensor end, Tensor index) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(drseg_native, CPU, m) {
   m.impl("prepare_prior", TORCH_BOX(&drseg::prepare_prior));
   m.impl("knn_graph", TORCH_BOX(&drseg::knn_graph));
+  m.impl("csc", TORCH_BOX(&drseg::csc));
   m.impl("edge_weight", TORCH_BOX(&drseg::edge_weight));
   m.impl("edge_weight_backward", TORCH_BOX(&drseg::edge_weight_backward));
   m.impl("degree_normalize", TORCH_BOX(&drseg::degree_normalize));

@@ -21,15 +21,18 @@ std::tuple<Tensor, Tensor> prepare_prior(const Tensor& prior, bool scale);
 std::tuple<Tensor, Tensor> knn_graph(
     const Tensor& prior, const Tensor& inverse_norm, const Tensor& table, int64_t k, int64_t form, bool include_self);
 
+// The edges that end in each node, ascending. (B,N,K) int32 -> (B*N+1,) int32, (B*N*K,) int32
+std::tuple<Tensor, Tensor> csc(const Tensor& index);
+
 // softplus(vector . relu(source_i + target_j) + bias). (B,N,E), (B,N,E), (B,N,K) int32, (E,), (), (B,N,K) -> (B,N,K)
 Tensor edge_weight(
     const Tensor& source, const Tensor& target, const Tensor& index, const Tensor& vector, const Tensor& bias,
     std::optional<Tensor> mask);
 
-// Gradients to source, target, vector and bias (1,).
+// Gradients to source, target, vector and bias (1,). `indptr` and `perm` are those of `csc`, or both are made here.
 std::tuple<Tensor, Tensor, Tensor, Tensor> edge_weight_backward(
     const Tensor& grad, const Tensor& weight, const Tensor& source, const Tensor& target, const Tensor& index,
-    const Tensor& vector);
+    const Tensor& vector, std::optional<Tensor> indptr, std::optional<Tensor> perm);
 
 // `norm` counts sym_row, sym_count, sym_inout, row, sym_undirected. (B,N,K), (B,N,K) int32 -> (B,N,K)
 Tensor degree_normalize(const Tensor& weight, const Tensor& index, int64_t norm, double eps);
@@ -38,7 +41,9 @@ Tensor degree_normalize_backward(
     const Tensor& grad, const Tensor& weight, const Tensor& index, int64_t norm, double eps);
 
 // y_i = sum_k coefficient_ik x_j, or the same along reversed edges. (B,N,C), (B,N,K) int32, (B,N,K) -> (B,N,C)
-Tensor graph_propagate(const Tensor& x, const Tensor& index, const Tensor& coefficient, bool transpose);
+Tensor graph_propagate(
+    const Tensor& x, const Tensor& index, const Tensor& coefficient, bool transpose, std::optional<Tensor> indptr,
+    std::optional<Tensor> perm);
 
 // <start_i, end_j> for every edge. (B,N,C), (B,N,C), (B,N,K) int32 -> (B,N,K)
 Tensor graph_edge_dot(const Tensor& start, const Tensor& end, const Tensor& index);

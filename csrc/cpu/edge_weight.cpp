@@ -161,12 +161,18 @@ DRSEG_INLINE void target_nodes(
     Edges<T> edges, const Csc* csc, const T* slope, const T* source, const T* target, T* grad, int64_t first,
     int64_t last) {
   std::vector<T> ordered;
+  std::vector<int32_t> start;
   for (int64_t node = first; node < last; ++node) {
     const int64_t begin = csc->indptr[node], count = csc->indptr[node + 1] - begin;
     ordered.resize(count);
-    for (int64_t n = 0; n < count; ++n) ordered[n] = slope[csc->perm[begin + n]];
+    start.resize(count);
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t edge = csc->edge(begin + n);
+      ordered[n] = slope[edge];
+      start[n] = csc->start(edge);
+    }
     add_all_active<T, kBytes, false>(
-        target + node * edges.hidden, source, csc->start.data() + begin, ordered.data(), count, edges.hidden,
+        target + node * edges.hidden, source, start.data(), ordered.data(), count, edges.hidden,
         edges.vector, grad + node * edges.hidden, nullptr);
   }
 }
@@ -204,7 +210,7 @@ void forward(
 template <class T>
 void backward(
     const Tensor& grad, const Tensor& weight, const Tensor& source, const Tensor& target, const Tensor& index,
-    const Tensor& vector, Tensor& grad_source, Tensor& grad_target, Tensor& grad_vector, Tensor& grad_bias) {
+    const Tensor& vector, const Columns& columns, Tensor& grad_source, Tensor& grad_target, Tensor& grad_vector, Tensor& grad_bias) {
   const Edges<T> edges = edges_of<T>(source, target, index, vector, T(0));
   const int64_t batch = source.size(0), rows = batch * edges.nodes, count = rows * edges.slots;
   const auto slope = std::make_unique_for_overwrite<T[]>(count);
@@ -228,7 +234,7 @@ void backward(
 
   T* to_target = grad_target.mutable_data_ptr<T>();
   for_ends(
-      edges.index, batch, edges.nodes, edges.slots, grain(edges.slots, edges.hidden),
+      edges.index, columns, batch, edges.nodes, edges.slots, grain(edges.slots, edges.hidden),
       [&](int64_t b, const Csc& csc, int64_t first, int64_t last) {
         const int64_t offset = b * edges.nodes * edges.hidden;
         const T* given = slope.get() + b * edges.nodes * edges.slots;
@@ -279,7 +285,7 @@ Tensor edge_weight(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> edge_weight_backward(
     const Tensor& grad, const Tensor& weight, const Tensor& source, const Tensor& target, const Tensor& index,
-    const Tensor& vector) {
+    const Tensor& vector, std::optional<Tensor> indptr, std::optional<Tensor> perm) {
   constexpr const char* op = "drseg_native::edge_weight_backward";
   const ScalarType dtype = check(op, source, target, index, vector);
   check_operand(op, "grad", grad, 3, dtype);
@@ -288,12 +294,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edge_weight_backward(
     check_leading(op, "grad or weight", *tensor, index);
     STD_TORCH_CHECK(tensor->size(2) == index.size(2), op, ": grad, weight and index differ in K");
   }
+  const Columns columns = check_columns(op, indptr, perm, index);
   Tensor grad_source = drseg::allocate_like(source), grad_target = drseg::allocate_like(target);
   Tensor grad_vector = drseg::allocate_like(vector), grad_bias = drseg::allocate(vector, {1});
   if (dtype == ScalarType::Double) {
-    backward<double>(grad, weight, source, target, index, vector, grad_source, grad_target, grad_vector, grad_bias);
+    backward<double>(
+        grad, weight, source, target, index, vector, columns, grad_source, grad_target, grad_vector, grad_bias);
   } else {
-    backward<float>(grad, weight, source, target, index, vector, grad_source, grad_target, grad_vector, grad_bias);
+    backward<float>(
+        grad, weight, source, target, index, vector, columns, grad_source, grad_target, grad_vector, grad_bias);
   }
   return {grad_source, grad_target, grad_vector, grad_bias};
 }

@@ -34,23 +34,25 @@ template <class T>
 struct Received {
   const int32_t* from;
   const T* share;
-  const int64_t* begin;  // nullptr: `slots` for each
+  const int32_t* begin;  // nullptr: `slots` for each
   int64_t slots, nodes, channels;
+  int64_t offset = 0;  // the first edge that `from` and `share` hold
 
-  DRSEG_INLINE int64_t start_of(int64_t node) const { return begin != nullptr ? begin[node] : node * slots; }
+  DRSEG_INLINE int64_t start_of(int64_t node) const {
+    return (begin != nullptr ? begin[node] : node * slots) - offset;
+  }
 };
 
 // kCount registers of channels.
 template <class T, int kBytes, int kCount>
-DRSEG_INLINE void gather_tile(
-    const Received<T>& received, int64_t share_offset, const T* x, T* y, int64_t first, int64_t last) {
+DRSEG_INLINE void gather_tile(const Received<T>& received, const T* x, T* y, int64_t first, int64_t last) {
   typedef Register<T, kBytes> R;
   for (int64_t node = first; node < last; ++node) {
     typename R::type sum[kCount] = {};
     const int64_t end = received.start_of(node + 1);
     for (int64_t e = received.start_of(node); e < end; ++e) {
       const T* source = x + clamp_index(received.from[e], received.nodes) * received.channels;
-      const T share = received.share[e - share_offset];
+      const T share = received.share[e];
       for (int n = 0; n < kCount; ++n) sum[n] += share * R::load(source + n * R::lanes);
     }
     for (int n = 0; n < kCount; ++n) R::store(y + node * received.channels + n * R::lanes, sum[n]);
@@ -58,34 +60,32 @@ DRSEG_INLINE void gather_tile(
 }
 
 template <class T>
-DRSEG_INLINE void gather_channel(
-    const Received<T>& received, int64_t share_offset, const T* x, T* y, int64_t first, int64_t last) {
+DRSEG_INLINE void gather_channel(const Received<T>& received, const T* x, T* y, int64_t first, int64_t last) {
   for (int64_t node = first; node < last; ++node) {
     T sum = 0;
     for (int64_t e = received.start_of(node); e < received.start_of(node + 1); ++e)
-      sum += received.share[e - share_offset] * x[clamp_index(received.from[e], received.nodes) * received.channels];
+      sum += received.share[e] * x[clamp_index(received.from[e], received.nodes) * received.channels];
     y[node * received.channels] = sum;
   }
 }
 
 // All channels in tiles of kCount registers; the last tile overlaps the one before and writes the same bits again.
 template <class T, int kBytes, int kCount>
-DRSEG_INLINE void gather_nodes(
-    const Received<T>& received, int64_t share_offset, const T* x, T* y, int64_t first, int64_t last) {
+DRSEG_INLINE void gather_nodes(const Received<T>& received, const T* x, T* y, int64_t first, int64_t last) {
   constexpr int64_t width = kCount * Register<T, kBytes>::lanes;
   if (received.channels < width) {
     if constexpr (kCount > 1) {
-      gather_nodes<T, kBytes, kCount / 2>(received, share_offset, x, y, first, last);
+      gather_nodes<T, kBytes, kCount / 2>(received, x, y, first, last);
     } else {
       for (int64_t c = 0; c < received.channels; ++c)
-        gather_channel(received, share_offset, x + c, y + c, first, last);
+        gather_channel(received, x + c, y + c, first, last);
     }
     return;
   }
   for (int64_t node = first; node < last; node += kNodes) {
     for (int64_t c = 0; c < received.channels; c += width) {
       const int64_t start = std::min(c, received.channels - width);
-      gather_tile<T, kBytes, kCount>(received, share_offset, x + start, y + start, node, std::min(last, node + kNodes));
+      gather_tile<T, kBytes, kCount>(received, x + start, y + start, node, std::min(last, node + kNodes));
     }
   }
 }
@@ -99,7 +99,7 @@ DRSEG_INLINE void gather_along(Graph<T> graph, const T* x, T* y, int64_t first, 
         graph.index + begin * graph.slots, graph.coefficient + begin * graph.slots, nullptr,
         graph.slots, graph.nodes, graph.channels};
     const int64_t offset = begin * graph.channels;
-    gather_nodes<T, kBytes, 8>(received, 0, x + offset, y + offset, first - begin, end - begin);
+    gather_nodes<T, kBytes, 8>(received, x + offset, y + offset, first - begin, end - begin);
     first = end;
   }
 }
@@ -110,10 +110,15 @@ DRSEG_INLINE void gather_against(
     Graph<T> graph, const Csc* csc, const T* coefficient, const T* x, T* y, int64_t first, int64_t last) {
   const int64_t begin = csc->indptr[first], count = csc->indptr[last] - begin;
   std::vector<T> share(count);
-  for (int64_t n = 0; n < count; ++n) share[n] = coefficient[csc->perm[begin + n]];
+  std::vector<int32_t> from(count);
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t edge = csc->edge(begin + n);
+    share[n] = coefficient[edge];
+    from[n] = csc->start(edge);
+  }
   const Received<T> received{
-      csc->start.data(), share.data(), csc->indptr.data(), graph.slots, graph.nodes, graph.channels};
-  gather_nodes<T, kBytes, 8>(received, begin, x, y, first, last);
+      from.data(), share.data(), csc->indptr, graph.slots, graph.nodes, graph.channels, begin};
+  gather_nodes<T, kBytes, 8>(received, x, y, first, last);
 }
 
 template <class T, int kBytes, int kCount>
@@ -163,7 +168,8 @@ int64_t grain(int64_t slots, int64_t channels) {
 }
 
 template <class T>
-void propagate(const Tensor& x, const Tensor& index, const Tensor& coefficient, bool transpose, Tensor& y) {
+void propagate(
+    const Tensor& x, const Tensor& index, const Tensor& coefficient, bool transpose, const Columns& columns, Tensor& y) {
   const int64_t batch = x.size(0), nodes = x.size(1), channels = x.size(2), slots = index.size(2);
   const Graph<T> graph{index.const_data_ptr<int32_t>(), coefficient.const_data_ptr<T>(), nodes, slots, channels};
   const T* in = x.const_data_ptr<T>();
@@ -175,7 +181,7 @@ void propagate(const Tensor& x, const Tensor& index, const Tensor& coefficient, 
     return;
   }
   for_ends(
-      graph.index, batch, nodes, slots, grain(slots, channels),
+      graph.index, columns, batch, nodes, slots, grain(slots, channels),
       [&](int64_t b, const Csc& csc, int64_t first, int64_t last) {
         const int64_t offset = b * nodes * channels;
         const T* shares = graph.coefficient + b * nodes * slots;
@@ -185,7 +191,9 @@ void propagate(const Tensor& x, const Tensor& index, const Tensor& coefficient, 
 
 }  // namespace
 
-Tensor graph_propagate(const Tensor& x, const Tensor& index, const Tensor& coefficient, bool transpose) {
+Tensor graph_propagate(
+    const Tensor& x, const Tensor& index, const Tensor& coefficient, bool transpose, std::optional<Tensor> indptr,
+    std::optional<Tensor> perm) {
   constexpr const char* op = "drseg_native::graph_propagate";
   const ScalarType dtype = check_floating(op, x);
   check_operand(op, "x", x, 3, dtype);
@@ -194,12 +202,13 @@ Tensor graph_propagate(const Tensor& x, const Tensor& index, const Tensor& coeff
   check_leading(op, "index", index, x);
   check_leading(op, "coefficient", coefficient, x);
   STD_TORCH_CHECK(coefficient.size(2) == index.size(2), op, ": coefficient and index differ in K");
+  const Columns columns = check_columns(op, indptr, perm, index);
   Tensor y = drseg::allocate_like(x);
   if (y.numel() == 0) return y;
   if (dtype == ScalarType::Double) {
-    propagate<double>(x, index, coefficient, transpose, y);
+    propagate<double>(x, index, coefficient, transpose, columns, y);
   } else {
-    propagate<float>(x, index, coefficient, transpose, y);
+    propagate<float>(x, index, coefficient, transpose, columns, y);
   }
   return y;
 }

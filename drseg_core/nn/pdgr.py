@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drseg_core.ops import (
+    Graph,
     backend_names,
+    csc,
     degree_normalize,
     edge_coefficient,
     edge_weight,
@@ -212,15 +214,17 @@ class PDGR(nn.Module):
         positive = score.clamp_min(0)
         return positive**self.gamma if self.affinity == "power" else self.gamma * positive
 
-    def graph(self, prior: Tensor) -> tuple[Tensor, Tensor]:
+    def graph(self, prior: Tensor, *, columns: bool = True) -> Graph:
         """Neighbours and propagation coefficients for a prior map.
 
         Args:
             prior: (B, D, h, w).
+            columns: list the edges by the nodes in which they end, too; whatever goes against the edges, a gradient
+                among it, takes longer without.
 
         Returns:
-            ``index`` (B, N, K) int32 and ``coefficient`` (B, N, K), where N = h * w and K is ``k``, plus one slot with
-            ``self_loop="extra"``.
+            ``index`` (B, N, K) int32, ``coefficient`` (B, N, K) and ``csc``, where N = h * w and K is ``k``, plus one
+            slot with ``self_loop="extra"``.
         """
         grid = (prior.shape[2], prior.shape[3])
         nodes = prior.detach().flatten(2).transpose(1, 2)
@@ -249,36 +253,43 @@ class PDGR(nn.Module):
         # padded slots have no score
         edges = (source, target, index, self.edge_vector, self.edge_bias)
         mask = score != -torch.inf
+        lists = csc(index, backend=self.backend) if columns else None
         if not self.use_affinity_as_weight and self.self_loop != "extra":
-            return index, edge_coefficient(*edges, mask=mask, norm=self.norm, backend=self.backend)
-        weight = edge_weight(*edges, mask=mask, backend=self.backend)
+            options: dict[str, Any] = {"norm": self.norm, "csc": lists, "backend": self.backend}
+            return Graph(index, edge_coefficient(*edges, mask=mask, **options), lists)
+        weight = edge_weight(*edges, mask=mask, csc=lists, backend=self.backend)
         if self.use_affinity_as_weight:
             weight = weight * self._affinity(score)
         if self.self_loop == "extra":
             own = torch.arange(count, dtype=index.dtype, device=index.device)
             index = torch.cat([index, own[:, None].expand(nodes.shape[0], -1, 1)], dim=2)
             weight = torch.cat([weight, weight.new_ones(*weight.shape[:2], 1)], dim=2)
-        return index, degree_normalize(weight, index, norm=self.norm, backend=self.backend)
+            lists = csc(index, backend=self.backend) if columns else None
+        coefficient = degree_normalize(weight, index, norm=self.norm, csc=lists, backend=self.backend)
+        return Graph(index, coefficient, lists)
 
     def forward(self, features: Tensor, prior: Tensor) -> Tensor:
         """Rectify ``features`` (B, C, h, w) along the graph of ``prior`` (B, D, h, w)."""
         self._check(features, prior)
-        index, coefficient = self.graph(prior)
         undirected, norm = self.norm == "sym_undirected", self.output_norm
+        # only gradients and degrees of incoming edges go against the edges
+        columns = self.norm in ("sym_inout", "sym_undirected") or torch.is_grad_enabled()
+        graph = self.graph(prior, columns=columns)
         x = features.flatten(2).transpose(1, 2)
         for layer, weight in enumerate(self.weights):
             last = layer == len(self.weights) - 1
             x = F.linear(x, weight)
             x = graph_layer(
                 x,
-                index,
-                coefficient,
+                graph.index,
+                graph.coefficient,
                 None if self.biases is None else self.biases[layer],
                 norm.weight if last else None,
                 norm.bias if last else None,
                 activation="layer_norm" if last else "relu",
                 eps=norm.eps,
                 undirected=undirected,
+                csc=graph.csc,
                 backend=self.backend,
             )
             if not last:

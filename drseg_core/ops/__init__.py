@@ -5,18 +5,23 @@ import importlib
 import os
 
 from drseg_core.ops._dispatch import backend_names, backend_report, last_backend, register_backend, use_backend
+from drseg_core.ops.csc.api import Csc, csc
 from drseg_core.ops.degree_normalize.api import degree_normalize
 from drseg_core.ops.edge_coefficient.api import edge_coefficient
 from drseg_core.ops.edge_weight.api import edge_weight
+from drseg_core.ops.graph import Graph
 from drseg_core.ops.graph_layer.api import graph_layer
 from drseg_core.ops.graph_propagate.api import graph_propagate
 from drseg_core.ops.knn_graph.api import knn_graph, padding_mask
 from drseg_core.ops.prepare_prior.api import PreparedPrior, prepare_prior
 
 __all__ = [
+    "Csc",
+    "Graph",
     "PreparedPrior",
     "backend_names",
     "backend_report",
+    "csc",
     "degree_normalize",
     "edge_coefficient",
     "edge_weight",

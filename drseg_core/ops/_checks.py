@@ -82,6 +82,30 @@ def check_no_tangent(op: str, **tensors: Tensor) -> None:
             )
 
 
+def check_csc(op: str, csc: object, index: Tensor) -> None:
+    """Refuse columns that cannot be those of ``index``, by types and sizes."""
+    if csc is None:
+        return
+    if not isinstance(csc, tuple) or len(csc) != 2:
+        raise TypeError(f"{op}: csc must be a pair of tensors; expected Csc or None, got {type(csc).__name__}")
+    rows = index.shape[:-1].numel()
+    for name, value, size, meaning in (
+        ("csc.indptr", csc[0], rows + 1, "(B * N + 1,)"),
+        ("csc.perm", csc[1], index.numel(), "(B * N * K,)"),
+    ):
+        check_tensor(op, name, value, None, INDEX_DTYPES)
+        check_shape(op, name, value, (size,), meaning)
+        check_same_device(op, index=index, **{name: value})
+
+
+def check_csc_values(op: str, csc: tuple[Tensor, Tensor] | None, right: tuple[Tensor, Tensor]) -> None:
+    """Refuse columns of another graph than ``right``'s. Reads the data, so it synchronises a GPU."""
+    if csc is not None and not all(
+        torch.equal(value.long(), own.long()) for value, own in zip(csc, right, strict=True)
+    ):
+        raise ValueError(f"{op}: csc is of another graph; expected csc(index), got other columns")
+
+
 def check_flag(op: str, name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a flag; expected bool, got {type(value).__name__}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,16 @@ def add_fusion(op: str, parts: tuple[str, ...], compose: Compose, *backends: Bac
     add_table(op, *backends)
 
 
+def _with_columns(run: Any, model: Any) -> Any:
+    """``run``, called as ``model``, which may be given the graph's columns last."""
+    if run is None or model is None or "csc" not in inspect.signature(model).parameters:
+        return run
+    own = inspect.signature(run).parameters.values()
+    if any(value.name == "csc" or value.kind == value.VAR_POSITIONAL for value in own):
+        return run
+    return lambda *arguments: run(*arguments[:-1])
+
+
 def register_backend(
     op: str,
     name: str,
@@ -97,7 +108,7 @@ def register_backend(
     Args:
         op: name of the op. name: of the backend, a word of your choice.
         run: the forward. It takes what the op's ``reference.py`` takes, in that order, and returns what it returns, in
-            new tensors.
+            new tensors. A function without an argument ``csc`` is not given the graph's columns.
         why_not: given a device type (``"cpu"``, ``"cuda"``), says in a few words why ``run`` cannot run there, or
             returns None when it can.
         run_backward: the gradients, as the function of that name in ``reference.py``; None where the op has none.
@@ -114,8 +125,8 @@ def register_backend(
         ...     "degree_normalize", "mine", reference.degree_normalize, lambda device: None,
         ...     run_backward=reference.degree_normalize_backward,
         ... )
-        >>> [row["available"] for row in backend_report() if row["backend"] == "mine" and row["device"] == "cpu"][:1]
-        [True]
+        >>> {row["op"] for row in backend_report() if row["backend"] == "mine" and row["available"]}
+        {'degree_normalize'}
     """
     if op not in _tables:
         raise ValueError(f"register_backend: op is unknown; expected one of {', '.join(_tables)}, got {op!r}")
@@ -123,7 +134,9 @@ def register_backend(
         raise ValueError(f"register_backend: name is no word; expected an identifier other than auto, got {name!r}")
     if any(backend.name == name for backend in _tables[op]):
         raise ValueError(f"register_backend: name is taken; expected another than {name!r} for {op}, got it again")
-    added = Backend(name, run, run_backward, why_not, tuple(dtypes))
+    model = next(backend for backend in table(op) if backend.name == "reference")
+    given = (_with_columns(run, model.run), _with_columns(run_backward, model.run_backward))
+    added = Backend(name, *given, why_not, tuple(dtypes))
     add_table(op, *((added, *_tables[op]) if preferred else (*_tables[op], added)))
 
 
@@ -134,6 +147,7 @@ def _composed(parts: Sequence[str], compose: Compose, widens: bool, backends: Se
     differentiable = all(backend.run_backward for backend in backends)
 
     def noted(run: Run) -> Run:
+        @functools.wraps(run)
         def runs(*arguments: Any) -> Any:
             _last.update(dict.fromkeys(parts, name))
             return run(*arguments)

@@ -72,6 +72,14 @@ def neighbours(index: Tensor) -> Tensor:
     return index.int().contiguous()
 
 
+def columns(csc: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """A graph's columns as the library takes them: int32, or none, and it makes its own."""
+    if csc is None or csc[1].numel() >= 2**31:
+        return None, None
+    indptr, perm = (value.int().contiguous() for value in csc)
+    return indptr, perm
+
+
 def why_not(device: str, *symbols: str) -> str | None:
     """Why the native kernels cannot run on ``device``; None when they can.
 

@@ -108,6 +108,11 @@ def backward_of(op: str, operator: Any, output_mask: Sequence[bool], *arguments:
     return [value if need else None for value, need in zip(grads, output_mask, strict=True)]
 
 
+def columns(indptr: Tensor | None, perm: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """A graph's columns as a backend takes them: both lists, or None where it makes its own."""
+    return None if indptr is None or perm is None else (indptr, perm)
+
+
 def asked_for(grads: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
     """What a backend's backward gave, empty where it was not asked for; there it may be anything."""
     return tuple(value if need else value.new_empty(0) for value, need in zip(grads, output_mask, strict=True))

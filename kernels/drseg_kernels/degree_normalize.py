@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from drseg_kernels._blocks import within
-from drseg_kernels._csc import Csc, csc_of
 from drseg_kernels._launch import Tile, on_device_of, sizes_of
+from drseg_kernels.csc import csc as columns_of
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -232,7 +232,6 @@ class Ends:
         norm: ``sym_row``, ``sym_inout`` or ``sym_undirected``.
         start, end: (B * N,) scales of a node at the start and at the end of an edge.
         row, column: (B * N,) gradients to its degrees there; one tensor where the degrees are one.
-        csc: incoming edges.
     """
 
     norm: str
@@ -240,7 +239,6 @@ class Ends:
     end: Tensor
     row: Tensor
     column: Tensor
-    csc: Csc
 
 
 def scales(
@@ -248,6 +246,7 @@ def scales(
     index: Tensor,
     norm: str,
     eps: float,
+    csc: tuple[Tensor, Tensor] | None,
     common: dict[str, Any],
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -257,10 +256,7 @@ def scales(
         start = torch.empty(rows, dtype=torch.float32, device=weight.device)
         into = (start, torch.empty_like(start) if norm == "sym_inout" else start)
     # never read for sym_row
-    indptr, perm = index, index
-    if norm != "sym_row":
-        csc = csc_of(index)
-        indptr, perm = csc
+    indptr, perm = (index, index) if norm == "sym_row" else csc or columns_of(index)
     _degree_normalize_fwd_kernel_scale[(rows,)](weight, indptr, perm, *into, index.shape[2], eps, NORM=norm, **common)
     return into
 
@@ -272,13 +268,22 @@ def common_of(weight: Tensor, index: Tensor, tile: Tile | None = None) -> dict[s
     return {"BLOCK_N": chosen.block_n, **chosen.options()}
 
 
-def degree_normalize(weight: Tensor, index: Tensor, norm: str, eps: float, *, tile: Tile | None = None) -> Tensor:
+def degree_normalize(
+    weight: Tensor,
+    index: Tensor,
+    norm: str,
+    eps: float,
+    csc: tuple[Tensor, Tensor] | None = None,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
     """Propagation coefficients (B, N, K) in float32.
 
     Args:
         weight: (B, N, K) float32, float16 or bfloat16. index: (B, N, K) int32 or int64, clamped into [0, N).
         norm: ``sym_row``, ``sym_count``, ``sym_inout``, ``row`` or ``sym_undirected``.
         eps: added to every degree.
+        csc: columns of the graph; made here where they are needed and None.
         tile: ``columns`` slots are worked on at a time; by default those of the device's table, then a rule.
     """
     slots = index.shape[2]
@@ -294,7 +299,7 @@ def degree_normalize(weight: Tensor, index: Tensor, norm: str, eps: float, *, ti
         if norm == "row":
             _degree_normalize_fwd_kernel_row[(rows,)](weight, coefficient, slots, eps, **common)
             return coefficient
-        start, end = scales(weight, index, norm, eps, common)
+        start, end = scales(weight, index, norm, eps, csc, common)
         _degree_normalize_fwd_kernel_edges[(rows,)](
             weight, index.contiguous(), start, end, coefficient, index.shape[1], slots, NORM=norm, **common
         )
@@ -302,18 +307,23 @@ def degree_normalize(weight: Tensor, index: Tensor, norm: str, eps: float, *, ti
 
 
 def through_degrees(
-    grad: Tensor, weight: Tensor, index: Tensor, norm: str, start: Tensor, end: Tensor, common: dict[str, Any]
+    grad: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    norm: str,
+    start: Tensor,
+    end: Tensor,
+    csc: tuple[Tensor, Tensor],
+    common: dict[str, Any],
 ) -> Ends:
     """Gradients to the degrees; ``grad`` and ``weight`` contiguous, the scales as ``scales`` gives them."""
-    csc = csc_of(index)
     row = torch.empty_like(start)
     column = torch.empty_like(start) if norm == "sym_inout" else row
     _degree_normalize_bwd_kernel_degree[(start.numel(),)](
         grad,
         weight,
         index.contiguous(),
-        csc.indptr,
-        csc.perm,
+        *csc,
         start,
         end,
         row,
@@ -323,11 +333,18 @@ def through_degrees(
         NORM=norm,
         **common,
     )
-    return Ends(norm, start, end, row, column, csc)
+    return Ends(norm, start, end, row, column)
 
 
 def degree_normalize_backward(
-    grad: Tensor, weight: Tensor, index: Tensor, norm: str, eps: float, *, tile: Tile | None = None
+    grad: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    norm: str,
+    eps: float,
+    csc: tuple[Tensor, Tensor] | None = None,
+    *,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Gradient (B, N, K) to ``weight`` in its dtype, through the degrees of both ends; arguments as in the forward."""
     slots = index.shape[2]
@@ -343,8 +360,9 @@ def degree_normalize_backward(
         if norm == "row":
             _degree_normalize_bwd_kernel_row[(rows,)](grad, weight, grad_weight, slots, eps, **common)
             return grad_weight
-        start, end = scales(weight, index, norm, eps, common)
-        ends = through_degrees(grad, weight, index, norm, start, end, common)
+        csc = csc or columns_of(index)
+        start, end = scales(weight, index, norm, eps, csc, common)
+        ends = through_degrees(grad, weight, index, norm, start, end, csc, common)
         _degree_normalize_bwd_kernel_edges[(rows,)](
             grad,
             index.contiguous(),

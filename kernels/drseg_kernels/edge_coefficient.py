@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from drseg_kernels._launch import Tile, on_device_of, sizes_of
+from drseg_kernels.csc import csc as columns_of
 from drseg_kernels.degree_normalize import (
     _degree_normalize_fwd_kernel_edges,
     common_of,
@@ -95,6 +96,7 @@ def edge_coefficient(
     mask: Tensor | None,
     norm: str,
     eps: float,
+    csc: tuple[Tensor, Tensor] | None = None,
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,6 +106,7 @@ def edge_coefficient(
         source, target: (B, N, E) float32, float16 or bfloat16. vector: (E,). bias: one number.
         index: (B, N, K) int32 or int64, clamped into [0, N). mask: (B, N, K) bool or None.
         norm, eps: as in ``degree_normalize``.
+        csc: columns of the graph; made here where they are needed and None.
         tile: sizes of a program; by default those of the device's table, then a rule.
     """
     batch, nodes, slots = index.shape
@@ -142,7 +145,7 @@ def edge_coefficient(
             return coefficient, weight, scale
         end = scale[-1] if ENDS[norm] else start
         if norm in ("sym_inout", "sym_undirected"):
-            scales(weight, index, norm, eps, common, into=(start, end))
+            scales(weight, index, norm, eps, csc, common, into=(start, end))
         _degree_normalize_fwd_kernel_edges[(batch * nodes,)](
             weight, near, start, end, coefficient, nodes, slots, NORM=norm, **common
         )
@@ -161,6 +164,7 @@ def edge_coefficient_backward(
     norm: str,
     eps: float,
     output_mask: Sequence[bool],
+    csc: tuple[Tensor, Tensor] | None = None,
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -174,8 +178,11 @@ def edge_coefficient_backward(
     if index.numel() and ENDS[norm]:
         grad = grad.contiguous()
         start, end = scale[0].flatten(), scale[-1].flatten()
+        csc = csc or columns_of(index)
         with on_device_of(source):
-            ends = through_degrees(grad, weight, index, norm, start, end, common_of(weight, index))
+            ends = through_degrees(grad, weight, index, norm, start, end, csc, common_of(weight, index))
     else:
         grad = degree_normalize_backward(grad, weight, index, norm, eps)
-    return edge_weight_backward(grad, weight, source, target, index, vector, bias, output_mask, ends=ends, tile=tile)
+    return edge_weight_backward(
+        grad, weight, source, target, index, vector, bias, output_mask, csc, ends=ends, tile=tile
+    )

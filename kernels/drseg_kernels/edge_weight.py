@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from drseg_kernels._blocks import softplus, softplus_slope, within
-from drseg_kernels._csc import csc_of
 from drseg_kernels._launch import Tile, on_device_of, sizes_of
+from drseg_kernels.csc import csc as columns_of
 from drseg_kernels.degree_normalize import Ends, weight_gradient
 
 # chunks of rows whose contributions to the gradients of vector and bias are summed apart: enough to fill a device
@@ -294,6 +294,7 @@ def edge_weight_backward(
     vector: Tensor,
     bias: Tensor,
     output_mask: Sequence[bool],
+    csc: tuple[Tensor, Tensor] | None = None,
     *,
     ends: Ends | None = None,
     tile: Tile | None = None,
@@ -303,6 +304,7 @@ def edge_weight_backward(
     Args:
         grad, weight: (B, N, K); the other arguments as in ``edge_weight``.
         output_mask: which gradients to compute; the others are empty, ``vector`` and ``bias`` if neither is asked.
+        csc: columns of the graph; made here where they are needed and None.
         ends: given where ``grad`` is that of the normalised weights.
     """
     batch, nodes, slots = index.shape
@@ -349,9 +351,9 @@ def edge_weight_backward(
             **{**common, **two_sums(chosen).constants()},
         )
         if wants_target and blocks:
-            csc = csc_of(index) if ends is None else ends.csc
+            indptr, perm = csc or columns_of(index)
             _edge_weight_bwd_kernel_target[(rows, blocks)](
-                slope, source, target, csc.indptr, csc.perm, vector, grad_target, slots, width, **common
+                slope, source, target, indptr, perm, vector, grad_target, slots, width, **common
             )
         if wants_parameters:
             _edge_weight_bwd_kernel_sum[(triton.cdiv(width + 1, chosen.block_n),)](

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drseg_kernels._csc import csc_of
 from drseg_kernels._launch import Tile, on_device_of, sizes_of
+from drseg_kernels.csc import csc as columns_of
 from drseg_kernels.graph_propagate import edge_dot, gathered_sum, graph_propagate
 
 # chunks of rows whose contributions to the gradients of the parameters are summed apart: enough to fill a device
@@ -282,6 +282,7 @@ def graph_layer(
     eps: float,
     undirected: bool,
     keep: bool,
+    csc: tuple[Tensor, Tensor] | None = None,
     *,
     dtype: torch.dtype | None = None,
     tile: Tile | None = None,
@@ -295,6 +296,7 @@ def graph_layer(
         activation: one of ``ACTIVATIONS``. eps: of LayerNorm.
         undirected: add the sums over the reversed edges.
         keep: return what LayerNorm was given (B, N, C), and the mean and rstd of its rows (B, N); empty otherwise.
+        csc: columns of the graph; made here where they are needed and None.
         dtype: of the output, by default that of ``x``.
         tile: sizes of a program; by default those of the device's table, then a rule.
     """
@@ -313,7 +315,7 @@ def graph_layer(
     # what a kernel does not ask for is never read or written
     parameters = [y if value is None else value.contiguous() for value in (bias, norm_weight, norm_bias)]
     with on_device_of(x):
-        indptr, perm = csc_of(index) if undirected else (near, near)
+        indptr, perm = (csc or columns_of(index)) if undirected else (near, near)
         _graph_layer_fwd_kernel[(batch * nodes, triton.cdiv(channels, chosen.block_n))](
             x.contiguous(),
             near,
@@ -435,6 +437,7 @@ def graph_layer_backward(
     activation: str,
     undirected: bool,
     output_mask: Sequence[bool],
+    csc: tuple[Tensor, Tensor] | None = None,
     *,
     tile: Tile | None = None,
     rows: Tile | None = None,
@@ -469,9 +472,9 @@ def graph_layer_backward(
     if wants_x and undirected:
         # the operator is its own transpose
         options: dict[str, Any] = {"dtype": x.dtype, "tile": tile}
-        grad_x = graph_layer(inner, index, coefficient, None, None, None, "none", 0.0, True, False, **options)[0]
+        grad_x = graph_layer(inner, index, coefficient, None, None, None, "none", 0.0, True, False, csc, **options)[0]
     elif wants_x:
-        grad_x = graph_propagate(inner, index, coefficient, True, dtype=x.dtype, tile=tile)
+        grad_x = graph_propagate(inner, index, coefficient, True, csc, dtype=x.dtype, tile=tile)
     if wants_coefficient:
         grad_coefficient = edge_dot(inner, x, index, coefficient.dtype, undirected, tile=tile)
     return grad_x, grad_coefficient, *found  # type: ignore[return-value]

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from drseg_kernels._blocks import within
-from drseg_kernels._csc import csc_of
 from drseg_kernels._launch import Tile, on_device_of, sizes_of
+from drseg_kernels.csc import csc as columns_of
 
 
 @triton.jit
@@ -142,6 +142,7 @@ def graph_propagate(
     index: Tensor,
     coefficient: Tensor,
     transpose: bool = False,
+    csc: tuple[Tensor, Tensor] | None = None,
     *,
     dtype: torch.dtype | None = None,
     tile: Tile | None = None,
@@ -152,6 +153,7 @@ def graph_propagate(
         x: (B, N, C) float32, float16 or bfloat16. coefficient: (B, N, K), any of these.
         index: (B, N, K) int32 or int64, clamped into [0, N).
         transpose: follow the edges from neighbour to node.
+        csc: columns of the graph; made here where they are needed and None.
         dtype: of the result, by default that of ``x``.
         tile: sizes of a program; by default those of the device's table, then a rule.
     """
@@ -164,7 +166,7 @@ def graph_propagate(
     near = index.contiguous()
     with on_device_of(x):
         # never read without transpose
-        indptr, perm = csc_of(index) if transpose else (near, near)
+        indptr, perm = (csc or columns_of(index)) if transpose else (near, near)
         _graph_propagate_fwd_kernel[(batch * nodes, triton.cdiv(channels, chosen.block_n))](
             x.contiguous(),
             near,
@@ -227,6 +229,7 @@ def graph_propagate_backward(
     coefficient: Tensor,
     transpose: bool,
     output_mask: Sequence[bool],
+    csc: tuple[Tensor, Tensor] | None = None,
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -237,7 +240,7 @@ def graph_propagate_backward(
     """
     grad_x, grad_coefficient = x.new_empty(0), coefficient.new_empty(0)
     if output_mask[0]:
-        grad_x = graph_propagate(grad, index, coefficient, not transpose, dtype=x.dtype, tile=tile)
+        grad_x = graph_propagate(grad, index, coefficient, not transpose, csc, dtype=x.dtype, tile=tile)
     if output_mask[1]:
         start, end = (x, grad) if transpose else (grad, x)
         grad_coefficient = edge_dot(start, end, index, coefficient.dtype, tile=tile)

@@ -26,7 +26,7 @@ def _double(data: str) -> tuple[whole_pdgr.Problem, Tensor]:
         made.prior.double(),
         made.gradient.double(),
     )
-    return problem, problem.engine.graph(problem.prior)[0]
+    return problem, problem.engine.graph(problem.prior).index
 
 
 def _assert_same(one: tuple[Tensor, tuple[Tensor, ...]], other: tuple[Tensor, tuple[Tensor, ...]]) -> None:

@@ -3,14 +3,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
 # the contract of an op lies with the op's own tests
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ops")]
-pytest.register_assert_rewrite("contract", "oracle", "edges", "test_knn_graph")
+sys.path[:0] = [str(HERE), str(ROOT / "tests" / "ops")]
+from interpreted import INTERPRETED, Interpreted, patch_once  # noqa: E402 - beside this file
+
+pytest.register_assert_rewrite("contract", "oracle", "edges", "test_csc", "test_knn_graph")
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_once()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -22,6 +32,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "variant" in metafunc.fixturenames:
         variants = metafunc.cls.subject.variants
         metafunc.parametrize("variant", variants, ids=["-".join(map(str, v.values())) or "plain" for v in variants])
+
+
+def is_contract(item: pytest.Item) -> bool:
+    """Whether the test waits for a contract that runs beside the others."""
+    return item.path.name == "test_interpreter.py" and getattr(item, "originalname", "") == "test_contract"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -42,4 +57,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         changed = sum(given[key] is not usual[key] and given[key] != usual[key] for key in given)
         (dropped if changed > 1 else kept).append(item)
     config.hook.pytest_deselected(items=dropped)
-    items[:] = kept
+    # asked for at the end: they run beside all other tests
+    items[:] = sorted(kept, key=is_contract)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    chosen = [item.callspec.params["name"] for item in session.items if is_contract(item)]  # type: ignore[attr-defined]
+    if chosen and not session.config.option.collectonly:
+        # of several workers each has all tests, and runs some
+        session.config.stash[INTERPRETED] = Interpreted([] if hasattr(session.config, "workerinput") else chosen)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if INTERPRETED in session.config.stash:
+        session.config.stash[INTERPRETED].stop()

@@ -122,7 +122,7 @@ def test_what_is_not_needed_is_not_computed(needs, monkeypatch):
     given = [grad, weight, *(inputs[name] for name in ("source", "target", "index", "vector", "bias"))]
     everything = kernels.edge_weight_backward(*given, [True] * 4)
     if not needs[1]:
-        monkeypatch.setattr(kernels, "csc_of", None)
+        monkeypatch.setattr(kernels, "columns_of", None)
         monkeypatch.setattr(kernels, "_edge_weight_bwd_kernel_target", None)
     if not needs[2]:
         monkeypatch.setattr(kernels, "_edge_weight_bwd_kernel_sum", None)

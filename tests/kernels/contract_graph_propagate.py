@@ -105,7 +105,7 @@ def test_what_is_not_needed_is_not_computed(transpose, monkeypatch):
         grad_x, none = kernels.graph_propagate_backward(*given, transpose, [True, False], tile=tile)
     assert torch.equal(grad_x.cpu(), everything["grad_x"]) and none.numel() == 0
     # of the columns there is no need either
-    for name in ("csc_of", "_graph_propagate_fwd_kernel"):
+    for name in ("columns_of", "_graph_propagate_fwd_kernel"):
         monkeypatch.setattr(kernels, name, None)
     none, grad_coefficient = kernels.graph_propagate_backward(*given, transpose, [False, True], tile=tile)
     assert torch.equal(grad_coefficient.cpu(), everything["grad_coefficient"]) and none.numel() == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from drseg_kernels import _csc, degree_normalize, edge_coefficient, edge_weight, graph_layer, graph_propagate
+from drseg_kernels import csc, degree_normalize, edge_coefficient, edge_weight, graph_layer, graph_propagate
 from drseg_kernels._launch import Tile
 from edges import DEVICE, INTERPRETED
 from torch import Tensor
@@ -18,8 +18,8 @@ from drseg_core import ops
 from drseg_core.nn import PDGR
 from drseg_core.ops import _dispatch
 
-OPS = ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
-FUSED = ("prepare_prior", "knn_graph", "edge_coefficient", "graph_layer")
+OPS = ("csc", "knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
+FUSED = ("prepare_prior", "csc", "knn_graph", "edge_coefficient", "graph_layer")
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_autocast_in_half_precision():
 
 
 @pytest.mark.parametrize(
-    "options,expected", [({}, FUSED), ({"self_loop": "extra"}, ("prepare_prior", *OPS[:3], "graph_layer"))]
+    "options,expected", [({}, FUSED), ({"self_loop": "extra"}, ("prepare_prior", *OPS[:4], "graph_layer"))]
 )
 def test_the_fused_ops_run_where_they_can(options, expected):
     module, features, prior = make(**options)
@@ -113,19 +113,25 @@ def test_a_cell_that_is_not_finite_keeps_to_itself(norm):
     torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def test_the_graph_is_sorted_once(monkeypatch):
-    calls = []
-    build = _csc._build
-    monkeypatch.setattr(_csc, "_build", lambda index: calls.append(index) or build(index))
-    module, features, prior = make()
+@pytest.mark.parametrize(
+    "options,times", [({}, 1), ({"norm": "sym_undirected"}, 1), ({"self_loop": "extra"}, 2)], ids=str
+)
+def test_the_edges_of_a_graph_are_listed_once(options, times, monkeypatch):
+    """With an extra edge to itself there are two graphs: the edges that the MLP weighs, and those of propagation."""
+    module, features, prior = make(**options)
+    seen: list[str] = []
+    monkeypatch.setattr(csc, "_csc_kernel_place", Counted("place", csc._csc_kernel_place, seen))
     run(module, features, prior, "triton")
-    assert len(calls) == 1
+    assert len(seen) == times
+    with torch.no_grad(), ops.use_backend("triton"):
+        module(features, prior)
+    # without a gradient only degrees of incoming edges go along columns
+    assert len(seen) == times + (options.get("norm") == "sym_undirected")
 
 
 def test_same_bits_again():
     module, features, prior = make(norm="sym_undirected")
     first = run(module, features, prior, "triton")
-    _csc.kept.clear()
     again = run(module, features, prior, "triton")
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
@@ -199,7 +205,6 @@ def test_no_launcher_synchronises(norm):
             source, target, index, vector, bias, index > 1, norm, 1e-6, tile=tile
         )
         given = (source, target, index, vector, bias, norm, 1e-6)
-        _csc.kept.clear()
         edge_coefficient.edge_coefficient_backward(coefficient, *saved, *given, mask[:4], tile=tile)
         graph_propagate.graph_propagate(x, index, coefficient, True, tile=tile)
         graph_propagate.graph_propagate_backward(x, x, index, coefficient, True, mask[:2], tile=tile)
@@ -233,12 +238,15 @@ def test_launches_of_the_layers(monkeypatch):
     """All launches beside the selection and the linear maps, forward and backward."""
     module, features, prior = make()
     seen: list[str] = []
-    for kernels in (degree_normalize, edge_coefficient, edge_weight, graph_layer, graph_propagate):
+    for kernels in (csc, degree_normalize, edge_coefficient, edge_weight, graph_layer, graph_propagate):
         for name in [name for name in vars(kernels) if "_kernel" in name]:
             monkeypatch.setattr(kernels, name, Counted(name, getattr(kernels, name), seen))
     run(module, features, prior, "triton")
     assert sorted(seen) == sorted(
         [
+            "_csc_kernel_count",
+            "_csc_kernel_scan",
+            "_csc_kernel_place",
             "_edge_coefficient_fwd_kernel",
             "_degree_normalize_fwd_kernel_edges",
             *["_graph_layer_fwd_kernel"] * 2,

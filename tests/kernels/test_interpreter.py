@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from interpreted import INTERPRETED
 
 HERE = Path(__file__).parent
 CONTRACTS = sorted(path.name for path in HERE.glob("contract_*.py"))
@@ -26,22 +26,12 @@ def interpreted(*arguments: str, cwd: Path = HERE.parents[1]) -> subprocess.Comp
     )
 
 
-@pytest.fixture(scope="module")
-def running(request):
-    """The chosen contracts, as many at a time as there are cores: each is one process of one thread."""
-    chosen = [item.callspec.params["name"] for item in request.session.items if item.originalname == "test_contract"]
-    # the longest first: that with the most variants, then by the size of their files
-    chosen.sort(key=lambda name: ("degree_normalize" not in name, -(HERE / name).stat().st_size))
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5")
-        yield {name: pool.submit(interpreted, *command, str(HERE / name)) for name in chosen}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONTRACTS)
-def test_contract(name, running):
-    done = running[name].result()
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+def test_contract(name, request):
+    # it has run beside the other tests
+    done = request.config.stash[INTERPRETED].result(name)
+    assert done.returncode == 0, done.stdout[-8000:]
     assert " passed" in done.stdout and " failed" not in done.stdout
     print(done.stdout.splitlines()[-1])
 

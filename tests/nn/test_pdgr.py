@@ -129,7 +129,7 @@ def test_grids_with_fewer_cells_than_neighbours(size, norm, self_loop):
     module = make(k=75, norm=norm, self_loop=self_loop)
     features, prior = maps(*size)
     nodes = size[0] * size[1]
-    index, coefficient = module.graph(prior)
+    index, coefficient, _ = module.graph(prior)
     # a lone cell that must not choose itself keeps one padded slot, so that it can show a prior that is not finite
     slots = nodes if self_loop == "in_topk" else max(nodes - 1, 1) + (self_loop == "extra")
     assert index.shape == coefficient.shape == (2, nodes, slots)
@@ -156,7 +156,7 @@ def test_mean_graph_of_a_constant_prior_is_exact():
     features, prior = maps(5, 5)
     check(make(k=9), features, torch.full_like(prior, 0.3))
     check(make(k=9, decay=0.0), features, torch.full_like(prior, 0.25))
-    index, _ = make(k=4, decay=0.0).graph(torch.full_like(prior, 0.25))
+    index = make(k=4, decay=0.0).graph(torch.full_like(prior, 0.25)).index
     assert index[0, 20].tolist() == [0, 1, 2, 20] and index[0, 0].tolist() == [0, 1, 2, 3]
 
 
@@ -212,7 +212,7 @@ def test_float32_is_close(norm, backend):
     leaf, wide = features.requires_grad_(), features.detach().double().requires_grad_()
     output, expected = module(leaf, prior), dense_pdgr(exact, wide, prior)
     # where a near-tie went the other way the graphs differ and there is nothing to compare
-    index, _ = module.graph(prior)
+    index = module.graph(prior).index
     chosen = torch.zeros(2, 144, 144, dtype=torch.bool).scatter(2, index.long(), True)
     assert torch.equal(chosen, dense_neighbours(exact, dense_affinity(exact, _nodes(prior), 12, 12)))
     torch.testing.assert_close(output.double(), expected, rtol=2e-5, atol=2e-5)
@@ -229,16 +229,16 @@ def _nodes(prior: Tensor) -> Tensor:
 def test_the_neighbours_are_frozen():
     features, prior = maps()
     module = make()
-    index, coefficient = module.graph(prior)
+    index, coefficient, _ = module.graph(prior)
     assert index.dtype == torch.int32 and not index.requires_grad and coefficient.requires_grad
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(-3.0)
-    assert torch.equal(module.graph(prior)[0], index)
+    assert torch.equal(module.graph(prior).index, index)
     # a small step of the prior that leaves the order alone changes the weights only
-    moved, again = module.graph(prior * (1 + 1e-9))
+    moved, again, _ = module.graph(prior * (1 + 1e-9))
     assert torch.equal(moved, index)
-    torch.testing.assert_close(again, module.graph(prior)[1])
+    torch.testing.assert_close(again, module.graph(prior).coefficient)
 
 
 def _bad(prior: Tensor, value: float) -> Tensor:
@@ -264,7 +264,7 @@ def test_a_cell_that_is_not_finite_keeps_to_itself(as_weight, self_loop, norm):
         assert torch.equal(output[~hurt], flat[0][~hurt])
     # the other sample is as if nothing had happened
     assert torch.equal(outputs[0][1], module(features, prior)[1])
-    index, _ = module.graph(_bad(prior, torch.nan))
+    index = module.graph(_bad(prior, torch.nan)).index
     assert not (index[0] == node).any(1).logical_and(torch.arange(12) != node).any()
 
     # the others are as if the cell had a healthy prior and stood alone
@@ -279,7 +279,7 @@ def test_a_healthy_cell_that_nobody_chooses_gives_the_same_bits_as_a_bad_one():
     prior = prior.abs() + 0.1
     prior[0, :, 1, 2] *= -1
     module = make(dtype=torch.float32, k=4)
-    index, _ = module.graph(prior)
+    index = module.graph(prior).index
     others = torch.arange(12) != 6
     assert not (index[0, others] == 6).any()
     healthy, bad = module(features, prior).flatten(2), module(features, _bad(prior, torch.nan)).flatten(2)
@@ -420,11 +420,11 @@ def test_autocast_is_close_to_float32(options):
     exact = gradients(module, expected, leaf)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = module(leaf, prior)
-        index, coefficient = module.graph(prior)
+        index, coefficient, _ = module.graph(prior)
     # float32 features added to a bfloat16 result give float32
     assert output.dtype == (torch.float32 if "residual" in options else torch.bfloat16)
     # autocast does not reach the choice of neighbours, nor the sums of the degrees
-    assert torch.equal(index, module.graph(prior)[0]) and coefficient.dtype == torch.float32
+    assert torch.equal(index, module.graph(prior).index) and coefficient.dtype == torch.float32
     assert (output.float() - expected).norm() / expected.norm() < 0.03
     for name, got in gradients(module, output, leaf).items():
         assert got.dtype == torch.float32

@@ -268,6 +268,13 @@ class OpContract:
         wild = torch.where(wild == 0, -5, wild)
         assert torch.equal(call(**{**inputs, "index": wild}), expected)
 
+    def test_known_columns_change_nothing(self, variant, call):
+        inputs = self.inputs(variant)
+        expected = run(self.subject, inputs, call)
+        got = run(self.subject, {**inputs, "csc": ops.csc(inputs["index"])}, call, expected["given"])
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), f"{self.subject.name} {name} differs with its columns given"
+
     def test_gradcheck(self, variant, backend):
         tiny = next(case for case in CASES if case.name == "tiny_3x4")
         for seed in range(3):

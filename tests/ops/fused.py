@@ -200,7 +200,7 @@ class Fused(Subject):
 
 
 def _registered_layer(i: Inputs) -> tuple[Any, ...]:
-    options = (i.get("activation", "none"), i.get("eps", 1e-5), i.get("undirected", False), True, "auto")
+    options = (i.get("activation", "none"), i.get("eps", 1e-5), i.get("undirected", False), True, None, None, "auto")
     return (i["x"], i["index"], i["coefficient"], i.get("bias"), i.get("norm_weight"), i.get("norm_bias"), *options)
 
 
@@ -242,7 +242,7 @@ def _with_mask(case: Case, dtype: torch.dtype = torch.float32, device: str = "cp
 
 def _registered_coefficient(i: Inputs) -> tuple[Any, ...]:
     projections = (i["source"], i["target"], i["index"], i["vector"], i["bias"])
-    return (*projections, i.get("mask"), i.get("norm", "sym_row"), i.get("eps", 1e-6), "auto")
+    return (*projections, i.get("mask"), i.get("norm", "sym_row"), i.get("eps", 1e-6), None, None, "auto")
 
 
 EDGE_COEFFICIENT = Fused(

@@ -67,7 +67,7 @@ GRAPH_PROPAGATE = Subject(
     oracle=oracle.graph_propagate,
     differentiable=("x", "coefficient"),
     node_inputs=("x", "index", "coefficient"),
-    registered=lambda i: (i["x"], i["index"], i["coefficient"], i.get("transpose", False), "auto"),
+    registered=lambda i: (i["x"], i["index"], i["coefficient"], i.get("transpose", False), None, None, "auto"),
     variants=({"transpose": False}, {"transpose": True}),
 )
 
@@ -88,7 +88,7 @@ DEGREE_NORMALIZE = Subject(
     oracle=oracle.degree_normalize,
     differentiable=("weight",),
     node_inputs=("weight", "index"),
-    registered=lambda i: (i["weight"], i["index"], i.get("norm", "sym_row"), i.get("eps", 1e-6), "auto"),
+    registered=lambda i: (i["weight"], i["index"], i.get("norm", "sym_row"), i.get("eps", 1e-6), None, None, "auto"),
     variants=tuple({"norm": norm} for norm in ("sym_row", "sym_count", "sym_inout", "row", "sym_undirected")),
 )
 

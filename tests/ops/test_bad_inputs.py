@@ -575,10 +575,23 @@ def test_row_32_the_native_kernels_refuse_sizes_that_do_not_fit():
     backward = torch.ops.drseg.graph_propagate_backward
     for grad in (torch.ones(B, N + 1, C), torch.ones(B + 1, N, C), torch.ones(B, N, C + 1), torch.ones(N, C)):
         with pytest.raises(RuntimeError, match="drseg_native::graph_"):
-            backward(grad, x, index, coefficient, False, [True, True], "native")
+            backward(grad, x, index, coefficient, False, [True, True], None, None, "native")
     for wrong in (index[:, :5], index[..., :2], index[:1], index[0]):
         with pytest.raises(RuntimeError, match="drseg_native::graph_propagate: "):
-            torch.ops.drseg.graph_propagate(x, wrong, coefficient, False, "native")
+            torch.ops.drseg.graph_propagate(x, wrong, coefficient, False, None, None, "native")
+
+
+def test_row_32_the_native_kernels_stay_inside_columns_of_another_graph():
+    given = good("graph_propagate")
+    x, index, coefficient = given["x"], given["index"], given["coefficient"]
+    indptr, perm = ops.csc(index)
+    wild = torch.full_like(perm, 2**31 - 1).index_fill_(0, torch.arange(0, len(perm), 2), -(2**31))
+    assert torch.ops.drseg.graph_propagate(x, index, coefficient, True, indptr, wild, "native").isfinite().all()
+    for wrong in (indptr + 1, indptr.flip(0), torch.zeros_like(indptr), indptr * 2):
+        with pytest.raises(RuntimeError, match="drseg_native::graph_propagate: indptr does not count"):
+            torch.ops.drseg.graph_propagate(x, index, coefficient, True, wrong, perm, "native")
+    with pytest.raises(RuntimeError, match="drseg_native::graph_propagate: indptr or perm does not match"):
+        torch.ops.drseg.graph_propagate(x, index, coefficient, True, indptr, perm[1:], "native")
 
 
 def test_row_34_indices_cannot_ask_for_a_gradient():

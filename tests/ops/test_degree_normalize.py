@@ -60,5 +60,5 @@ def test_opcheck(dtype, norm):
         inputs = DEGREE_NORMALIZE.make_inputs(case, dtype)
         weight = inputs["weight"]
         for form in (weight, weight.mT.contiguous().mT):
-            args = (form.detach().requires_grad_(), inputs["index"], norm, 1e-6, "auto")
+            args = (form.detach().requires_grad_(), inputs["index"], norm, 1e-6, None, None, "auto")
             opcheck(torch.ops.drseg.degree_normalize.default, args)

@@ -44,7 +44,7 @@ class LayerContract(OpContract):
         inputs = self.inputs(variant)
         x, index, coefficient, *options = self.subject.registered(inputs)
         for keep in (True, False):
-            options[-2] = keep
+            options[-4] = keep
             y, *saved = torch.ops.drseg.graph_layer(x, index, coefficient, *options)
             assert all((value.numel() > 0) is (keep and "norm_weight" in inputs) for value in saved)
             assert torch.equal(y, ops.graph_layer(**inputs))

@@ -41,7 +41,7 @@ def test_opcheck(dtype, transpose):
         x = inputs["x"].requires_grad_()
         coefficient = inputs["coefficient"].requires_grad_()
         for form in (x, x.mT.contiguous().mT, x.repeat(1, 1, 2)[..., ::2], x[:1].expand(x.shape)):
-            args = (form.detach().requires_grad_(), inputs["index"], coefficient, transpose, "auto")
+            args = (form.detach().requires_grad_(), inputs["index"], coefficient, transpose, None, None, "auto")
             opcheck(torch.ops.drseg.graph_propagate.default, args)
 
 

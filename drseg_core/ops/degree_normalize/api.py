@@ -9,6 +9,7 @@ from torch import Tensor
 
 from drseg_core.ops import _checks
 from drseg_core.ops._dispatch import requested_backend
+from drseg_core.ops.csc.api import Csc, csc_of
 from drseg_core.ops.degree_normalize import registration
 
 # a row without weights has gradients of order eps**-1.5, which must stay finite in float32
@@ -25,6 +26,7 @@ def degree_normalize(
     *,
     norm: Norm = "sym_row",
     eps: float = 1e-6,
+    csc: Csc | None = None,
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -46,6 +48,7 @@ def degree_normalize(
         index: same shape, neighbour indices, int32 or int64.
         norm: see above.
         eps: added to every degree, at least 1e-20: gradients of a row of zeros grow as ``eps**-1.5``.
+        csc: ``csc(index)``, which degrees of incoming edges and gradients go along; None makes it in every call.
         validate: refuse negative or non-finite weights and indices outside [0, N) (synchronises a GPU).
         backend: one of ``backend_names()``; None takes the best that can run.
 
@@ -79,6 +82,7 @@ def degree_normalize(
     if validate:
         _checks.check_index_values(op, index, index.shape[-2])
         _checks.check_weight_values(op, weight)
+    options = (norm, eps, *csc_of(op, csc, index, validate), requested)
     if weight.dim() == 3:
-        return registration.degree_normalize(weight, index, norm, eps, requested)
-    return registration.degree_normalize(weight[None], index[None], norm, eps, requested)[0]
+        return registration.degree_normalize(weight, index, *options)
+    return registration.degree_normalize(weight[None], index[None], *options)[0]

@@ -35,8 +35,13 @@ def _scales(weight: Tensor, neighbour: Tensor, norm: str, eps: float) -> tuple[T
     return scale, scale
 
 
-def degree_normalize(weight: Tensor, index: Tensor, norm: str, eps: float) -> Tensor:
-    """Propagation coefficients (B, N, K) in float32 (float64 for float64 weights)."""
+def degree_normalize(
+    weight: Tensor, index: Tensor, norm: str, eps: float, csc: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Propagation coefficients (B, N, K) in float32 (float64 for float64 weights).
+
+    ``csc``, ``indptr`` and ``perm`` of the graph's columns, is needed by nobody here.
+    """
     weight = _wide(weight)
     neighbour = index.long().clamp(0, max(index.shape[1] - 1, 0))
     if norm == "sym_count":
@@ -48,7 +53,9 @@ def degree_normalize(weight: Tensor, index: Tensor, norm: str, eps: float) -> Te
     return coefficient / 2 if norm == "sym_undirected" else coefficient
 
 
-def degree_normalize_backward(grad: Tensor, weight: Tensor, index: Tensor, norm: str, eps: float) -> Tensor:
+def degree_normalize_backward(
+    grad: Tensor, weight: Tensor, index: Tensor, norm: str, eps: float, csc: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Gradient to ``weight``, through the degrees of both ends."""
     dtype = weight.dtype
     grad, weight = _wide(grad), _wide(weight)

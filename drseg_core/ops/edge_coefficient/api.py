@@ -10,6 +10,7 @@ from torch import Tensor
 
 from drseg_core.ops import _checks
 from drseg_core.ops._dispatch import requested_backend
+from drseg_core.ops.csc.api import Csc, csc_of
 from drseg_core.ops.edge_coefficient import registration
 
 # a row without weights has gradients of order eps**-1.5, which must stay finite in float32
@@ -53,6 +54,7 @@ def edge_coefficient(
     mask: Tensor | None = None,
     norm: Norm = "sym_row",
     eps: float = 1e-6,
+    csc: Csc | None = None,
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -69,6 +71,7 @@ def edge_coefficient(
         mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
         norm: see ``degree_normalize``.
         eps: added to every degree, at least 1e-20: gradients of a row of zeros grow as ``eps**-1.5``.
+        csc: ``csc(index)``, which degrees of incoming edges and gradients go along; None makes it in every call.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.
 
@@ -97,7 +100,7 @@ def edge_coefficient(
     requested = requested_backend(op, backend)
     if validate:
         _checks.check_index_values(op, index, source.shape[-2])
-    options = (norm, eps, requested)
+    options = (norm, eps, *csc_of(op, csc, index, validate), requested)
     if source.dim() == 3:
         return registration.edge_coefficient(source, target, index, vector, bias, mask, *options)[0]
     mask = None if mask is None else mask[None]

@@ -31,10 +31,14 @@ def compose(
         mask: Tensor | None,
         norm: str,
         eps: float,
+        csc: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Coefficients and weights (B, N, K), and scales (S, B, N) with S from ``ENDS``, which nobody needs here."""
+        """Coefficients and weights (B, N, K), and scales (S, B, N) with S from ``ENDS``, which nobody needs here.
+
+        ``csc`` are ``indptr`` and ``perm`` of the graph's columns, if they are known.
+        """
         weight = edge[0](source, target, index, vector, bias, mask)
-        coefficient = degree[0](weight, index, norm, eps)
+        coefficient = degree[0](weight, index, norm, eps, csc)
         return coefficient, weight, weight.new_zeros(ENDS[norm], *index.shape[:2])
 
     def backward(
@@ -49,9 +53,10 @@ def compose(
         norm: str,
         eps: float,
         output_mask: Sequence[bool],
+        csc: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        grad_weight = degree[1](grad, weight, index, norm, eps)
-        return edge[1](grad_weight, weight, source, target, index, vector, bias, output_mask)
+        grad_weight = degree[1](grad, weight, index, norm, eps, csc)
+        return edge[1](grad_weight, weight, source, target, index, vector, bias, output_mask, csc)
 
     return forward, backward
 

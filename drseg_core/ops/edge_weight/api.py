@@ -8,6 +8,7 @@ from torch import Tensor
 
 from drseg_core.ops import _checks
 from drseg_core.ops._dispatch import requested_backend
+from drseg_core.ops.csc.api import Csc, csc_of
 from drseg_core.ops.edge_weight import registration
 
 
@@ -42,6 +43,7 @@ def edge_weight(
     bias: Tensor,
     *,
     mask: Tensor | None = None,
+    csc: Csc | None = None,
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -58,6 +60,7 @@ def edge_weight(
         vector: (E,) second layer.
         bias: () or (1,), its bias.
         mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
+        csc: ``csc(index)``, which the gradient to ``target`` goes along; None makes it in every backward.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.
 
@@ -81,7 +84,8 @@ def edge_weight(
     requested = requested_backend("edge_weight", backend)
     if validate:
         _checks.check_index_values("edge_weight", index, source.shape[-2])
+    options = (*csc_of("edge_weight", csc, index, validate), requested)
     if source.dim() == 3:
-        return registration.edge_weight(source, target, index, vector, bias, mask, requested)
+        return registration.edge_weight(source, target, index, vector, bias, mask, *options)
     mask = None if mask is None else mask[None]
-    return registration.edge_weight(source[None], target[None], index[None], vector, bias, mask, requested)[0]
+    return registration.edge_weight(source[None], target[None], index[None], vector, bias, mask, *options)[0]

@@ -71,13 +71,15 @@ def edge_weight_backward(
     vector: Tensor,
     bias: Tensor,
     output_mask: Sequence[bool] = (True,) * 4,
+    csc: tuple[Tensor, Tensor] | None = None,
     *,
     block: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to ``source``, ``target``, ``vector`` and ``bias``, each in its input's dtype.
 
     One whose ``output_mask`` is False is an empty tensor. The ReLU mask is computed again. The derivative of softplus
-    comes from the saved weight: 1 - exp(-weight).
+    comes from the saved weight: 1 - exp(-weight). ``csc``, ``indptr`` and ``perm`` of the graph's columns, is needed by
+    nobody here.
     """
     wants_source, wants_target, wants_vector, _ = output_mask
     inputs = (source, target, vector, bias)

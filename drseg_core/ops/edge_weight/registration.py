@@ -14,6 +14,7 @@ from drseg_core.ops._registration import (
     Differentiable,
     asked_for,
     backward_of,
+    columns,
     define,
     differentiated,
     fake_gradients,
@@ -39,10 +40,12 @@ def _run_native_backward(
     vector: Tensor,
     bias: Tensor,
     output_mask: Sequence[bool],
+    csc: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     grad, weight, *given = _native.operands(grad, weight, source, target, vector)
+    edges = (*given[:2], _native.neighbours(index), given[2], *_native.columns(csc))
     # all of them in one pass
-    grads = torch.ops.drseg_native.edge_weight_backward(grad, weight, *given[:2], _native.neighbours(index), given[2])
+    grads = torch.ops.drseg_native.edge_weight_backward(grad, weight, *edges)
     return tuple(
         value.to(like.dtype).reshape(like.shape)
         for value, like in zip(grads, (source, target, vector, bias), strict=True)
@@ -51,7 +54,7 @@ def _run_native_backward(
 
 _dispatch.add_table(
     "edge_weight",
-    _native.backend(_run_native, _run_native_backward, "edge_weight", "edge_weight_backward"),
+    _native.backend(_run_native, _run_native_backward, "edge_weight", "edge_weight_backward", "csc"),
     _triton.backend("edge_weight"),
     _dispatch.reference_backend(reference.edge_weight, reference.edge_weight_backward),
 )
@@ -74,10 +77,12 @@ def _run_backward(
     vector: Tensor,
     bias: Tensor,
     output_mask: Sequence[bool],
+    indptr: Tensor | None,
+    perm: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
     chosen = _dispatch.resolve("edge_weight", source, backend, target=target, vector=vector, bias=bias)
-    given = (grad, weight, source, target, index, vector, bias, output_mask)
+    given = (grad, weight, source, target, index, vector, bias, output_mask, columns(indptr, perm))
     with _dispatch.plain_float32(source):
         return asked_for(_dispatch.gradients("edge_weight", chosen, *given), output_mask)
 
@@ -96,9 +101,9 @@ _forward = define(
 _backward = define(
     "edge_weight_backward",
     "(Tensor grad, Tensor weight, Tensor source, Tensor target, Tensor index, Tensor vector, Tensor bias, "
-    "bool[4] output_mask, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool[4] output_mask, Tensor? indptr, Tensor? perm, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
-    lambda grad, weight, source, target, index, vector, bias, mask, backend: fake_gradients(
+    lambda grad, weight, source, target, index, vector, bias, mask, *others: fake_gradients(
         mask, source, target, vector, bias
     ),
 )
@@ -107,22 +112,35 @@ _backward = define(
 class _EdgeWeight(Differentiable):
     @staticmethod
     def forward(
-        source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: Tensor, mask: Tensor | None, backend: str
+        source: Tensor,
+        target: Tensor,
+        index: Tensor,
+        vector: Tensor,
+        bias: Tensor,
+        mask: Tensor | None,
+        indptr: Tensor | None,
+        perm: Tensor | None,
+        backend: str,
     ) -> Tensor:
+        # the backward alone goes along columns
         return _forward(source, target, index, vector, bias, mask, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *given, _, ctx.backend = inputs
-        ctx.save_for_backward(output, *given)
+        *given, _, indptr, perm, ctx.backend = inputs
+        ctx.save_for_backward(output, *given, indptr, perm)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3:5]]
-        given = (grad, *ctx.saved_tensors, mask, ctx.backend)
+        *given, indptr, perm = ctx.saved_tensors
+        given = (grad, *given, mask, indptr, perm, ctx.backend)
         to_source, to_target, to_vector, to_bias = backward_of("edge_weight", _backward, mask, *given)
-        return to_source, to_target, None, to_vector, to_bias, None, None
+        return to_source, to_target, None, to_vector, to_bias, None, None, None, None
 
 
 def edge_weight(*arguments: Any) -> Tensor:
-    return _EdgeWeight.apply(*arguments) if differentiated(*arguments) else _forward(*arguments)
+    if differentiated(*arguments):
+        return _EdgeWeight.apply(*arguments)
+    *given, _, _, backend = arguments
+    return _forward(*given, backend)

@@ -10,6 +10,7 @@ from torch import Tensor
 from drseg_core.ops import _checks
 from drseg_core.ops._dispatch import requested_backend
 from drseg_core.ops._registration import differentiated
+from drseg_core.ops.csc.api import Csc, csc_of
 from drseg_core.ops.graph_layer import registration
 
 ACTIVATIONS = ("none", "relu", "layer_norm")
@@ -61,6 +62,7 @@ def graph_layer(
     activation: Activation = "none",
     eps: float = 1e-5,
     undirected: bool = False,
+    csc: Csc | None = None,
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -80,6 +82,7 @@ def graph_layer(
         activation: ``none``, ``relu`` or ``layer_norm``.
         eps: of ``layer_norm``, > 0.
         undirected: follow every edge in both directions.
+        csc: ``csc(index)``, which reversed edges and the gradient to ``x`` go along; None makes it in every call.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.
 
@@ -106,7 +109,17 @@ def graph_layer(
     if validate:
         _checks.check_index_values(op, index, x.shape[-2])
     keep = differentiated(x, coefficient, bias, norm_weight, norm_bias)
-    options = (bias, norm_weight, norm_bias, activation, eps, undirected, keep, requested)
+    options = (
+        bias,
+        norm_weight,
+        norm_bias,
+        activation,
+        eps,
+        undirected,
+        keep,
+        *csc_of(op, csc, index, validate),
+        requested,
+    )
     if x.dim() == 3:
         return registration.graph_layer(x, index, coefficient, *options)[0]
     return registration.graph_layer(x[None], index[None], coefficient[None], *options)[0][0]

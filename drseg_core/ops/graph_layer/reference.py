@@ -37,6 +37,7 @@ def compose(propagate: tuple[Callable[..., Tensor], Run]) -> tuple[Run, Run]:
         eps: float,
         undirected: bool,
         keep: bool = True,
+        csc: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Propagation, bias and activation, accumulated in float32 or wider; the output is in ``x``'s dtype.
 
@@ -45,14 +46,15 @@ def compose(propagate: tuple[Callable[..., Tensor], Run]) -> tuple[Run, Run]:
             activation: ``none``, ``relu`` or ``layer_norm``. eps: of LayerNorm.
             undirected: add the sums over the reversed edges.
             keep: return what the backward of LayerNorm needs.
+            csc: ``indptr`` and ``perm`` of the graph's columns, if they are known.
 
         Returns:
             The output; for LayerNorm what it was given (B, N, C), and mean and rstd of its rows (B, N), else empty.
         """
         wide_x, share = _wide(x, coefficient)
-        y = run(wide_x, index, share, False)
+        y = run(wide_x, index, share, False, csc)
         if undirected:
-            y = y + run(wide_x, index, share, True)
+            y = y + run(wide_x, index, share, True, csc)
         if bias is not None:
             y = y + bias.to(y.dtype)
         given, mean, rstd = (y.new_empty(0) for _ in range(3))
@@ -82,6 +84,7 @@ def compose(propagate: tuple[Callable[..., Tensor], Run]) -> tuple[Run, Run]:
         activation: str,
         undirected: bool,
         output_mask: Sequence[bool],
+        csc: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         """Gradients to ``x``, ``coefficient``, ``bias``, ``norm_weight`` and ``norm_bias`` in their dtypes.
 
@@ -108,7 +111,7 @@ def compose(propagate: tuple[Callable[..., Tensor], Run]) -> tuple[Run, Run]:
         if output_mask[2]:
             found[2] = inner.sum((0, 1))
         for transpose in (False, True) if undirected else (False,):
-            grads = run_backward(inner, wide_x, index, share, transpose, output_mask[:2])
+            grads = run_backward(inner, wide_x, index, share, transpose, output_mask[:2], csc)
             for place in (0, 1):
                 before = found[place]
                 found[place] = grads[place] if before is None else before + grads[place]

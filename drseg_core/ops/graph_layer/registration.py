@@ -13,6 +13,7 @@ from drseg_core.ops._registration import (
     Differentiable,
     asked_for,
     backward_of,
+    columns,
     define,
     differentiated,
     fake_gradients,
@@ -41,12 +42,14 @@ def _run(
     eps: float,
     undirected: bool,
     keep: bool,
+    indptr: Tensor | None,
+    perm: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
     chosen = _resolve(x, backend, coefficient, bias, norm_weight, norm_bias)
     parameters = (bias, norm_weight, norm_bias)
     with _dispatch.plain_float32(x):
-        return chosen.run(x, index, coefficient, *parameters, activation, eps, undirected, keep)
+        return chosen.run(x, index, coefficient, *parameters, activation, eps, undirected, keep, columns(indptr, perm))
 
 
 def _run_backward(
@@ -64,12 +67,14 @@ def _run_backward(
     activation: str,
     undirected: bool,
     output_mask: Sequence[bool],
+    indptr: Tensor | None,
+    perm: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
     parameters = (bias, norm_weight, norm_bias)
     chosen = _resolve(x, backend, coefficient, *parameters)
     saved = (y, given, mean, rstd, *parameters)
-    arguments = (grad, x, index, coefficient, *saved, activation, undirected, output_mask)
+    arguments = (grad, x, index, coefficient, *saved, activation, undirected, output_mask, columns(indptr, perm))
     with _dispatch.plain_float32(x):
         return asked_for(_dispatch.gradients("graph_layer", chosen, *arguments), output_mask)
 
@@ -85,6 +90,8 @@ def _fake(
     eps: float,
     undirected: bool,
     keep: bool,
+    indptr: Tensor | None,
+    perm: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
     wide, kept = widest(x, coefficient), keep and activation == "layer_norm"
@@ -93,14 +100,15 @@ def _fake(
 
 
 def _fake_backward(grad: Tensor, x: Tensor, index: Tensor, coefficient: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    *_, bias, norm_weight, norm_bias, activation, undirected, output_mask, backend = others
+    *_, bias, norm_weight, norm_bias, activation, undirected, output_mask, indptr, perm, backend = others
     return fake_gradients(output_mask, x, coefficient, bias, norm_weight, norm_bias)
 
 
 _forward = define(
     "graph_layer",
     "(Tensor x, Tensor index, Tensor coefficient, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
-    "str activation, float eps, bool undirected, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "str activation, float eps, bool undirected, bool keep, Tensor? indptr, Tensor? perm, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )
@@ -108,7 +116,7 @@ _backward = define(
     "graph_layer_backward",
     "(Tensor grad, Tensor x, Tensor index, Tensor coefficient, Tensor y, Tensor given, Tensor mean, Tensor rstd, "
     "Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, str activation, bool undirected, bool[5] output_mask, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? indptr, Tensor? perm, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )
@@ -127,36 +135,39 @@ class _GraphLayer(Differentiable):
         eps: float,
         undirected: bool,
         keep: bool,
+        indptr: Tensor | None,
+        perm: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, ...]:
         parameters = (bias, norm_weight, norm_bias)
-        found: tuple[Tensor, ...] = _forward(
-            x, index, coefficient, *parameters, activation, eps, undirected, keep, backend
-        )
+        options = (activation, eps, undirected, keep, indptr, perm, backend)
+        found: tuple[Tensor, ...] = _forward(x, index, coefficient, *parameters, *options)
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         # undirected edges are followed in the transposed direction too
-        x, index, coefficient, *parameters, ctx.activation, _, ctx.undirected, ctx.keep, ctx.backend = inputs
-        y, given, mean, rstd = output
-        ctx.mark_non_differentiable(given, mean, rstd)
+        *given, ctx.activation, _, ctx.undirected, ctx.keep, indptr, perm, ctx.backend = inputs
+        x, index, coefficient, *parameters = given
+        y, before, mean, rstd = output
+        ctx.mark_non_differentiable(before, mean, rstd)
         ctx.set_materialize_grads(False)
         # of the output only ReLU's mask is needed again
-        mask = y if ctx.activation == "relu" else given
-        ctx.save_for_backward(x, index, coefficient, mask, given, mean, rstd, *parameters)
+        mask = y if ctx.activation == "relu" else before
+        ctx.save_for_backward(x, index, coefficient, mask, before, mean, rstd, *parameters, indptr, perm)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 11
+            return (None,) * 13
         if ctx.activation == "layer_norm" and not ctx.keep:
             raise RuntimeError("graph_layer: keep is False; expected True where a gradient is needed, got a backward")
         needs = ctx.needs_input_grad
         mask = [needs[0], *needs[2:6]]
-        given = (grad, *ctx.saved_tensors, ctx.activation, ctx.undirected, mask, ctx.backend)
+        *given, indptr, perm = ctx.saved_tensors
+        given = (grad, *given, ctx.activation, ctx.undirected, mask, indptr, perm, ctx.backend)
         to_x, *grads = backward_of("graph_layer", _backward, mask, *given)
-        return to_x, None, *grads, None, None, None, None, None
+        return to_x, None, *grads, *(None,) * 7
 
 
 def graph_layer(*arguments: Any) -> tuple[Tensor, ...]:

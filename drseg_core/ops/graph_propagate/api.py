@@ -7,6 +7,7 @@ from torch import Tensor
 
 from drseg_core.ops import _checks
 from drseg_core.ops._dispatch import requested_backend
+from drseg_core.ops.csc.api import Csc, csc_of
 from drseg_core.ops.graph_propagate import registration
 
 
@@ -16,6 +17,7 @@ def graph_propagate(
     coefficient: Tensor,
     *,
     transpose: bool = False,
+    csc: Csc | None = None,
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -29,6 +31,7 @@ def graph_propagate(
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
         coefficient: shape of ``index``, a floating-point dtype, not necessarily that of ``x``.
         transpose: follow the edges from neighbour to node.
+        csc: ``csc(index)``, which the transpose and the gradient to ``x`` go along; None makes it in every call.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.
 
@@ -63,6 +66,7 @@ def graph_propagate(
     requested = requested_backend(op, backend)
     if validate:
         _checks.check_index_values(op, index, x.shape[-2])
+    options = (transpose, *csc_of(op, csc, index, validate), requested)
     if x.dim() == 3:
-        return registration.graph_propagate(x, index, coefficient, transpose, requested)
-    return registration.graph_propagate(x[None], index[None], coefficient[None], transpose, requested)[0]
+        return registration.graph_propagate(x, index, coefficient, *options)
+    return registration.graph_propagate(x[None], index[None], coefficient[None], *options)[0]

@@ -22,13 +22,20 @@ def _row_block(x: Tensor, k: int, block: int | None) -> int:
 
 
 def graph_propagate(
-    x: Tensor, index: Tensor, coefficient: Tensor, transpose: bool = False, *, block: int | None = None
+    x: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    transpose: bool = False,
+    csc: tuple[Tensor, Tensor] | None = None,
+    *,
+    block: int | None = None,
 ) -> Tensor:
     """Weighted sums of neighbour features, accumulated in float32 or wider, in ``x``'s dtype.
 
     Args:
         x: (B, N, C). index: (B, N, K). coefficient: (B, N, K).
         transpose: send along the edges in the other direction.
+        csc: ``indptr`` and ``perm`` of the graph's columns, which nobody needs here.
         block: rows computed at once; by default as many as take 32 MB.
     """
     dtype = x.dtype
@@ -58,6 +65,7 @@ def graph_propagate_backward(
     coefficient: Tensor,
     transpose: bool,
     output_mask: Sequence[bool],
+    csc: tuple[Tensor, Tensor] | None = None,
     *,
     block: int | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A graph as a value: what its layers share is made once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from drseg_core.ops.csc.api import Csc, csc
+from drseg_core.ops.graph_propagate.api import graph_propagate
+
+
+class Graph(NamedTuple):
+    """A sparse operator on the features of nodes: its edges, their coefficients, and its columns.
+
+    ``Graph.of`` makes the columns; without them everything works, and what goes against the edges lists them anew in
+    every call.
+
+    Args:
+        index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
+        coefficient: shape of ``index``, floating-point.
+        csc: ``csc(index)``, or None.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.ops import Graph
+        >>> graph = Graph.of(torch.tensor([[0, 1], [1, 1]]), torch.full((2, 2), 0.5))
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> for _ in range(10):
+        ...     x = graph.propagate(x)
+        >>> round(x[0].item(), 3), graph.degree(incoming=True).tolist()
+        (2.998, [0.5, 1.5])
+    """
+
+    # a tuple has a method of that name, which a field hides
+    index: Tensor  # type: ignore[assignment]
+    coefficient: Tensor
+    csc: Csc | None = None
+
+    @classmethod
+    def of(cls, index: Tensor, coefficient: Tensor, *, backend: str | None = None) -> Graph:
+        """With its columns, made here by ``backend``."""
+        return cls(index, coefficient, csc(index, backend=backend))
+
+    def propagate(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        """``y_i = sum_k coefficient_ik x_j`` with ``j = index_ik``; ``x`` as in ``graph_propagate``."""
+        return graph_propagate(x, self.index, self.coefficient, csc=self.csc, backend=backend)
+
+    def propagate_transposed(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        """The same with every edge reversed."""
+        return graph_propagate(x, self.index, self.coefficient, transpose=True, csc=self.csc, backend=backend)
+
+    def degree(self, *, incoming: bool = False, backend: str | None = None) -> Tensor:
+        """(B, N) or (N,) sums of the coefficients of the edges that leave each node, or that end in it."""
+        if not incoming:
+            return self.coefficient.sum(-1)
+        one = self.coefficient.new_ones(*self.index.shape[:-1], 1)
+        return self.propagate_transposed(one, backend=backend).squeeze(-1)

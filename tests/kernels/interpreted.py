@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels' contracts under Triton's interpreter, beside the other tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def patch_once() -> None:
+    """Let Triton's interpreter take the place of its language once in this process.
+
+    It does so in every launch and every call of a device function, ``tl.sum`` among them: 40 % of a contract's time.
+    """
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang", None)
+    if patch is None:
+        return
+    done: set[int] = set()
+
+    class Stays:
+        def restore(self) -> None:
+            pass
+
+    def patched(function: Any) -> Stays:
+        # a module's names are patched when the first of its functions runs
+        if id(function.__globals__) not in done:
+            done.add(id(function.__globals__))
+            patch(function)
+        return Stays()
+
+    interpreter._patch_lang = patched
+
+
+class Interpreted:
+    """Contracts under the interpreter, each one process of one thread, as many at a time as there are cores."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 1)
+        # the longest first: that with the most variants, then by the size of their files
+        names.sort(key=lambda name: ("degree_normalize" not in name, -(HERE / name).stat().st_size))
+        self._found = {name: self._pool.submit(self._run, name) for name in names}
+
+    def _run(self, name: str) -> subprocess.CompletedProcess[str]:
+        # the tests that somebody waits for come first
+        polite = ["nice", "-n", "5"] if shutil.which("nice") else []
+        command = [
+            *polite,
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--durations=5",
+            str(HERE / name),
+        ]
+        process = subprocess.Popen(
+            command,
+            cwd=HERE.parents[1],
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._running.add(process)
+        output, _ = process.communicate()
+        self._running.discard(process)
+        return subprocess.CompletedProcess(command, process.returncode, output)
+
+    def result(self, name: str) -> subprocess.CompletedProcess[str]:
+        """What a contract said, which starts now if it was not among ``names``."""
+        return (self._found.get(name) or self._pool.submit(self._run, name)).result()
+
+    def stop(self) -> None:
+        """End what nobody waits for any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(self._running):
+            process.kill()
+
+
+INTERPRETED = pytest.StashKey[Interpreted]()

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of ``csc``, for every backend that can run here, and of the argument of that name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from drseg_core import ops
+from drseg_core.ops.csc.cases import make_inputs
+from drseg_core.testing import CASES
+
+Make = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+BACKENDS = [
+    row["backend"] for row in ops.backend_report() if row["op"] == "csc" and row["device"] == "cpu" and row["available"]
+]
+
+
+def check(index: Tensor, make: Make) -> None:
+    """Every edge once, under the node in which it ends, in ascending order."""
+    indptr, perm = make(index)
+    batched = index if index.dim() == 3 else index[None]
+    nodes = batched.shape[1]
+    end = batched.long().clamp(0, max(nodes - 1, 0)) + nodes * torch.arange(len(batched))[:, None, None]
+    lists: list[list[int]] = [[] for _ in range(len(batched) * nodes)]
+    for edge, node in enumerate(end.flatten().tolist()):
+        lists[node].append(edge)
+    assert perm.tolist() == sum(lists, [])
+    assert indptr.diff().tolist() == [len(edges) for edges in lists] and indptr[0] == 0
+    assert indptr.dtype == perm.dtype == torch.int32 and indptr.is_contiguous() and perm.is_contiguous()
+
+
+def crowded(batch: int, nodes: int, slots: int, seed: int = 0) -> Tensor:
+    """Half of the edges end in one node, some of a row's in the same, some outside."""
+    random = torch.Generator().manual_seed(seed)
+    index = torch.randint(-2, nodes + 2, (batch, nodes, slots), generator=random)
+    return torch.where(torch.rand(index.shape, generator=random) < 0.5, nodes // 2, index)
+
+
+@pytest.fixture(params=BACKENDS)
+def make(request) -> Make:
+    def call(index: Tensor) -> tuple[Tensor, Tensor]:
+        found = ops.csc(index, backend=request.param)
+        assert ops.last_backend("csc") == request.param
+        return found
+
+    return call
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.large], ids=lambda case: case.name)
+def test_every_case(case, make):
+    check(make_inputs(case)["index"], make)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(3, 7, 5), (1, 1, 4), (2, 40, 1), (1, 97, 33)], ids=str)
+def test_any_index(shape, dtype, make):
+    index = crowded(*shape).to(dtype)
+    for form in (index, index[0], index.mT.contiguous().mT, index[:1].expand(index.shape)):
+        check(form, make)
+
+
+def test_wild_indices_are_clamped_before_they_are_narrowed(make):
+    assert make(torch.tensor([[[2**40, -(2**40)], [2**31, 1]]]))[0].tolist() == [0, 1, 4]
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2), (2, 3, 0), (2, 0, 4)])
+def test_nothing_to_list(shape, make):
+    indptr, perm = make(torch.zeros(shape, dtype=torch.int32))
+    assert len(perm) == 0 and indptr.tolist() == [0] * (shape[0] * shape[1] + 1)
+
+
+def test_any_threads(make):
+    index = crowded(5, 300, 9)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            check(index, make)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_opcheck():
+    for shape in ((2, 5, 3), (0, 5, 3), (1, 4, 0)):
+        opcheck(torch.ops.drseg.csc.default, (torch.randint(0, 4, shape), "auto"))
+
+
+@pytest.mark.parametrize(
+    "index,error,message",
+    [
+        ([[1]], TypeError, "index must be a tensor"),
+        (torch.ones(2, 3), TypeError, "index has an unsupported dtype"),
+        (torch.ones(3).int(), ValueError, "index has the wrong rank"),
+    ],
+    ids=["list", "numbers", "rank"],
+)
+def test_what_it_cannot_use_is_refused(index, error, message):
+    with pytest.raises(error, match=f"^csc: {message}"):
+        ops.csc(index)
+
+
+INDEX = torch.tensor([[0, 1], [1, 1], [0, 2]])
+OTHER = torch.tensor([[0, 1], [2, 1], [0, 2]])
+CALLS: dict[str, Callable[..., Tensor]] = {
+    "graph_propagate": lambda **csc: ops.graph_propagate(torch.ones(3, 2), INDEX, torch.ones(3, 2), **csc),
+    "graph_layer": lambda **csc: ops.graph_layer(torch.ones(3, 2), INDEX, torch.ones(3, 2), **csc),
+    "degree_normalize": lambda **csc: ops.degree_normalize(torch.ones(3, 2), INDEX, **csc),
+    "edge_weight": lambda **csc: ops.edge_weight(
+        torch.ones(3, 4), torch.ones(3, 4), INDEX, torch.ones(4), torch.ones(1), **csc
+    ),
+    "edge_coefficient": lambda **csc: ops.edge_coefficient(
+        torch.ones(3, 4), torch.ones(3, 4), INDEX, torch.ones(4), torch.ones(1), **csc
+    ),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_columns_of_another_graph_are_refused(op):
+    right: Any = ops.csc(INDEX)
+    call = CALLS[op]
+    assert torch.equal(call(csc=right, validate=True), call())
+    with pytest.raises(ValueError, match=f"^{op}: csc is of another graph; expected csc"):
+        call(csc=ops.csc(OTHER), validate=True)
+    with pytest.raises(ValueError, match=f"^{op}: csc.indptr has the wrong shape; expected"):
+        call(csc=ops.csc(INDEX[:2]))
+    with pytest.raises(TypeError, match=f"^{op}: csc must be a pair of tensors; expected Csc or None, got Tensor"):
+        call(csc=right.perm)
+    with pytest.raises(TypeError, match=f"^{op}: csc.perm has an unsupported dtype"):
+        call(csc=(right.indptr, right.perm.float()))
+
+
+def test_a_graph_is_what_its_matrix_is():
+    random = torch.Generator().manual_seed(0)
+    index, x = crowded(2, 9, 4).clamp(0, 8), torch.randn(2, 9, 5, generator=random)
+    coefficient = torch.rand(index.shape, generator=random).requires_grad_()
+    matrix = torch.zeros(2, 9, 9).scatter_add(2, index, coefficient)
+    for graph in (ops.Graph.of(index, coefficient), ops.Graph(index, coefficient)):
+        torch.testing.assert_close(graph.propagate(x), matrix @ x)
+        torch.testing.assert_close(graph.propagate_transposed(x), matrix.mT @ x)
+        torch.testing.assert_close(graph.degree(), matrix.sum(2))
+        torch.testing.assert_close(graph.degree(incoming=True), matrix.sum(1))
+        got = torch.autograd.grad(graph.propagate(graph.propagate_transposed(x)).square().sum(), coefficient)
+        right = torch.autograd.grad((matrix @ (matrix.mT @ x)).square().sum(), coefficient, retain_graph=True)
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+    one = ops.Graph.of(index[0], coefficient[0])
+    torch.testing.assert_close(one.degree(incoming=True), matrix[0].sum(0))
+
+
+def test_a_graph_is_listed_once():
+    index, coefficient = INDEX[None], torch.ones(1, 3, 2, requires_grad=True)
+    graph, x = ops.Graph.of(index, coefficient), torch.ones(1, 3, 2, requires_grad=True)
+    before, ops._dispatch._last["csc"] = ops.last_backend("csc"), "none"
+    assert before is not None
+    for _ in range(3):
+        x = graph.propagate_transposed(graph.propagate(x))
+    x.sum().backward()
+    assert ops.last_backend("csc") == "none"
