@@ -15,6 +15,7 @@ COMMANDS = {
     "model": "the whole model, and PDGR's share of it",
     "presets": "a training step and a scored image of every set under both presets",
     "tune": "find the fastest launch sizes on a GPU and write its tables",
+    "host": "host time and launches of PDGR on the Triton backend, without a card",
     "aot": "compile every Triton kernel for every GPU in view, without one",
 }
 _USAGE = "usage: python -m bench COMMAND ... (COMMAND --help says what it takes)"

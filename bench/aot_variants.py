@@ -93,6 +93,12 @@ def _prepare_prior(device: Any) -> Iterator[Variant]:
         options = {"num_warps": warps, **FMA}
         sizes = ("channels",) if even else ()
         yield Variant(name, op._prepare_prior_kernel, types, constants, options, 64 * warps, sizes)
+        constants = {"SCALE": dtype != "fp16"} | {key: value for key, value in op.PLANES.items() if key.isupper()}
+        warps = op.PLANES["num_warps"]
+        words = {"dtype": dtype, **constants} | ({} if even else {"even": False})
+        options = {"num_warps": warps, **FMA}
+        name = _name("prepare_prior planes", words, warps)
+        yield Variant(name, op._prepare_prior_kernel_planes, types, constants, options, 16_384, sizes)
 
 
 def _knn_graph(device: Any) -> Iterator[Variant]:
@@ -119,7 +125,7 @@ _FIXED = {
     **{f"{name}_ptr": "*fp32" for name in ("weight", "slope", "part", "row", "column", "dot", "coefficient")},
     **{f"{name}_ptr": "*fp32" for name in ("given", "mean", "rstd", "moment", "norm_weight", "norm_bias")},
     **{f"{name}_ptr": "*i32" for name in ("index", "indptr", "perm", "count", "degree")},
-    "mask_ptr": "*u8",
+    "mask_ptr": "*fp32",
     "eps": "fp32",
 }
 
@@ -137,6 +143,8 @@ def _variant(
     names = kernel.arg_names
     sizes = {key: value for key, value in tile.constants().items() if key in names}
     types = {name: _FIXED.get(name, f"*{dtype}") for name in names if name.endswith("_ptr") or name == "eps"}
+    if constants.get("MASK") == "flags":
+        types["mask_ptr"] = "*u8"
     part = kernel.__name__.split(f"_{op}_")[1].replace("_kernel", "")
     words = {"dtype": dtype, **constants, **sizes}
     if not even:
@@ -165,14 +173,14 @@ def _edge_weight(device: Any) -> Iterator[Variant]:
     name = "edge_weight"
     usual, *others = _tiles(name, device, (576, 75, 128), (576, 4, 24))
     for dtype in _DTYPES:
-        yield _variant(name, op._edge_weight_fwd_kernel, usual, dtype, {"MASKED": True})
+        yield _variant(name, op._edge_weight_fwd_kernel, usual, dtype, {"MASK": "scores"})
         everything = {"NORM": "none", "NEED_SOURCE": True, "NEED_PARAMETERS": True}
         yield _variant(name, op._edge_weight_bwd_kernel_source, op.two_sums(usual), dtype, everything)
         yield _variant(name, op._edge_weight_bwd_kernel_target, usual, dtype, {})
     yield _variant(name, op._edge_weight_bwd_kernel_sum, usual, "fp32", {}, even=False)
-    yield _variant(name, op._edge_weight_fwd_kernel, usual, "fp32", {"MASKED": False}, even=False)
+    yield _variant(name, op._edge_weight_fwd_kernel, usual, "fp32", {"MASK": "flags"}, even=False)
     for tile in others:
-        yield _variant(name, op._edge_weight_fwd_kernel, tile, "fp32", {"MASKED": False})
+        yield _variant(name, op._edge_weight_fwd_kernel, tile, "fp32", {"MASK": "none"})
 
 
 def _edge_coefficient(device: Any) -> Iterator[Variant]:
@@ -182,19 +190,18 @@ def _edge_coefficient(device: Any) -> Iterator[Variant]:
     name = "edge_coefficient"
     usual, *others = _tiles(name, device, (576, 75, 128), (576, 4, 24))
     for dtype in _DTYPES:
-        yield _variant(name, op._edge_coefficient_fwd_kernel, usual, dtype, {"NORM": "sym_row", "MASKED": True})
+        yield _variant(name, op._edge_coefficient_fwd_kernel, usual, dtype, {"NORM": "sym_row", "MASK": "scores"})
     for norm in ("row", "sym_count", "sym_inout"):
-        yield _variant(name, op._edge_coefficient_fwd_kernel, usual, "fp32", {"NORM": norm, "MASKED": True})
+        yield _variant(name, op._edge_coefficient_fwd_kernel, usual, "fp32", {"NORM": norm, "MASK": "scores"})
     for tile in others:
-        constants = {"NORM": "sym_row", "MASKED": False}
+        constants = {"NORM": "sym_row", "MASK": "none"}
         yield _variant(name, op._edge_coefficient_fwd_kernel, tile, "fp32", constants, even=False)
     # its backward is that of edge_weight, in the sizes of that op
     (usual,) = _tiles("edge_weight", device, (576, 75, 128))[:1]
     for norm in ("sym_row", "sym_inout", "sym_undirected"):
-        constants = {"NORM": norm, "NEED_SOURCE": True, "NEED_PARAMETERS": True}
-        yield _variant(
-            "edge_weight", edge_weight._edge_weight_bwd_kernel_source, edge_weight.two_sums(usual), "fp32", constants
-        )
+        needs = {"NORM": norm, "NEED_SOURCE": True, "NEED_PARAMETERS": True}
+        kernel = edge_weight._edge_weight_bwd_kernel_source
+        yield _variant("edge_weight", kernel, edge_weight.two_sums(usual), "fp32", needs)
 
 
 def _csc(device: Any) -> Iterator[Variant]:

@@ -250,14 +250,12 @@ class PDGR(nn.Module):
         else:
             given = nodes.to(self.edge_vector.dtype)
             source, target = self.edge_source(given), self.edge_target(given)
-        # padded slots have no score
         edges = (source, target, index, self.edge_vector, self.edge_bias)
-        mask = score != -torch.inf
         lists = csc(index, backend=self.backend) if columns else None
         if not self.use_affinity_as_weight and self.self_loop != "extra":
             options: dict[str, Any] = {"norm": self.norm, "csc": lists, "backend": self.backend}
-            return Graph(index, edge_coefficient(*edges, mask=mask, **options), lists)
-        weight = edge_weight(*edges, mask=mask, csc=lists, backend=self.backend)
+            return Graph(index, edge_coefficient(*edges, score=score, **options), lists)
+        weight = edge_weight(*edges, score=score, csc=lists, backend=self.backend)
         if self.use_affinity_as_weight:
             weight = weight * self._affinity(score)
         if self.self_loop == "extra":

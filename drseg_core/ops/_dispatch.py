@@ -337,8 +337,7 @@ def _own_precision(backend: str, op: str) -> str:
             torch._C._set_fp32_precision_setter(level_backend, level_op, precision)
 
 
-@contextlib.contextmanager
-def plain_float32(tensor: Tensor) -> Iterator[None]:
+def plain_float32(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Full float32 products: no autocast and no TF32 or bf16 shortcut, whatever the caller has set.
 
     An op's body runs below autograd but not below autocast, and the precision of float32 products is global; either
@@ -354,17 +353,29 @@ def plain_float32(tensor: Tensor) -> Iterator[None]:
     newer = hasattr(torch._C, "_get_fp32_precision_getter")
     reduced = newer and any(torch._C._get_fp32_precision_getter(*entry) not in ("none", "ieee") for entry in _PRODUCTS)
     changes = reduced or legacy not in (None, "highest")
-    own = [(*entry, _own_precision(*entry)) for entry in _PRODUCTS] if changes and newer else []
+    if not changes and not torch.is_autocast_enabled(tensor.device.type):
+        # usual, and quicker than a context that changes nothing
+        return _AS_IT_IS
+    return _without_shortcuts(tensor.device.type, legacy if changes else None, changes and newer)
+
+
+_AS_IT_IS = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_shortcuts(device: str, legacy: str | None, newer: bool) -> Iterator[None]:
+    """``legacy`` is the older setting to put back, if there is one to change; ``newer`` says so of the newer ones."""
+    own = [(*entry, _own_precision(*entry)) for entry in _PRODUCTS] if newer else []
     try:
-        if changes and legacy is not None:
+        if legacy is not None:
             torch.set_float32_matmul_precision("highest")
         for backend, op, _ in own:
             torch._C._set_fp32_precision_setter(backend, op, "ieee")
-        with torch.autocast(tensor.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             yield
     finally:
         # the older setter writes the newer entries too, so these come last
-        if changes and legacy is not None:
+        if legacy is not None:
             torch.set_float32_matmul_precision(legacy)
         for backend, op, precision in own:
             torch._C._set_fp32_precision_setter(backend, op, precision)

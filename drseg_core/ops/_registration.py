@@ -61,14 +61,36 @@ def define(op: str, schema: str, run: Callable[..., Any], fake: Callable[..., An
     return operator
 
 
+class _Bound:
+    """Arguments that are all there, in order."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.args = args
+        self.kwargs: dict[str, Any] = {}
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+class _Positional(inspect.Signature):
+    """The signature of a function that is called with all of its arguments in order."""
+
+    def bind(self, *args: Any, **options: Any) -> Any:
+        return super().bind(*args, **options) if options else _Bound(args)
+
+
 class Differentiable(Function):
-    """Base of an op's step of autograd: ``forward``, ``setup_context`` and ``backward`` are the op's own."""
+    """Base of an op's step of autograd: ``forward``, ``setup_context`` and ``backward`` are the op's own.
+
+    Called with all arguments in order.
+    """
 
     generate_vmap_rule = True
 
     def __init_subclass__(cls) -> None:
-        # torch asks for it in every call, and finding it takes longer than the call
-        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+        # torch binds the arguments to it in every call; finding it, and binding them, takes longer than the call
+        parameters = inspect.signature(cls.forward).parameters.values()
+        cls.forward.__signature__ = _Positional(list(parameters))  # type: ignore[attr-defined]
 
 
 def differentiated(*inputs: Any) -> bool:

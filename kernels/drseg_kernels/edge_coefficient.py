@@ -28,7 +28,7 @@ from drseg_kernels.degree_normalize import (
     scales,
     through_degrees,
 )
-from drseg_kernels.edge_weight import edge_weight_backward, weights_of
+from drseg_kernels.edge_weight import edge_weight_backward, mask_of, weights_of
 
 # scales that the backward needs: one per node, or one for each end of an edge; it finds the degrees of ``row`` itself
 ENDS = {"sym_row": 1, "sym_undirected": 1, "sym_inout": 2, "row": 0, "sym_count": 0}
@@ -50,7 +50,7 @@ def _edge_coefficient_fwd_kernel(
     width,
     eps,
     NORM: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -72,7 +72,7 @@ def _edge_coefficient_fwd_kernel(
             nodes,
             slots,
             width,
-            MASKED,
+            MASK,
             BLOCK_M,
             BLOCK_N,
         )
@@ -104,7 +104,7 @@ def edge_coefficient(
 
     Args:
         source, target: (B, N, E) float32, float16 or bfloat16. vector: (E,). bias: one number.
-        index: (B, N, K) int32 or int64, clamped into [0, N). mask: (B, N, K) bool or None.
+        index: (B, N, K) int32 or int64, clamped into [0, N). mask: (B, N, K) bool or scores, or None.
         norm, eps: as in ``degree_normalize``.
         csc: columns of the graph; made here where they are needed and None.
         tile: sizes of a program; by default those of the device's table, then a rule.
@@ -118,6 +118,7 @@ def edge_coefficient(
         return coefficient, weight, scale.fill_(eps**-0.5)
     chosen = tile or sizes_of("edge_coefficient", source.device, nodes, slots, width)
     near = index.contiguous()
+    present, kind = mask_of(mask, near)
     start = scale[0] if ENDS[norm] else torch.empty(batch, nodes, **like) if norm == "row" else weight
     common = common_of(weight, index)
     with on_device_of(source):
@@ -127,8 +128,7 @@ def edge_coefficient(
             near,
             vector.contiguous(),
             bias,
-            # never read without a mask
-            near if mask is None else mask.contiguous().view(torch.uint8),
+            present,
             weight,
             start,
             coefficient,
@@ -137,7 +137,7 @@ def edge_coefficient(
             width,
             eps,
             NORM=norm,
-            MASKED=mask is not None,
+            MASK=kind,
             **chosen.constants(),
             **chosen.options(),
         )

@@ -42,7 +42,7 @@ def weights_of(
     nodes,
     slots,
     width,
-    MASKED: tl.constexpr,
+    MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -64,9 +64,13 @@ def weights_of(
         # written so that NaN passes
         total += tl.where(hidden < 0.0, 0.0, hidden) * vector[None, :]
     weight = softplus(tl.sum(total, axis=1) + tl.load(bias_ptr).to(tl.float32))
-    if MASKED:
+    if MASK != "none":
         # a product, not a choice: a row that is not finite must not look healthy because its slots are padding
-        weight = weight * tl.load(mask_ptr + edge, mask=slot, other=0).to(tl.float32)
+        present = tl.load(mask_ptr + edge, mask=slot, other=0)
+        if MASK == "scores":
+            # of a slot that is none; that of a row that is not finite is NaN
+            present = tl.where(present == -float("inf"), 0.0, 1.0)
+        weight = weight * present.to(tl.float32)
     return weight
 
 
@@ -82,7 +86,7 @@ def _edge_weight_fwd_kernel(
     nodes,
     slots,
     width,
-    MASKED: tl.constexpr,
+    MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -101,7 +105,7 @@ def _edge_weight_fwd_kernel(
         nodes,
         slots,
         width,
-        MASKED,
+        MASK,
         BLOCK_M,
         BLOCK_N,
     )
@@ -236,6 +240,15 @@ def _edge_weight_bwd_kernel_sum(
     tl.store(grad_bias_ptr + (c - width), value, mask=c == width)
 
 
+def mask_of(mask: Tensor | None, index: Tensor) -> tuple[Tensor, str]:
+    """What the kernels read of a mask, and which kind it is; without one something that is never read."""
+    if mask is None:
+        return index, "none"
+    if mask.dtype == torch.bool:
+        return mask.contiguous().view(torch.uint8), "flags"
+    return mask.contiguous(), "scores"
+
+
 def two_sums(tile: Tile) -> Tile:
     """Sizes of the kernel that keeps two sums per hidden unit: half of the rows, or they do not fit the registers."""
     return dataclasses.replace(tile, block_m=max(1, tile.block_m // 2))
@@ -256,7 +269,7 @@ def edge_weight(
     Args:
         source, target: (B, N, E) float32, float16 or bfloat16. vector: (E,). bias: one number.
         index: (B, N, K) int32 or int64, clamped into [0, N).
-        mask: (B, N, K) bool; the weight is 0 where it is False.
+        mask: (B, N, K) bool, or scores; the weight is 0 where it is False, or ``-inf``.
         tile: sizes of a program; by default those of the device's table, then a rule.
     """
     batch, nodes, slots = index.shape
@@ -264,6 +277,7 @@ def edge_weight(
     weight = torch.empty(index.shape, dtype=torch.float32, device=source.device)
     if weight.numel() == 0:
         return weight
+    present, kind = mask_of(mask, index)
     chosen = tile or sizes_of("edge_weight", source.device, nodes, slots, width)
     with on_device_of(source):
         _edge_weight_fwd_kernel[(batch * nodes, triton.cdiv(slots, chosen.block_m))](
@@ -272,13 +286,12 @@ def edge_weight(
             index.contiguous(),
             vector.contiguous(),
             bias,
-            # never read without a mask
-            index if mask is None else mask.contiguous().view(torch.uint8),
+            present,
             weight,
             nodes,
             slots,
             width,
-            MASKED=mask is not None,
+            MASK=kind,
             **chosen.constants(),
             **chosen.options(),
         )

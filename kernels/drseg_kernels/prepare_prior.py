@@ -2,8 +2,9 @@
 """A prior's rows scaled by exact powers of two, and the inverse of their L2 norms, in one pass over memory.
 
 A program is one row. It reads the row twice, the second time from the cache, and writes it once: 38 MB for 8 x 576
-nodes of 1024 channels, which an H100 moves in 0.015 ms, where the reference's dozen launches take 0.13 (2026-11). The
-kernel itself has not been timed yet.
+nodes of 1024 channels, which an H100 moves in 0.015 ms, where the reference's dozen launches take 0.13 (2026-11). A map
+(B, D, h, w) is read as it lies, some cells of all channels at a time, and needs no transposed copy. Neither kernel has
+been timed yet.
 """
 
 from __future__ import annotations
@@ -17,6 +18,17 @@ from drseg_kernels._launch import FMA, on_device_of, power_of_two_from
 
 # channels that a program works on at a time, at least and at most
 _COLUMNS = (32, 1024)
+# nodes of a program that reads planes, 64 bytes of a plane in float32, and channels at a time
+PLANES = {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4}
+
+
+@triton.jit
+def power_below(top, broken):
+    """The power of two that brings ``top`` near one, by the exponent that frexp gives: subnormal values scale like the
+    smallest normal ones, zero not at all, and what is not finite by one half."""
+    exponent = tl.minimum(((top.to(tl.int32, bitcast=True) >> 23) & 255) - 126, 126)
+    exponent = tl.where(broken, 1, tl.where(top == 0, 0, exponent))
+    return ((127 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -35,11 +47,7 @@ def _prepare_prior_kernel(prior_ptr, scaled_ptr, inverse_ptr, channels, SCALE: t
         broken = tl.where(size < float("inf"), broken, 1)
     any_broken = tl.max(broken, axis=0) > 0
 
-    # the exponent that frexp gives; subnormal values scale like the smallest normal ones, a row of zeros not at all
-    top = tl.max(largest, axis=0)
-    exponent = tl.minimum(((top.to(tl.int32, bitcast=True) >> 23) & 255) - 126, 126)
-    exponent = tl.where(any_broken, 1, tl.where(top == 0, 0, exponent))
-    scale = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    scale = power_below(tl.max(largest, axis=0), any_broken)
 
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, channels, BLOCK_N):
@@ -55,6 +63,54 @@ def _prepare_prior_kernel(prior_ptr, scaled_ptr, inverse_ptr, channels, SCALE: t
     tl.store(inverse_ptr + row, tl.where(any_broken, float("nan"), inverse))
 
 
+@triton.jit(do_not_specialize=["nodes"])
+def _prepare_prior_kernel_planes(
+    prior_ptr,
+    scaled_ptr,
+    inverse_ptr,
+    nodes,
+    channels,
+    image_stride,
+    plane_stride,
+    SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The same of BLOCK_M nodes of a map whose channels are planes; ``scaled`` (B * N, D) is by rows."""
+    blocks = tl.cdiv(nodes, BLOCK_M)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    node = (tl.program_id(0).to(tl.int64) - image * blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = node < nodes
+    prior_ptr += image * image_stride
+    largest = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    broken = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for start in range(0, channels, BLOCK_N):
+        channel = start + tl.arange(0, BLOCK_N)
+        both = (channel < channels)[:, None] & inside[None, :]
+        at = channel.to(tl.int64)[:, None] * plane_stride + node[None, :]
+        size = tl.abs(tl.load(prior_ptr + at, mask=both, other=0.0).to(tl.float32))
+        largest = tl.maximum(largest, size)
+        broken = tl.where(size < float("inf"), broken, 1)
+    any_broken = tl.max(broken, axis=0) > 0
+    scale = power_below(tl.max(largest, axis=0), any_broken)
+
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(0, channels, BLOCK_N):
+        channel = start + tl.arange(0, BLOCK_N)
+        both = (channel < channels)[:, None] & inside[None, :]
+        at = channel.to(tl.int64)[:, None] * plane_stride + node[None, :]
+        value = tl.load(prior_ptr + at, mask=both, other=0.0)
+        if SCALE:
+            value = (value.to(tl.float32) * scale[None, :]).to(scaled_ptr.dtype.element_ty)
+        to = (image * nodes + node)[:, None] * channels + channel[None, :]
+        tl.store(scaled_ptr + to, tl.trans(value), mask=inside[:, None] & (channel < channels)[None, :])
+        wide = value.to(tl.float32)
+        total += wide * wide
+    norm = tl.sqrt_rn(tl.sum(total, axis=0))
+    inverse = tl.where(norm > 0, tl.div_rn(1.0, norm), 0.0)
+    tl.store(inverse_ptr + image * nodes + node, tl.where(any_broken, float("nan"), inverse), mask=inside)
+
+
 def columns_of(channels: int) -> int:
     return min(_COLUMNS[1], max(_COLUMNS[0], power_of_two_from(channels)))
 
@@ -66,20 +122,26 @@ def warps_of(columns: int) -> int:
 
 def prepare_prior(prior: Tensor) -> tuple[Tensor, Tensor]:
     """``prior`` (..., N, D) float32, float16 or bfloat16, scaled, and ``inverse_norm`` (..., N) float32."""
-    channels = prior.shape[-1]
-    prior = prior.contiguous()
-    scaled = torch.empty_like(prior)
+    nodes, channels = prior.shape[-2:]
+    scaled = torch.empty(prior.shape, dtype=prior.dtype, device=prior.device)
     inverse = torch.empty(prior.shape[:-1], dtype=torch.float32, device=prior.device)
-    if inverse.numel() > 0:
+    # squares of float16 values are within the range of float32
+    scales = prior.dtype != torch.float16
+    if inverse.numel() > 0 and prior.dim() == 3 and prior.stride(1) == 1 and channels > 1:
+        with on_device_of(prior):
+            _prepare_prior_kernel_planes[(len(prior) * triton.cdiv(nodes, PLANES["BLOCK_M"]),)](
+                prior, scaled, inverse, nodes, channels, prior.stride(0), prior.stride(2), SCALE=scales, **PLANES, **FMA
+            )
+    elif inverse.numel() > 0:
         columns = columns_of(channels)
+        prior = prior.contiguous()
         with on_device_of(prior):
             _prepare_prior_kernel[(inverse.numel(),)](
                 prior,
                 scaled,
                 inverse,
                 channels,
-                # squares of float16 values are within the range of float32
-                SCALE=prior.dtype != torch.float16,
+                SCALE=scales,
                 BLOCK_N=columns,
                 num_warps=warps_of(columns),
                 **FMA,

@@ -25,11 +25,13 @@ def device(request) -> str:
 def check(prior: torch.Tensor, device: str) -> None:
     """The same bits of the features; norms as close as sums in another order are."""
     scaled, inverse = reference.prepare_prior(prior)
-    got, value = prepare_prior(prior.to(device))
-    assert got.dtype == prior.dtype and value.dtype == torch.float32
-    assert got.shape == prior.shape and value.shape == prior.shape[:-1] and got.is_contiguous()
-    torch.testing.assert_close(got.cpu(), scaled, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(value.cpu(), inverse, rtol=4e-7, atol=0, equal_nan=True)
+    by_planes = (prior if prior.dim() == 3 else prior[None]).mT.contiguous().mT.view(prior.shape)
+    for form in (prior, by_planes):
+        got, value = prepare_prior(form.to(device))
+        assert got.dtype == prior.dtype and value.dtype == torch.float32
+        assert got.shape == prior.shape and value.shape == prior.shape[:-1] and got.is_contiguous()
+        torch.testing.assert_close(got.cpu(), scaled, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(value.cpu(), inverse, rtol=4e-7, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,6 +75,8 @@ def test_layouts(device):
     check(prior[:, ::2, 1:7], device)
     check(prior[0], device)
     check(prior[:, :0], device)
+    # planes of a larger map, of some images
+    check(torch.randn(5, 40, 37)[1::2, 3:40].mT, device)
 
 
 def test_rows_do_not_depend_on_their_neighbours(device):

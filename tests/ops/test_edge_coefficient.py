@@ -33,6 +33,12 @@ class TestEdgeCoefficient(OpContract):
             got = ops.edge_coefficient(**inputs, **variant, backend="reference")
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
+    def test_scores_are_a_mask(self, variant, call):
+        inputs = self.inputs(variant)
+        mask = inputs.pop("mask")
+        score = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        assert torch.equal(call(**inputs, score=score), call(**inputs, mask=mask))
+
     def test_a_row_without_neighbours_is_finite(self, variant, call):
         inputs = self.inputs(variant)
         inputs["mask"] = torch.zeros_like(inputs["mask"])
@@ -56,6 +62,12 @@ def test_opcheck(dtype, norm):
     [
         ({"norm": "none"}, ValueError, "norm is unknown; expected one of sym_row, sym_count, sym_inout, row, sym_und"),
         ({"eps": 0.0}, ValueError, "eps is out of range; expected a finite number > 0, got 0.0"),
+        (
+            {"mask": torch.ones(2, 12, 3).bool(), "score": torch.ones(2, 12, 3)},
+            ValueError,
+            "score and mask say the same",
+        ),
+        ({"mask": None, "score": torch.ones(2, 12, 2)}, ValueError, "score has the wrong shape; expected the shape of index"),
         ({"eps": 1e-30}, ValueError, "eps is too small; expected eps >= 1e-20, got 1e-30"),
         ({"target": torch.zeros(2, 12, 3)}, ValueError, "target has the wrong shape; expected the shape of source"),
         ({"vector": torch.zeros(3)}, ValueError, r"vector has the wrong shape; expected \(E,\) = \(4,\), got \(3,\)"),

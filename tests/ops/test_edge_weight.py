@@ -4,7 +4,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from contract import OpContract
+from contract import OpContract, run
 from subjects import EDGE_WEIGHT
 from torch.library import opcheck
 
@@ -45,6 +45,16 @@ class TestEdgeWeight(OpContract):
         short = call(**inputs, index=index[..., :6])
         (plain,) = torch.autograd.grad(short.sum(), vector)
         torch.testing.assert_close(full, plain)
+
+    def test_scores_are_a_mask(self, variant, call):
+        inputs = self.inputs(variant)
+        mask = inputs.pop("mask")
+        score = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)).masked_fill(~mask, -torch.inf)
+        score[..., 0] = torch.where(mask[..., 0], torch.nan, score[..., 0])
+        expected = run(self.subject, {**inputs, "mask": mask}, call)
+        got = run(self.subject, {**inputs, "score": score}, call, expected["given"])
+        for name, value in expected.items():
+            assert torch.equal(got[name], value)
 
     def test_a_masked_row_that_is_not_finite_stays_visible(self, call):
         source = torch.ones(1, 2, 3)

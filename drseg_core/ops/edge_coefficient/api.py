@@ -21,7 +21,15 @@ NORMS = ("sym_row", "sym_count", "sym_inout", "row", "sym_undirected")
 Norm = Literal["sym_row", "sym_count", "sym_inout", "row", "sym_undirected"]
 
 
-def _check(source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: Tensor, mask: Tensor | None) -> None:
+def _check(
+    source: Tensor,
+    target: Tensor,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    score: Tensor | None,
+) -> None:
     op = "edge_coefficient"
     _checks.check_tensor(op, "source", source, ("B", "N", "E"))
     _checks.check_tensor(op, "target", target, ("B", "N", "E"))
@@ -30,7 +38,13 @@ def _check(source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: 
     _checks.check_tensor(op, "bias", bias, None)
     if mask is not None:
         _checks.check_tensor(op, "mask", mask, ("B", "N", "K"), (torch.bool,))
-    _checks.check_same_device(op, source=source, target=target, index=index, vector=vector, bias=bias, mask=mask)
+    if score is not None:
+        _checks.check_tensor(op, "score", score, ("B", "N", "K"))
+        if mask is not None:
+            raise ValueError(f"{op}: score and mask say the same; expected one of them, got both")
+    _checks.check_same_device(
+        op, source=source, target=target, index=index, vector=vector, bias=bias, mask=mask, score=score
+    )
     _checks.check_no_tangent(op, source=source, target=target, vector=vector, bias=bias)
     _checks.check_shape(op, "target", target, tuple(source.shape), "the shape of source")
     _checks.check_shape(op, "vector", vector, (source.shape[-1],), "(E,)")
@@ -40,8 +54,9 @@ def _check(source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: 
         raise ValueError(
             f"{op}: index does not match source; expected {tuple(source.shape[:-1])} before K, got {tuple(index.shape)}"
         )
-    if mask is not None:
-        _checks.check_shape(op, "mask", mask, tuple(index.shape), "the shape of index")
+    for name, value in (("mask", mask), ("score", score)):
+        if value is not None:
+            _checks.check_shape(op, name, value, tuple(index.shape), "the shape of index")
 
 
 def edge_coefficient(
@@ -52,6 +67,7 @@ def edge_coefficient(
     bias: Tensor,
     *,
     mask: Tensor | None = None,
+    score: Tensor | None = None,
     norm: Norm = "sym_row",
     eps: float = 1e-6,
     csc: Csc | None = None,
@@ -69,6 +85,7 @@ def edge_coefficient(
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
         vector: (E,) second layer. bias: () or (1,), its bias.
         mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
+        score: in place of a mask the scores of ``knn_graph``, shape of ``index``: where ``-inf`` the slot is padding.
         norm: see ``degree_normalize``.
         eps: added to every degree, at least 1e-20: gradients of a row of zeros grow as ``eps**-1.5``.
         csc: ``csc(index)``, which degrees of incoming edges and gradients go along; None makes it in every call.
@@ -91,7 +108,7 @@ def edge_coefficient(
         [0.5, 0.5]
     """
     op = "edge_coefficient"
-    _check(source, target, index, vector, bias, mask)
+    _check(source, target, index, vector, bias, mask, score)
     _checks.check_choice(op, "norm", norm, NORMS)
     _checks.check_number(op, "eps", eps, positive=True)
     if eps < SMALLEST_EPS:
@@ -101,6 +118,7 @@ def edge_coefficient(
     if validate:
         _checks.check_index_values(op, index, source.shape[-2])
     options = (norm, eps, *csc_of(op, csc, index, validate), requested)
+    mask = mask if score is None else score
     if source.dim() == 3:
         return registration.edge_coefficient(source, target, index, vector, bias, mask, *options)[0]
     mask = None if mask is None else mask[None]

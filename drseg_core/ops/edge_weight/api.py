@@ -12,7 +12,15 @@ from drseg_core.ops.csc.api import Csc, csc_of
 from drseg_core.ops.edge_weight import registration
 
 
-def _check(source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: Tensor, mask: Tensor | None) -> None:
+def _check(
+    source: Tensor,
+    target: Tensor,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    score: Tensor | None,
+) -> None:
     op = "edge_weight"
     _checks.check_tensor(op, "source", source, ("B", "N", "E"))
     _checks.check_tensor(op, "target", target, ("B", "N", "E"))
@@ -21,7 +29,13 @@ def _check(source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: 
     _checks.check_tensor(op, "bias", bias, None)
     if mask is not None:
         _checks.check_tensor(op, "mask", mask, ("B", "N", "K"), (torch.bool,))
-    _checks.check_same_device(op, source=source, target=target, index=index, vector=vector, bias=bias, mask=mask)
+    if score is not None:
+        _checks.check_tensor(op, "score", score, ("B", "N", "K"))
+        if mask is not None:
+            raise ValueError(f"{op}: score and mask say the same; expected one of them, got both")
+    _checks.check_same_device(
+        op, source=source, target=target, index=index, vector=vector, bias=bias, mask=mask, score=score
+    )
     _checks.check_no_tangent(op, source=source, target=target, vector=vector, bias=bias)
     _checks.check_shape(op, "target", target, tuple(source.shape), "the shape of source")
     _checks.check_shape(op, "vector", vector, (source.shape[-1],), "(E,)")
@@ -31,8 +45,9 @@ def _check(source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: 
         raise ValueError(
             f"{op}: index does not match source; expected {tuple(source.shape[:-1])} before K, got {tuple(index.shape)}"
         )
-    if mask is not None:
-        _checks.check_shape(op, "mask", mask, tuple(index.shape), "the shape of index")
+    for name, value in (("mask", mask), ("score", score)):
+        if value is not None:
+            _checks.check_shape(op, name, value, tuple(index.shape), "the shape of index")
 
 
 def edge_weight(
@@ -43,6 +58,7 @@ def edge_weight(
     bias: Tensor,
     *,
     mask: Tensor | None = None,
+    score: Tensor | None = None,
     csc: Csc | None = None,
     validate: bool = False,
     backend: str | None = None,
@@ -60,6 +76,7 @@ def edge_weight(
         vector: (E,) second layer.
         bias: () or (1,), its bias.
         mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
+        score: in place of a mask the scores of ``knn_graph``, shape of ``index``: where ``-inf`` the slot is padding.
         csc: ``csc(index)``, which the gradient to ``target`` goes along; None makes it in every backward.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.
@@ -79,12 +96,13 @@ def edge_weight(
         >>> edge_weight(half, half, index, torch.ones(4), torch.zeros(1))[0].tolist()  # softplus(0) = log 2
         [0.6931471824645996, 0.6931471824645996]
     """
-    _check(source, target, index, vector, bias, mask)
+    _check(source, target, index, vector, bias, mask, score)
     _checks.check_flag("edge_weight", "validate", validate)
     requested = requested_backend("edge_weight", backend)
     if validate:
         _checks.check_index_values("edge_weight", index, source.shape[-2])
     options = (*csc_of("edge_weight", csc, index, validate), requested)
+    mask = mask if score is None else score
     if source.dim() == 3:
         return registration.edge_weight(source, target, index, vector, bias, mask, *options)
     mask = None if mask is None else mask[None]

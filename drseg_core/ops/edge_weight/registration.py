@@ -27,7 +27,8 @@ def _run_native(
     source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: Tensor, mask: Tensor | None
 ) -> Tensor:
     given = _native.operands(source, target, vector, bias)
-    mask = None if mask is None else mask.contiguous()
+    if mask is not None:
+        mask = (mask if mask.dtype == torch.bool else mask != -torch.inf).contiguous()
     return torch.ops.drseg_native.edge_weight(*given[:2], _native.neighbours(index), *given[2:], mask)
 
 

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host time and launches of a PDGR forward and step on the Triton backend, without a card.
+
+    python -m bench host                   # this checkout
+    python -m bench host --base HEAD~1     # beside another version, in turns
+
+Kernels are compiled for an H100 and never run: the driver's call that would launch one only counts it, so that all
+else is timed: Python, dispatch, autograd, and Triton's own binding of arguments. The grid is tiny, because the host
+does the same for every size, and results mean nothing. What torch launches itself is counted by its operators: one
+launch for each that computes or copies, which on a device may be more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# a launch is none of these: they make views, or memory without content
+_FREE = """alias as_strided chunk contiguous detach detach_ empty empty_like empty_strided expand flatten linear matmul
+narrow new_empty permute reshape result_type resolve_conj resolve_neg select slice split squeeze t to to_copy transpose
+unflatten unsafe_view unsqueeze view view_as _reshape_alias _unsafe_view lift_fresh set_ resize_ item is_nonzero
+new_empty_strided _to_copy mT numpy_T clone empty_permuted detach_copy dropout""".split()
+
+launched: collections.Counter[str] = collections.Counter()
+
+
+class _Launcher:
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.name = str(metadata.name)
+
+    def __call__(self, *arguments: Any) -> None:
+        launched[self.name] += 1
+
+
+class _Utils:
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(self, *arguments: Any) -> tuple[Any, ...]:
+        return self, self, 0, 0, 1024
+
+    def unload_module(self, module: Any) -> None:
+        pass
+
+
+class StubDriver:
+    """A driver of Triton for a card that is not there."""
+
+    launcher_cls = _Launcher
+
+    def __init__(self) -> None:
+        self.utils = _Utils()
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+def install() -> None:
+    """Let this process take a tensor of the CPU for one of a card on which nothing runs."""
+    import drseg_kernels._launch as launch
+    import triton
+
+    from bench.aot import TARGETS
+    from drseg_core.ops import _triton
+
+    triton.runtime.driver.set_active(StubDriver())
+    target = next(target for target in TARGETS if target.arch == 90)
+    device = launch.Device(target.name, target.l2_bytes, target.shared_bytes)
+    launch.known_device = lambda _: device  # type: ignore[assignment]
+    _triton._why_not = lambda *_: None  # type: ignore[assignment]
+
+
+def make(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], object]]:
+    """A forward without gradients and a step of PDGR, with its defaults, at 2 x 16 nodes."""
+    from drseg_core.nn import PDGR
+
+    torch.manual_seed(0)
+    pdgr = PDGR(16, 16, k=4, edge_hidden=16, backend="triton")
+    features, prior = torch.randn(2, 16, 4, 4, requires_grad=True), torch.randn(2, 16, 4, 4).to(dtype)
+    leaves = [features, *pdgr.parameters()]
+    grad = torch.ones_like(features)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            output: Tensor = pdgr(features, prior)
+        return output
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(pdgr(features, prior), leaves, grad)
+
+    return {"forward": forward, "step": step}
+
+
+def launches(run: Callable[[], object]) -> dict[str, int]:
+    """What one call launches: kernels of ours by name, and torch's operators that compute or copy."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    launched.clear()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        run()
+    count = collections.Counter(launched)
+    for event in found.events():
+        name = event.name.removeprefix("aten::")
+        inside = any(child.name.startswith("aten::") and child.name[6:] not in _FREE for child in event.cpu_children)
+        if event.name.startswith("aten::") and name not in _FREE and not inside:
+            count[name] += 1
+    return dict(sorted(count.items()))
+
+
+def microseconds(run: Callable[[], object], repeats: int) -> float:
+    """Median wall-clock microseconds of a call."""
+    found = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        found.append(1e6 * (time.perf_counter() - begin))
+    return statistics.median(found)
+
+
+def one_round(repeats: int) -> dict[str, Any]:
+    """Host time and launches of this process's version."""
+    install()
+    torch.set_num_threads(1)
+    runs = make()
+    counts = {name: launches(run) for name, run in runs.items()}
+    for run in runs.values():
+        microseconds(run, repeats // 4 + 1)
+    return {name: {"us": microseconds(run, repeats), "launches": counts[name]} for name, run in runs.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", metavar="REF", help="another version beside this one")
+    parser.add_argument("--repeats", type=int, default=200, help="timed calls of a round")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each version, in turns")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.child:
+        print(json.dumps(one_round(args.repeats)))
+        return 0
+    # nothing here needs the native library, and building it takes longer than the measurement
+    os.environ["DRSEG_NATIVE"] = "0"
+    from bench.source import SourceError, checkout, working_tree
+
+    def child(source: Any) -> Any:
+        command = [sys.executable, "-W", "ignore", "-m", "bench", "host", "--child", "--repeats", str(args.repeats)]
+        done = subprocess.run(command, cwd=source.tree, env=source.environment(), capture_output=True, text=True)
+        if done.returncode:
+            raise SourceError(f"{source.name}: {' '.join(done.stderr.split())[-300:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def measure(*sources: Any) -> None:
+        found: dict[str, list[Any]] = {source.name: [] for source in sources}
+        for _ in range(args.rounds):
+            for source in sources:
+                found[source.name].append(child(source))
+        for what in ("forward", "step"):
+            for name, rounds in found.items():
+                us = statistics.median(one[what]["us"] for one in rounds)
+                count = rounds[0][what]["launches"]
+                words = ", ".join(f"{times} {op}" if times > 1 else op for op, times in count.items())
+                print(f"{what:8}{name:5}{us:8.0f} us on the host, {sum(count.values())} launches: {words}")
+
+    try:
+        if args.base is None:
+            measure(working_tree())
+        else:
+            with checkout(args.base) as base:
+                measure(base, working_tree())
+    except SourceError as error:
+        print(f"host: {error}", file=sys.stderr)
+        return 1
+    return 0

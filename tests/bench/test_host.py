@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches and host time without a card: what is counted, and that nothing was added to a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import host
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def found():
+    environment = {**os.environ, "DRSEG_NATIVE": "0", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-W", "ignore", "-m", "bench", "host", "--child", "--repeats", "3"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_operators_that_compute_are_counted_and_views_are_not():
+    x = torch.randn(2, 3, 4)
+    assert host.launches(lambda: x.transpose(1, 2).flatten().view(-1)) == {"copy_": 1}
+    assert host.launches(lambda: torch.nn.functional.linear(x, x[0]).relu_()) == {"mm": 1, "clamp_min_": 1}
+    assert host.launches(lambda: (x.mT[:, 1:].unsqueeze(0), torch.empty(3))) == {}
+
+
+def test_launches_of_a_forward_and_of_a_step(found):
+    """No more than now; fewer is welcome, and then the numbers here go down."""
+    forward, step = (found[name]["launches"] for name in ("forward", "step"))
+    assert forward["_knn_graph_fwd_kernel_merge"] == 1 and forward["_graph_layer_fwd_kernel"] == 2
+    # without a gradient nothing goes against the edges
+    assert not any("csc" in name for name in forward)
+    assert step["_csc_kernel_place"] == 1 and step["_graph_propagate_fwd_kernel"] == 2
+    assert sum(forward.values()) <= FORWARD and sum(step.values()) <= STEP
+    assert found["step"]["us"] > found["forward"]["us"] > 0
+
+
+FORWARD, STEP = 14, 42
