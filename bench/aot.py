@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from drseg_kernels._launch import Device
+
 from bench.aot_variants import Variant, variants
 
 BASELINE = Path(__file__).parent / "aot_baseline.json"
@@ -39,6 +41,10 @@ class Target:
     @property
     def machine(self) -> str:
         return f"sm_{self.arch}{'a' if self.arch >= 90 else ''}"
+
+    @property
+    def device(self) -> Device:
+        return Device(self.name, self.l2_bytes, self.shared_bytes, f"sm_{self.arch}")
 
 
 TARGETS = (

@@ -53,11 +53,8 @@ def variants(target: Any) -> Iterator[Variant]:
     """What is shipped for a device: the rules' sizes, and every one of its tables.
 
     Args:
-        target: has the device's ``name``, ``l2_bytes`` and ``shared_bytes``.
+        target: has the ``device`` whose sizes are chosen.
     """
-    from drseg_kernels._launch import Device
-
-    device = Device(target.name, target.l2_bytes, target.shared_bytes)
     seen = set()
     for found in (
         _prepare_prior,
@@ -69,7 +66,7 @@ def variants(target: Any) -> Iterator[Variant]:
         _graph_layer,
         _graph_propagate,
     ):
-        for variant in found(device):
+        for variant in found(target.device):
             if variant.name not in seen:
                 seen.add(variant.name)
                 yield variant
@@ -102,12 +99,13 @@ def _prepare_prior(device: Any) -> Iterator[Variant]:
 
 
 def _knn_graph(device: Any) -> Iterator[Variant]:
+    import torch
     from drseg_kernels import _launch
     from drseg_kernels import knn_graph as op
 
-    asked = [(*case, _launch.choose("knn_graph", device, case[0], case[1])) for case in KNN_GRAPH]
-    for nodes, k, sizes in _launch.tuned_sizes("knn_graph", device):
-        asked += [(nodes, k, "additive", True, first, sizes) for first in (True, False)]
+    asked = [(*case, _launch.choose("knn_graph", device, torch.float32, *case[:2])) for case in KNN_GRAPH]
+    for entry in _launch.tuned_entries("knn_graph", device):
+        asked += [(entry.nodes, entry.k, "additive", True, first, entry.sizes) for first in (True, False)]
     for _, k, form, include_self, first, sizes in asked:
         constants = op.constants(k, form, include_self, first, sizes)
         yield Variant(
@@ -161,10 +159,12 @@ def _variant(
 
 
 def _tiles(op: str, device: Any, *sizes: tuple[int, int, int]) -> list[Any]:
-    """Tiles of the rule at (nodes, k, width), and those of the device's table."""
+    """Tiles at (nodes, k, width) in float32, and everything in the table of the device's architecture."""
+    import torch
     from drseg_kernels import _launch
 
-    return [_launch.choose(op, device, *size) for size in sizes] + [row[2] for row in _launch.tuned_sizes(op, device)]
+    chosen = [_launch.choose(op, device, torch.float32, *size) for size in sizes]
+    return chosen + [entry.sizes for entry in _launch.tuned_entries(op, device)]
 
 
 def _edge_weight(device: Any) -> Iterator[Variant]:

@@ -7,7 +7,8 @@ Its inputs are those of the tests, but for the graph: neighbours drawn from anyw
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,16 +59,19 @@ class _Problem:
         return problem or gate.gradients_of_op(self.wanted, gradients, reference[1])
 
 
-def launch_of(op: str, case: Case, backend: str | None, device: str) -> dict[str, Any] | None:
-    """Sizes of a Triton launch; None for what has none."""
-    if backend != "triton":
-        return None
+def last_launches(backends: Mapping[str, str | None]) -> dict[str, Any]:
+    """Sizes of the last launches of those ops that ran on Triton, backward and by-products included."""
+    if "triton" not in backends.values():
+        return {}
     from drseg_kernels import _launch
 
-    channels = dict.fromkeys(("graph_propagate", "graph_layer"), case.channels)
-    hidden = dict.fromkeys(("edge_weight", "edge_coefficient"), case.hidden)
-    width = (channels | hidden).get(op, case.neighbours)
-    return dataclasses.asdict(_launch.sizes_of(op, torch.device(device), case.nodes, case.neighbours, width))
+    return {table: dataclasses.asdict(sizes) for table, sizes in _launch.last_sizes.items()}
+
+
+def forget_launches() -> None:
+    """What ``last_launches`` gives from here on is of what runs from here on."""
+    if (launch := sys.modules.get("drseg_kernels._launch")) is not None:
+        launch.last_sizes.clear()
 
 
 def sizes_of(case: Case) -> dict[str, int]:
@@ -136,10 +140,11 @@ def measure(
         able, default = [backend], backend
     contenders, refused = [], []
     for name in sorted(able, key=lambda name: name != default):
+        forget_launches()
         wrong = problem.wrong(op, name, reference)
         if wrong is None:
             run = partial(problem.step, name)
-            fields: dict[str, Any] = {"backends": {op: name}, "launch": launch_of(op, case, name, device)}
+            fields: dict[str, Any] = {"backends": {op: name}, "launch": last_launches({op: name})}
             fields["peak_mb"] = memory.rise(run, device)
             contenders.append(Contender(name, run, repeats, fields))
         else:

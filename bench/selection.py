@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import gate, memory
 from bench.contenders import PEERS, MatmulLowerBound, best_block, grid_distance, naive_selection, scores_product
-from bench.one_op import launch_of
+from bench.one_op import forget_launches, last_launches
 from bench.record import Row, rows_of
 from bench.timing import Contender, interleave
 from drseg_core.ops import knn_graph, last_backend
@@ -74,11 +74,12 @@ def measure(
     grid, k, decay = (case.height, case.width), case.neighbours, decay_of(case)
     prior = make_prior(case, data, device).to(dtype)
     small = case.nodes <= _MOST_NODES
+    forget_launches()
     run_engine, wrong = _engine(case, prior)
     if wrong is not None:
         return [], [f"engine: {wrong}"]
     backends = {"knn_graph": last_backend("knn_graph")}
-    launch = launch_of("knn_graph", case, backends["knn_graph"], device)
+    launch = last_launches(backends)
     fields: dict[str, Any] = {"backends": backends, "launch": launch, "peak_mb": memory.rise(run_engine, device)}
     contenders = [Contender("engine", run_engine, repeats if small else slow, fields)]
     refused = []

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times candidate launch configurations on a CUDA device and writes the fastest into the device's tables.
+"""Times candidate launch configurations on a CUDA device and writes the fastest into its architecture's tables.
 
     python -m bench tune --op knn_graph --case grid_64x64        # one op at one size; both may be repeated
     python -m bench tune --dry-run --target 120                  # what would be timed, without a GPU
 
-The tables are ``kernels/drseg_kernels/tuned/<device>/<op>.json``, read by ``drseg_kernels._launch``; entries at other
-sizes stay. A candidate must fit the device's shared memory and agree with the reference before it is timed; all that
-pass are timed in turns, each as a CUDA graph where it can be captured, and the lowest median is kept. Exit codes: 0,
-1 (no candidate passed), 2 (usage), 5 (no CUDA device).
+The tables are ``kernels/drseg_kernels/tuned/<architecture>/<table>.json``, read by ``drseg_kernels._launch``; entries
+of another device, dtype, width or size stay. A candidate must fit the device's shared memory and agree with the
+reference before it is timed; all that pass are timed in turns, each as a CUDA graph where it can be captured, and the
+lowest median is kept. Exit codes: 0, 1 (no candidate passed), 2 (usage), 5 (no CUDA device).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from drseg_kernels._launch import Device
 
 from bench.aot import TARGETS
 from bench.timing import Contender, interleave
-from bench.tune_candidates import TABLES, candidates
+from bench.tune_candidates import TABLES, candidates, width_of
 from drseg_core.files import write_text_atomic
 from drseg_core.testing import CASES, Case
 
@@ -76,8 +76,15 @@ def fastest(
     return kept[best], medians[best]
 
 
-def write_entry(path: Path, nodes: int, k: int, chosen: Any, **notes: Any) -> None:
-    """Put a configuration into a table, in the place of one at the same size; smaller sizes come first.
+_KEY = ("dtype", "channels", "nodes", "k", "device")
+
+
+def write_entry(path: Path, key: dict[str, Any], chosen: Any, **notes: Any) -> None:
+    """Put a configuration into a table, in the place of one with the same key; smaller sizes come first.
+
+    Args:
+        path: of the table. key: what it was timed for, by the names of the entries of ``drseg_kernels._launch``.
+        chosen: the configuration. notes: what the entry says besides.
 
     Raises:
         ValueError: the table that is there cannot be read.
@@ -87,9 +94,10 @@ def write_entry(path: Path, nodes: int, k: int, chosen: Any, **notes: Any) -> No
     if path.exists():
         _launch.read_table(path, kind)
         old = json.loads(path.read_text(encoding="utf-8"))["configurations"]
-    rows = [row for row in old if (row["nodes"], row["k"]) != (nodes, k)]
-    rows.append({"nodes": nodes, "k": k, "configuration": dataclasses.asdict(chosen), **notes})
-    rows.sort(key=lambda row: (row["nodes"], row["k"]))
+    given = {name: key[name] for name in _KEY if key.get(name) is not None}
+    rows = [row for row in old if any(row.get(name) != key.get(name) for name in _KEY)]
+    rows.append({**given, "configuration": dataclasses.asdict(chosen), **notes})
+    rows.sort(key=lambda row: tuple(row.get(name) or ("" if name == "device" else 0) for name in _KEY))
     write_text_atomic(path, json.dumps({"configurations": rows}, indent=1) + "\n")
     # what was written counts from here on
     _launch.read_table.cache_clear()
@@ -109,9 +117,9 @@ def tune(table: str, case: Case, dtype: str, device: Device, repeats: int, tuned
     if found is None:
         return f"{table} {case.name}: no candidate passed the gate"
     chosen, seconds = found
-    path = tuned / _launch.folder_of(device.name) / f"{table}.json"
-    notes = {"case": case.name, "dtype": dtype, "seconds": seconds, "torch": torch.__version__}
-    write_entry(path, case.nodes, case.neighbours, chosen, **notes, triton=triton.__version__)
+    key = {"dtype": dtype, "channels": width_of(table, case), "nodes": case.nodes, "k": case.neighbours}
+    notes = {"case": case.name, "seconds": seconds, "torch": torch.__version__, "triton": triton.__version__}
+    write_entry(tuned / device.arch / f"{table}.json", key | {"device": device.name}, chosen, **notes)
     print(f"{table} {case.name}: {1e6 * seconds:.1f} us {chosen}", flush=True)
     return None
 
@@ -139,8 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if present:
         device = _launch.device_of(torch.device("cuda"))
     else:
-        target = next(target for target in TARGETS if target.arch == args.target)
-        device = Device(target.name, target.l2_bytes, target.shared_bytes)
+        device = next(target.device for target in TARGETS if target.arch == args.target)
     failed = 0
     for op in args.op or sorted(TABLES):
         for case in (case for case in CASES if case.name in (args.case or DEFAULT_CASES)):

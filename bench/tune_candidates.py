@@ -64,6 +64,11 @@ _ASKED: dict[str, tuple[Callable[[Case], int], Callable[[Device, Case], Iterable
 }
 
 
+def width_of(table: str, case: Case) -> int | None:
+    """What an entry of a table is keyed by beside the dtype; None where the rule does not ask for a width."""
+    return None if table == "knn_graph" else _ASKED[table][0](case)
+
+
 def candidates(table: str, device: Device, case: Case) -> list[Any]:
     """Launch sizes to time, each once, the rule's first.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench import gate, memory
 from bench.contenders import FactoredPDGR, MatmulLowerBound, ScatteredPDGR, pdgr_products
-from bench.one_op import OPS, launch_of, sizes_of
+from bench.one_op import OPS, forget_launches, last_launches, sizes_of
 from bench.record import Row, rows_of
 from bench.timing import Contender, interleave
 from drseg_core.nn import PDGR
@@ -119,8 +119,10 @@ def _gate(
         return wrong, {}
     # what ran for another job; every version that can be raced has the name
     _dispatch._last.clear()
+    forget_launches()
     got, got_gradients = step(engine, problem, backward)
     backends = {op: ran for op in OPS if (ran := last_backend(op)) is not None}
+    launch = last_launches(backends)
     if case.nodes <= (_MOST_NODES["literal"] if most_literal is None else most_literal):
         against = "literal"
         with gate.GivenSelection(index):
@@ -132,7 +134,7 @@ def _gate(
     wrong = gate.output(got, expected)
     if wrong is None and backward:
         wrong = gate.gradients(problem.names, got_gradients, gradients, {"edge_bias": "edge_vector"})
-    return wrong, {"backends": backends, "gate": {"against": against, "max_difference": difference}}
+    return wrong, {"backends": backends, "launch": launch, "gate": {"against": against, "max_difference": difference}}
 
 
 def engine(
@@ -242,8 +244,6 @@ def measure(
     wrong, fields = _gate(case, problem, index, backward)
     if wrong is not None:
         return [], [f"engine: {wrong}"]
-    ran = fields["backends"].items()
-    fields["launch"] = {op: launch for op, name in ran if (launch := launch_of(op, case, name, device)) is not None}
     refused: list[str] = []
     engine = Contender(
         "engine", partial(step, problem.engine, problem, backward), repeats if case.nodes <= 16384 else slow, fields

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large tiles and programs are: an argument, then the device's table in ``tuned/``, then a rule.
+"""How large tiles and programs are: an argument, then a table of the architecture in ``tuned/``, then a rule.
 
 Nothing is timed at run time: two processes on the same device always choose the same sizes.
-A table is ``tuned/<device>/<table>.json``, the device's name in lower case with ``_`` for what is no letter or digit::
+A table is ``tuned/<architecture>/<table>.json``, e.g. ``tuned/sm_90/graph_layer.json``::
 
-    {"configurations": [{"nodes": 576, "k": 128, "configuration": {"block_m": 16, ...}}, ...]}
+    {"configurations": [{"dtype": "float32", "channels": 384, "nodes": 576, "k": 128,
+                         "device": "NVIDIA H100 80GB HBM3", "configuration": {"block_m": 16, ...}}, ...]}
 
-The first entry with ``nodes`` and ``k`` at least those of the call counts. ``knn_graph`` has a ``Selection``, every
-other op a ``Tile``; beside the tables of the ops there are ``graph_propagate_dot`` for the gradient to coefficients and
-``graph_layer_rows`` for what ``graph_layer`` does row by row. The rules are what was fastest or nearly so on an H100
-(2026-11), ``graph_layer``'s by arithmetic.
+An entry is for the dtype and the width (``channels``: E, C or K, see ``rule``) that it was timed for and for no other,
+and for at most its ``nodes`` and ``k``. Of those that apply the first one counts that was timed on this very device
+(``device``, which may be missing), else the first of the architecture. ``knn_graph`` has a ``Selection`` and no
+``channels``, every other op a ``Tile``; beside the tables of the ops there are ``graph_propagate_dot`` for the gradient
+to coefficients and ``graph_layer_rows`` for what ``graph_layer`` does row by row. The rules are what was fastest or
+nearly so on an H100 (2026-11), ``graph_layer``'s by arithmetic.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,16 +62,22 @@ WIDEST_ROW = 1024
 
 @dataclass(frozen=True)
 class Device:
-    """What a rule needs to know of a device: name, L2 cache and shared memory per block, bytes."""
+    """What a rule and a table need to know of a device.
+
+    Args:
+        name: as torch gives it. l2_bytes: second-level cache. shared_bytes: shared memory that a block may take.
+        arch: ``sm_90`` and the like, or ``interpreter``.
+    """
 
     name: str
     l2_bytes: int
     shared_bytes: int
+    arch: str
 
     @property
     def interpreted(self) -> bool:
         """Programs run one after another, and what they cost is instructions."""
-        return self.name == "interpreter"
+        return self.arch == "interpreter"
 
 
 def _check_powers(sizes: Any, *names: str) -> None:
@@ -147,10 +155,11 @@ Sizes = Tile | Selection
 
 def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
-        return Device("interpreter", 32 << 20, SMALLEST_SHARED)
+        return Device("interpreter", 32 << 20, SMALLEST_SHARED, "interpreter")
     found: Any = torch.cuda.get_device_properties(device)
     shared = getattr(found, "shared_memory_per_block_optin", SMALLEST_SHARED)
-    return Device(found.name, getattr(found, "L2_cache_size", 32 << 20), shared)
+    arch = f"sm_{found.major}{found.minor}"
+    return Device(found.name, getattr(found, "L2_cache_size", 32 << 20), shared, arch)
 
 
 # asking torch takes longer than a launch
@@ -209,32 +218,59 @@ def rule(table: str, device: Device, nodes: int, k: int, width: int) -> Any:
     return Tile(min(rows, max(4, power_of_two_from(k))), min(columns, max(16, power_of_two_from(width))), warps)
 
 
-def folder_of(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+@dataclass(frozen=True)
+class Entry:
+    """Sizes that were timed, and what they were timed for.
+
+    Args:
+        dtype: of the features. channels: the width, see ``rule``; None in a table whose rule does not ask for it.
+        nodes, k: the largest N and K that it is taken for. device: name of the card; None where nobody says.
+        sizes: the configuration.
+    """
+
+    dtype: torch.dtype
+    channels: int | None
+    nodes: int
+    k: int
+    device: str | None
+    sizes: Any
+
+    def serves(self, dtype: torch.dtype, nodes: int, k: int, width: int) -> bool:
+        return self.dtype == dtype and self.channels in (None, width) and nodes <= self.nodes and k <= self.k
+
+
+def _entry(found: dict[str, Any], kind: Any) -> Entry:
+    """An entry of a file, its configuration still as it stands there."""
+    dtype = getattr(torch, found["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{found['dtype']} is no dtype")
+    channels = int(found["channels"]) if kind is Tile else None
+    return Entry(
+        dtype, channels, int(found["nodes"]), int(found["k"]), found.get("device"), dict(found["configuration"])
+    )
 
 
 @functools.cache
-def read_table(path: Path, kind: Any) -> tuple[tuple[int, int, Any], ...]:
-    """Rows (nodes, k, sizes) of a table whose entries are arguments of ``kind``; empty where there is no such file.
+def read_table(path: Path, kind: Any) -> tuple[Entry, ...]:
+    """Entries of a table whose configurations are arguments of ``kind``; empty where there is no such file.
 
     Raises:
-        ValueError: the file is damaged, or an entry is not what ``kind`` takes.
+        ValueError: the file is damaged, or a configuration is not what ``kind`` takes.
     """
     if not path.is_file():
         return ()
     fields = {field.name for field in dataclasses.fields(kind)}
-    rows = []
     try:
-        for entry in json.loads(path.read_text(encoding="utf-8"))["configurations"]:
-            rows.append((int(entry["nodes"]), int(entry["k"]), dict(entry["configuration"])))
-    except (ValueError, KeyError, TypeError) as error:
+        rows = [_entry(found, kind) for found in json.loads(path.read_text(encoding="utf-8"))["configurations"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        asked = "dtype, channels, nodes, k" if kind is Tile else "dtype, nodes, k"
         raise ValueError(
-            f"{path.name}: table is damaged; expected entries with nodes, k and configuration, got {error!r} in {path}"
+            f"{path.name}: table is damaged; expected entries with {asked} and configuration, got {error!r} in {path}"
         ) from error
-    for _, _, given in rows:
-        if set(given) != fields:
-            raise ValueError(f"{path.name}: configuration is wrong; expected {sorted(fields)}, got {sorted(given)}")
-    return tuple((nodes, k, kind(**given)) for nodes, k, given in rows)
+    for row in rows:
+        if set(row.sizes) != fields:
+            raise ValueError(f"{path.name}: configuration is wrong; expected {sorted(fields)}, got {sorted(row.sizes)}")
+    return tuple(dataclasses.replace(row, sizes=kind(**row.sizes)) for row in rows)
 
 
 def kind_of(table: str) -> Any:
@@ -242,19 +278,30 @@ def kind_of(table: str) -> Any:
     return Selection if table == "knn_graph" else Tile
 
 
-def tuned_sizes(table: str, device: Device, tuned: Path = TUNED) -> tuple[tuple[int, int, Any], ...]:
-    """Rows (nodes, k, sizes) of a device's table, empty where there is none."""
-    return read_table(tuned / folder_of(device.name) / f"{table}.json", kind_of(table))
+def tuned_entries(table: str, device: Device, tuned: Path = TUNED) -> tuple[Entry, ...]:
+    """What the table of a device's architecture holds, empty where there is none."""
+    return read_table(tuned / device.arch / f"{table}.json", kind_of(table))
 
 
-def choose(table: str, device: Device, nodes: int, k: int, width: int = 0, tuned: Path = TUNED) -> Any:
-    """The device's table if an entry is large enough and fits the device's shared memory, else the rule."""
-    for up_to_nodes, up_to_k, found in tuned_sizes(table, device, tuned):
-        if nodes <= up_to_nodes and k <= up_to_k and found.shared_bytes() <= device.shared_bytes:
-            return found
-    return rule(table, device, nodes, k, width)
+def choose(
+    table: str, device: Device, dtype: torch.dtype, nodes: int, k: int, width: int = 0, tuned: Path = TUNED
+) -> Any:
+    """The entry for this dtype and these sizes that fits the device's shared memory, its own first, else the rule."""
+    other = None
+    for entry in tuned_entries(table, device, tuned):
+        if entry.serves(dtype, nodes, k, width) and entry.sizes.shared_bytes() <= device.shared_bytes:
+            if entry.device == device.name:
+                return entry.sizes
+            other = other or entry.sizes
+    return other or rule(table, device, nodes, k, width)
 
 
-def sizes_of(table: str, device: torch.device, nodes: int, k: int, width: int = 0) -> Any:
-    """Sizes of a launch on ``device``; arguments as in ``rule``."""
-    return choose(table, known_device(device), nodes, k, width)
+# sizes that a launch was last given, by table: what a benchmark writes into its rows
+last_sizes: dict[str, Sizes] = {}
+
+
+def sizes_of(table: str, device: torch.device, dtype: torch.dtype, nodes: int, k: int, width: int = 0) -> Any:
+    """Sizes of a launch on ``device``; ``dtype`` of the features, other arguments as in ``rule``."""
+    found = choose(table, known_device(device), dtype, nodes, k, width)
+    last_sizes[table] = found
+    return found

@@ -264,7 +264,7 @@ def scales(
 def common_of(weight: Tensor, index: Tensor, tile: Tile | None = None) -> dict[str, Any]:
     """Compile-time arguments and options of the kernels here."""
     slots = index.shape[2]
-    chosen = tile or sizes_of("degree_normalize", weight.device, index.shape[1], slots, slots)
+    chosen = tile or sizes_of("degree_normalize", weight.device, weight.dtype, index.shape[1], slots, slots)
     return {"BLOCK_N": chosen.block_n, **chosen.options()}
 
 
@@ -284,7 +284,7 @@ def degree_normalize(
         norm: ``sym_row``, ``sym_count``, ``sym_inout``, ``row`` or ``sym_undirected``.
         eps: added to every degree.
         csc: columns of the graph; made here where they are needed and None.
-        tile: ``columns`` slots are worked on at a time; by default those of the device's table, then a rule.
+        tile: ``columns`` slots are worked on at a time; by default those of the architecture's table, then a rule.
     """
     slots = index.shape[2]
     if norm == "sym_count":

@@ -107,7 +107,7 @@ def edge_coefficient(
         index: (B, N, K) int32 or int64, clamped into [0, N). mask: (B, N, K) bool or scores, or None.
         norm, eps: as in ``degree_normalize``.
         csc: columns of the graph; made here where they are needed and None.
-        tile: sizes of a program; by default those of the device's table, then a rule.
+        tile: sizes of a program; by default those of the architecture's table, then a rule.
     """
     batch, nodes, slots = index.shape
     width = source.shape[-1]
@@ -116,7 +116,7 @@ def edge_coefficient(
     scale = torch.empty(ENDS[norm], batch, nodes, **like)
     if weight.numel() == 0:
         return coefficient, weight, scale.fill_(eps**-0.5)
-    chosen = tile or sizes_of("edge_coefficient", source.device, nodes, slots, width)
+    chosen = tile or sizes_of("edge_coefficient", source.device, source.dtype, nodes, slots, width)
     near = index.contiguous()
     present, kind = mask_of(mask, near)
     start = scale[0] if ENDS[norm] else torch.empty(batch, nodes, **like) if norm == "row" else weight

@@ -270,7 +270,7 @@ def edge_weight(
         source, target: (B, N, E) float32, float16 or bfloat16. vector: (E,). bias: one number.
         index: (B, N, K) int32 or int64, clamped into [0, N).
         mask: (B, N, K) bool, or scores; the weight is 0 where it is False, or ``-inf``.
-        tile: sizes of a program; by default those of the device's table, then a rule.
+        tile: sizes of a program; by default those of the architecture's table, then a rule.
     """
     batch, nodes, slots = index.shape
     width = source.shape[-1]
@@ -278,7 +278,7 @@ def edge_weight(
     if weight.numel() == 0:
         return weight
     present, kind = mask_of(mask, index)
-    chosen = tile or sizes_of("edge_weight", source.device, nodes, slots, width)
+    chosen = tile or sizes_of("edge_weight", source.device, source.dtype, nodes, slots, width)
     with on_device_of(source):
         _edge_weight_fwd_kernel[(batch * nodes, triton.cdiv(slots, chosen.block_m))](
             source.contiguous(),
@@ -331,7 +331,7 @@ def edge_weight_backward(
     if index.numel() == 0:
         return tuple(value.zero_() for value in grads)  # type: ignore[return-value]
     grad_source, grad_target, grad_vector, grad_bias = grads
-    chosen = tile or sizes_of("edge_weight", source.device, nodes, slots, width)
+    chosen = tile or sizes_of("edge_weight", source.device, source.dtype, nodes, slots, width)
     source, target, vector = source.contiguous(), target.contiguous(), vector.contiguous()
     slope = torch.empty(index.shape, dtype=torch.float32, device=source.device)
     chunk = max(_SMALLEST_CHUNK, triton.cdiv(rows, _MOST_CHUNKS))

@@ -298,12 +298,12 @@ def graph_layer(
         keep: return what LayerNorm was given (B, N, C), and the mean and rstd of its rows (B, N); empty otherwise.
         csc: columns of the graph; made here where they are needed and None.
         dtype: of the output, by default that of ``x``.
-        tile: sizes of a program; by default those of the device's table, then a rule.
+        tile: sizes of a program; by default those of the architecture's table, then a rule.
     """
     batch, nodes, slots = index.shape
     channels = x.shape[-1]
     norm = activation == "layer_norm"
-    chosen = tile or sizes_of("graph_layer", x.device, nodes, slots, channels)
+    chosen = tile or sizes_of("graph_layer", x.device, x.dtype, nodes, slots, channels)
     wide = norm and channels > chosen.block_n
     keeps = norm and (keep or wide)
     y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
@@ -340,7 +340,7 @@ def graph_layer(
             **chosen.options(limit_registers=True),
         )
         if wide:
-            rows = sizes_of("graph_layer_rows", x.device, nodes, slots, channels)
+            rows = sizes_of("graph_layer_rows", x.device, x.dtype, nodes, slots, channels)
             _graph_layer_fwd_kernel_norm[(batch * nodes,)](
                 given,
                 mean,
@@ -373,7 +373,7 @@ def _through_activation(
     norm = activation == "layer_norm"
     # ReLU passes a gradient as it is or not at all; LayerNorm's is not rounded before it is summed
     inner = torch.empty(grad.shape, dtype=torch.float32 if norm else grad.dtype, device=grad.device)
-    chosen = tile or sizes_of("graph_layer_rows", grad.device, grad.shape[1], 1, channels)
+    chosen = tile or sizes_of("graph_layer_rows", grad.device, grad.dtype, grad.shape[1], 1, channels)
     whole = channels <= chosen.block_n
     chunk = max(_SMALLEST_CHUNK, triton.cdiv(rows, _MOST_CHUNKS))
     chunks, blocks = triton.cdiv(rows, chunk), triton.cdiv(channels, chosen.block_n)

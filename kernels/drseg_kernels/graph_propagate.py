@@ -155,14 +155,14 @@ def graph_propagate(
         transpose: follow the edges from neighbour to node.
         csc: columns of the graph; made here where they are needed and None.
         dtype: of the result, by default that of ``x``.
-        tile: sizes of a program; by default those of the device's table, then a rule.
+        tile: sizes of a program; by default those of the architecture's table, then a rule.
     """
     batch, nodes, slots = index.shape
     channels = x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     if y.numel() == 0 or slots == 0:
         return y.zero_()
-    chosen = tile or sizes_of("graph_propagate", x.device, nodes, slots, channels)
+    chosen = tile or sizes_of("graph_propagate", x.device, x.dtype, nodes, slots, channels)
     near = index.contiguous()
     with on_device_of(x):
         # never read without transpose
@@ -198,14 +198,14 @@ def edge_dot(
     Args:
         start, end: (B, N, C). index: (B, N, K). dtype: of the result.
         both: add the product of ``end`` at the node and ``start`` at the neighbour.
-        tile: sizes of a program; by default those of the device's table, then a rule.
+        tile: sizes of a program; by default those of the architecture's table, then a rule.
     """
     batch, nodes, slots = index.shape
     channels = start.shape[-1]
     dot = torch.empty(index.shape, dtype=dtype, device=start.device)
     if dot.numel() == 0 or channels == 0:
         return dot.zero_()
-    chosen = tile or sizes_of("graph_propagate_dot", start.device, nodes, slots, channels)
+    chosen = tile or sizes_of("graph_propagate_dot", start.device, start.dtype, nodes, slots, channels)
     with on_device_of(start):
         _graph_propagate_bwd_kernel_dot[(batch * nodes, triton.cdiv(slots, chosen.block_m))](
             start.contiguous(),

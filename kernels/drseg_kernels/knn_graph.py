@@ -293,7 +293,7 @@ def knn_graph(
         k: neighbours per node.
         form: ``additive``, ``gauss`` (both subtract the table), ``multiplicative`` or ``product``.
         include_self: the node itself is always, or never, among its neighbours.
-        sizes: of tiles and programs; by default those of the device's table, then a rule.
+        sizes: of tiles and programs; by default those of the architecture's table, then a rule.
 
     Returns:
         ``index`` (B, N, k) int32, ascending in each row, and ``score`` (B, N, k) float32. Slots without a candidate
@@ -304,7 +304,7 @@ def knn_graph(
     score = torch.empty(batch, nodes, k, dtype=torch.float32, device=prior.device)
     if index.numel() == 0:
         return index, score
-    chosen = sizes or sizes_of("knn_graph", prior.device, nodes, k)
+    chosen = sizes or sizes_of("knn_graph", prior.device, prior.dtype, nodes, k)
     prior, inverse_norm, table = prior.contiguous(), inverse_norm.contiguous(), table.contiguous()
     tile_columns = min(chosen.block_n, nodes)
     fitting_rows = chosen.tile_bytes // (4 * tile_columns)

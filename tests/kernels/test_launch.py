@@ -7,14 +7,15 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from drseg_kernels import _launch
-from drseg_kernels._launch import SMALLEST_SHARED, WIDEST_ROW, Device, Selection, Tile, choose, folder_of, kind_of, rule
+from drseg_kernels._launch import SMALLEST_SHARED, WIDEST_ROW, Device, Selection, Tile, choose, kind_of, rule
 
 from bench.aot import REGISTERS_PER_BLOCK, TARGETS
 
-DEVICES = [Device(target.name, target.l2_bytes, target.shared_bytes) for target in TARGETS]
-SMALL = Device("a small one", 4 << 20, 48 << 10)
-INTERPRETER = Device("interpreter", 32 << 20, SMALLEST_SHARED)
+DEVICES = [target.device for target in TARGETS]
+SMALL = Device("a small one", 4 << 20, 48 << 10, "sm_75")
+INTERPRETER = Device("interpreter", 32 << 20, SMALLEST_SHARED, "interpreter")
 EDGES = (
     "edge_weight",
     "degree_normalize",
@@ -73,14 +74,21 @@ SIZES = {
 }
 
 
-def entry(table: str, nodes: int, k: int, **changes: int) -> dict[str, object]:
-    return {"nodes": nodes, "k": k, "configuration": {**SIZES[table], **changes}}
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+WIDTH = 9
+
+
+def entry(table: str, nodes: int, k: int, device: str | None = None, dtype: str = "float32", **changes: int):
+    width = {} if table == "knn_graph" else {"channels": WIDTH}
+    place = {} if device is None else {"device": device}
+    sizes = {**SIZES[table], **changes}
+    return {"dtype": dtype, **width, "nodes": nodes, "k": k, **place, "configuration": sizes}
 
 
 @pytest.fixture
 def tuned(tmp_path):
     def write(table: str, *entries: dict[str, object]):
-        folder = tmp_path / folder_of(SMALL.name)
+        folder = tmp_path / SMALL.arch
         folder.mkdir(exist_ok=True)
         (folder / f"{table}.json").write_text(json.dumps({"configurations": entries}), encoding="utf-8")
         _launch.read_table.cache_clear()
@@ -95,26 +103,55 @@ def test_the_first_large_enough_entry_counts(table, tuned):
     given = ((576, 128, 1), (4096, 128, 8), (4096, 512, 4))
     folder = tuned(table, *(entry(table, nodes, k, num_warps=warps) for nodes, k, warps in given))
     warps = {
-        (nodes, k): choose(table, SMALL, nodes, k, tuned=folder).num_warps
+        (nodes, k): choose(table, SMALL, FLOAT32, nodes, k, WIDTH, folder).num_warps
         for nodes, k in ((576, 75), (577, 75), (4096, 128), (100, 129))
     }
     assert warps == {(576, 75): 1, (577, 75): 8, (4096, 128): 8, (100, 129): 4}
-    assert choose(table, SMALL, 4097, 75, 9, folder) == rule(table, SMALL, 4097, 75, 9)
-    assert choose(table, INTERPRETER, 576, 75, 9, folder) == rule(table, INTERPRETER, 576, 75, 9)
-    assert choose("edge_weight", SMALL, 576, 75, 384, folder) == rule("edge_weight", SMALL, 576, 75, 384)
+    assert choose(table, SMALL, FLOAT32, 4097, 75, WIDTH, folder) == rule(table, SMALL, 4097, 75, WIDTH)
+    assert choose(table, INTERPRETER, FLOAT32, 576, 75, WIDTH, folder) == rule(table, INTERPRETER, 576, 75, WIDTH)
+    assert choose("edge_weight", SMALL, FLOAT32, 576, 75, 384, folder) == rule("edge_weight", SMALL, 576, 75, 384)
+
+
+@pytest.mark.parametrize("table", SIZES)
+def test_an_entry_is_for_the_dtype_and_the_width_that_it_was_timed_for(table, tuned):
+    folder = tuned(table, entry(table, 4096, 128, num_warps=16))
+    ruled = [rule(table, SMALL, 576, 75, width) for width in (WIDTH, WIDTH + 1)]
+    assert choose(table, SMALL, FLOAT32, 576, 75, WIDTH, folder).num_warps == 16
+    assert choose(table, SMALL, BFLOAT16, 576, 75, WIDTH, folder) == ruled[0] != SIZES[table] | {"num_warps": 16}
+    other = choose(table, SMALL, FLOAT32, 576, 75, WIDTH + 1, folder)
+    # the selection's rule takes no notice of a width
+    assert other.num_warps == 16 if table == "knn_graph" else other == ruled[1]
+
+
+@pytest.mark.parametrize("table", SIZES)
+def test_an_entry_of_the_very_device_comes_first_and_another_card_s_will_do(table, tuned):
+    given = (("another", 1), (None, 2), (SMALL.name, 4))
+    folder = tuned(table, *(entry(table, 4096, 128, device, num_warps=warps) for device, warps in given))
+    twin = dataclasses.replace(SMALL, name="one more of the kind")
+    found = [choose(table, device, FLOAT32, 576, 75, WIDTH, folder).num_warps for device in (SMALL, twin)]
+    assert found == [4, 1]
+
+
+def test_the_h100_s_tables_are_an_h200_s():
+    h100 = DEVICES[1]
+    h200 = dataclasses.replace(h100, name="NVIDIA H200")
+    for device in (h100, h200):
+        assert choose("degree_normalize", device, FLOAT32, 576, 75, 75) == Tile(1, 128, 2)
+    assert choose("degree_normalize", h200, BFLOAT16, 576, 75, 75) == rule("degree_normalize", h200, 576, 75, 75)
+    assert h100.arch == "sm_90" and not _launch.tuned_entries("degree_normalize", DEVICES[2])
 
 
 @pytest.mark.parametrize("table", SIZES)
 def test_an_entry_that_does_not_fit_the_device_is_passed_over(table, tuned):
     folder = tuned(table, entry(table, 4096, 128, block_m=1024), entry(table, 4096, 128, num_warps=8))
-    assert choose(table, SMALL, 576, 75, tuned=folder).num_warps == 8
+    assert choose(table, SMALL, FLOAT32, 576, 75, WIDTH, folder).num_warps == 8
 
 
 @pytest.mark.parametrize("table", SIZES)
 def test_a_table_with_unknown_fields_is_refused(table, tuned):
     folder = tuned(table, entry(table, 4096, 128, stages=3))
     with pytest.raises(ValueError, match="configuration is wrong; expected .*'block_n'.*, got .*'stages'"):
-        choose(table, SMALL, 576, 75, tuned=folder)
+        choose(table, SMALL, FLOAT32, 576, 75, WIDTH, folder)
 
 
 @pytest.mark.parametrize("table", SIZES)
@@ -140,11 +177,9 @@ def test_a_tile_that_holds_no_row_is_refused():
 
 def test_shipped_tables_are_readable():
     for path in sorted(_launch.TUNED.glob("*/*.json")):
-        assert folder_of(path.parent.name) == path.parent.name
+        assert path.parent.name.startswith("sm_")
         assert path.stem in ("knn_graph", *EDGES) and _launch.read_table(path, kind_of(path.stem)), path
 
 
-def test_names_of_folders():
-    assert folder_of("NVIDIA GeForce RTX 5090") == "nvidia_geforce_rtx_5090"
-    assert folder_of("NVIDIA H200") == "nvidia_h200"
+def test_the_compiler_may_fuse():
     assert Tile(1, 1, 1).options() == {"num_warps": 1, "enable_fp_fusion": True}

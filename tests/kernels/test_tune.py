@@ -6,17 +6,23 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from drseg_kernels import _launch
-from drseg_kernels._launch import Device, Selection, choose, folder_of, rule
+from drseg_kernels._launch import Device, Selection, Tile, choose, rule
 
 from bench import tune
 from bench.aot import TARGETS
 from drseg_core.testing import CASES
 
-DEVICES = [Device(target.name, target.l2_bytes, target.shared_bytes) for target in TARGETS]
+DEVICES = [target.device for target in TARGETS]
 CASE = next(case for case in CASES if case.name == "paper_vitl_24x24")
 LARGE = next(case for case in CASES if case.name == "grid_128x128")
 SIZES = Selection(tile_bytes=1 << 20, block_m=1, block_n=1024, num_warps=2)
+FLOAT32 = torch.float32
+
+
+def key(nodes: int, **others: object) -> dict[str, object]:
+    return {"dtype": "float32", "nodes": nodes, "k": 75, **others}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +43,7 @@ def test_candidates_fit_the_device_and_begin_with_the_rule(table, device):
 
 
 def test_a_device_with_less_shared_memory_gets_fewer():
-    tiny = Device("tiny", 1 << 20, 6 << 10)
+    tiny = Device("tiny", 1 << 20, 6 << 10, "sm_75")
     assert (
         0
         < len(tune.candidates("graph_propagate", tiny, CASE))
@@ -68,17 +74,37 @@ def test_the_fastest_that_is_right_wins():
 
 def test_what_is_written_is_what_a_launch_gets(tmp_path):
     device = DEVICES[2]
-    path = tmp_path / folder_of(device.name) / "knn_graph.json"
-    tune.write_entry(path, 4096, 75, SIZES, case="grid_64x64", seconds=1e-3)
+    path = tmp_path / device.arch / "knn_graph.json"
+    tune.write_entry(path, key(4096), SIZES, case="grid_64x64", seconds=1e-3)
     other = Selection(tile_bytes=1 << 20, block_m=1, block_n=512, num_warps=4)
-    tune.write_entry(path, 576, 75, other)
-    tune.write_entry(path, 4096, 75, other)
-    tune.write_entry(path, 4096, 75, SIZES)
+    tune.write_entry(path, key(576), other)
+    tune.write_entry(path, key(4096), other)
+    tune.write_entry(path, key(4096), SIZES)
     assert [row["nodes"] for row in json.loads(path.read_text())["configurations"]] == [576, 4096]
-    assert choose("knn_graph", device, 576, 75, tuned=tmp_path) == other
-    assert choose("knn_graph", device, 4096, 75, tuned=tmp_path) == SIZES
-    assert choose("knn_graph", device, 4097, 75, tuned=tmp_path) == rule("knn_graph", device, 4097, 75, 0)
+    assert choose("knn_graph", device, FLOAT32, 576, 75, tuned=tmp_path) == other
+    assert choose("knn_graph", device, FLOAT32, 4096, 75, tuned=tmp_path) == SIZES
+    assert choose("knn_graph", device, FLOAT32, 4097, 75, tuned=tmp_path) == rule("knn_graph", device, 4097, 75, 0)
     assert [file.name for file in path.parent.iterdir()] == ["knn_graph.json"]
+
+
+def test_entries_of_other_dtypes_widths_and_devices_stay(tmp_path):
+    path = tmp_path / "sm_90" / "graph_layer.json"
+    keys = [key(576, channels=384), key(576, channels=384, device="NVIDIA H200"), key(576, channels=256)]
+    keys += [key(576, channels=384) | {"dtype": "bfloat16"}]
+    for _ in range(2):
+        for number, one in enumerate(keys):
+            tune.write_entry(path, one, Tile(1, 512, 2**number))
+    rows = json.loads(path.read_text())["configurations"]
+    assert [row["dtype"] for row in rows] == ["bfloat16"] + ["float32"] * 3 and len(rows) == len(keys)
+    h100, h200 = (Device(name, 50 << 20, 232_448, "sm_90") for name in ("NVIDIA H100 PCIe", "NVIDIA H200"))
+    asked = [(h100, FLOAT32, 384), (h200, FLOAT32, 384), (h200, FLOAT32, 256), (h200, torch.bfloat16, 384)]
+    found = [choose("graph_layer", device, dtype, 576, 75, width, tmp_path) for device, dtype, width in asked]
+    assert [tile.num_warps for tile in found] == [1, 2, 4, 8]
+
+
+def test_a_table_is_keyed_by_the_width_that_its_rule_asks_for():
+    found = {table: tune.width_of(table, CASE) for table in ("knn_graph", "edge_weight", "graph_layer")}
+    assert found == {"knn_graph": None, "edge_weight": CASE.hidden, "graph_layer": CASE.channels}
 
 
 def test_sizes_too_large_for_a_device_are_passed_over(tmp_path):
@@ -86,24 +112,28 @@ def test_sizes_too_large_for_a_device_are_passed_over(tmp_path):
     sizes = Selection(tile_bytes=1 << 20, block_m=256, block_n=64, num_warps=8)
     assert smallest.shared_bytes < sizes.shared_bytes() <= largest.shared_bytes
     for device in (smallest, largest):
-        tune.write_entry(tmp_path / folder_of(device.name) / "knn_graph.json", 576, 75, sizes)
-    assert choose("knn_graph", largest, 576, 75, tuned=tmp_path) == sizes
-    assert choose("knn_graph", smallest, 576, 75, tuned=tmp_path) == rule("knn_graph", smallest, 576, 75, 0)
+        tune.write_entry(tmp_path / device.arch / "knn_graph.json", key(576), sizes)
+    assert choose("knn_graph", largest, FLOAT32, 576, 75, tuned=tmp_path) == sizes
+    assert choose("knn_graph", smallest, FLOAT32, 576, 75, tuned=tmp_path) == rule("knn_graph", smallest, 576, 75, 0)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"configurations": [3]}', '{"configurations": [{"nodes": "x", "k": 1}]}', '{"a": 1}'],
+    [
+        *("", "{", "[]", "{}", '{"configurations": [3]}', '{"a": 1}'),
+        '{"configurations": [{"dtype": "float3", "nodes": 1, "k": 1, "configuration": {}}]}',
+        '{"configurations": [{"nodes": 1, "k": 1, "configuration": {}}]}',
+    ],
 )
 def test_a_damaged_table_is_refused_by_name(text, tmp_path):
-    folder = tmp_path / folder_of(DEVICES[0].name)
+    folder = tmp_path / DEVICES[0].arch
     folder.mkdir()
     path = folder / "knn_graph.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="^knn_graph.json: table is damaged; expected entries with nodes, k and"):
-        choose("knn_graph", DEVICES[0], 576, 75, tuned=tmp_path)
+    with pytest.raises(ValueError, match="^knn_graph.json: table is damaged; expected entries with dtype, nodes"):
+        choose("knn_graph", DEVICES[0], FLOAT32, 576, 75, tuned=tmp_path)
     with pytest.raises(ValueError, match="table is damaged"):
-        tune.write_entry(path, 576, 75, SIZES)
+        tune.write_entry(path, key(576), SIZES)
     assert path.read_text() == text
 
 
