@@ -281,10 +281,10 @@ class MatmulLowerBound:
     """Runs products on operands of their shapes, results in memory that is already there.
 
     Args:
-        products: what to multiply.
+        products: what to multiply. dtype: of the operands and the results.
     """
 
-    def __init__(self, products: Sequence[Product], device: str = "cpu") -> None:
+    def __init__(self, products: Sequence[Product], device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
         operands: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
         for p in products:
@@ -293,14 +293,14 @@ class MatmulLowerBound:
                 batch = (p.batch,) if p.batch > 1 else ()
                 shapes = ((p.rows, p.inner), (p.inner, p.columns))
                 left, right = (
-                    torch.randn(*batch, *(shape[::-1] if flip else shape), device=device)
+                    torch.randn(*batch, *(shape[::-1] if flip else shape), device=device).to(dtype)
                     for shape, flip in zip(shapes, p.transposed, strict=True)
                 )
                 block = min(p.rows, max(1, _BLOCK_BYTES // (4 * p.batch * p.columns)))
                 operands[p] = (
                     left.mT if p.transposed[0] else left,
                     right.mT if p.transposed[1] else right,
-                    torch.empty(*batch, block, p.columns, device=device),
+                    torch.empty(*batch, block, p.columns, device=device, dtype=dtype),
                 )
             self._steps.append(operands[p])
 

@@ -11,6 +11,7 @@ import torch
 
 from bench import one_op, selection, whole_pdgr
 from bench.compare import OF_HIDDEN
+from bench.precision import PRECISIONS
 from drseg_core import testing
 from drseg_core.ops import use_backend
 from drseg_core.testing import Case
@@ -32,7 +33,7 @@ class Job:
         op: ``pdgr`` or an op. case: the sizes. mode: ``fwd`` or ``fwd+bwd``.
         data: a ``random`` or a ``dino``-like prior for ``pdgr``, and for ``knn_graph`` beside other searches; ``case``
             for the backends of an op on its own inputs.
-        dtype: of the features; ``pdgr`` is float32. backend: None takes the one that runs by default.
+        dtype: of an op's tensors; of ``pdgr`` one of ``PRECISIONS``. backend: None takes the one that runs by default.
     """
 
     op: str
@@ -61,9 +62,11 @@ def jobs_of(
     if name.endswith("_e256") and op not in ("pdgr", *OF_HIDDEN):
         # the same as without the wide edge MLP
         return []
+    if dtype not in (PRECISIONS if op == "pdgr" else DTYPES):
+        return []
     if op in one_op.OPS and case.nodes <= one_op.MOST_NODES:
         kinds += ["case"]
-    if case.large and (op == "pdgr" and dtype == "float32" or op == "knn_graph"):
+    if case.large and op in ("pdgr", "knn_graph"):
         kinds += whole_pdgr.DATA
     return [
         Job(op, case, mode, kind, dtype, backend)
@@ -103,14 +106,13 @@ class Engine:
 
 def build(job: Job, device: str = "cpu") -> Engine:
     """Make the inputs, run once and hold the result against another way to it."""
-    dtype = DTYPES[job.dtype]
     with use_backend(job.backend):
         if job.op == "pdgr":
-            made = whole_pdgr.engine(job.case, job.data, job.mode, device)
+            made = whole_pdgr.engine(job.case, job.data, job.mode, device, job.dtype)
         elif job.data != "case":
-            made = selection.engine(job.case, job.data, dtype, device)
+            made = selection.engine(job.case, job.data, DTYPES[job.dtype], device)
         else:
-            made = one_op.engine(job.op, job.case, job.mode, dtype, device)
+            made = one_op.engine(job.op, job.case, job.mode, DTYPES[job.dtype], device)
     call, wrong, backends = made
 
     def run() -> object:
@@ -128,7 +130,7 @@ def measure(
         if job.op == "pdgr":
             return whole_pdgr.measure(
                 job.case, job.data, job.mode, repeats=repeats, slow=slow, with_memory=with_memory, device=device,
-                beside=beside,
+                beside=beside, dtype=job.dtype,
             )  # fmt: skip
         if job.data != "case":
             return selection.measure(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bench import counts
+from bench.precision import PRECISIONS, Precision
 from bench.timing import Contender, gpu_state
 from drseg_core.testing import Case
 
@@ -27,11 +28,15 @@ _COLUMNS = (
     ("op", "op", "{}"),
     ("case", "case", "{}"),
     ("mode", "mode", "{}"),
+    ("dtype", "dtype", "{}"),
     ("data", "data", "{}"),
     ("name", "name", "{}"),
     ("p20 ms", "p20_ms", "{:.2f}"),
     ("p50 ms", "p50_ms", "{:.2f}"),
     ("p80 ms", "p80_ms", "{:.2f}"),
+    ("warm ms", "warm_p50_ms", "{:.2f}"),
+    ("eager ms", "eager_p50_ms", "{:.2f}"),
+    ("host ms", "host_p50_ms", "{:.2f}"),
     ("/ engine", "ratio_to_engine", "{:.2f}"),
     ("of ceiling", "share_of_ceiling", "{:.2f}"),
     ("peak MB", "peak_mb", "{:.0f}"),
@@ -84,10 +89,11 @@ def environment(device: str) -> Row:
 
 def counted(op: str, case: Case, mode: str, dtype: str, device: str) -> Row:
     """What a call has to compute and move, and what this machine reaches at best, measured in this process."""
-    kind: torch.dtype = getattr(torch, dtype)
-    amount = counts.work(op, case, mode, kind.itemsize)
+    kinds = PRECISIONS[dtype] if op == "pdgr" else Precision(getattr(torch, dtype), getattr(torch, dtype))
+    amount = counts.work(op, case, mode, kinds.maps.itemsize)
     # reduced precision saves the CPU nothing: its kernels compute in float32
-    gemm, copy = counts.ceilings(device, kind if device == "cuda" else torch.float32, torch.get_num_threads())
+    kind = kinds.products if device == "cuda" else torch.float32
+    gemm, copy = counts.ceilings(device, kind, torch.get_num_threads())
     return {
         "flop": amount.flop,
         "byte": amount.byte,

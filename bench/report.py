@@ -40,6 +40,11 @@ def _grid(row: Row) -> str:
     return f"{row['sizes']['B']} x {row['sizes']['h']}x{row['sizes']['w']}"
 
 
+def _dtype(row: Row) -> list[str]:
+    """What is not float32 says so."""
+    return [] if row["dtype"] == "float32" else [row["dtype"]]
+
+
 def _ms(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
@@ -59,7 +64,7 @@ def _module_table(rows: Sequence[Row]) -> list[str]:
     for row in engines:
         literal = _find(rows, name="literal", **{key: row[key] for key in ("op", "case", "mode", "data", "dtype")})
         memory = [f"{one['peak_mb']:.0f}" if one and one.get("peak_mb") else "-" for one in (row, literal)]
-        own = [f"{name} {row['sizes'][name]}" for name, values in sizes.items() if len(values) > 1]
+        own = [f"{name} {row['sizes'][name]}" for name, values in sizes.items() if len(values) > 1] + _dtype(row)
         cells = [", ".join([_grid(row), *own, _WORDS[row["mode"]]]), row["data"], _ms(row["p50_ms"])]
         cells += [_times(rows, row, name, 0) for name in ("literal", "factored")]
         cells += [_times(rows, row, "compiled"), _times(rows, row, "matmul_lower_bound", 2), *memory]
@@ -83,7 +88,7 @@ def _selection_table(rows: Sequence[Row]) -> list[str]:
     for row in engines:
         size = row["sizes"]
         name = f"{size['B']} x {size['h'] * size['w']} nodes, D {size['D']}, decay {size['decay']:g}"
-        cells = [name, row["data"], _ms(row["p50_ms"])]
+        cells = [", ".join([name, *_dtype(row)]), row["data"], _ms(row["p50_ms"])]
         cells += [_times(rows, row, name, 2) for name in ("naive", "faiss", "matmul_lower_bound")]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
@@ -98,7 +103,10 @@ def _op_table(rows: Sequence[Row]) -> list[str]:
         "|---|---|---:|---:|---:|---:|",
     ]
     for row in engines:
-        cells = [", ".join([f"`{row['op']}`", _grid(row), *width_of(row), _WORDS[row["mode"]]]), row["name"]]
+        cells = [
+            ", ".join([f"`{row['op']}`", _grid(row), *width_of(row), *_dtype(row), _WORDS[row["mode"]]]),
+            row["name"],
+        ]
         cells += [_ms(row["p50_ms"]), "-" if row["name"] == "reference" else _times(rows, row, "reference")]
         cells += [f"{row['share_of_ceiling']:.2f}", f"{row['peak_mb']:.0f}" if row.get("peak_mb") is not None else "-"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -138,9 +146,10 @@ def section(folder: Path, root: Path) -> str:
     if "gpu" in rows[0]:
         on, how = f"An {device}", "each a CUDA graph where it can be captured, with a cold second-level cache"
     place = folder.resolve().relative_to(root.resolve()).as_posix()
+    dtypes = dict.fromkeys(["float32", *(row["dtype"] for row in rows if "dtype" in row)])
     months = sorted({row["date"][:7] for row in rows})
     lines = [
-        f"{on}, {' and '.join(months)}, torch {torch}, float32; medians of interleaved runs, {how}, from "
+        f"{on}, {' and '.join(months)}, torch {torch}, {', '.join(dtypes)}; medians of interleaved runs, {how}, from "
         f"`{place}/*.jsonl`.",
         "",
         *_module_table(rows),

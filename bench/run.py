@@ -11,8 +11,12 @@
 ``pdgr`` is the whole module beside the module as the paper writes it, factored, compiled, and its matrix products
 alone; ``knn_graph`` is the selection beside plain torch and faiss: both at the large cases, with a random and with a
 DINO-like prior. ``--data case`` times the backends of one op on its own inputs. The edge MLP of cases ``*_e256`` is
-256 wide, that of all others as wide as PDGR has it by default. All that is compared is interleaved in one process and
-the median counts. A row is written only where its result passed the gate; where one did not, the exit code is 1.
+256 wide, that of all others as wide as PDGR has it by default. ``--dtype`` of ``pdgr`` is ``float32``, ``autocast``
+(bfloat16 autocast, both maps in float32) or ``bfloat16`` (the same with both maps in bfloat16). All that is compared is
+interleaved in one process and the median counts. On a GPU that is a CUDA graph with a cold cache; beside it stand the
+median with a warm cache (``warm_p50_ms``), of calls that are launched one by one (``eager_p50_ms``), and of what such a
+call holds the host (``host_p50_ms``). A row is written only where its result passed the gate; where one did not, the
+exit code is 1.
 
 With ``--base`` the engine races itself at a git ref, which is checked out and built in a throw-away folder: two
 processes take turns, and the ratio of their pairs counts (see paired.py). With ``--gate`` a slowdown beyond noise, more
@@ -31,6 +35,7 @@ from pathlib import Path
 import torch
 
 from bench import jobs, one_op, paired, record, source
+from bench.precision import PRECISIONS
 from drseg_core.errors import BackendUnavailableError
 from drseg_core.ops import backend_report
 
@@ -61,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--mode", choices=jobs.MODES, action="append", help="both by default")
     parser.add_argument("--data", choices=jobs.DATA, action="append", help="all that there are by default")
-    parser.add_argument("--dtype", choices=jobs.DTYPES, default="float32", help="of the features; pdgr is float32")
+    dtypes = tuple(dict.fromkeys((*PRECISIONS, *jobs.DTYPES)))
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="float32", help=f"of the tensors; of pdgr one of {', '.join(PRECISIONS)}"
+    )
     parser.add_argument("--backend", choices=one_op.backends(), help="the best that runs, by default")
     parser.add_argument(
         "--beside", action="append", choices=(*jobs.BESIDE, "nothing"), help="what the engine stands beside; all"
@@ -94,10 +102,11 @@ def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[j
     else:
         cases = args.case or (jobs.CASES if args.list else _DEFAULT_CASES)
         chosen = [job for case in cases for op in ops for job in jobs.jobs_of(op, case, *how)]
-    if args.op and "pdgr" in args.op and args.dtype != "float32":
-        print(f"bench: pdgr is measured in float32 and left out; got --dtype {args.dtype}", file=sys.stderr)
+    if args.op and "pdgr" in args.op and args.dtype not in PRECISIONS:
+        known = ", ".join(PRECISIONS)
+        print(f"bench: pdgr is measured in {known} and left out; got --dtype {args.dtype}", file=sys.stderr)
     if not chosen:
-        parser.error("no such op has such a case; expected pdgr at a large case in float32, or an op (--list has them)")
+        parser.error("no such op has such a case; expected pdgr at a large case, or an op in a dtype (--list has them)")
     if args.out is not None and args.out.is_dir():
         parser.error(f"--out is a folder; expected a file to add rows to, got {args.out}")
     if args.gate and args.base is None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,15 +29,21 @@ class Contender:
     fields: dict[str, Any]
 
 
-def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
-    """Wall-clock seconds of one call, the device's queue included."""
+def host_and_whole(run: Callable[[], object], device: str = "cpu") -> tuple[float, float]:
+    """Wall-clock seconds until a call returns, and until the device's queue is empty."""
     if device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
     run()
+    returned = time.perf_counter()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return returned - begin, time.perf_counter() - begin
+
+
+def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
+    """Wall-clock seconds of one call, the device's queue included."""
+    return host_and_whole(run, device)[1]
 
 
 def gpu_state() -> dict[str, Any]:
@@ -75,7 +82,7 @@ def settle_clocks(run: Callable[[], object], most: float = 1.0) -> bool:
 
 
 class GraphSampler:
-    """Seconds on a GPU of one call as a CUDA graph, with a cold second-level cache.
+    """Seconds on a GPU of one call as a CUDA graph, with a cold second-level cache; ``warm`` leaves the cache as it is.
 
     What cannot be captured is launched call by call; ``captured`` says which it was.
 
@@ -84,8 +91,10 @@ class GraphSampler:
     """
 
     def __init__(self, run: Callable[[], object]) -> None:
-        # what lies in the cache from the call before would flatter a kernel; this overwrites it
-        self._flush = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
+        # What lies in the cache from the call before would flatter a kernel. This is read over it: what is written has
+        # to leave the cache again while the call is timed.
+        self._flush = torch.zeros(torch.cuda.get_device_properties().L2_cache_size // 2, device="cuda")
+        self._sum = torch.zeros((), device="cuda")
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._call = run
         # a call may allocate or set up something for the first time: once more, then it is launched call by call
@@ -110,7 +119,10 @@ class GraphSampler:
             torch.cuda.synchronize()
 
     def __call__(self) -> float:
-        self._flush.zero_()
+        torch.sum(self._flush, dim=0, out=self._sum)
+        return self.warm()
+
+    def warm(self) -> float:
         self._begin.record()
         self._call()
         self._end.record()
@@ -118,14 +130,17 @@ class GraphSampler:
         return self._begin.elapsed_time(self._end) / 1000
 
 
-def interleave(contenders: Sequence[Contender], device: str = "cpu") -> list[list[float]]:
+def interleave(contenders: Sequence[Contender], device: str = "cpu", beside: bool = True) -> list[list[float]]:
     """Seconds of every timed call, a list for each contender; those with fewer repeats are spread over the rounds.
 
     On a GPU every call is one CUDA graph where it can be captured, and its row says so (``cuda_graph``). Timing begins
     when the clock stays what it is, or after a second (``settled``); ``gpu`` is the state right
-    after a contender's last call.
+    after a contender's last call. With ``beside`` each is followed by a call with a warm cache and one that is launched
+    kernel by kernel; their medians go to the fields ``warm_p50_ms``, ``eager_p50_ms`` and ``host_p50_ms``, the last of
+    them until the call has returned.
     """
     seconds: list[list[float]] = [[] for _ in contenders]
+    others: list[list[tuple[float, float, float]]] = [[] for _ in contenders]
     samplers: list[Callable[[], float]] = []
     for contender in contenders:
         if device == "cuda":
@@ -140,10 +155,16 @@ def interleave(contenders: Sequence[Contender], device: str = "cpu") -> list[lis
         for contender in contenders:
             contender.fields["settled"] = settled
     for turn in range(rounds):
-        for contender, sample, taken in zip(contenders, samplers, seconds, strict=True):
+        for contender, sample, taken, other in zip(contenders, samplers, seconds, others, strict=True):
             due = (turn + 1) * contender.repeats // rounds
             if due > len(taken):
                 taken.append(sample())
+                if device == "cuda" and beside:
+                    warm = sample.warm()  # type: ignore[attr-defined]
+                    other.append((warm, *host_and_whole(contender.run, device)))
                 if device == "cuda" and len(taken) == contender.repeats:
                     contender.fields["gpu"] = gpu_state()
+    for contender, other in zip(contenders, others, strict=True):
+        for name, values in zip(("warm", "host", "eager"), zip(*other, strict=True), strict=False):
+            contender.fields[f"{name}_p50_ms"] = 1000 * statistics.median(values)
     return seconds

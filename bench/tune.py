@@ -37,7 +37,7 @@ Sample = Callable[[Sequence[Contender]], list[list[float]]]
 
 
 def median_seconds(contenders: Sequence[Contender]) -> list[list[float]]:
-    return interleave(contenders, "cuda")
+    return interleave(contenders, "cuda", beside=False)
 
 
 def fastest(

@@ -60,7 +60,7 @@ class LiteralPDGR(nn.Module):
             message = coefficient[..., None] * torch.stack([x[b][index[b]] for b in range(batch)])
             target = start.reshape(-1)
             x = torch.stack(
-                [torch.zeros_like(x[b]).index_add(0, target, message[b].flatten(0, 1)) for b in range(batch)]
+                [message.new_zeros(x[b].shape).index_add(0, target, message[b].flatten(0, 1)) for b in range(batch)]
             )
             if m.biases is not None:
                 x = x + m.biases[layer]

@@ -205,3 +205,11 @@ def test_tables_name_the_width_of_the_edge_mlp(tmp_path: Path):
     assert report._module_table(rows[1:])[0].startswith("| PDGR, D 1024, E 256, C 384, K 75 |")
     op = {"op": "edge_weight", "data": "case", "name": "native", "share_of_ceiling": 0.5, "sizes": sizes}
     assert report._op_table([row(**op)])[2].startswith("| `edge_weight`, 8 x 24x24, E 128, forward |")
+
+
+def test_tables_name_what_is_not_float32(tmp_path: Path):
+    op = {"op": "graph_layer", "data": "case", "name": "native", "share_of_ceiling": 0.5}
+    assert report._op_table([row(**op, dtype="bfloat16")])[2].startswith("| `graph_layer`, 1 x 64x64, bfloat16, forw")
+    write(tmp_path / "rows.jsonl", *many_rows(), *(one | {"dtype": "bfloat16"} for one in many_rows()))
+    text = report.section(tmp_path, tmp_path)
+    assert "float32, bfloat16; medians" in text and "| 1 x 4096 nodes, D 1024, decay 2, bfloat16 | dino |" in text

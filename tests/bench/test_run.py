@@ -232,7 +232,7 @@ def test_what_stands_beside_is_chosen(tmp_path: Path):
         ["--case", "nothing"],
         ["--op", "pdgr", "--case", "tiny_3x4"],
         ["--repeats", "0"],
-        ["--op", "pdgr", "--dtype", "bfloat16"],
+        ["--op", "pdgr", "--dtype", "float16"],
         ["--out", "."],
     ],
 )
@@ -297,3 +297,63 @@ def test_peaks_are_of_one_step_in_a_process_of_its_own():
 def test_a_child_that_fails_says_so():
     with pytest.raises(RuntimeError, match=r"json\.nothing: failed in its own process:\n(.|\n)*AttributeError"):
         memory.in_child("json", "nothing")
+
+
+@pytest.mark.parametrize("dtype", ["autocast", "bfloat16"])
+def test_pdgr_rows_in_reduced_precision(tmp_path: Path, dtype: str):
+    code, rows = _run(tmp_path, "--op", "pdgr", "--case", TINY.name, "--dtype", dtype)
+    assert code == 0 and {row["dtype"] for row in rows} == {dtype}
+    _check(rows)
+    rows = [row for row in rows if row["name"] != "pyg"]
+    assert [row["name"] for row in rows] == ["engine", "literal", "factored", "compiled", "matmul_lower_bound"] * 4
+    # bfloat16 was at work
+    assert all(1e-3 < row["gate"]["max_difference"] < 0.05 for row in rows if row["name"] == "engine")
+    assert all("bfloat16" in row["note"] for row in rows if row["name"] == "matmul_lower_bound")
+
+
+def test_maps_come_in_the_dtype_that_is_asked_for():
+    for dtype, kind in (("float32", torch.float32), ("autocast", torch.float32), ("bfloat16", torch.bfloat16)):
+        problem = whole_pdgr.make(TINY, "random", dtype=dtype)
+        assert problem.features.dtype == problem.prior.dtype == kind
+        output, gradients = whole_pdgr.step(problem.engine, problem, True)
+        assert output.dtype == problem.gradient.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
+        assert [value.dtype for value in gradients] == [kind] + [torch.float32] * (len(gradients) - 1)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("op", "changes", "message"),
+    [("knn_graph", {"run": _rolled}, "clearly lower node"), ("graph_propagate", {"run": _first_node_wrong}, "output:")],
+)
+def test_a_wrong_engine_is_refused_in_reduced_precision_too(
+    monkeypatch: pytest.MonkeyPatch, op: str, changes: dict[str, Callable[[Wrong], Wrong]], message: str
+):
+    _plant(monkeypatch, op, **changes)
+    rows, refused = whole_pdgr.measure(TINY, "random", "fwd", repeats=1, with_memory=False, dtype="bfloat16")
+    assert not rows and message in refused[0]
+
+
+def test_on_a_gpu_calls_are_timed_cold_warm_and_launched_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    class Sampler:
+        captured = True
+
+        def __init__(self, run: Callable[[], object]) -> None:
+            pass
+
+        def __call__(self) -> float:
+            return 3e-3
+
+        def warm(self) -> float:
+            return 2e-3
+
+    monkeypatch.setattr(timing, "GraphSampler", Sampler)
+    monkeypatch.setattr(timing, "settle_clocks", lambda run: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    contenders = [timing.Contender(name, lambda: None, repeats, {}) for name, repeats in (("a", 3), ("b", 1))]
+    assert timing.interleave(contenders, "cuda") == [[3e-3] * 3, [3e-3]]
+    for one in contenders:
+        assert one.fields["warm_p50_ms"] == 2.0 and one.fields["cuda_graph"]
+        assert 0 <= one.fields["host_p50_ms"] <= one.fields["eager_p50_ms"] < 1000
+    plain = timing.Contender("c", lambda: None, 1, {})
+    timing.interleave([plain], "cuda", beside=False)
+    assert "warm_p50_ms" not in plain.fields
