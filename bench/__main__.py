@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "run": "time the engine beside other contenders, or this checkout against another version (--base REF --gate)",
+    "profile": "microseconds of each kernel of a step of PDGR",
     "compare": "stored rows of two runs",
     "report": "the README's tables, from stored rows",
     "plot": "pictures of stored rows",
