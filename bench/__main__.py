@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "run": "time the engine beside other contenders, or this checkout against another version (--base REF --gate)",
     "profile": "microseconds of each kernel of a step of PDGR",
+    "probe": "what a card does with products, copies, a gather, a sort, and kernels that do nothing",
     "compare": "stored rows of two runs",
     "report": "the README's tables, from stored rows",
     "plot": "pictures of stored rows",
@@ -17,7 +18,9 @@ COMMANDS = {
     "presets": "a training step and a scored image of every set under both presets",
     "tune": "find the fastest launch sizes on a GPU and write its tables",
     "host": "host time and launches of PDGR on the Triton backend, without a card",
+    "place": "what a machine has for measurements",
     "aot": "compile every Triton kernel for every GPU in view, without one",
+    "carry": "compile what PDGR launches into a folder for a machine with a GPU",
 }
 _USAGE = "usage: python -m bench COMMAND ... (COMMAND --help says what it takes)"
 

@@ -1,108 +1,101 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Tests and measures the kernels on a bare machine with an NVIDIA GPU: python3 with torch >= 2.10, triton and pytest,
-# nvcc and cmake. No network, nothing is installed: it runs the source tree.
+# Measures and tests PDGR in nine minutes of a bare machine with an NVIDIA GPU: python3 with torch >= 2.10, triton and
+# pytest. No network, nothing is installed: it runs the source tree. The most valuable comes first.
 #
-#     bench/gpu.sh FOLDER [SLICE...]
+#     bench/gpu.sh [--dry] [--from STEP] FOLDER [STEP...]
 #
-# Slices, each of at most nine minutes, all by default: environment, build, aot, test, tune, bench, model, sanitize
-# (the kernels' contracts under compute-sanitizer). TUNE_OPS, TUNE_CASES and TUNE_OPTIONS, and the same of BENCH,
-# say what is tuned and measured, TESTS and SANITIZED (a pytest -k expression) what is tested; tune writes the tables of
-# the source tree, which bench then reads, and a copy to FOLDER.
-# A slice that cannot run here is skipped and says why. In FOLDER: a log per slice, rows.jsonl and model.jsonl
-# with the measurements, environment.json, summary.txt with one line per slice. PYTHON names another interpreter.
+# Steps: place profile probe contracts rows tune sanitize large compiled, and model where it is named. Each is a process
+# of its own with a time-out and a log in FOLDER; summary.txt has a line for each. Beside the logs: environment.json,
+# profile.jsonl, probe.jsonl, pdgr.jsonl and knn_graph.jsonl (rows), tuned/ (the tables of launch sizes), large.jsonl,
+# compiled.jsonl, model.jsonl.
+# What cannot run here is skipped and says why. Where place or profile fails, nothing else is tried.
+#
+# --from STEP: that one and what follows it; rows are added to the files that are there. --dry: every step on a CPU at
+# small sizes, so that its command, its files and its summary are seen before a card is.
+#
+# Kernels compiled elsewhere are taken from TRITON_CACHE_DIR, build/carried by default, which is filled by
+#     python -m bench carry build/carried --arch 90 --tune 5
+# with the version of Triton, for the version of Python, of the machine with the GPU; the rest is compiled there.
+#
+# PYTHON names another interpreter. SECONDS_IN_ALL: 540. CASES, KNN_CASES, DTYPES: what is measured. TESTS and TESTS_K:
+# which contracts (files, and a pytest -k expression). TUNE_CASES, TUNE_DTYPES, TUNE_OPTIONS: what is tuned.
 set -uo pipefail
 
-if [ $# -lt 1 ]; then
-    sed -n '3,13s/^# \{0,1\}//p' "$0" >&2
+ORDER="place profile probe contracts rows tune sanitize large compiled"
+# seconds that a step may take
+declare -A MOST=([place]=20 [profile]=45 [probe]=60 [contracts]=90 [rows]=120 [tune]=90 [sanitize]=45 [large]=40
+    [compiled]=60 [model]=120)
+
+usage() {
+    sed -n '3,25s/^# \{0,1\}//p' "$0" >&2
     exit 2
-fi
+}
+
+DRY=
+FIRST=
+while [ $# -gt 0 ]; do
+    case $1 in
+    --dry) DRY=1 ;;
+    --from)
+        FIRST=${2:-}
+        shift
+        ;;
+    -*) usage ;;
+    *) break ;;
+    esac
+    shift
+done
+[ $# -ge 1 ] || usage
 mkdir -p "$1" || exit 2
 OUT=$(cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.." || exit 2
-ROOT=$PWD
-PYTHON=${PYTHON:-python3}
-TESTS=${TESTS:-$(echo tests/kernels/contract_*.py) tests/nn/test_cuda.py}
-SANITIZED=${SANITIZED:-test_agrees_with_the_oracle and tiny or test_gap_rule and tiny and float32}
-TUNE_OPS=${TUNE_OPS:-knn_graph edge_weight degree_normalize edge_coefficient graph_propagate graph_layer}
-TUNE_CASES=${TUNE_CASES:-paper_vitl_24x24 grid_64x64 grid_128x128}
-BENCH_OPS=${BENCH_OPS:-pdgr $TUNE_OPS}
-BENCH_CASES=${BENCH_CASES:-$TUNE_CASES paper_vitl_24x24_e256 grid_64x64_e256 vitl_128x128_e256 grid_256x256}
-TUNE_OPTIONS=${TUNE_OPTIONS:-}
-BENCH_OPTIONS=${BENCH_OPTIONS:-}
-SECONDS_PER_SLICE=${SECONDS_PER_SLICE:-530}
-export PYTHONPATH="$ROOT:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-failed=0
 
-report() { # slice, outcome, words
-    printf '%-12s %-8s %s\n' "$1" "$2" "$3" | tee -a "$OUT/summary.txt"
-}
-
-run() { # slice, command...
-    local slice=$1 code begin=$SECONDS
-    shift
-    timeout --kill-after=10 "$SECONDS_PER_SLICE" "$@" >"$OUT/$slice.log" 2>&1
-    code=$?
-    if [ $code -eq 0 ]; then
-        report "$slice" passed "$((SECONDS - begin)) s: $(grep -v '^ *$' "$OUT/$slice.log" | tail -1 | cut -c1-150)"
-    elif [ $code -eq 124 ] || [ $code -eq 137 ]; then
-        report "$slice" failed "stopped after $SECONDS_PER_SLICE s, see $slice.log"
-    else
-        report "$slice" failed "exit code $code, see $slice.log: $(tail -1 "$OUT/$slice.log" | cut -c1-150)"
+STEPS="${*:-$ORDER}"
+if [ -n "$FIRST" ]; then
+    STEPS="$FIRST${ORDER#*"$FIRST"}"
+fi
+for step in ${FIRST:-} $STEPS; do
+    if [ -z "${MOST[$step]:-}" ]; then
+        echo "gpu.sh: step is unknown; expected one of $ORDER model, got $step" >&2
+        exit 2
     fi
-    [ $code -eq 0 ] || failed=1
-}
+done
 
-no_card() { # why no CUDA kernel can run here; silent where one can
-    "$PYTHON" - <<'CODE' 2>/dev/null || echo "$PYTHON has no torch"
-import torch
-if not torch.cuda.is_available():
-    print(f"torch {torch.__version__} sees no CUDA device")
-CODE
-}
+PYTHON=${PYTHON:-python3}
+DTYPES=${DTYPES:-float32 bfloat16 autocast}
+TUNE_DTYPES=${TUNE_DTYPES:-float32 bfloat16}
+TUNE_OPTIONS=${TUNE_OPTIONS:-}
+if [ -z "$DRY" ]; then
+    DEVICE=cuda
+    CASES=${CASES:-paper_vitl_24x24_e256 grid_64x64_e256}
+    KNN_CASES=${KNN_CASES:-paper_vitl_24x24 grid_64x64 grid_128x128}
+    LARGE=vitl_256x256_e256
+    TUNE_CASES=${TUNE_CASES:-paper_vitl_24x24 paper_vitl_24x24_e256 grid_64x64}
+    TESTS=${TESTS:-$(echo tests/kernels/contract_*.py) tests/nn/test_cuda.py}
+    TESTS_K=${TESTS_K:-tiny or paper or cuda}
+    REPEATS=7
+    PROBE_REPEATS=11
+    SECONDS_IN_ALL=${SECONDS_IN_ALL:-540}
+else
+    DEVICE=cpu
+    CASES=${CASES:-image_24x24}
+    KNN_CASES=${KNN_CASES:-image_24x24}
+    LARGE=image_24x24
+    TUNE_CASES=${TUNE_CASES:-paper_vitl_24x24}
+    TESTS=${TESTS:-tests/kernels/contract_prepare_prior.py}
+    TESTS_K=${TESTS_K:-tiny}
+    REPEATS=1
+    PROBE_REPEATS=1
+    SECONDS_IN_ALL=${SECONDS_IN_ALL:-1800}
+    for step in "${!MOST[@]}"; do MOST[$step]=$((5 * MOST[$step])); done
+fi
+export OUT PYTHON DTYPES TUNE_DTYPES TUNE_OPTIONS DRY DEVICE CASES KNN_CASES LARGE TUNE_CASES TESTS TESTS_K REPEATS
+export PROBE_REPEATS PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONDONTWRITEBYTECODE=1 TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/build/carried}"
 
-environment() {
-    "$PYTHON" - "$OUT/environment.json" <<'CODE'
-import importlib.util, json, platform, shutil, subprocess, sys
-
-def output(*command):
-    if shutil.which(command[0]) is None:
-        return None
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-import torch
-
-found = {
-    "python": platform.python_version(),
-    "torch": torch.__version__,
-    "cuda": torch.version.cuda,
-    "triton": __import__("triton").__version__ if importlib.util.find_spec("triton") else None,
-    "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    "gpu": output("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv"),
-    "nvcc": output("nvcc", "--version"),
-    "cmake": output("cmake", "--version"),
-    "commit": output("git", "describe", "--always", "--dirty"),
-}
-with open(sys.argv[1], "w") as file:
-    json.dump(found, file, indent=1)
-print(" ".join(f"{name}={found[name]}" for name in ("python", "torch", "triton", "device")))
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10) or found["triton"] is None:
-    raise SystemExit("gpu.sh: environment is too old; expected torch >= 2.10 and triton, got " + str(found["torch"]))
-CODE
-}
-
-build() {
-    local torch
-    torch=$("$PYTHON" -c 'import torch; print(torch.__path__[0])') &&
-        cmake -S . -B "$OUT/build" -DCMAKE_BUILD_TYPE=Release -DDRSEG_TORCH_DIR="$torch" -DDRSEG_OUTPUT_DIR="$OUT/lib" &&
-        cmake --build "$OUT/build" --parallel &&
-        DRSEG_NATIVE_LIBRARY="$OUT/lib/libdrseg_native.so" "$PYTHON" -c '
-from drseg_core.ops import _native
-reason = _native.why_not("cpu")
-print(reason or "the native library loads")
-raise SystemExit(reason is not None)'
-}
+bench() { "$PYTHON" -m bench "$@"; }
 
 # "a b" to "--op a --op b"
 each() { # option, words...
@@ -111,78 +104,141 @@ each() { # option, words...
     for word in "$@"; do printf '%s %s ' "$option" "$word"; done
 }
 
-contracts() {
+# shellcheck disable=SC2046,SC2086  # lists of words
+step_place() { bench place --device $DEVICE --out "$OUT/environment.json"; }
+
+# shellcheck disable=SC2046,SC2086
+step_profile() {
+    local dtype
+    for dtype in $DTYPES; do
+        bench profile --device $DEVICE $(each --case $CASES) --dtype "$dtype" --out "$OUT/profile.jsonl" || return
+    done
+}
+
+step_probe() { bench probe --device "$DEVICE" --repeats "$PROBE_REPEATS" --out "$OUT/probe.jsonl"; }
+
+# shellcheck disable=SC2046,SC2086
+step_contracts() {
     # the tests wait for the compiler and for oracles on the CPU: as many at a time as there are cores
-    local workers
+    local workers where=--gpu
     # nproc counts the threads that OpenMP may take
     workers=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n $(nproc)")
     export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
-    "$PYTHON" -m pytest -q -p no:cacheprovider -p no:benchmark --gpu --tb=short $workers "$@"
+    if [ -n "$DRY" ]; then
+        where=
+        export TRITON_INTERPRET=1
+    fi
+    ${CHECKER:-} "$PYTHON" -m pytest -q -p no:cacheprovider -p no:benchmark --tb=short $where $workers $TESTS -k "$TESTS_K"
 }
 
-measure() {
-    "$PYTHON" -m bench run --device cuda $(each --op $BENCH_OPS) $(each --case $BENCH_CASES) $BENCH_OPTIONS \
-        --out "$OUT/rows.jsonl"
+# shellcheck disable=SC2046,SC2086
+step_rows() {
+    local dtype failed=0 how
+    for dtype in $DTYPES; do
+        how="--device $DEVICE --data dino --repeats $REPEATS --dtype $dtype"
+        bench run --op pdgr $(each --case $CASES) --beside matmul_lower_bound $how --out "$OUT/pdgr.jsonl" || failed=1
+        # autocast is a matter of the whole module
+        [ "$dtype" = autocast ] || bench run --op knn_graph $(each --case $KNN_CASES) --beside matmul_lower_bound $how \
+            --out "$OUT/knn_graph.jsonl" || failed=1
+    done
+    return $failed
 }
 
-model() {
-    "$PYTHON" -m bench model --device cuda --backend triton --backend reference --out "$OUT/model.jsonl"
+# shellcheck disable=SC2046,SC2086
+step_tune() {
+    local dtype case how="--out $OUT/tuned"
+    [ -z "$DRY" ] || how="--dry-run"
+    mkdir -p "$OUT/tuned" && cp -r kernels/drseg_kernels/tuned/. "$OUT/tuned"
+    # one case after the other: what was found before the time is up counts
+    for case in $TUNE_CASES; do
+        for dtype in $TUNE_DTYPES; do
+            bench tune --case $case --dtype $dtype $how $TUNE_OPTIONS || return
+        done
+    done
 }
 
-tune() {
-    "$PYTHON" -m bench tune $(each --op $TUNE_OPS) $(each --case $TUNE_CASES) $TUNE_OPTIONS
-}
-
-sanitize() {
+step_sanitize() {
     local tool
-    for tool in memcheck racecheck; do
-        # every tensor its own allocation, so that a read beyond its end is seen
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-            "$PYTHON" -m pytest -q -p no:cacheprovider --gpu --tb=short tests/kernels/contract_*.py -k "$SANITIZED" ||
-            return 1
+    # every tensor its own allocation, so that a read beyond its end is seen
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 TESTS_K="tiny and float32"
+    TESTS=$(echo tests/kernels/contract_prepare_prior.py tests/kernels/contract_graph_*.py)
+    [ -z "$DRY" ] || TESTS=tests/kernels/contract_prepare_prior.py
+    for tool in memcheck racecheck synccheck; do
+        # without a card the tests run as they are
+        [ -n "$DRY" ] || CHECKER="compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all"
+        step_contracts || return
     done
 }
 
-for slice in "${@:-environment build aot test tune bench model sanitize}"; do
-    for name in $slice; do
-        reason=
-        case $name in
-        environment) ;;
-        build) command -v cmake >/dev/null || reason="cmake is not on the path" ;;
-        aot) "$PYTHON" -c 'import triton' 2>/dev/null || reason="$PYTHON has no triton" ;;
-        test) "$PYTHON" -c 'import pytest' 2>/dev/null || reason="$PYTHON has no pytest" ;;
-        tune | bench) ;;
-        model) "$PYTHON" -c 'import open_clip' 2>/dev/null || reason="$PYTHON has no open_clip_torch" ;;
-        sanitize) command -v compute-sanitizer >/dev/null || reason="compute-sanitizer is not on the path" ;;
-        *)
-            echo "gpu.sh: slice is unknown; expected one of environment, build, aot, test, tune, bench, model, sanitize," \
-                "got $name" >&2
-            exit 2
-            ;;
-        esac
-        case $name in test | tune | bench | model | sanitize) [ -n "$reason" ] || reason=$(no_card) ;; esac
-        if [ -n "$reason" ]; then
-            report "$name" skipped "$reason"
-            continue
-        fi
-        library="$OUT/lib/libdrseg_native.so"
-        [ ! -f "$library" ] || export DRSEG_NATIVE_LIBRARY="$library"
-        case $name in
-        environment | build) export -f environment build && export OUT PYTHON && run "$name" bash -c "$name" ;;
-        aot) run aot "$PYTHON" -m bench aot ;;
-        test) export -f contracts && export PYTHON && run test bash -c "contracts $TESTS" ;;
-        tune)
-            export -f each tune && export OUT PYTHON TUNE_OPS TUNE_CASES TUNE_OPTIONS && run tune bash -c tune
-            # what was found before the time was up counts
-            [ ! -d kernels/drseg_kernels/tuned ] || cp -rT kernels/drseg_kernels/tuned "$OUT/tuned"
-            ;;
-        bench)
-            export -f each measure && export OUT PYTHON BENCH_OPS BENCH_CASES BENCH_OPTIONS
-            run bench bash -c measure
-            ;;
-        model) export -f model && export OUT PYTHON && run model bash -c model ;;
-        sanitize) export -f sanitize && export PYTHON SANITIZED && run sanitize bash -c sanitize ;;
-        esac
+step_large() {
+    bench run --device "$DEVICE" --op pdgr --case "$LARGE" --data dino --beside nothing --repeats 1 --slow-repeats 1 \
+        --out "$OUT/large.jsonl"
+}
+
+# shellcheck disable=SC2046,SC2086
+step_compiled() {
+    local dtype failed=0
+    for dtype in $DTYPES; do
+        bench run --device $DEVICE --op pdgr --case ${CASES%% *} --data dino --beside compiled --no-memory \
+            --repeats $REPEATS --dtype "$dtype" --out "$OUT/compiled.jsonl" || failed=1
     done
+    return $failed
+}
+
+step_model() { bench model --device "$DEVICE" --backend triton --backend reference --out "$OUT/model.jsonl"; }
+
+# why a step cannot run here; silent where it can
+why_not() { # step
+    case $1 in
+    contracts) "$PYTHON" -c 'import pytest' 2>/dev/null || echo "$PYTHON has no pytest" ;;
+    sanitize)
+        if [ -n "$DRY" ]; then
+            "$PYTHON" -c 'import pytest' 2>/dev/null || echo "$PYTHON has no pytest"
+        elif [ -z "$(command -v compute-sanitizer)" ]; then
+            echo "compute-sanitizer is not on the path"
+        fi
+        ;;
+    model)
+        [ -z "$DRY" ] || echo "the whole model is measured where it is named, and not dry"
+        "$PYTHON" -c 'import open_clip' 2>/dev/null || echo "$PYTHON has no open_clip_torch"
+        ;;
+    esac
+}
+
+report() { # step, outcome, words
+    printf '%-10s %-8s %s\n' "$1" "$2" "$3" | tee -a "$OUT/summary.txt"
+}
+
+# shellcheck disable=SC2046
+export -f $(compgen -A function)
+[ -d csrc/cuda ] || echo "gpu.sh: csrc/cuda is not there: nothing of it is tested or sanitized" | tee -a "$OUT/summary.txt"
+failed=0
+for step in $STEPS; do
+    reason=$(why_not "$step" | head -1)
+    left=$((SECONDS_IN_ALL - SECONDS))
+    [ $left -ge 10 ] || reason="the time is up; --from $step goes on"
+    if [ -n "$reason" ]; then
+        report "$step" skipped "$reason"
+        continue
+    fi
+    limit=$((MOST[$step] < left ? MOST[$step] : left))
+    begin=$SECONDS
+    timeout --kill-after=5 "$limit" bash -c "step_$step" >"$OUT/$step.log" 2>&1
+    code=$?
+    last=$(grep -v '^ *$' "$OUT/$step.log" | tail -1 | cut -c1-150)
+    case $code in
+    0) report "$step" passed "$((SECONDS - begin)) s: $last" ;;
+    124 | 137) report "$step" stopped "after $limit s, see $step.log: $last" ;;
+    *) report "$step" failed "exit code $code, see $step.log: $last" ;;
+    esac
+    [ $code -eq 0 ] || failed=1
+    case $step:$code in
+    # what was profiled before the time was up counts
+    *:0 | profile:124 | profile:137) ;;
+    place:* | profile:*)
+        report "$step" ended "nothing else is tried; --from $step goes on"
+        break
+        ;;
+    esac
 done
 exit $failed

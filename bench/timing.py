@@ -88,12 +88,14 @@ class GraphSampler:
 
     Args:
         run: one call, without host synchronisation if it is to be captured.
+
+    ``flush`` is what is read before a cold call, twice as large as the cache.
     """
 
     def __init__(self, run: Callable[[], object]) -> None:
         # What lies in the cache from the call before would flatter a kernel. This is read over it: what is written has
         # to leave the cache again while the call is timed.
-        self._flush = torch.zeros(torch.cuda.get_device_properties().L2_cache_size // 2, device="cuda")
+        self.flush = torch.zeros(torch.cuda.get_device_properties().L2_cache_size // 2, device="cuda")
         self._sum = torch.zeros((), device="cuda")
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._call = run
@@ -119,7 +121,7 @@ class GraphSampler:
             torch.cuda.synchronize()
 
     def __call__(self) -> float:
-        torch.sum(self._flush, dim=0, out=self._sum)
+        torch.sum(self.flush, dim=0, out=self._sum)
         return self.warm()
 
     def warm(self) -> float:

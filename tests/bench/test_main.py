@@ -28,4 +28,4 @@ def test_the_commands_are_listed_and_nothing_is_imported_for_it():
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]):
     assert main(["rnu"]) == 2
-    assert "bench: command is unknown; expected one of run, profile, compare," in capsys.readouterr().err
+    assert "bench: command is unknown; expected one of run, profile, probe," in capsys.readouterr().err
