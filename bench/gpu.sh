@@ -19,7 +19,8 @@
 # with the version of Triton, for the version of Python, of the machine with the GPU; the rest is compiled there.
 #
 # PYTHON names another interpreter. SECONDS_IN_ALL: 540. CASES, KNN_CASES, DTYPES: what is measured. TESTS and TESTS_K:
-# which contracts (files, and a pytest -k expression). TUNE_CASES, TUNE_DTYPES, TUNE_OPTIONS: what is tuned.
+# which contracts (files, and a pytest -k expression), SANITIZED: which of them under compute-sanitizer. TUNE_CASES,
+# TUNE_DTYPES, TUNE_OPTIONS: what is tuned.
 set -uo pipefail
 
 ORDER="place profile probe contracts rows tune sanitize large compiled"
@@ -28,7 +29,7 @@ declare -A MOST=([place]=20 [profile]=45 [probe]=60 [contracts]=90 [rows]=120 [t
     [compiled]=60 [model]=120)
 
 usage() {
-    sed -n '3,25s/^# \{0,1\}//p' "$0" >&2
+    sed -n '3,26s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 
@@ -74,7 +75,8 @@ if [ -z "$DRY" ]; then
     LARGE=vitl_256x256_e256
     TUNE_CASES=${TUNE_CASES:-paper_vitl_24x24 paper_vitl_24x24_e256 grid_64x64}
     TESTS=${TESTS:-$(echo tests/kernels/contract_*.py) tests/nn/test_cuda.py}
-    TESTS_K=${TESTS_K:-tiny or paper or cuda}
+    TESTS_K=${TESTS_K:-tiny or paper or prepare_prior or cuda}
+    SANITIZED=${SANITIZED:-test_agrees_with_the_oracle and tiny_3x4 and float32 or test_gap_rule and tiny and float32}
     REPEATS=7
     PROBE_REPEATS=11
     SECONDS_IN_ALL=${SECONDS_IN_ALL:-540}
@@ -85,14 +87,15 @@ else
     LARGE=image_24x24
     TUNE_CASES=${TUNE_CASES:-paper_vitl_24x24}
     TESTS=${TESTS:-tests/kernels/contract_prepare_prior.py}
-    TESTS_K=${TESTS_K:-tiny}
+    TESTS_K=${TESTS_K:-layouts}
+    SANITIZED=$TESTS_K
     REPEATS=1
     PROBE_REPEATS=1
     SECONDS_IN_ALL=${SECONDS_IN_ALL:-1800}
     for step in "${!MOST[@]}"; do MOST[$step]=$((5 * MOST[$step])); done
 fi
 export OUT PYTHON DTYPES TUNE_DTYPES TUNE_OPTIONS DRY DEVICE CASES KNN_CASES LARGE TUNE_CASES TESTS TESTS_K REPEATS
-export PROBE_REPEATS PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export SANITIZED PROBE_REPEATS PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export PYTHONDONTWRITEBYTECODE=1 TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/build/carried}"
 
 bench() { "$PYTHON" -m bench "$@"; }
@@ -160,9 +163,8 @@ step_tune() {
 step_sanitize() {
     local tool
     # every tensor its own allocation, so that a read beyond its end is seen
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 TESTS_K="tiny and float32"
-    TESTS=$(echo tests/kernels/contract_prepare_prior.py tests/kernels/contract_graph_*.py)
-    [ -z "$DRY" ] || TESTS=tests/kernels/contract_prepare_prior.py
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    TESTS_K=$SANITIZED
     for tool in memcheck racecheck synccheck; do
         # without a card the tests run as they are
         [ -n "$DRY" ] || CHECKER="compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all"
@@ -178,6 +180,8 @@ step_large() {
 # shellcheck disable=SC2046,SC2086
 step_compiled() {
     local dtype failed=0
+    # on a CPU the compiler takes a minute for each
+    [ -z "$DRY" ] || DTYPES=${DTYPES%% *}
     for dtype in $DTYPES; do
         bench run --device $DEVICE --op pdgr --case ${CASES%% *} --data dino --beside compiled --no-memory \
             --repeats $REPEATS --dtype "$dtype" --out "$OUT/compiled.jsonl" || failed=1
