@@ -21,6 +21,9 @@
 # PYTHON names another interpreter. SECONDS_IN_ALL: 540. CASES, KNN_CASES, DTYPES: what is measured. TESTS and TESTS_K:
 # which contracts (files, and a pytest -k expression), SANITIZED: which of them under compute-sanitizer. TUNE_CASES,
 # TUNE_DTYPES, TUNE_OPTIONS: what is tuned.
+
+# lists of words, and functions that the process of a step calls
+# shellcheck disable=SC2046,SC2086,SC2329
 set -uo pipefail
 
 ORDER="place profile probe contracts rows tune sanitize large compiled"
@@ -29,7 +32,7 @@ declare -A MOST=([place]=20 [profile]=45 [probe]=60 [contracts]=90 [rows]=120 [t
     [compiled]=60 [model]=120)
 
 usage() {
-    sed -n '3,26s/^# \{0,1\}//p' "$0" >&2
+    sed -n '3,/^$/s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 
@@ -107,20 +110,14 @@ each() { # option, words...
     for word in "$@"; do printf '%s %s ' "$option" "$word"; done
 }
 
-# shellcheck disable=SC2046,SC2086  # lists of words
 step_place() { bench place --device $DEVICE --out "$OUT/environment.json"; }
 
-# shellcheck disable=SC2046,SC2086
 step_profile() {
-    local dtype
-    for dtype in $DTYPES; do
-        bench profile --device $DEVICE $(each --case $CASES) --dtype "$dtype" --out "$OUT/profile.jsonl" || return
-    done
+    bench profile --device $DEVICE $(each --case $CASES) $(each --dtype $DTYPES) --out "$OUT/profile.jsonl"
 }
 
 step_probe() { bench probe --device "$DEVICE" --repeats "$PROBE_REPEATS" --out "$OUT/probe.jsonl"; }
 
-# shellcheck disable=SC2046,SC2086
 step_contracts() {
     # the tests wait for the compiler and for oracles on the CPU: as many at a time as there are cores
     local workers where=--gpu
@@ -134,7 +131,6 @@ step_contracts() {
     ${CHECKER:-} "$PYTHON" -m pytest -q -p no:cacheprovider -p no:benchmark --tb=short $where $workers $TESTS -k "$TESTS_K"
 }
 
-# shellcheck disable=SC2046,SC2086
 step_rows() {
     local dtype failed=0 how
     for dtype in $DTYPES; do
@@ -147,7 +143,6 @@ step_rows() {
     return $failed
 }
 
-# shellcheck disable=SC2046,SC2086
 step_tune() {
     local dtype case how="--out $OUT/tuned"
     [ -z "$DRY" ] || how="--dry-run"
@@ -177,7 +172,6 @@ step_large() {
         --out "$OUT/large.jsonl"
 }
 
-# shellcheck disable=SC2046,SC2086
 step_compiled() {
     local dtype failed=0
     # on a CPU the compiler takes a minute for each
@@ -213,7 +207,6 @@ report() { # step, outcome, words
     printf '%-10s %-8s %s\n' "$1" "$2" "$3" | tee -a "$OUT/summary.txt"
 }
 
-# shellcheck disable=SC2046
 export -f $(compgen -A function)
 [ -d csrc/cuda ] || echo "gpu.sh: csrc/cuda is not there: nothing of it is tested or sanitized" | tee -a "$OUT/summary.txt"
 failed=0
