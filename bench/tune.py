@@ -100,7 +100,7 @@ def write_entry(path: Path, key: dict[str, Any], chosen: Any, **notes: Any) -> N
     rows.sort(key=lambda row: tuple(row.get(name) or ("" if name == "device" else 0) for name in _KEY))
     write_text_atomic(path, json.dumps({"configurations": rows}, indent=1) + "\n")
     # what was written counts from here on
-    _launch.read_table.cache_clear()
+    _launch.forget_tables()
 
 
 def tune(table: str, case: Case, dtype: str, device: Device, repeats: int, tuned: Path) -> str | None:

@@ -283,6 +283,8 @@ def tuned_entries(table: str, device: Device, tuned: Path = TUNED) -> tuple[Entr
     return read_table(tuned / device.arch / f"{table}.json", kind_of(table))
 
 
+# a launch asks every time, and looking through a table takes longer than much of what else a launch does
+@functools.lru_cache(maxsize=4096)
 def choose(
     table: str, device: Device, dtype: torch.dtype, nodes: int, k: int, width: int = 0, tuned: Path = TUNED
 ) -> Any:
@@ -294,6 +296,12 @@ def choose(
                 return entry.sizes
             other = other or entry.sizes
     return other or rule(table, device, nodes, k, width)
+
+
+def forget_tables() -> None:
+    """Read the files anew from here on."""
+    read_table.cache_clear()
+    choose.cache_clear()
 
 
 # sizes that a launch was last given, by table: what a benchmark writes into its rows

@@ -91,11 +91,11 @@ def tuned(tmp_path):
         folder = tmp_path / SMALL.arch
         folder.mkdir(exist_ok=True)
         (folder / f"{table}.json").write_text(json.dumps({"configurations": entries}), encoding="utf-8")
-        _launch.read_table.cache_clear()
+        _launch.forget_tables()
         return tmp_path
 
     yield write
-    _launch.read_table.cache_clear()
+    _launch.forget_tables()
 
 
 @pytest.mark.parametrize("table", SIZES)

@@ -28,7 +28,7 @@ def key(nodes: int, **others: object) -> dict[str, object]:
 @pytest.fixture(autouse=True)
 def forget_tables():
     yield
-    _launch.read_table.cache_clear()
+    _launch.forget_tables()
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
