@@ -19,6 +19,7 @@ COMMANDS = {
     "tune": "find the fastest launch sizes on a GPU and write its tables",
     "host": "host time and launches of PDGR on the Triton backend, without a card",
     "place": "what a machine has for measurements",
+    "rank": "launch sizes in the order of their predicted time, without a GPU",
     "aot": "compile every Triton kernel for every GPU in view, without one",
     "carry": "compile what PDGR launches into a folder for a machine with a GPU",
 }

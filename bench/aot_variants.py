@@ -107,15 +107,20 @@ def _knn_graph(device: Any) -> Iterator[Variant]:
     for entry in _launch.tuned_entries("knn_graph", device):
         asked += [(entry.nodes, entry.k, "additive", True, first, entry.sizes) for first in (True, False)]
     for _, k, form, include_self, first, sizes in asked:
-        constants = op.constants(k, form, include_self, first, sizes)
-        yield Variant(
-            _name("knn_graph", constants, sizes.num_warps),
-            op._knn_graph_fwd_kernel_merge,
-            {**_SELECTION, "product_ptr": "*fp32"},
-            constants,
-            {"num_warps": sizes.num_warps, **op.OPTIONS},
-            sizes.shared_bytes(),
-        )
+        yield _merge(op.constants(k, form, include_self, first, sizes), sizes)
+
+
+def _merge(constants: dict[str, Any], sizes: Any) -> Variant:
+    from drseg_kernels import knn_graph as op
+
+    return Variant(
+        _name("knn_graph", constants, sizes.num_warps),
+        op._knn_graph_fwd_kernel_merge,
+        {**_SELECTION, "product_ptr": "*fp32"},
+        constants,
+        {"num_warps": sizes.num_warps, **op.OPTIONS},
+        sizes.shared_bytes(),
+    )
 
 
 # pointers that have one type whatever the dtype of the features

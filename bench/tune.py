@@ -4,6 +4,10 @@
     python -m bench tune --op knn_graph --case grid_64x64        # one op at one size; both may be repeated
     python -m bench tune --dry-run --target 120                  # what would be timed, without a GPU
 
+Of the candidates of a table the rule's own choice is timed and the five that ``rank.py`` predicts to be fastest
+(``--candidates N``, ``--all``); at every size that an H100 has timed they held the
+fastest, or one within a percent of it.
+
 The tables are ``kernels/drseg_kernels/tuned/<architecture>/<table>.json``, read by ``drseg_kernels._launch``; entries
 of another device, dtype, width or size stay. A candidate must fit the device's shared memory and agree with the
 reference before it is timed; all that pass are timed in turns, each as a CUDA graph where it can be captured, and the
@@ -24,13 +28,14 @@ from typing import Any
 from drseg_kernels import _launch
 from drseg_kernels._launch import Device
 
-from bench.aot import TARGETS
+from bench import sass
+from bench.aot import TARGETS, Target
+from bench.rank import Predictor
 from bench.timing import Contender, interleave
-from bench.tune_candidates import TABLES, candidates, width_of
+from bench.tune_candidates import DEFAULT_CASES, TABLES, candidates, width_of
 from drseg_core.files import write_text_atomic
 from drseg_core.testing import CASES, Case
 
-DEFAULT_CASES = ("paper_vitl_24x24", "grid_64x64", "grid_128x128")
 NO_DEVICE = 5
 
 Sample = Callable[[Sequence[Contender]], list[list[float]]]
@@ -103,8 +108,47 @@ def write_entry(path: Path, key: dict[str, Any], chosen: Any, **notes: Any) -> N
     _launch.forget_tables()
 
 
-def tune(table: str, case: Case, dtype: str, device: Device, repeats: int, tuned: Path) -> str | None:
-    """Time a table's candidates at a case and write the best; one line on what went wrong, or None."""
+def target_of(device: Device, arch: int, processors: int) -> Target:
+    """What the predictions need of a device: the nearest of those in view with what is known of this one.
+
+    Args:
+        device: as the launchers see it. arch: compute capability, ten times the major number and the minor one.
+        processors: of the device.
+    """
+    nearest = [target for target in TARGETS if target.arch <= arch][-1:] or TARGETS[:1]
+    return dataclasses.replace(
+        nearest[0],
+        arch=arch,
+        name=device.name,
+        l2_bytes=device.l2_bytes,
+        shared_bytes=device.shared_bytes,
+        processors=processors,
+    )
+
+
+def selected(options: Sequence[Any], ranked: Sequence[Any], count: int) -> list[Any]:
+    """What is timed: the rule's own choice, which is the first of ``options``, and the first ``count`` others of
+    ``ranked``."""
+    return [options[0], *[option for option in ranked if option != options[0]][:count]]
+
+
+def tune(
+    table: str,
+    case: Case,
+    dtype: str,
+    device: Device,
+    repeats: int,
+    tuned: Path,
+    predictor: Predictor | None = None,
+    count: int = 0,
+) -> str | None:
+    """Time a table's candidates at a case and write the best; one line on what went wrong, or None.
+
+    Args:
+        table: of ``TABLES``. case: the size. dtype: of the features. device: the launchers' view of it.
+        repeats: timed calls of each. tuned: folder of the tables.
+        predictor: with one, only the rule's choice and the ``count`` that it puts first are timed.
+    """
     import torch
     import triton
 
@@ -112,7 +156,11 @@ def tune(table: str, case: Case, dtype: str, device: Device, repeats: int, tuned
 
     run, wrong = make(table, case, getattr(torch, dtype), "cuda")
     options = candidates(table, device, case)
-    print(f"{table} {case.name} {dtype}: {len(options)} candidates", flush=True)
+    known = len(options)
+    if predictor is not None:
+        options = selected(options, [found.sizes for found in predictor.rank(table, case, options, dtype)], count)
+    of = f" of {known}" if len(options) < known else ""
+    print(f"{table} {case.name} {dtype}: {len(options)} candidates{of}", flush=True)
     found = fastest(run, wrong, options, repeats)
     if found is None:
         return f"{table} {case.name}: no candidate passed the gate"
@@ -132,6 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="the large ones")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=30, help="timed calls of each candidate")
+    parser.add_argument(
+        "--candidates", type=int, default=5, metavar="N", help="time so many beside the rule's, by prediction"
+    )
+    parser.add_argument("--all", action="store_true", help="time every candidate")
     parser.add_argument("--out", type=Path, default=_launch.TUNED, help="folder of the tables")
     parser.add_argument("--dry-run", action="store_true", help="list the candidates, time nothing")
     parser.add_argument("--target", type=int, default=120, choices=[target.arch for target in TARGETS])
@@ -140,14 +192,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if args.repeats < 1:
         parser.error(f"--repeats is out of range; expected >= 1, got {args.repeats}")
+    if args.candidates < 0:
+        parser.error(f"--candidates is out of range; expected >= 0, got {args.candidates}")
     present = torch.cuda.is_available()
     if not present and not args.dry_run:
         print("tune: no CUDA device to time on; expected one, got a torch without (--dry-run lists the candidates)")
         return NO_DEVICE
     if present:
         device = _launch.device_of(torch.device("cuda"))
+        major, minor = torch.cuda.get_device_capability()
+        processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+        target = target_of(device, 10 * major + minor, processors)
     else:
-        device = next(target.device for target in TARGETS if target.arch == args.target)
+        target = next(target for target in TARGETS if target.arch == args.target)
+        device = target.device
+    predictor = None
+    if not args.dry_run and not args.all:
+        if sass.disassembler() is None:
+            print("tune: Triton has no nvdisasm here, so nothing is predicted: all candidates are timed")
+        else:
+            predictor = Predictor(target)
     failed = 0
     for op in args.op or sorted(TABLES):
         for case in (case for case in CASES if case.name in (args.case or DEFAULT_CASES)):
@@ -156,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     for option in candidates(table, device, case):
                         print(f"{device.name} {table} {case.name}: {option}")
                 else:
-                    problem = tune(table, case, args.dtype, device, args.repeats, args.out)
+                    problem = tune(table, case, args.dtype, device, args.repeats, args.out, predictor, args.candidates)
                     if problem is not None:
                         print(f"tune: {problem}", flush=True)
                     failed += problem is not None

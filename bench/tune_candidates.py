@@ -22,6 +22,9 @@ TABLES = {
     "graph_layer": ("graph_layer", "graph_layer_rows"),
 }
 
+# where the tuner tunes by default
+DEFAULT_CASES = ("paper_vitl_24x24", "grid_64x64", "grid_128x128")
+
 
 def _selections(device: Device, case: Case) -> Iterator[Selection]:
     # within the cache, or so large that the library's product has work for the whole device

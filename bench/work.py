@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much each Triton kernel has to do at a size: its programs, the trips of its loops, and the bytes it gathers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bench.aot_variants import Variant
+from bench.sass import Bound
+from drseg_core.testing import Case
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+# Steps of the bisection, counted on the CPU with the keys of a DINO-like prior: 14 to 17 for the first tile of a row.
+# Of the later tiles two in five hold nothing for a row; the mean over all of them is 3 to 5.4.
+_BISECTION, _BISECTION_LATER = 15, 5
+
+# where instructions are counted for the baseline of ``aot.py``; of no use elsewhere, and not to be changed
+NOMINAL = Case("nominal", 8, 24, 24, prior=1024, hidden=128, channels=384, neighbours=75)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch of a kernel does.
+
+    Args:
+        programs: of the launch.
+        loops: those of a program, in the order of the source.
+        gathered: bytes that all programs read from rows or values chosen by an index.
+    """
+
+    programs: int
+    loops: tuple[Bound, ...] = ()
+    gathered: float = 0.0
+
+
+def _cdiv(value: int, step: int) -> int:
+    return -(-value // step)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """A case and a variant by the letters of the kernels."""
+
+    case: Case
+    constants: dict[str, Any]
+    item: int
+
+    @property
+    def rows(self) -> int:
+        return self.case.batch * self.case.nodes
+
+    @property
+    def m(self) -> int:
+        return int(self.constants["BLOCK_M"])
+
+    @property
+    def n(self) -> int:
+        return int(self.constants["BLOCK_N"])
+
+    def over(self, bound: int, step: int, *inner: Bound) -> Bound:
+        return Bound(_cdiv(bound, step), step, inner)
+
+    def incoming(self, step: int) -> Bound:
+        # lists of the mean length K that end anywhere within a step
+        return Bound(self.case.neighbours / step + 0.5, step)
+
+    def chunk(self) -> tuple[int, int]:
+        """Rows of a chunk, and chunks, as the launchers have them."""
+        rows = max(8, _cdiv(self.rows, 1024))
+        return rows, _cdiv(self.rows, rows)
+
+    def gathered(self, width: int) -> float:
+        return float(self.rows * self.case.neighbours * width * self.item)
+
+
+def _edge_weight(s: _Sizes) -> Work:
+    e = s.case.hidden
+    return Work(s.rows * _cdiv(s.case.neighbours, s.m), (s.over(e, s.n),), s.gathered(e))
+
+
+def _edge_weight_source(s: _Sizes) -> Work:
+    rows, chunks = s.chunk()
+    loop = Bound(rows, 1, (s.over(s.case.neighbours, s.m),))
+    return Work(chunks * _cdiv(s.case.hidden, s.n), (loop,), s.gathered(s.case.hidden))
+
+
+def _edge_weight_target(s: _Sizes) -> Work:
+    return Work(s.rows * _cdiv(s.case.hidden, s.n), (s.incoming(s.m),), s.gathered(s.case.hidden))
+
+
+def _edge_weight_sum(s: _Sizes) -> Work:
+    return Work(_cdiv(s.case.hidden + 1, s.n), (s.over(s.chunk()[1], s.m),))
+
+
+def _edge_coefficient(s: _Sizes) -> Work:
+    loop = s.over(s.case.neighbours, s.m, s.over(s.case.hidden, s.n))
+    return Work(s.rows, (loop,), s.gathered(s.case.hidden))
+
+
+def _slots(count: int) -> Callable[[_Sizes], Work]:
+    """A program per node that goes over its slots ``count`` times."""
+    return lambda s: Work(s.rows, (s.over(s.case.neighbours, s.n),) * count)
+
+
+def _scale(s: _Sizes) -> Work:
+    ends = () if s.constants["NORM"] == "sym_row" else (s.incoming(s.n),)
+    return Work(s.rows, (s.over(s.case.neighbours, s.n), *ends))
+
+
+def _degree(s: _Sizes) -> Work:
+    return Work(s.rows, (s.over(s.case.neighbours, s.n), s.incoming(s.n)))
+
+
+def _propagate(s: _Sizes) -> Work:
+    loops = (s.incoming(s.m),) if s.constants["TRANSPOSE"] else (s.over(s.case.neighbours, s.m),)
+    return Work(s.rows * _cdiv(s.case.channels, s.n), loops, s.gathered(s.case.channels))
+
+
+def _dot(s: _Sizes) -> Work:
+    loops = (s.over(s.case.channels, s.n),)
+    times = 2 if s.constants["BOTH"] else 1
+    return Work(s.rows * _cdiv(s.case.neighbours, s.m), loops, times * s.gathered(s.case.channels))
+
+
+def _layer(s: _Sizes) -> Work:
+    both = s.constants["UNDIRECTED"]
+    loops = (s.over(s.case.neighbours, s.m), *((s.incoming(s.m),) if both else ()))
+    return Work(s.rows * _cdiv(s.case.channels, s.n), loops, len(loops) * s.gathered(s.case.channels))
+
+
+def _activation(s: _Sizes) -> Work:
+    rows, chunks = s.chunk()
+    return Work(chunks * _cdiv(s.case.channels, s.n), (s.over(rows, s.m),))
+
+
+def _layer_sum(s: _Sizes) -> Work:
+    return Work(3 * _cdiv(s.case.channels, s.n), (s.over(s.chunk()[1], s.m),))
+
+
+def _over_channels(count: int) -> Callable[[_Sizes], Work]:
+    return lambda s: Work(s.rows, (s.over(s.case.channels, s.n),) * count)
+
+
+def _prepare_prior(s: _Sizes) -> Work:
+    return Work(s.rows, (s.over(s.case.prior, s.n),) * 2)
+
+
+def _merge(s: _Sizes) -> Work:
+    tiles = _cdiv(s.case.nodes, min(s.n, s.case.nodes))
+    first = s.constants["FIRST"]
+    steps = Bound(_BISECTION if first else _BISECTION_LATER, 0)
+    # all tiles but the first have one kernel
+    return Work(_cdiv(s.rows, s.m) * (1 if first else tiles - 1), (steps,))
+
+
+_WORK: dict[str, Callable[[_Sizes], Work]] = {
+    "_prepare_prior_kernel": _prepare_prior,
+    "_knn_graph_fwd_kernel_merge": _merge,
+    "_edge_weight_fwd_kernel": _edge_weight,
+    "_edge_weight_bwd_kernel_source": _edge_weight_source,
+    "_edge_weight_bwd_kernel_target": _edge_weight_target,
+    "_edge_weight_bwd_kernel_sum": _edge_weight_sum,
+    "_edge_coefficient_fwd_kernel": _edge_coefficient,
+    "_degree_normalize_fwd_kernel_row": _slots(2),
+    "_degree_normalize_bwd_kernel_row": _slots(2),
+    "_degree_normalize_fwd_kernel_scale": _scale,
+    "_degree_normalize_fwd_kernel_edges": _slots(1),
+    "_degree_normalize_bwd_kernel_degree": _degree,
+    "_degree_normalize_bwd_kernel_edges": _slots(1),
+    "_graph_propagate_fwd_kernel": _propagate,
+    "_graph_propagate_bwd_kernel_dot": _dot,
+    "_graph_layer_fwd_kernel": _layer,
+    "_graph_layer_fwd_kernel_norm": _over_channels(3),
+    "_graph_layer_bwd_kernel_moments": _over_channels(1),
+    "_graph_layer_bwd_kernel_activation": _activation,
+    "_graph_layer_bwd_kernel_sum": _layer_sum,
+}
+
+
+def work_of(variant: Variant, case: Case) -> Work | None:
+    """What a launch of the variant does at a case; None for a kernel that is not described here."""
+    describe = _WORK.get(variant.kernel.__name__)
+    if describe is None:
+        return None
+    kinds = [variant.types[name] for name in ("x_ptr", "end_ptr", "target_ptr") if name in variant.types]
+    return describe(_Sizes(case, variant.constants, _BYTES[kinds[0][1:]] if kinds else 4))
