@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 _LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _LABEL = re.compile(r"(\.L_x_\d+):")
@@ -68,8 +67,11 @@ def disassembler() -> str | None:
     """Triton's own nvdisasm, None where it has none."""
     from triton import knobs
 
-    path = knobs.nvidia.nvdisasm.path
-    return path if Path(path).is_file() else None
+    try:
+        path: str = knobs.nvidia.nvdisasm.path
+    except RuntimeError:
+        return None
+    return path
 
 
 def disassemble(cubin: bytes) -> str:
@@ -111,8 +113,14 @@ def registers(text: str) -> int:
     return 1 + max((int(number) for number in re.findall(r"\bR(\d+)\b", text)), default=0)
 
 
+def _returns(code: Sequence[Instruction], place: int) -> bool:
+    """Whether a call of this place comes back; older GPUs leave some loops by a call that does not."""
+    names = [instruction.name for instruction in code[place:] if instruction.guard == ""]
+    return next((name for name in names if name in ("EXIT", "RET")), "") == "RET"
+
+
 def _next(code: Sequence[Instruction], labels: dict[str, int]) -> list[list[int]]:
-    """Positions at which control may go on after each instruction; a call returns."""
+    """Positions at which control may go on after each instruction; what only a call leads to is left out."""
     found: list[list[int]] = []
     for n, instruction in enumerate(code):
         after = [n + 1] if n + 1 < len(code) else []
@@ -120,8 +128,10 @@ def _next(code: Sequence[Instruction], labels: dict[str, int]) -> list[list[int]
         always = instruction.guard in ("", "PT", "UPT")
         # a branch may name a second guard before its target
         conditional = not always or len(instruction.operands) > 1 and instruction.name == "BRA"
+        target = [labels[name] for name in re.findall(r"\.L_x_\d+", ",".join(instruction.operands)) if name in labels]
         if instruction.name in ("BRA", "BRX"):
-            target = [labels[name] for name in re.findall(r"\.L_x_\d+", ",".join(instruction.operands))]
+            found.append(target + (after if conditional else []))
+        elif instruction.name == "CALL" and target and not _returns(code, target[0]):
             found.append(target + (after if conditional else []))
         elif instruction.name in ("EXIT", "RET"):
             found.append(after if conditional else [])
@@ -157,16 +167,20 @@ def _dominators(following: Sequence[Sequence[int]]) -> dict[int, int]:
     return found
 
 
-def _step(code: Sequence[Instruction], body: Iterable[int], tail: int) -> int:
-    """What one iteration adds to a register that the branch at ``tail`` depends on; 0 where none is found."""
+def _step(code: Sequence[Instruction], body: Iterable[int], exits: Iterable[int]) -> int:
+    """What one iteration adds to a register that a way out of the loop depends on; 0 where none is found."""
     writes: dict[str, list[tuple[int, Instruction]]] = {}
     for n in sorted(body):
         # a comparison writes two predicates, and an addition its carries
         for operand in code[n].operands[: 2 if "SETP" in code[n].name else 1]:
             for register in _REGISTER.findall(operand):
                 writes.setdefault(register, []).append((n, code[n]))
-    branch = code[tail]
-    wanted = [(register, tail) for word in (branch.guard, *branch.operands) for register in _REGISTER.findall(word)]
+    wanted = [
+        (register, n)
+        for n in exits
+        for word in (code[n].guard, *code[n].operands)
+        for register in _REGISTER.findall(word)
+    ]
     compared: list[str] = []
     while wanted:
         predicate, place = wanted.pop(0)
@@ -219,7 +233,7 @@ def loops(text: str) -> Loop:
     for n in dominators:
         for m in following[n]:
             before[m].append(n)
-    bodies: dict[int, tuple[set[int], int]] = {}
+    bodies: dict[int, set[int]] = {}
     for tail in sorted(dominators):
         for head in following[tail]:
             if not dominators[tail] >> head & 1:
@@ -231,13 +245,12 @@ def loops(text: str) -> Loop:
                     if m not in body:
                         body.add(m)
                         stack.append(m)
-            known = bodies.get(head, (set(), tail))[0]
-            bodies[head] = (known | body, tail)
+            bodies[head] = bodies.get(head, set()) | body
     whole = Loop(0)
     # the largest first, so that what a loop lies in is there before it
     placed: list[tuple[set[int], Loop]] = [(set(dominators), whole)]
-    for head, (body, tail) in sorted(bodies.items(), key=lambda item: (-len(item[1][0]), item[0])):
-        loop = Loop(0, _step(code, body, tail))
+    for head, body in sorted(bodies.items(), key=lambda item: (-len(item[1]), item[0])):
+        loop = Loop(0, _step(code, body, [n for n in body if not body.issuperset(following[n])]))
         parent = [other for around, other in placed if head in around][-1]
         parent.inner.append(loop)
         placed.append((body, loop))

@@ -45,6 +45,17 @@ def median_seconds(contenders: Sequence[Contender]) -> list[list[float]]:
     return interleave(contenders, "cuda", beside=False)
 
 
+def _refusals() -> tuple[type[Exception], ...]:
+    """What a candidate may fail with: the compiler and the driver refuse in ways of their own."""
+    from triton.errors import TritonError
+
+    return RuntimeError, ValueError, TritonError
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def fastest(
     run: Callable[[Any], object],
     wrong: Callable[[object], str | None],
@@ -64,9 +75,9 @@ def fastest(
     for option in options:
         try:
             problem = wrong(run(option))
-        # the compiler and the driver refuse in ways of their own; one refusal must not end the tuning
-        except (RuntimeError, ValueError) as error:
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        # one refusal must not end the tuning
+        except _refusals() as error:
+            problem = _line(error)
         if problem is not None:
             say(f"  refused {option}: {problem}")
             continue
@@ -158,7 +169,11 @@ def tune(
     options = candidates(table, device, case)
     known = len(options)
     if predictor is not None:
-        options = selected(options, [found.sizes for found in predictor.rank(table, case, options, dtype)], count)
+        try:
+            ranked = predictor.rank(table, case, options, dtype)
+            options = selected(options, [found.sizes for found in ranked], count)
+        except _refusals() as error:
+            print(f"{table} {case.name}: nothing is predicted, so all candidates are timed: {_line(error)}")
     of = f" of {known}" if len(options) < known else ""
     print(f"{table} {case.name} {dtype}: {len(options)} candidates{of}", flush=True)
     found = fastest(run, wrong, options, repeats)

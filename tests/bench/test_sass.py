@@ -50,6 +50,20 @@ COUNT_DOWN = """
         /*0080*/               @P0 BRA `(.L_x_1) ;
         /*0090*/                   EXIT ;
 """
+# sm_80 leaves a loop by a call that never comes back; the slow path of a division does come back
+CALLS = """
+.L_x_0:
+        /*0000*/                   IADD3 R1, R1, 0x20, RZ ;
+        /*0010*/               @P2 CALL.REL.NOINC `(.L_x_2) ;
+        /*0020*/                   ISETP.GE.AND P0, PT, R1, c[0x0][0x168], PT ;
+        /*0030*/               @P0 CALL.REL.NOINC `(.L_x_1) ;
+        /*0040*/                   BRA `(.L_x_0) ;
+.L_x_1:
+        /*0050*/                   EXIT ;
+.L_x_2:
+        /*0060*/                   MUFU.RCP R4, R4 ;
+        /*0070*/                   RET.REL.NODEC R2 `(_kernel) ;
+"""
 
 
 def test_nested_loops_are_counted_by_their_trips():
@@ -66,6 +80,10 @@ def test_a_loop_for_what_is_left_over_belongs_to_the_one_before():
     assert found == sass.Loop(1, 0, [sass.Loop(6, 4, []), sass.Loop(3, 1, [])])
     assert sass.issued(found, [Bound(10, 1)]) == 1 + 10 / 4 * 6 + 10 % 4 * 3
     assert sass.issued(found, [Bound(10, 1), Bound(7, 1)]) == 1 + 10 / 4 * 6 + 7 * 3
+
+
+def test_a_call_is_a_way_out_where_nothing_comes_back():
+    assert sass.loops(CALLS) == sass.Loop(1, 0, [sass.Loop(5, 32, [])])
 
 
 def test_a_loop_that_is_not_there_is_refused():
