@@ -18,6 +18,7 @@ import argparse
 import re
 import statistics
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,11 @@ class Binary:
     shared: int
 
 
+def _read(cubin: bytes, shared: int) -> Binary:
+    text = sass.disassemble(cubin)
+    return Binary(sass.loops(text), sass.registers(text), shared)
+
+
 def resident_warps(target: Target, binary: Binary, num_warps: int, programs: int) -> int:
     """Warps that a processor holds at a time."""
     # the hardware hands out registers by the eight
@@ -102,12 +108,15 @@ class Predictor:
         self.device = Device(target.name, target.l2_bytes, target.shared_bytes)
         self._binaries: dict[str, Binary] = {}
 
-    def _binary(self, variant: Variant) -> Binary:
-        if variant.name not in self._binaries:
-            compiled = compiled_for(variant, self.target.arch)
-            text = sass.disassemble(compiled.asm["cubin"])
-            self._binaries[variant.name] = Binary(sass.loops(text), sass.registers(text), compiled.metadata.shared)
-        return self._binaries[variant.name]
+    def _prepare(self, variants: Iterable[Variant]) -> None:
+        new = {variant.name: variant for variant in variants if variant.name not in self._binaries}
+        # one kernel is taken apart while the next is compiled
+        with ThreadPoolExecutor() as pool:
+            read = {}
+            for name, variant in new.items():
+                compiled = compiled_for(variant, self.target.arch)
+                read[name] = pool.submit(_read, compiled.asm["cubin"], compiled.metadata.shared)
+            self._binaries.update({name: binary.result() for name, binary in read.items()})
 
     def predict(self, table: str, case: Case, sizes: Any, dtype: str = "float32") -> Prediction:
         """Of one call as the tuner times it.
@@ -118,8 +127,10 @@ class Predictor:
         # of the whole device in a microsecond
         clocks = self.target.processors * self.target.clock_mhz
         issue = gathered = 0.0
-        for variant in launched(table, self.device, case, sizes, DTYPES[dtype]):
-            work, binary, warps = work_of(variant, case), self._binary(variant), variant.options["num_warps"]
+        variants = launched(table, self.device, case, sizes, DTYPES[dtype])
+        self._prepare(variants)
+        for variant in variants:
+            work, binary, warps = work_of(variant, case), self._binaries[variant.name], variant.options["num_warps"]
             if work is None:
                 raise RuntimeError(f"rank: {variant.name} is unknown; expected its loops in bench/work.py, got none")
             slots = sass.issued(binary.loop, work.loops) * warps * work.programs
@@ -130,7 +141,11 @@ class Predictor:
 
     def rank(self, table: str, case: Case, options: Iterable[Any], dtype: str = "float32") -> list[Prediction]:
         """The fastest first; equal ones stay in their order."""
-        return sorted((self.predict(table, case, option, dtype) for option in options), key=lambda found: found.total)
+        known = list(options)
+        self._prepare(
+            variant for option in known for variant in launched(table, self.device, case, option, DTYPES[dtype])
+        )
+        return sorted((self.predict(table, case, option, dtype) for option in known), key=lambda found: found.total)
 
 
 _HEADER = re.compile(r"(\w+) (\w+) (\w+): \d+ candidates")

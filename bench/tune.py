@@ -5,8 +5,7 @@
     python -m bench tune --dry-run --target 120                  # what would be timed, without a GPU
 
 Of the candidates of a table the rule's own choice is timed and the five that ``rank.py`` predicts to be fastest
-(``--candidates N``, ``--all``); at every size that an H100 has timed they held the
-fastest, or one within a percent of it.
+(``--candidates N``, ``--all``): of all that an H100 has timed, the best of these five took 1.00 times the fastest.
 
 The tables are ``kernels/drseg_kernels/tuned/<architecture>/<table>.json``, read by ``drseg_kernels._launch``; entries
 of another device, dtype, width or size stay. A candidate must fit the device's shared memory and agree with the

@@ -23,8 +23,8 @@ LOG = ROOT / "bench" / "results" / "nvidia_h100_80gb_hbm3" / "tune.log"
 CASE = next(case for case in CASES if case.name == "paper_vitl_24x24")
 HOPPER = next(target for target in aot.TARGETS if target.arch == 90)
 
-# one table, which is compiled in seconds; two sizes to print; and a shipped kernel beside one of four times the warps,
-# which does the same with more instructions
+# sizes of one table with as many rows as the rule takes, which compile in seconds; two sizes to print; and a shipped
+# kernel beside one of four times the warps, which does the same with more instructions
 SCRIPT = """
 import dataclasses, json, sys
 from bench import aot, rank
@@ -33,7 +33,7 @@ from drseg_core.testing import CASES
 case = next(case for case in CASES if case.name == "paper_vitl_24x24")
 log = rank.read_log(open(sys.argv[1], encoding="utf-8").read())
 predictor = rank.Predictor(next(target for target in aot.TARGETS if target.arch == 90))
-timed = log["edge_coefficient", case.name, "float32"]
+timed = {sizes: time for sizes, time in log["edge_coefficient", case.name, "float32"].items() if sizes.block_m == 16}
 found = dataclasses.asdict(rank.compare(predictor, "edge_coefficient", case, timed, "float32"))
 
 rank.candidates = lambda table, device, case: list(log[table, case.name, "float32"])[:2]
@@ -63,7 +63,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
 
 def test_the_order_agrees_with_what_was_timed(compiled):
     found = compiled[0]
-    assert found["count"] == 32 and found["correlation"] > 0.8
+    assert found["count"] == 11 and found["correlation"] > 0.8
     assert found["first"] <= 1.2 * found["fastest"] and found["five"] <= 1.05 * found["fastest"]
 
 
