@@ -84,8 +84,7 @@ def install() -> None:
 
     triton.runtime.driver.set_active(StubDriver())
     target = next(target for target in TARGETS if target.arch == 90)
-    device = launch.Device(target.name, target.l2_bytes, target.shared_bytes)
-    launch.known_device = lambda _: device  # type: ignore[assignment]
+    launch.known_device = lambda _: target.device  # type: ignore[assignment]
     _triton._why_not = lambda *_: None  # type: ignore[assignment]
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from bench.aot_variants import Variant, _merge, _variant
 from drseg_core.testing import Case
 
@@ -32,7 +34,7 @@ def _launched_edge_weight(device: Any, case: Case, tile: Any, dtype: str) -> lis
 
     everything = {"NORM": "none", "NEED_SOURCE": True, "NEED_PARAMETERS": True}
     rows: tuple[tuple[Any, Any, dict[str, Any]], ...] = (
-        (op._edge_weight_fwd_kernel, tile, {"MASKED": False}),
+        (op._edge_weight_fwd_kernel, tile, {"MASK": "none"}),
         (op._edge_weight_bwd_kernel_source, op.two_sums(tile), everything),
         (op._edge_weight_bwd_kernel_target, tile, {}),
         (op._edge_weight_bwd_kernel_sum, tile, {}),
@@ -45,9 +47,9 @@ def _launched_edge_coefficient(device: Any, case: Case, tile: Any, dtype: str) -
     from drseg_kernels import degree_normalize as degrees
     from drseg_kernels import edge_coefficient as op
 
-    constants = {"NORM": "sym_row", "MASKED": False}
+    constants = {"NORM": "sym_row", "MASK": "none"}
     even = case.hidden % 16 == 0
-    other = _launch.choose("degree_normalize", device, case.nodes, case.neighbours, case.neighbours)
+    other = _launch.choose("degree_normalize", device, torch.float32, case.nodes, case.neighbours, case.neighbours)
     edges = degrees._degree_normalize_fwd_kernel_edges
     return [
         _variant("edge_coefficient", op._edge_coefficient_fwd_kernel, tile, dtype, constants, even=even),
@@ -91,7 +93,7 @@ def _launched_graph_layer(device: Any, case: Case, tile: Any, dtype: str) -> lis
     constants = {"UNDIRECTED": False, "BIAS": True, "ACTIVATION": "none" if wide else "layer_norm", "KEEP": not wide}
     found = [_variant("graph_layer", op._graph_layer_fwd_kernel, tile, dtype, constants, even, options)]
     if wide:
-        rows = _launch.choose("graph_layer_rows", device, case.nodes, case.neighbours, case.channels)
+        rows = _launch.choose("graph_layer_rows", device, torch.float32, case.nodes, case.neighbours, case.channels)
         options = rows.options(limit_registers=True)
         found.append(_variant("graph_layer", op._graph_layer_fwd_kernel_norm, rows, dtype, {}, even, options))
     return found

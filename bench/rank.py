@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from drseg_kernels import _launch
-from drseg_kernels._launch import Device
 
 from bench import sass
 from bench.aot import REGISTERS_PER_BLOCK, TARGETS, Target, compiled_for
@@ -105,7 +104,7 @@ class Predictor:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.device = Device(target.name, target.l2_bytes, target.shared_bytes)
+        self.device = target.device
         self._binaries: dict[str, Binary] = {}
 
     def _prepare(self, variants: Iterable[Variant]) -> None:

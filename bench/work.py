@@ -156,8 +156,31 @@ def _merge(s: _Sizes) -> Work:
     return Work(_cdiv(s.rows, s.m) * (1 if first else tiles - 1), (steps,))
 
 
+def _planes(s: _Sizes) -> Work:
+    loop = s.over(s.case.prior, s.n)
+    return Work(s.case.batch * _cdiv(s.case.nodes, s.m), (loop, loop))
+
+
+def _csc_chunks(s: _Sizes) -> Work:
+    from drseg_kernels.csc import chunks_of
+
+    chunks, chunk = chunks_of(s.case.batch, s.case.nodes, s.case.nodes * s.case.neighbours)
+    return Work(s.case.batch * chunks, (s.over(s.case.nodes, s.n), s.over(chunk, s.m)))
+
+
+def _csc_scan(s: _Sizes) -> Work:
+    from drseg_kernels.csc import chunks_of
+
+    chunks, _ = chunks_of(s.case.batch, s.case.nodes, s.case.nodes * s.case.neighbours)
+    return Work(s.case.batch * _cdiv(s.case.nodes, s.n), (s.over(chunks, s.m),))
+
+
 _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "_prepare_prior_kernel": _prepare_prior,
+    "_prepare_prior_kernel_planes": _planes,
+    "_csc_kernel_count": _csc_chunks,
+    "_csc_kernel_scan": _csc_scan,
+    "_csc_kernel_place": _csc_chunks,
     "_knn_graph_fwd_kernel_merge": _merge,
     "_edge_weight_fwd_kernel": _edge_weight,
     "_edge_weight_bwd_kernel_source": _edge_weight_source,

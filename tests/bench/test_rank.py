@@ -97,7 +97,7 @@ def test_slower_code_fails_the_gate(compiled, tmp_path, monkeypatch, capsys):
 
 
 def test_every_table_is_described_by_kernels_with_known_loops():
-    device = Device(HOPPER.name, HOPPER.l2_bytes, HOPPER.shared_bytes)
+    device = HOPPER.device
     for table in sum(tune.TABLES.values(), ()):
         for sizes in tune.candidates(table, device, CASE):
             found = rank.launched(table, device, CASE, sizes)
@@ -152,7 +152,7 @@ def test_the_tuner_times_the_rule_and_those_predicted_to_be_fastest(monkeypatch,
 
     monkeypatch.setattr("bench.tune_runs.make", lambda *given: (None, None))
     monkeypatch.setattr(tune, "fastest", lambda run, wrong, options, repeats: timed.extend(options))
-    device = Device(HOPPER.name, HOPPER.l2_bytes, HOPPER.shared_bytes)
+    device = HOPPER.device
     tune.tune("edge_weight", CASE, "float32", device, 3, tmp_path, Backwards(HOPPER), 5)
     every = tune.candidates("edge_weight", device, CASE)
     assert timed == [every[0], *every[:-6:-1]]
@@ -190,7 +190,7 @@ def test_without_a_disassembler_rank_says_so(monkeypatch, capsys):
 
 
 def test_a_device_that_is_not_in_view_is_predicted_as_its_nearest():
-    device = Device("NVIDIA L40S", 96 << 20, 101_376)
+    device = Device("NVIDIA L40S", 96 << 20, 101_376, "sm_89")
     found = tune.target_of(device, 89, 142)
     assert (found.arch, found.processors, found.warps) == (89, 142, aot.TARGETS[0].warps)
     assert tune.target_of(device, 75, 40).warps == aot.TARGETS[0].warps

@@ -67,7 +67,11 @@ def test_opcheck(dtype, norm):
             ValueError,
             "score and mask say the same",
         ),
-        ({"mask": None, "score": torch.ones(2, 12, 2)}, ValueError, "score has the wrong shape; expected the shape of index"),
+        (
+            {"mask": None, "score": torch.ones(2, 12, 2)},
+            ValueError,
+            "score has the wrong shape; expected the shape of index",
+        ),
         ({"eps": 1e-30}, ValueError, "eps is too small; expected eps >= 1e-20, got 1e-30"),
         ({"target": torch.zeros(2, 12, 3)}, ValueError, "target has the wrong shape; expected the shape of source"),
         ({"vector": torch.zeros(3)}, ValueError, r"vector has the wrong shape; expected \(E,\) = \(4,\), got \(3,\)"),
