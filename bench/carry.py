@@ -24,49 +24,26 @@ from typing import Any
 from unittest import mock
 
 from bench.aot import TARGETS, Target
+from bench.stub import card
 
 NOTE = "carried.json"
 DEFAULT_CASES = ("paper_vitl_24x24_e256", "grid_64x64_e256")
 
 
-class _Driver:
-    """As much of Triton's driver as a kernel that is not called asks for."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        # kernels are kept by device
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @contextlib.contextmanager
 def compiling(target: Target) -> Iterator[None]:
     """Within the block launchers take CPU tensors as if they lay on ``target``, and kernels are compiled only."""
-    from drseg_kernels import _launch, knn_graph
-    from triton.runtime.driver import driver
+    from drseg_kernels import knn_graph
     from triton.runtime.jit import JITFunction
-
-    from drseg_core.ops import _triton
 
     run = JITFunction.run
 
     def compile_only(self: Any, *given: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         return run(self, *given, grid=grid, warmup=True, **options)
 
-    driver.set_active(_Driver(target.arch))
     with (
+        card(target),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(_triton, "_why_not", lambda device, interpreted: None),
-        mock.patch.object(_launch, "known_device", lambda device: target.device),
         # the library's products are not looked at either
         mock.patch.object(knn_graph, "_multiply", lambda left, right, out: None),
     ):

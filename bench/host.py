@@ -26,66 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.aot import TARGETS
+from bench.stub import card, launched
+
 # a launch is none of these: they make views, or memory without content
 _FREE = """alias as_strided chunk contiguous detach detach_ empty empty_like empty_strided expand flatten linear matmul
 narrow new_empty permute reshape result_type resolve_conj resolve_neg select slice split squeeze t to to_copy transpose
 unflatten unsafe_view unsqueeze view view_as _reshape_alias _unsafe_view lift_fresh set_ resize_ item is_nonzero
 new_empty_strided _to_copy mT numpy_T clone empty_permuted detach_copy dropout""".split()
-
-launched: collections.Counter[str] = collections.Counter()
-
-
-class _Launcher:
-    def __init__(self, source: Any, metadata: Any) -> None:
-        self.name = str(metadata.name)
-
-    def __call__(self, *arguments: Any) -> None:
-        launched[self.name] += 1
-
-
-class _Utils:
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32}
-
-    def load_binary(self, *arguments: Any) -> tuple[Any, ...]:
-        return self, self, 0, 0, 1024
-
-    def unload_module(self, module: Any) -> None:
-        pass
-
-
-class StubDriver:
-    """A driver of Triton for a card that is not there."""
-
-    launcher_cls = _Launcher
-
-    def __init__(self) -> None:
-        self.utils = _Utils()
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-def install() -> None:
-    """Let this process take a tensor of the CPU for one of a card on which nothing runs."""
-    import drseg_kernels._launch as launch
-    import triton
-
-    from bench.aot import TARGETS
-    from drseg_core.ops import _triton
-
-    triton.runtime.driver.set_active(StubDriver())
-    target = next(target for target in TARGETS if target.arch == 90)
-    launch.known_device = lambda _: target.device  # type: ignore[assignment]
-    _triton._why_not = lambda *_: None  # type: ignore[assignment]
 
 
 def make(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], object]]:
@@ -138,13 +86,13 @@ def microseconds(run: Callable[[], object], repeats: int) -> float:
 
 def one_round(repeats: int) -> dict[str, Any]:
     """Host time and launches of this process's version."""
-    install()
     torch.set_num_threads(1)
-    runs = make()
-    counts = {name: launches(run) for name, run in runs.items()}
-    for run in runs.values():
-        microseconds(run, repeats // 4 + 1)
-    return {name: {"us": microseconds(run, repeats), "launches": counts[name]} for name, run in runs.items()}
+    with card(next(target for target in TARGETS if target.arch == 90)):
+        runs = make()
+        counts = {name: launches(run) for name, run in runs.items()}
+        for run in runs.values():
+            microseconds(run, repeats // 4 + 1)
+        return {name: {"us": microseconds(run, repeats), "launches": counts[name]} for name, run in runs.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

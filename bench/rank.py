@@ -2,14 +2,16 @@
 """Launch sizes in the order in which their time is predicted from the compiled code, without a GPU.
 
     python -m bench rank edge_weight --case paper_vitl_24x24 --target 90
+    python -m bench rank --target 120 --write kernels/drseg_kernels/tuned    # tables where nobody has timed one
     python -m bench rank --against bench/results/nvidia_h100_80gb_hbm3/tune.log    # how well it orders what was timed
 
 Of each kernel that the tuner times with a table's sizes: the instructions that a warp issues (``sass.py``) times its
 warps, over all schedulers of the device, longer where registers, shared memory or the number of programs leave a
 scheduler too few warps to take turns; and the bytes that it gathers by index, at the rate of an H100's caches. All of
 it is added up. Nothing is fitted, and what the code does not show is left out: launches, sorts, products of the
-library, waiting for memory. So it is an order, not a time. Exit codes: 0, 1 (no nvdisasm, or a log without anything
-that can be compared), 2 (usage).
+library, waiting for memory. So it is an order, not a time. ``--write`` puts the first of each table into the tables of
+an architecture, but for ``knn_graph``, most of whose time is the library's, and where somebody has timed one. Exit
+codes: 0, 1 (no nvdisasm, or a log without anything that can be compared), 2 (usage).
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import triton
 from drseg_kernels import _launch
 
 from bench import sass
 from bench.aot import REGISTERS_PER_BLOCK, TARGETS, Target, compiled_for
 from bench.aot_variants import Variant
 from bench.launches import launched
-from bench.tune_candidates import DEFAULT_CASES, TABLES, candidates
+from bench.tables import is_timed, write_entry
+from bench.tune_candidates import DEFAULT_CASES, TABLES, candidates, width_of
 from bench.work import work_of
 from drseg_core.testing import CASES, Case
 
@@ -222,6 +226,18 @@ def _print_ranking(predictor: Predictor, table: str, case: Case, dtype: str) -> 
         )
 
 
+def _write(predictor: Predictor, table: str, case: Case, dtype: str, folder: Path) -> None:
+    """The first of a table's ranking becomes an entry of the architecture, unless there is one that was timed."""
+    path = folder / predictor.device.arch / f"{table}.json"
+    key = {"dtype": dtype, "channels": width_of(table, case), "nodes": case.nodes, "k": case.neighbours}
+    if table == "knn_graph" or is_timed(path, key):
+        print(f"{table} {case.name} {dtype}: left as it is")
+        return
+    best = predictor.rank(table, case, candidates(table, predictor.device, case), dtype)[0]
+    write_entry(path, key, best.sizes, case=case.name, predicted_us=round(best.total, 2), triton=triton.__version__)
+    print(f"{table} {case.name} {dtype}: {best.sizes}", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench rank", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -231,6 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", type=int, default=90, choices=[target.arch for target in TARGETS])
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--against", type=Path, metavar="LOG", help="compare with what the tuner printed on a device")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="put the first of each into the tables there")
     args = parser.parse_args(arguments)
     if sass.disassembler() is None:
         print("rank: Triton has no nvdisasm here; expected it in its package, got none")
@@ -242,7 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compared = 0
     for table in tables:
         for case in chosen:
-            if not args.against:
+            if args.write:
+                _write(predictor, table, case, args.dtype, args.write)
+            elif not args.against:
                 _print_ranking(predictor, table, case, args.dtype)
             elif timed := log.get((table, case.name, args.dtype)):
                 found = compare(predictor, table, case, timed, args.dtype)

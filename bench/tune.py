@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,9 +29,9 @@ from drseg_kernels._launch import Device
 from bench import sass
 from bench.aot import TARGETS, Target
 from bench.rank import Predictor
+from bench.tables import write_entry
 from bench.timing import Contender, interleave
 from bench.tune_candidates import DEFAULT_CASES, TABLES, candidates, width_of
-from drseg_core.files import write_text_atomic
 from drseg_core.testing import CASES, Case
 
 NO_DEVICE = 5
@@ -89,33 +88,6 @@ def fastest(
         say(f"  {1e6 * median:.1f} us {option}")
     best = min(range(len(kept)), key=lambda n: medians[n])
     return kept[best], medians[best]
-
-
-_KEY = ("dtype", "channels", "nodes", "k", "device")
-
-
-def write_entry(path: Path, key: dict[str, Any], chosen: Any, **notes: Any) -> None:
-    """Put a configuration into a table, in the place of one with the same key; smaller sizes come first.
-
-    Args:
-        path: of the table. key: what it was timed for, by the names of the entries of ``drseg_kernels._launch``.
-        chosen: the configuration. notes: what the entry says besides.
-
-    Raises:
-        ValueError: the table that is there cannot be read.
-    """
-    kind: Any = type(chosen)
-    old: list[dict[str, Any]] = []
-    if path.exists():
-        _launch.read_table(path, kind)
-        old = json.loads(path.read_text(encoding="utf-8"))["configurations"]
-    given = {name: key[name] for name in _KEY if key.get(name) is not None}
-    rows = [row for row in old if any(row.get(name) != key.get(name) for name in _KEY)]
-    rows.append({**given, "configuration": dataclasses.asdict(chosen), **notes})
-    rows.sort(key=lambda row: tuple(row.get(name) or ("" if name == "device" else 0) for name in _KEY))
-    write_text_atomic(path, json.dumps({"configurations": rows}, indent=1) + "\n")
-    # what was written counts from here on
-    _launch.forget_tables()
 
 
 def target_of(device: Device, arch: int, processors: int) -> Target:

@@ -14,7 +14,8 @@ namespace drseg {
 std::tuple<Tensor, Tensor> csc(const Tensor& index) {
   check_operand("drseg_native::csc", "index", index, 3, ScalarType::Int);
   const int64_t batch = index.size(0), nodes = index.size(1), slots = index.size(2), edges = nodes * slots;
-  STD_TORCH_CHECK(batch * edges < kMostEdges, "drseg_native::csc: expected fewer than 2**31 edges");
+  const int64_t all = batch * edges;
+  STD_TORCH_CHECK(all < kMostEdges, "drseg_native::csc: expected fewer than 2**31 edges, got ", all);
   Tensor indptr = drseg::allocate(index, {batch * nodes + 1}), perm = drseg::allocate(index, {batch * edges});
   const int32_t* ends = index.const_data_ptr<int32_t>();
   int32_t *begin = indptr.mutable_data_ptr<int32_t>(), *place = perm.mutable_data_ptr<int32_t>();

@@ -210,7 +210,8 @@ void forward(
 template <class T>
 void backward(
     const Tensor& grad, const Tensor& weight, const Tensor& source, const Tensor& target, const Tensor& index,
-    const Tensor& vector, const Columns& columns, Tensor& grad_source, Tensor& grad_target, Tensor& grad_vector, Tensor& grad_bias) {
+    const Tensor& vector, const Columns& columns, Tensor& grad_source, Tensor& grad_target, Tensor& grad_vector,
+    Tensor& grad_bias) {
   const Edges<T> edges = edges_of<T>(source, target, index, vector, T(0));
   const int64_t batch = source.size(0), rows = batch * edges.nodes, count = rows * edges.slots;
   const auto slope = std::make_unique_for_overwrite<T[]>(count);

@@ -169,7 +169,8 @@ int64_t grain(int64_t slots, int64_t channels) {
 
 template <class T>
 void propagate(
-    const Tensor& x, const Tensor& index, const Tensor& coefficient, bool transpose, const Columns& columns, Tensor& y) {
+    const Tensor& x, const Tensor& index, const Tensor& coefficient, bool transpose, const Columns& columns,
+    Tensor& y) {
   const int64_t batch = x.size(0), nodes = x.size(1), channels = x.size(2), slots = index.size(2);
   const Graph<T> graph{index.const_data_ptr<int32_t>(), coefficient.const_data_ptr<T>(), nodes, slots, channels};
   const T* in = x.const_data_ptr<T>();

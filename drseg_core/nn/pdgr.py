@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from drseg_core.ops import (
     Graph,
     backend_names,
-    csc,
     degree_normalize,
     edge_coefficient,
     edge_weight,
@@ -22,6 +21,7 @@ from drseg_core.ops import (
     prepare_prior,
 )
 from drseg_core.ops._checks import check_choice, check_count, check_flag, check_number, check_tensor
+from drseg_core.ops.csc.api import columns_of
 
 Affinity = Literal["exp", "linear", "power", "product", "gauss"]
 SelfLoop = Literal["in_topk", "exclude", "extra"]
@@ -224,7 +224,8 @@ class PDGR(nn.Module):
 
         Returns:
             ``index`` (B, N, K) int32, ``coefficient`` (B, N, K) and ``csc``, where N = h * w and K is ``k``, plus one
-            slot with ``self_loop="extra"``.
+            slot with ``self_loop="extra"``. With ``norm="sym_undirected"`` it is half of the operator, and
+            ``propagate_transposed`` the other.
         """
         grid = (prior.shape[2], prior.shape[3])
         nodes = prior.detach().flatten(2).transpose(1, 2)
@@ -251,7 +252,7 @@ class PDGR(nn.Module):
             given = nodes.to(self.edge_vector.dtype)
             source, target = self.edge_source(given), self.edge_target(given)
         edges = (source, target, index, self.edge_vector, self.edge_bias)
-        lists = csc(index, backend=self.backend) if columns else None
+        lists = columns_of(index, self.backend) if columns else None
         if not self.use_affinity_as_weight and self.self_loop != "extra":
             options: dict[str, Any] = {"norm": self.norm, "csc": lists, "backend": self.backend}
             return Graph(index, edge_coefficient(*edges, score=score, **options), lists)
@@ -262,7 +263,7 @@ class PDGR(nn.Module):
             own = torch.arange(count, dtype=index.dtype, device=index.device)
             index = torch.cat([index, own[:, None].expand(nodes.shape[0], -1, 1)], dim=2)
             weight = torch.cat([weight, weight.new_ones(*weight.shape[:2], 1)], dim=2)
-            lists = csc(index, backend=self.backend) if columns else None
+            lists = columns_of(index, self.backend) if columns else None
         coefficient = degree_normalize(weight, index, norm=self.norm, csc=lists, backend=self.backend)
         return Graph(index, coefficient, lists)
 

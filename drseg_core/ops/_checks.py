@@ -88,7 +88,7 @@ def check_csc(op: str, csc: object, index: Tensor) -> None:
         return
     if not isinstance(csc, tuple) or len(csc) != 2:
         raise TypeError(f"{op}: csc must be a pair of tensors; expected Csc or None, got {type(csc).__name__}")
-    rows = index.shape[:-1].numel()
+    rows = math.prod(index.shape[:-1])
     for name, value, size, meaning in (
         ("csc.indptr", csc[0], rows + 1, "(B * N + 1,)"),
         ("csc.perm", csc[1], index.numel(), "(B * N * K,)"),

@@ -84,8 +84,12 @@ def _with_columns(run: Any, model: Any) -> Any:
     """``run``, called as ``model``, which may be given the graph's columns last."""
     if run is None or model is None or "csc" not in inspect.signature(model).parameters:
         return run
-    own = inspect.signature(run).parameters.values()
-    if any(value.name == "csc" or value.kind == value.VAR_POSITIONAL for value in own):
+    try:
+        own = inspect.signature(run).parameters.get("csc")
+    except (TypeError, ValueError):
+        # a function of another language
+        own = None
+    if own is not None and own.kind in (own.POSITIONAL_ONLY, own.POSITIONAL_OR_KEYWORD):
         return run
     return lambda *arguments: run(*arguments[:-1])
 
@@ -97,7 +101,7 @@ def register_backend(
     why_not: WhyNot,
     *,
     run_backward: Run | None = None,
-    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+    dtypes: Sequence[torch.dtype] | None = None,
     preferred: bool = False,
 ) -> None:
     """Add an implementation of an op; dispatch, ``drseg doctor``, the contract tests and the benchmark know it then.
@@ -112,7 +116,7 @@ def register_backend(
         why_not: given a device type (``"cpu"``, ``"cuda"``), says in a few words why ``run`` cannot run there, or
             returns None when it can.
         run_backward: the gradients, as the function of that name in ``reference.py``; None where the op has none.
-        dtypes: what the op's floating-point tensors may be.
+        dtypes: what the op's floating-point tensors may be; None says all that its reference takes.
         preferred: take it unasked, before every other backend; otherwise it runs where it is named.
 
     Raises:
@@ -136,7 +140,7 @@ def register_backend(
         raise ValueError(f"register_backend: name is taken; expected another than {name!r} for {op}, got it again")
     model = next(backend for backend in table(op) if backend.name == "reference")
     given = (_with_columns(run, model.run), _with_columns(run_backward, model.run_backward))
-    added = Backend(name, *given, why_not, tuple(dtypes))
+    added = Backend(name, *given, why_not, model.dtypes if dtypes is None else tuple(dtypes))
     add_table(op, *((added, *_tables[op]) if preferred else (*_tables[op], added)))
 
 

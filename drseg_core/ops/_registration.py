@@ -131,8 +131,15 @@ def backward_of(op: str, operator: Any, output_mask: Sequence[bool], *arguments:
 
 
 def columns(indptr: Tensor | None, perm: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """A graph's columns as a backend takes them: both lists, or None where it makes its own."""
-    return None if indptr is None or perm is None else (indptr, perm)
+    """A graph's columns as a backend takes them: both lists, contiguous, or None where it makes its own."""
+    return None if indptr is None or perm is None else (indptr.contiguous(), perm.contiguous())
+
+
+def flags_of(mask: Tensor | None, backend: str) -> Tensor | None:
+    """A mask as a backend takes it: scores in its place, -inf where there is no edge, are read by our kernels alone."""
+    if mask is None or mask.dtype == torch.bool or backend == "triton":
+        return mask
+    return mask.ne(-torch.inf)
 
 
 def asked_for(grads: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -15,7 +15,8 @@ class Graph(NamedTuple):
     """A sparse operator on the features of nodes: its edges, their coefficients, and its columns.
 
     ``Graph.of`` makes the columns; without them everything works, and what goes against the edges lists them anew in
-    every call.
+    every call. Columns belong to their index: a graph with another is another ``Graph.of``. Of an undirected one (see
+    ``degree_normalize``) the operator is ``propagate(x) + propagate_transposed(x)``.
 
     Args:
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
@@ -43,13 +44,15 @@ class Graph(NamedTuple):
         """With its columns, made here by ``backend``."""
         return cls(index, coefficient, csc(index, backend=backend))
 
-    def propagate(self, x: Tensor, *, backend: str | None = None) -> Tensor:
-        """``y_i = sum_k coefficient_ik x_j`` with ``j = index_ik``; ``x`` as in ``graph_propagate``."""
-        return graph_propagate(x, self.index, self.coefficient, csc=self.csc, backend=backend)
+    def propagate(self, x: Tensor, *, validate: bool = False, backend: str | None = None) -> Tensor:
+        """``y_i = sum_k coefficient_ik x_j`` with ``j = index_ik``; arguments as in ``graph_propagate``."""
+        return graph_propagate(x, self.index, self.coefficient, csc=self.csc, validate=validate, backend=backend)
 
-    def propagate_transposed(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+    def propagate_transposed(self, x: Tensor, *, validate: bool = False, backend: str | None = None) -> Tensor:
         """The same with every edge reversed."""
-        return graph_propagate(x, self.index, self.coefficient, transpose=True, csc=self.csc, backend=backend)
+        return graph_propagate(
+            x, self.index, self.coefficient, transpose=True, csc=self.csc, validate=validate, backend=backend
+        )
 
     def degree(self, *, incoming: bool = False, backend: str | None = None) -> Tensor:
         """(B, N) or (N,) sums of the coefficients of the edges that leave each node, or that end in it."""

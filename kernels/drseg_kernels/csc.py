@@ -154,6 +154,8 @@ def csc(index: Tensor) -> tuple[Tensor, Tensor]:
     perm = torch.empty(batch * edges, dtype=narrow, device=index.device)
     if perm.numel() == 0:
         return indptr.zero_(), perm
+    if edges >= 2**31:
+        raise ValueError(f"csc: index has too many edges of one image; expected N * K < 2**31, got {edges}")
     index = index.contiguous()
     chunks, chunk = chunks_of(batch, nodes, edges)
     count = torch.empty(batch * chunks, nodes, dtype=torch.int32, device=index.device)

@@ -80,9 +80,9 @@ def _degree_normalize_fwd_kernel_scale(
     if NORM == "sym_row":
         tl.store(start_ptr + node, tl.rsqrt(row + eps))
     else:
-        last = tl.load(indptr_ptr + node + 1)
+        last = tl.load(indptr_ptr + node + 1).to(tl.int64)
         total = tl.zeros((BLOCK_N,), tl.float32)
-        for first in range(tl.load(indptr_ptr + node), last, BLOCK_N):
+        for first in range(tl.load(indptr_ptr + node).to(tl.int64), last, BLOCK_N):
             place = first + tl.arange(0, BLOCK_N)
             edge = tl.load(perm_ptr + place, mask=place < last, other=0)
             total += tl.load(weight_ptr + edge, mask=place < last, other=0.0).to(tl.float32)
@@ -162,9 +162,9 @@ def _degree_normalize_bwd_kernel_degree(
     # d(degree ** -1/2) = -1/2 degree ** -3/2
     to_start = -0.5 * (start * start * start) * tl.sum(total, axis=0)
 
-    last = tl.load(indptr_ptr + node + 1)
+    last = tl.load(indptr_ptr + node + 1).to(tl.int64)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(tl.load(indptr_ptr + node), last, BLOCK_N):
+    for first in range(tl.load(indptr_ptr + node).to(tl.int64), last, BLOCK_N):
         place = first + tl.arange(0, BLOCK_N)
         incoming = place < last
         edge = tl.load(perm_ptr + place, mask=incoming, other=0)

@@ -209,9 +209,9 @@ def _edge_weight_bwd_kernel_target(
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = c < width
     own = tl.load(target_ptr + node * width + c, mask=column, other=0.0).to(tl.float32)
-    end = tl.load(indptr_ptr + node + 1)
+    end = tl.load(indptr_ptr + node + 1).to(tl.int64)
     active = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(tl.load(indptr_ptr + node), end, BLOCK_M):
+    for start in range(tl.load(indptr_ptr + node).to(tl.int64), end, BLOCK_M):
         place = start + tl.arange(0, BLOCK_M)
         incoming = place < end
         edge = tl.load(perm_ptr + place, mask=incoming, other=0)

@@ -42,7 +42,8 @@ def gathered_sum(
     node = node.to(tl.int64)
     channel = c < channels
     if TRANSPOSE:
-        first, last = tl.load(indptr_ptr + node), tl.load(indptr_ptr + node + 1)
+        # wide, for what lies beyond the last edge
+        first, last = tl.load(indptr_ptr + node).to(tl.int64), tl.load(indptr_ptr + node + 1).to(tl.int64)
     else:
         first, last = node * slots, (node + 1) * slots
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -14,7 +14,7 @@ import pytest
 from drseg_kernels._launch import Device, Selection, Tile
 from triton.runtime.errors import PTXASError
 
-from bench import aot, rank, sass, tune
+from bench import aot, rank, sass, tables, tune
 from bench.work import NOMINAL, work_of
 from drseg_core.testing import CASES
 
@@ -72,6 +72,20 @@ def test_sizes_are_printed_with_their_parts(compiled):
     assert lines[0] == "graph_propagate_dot paper_vitl_24x24 float32 NVIDIA H100 80GB HBM3: 2 candidates, us"
     assert len(lines) == 3 and all("(issue " in line and ", gathered 64.7) Tile(" in line for line in lines[1:])
     assert sum(line.endswith(" (the rule)") for line in lines) == 1
+
+
+def test_the_first_of_a_ranking_becomes_an_entry_where_nobody_has_timed_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rank.Predictor, "rank", lambda *given: [rank.Prediction(Tile(1, 64, 2), 1.0, 2.0)])
+    order = ["graph_propagate", "--case", "grid_64x64", "--target", "120", "--write", str(tmp_path)]
+    assert rank.main(order) == 0
+    path = tmp_path / "sm_120" / "graph_propagate.json"
+    (row,) = json.loads(path.read_text())["configurations"]
+    assert (row["dtype"], row["channels"], row["nodes"], row["predicted_us"]) == ("float32", 384, 4096, 3.0)
+    timed = {name: row[name] for name in ("dtype", "channels", "nodes", "k")} | {"device": "NVIDIA GeForce RTX 5090"}
+    tables.write_entry(path, timed, Tile(1, 32, 1), seconds=1e-3)
+    assert rank.main(order) == 0 and rank.main(["knn_graph", *order[1:]]) == 0
+    assert [row["configuration"]["block_n"] for row in json.loads(path.read_text())["configurations"]] == [32]
+    assert capsys.readouterr().out.count("left as it is") == 2
 
 
 def test_slower_code_fails_the_gate(compiled, tmp_path, monkeypatch, capsys):

@@ -47,6 +47,7 @@ class Interpreted:
 
     def __init__(self, names: list[str]) -> None:
         self._running: set[subprocess.Popen[str]] = set()
+        self._stopping = False
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1)
         # the longest first: that with the most variants, then by the size of their files
         names.sort(key=lambda name: ("degree_normalize" not in name, -(HERE / name).stat().st_size))
@@ -75,7 +76,13 @@ class Interpreted:
             text=True,
         )
         self._running.add(process)
-        output, _ = process.communicate()
+        if self._stopping:
+            process.kill()
+        try:
+            output, _ = process.communicate(timeout=1800)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output = f"{name} took more than half an hour\n" + process.communicate()[0]
         self._running.discard(process)
         return subprocess.CompletedProcess(command, process.returncode, output)
 
@@ -85,6 +92,7 @@ class Interpreted:
 
     def stop(self) -> None:
         """End what nobody waits for any more."""
+        self._stopping = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in list(self._running):
             process.kill()

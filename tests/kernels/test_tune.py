@@ -10,7 +10,7 @@ import torch
 from drseg_kernels import _launch
 from drseg_kernels._launch import Device, Selection, Tile, choose, rule
 
-from bench import tune
+from bench import tables, tune
 from bench.aot import TARGETS
 from drseg_core.testing import CASES
 
@@ -100,6 +100,23 @@ def test_entries_of_other_dtypes_widths_and_devices_stay(tmp_path):
     asked = [(h100, FLOAT32, 384), (h200, FLOAT32, 384), (h200, FLOAT32, 256), (h200, torch.bfloat16, 384)]
     found = [choose("graph_layer", device, dtype, 576, 75, width, tmp_path) for device, dtype, width in asked]
     assert [tile.num_warps for tile in found] == [1, 2, 4, 8]
+
+
+def test_what_was_timed_takes_the_place_of_what_was_predicted(tmp_path):
+    path = tmp_path / "sm_120" / "graph_layer.json"
+    predicted, timed = Tile(1, 512, 1), Tile(1, 512, 4)
+    tables.write_entry(path, key(576, channels=384), predicted, predicted_us=3.0)
+    tables.write_entry(path, key(4096, channels=384), predicted, predicted_us=9.0)
+    card = Device("NVIDIA RTX PRO 6000", 96 << 20, 101_376, "sm_120")
+    assert not tables.is_timed(path, key(576, channels=384))
+    assert choose("graph_layer", card, FLOAT32, 576, 75, 384, tmp_path) == predicted
+    tables.write_entry(path, key(576, channels=384, device="NVIDIA GeForce RTX 5090"), timed, seconds=1e-3)
+    assert choose("graph_layer", card, FLOAT32, 576, 75, 384, tmp_path) == timed
+    assert choose("graph_layer", card, FLOAT32, 4096, 75, 384, tmp_path) == predicted
+    # and so does what was timed at a larger size
+    tables.write_entry(path, key(16384, channels=384, device="NVIDIA GeForce RTX 5090"), timed, seconds=1e-2)
+    assert choose("graph_layer", card, FLOAT32, 4096, 75, 384, tmp_path) == timed
+    assert tables.is_timed(path, key(576, channels=384)) and not tables.is_timed(path, key(4096, channels=384))
 
 
 def test_a_table_is_keyed_by_the_width_that_its_rule_asks_for():

@@ -547,3 +547,12 @@ def test_an_old_state_dict_loads():
     outer = torch.nn.ModuleDict({"graph": module})
     outer.load_state_dict({f"graph.{name}": value for name, value in old.items()})
     assert module.edge_bias.shape == (1,) and torch.equal(module.edge_bias, old["edge_bias"].view(1))
+
+
+def test_a_program_of_any_batch_is_exported():
+    module, batch = PDGR(5, 8, k=4), torch.export.Dim("batch")
+    given = torch.randn(2, 5, 4, 4), torch.randn(2, 8, 4, 4)
+    program = torch.export.export(module, given, dynamic_shapes=({0: batch}, {0: batch})).module()
+    for count in (2, 3, 5):
+        features, prior = torch.randn(count, 5, 4, 4), torch.randn(count, 8, 4, 4)
+        torch.testing.assert_close(program(features, prior), module(features, prior))

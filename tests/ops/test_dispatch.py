@@ -269,6 +269,45 @@ def test_one_file_of_a_stranger_joins_doctor_contract_and_bench(toy):
     assert "toy" in in_toy_process(toy, "-m", "bench", "run", *options)
 
 
+STRANGERS = """
+import torch
+from drseg_core import nn, ops
+from drseg_core.ops.edge_weight import reference as edge
+from drseg_core.ops.graph_propagate import reference as propagate
+
+# what knows nothing of columns or scores, in any form that a function has
+def edge_weight(source, target, index, vector, bias, mask):
+    weight = edge.edge_weight(source, target, index, vector, bias)
+    return weight if mask is None else weight * mask
+
+ops.register_backend("edge_weight", "mine", edge_weight, lambda device: None, run_backward=edge.edge_weight_backward)
+for op in ("prepare_prior", "knn_graph", "degree_normalize"):
+    module = __import__(f"drseg_core.ops.{op}.reference", fromlist=["reference"])
+    backward = getattr(module, f"{op}_backward", None)
+    ops.register_backend(op, "mine", getattr(module, op), lambda device: None, run_backward=backward)
+run = lambda *given: propagate.graph_propagate(*given)
+back = lambda *given: propagate.graph_propagate_backward(*given)
+ops.register_backend("graph_propagate", "mine", run, lambda device: None, run_backward=back)
+ops.register_backend("graph_propagate", "other", torch.add, lambda device: None)
+torch.manual_seed(0)
+features, prior = torch.randn(1, 5, 3, 3, requires_grad=True), torch.randn(1, 8, 3, 3)
+for options in ({"k": 9, "self_loop": "exclude"}, {"k": 4}, {"k": 9, "self_loop": "extra"}):
+    torch.manual_seed(1)
+    mine, usual = nn.PDGR(5, 8, backend="mine", **options), nn.PDGR(5, 8, **options)
+    usual.load_state_dict(mine.state_dict())
+    got, right = mine(features, prior), usual(features, prior)
+    torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+    got.square().sum().backward()
+print(ops.last_backend("graph_propagate"), ops.last_backend("csc"))
+"""
+
+
+def test_strangers_that_know_of_neither_columns_nor_scores():
+    done = subprocess.run([sys.executable, "-c", STRANGERS], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["mine", "native"]
+
+
 FUSED_ON_TOY = """
 import torch
 from drseg_core import ops

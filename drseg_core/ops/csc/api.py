@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from drseg_core.ops import _checks
-from drseg_core.ops._dispatch import requested_backend
+from drseg_core.ops._dispatch import requested_backend, table
 from drseg_core.ops.csc import registration
 
 
@@ -40,8 +40,15 @@ def csc_of(op: str, given: Csc | None, index: Tensor, validate: bool) -> tuple[T
     if given is None:
         return None, None
     if validate:
-        _checks.check_csc_values(op, given, csc(index))
+        _checks.check_csc_values(op, given, columns_of(index))
     return given
+
+
+def columns_of(index: Tensor, backend: str | None = None) -> Csc:
+    """``csc`` by the backend that is named, or where it has none by the one that runs unasked: the lists are equal."""
+    requested = requested_backend("csc", backend)
+    known = any(found.name == requested for found in table("csc"))
+    return Csc(*registration.csc(index if index.dim() == 3 else index[None], requested if known else "auto"))
 
 
 def csc(index: Tensor, *, backend: str | None = None) -> Csc:

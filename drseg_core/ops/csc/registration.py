@@ -7,6 +7,7 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from drseg_core.ops import _dispatch, _native, _triton
 from drseg_core.ops._checks import INDEX_DTYPES
@@ -41,7 +42,8 @@ def _run(index: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 
 def _fake(index: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     edges = index.numel()
-    narrow = torch.int32 if edges < 2**31 else torch.int64
+    # of a symbolic size it is not asked, which would tie an exported program to small ones
+    narrow = torch.int64 if statically_known_true(edges >= 2**31) else torch.int32
     rows = index.shape[0] * index.shape[1]
     return index.new_empty(rows + 1, dtype=narrow), index.new_empty(edges, dtype=narrow)
 

@@ -17,6 +17,7 @@ from drseg_core.ops._registration import (
     define,
     differentiated,
     fake_gradients,
+    flags_of,
     widest,
 )
 from drseg_core.ops.edge_coefficient import reference
@@ -40,6 +41,7 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = _dispatch.resolve("edge_coefficient", source, backend, target=target, vector=vector, bias=bias)
+    mask = flags_of(mask, chosen.name)
     with _dispatch.plain_float32(source):
         return chosen.run(source, target, index, vector, bias, mask, norm, eps, columns(indptr, perm))
 

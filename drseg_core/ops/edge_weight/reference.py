@@ -43,7 +43,7 @@ def edge_weight(
 
     Args:
         source: (B, N, E). target: (B, N, E). index: (B, N, K). vector: (E,). bias: ().
-        mask: (B, N, K) bool, scores, which are -inf where there is no edge, or None.
+        mask: (B, N, K) bool or None.
         block: rows computed at once; by default as many as take 32 MB.
     """
     source, target, vector, bias = _wide(source, target, vector, bias)
@@ -60,8 +60,6 @@ def edge_weight(
         samples.append(torch.cat(rows) if rows else source.new_empty(0, k))
     weight = torch.stack(samples) if samples else source.new_empty(0, nodes, k)
     # a product, not a choice: a row that is not finite must not look healthy because its slots are padding
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask != -torch.inf
     return weight if mask is None else weight * mask
 
 

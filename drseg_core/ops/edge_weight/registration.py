@@ -18,6 +18,7 @@ from drseg_core.ops._registration import (
     define,
     differentiated,
     fake_gradients,
+    flags_of,
     widest,
 )
 from drseg_core.ops.edge_weight import reference
@@ -27,8 +28,7 @@ def _run_native(
     source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: Tensor, mask: Tensor | None
 ) -> Tensor:
     given = _native.operands(source, target, vector, bias)
-    if mask is not None:
-        mask = (mask if mask.dtype == torch.bool else mask != -torch.inf).contiguous()
+    mask = None if mask is None else mask.contiguous()
     return torch.ops.drseg_native.edge_weight(*given[:2], _native.neighbours(index), *given[2:], mask)
 
 
@@ -65,6 +65,7 @@ def _run(
     source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: Tensor, mask: Tensor | None, backend: str
 ) -> Tensor:
     chosen = _dispatch.resolve("edge_weight", source, backend, target=target, vector=vector, bias=bias)
+    mask = flags_of(mask, chosen.name)
     with _dispatch.plain_float32(source):
         return chosen.run(source, target, index, vector, bias, mask)
 
