@@ -69,12 +69,10 @@ def card(target: Target) -> Iterator[None]:
 
     from drseg_core.ops import _triton
 
+    # for the rest of the process: without a card Triton has no driver to go back to
     driver.set_active(_Driver(target))
-    try:
-        with (
-            mock.patch.object(_triton, "_why_not", lambda device, interpreted: None),
-            mock.patch.object(_launch, "known_device", lambda device: target.device),
-        ):
-            yield
-    finally:
-        driver.reset_active()
+    with (
+        mock.patch.object(_triton, "_why_not", lambda device, interpreted: None),
+        mock.patch.object(_launch, "known_device", lambda device: target.device),
+    ):
+        yield
