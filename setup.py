@@ -48,6 +48,8 @@ class BuildNative(build_ext):
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "native"
+        # what an earlier install found may be gone: its tools lay in an environment of its own
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         subprocess.run(
             ["cmake", *generator, "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release"]

@@ -108,7 +108,8 @@ def step(
 def graph_of(problem: Problem) -> Tensor:
     """(B, N, K) neighbours that the engine chooses."""
     with torch.no_grad(), problem.precision.context(problem.prior.device.type):
-        index = problem.engine.graph(problem.prior).index
+        # an older version that is raced returns a pair
+        index: Tensor = problem.engine.graph(problem.prior)[0]
     return index
 
 
