@@ -7,6 +7,7 @@ the module in float32, given the neighbours that the engine chose.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,12 @@ class Problem:
         """The same values for a step in float32."""
         features = self.features.detach().float().requires_grad_()
         return Problem(self.engine, features, self.prior.float(), self.gradient.float())
+
+    def in_float64(self) -> Problem:
+        """The same values and weights for a step in float64."""
+        features = self.features.detach().double().requires_grad_()
+        engine = copy.deepcopy(self.engine).double()
+        return Problem(engine, features, self.prior.double(), self.gradient.double())
 
     @property
     def differentiated(self) -> list[Tensor]:
@@ -167,6 +174,13 @@ def _gate(
     wrong = gate.output(got, expected, rounded)
     if wrong is None and backward:
         wrong = gate.gradients(problem.names, got_gradients, gradients, {"edge_bias": "edge_vector"}, rounded_gradients)
+    if wrong is not None and not problem.precision.reduced:
+        # in float32 a ReLU at zero falls one way or the other; which of the two is right, float64 says
+        against, double = f"{against}, then in float64", problem.in_float64()
+        expected, gradients = step(partial(FactoredPDGR(double.engine, _GATE_ROWS), index=index), double, backward)
+        wrong = gate.output(got, expected)
+        if wrong is None and backward:
+            wrong = gate.gradients(problem.names, got_gradients, gradients, {"edge_bias": "edge_vector"})
     return wrong, {"backends": backends, "launch": launch, "gate": {"against": against, "max_difference": difference}}
 
 
