@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from bench import record
 from bench.timing import GraphSampler, gpu_state, seconds_of, settle_clocks
+from drseg_core.ops import csc, prepare_prior
 from drseg_core.testing import Case
 
 # sizes of the paper's batch, and what a CPU goes through in no time
@@ -96,6 +97,9 @@ def _moves(case: Case, device: str) -> Iterator[Probe]:
         shape, moved = f"{case.batch}x{case.prior}x{case.nodes}", 2 * maps.nbytes
         yield Probe("copy", partial(same.copy_, maps), dtype, moved, shape)
         yield Probe("copy: transposing", partial(turned.copy_, maps.mT), dtype, moved, shape)
+        # what both kernels of ours read and write is the map
+        yield Probe("prepare_prior: of a map", partial(prepare_prior, maps.mT), dtype, moved, shape)
+        yield Probe("prepare_prior: of rows", partial(prepare_prior, turned), dtype, moved, shape)
         x, weight = (_random(*s, like=dtype, device=device) for s in ((rows, case.channels), index.shape))
         gather = partial(F.embedding_bag, index, x, mode="sum", per_sample_weights=weight)
         yield Probe("gather and sum", gather, dtype, edges * case.channels * x.element_size(), f"{edges} rows")
@@ -105,6 +109,8 @@ def _moves(case: Case, device: str) -> Iterator[Probe]:
     for dtype in (torch.int32, torch.int64):
         ends = index.flatten().to(dtype)
         sort = partial(torch.sort, ends, stable=True)
+        # in the place of which there is a kernel that counts
+        yield Probe("csc", partial(csc, near.to(dtype)), dtype, edges * (ends.element_size() + 4), f"{edges} edges")
         yield Probe("sort", sort, dtype, edges * (2 * ends.element_size() + 8), f"{edges} keys")
 
 

@@ -213,4 +213,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-__all__ = ["TABLES", "candidates", "fastest", "main", "write_entry"]
+__all__ = ["TABLES", "candidates", "fastest", "main"]

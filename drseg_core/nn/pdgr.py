@@ -271,8 +271,8 @@ class PDGR(nn.Module):
         """Rectify ``features`` (B, C, h, w) along the graph of ``prior`` (B, D, h, w)."""
         self._check(features, prior)
         undirected, norm = self.norm == "sym_undirected", self.output_norm
-        # only gradients and degrees of incoming edges go against the edges
-        columns = self.norm in ("sym_inout", "sym_undirected") or torch.is_grad_enabled()
+        # what goes against the edges more than once: gradients, and the layers of an undirected graph
+        columns = self.norm == "sym_undirected" or torch.is_grad_enabled()
         graph = self.graph(prior, columns=columns)
         x = features.flatten(2).transpose(1, 2)
         for layer, weight in enumerate(self.weights):

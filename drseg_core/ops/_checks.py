@@ -132,6 +132,43 @@ def check_number(op: str, name: str, value: object, *, positive: bool = False) -
         raise ValueError(f"{op}: {name} is out of range; expected a finite number {rule}, got {value}")
 
 
+def check_edges(
+    op: str,
+    source: Tensor,
+    target: Tensor,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    score: Tensor | None,
+) -> None:
+    """The arguments of the ops that weigh edges."""
+    check_tensor(op, "source", source, ("B", "N", "E"))
+    check_tensor(op, "target", target, ("B", "N", "E"))
+    check_tensor(op, "index", index, ("B", "N", "K"), INDEX_DTYPES)
+    check_tensor(op, "vector", vector, ("E",))
+    check_tensor(op, "bias", bias, None)
+    if mask is not None:
+        check_tensor(op, "mask", mask, ("B", "N", "K"), (torch.bool,))
+    if score is not None:
+        check_tensor(op, "score", score, ("B", "N", "K"))
+        if mask is not None:
+            raise ValueError(f"{op}: score and mask say the same; expected one of them, got both")
+    check_same_device(op, source=source, target=target, index=index, vector=vector, bias=bias, mask=mask, score=score)
+    check_no_tangent(op, source=source, target=target, vector=vector, bias=bias)
+    check_shape(op, "target", target, tuple(source.shape), "the shape of source")
+    check_shape(op, "vector", vector, (source.shape[-1],), "(E,)")
+    if bias.numel() != 1:
+        raise ValueError(f"{op}: bias has the wrong shape; expected () or (1,), got {tuple(bias.shape)}")
+    if index.shape[:-1] != source.shape[:-1]:
+        raise ValueError(
+            f"{op}: index does not match source; expected {tuple(source.shape[:-1])} before K, got {tuple(index.shape)}"
+        )
+    for name, value in (("mask", mask), ("score", score)):
+        if value is not None:
+            check_shape(op, name, value, tuple(index.shape), "the shape of index")
+
+
 def check_index_values(op: str, index: Tensor, nodes: int) -> None:
     """Refuse an index outside ``[0, nodes)``. Reads the data, so it synchronises a GPU."""
     bad = (index < 0) | (index >= nodes)

@@ -75,11 +75,11 @@ def test_the_fastest_that_is_right_wins():
 def test_what_is_written_is_what_a_launch_gets(tmp_path):
     device = DEVICES[2]
     path = tmp_path / device.arch / "knn_graph.json"
-    tune.write_entry(path, key(4096), SIZES, case="grid_64x64", seconds=1e-3)
+    tables.write_entry(path, key(4096), SIZES, case="grid_64x64", seconds=1e-3)
     other = Selection(tile_bytes=1 << 20, block_m=1, block_n=512, num_warps=4)
-    tune.write_entry(path, key(576), other)
-    tune.write_entry(path, key(4096), other)
-    tune.write_entry(path, key(4096), SIZES)
+    tables.write_entry(path, key(576), other)
+    tables.write_entry(path, key(4096), other)
+    tables.write_entry(path, key(4096), SIZES)
     assert [row["nodes"] for row in json.loads(path.read_text())["configurations"]] == [576, 4096]
     assert choose("knn_graph", device, FLOAT32, 576, 75, tuned=tmp_path) == other
     assert choose("knn_graph", device, FLOAT32, 4096, 75, tuned=tmp_path) == SIZES
@@ -93,7 +93,7 @@ def test_entries_of_other_dtypes_widths_and_devices_stay(tmp_path):
     keys += [key(576, channels=384) | {"dtype": "bfloat16"}]
     for _ in range(2):
         for number, one in enumerate(keys):
-            tune.write_entry(path, one, Tile(1, 512, 2**number))
+            tables.write_entry(path, one, Tile(1, 512, 2**number))
     rows = json.loads(path.read_text())["configurations"]
     assert [row["dtype"] for row in rows] == ["bfloat16"] + ["float32"] * 3 and len(rows) == len(keys)
     h100, h200 = (Device(name, 50 << 20, 232_448, "sm_90") for name in ("NVIDIA H100 PCIe", "NVIDIA H200"))
@@ -129,7 +129,7 @@ def test_sizes_too_large_for_a_device_are_passed_over(tmp_path):
     sizes = Selection(tile_bytes=1 << 20, block_m=256, block_n=64, num_warps=8)
     assert smallest.shared_bytes < sizes.shared_bytes() <= largest.shared_bytes
     for device in (smallest, largest):
-        tune.write_entry(tmp_path / device.arch / "knn_graph.json", key(576), sizes)
+        tables.write_entry(tmp_path / device.arch / "knn_graph.json", key(576), sizes)
     assert choose("knn_graph", largest, FLOAT32, 576, 75, tuned=tmp_path) == sizes
     assert choose("knn_graph", smallest, FLOAT32, 576, 75, tuned=tmp_path) == rule("knn_graph", smallest, 576, 75, 0)
 
@@ -150,7 +150,7 @@ def test_a_damaged_table_is_refused_by_name(text, tmp_path):
     with pytest.raises(ValueError, match="^knn_graph.json: table is damaged; expected entries with dtype, nodes"):
         choose("knn_graph", DEVICES[0], FLOAT32, 576, 75, tuned=tmp_path)
     with pytest.raises(ValueError, match="table is damaged"):
-        tune.write_entry(path, key(576), SIZES)
+        tables.write_entry(path, key(576), SIZES)
     assert path.read_text() == text
 
 

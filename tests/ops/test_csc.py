@@ -121,6 +121,23 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def test_known_columns_are_read_and_not_made_again():
+    """Unchecked, those of another graph give another sum: whoever lists the edges anew would not show it."""
+    random = torch.Generator().manual_seed(0)
+    x, coefficient = torch.randn(3, 2, generator=random), torch.rand(3, 2, generator=random)
+    wrong = ops.csc(OTHER)
+    options: dict[str, Any] = {"transpose": True, "backend": "native"}
+    right = ops.graph_propagate(x, INDEX, coefficient, **options)
+    assert not torch.equal(ops.graph_propagate(x, INDEX, coefficient, csc=wrong, **options), right)
+    halves, vector = torch.randn(2, 3, 4, generator=random).abs(), torch.ones(4)
+    target = halves[1].requires_grad_()
+    found = []
+    for csc in (ops.csc(INDEX), wrong):
+        weight = ops.edge_weight(halves[0].detach(), target, INDEX, vector, torch.zeros(1), csc=csc, backend="native")
+        found += torch.autograd.grad((weight * coefficient).sum(), target)
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("op", CALLS)
 def test_columns_of_another_graph_are_refused(op):
     right: Any = ops.csc(INDEX)

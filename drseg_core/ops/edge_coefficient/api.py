@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from drseg_core.ops import _checks
@@ -19,44 +18,6 @@ SMALLEST_EPS = 1e-20
 NORMS = ("sym_row", "sym_count", "sym_inout", "row", "sym_undirected")
 
 Norm = Literal["sym_row", "sym_count", "sym_inout", "row", "sym_undirected"]
-
-
-def _check(
-    source: Tensor,
-    target: Tensor,
-    index: Tensor,
-    vector: Tensor,
-    bias: Tensor,
-    mask: Tensor | None,
-    score: Tensor | None,
-) -> None:
-    op = "edge_coefficient"
-    _checks.check_tensor(op, "source", source, ("B", "N", "E"))
-    _checks.check_tensor(op, "target", target, ("B", "N", "E"))
-    _checks.check_tensor(op, "index", index, ("B", "N", "K"), _checks.INDEX_DTYPES)
-    _checks.check_tensor(op, "vector", vector, ("E",))
-    _checks.check_tensor(op, "bias", bias, None)
-    if mask is not None:
-        _checks.check_tensor(op, "mask", mask, ("B", "N", "K"), (torch.bool,))
-    if score is not None:
-        _checks.check_tensor(op, "score", score, ("B", "N", "K"))
-        if mask is not None:
-            raise ValueError(f"{op}: score and mask say the same; expected one of them, got both")
-    _checks.check_same_device(
-        op, source=source, target=target, index=index, vector=vector, bias=bias, mask=mask, score=score
-    )
-    _checks.check_no_tangent(op, source=source, target=target, vector=vector, bias=bias)
-    _checks.check_shape(op, "target", target, tuple(source.shape), "the shape of source")
-    _checks.check_shape(op, "vector", vector, (source.shape[-1],), "(E,)")
-    if bias.numel() != 1:
-        raise ValueError(f"{op}: bias has the wrong shape; expected () or (1,), got {tuple(bias.shape)}")
-    if index.shape[:-1] != source.shape[:-1]:
-        raise ValueError(
-            f"{op}: index does not match source; expected {tuple(source.shape[:-1])} before K, got {tuple(index.shape)}"
-        )
-    for name, value in (("mask", mask), ("score", score)):
-        if value is not None:
-            _checks.check_shape(op, name, value, tuple(index.shape), "the shape of index")
 
 
 def edge_coefficient(
@@ -108,7 +69,7 @@ def edge_coefficient(
         [0.5, 0.5]
     """
     op = "edge_coefficient"
-    _check(source, target, index, vector, bias, mask, score)
+    _checks.check_edges(op, source, target, index, vector, bias, mask, score)
     _checks.check_choice(op, "norm", norm, NORMS)
     _checks.check_number(op, "eps", eps, positive=True)
     if eps < SMALLEST_EPS:
