@@ -272,7 +272,7 @@ class OpContract:
         inputs = self.inputs(variant)
         expected = run(self.subject, inputs, call)
         known = ops.csc(inputs["index"])
-        strided = tuple(torch.stack((value, torch.full_like(value, 2**30)), 1)[:, 0].long() for value in known)
+        strided = tuple(torch.stack((value.long(), torch.zeros_like(value).long()), 1)[:, 0] for value in known)
         for csc in (known, strided):
             got = run(self.subject, {**inputs, "csc": csc}, call, expected["given"])
             for name, value in expected.items():
