@@ -106,8 +106,9 @@ def _knn_graph(device: Any) -> Iterator[Variant]:
     asked = [(*case, _launch.choose("knn_graph", device, torch.float32, *case[:2])) for case in KNN_GRAPH]
     for entry in _launch.tuned_entries("knn_graph", device):
         asked += [(entry.nodes, entry.k, "additive", True, first, entry.sizes) for first in (True, False)]
-    for _, k, form, include_self, first, sizes in asked:
-        yield _merge(op.constants(k, form, include_self, first, sizes), sizes)
+    for nodes, k, form, include_self, first, sizes in asked:
+        if first or nodes > sizes.block_n:
+            yield _merge(op.constants(nodes, k, form, include_self, first, sizes), sizes)
 
 
 def _merge(constants: dict[str, Any], sizes: Any) -> Variant:
@@ -123,9 +124,14 @@ def _merge(constants: dict[str, Any], sizes: Any) -> Variant:
     )
 
 
+# projections as they leave a product, and plain ones
+RAW, PLAIN = {"NORMED": True, "SHIFT": True}, {"NORMED": False, "SHIFT": False}
+
 # pointers that have one type whatever the dtype of the features
 _FIXED = {
     **{f"{name}_ptr": "*fp32" for name in ("weight", "slope", "part", "row", "column", "dot", "coefficient")},
+    **{f"{name}_ptr": "*fp32" for name in ("inverse", "shift", "scale", "grad_shift", "grad_bias", "grad_vector")},
+    **{f"{name}_ptr": "*fp32" for name in ("vector", "bias", "grad_norm_weight", "grad_norm_bias")},
     **{f"{name}_ptr": "*fp32" for name in ("given", "mean", "rstd", "moment", "norm_weight", "norm_bias")},
     **{f"{name}_ptr": "*i32" for name in ("index", "indptr", "perm", "count", "degree")},
     "mask_ptr": "*fp32",
@@ -159,7 +165,7 @@ def _variant(
         {**constants, **sizes},
         options or tile.options(),
         tile.shared_bytes(),
-        ("width", "channels") if even else (),
+        ("width", "stride", "channels") if even else (),
     )
 
 
@@ -178,35 +184,31 @@ def _edge_weight(device: Any) -> Iterator[Variant]:
     name = "edge_weight"
     usual, *others = _tiles(name, device, (576, 75, 128), (576, 4, 24))
     for dtype in _DTYPES:
-        yield _variant(name, op._edge_weight_fwd_kernel, usual, dtype, {"MASK": "scores"})
-        everything = {"NORM": "none", "NEED_SOURCE": True, "NEED_PARAMETERS": True}
-        yield _variant(name, op._edge_weight_bwd_kernel_source, op.two_sums(usual), dtype, everything)
-        yield _variant(name, op._edge_weight_bwd_kernel_target, usual, dtype, {})
-    yield _variant(name, op._edge_weight_bwd_kernel_sum, usual, "fp32", {}, even=False)
-    yield _variant(name, op._edge_weight_fwd_kernel, usual, "fp32", {"MASK": "flags"}, even=False)
+        yield _variant(name, op._edge_weight_fwd_kernel, usual, dtype, {**RAW, "MASK": "scores"})
+        # as PDGR calls it, and as one op
+        for form, known in ((RAW, True), (PLAIN, False)):
+            everything = {**form, "SLOPES": known, "NEED_SOURCE": True, "NEED_PARAMETERS": True}
+            yield _variant(name, op._edge_weight_bwd_kernel_source, op.two_sums(usual), dtype, everything)
+            yield _variant(name, op._edge_weight_bwd_kernel_target, usual, dtype, form)
+    yield _variant(name, op._edge_weight_fwd_kernel, usual, "fp32", {**PLAIN, "MASK": "flags"}, even=False)
     for tile in others:
-        yield _variant(name, op._edge_weight_fwd_kernel, tile, "fp32", {"MASK": "none"})
+        yield _variant(name, op._edge_weight_fwd_kernel, tile, "fp32", {**PLAIN, "MASK": "none"})
 
 
 def _edge_coefficient(device: Any) -> Iterator[Variant]:
     from drseg_kernels import edge_coefficient as op
-    from drseg_kernels import edge_weight
 
     name = "edge_coefficient"
     usual, *others = _tiles(name, device, (576, 75, 128), (576, 4, 24))
+    forward = op._edge_coefficient_fwd_kernel
     for dtype in _DTYPES:
-        yield _variant(name, op._edge_coefficient_fwd_kernel, usual, dtype, {"NORM": "sym_row", "MASK": "scores"})
+        yield _variant(name, forward, usual, dtype, {"NORM": "sym_row", **RAW, "MASK": "scores"})
     for norm in ("row", "sym_count", "sym_inout"):
-        yield _variant(name, op._edge_coefficient_fwd_kernel, usual, "fp32", {"NORM": norm, "MASK": "scores"})
+        yield _variant(name, forward, usual, "fp32", {"NORM": norm, **RAW, "MASK": "scores"})
     for tile in others:
-        constants = {"NORM": "sym_row", "MASK": "none"}
-        yield _variant(name, op._edge_coefficient_fwd_kernel, tile, "fp32", constants, even=False)
-    # its backward is that of edge_weight, in the sizes of that op
-    (usual,) = _tiles("edge_weight", device, (576, 75, 128))[:1]
-    for norm in ("sym_row", "sym_inout", "sym_undirected"):
-        needs = {"NORM": norm, "NEED_SOURCE": True, "NEED_PARAMETERS": True}
-        kernel = edge_weight._edge_weight_bwd_kernel_source
-        yield _variant("edge_weight", kernel, edge_weight.two_sums(usual), "fp32", needs)
+        yield _variant(name, forward, tile, "fp32", {"NORM": "sym_row", **PLAIN, "MASK": "none"}, even=False)
+    (slots,) = _tiles("degree_normalize", device, (576, 75, 75))[:1]
+    yield _variant(name, op._edge_coefficient_bwd_kernel_slope, slots, "fp32", {})
 
 
 def _csc(device: Any) -> Iterator[Variant]:
@@ -253,6 +255,11 @@ def _graph_propagate(device: Any) -> Iterator[Variant]:
             for transpose in (False, True):
                 yield _variant(name, op._graph_propagate_fwd_kernel, tile, dtype, {"TRANSPOSE": transpose})
         yield _variant(name, op._graph_propagate_fwd_kernel, tile, "fp32", {"TRANSPOSE": False}, even=False)
+    for tile in _tiles("graph_gradients", device, (4096, 75, 384), (4096, 4, 24), (4096, 75, 1024)):
+        options, needs = tile.options(limit_registers=True), {"NEED_X": True, "NEED_DOT": True}
+        for transpose in (False, True):
+            constants = {"TRANSPOSE": transpose, **needs}
+            yield _variant(name, op._graph_propagate_bwd_kernel, tile, "fp32", constants, options=options)
     for tile in _tiles(dots, device, (4096, 75, 384)):
         options = tile.options(limit_registers=True)
         for dtype in _DTYPES:
@@ -274,11 +281,20 @@ def _graph_layer(device: Any) -> Iterator[Variant]:
         for dtype in (*_DTYPES, "fp16"):
             for end in ends if tile.block_n == 512 else (usual,):
                 yield variant(op._graph_layer_fwd_kernel, tile, dtype, end)
+    for tile in _tiles("graph_gradients", device, (4096, 75, 384), (4096, 4, 24), (4096, 75, 1024)):
+        for dtype in _DTYPES:
+            yield variant(
+                op._graph_layer_bwd_kernel_edges, tile, dtype, {"NEED_X": True, "NEED_DOT": True, "BIAS": True}
+            )
     for tile in _tiles("graph_layer_rows", device, (576, 75, 384), (576, 75, 2048)):
-        for activation in ("relu", "layer_norm"):
+        for activation, planes in (("relu", False), ("layer_norm", False), ("layer_norm", True)):
+            whole = tile.block_n < 1024
+            if planes and not whole:
+                continue
             everything = {"NEED_INNER": True, "NEED_PARAMETERS": True}
-            constants = {"ACTIVATION": activation, "WHOLE": tile.block_n < 1024, **everything}
-            yield variant(op._graph_layer_bwd_kernel_activation, tile, "fp32", constants)
+            constants = {"ACTIVATION": activation, "PLANES": planes, "WHOLE": whole, **everything}
+            sizes = op.rows_of_planes(tile) if planes else tile
+            yield variant(op._graph_layer_bwd_kernel_activation, sizes, "fp32", constants)
         yield variant(op._graph_layer_bwd_kernel_sum, tile, "fp32", {"BIAS": True})
     yield variant(op._graph_layer_fwd_kernel_norm, tile, "fp32", {})
     yield variant(op._graph_layer_bwd_kernel_moments, tile, "fp32", {})

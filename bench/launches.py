@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.aot_variants import Variant, _merge, _variant
+from bench.aot_variants import PLAIN, Variant, _merge, _variant
 from drseg_core.testing import Case
 
 
@@ -26,18 +26,17 @@ def _launched_knn_graph(device: Any, case: Case, sizes: Any, dtype: str) -> list
     from drseg_kernels import knn_graph as op
 
     tiles = (True, False) if sizes.block_n < case.nodes else (True,)
-    return [_merge(op.constants(case.neighbours, "additive", True, first, sizes), sizes) for first in tiles]
+    return [_merge(op.constants(case.nodes, case.neighbours, "additive", True, first, sizes), sizes) for first in tiles]
 
 
 def _launched_edge_weight(device: Any, case: Case, tile: Any, dtype: str) -> list[Variant]:
     from drseg_kernels import edge_weight as op
 
-    everything = {"NORM": "none", "NEED_SOURCE": True, "NEED_PARAMETERS": True}
+    everything = {**PLAIN, "SLOPES": False, "NEED_SOURCE": True, "NEED_PARAMETERS": True}
     rows: tuple[tuple[Any, Any, dict[str, Any]], ...] = (
-        (op._edge_weight_fwd_kernel, tile, {"MASK": "none"}),
+        (op._edge_weight_fwd_kernel, tile, {**PLAIN, "MASK": "none"}),
         (op._edge_weight_bwd_kernel_source, op.two_sums(tile), everything),
-        (op._edge_weight_bwd_kernel_target, tile, {}),
-        (op._edge_weight_bwd_kernel_sum, tile, {}),
+        (op._edge_weight_bwd_kernel_target, tile, PLAIN),
     )
     return [_variant("edge_weight", *row[:2], dtype, row[2], even=case.hidden % 16 == 0) for row in rows]
 
@@ -47,7 +46,7 @@ def _launched_edge_coefficient(device: Any, case: Case, tile: Any, dtype: str) -
     from drseg_kernels import degree_normalize as degrees
     from drseg_kernels import edge_coefficient as op
 
-    constants = {"NORM": "sym_row", "MASK": "none"}
+    constants = {"NORM": "sym_row", **PLAIN, "MASK": "none"}
     even = case.hidden % 16 == 0
     other = _launch.choose("degree_normalize", device, torch.float32, case.nodes, case.neighbours, case.neighbours)
     edges = degrees._degree_normalize_fwd_kernel_edges
@@ -99,12 +98,21 @@ def _launched_graph_layer(device: Any, case: Case, tile: Any, dtype: str) -> lis
     return found
 
 
+def _launched_graph_gradients(device: Any, case: Case, tile: Any, dtype: str) -> list[Variant]:
+    from drseg_kernels import graph_propagate as op
+
+    constants = {"TRANSPOSE": False, "NEED_X": True, "NEED_DOT": True}
+    kernel, even, options = op._graph_propagate_bwd_kernel, case.channels % 16 == 0, tile.options(True)
+    return [_variant("graph_propagate", kernel, tile, dtype, constants, even=even, options=options)]
+
+
 def _launched_graph_layer_rows(device: Any, case: Case, tile: Any, dtype: str) -> list[Variant]:
     from drseg_kernels import graph_layer as op
 
     even, options = case.channels % 16 == 0, tile.options(limit_registers=True)
     whole = case.channels <= tile.block_n
-    everything = {"ACTIVATION": "layer_norm", "WHOLE": whole, "NEED_INNER": True, "NEED_PARAMETERS": True}
+    everything = {"ACTIVATION": "layer_norm", "PLANES": False, "WHOLE": whole}
+    everything |= {"NEED_INNER": True, "NEED_PARAMETERS": True}
     rows: tuple[tuple[Any, dict[str, Any]], ...] = (
         *(() if whole else ((op._graph_layer_bwd_kernel_moments, {}),)),
         (op._graph_layer_bwd_kernel_activation, everything),
@@ -120,6 +128,7 @@ _LAUNCHED: dict[str, Callable[[Any, Case, Any, str], list[Variant]]] = {
     "degree_normalize": _launched_degree_normalize,
     "graph_propagate": _launched_graph_propagate,
     "graph_propagate_dot": _launched_graph_propagate_dot,
+    "graph_gradients": _launched_graph_gradients,
     "graph_layer": _launched_graph_layer,
     "graph_layer_rows": _launched_graph_layer_rows,
 }

@@ -18,7 +18,7 @@ TABLES = {
     "edge_weight": ("edge_weight",),
     "degree_normalize": ("degree_normalize",),
     "edge_coefficient": ("edge_coefficient",),
-    "graph_propagate": ("graph_propagate", "graph_propagate_dot"),
+    "graph_propagate": ("graph_propagate", "graph_propagate_dot", "graph_gradients"),
     "graph_layer": ("graph_layer", "graph_layer_rows"),
 }
 
@@ -62,6 +62,7 @@ _ASKED: dict[str, tuple[Callable[[Case], int], Callable[[Device, Case], Iterable
     "edge_coefficient": (lambda case: case.hidden, _edges),
     "graph_propagate": (lambda case: case.channels, _edges),
     "graph_propagate_dot": (lambda case: case.channels, _edges),
+    "graph_gradients": (lambda case: case.channels, _rows),
     "graph_layer": (lambda case: case.channels, _rows),
     "graph_layer_rows": (lambda case: case.channels, _rows),
 }

@@ -92,6 +92,11 @@ def _graph_propagate_dot(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes
     return (ops.graph_propagate_backward(grad, x, index, coefficient, False, [False, True])[1],)
 
 
+def _graph_gradients(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
+    given = (grad, inputs["x"], inputs["index"], inputs["coefficient"], False, [True, True])
+    return tuple(ops.graph_propagate_backward(*given, **sizes))
+
+
 def _layer(inputs: dict[str, Any], ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
     given = [inputs[name] for name in ("x", "index", "coefficient", "bias", "norm_weight", "norm_bias")]
     found: tuple[Tensor, ...] = ops.graph_layer(*given, "layer_norm", 1e-5, False, True, **sizes)
@@ -118,6 +123,7 @@ _CALLS: dict[str, tuple[str, Callable[..., tuple[Tensor, ...]]]] = {
     "edge_coefficient": ("edge_coefficient", _edge_coefficient),
     "graph_propagate": ("graph_propagate", _graph_propagate),
     "graph_propagate_dot": ("graph_propagate", _graph_propagate_dot),
+    "graph_gradients": ("graph_propagate", _graph_gradients),
     "graph_layer": ("graph_layer", _graph_layer),
     "graph_layer_rows": ("graph_layer", _graph_layer_rows),
 }

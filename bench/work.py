@@ -87,12 +87,12 @@ def _edge_weight_source(s: _Sizes) -> Work:
     return Work(chunks * _cdiv(s.case.hidden, s.n), (loop,), s.gathered(s.case.hidden))
 
 
+# in a kernel whose first programs add up chunks: few do, and most take no step of that loop
+_CHUNKS = Bound(0, 1)
+
+
 def _edge_weight_target(s: _Sizes) -> Work:
-    return Work(s.rows * _cdiv(s.case.hidden, s.n), (s.incoming(s.m),), s.gathered(s.case.hidden))
-
-
-def _edge_weight_sum(s: _Sizes) -> Work:
-    return Work(_cdiv(s.case.hidden + 1, s.n), (s.over(s.chunk()[1], s.m),))
+    return Work(s.rows * _cdiv(s.case.hidden, s.n), (_CHUNKS, s.incoming(s.m)), s.gathered(s.case.hidden))
 
 
 def _edge_coefficient(s: _Sizes) -> Work:
@@ -117,6 +117,19 @@ def _degree(s: _Sizes) -> Work:
 def _propagate(s: _Sizes) -> Work:
     loops = (s.incoming(s.m),) if s.constants["TRANSPOSE"] else (s.over(s.case.neighbours, s.m),)
     return Work(s.rows * _cdiv(s.case.channels, s.n), loops, s.gathered(s.case.channels))
+
+
+def _gradients(s: _Sizes) -> Work:
+    along = s.constants.get("TRANSPOSE", False)
+    return Work(s.rows, (s.over(s.case.neighbours, s.m) if along else s.incoming(s.m),), s.gathered(s.case.channels))
+
+
+def _layer_edges(s: _Sizes) -> Work:
+    return Work(s.rows, (_CHUNKS, s.incoming(s.m)), s.gathered(s.case.channels))
+
+
+def _slope(s: _Sizes) -> Work:
+    return Work(s.rows, (s.over(s.case.neighbours, s.n), s.incoming(s.n), s.over(s.case.neighbours, s.n)))
 
 
 def _dot(s: _Sizes) -> Work:
@@ -185,8 +198,8 @@ _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "_edge_weight_fwd_kernel": _edge_weight,
     "_edge_weight_bwd_kernel_source": _edge_weight_source,
     "_edge_weight_bwd_kernel_target": _edge_weight_target,
-    "_edge_weight_bwd_kernel_sum": _edge_weight_sum,
     "_edge_coefficient_fwd_kernel": _edge_coefficient,
+    "_edge_coefficient_bwd_kernel_slope": _slope,
     "_degree_normalize_fwd_kernel_row": _slots(2),
     "_degree_normalize_bwd_kernel_row": _slots(2),
     "_degree_normalize_fwd_kernel_scale": _scale,
@@ -194,11 +207,13 @@ _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "_degree_normalize_bwd_kernel_degree": _degree,
     "_degree_normalize_bwd_kernel_edges": _slots(1),
     "_graph_propagate_fwd_kernel": _propagate,
+    "_graph_propagate_bwd_kernel": _gradients,
     "_graph_propagate_bwd_kernel_dot": _dot,
     "_graph_layer_fwd_kernel": _layer,
     "_graph_layer_fwd_kernel_norm": _over_channels(3),
     "_graph_layer_bwd_kernel_moments": _over_channels(1),
     "_graph_layer_bwd_kernel_activation": _activation,
+    "_graph_layer_bwd_kernel_edges": _layer_edges,
     "_graph_layer_bwd_kernel_sum": _layer_sum,
 }
 
@@ -208,5 +223,5 @@ def work_of(variant: Variant, case: Case) -> Work | None:
     describe = _WORK.get(variant.kernel.__name__)
     if describe is None:
         return None
-    kinds = [variant.types[name] for name in ("x_ptr", "end_ptr", "target_ptr") if name in variant.types]
+    kinds = [variant.types[name] for name in ("inner_ptr", "x_ptr", "end_ptr", "target_ptr") if name in variant.types]
     return describe(_Sizes(case, variant.constants, _BYTES[kinds[0][1:]] if kinds else 4))

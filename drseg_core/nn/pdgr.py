@@ -37,6 +37,53 @@ _FORM: dict[str, Literal["additive", "gauss", "multiplicative", "product"]] = {
 }
 
 
+class _Joined(torch.autograd.Function):
+    """Two matrices of one size of which the second lies right behind the first in memory, as the one they are there."""
+
+    @staticmethod
+    def forward(first: Tensor, second: Tensor) -> Tensor:
+        return first.detach().as_strided((len(first) + len(second), first.shape[1]), first.stride())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = grad.chunk(2)
+        return first, second
+
+
+def _adjacent(first: Tensor, second: Tensor) -> bool:
+    """Whether two matrices are rows of one; tensors of other kinds have no memory to ask about."""
+    if any(type(half) not in (Tensor, nn.Parameter) or half.is_meta for half in (first, second)):
+        return False
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    if not first.is_contiguous() or not second.is_contiguous():
+        return False
+    behind = int(second.storage_offset()) == int(first.storage_offset()) + first.numel()
+    return behind and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+
+
+def _stacked(first: Tensor, second: Tensor) -> Tensor:
+    """The rows of two matrices in one."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not _adjacent(first, second):
+        return torch.cat([first, second])
+    joined: Tensor = _Joined.apply(first, second)
+    return joined
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` (B, N, C) times ``weight`` (E, C); what lies in memory as (B, C, N) is read as it lies."""
+    if x.is_contiguous() or x.stride(1) != 1:
+        return F.linear(x, weight)
+    if torch.is_autocast_enabled(x.device.type):
+        # autocast would make a copy for every image
+        weight = weight.to(torch.get_autocast_dtype(x.device.type))
+    return torch.bmm(x, weight.t().expand(x.shape[0], -1, -1))
+
+
 class PDGR(nn.Module):
     """Rectifies a feature map by message passing on a graph that a frozen prior lays over it.
 
@@ -156,6 +203,7 @@ class PDGR(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.output_norm = nn.LayerNorm(channels)
         self.norm_scale = norm_scale
+        self._join_halves()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -173,6 +221,20 @@ class PDGR(nn.Module):
             nn.init.zeros_(bias)
         self.output_norm.reset_parameters()
         nn.init.constant_(self.output_norm.weight, self.norm_scale)
+
+    def _join_halves(self) -> None:
+        """Put the halves of the edge MLP's first layer behind each other in memory, so that one product serves both."""
+        halves = self.edge_source.weight, self.edge_target.weight
+        if all(type(half) is nn.Parameter and not half.is_meta for half in halves) and not _adjacent(*halves):
+            with torch.no_grad():
+                joined = torch.cat(halves)
+            halves[0].data, halves[1].data = joined.split([len(half) for half in halves])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PDGR:
+        # what moves or casts parameters does so one by one
+        super()._apply(fn, recurse)
+        self._join_halves()
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         # it was a single number in older checkpoints
@@ -245,18 +307,26 @@ class PDGR(nn.Module):
             pad=True,
             backend=self.backend,
         )
+        both = _stacked(self.edge_source.weight, self.edge_target.weight)
         if self.normalize_prior:
-            source = prepared.linear(self.edge_source.weight, self.edge_source.bias)
-            target = prepared.linear(self.edge_target.weight)
+            halves, inverse_norm = prepared.project(both)
         else:
-            given = nodes.to(self.edge_vector.dtype)
-            source, target = self.edge_source(given), self.edge_target(given)
-        edges = (source, target, index, self.edge_vector, self.edge_bias)
+            halves, inverse_norm = _linear(nodes.to(both.dtype), both), None
+        edges: dict[str, Any] = {
+            "source": halves,
+            "target": None,
+            "index": index,
+            "vector": self.edge_vector,
+            "bias": self.edge_bias,
+            "inverse_norm": inverse_norm,
+            "source_bias": self.edge_source.bias,
+            "score": score,
+        }
         lists = columns_of(index, self.backend) if columns else None
         if not self.use_affinity_as_weight and self.self_loop != "extra":
             options: dict[str, Any] = {"norm": self.norm, "csc": lists, "backend": self.backend}
-            return Graph(index, edge_coefficient(*edges, score=score, **options), lists)
-        weight = edge_weight(*edges, score=score, csc=lists, backend=self.backend)
+            return Graph(index, edge_coefficient(**edges, **options), lists)
+        weight = edge_weight(**edges, csc=lists, backend=self.backend)
         if self.use_affinity_as_weight:
             weight = weight * self._affinity(score)
         if self.self_loop == "extra":
@@ -274,14 +344,14 @@ class PDGR(nn.Module):
         # what goes against the edges more than once: gradients, and the layers of an undirected graph
         columns = self.norm == "sym_undirected" or torch.is_grad_enabled()
         graph = self.graph(prior, columns=columns)
-        x = features.flatten(2).transpose(1, 2)
+        coefficient, x = graph.coefficient, features.flatten(2).transpose(1, 2)
         for layer, weight in enumerate(self.weights):
             last = layer == len(self.weights) - 1
-            x = F.linear(x, weight)
-            x = graph_layer(
+            x = _linear(x, weight)
+            x, coefficient = graph_layer(
                 x,
                 graph.index,
-                graph.coefficient,
+                coefficient,
                 None if self.biases is None else self.biases[layer],
                 norm.weight if last else None,
                 norm.bias if last else None,
@@ -289,6 +359,7 @@ class PDGR(nn.Module):
                 eps=norm.eps,
                 undirected=undirected,
                 csc=graph.csc,
+                hand_on=True,
                 backend=self.backend,
             )
             if not last:

@@ -135,29 +135,44 @@ def check_number(op: str, name: str, value: object, *, positive: bool = False) -
 def check_edges(
     op: str,
     source: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     index: Tensor,
     vector: Tensor,
     bias: Tensor,
+    inverse_norm: Tensor | None,
+    source_bias: Tensor | None,
     mask: Tensor | None,
     score: Tensor | None,
 ) -> None:
     """The arguments of the ops that weigh edges."""
-    check_tensor(op, "source", source, ("B", "N", "E"))
-    check_tensor(op, "target", target, ("B", "N", "E"))
+    check_tensor(op, "source", source, ("B", "N", "E" if target is not None else "2E"))
     check_tensor(op, "index", index, ("B", "N", "K"), INDEX_DTYPES)
     check_tensor(op, "vector", vector, ("E",))
     check_tensor(op, "bias", bias, None)
+    width = source.shape[-1]
+    if target is not None:
+        check_tensor(op, "target", target, ("B", "N", "E"))
+        check_shape(op, "target", target, tuple(source.shape), "the shape of source")
+    elif width % 2:
+        raise ValueError(f"{op}: source is no two halves; expected (..., 2E) where target is None, got {width} columns")
+    else:
+        width //= 2
+    if inverse_norm is not None:
+        check_tensor(op, "inverse_norm", inverse_norm, ("B", "N"), (torch.float32, torch.float64))
+        check_shape(op, "inverse_norm", inverse_norm, tuple(source.shape[:-1]), "the shape of source before E")
+    if source_bias is not None:
+        check_tensor(op, "source_bias", source_bias, ("E",))
+        check_shape(op, "source_bias", source_bias, (width,), "(E,)")
     if mask is not None:
         check_tensor(op, "mask", mask, ("B", "N", "K"), (torch.bool,))
     if score is not None:
         check_tensor(op, "score", score, ("B", "N", "K"))
         if mask is not None:
             raise ValueError(f"{op}: score and mask say the same; expected one of them, got both")
-    check_same_device(op, source=source, target=target, index=index, vector=vector, bias=bias, mask=mask, score=score)
-    check_no_tangent(op, source=source, target=target, vector=vector, bias=bias)
-    check_shape(op, "target", target, tuple(source.shape), "the shape of source")
-    check_shape(op, "vector", vector, (source.shape[-1],), "(E,)")
+    given = {"source": source, "target": target, "vector": vector, "bias": bias, "source_bias": source_bias}
+    check_same_device(op, **given, index=index, inverse_norm=inverse_norm, mask=mask, score=score)
+    check_no_tangent(op, **{name: value for name, value in given.items() if value is not None})
+    check_shape(op, "vector", vector, (width,), "(E,)")
     if bias.numel() != 1:
         raise ValueError(f"{op}: bias has the wrong shape; expected () or (1,), got {tuple(bias.shape)}")
     if index.shape[:-1] != source.shape[:-1]:

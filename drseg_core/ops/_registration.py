@@ -135,13 +135,6 @@ def columns(indptr: Tensor | None, perm: Tensor | None) -> tuple[Tensor, Tensor]
     return None if indptr is None or perm is None else (indptr.contiguous(), perm.contiguous())
 
 
-def flags_of(mask: Tensor | None, backend: str) -> Tensor | None:
-    """A mask as a backend takes it: scores in its place, -inf where there is no edge, are read by our kernels alone."""
-    if mask is None or mask.dtype == torch.bool or backend == "triton":
-        return mask
-    return mask.ne(-torch.inf)
-
-
 def asked_for(grads: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
     """What a backend's backward gave, empty where it was not asked for; there it may be anything."""
     return tuple(value if need else value.new_empty(0) for value, need in zip(grads, output_mask, strict=True))

@@ -55,8 +55,8 @@ def _lazy(op: str, function: str) -> Run:
     return lambda *arguments: found()(*arguments)
 
 
-def backend(op: str, backward: bool = True) -> Backend:
-    """The launchers ``<op>`` and ``<op>_backward`` of ``drseg_kernels.<op>``."""
+def backend(op: str, backward: bool = True, **traits: bool) -> Backend:
+    """The launchers ``<op>`` and ``<op>_backward`` of ``drseg_kernels.<op>``; ``traits`` as in ``Backend``."""
     run_backward = _lazy(op, f"{op}_backward") if backward else None
     # on a CPU they are interpreted, for tests
-    return Backend("triton", _lazy(op, op), run_backward, why_not, DTYPES, by_name_only=("cpu",))
+    return Backend("triton", _lazy(op, op), run_backward, why_not, DTYPES, ("cpu",), **traits)

@@ -10,9 +10,10 @@ A table is ``tuned/<architecture>/<table>.json``, e.g. ``tuned/sm_90/graph_layer
 An entry is for the dtype and the width (``channels``: E, C or K, see ``rule``) that it was timed for and for no other,
 and for at most its ``nodes`` and ``k``. Of those that apply the first one counts that was timed on this very device
 (``device``, which may be missing), else the first of the architecture. ``knn_graph`` has a ``Selection`` and no
-``channels``, every other op a ``Tile``; beside the tables of the ops there are ``graph_propagate_dot`` for the gradient
-to coefficients and ``graph_layer_rows`` for what ``graph_layer`` does row by row. The rules are what was fastest or
-nearly so on an H100 (2026-11), ``graph_layer``'s by arithmetic.
+``channels``, every other op a ``Tile``; beside the tables of the ops there are ``graph_gradients`` for both gradients
+of a propagation in one, ``graph_propagate_dot`` for that to coefficients alone, and ``graph_layer_rows`` for what
+``graph_layer`` does row by row. The rules are what was fastest or nearly so on an H100 (2026-11), those of
+``graph_layer`` and ``graph_gradients`` by arithmetic.
 """
 
 from __future__ import annotations
@@ -44,8 +45,6 @@ LARGEST_GRID_Y = 65_535
 # result of which is compared bit for bit with another backend's.
 FMA = {"enable_fp_fusion": True}
 
-# Values of a tile per thread: enough loads in flight to hide the memory, few enough to stay in registers.
-_VALUES_PER_THREAD = 32
 
 # block_m, block_n and warps of the ops on edges. Small programs: what counts is how many loads are under way on the
 # whole device. Twice to eight times as large ones took 1.25 to 2.4 times as long.
@@ -211,9 +210,9 @@ def rule(table: str, device: Device, nodes: int, k: int, width: int) -> Any:
     if device.interpreted:
         # whole rows, and all edges of a node where they are few
         return Tile(min(128, max(4, power_of_two_from(k))), whole, 4)
-    if table == "graph_layer":
-        rows = min(max(1, 4 * 32 * _VALUES_PER_THREAD // whole), max(4, power_of_two_from(k)))
-        return Tile(rows, whole, max(1, min(4, rows * whole // (32 * _VALUES_PER_THREAD))))
+    if table in ("graph_layer", "graph_gradients"):
+        # one warp, so that its sums over a row need no barrier; 32 values of a thread are on their way at a time
+        return Tile(min(max(1, 1024 // whole), max(4, power_of_two_from(k))), whole, 1)
     rows, columns, warps = _EDGES[table]
     return Tile(min(rows, max(4, power_of_two_from(k))), min(columns, max(16, power_of_two_from(width))), warps)
 

@@ -8,7 +8,6 @@ in steps of BLOCK_N, then a tree over the BLOCK_N.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -125,6 +124,46 @@ def _degree_normalize_fwd_kernel_edges(
         tl.store(coefficient_ptr + edge, value, mask=slot)
 
 
+@triton.jit
+def to_degrees(
+    grad_ptr,
+    weight_ptr,
+    index_ptr,
+    indptr_ptr,
+    perm_ptr,
+    start_ptr,
+    end_ptr,
+    node,
+    sample,
+    nodes,
+    slots,
+    BLOCK_N: tl.constexpr,
+):
+    """Sums of gradient times weight times the scale of the other end: over the edges that leave a node, and over those
+    that end in it."""
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, slots, BLOCK_N):
+        k = first + tl.arange(0, BLOCK_N)
+        slot = k < slots
+        edge = node * slots + k
+        other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
+        share = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
+        share = share * tl.load(weight_ptr + edge, mask=slot, other=0.0).to(tl.float32)
+        total += share * tl.load(end_ptr + other, mask=slot, other=0.0)
+    leaving = tl.sum(total, axis=0)
+
+    last = tl.load(indptr_ptr + node + 1).to(tl.int64)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(tl.load(indptr_ptr + node).to(tl.int64), last, BLOCK_N):
+        place = first + tl.arange(0, BLOCK_N)
+        incoming = place < last
+        edge = tl.load(perm_ptr + place, mask=incoming, other=0)
+        share = tl.load(grad_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
+        share = share * tl.load(weight_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
+        total += share * tl.load(start_ptr + edge // slots, mask=incoming, other=0.0)
+    return leaving, tl.sum(total, axis=0)
+
+
 @triton.jit(do_not_specialize=["nodes", "slots"])
 def _degree_normalize_bwd_kernel_degree(
     grad_ptr,
@@ -149,30 +188,23 @@ def _degree_normalize_bwd_kernel_degree(
     sample = (node // nodes).to(tl.int64) * nodes
     node = node.to(tl.int64)
     start, end = tl.load(start_ptr + node), tl.load(end_ptr + node)
-
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(0, slots, BLOCK_N):
-        k = first + tl.arange(0, BLOCK_N)
-        slot = k < slots
-        edge = node * slots + k
-        other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
-        share = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
-        share = share * tl.load(weight_ptr + edge, mask=slot, other=0.0).to(tl.float32)
-        total += share * tl.load(end_ptr + other, mask=slot, other=0.0)
+    sums = to_degrees(
+        grad_ptr,
+        weight_ptr,
+        index_ptr,
+        indptr_ptr,
+        perm_ptr,
+        start_ptr,
+        end_ptr,
+        node,
+        sample,
+        nodes,
+        slots,
+        BLOCK_N,
+    )
     # d(degree ** -1/2) = -1/2 degree ** -3/2
-    to_start = -0.5 * (start * start * start) * tl.sum(total, axis=0)
-
-    last = tl.load(indptr_ptr + node + 1).to(tl.int64)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(tl.load(indptr_ptr + node).to(tl.int64), last, BLOCK_N):
-        place = first + tl.arange(0, BLOCK_N)
-        incoming = place < last
-        edge = tl.load(perm_ptr + place, mask=incoming, other=0)
-        share = tl.load(grad_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
-        share = share * tl.load(weight_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
-        total += share * tl.load(start_ptr + edge // slots, mask=incoming, other=0.0)
-    to_end = -0.5 * (end * end * end) * tl.sum(total, axis=0)
-
+    to_start = -0.5 * (start * start * start) * sums[0]
+    to_end = -0.5 * (end * end * end) * sums[1]
     if NORM == "sym_row":
         tl.store(row_ptr + node, to_start + to_end)
     elif NORM == "sym_inout":
@@ -181,19 +213,6 @@ def _degree_normalize_bwd_kernel_degree(
     else:
         # half of the coefficient, and half of the degree
         tl.store(row_ptr + node, (to_start + to_end) * 0.25)
-
-
-@triton.jit
-def weight_gradient(grad_ptr, end_ptr, column_ptr, edge, slot, other, start, through_row, NORM: tl.constexpr):
-    """Gradient to the weights of some edges of one node: directly, and through the degrees of both ends."""
-    value = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
-    value = value * start * tl.load(end_ptr + other, mask=slot, other=0.0)
-    if NORM == "sym_undirected":
-        value = value * 0.5
-    value = value + through_row
-    if NORM != "sym_row":
-        value = value + tl.load(column_ptr + other, mask=slot, other=0.0)
-    return value
 
 
 @triton.jit(do_not_specialize=["nodes", "slots"])
@@ -210,7 +229,7 @@ def _degree_normalize_bwd_kernel_edges(
     NORM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Gradient (B * N, slots) to the weights of one node's edges."""
+    """Gradient (B * N, slots) to the weights of one node's edges: directly, and through the degrees of both ends."""
     node = tl.program_id(0)
     sample = (node // nodes).to(tl.int64) * nodes
     node = node.to(tl.int64)
@@ -220,25 +239,14 @@ def _degree_normalize_bwd_kernel_edges(
         slot = k < slots
         edge = node * slots + k
         other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
-        value = weight_gradient(grad_ptr, end_ptr, column_ptr, edge, slot, other, near, through_row, NORM)
+        value = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
+        value = value * near * tl.load(end_ptr + other, mask=slot, other=0.0)
+        if NORM == "sym_undirected":
+            value = value * 0.5
+        value = value + through_row
+        if NORM != "sym_row":
+            value = value + tl.load(column_ptr + other, mask=slot, other=0.0)
         tl.store(grad_weight_ptr + edge, value, mask=slot)
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What leads a gradient of the coefficients to the weights, for the norms with a degree at both ends of an edge.
-
-    Args:
-        norm: ``sym_row``, ``sym_inout`` or ``sym_undirected``.
-        start, end: (B * N,) scales of a node at the start and at the end of an edge.
-        row, column: (B * N,) gradients to its degrees there; one tensor where the degrees are one.
-    """
-
-    norm: str
-    start: Tensor
-    end: Tensor
-    row: Tensor
-    column: Tensor
 
 
 def scales(
@@ -306,36 +314,6 @@ def degree_normalize(
     return coefficient
 
 
-def through_degrees(
-    grad: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    norm: str,
-    start: Tensor,
-    end: Tensor,
-    csc: tuple[Tensor, Tensor],
-    common: dict[str, Any],
-) -> Ends:
-    """Gradients to the degrees; ``grad`` and ``weight`` contiguous, the scales as ``scales`` gives them."""
-    row = torch.empty_like(start)
-    column = torch.empty_like(start) if norm == "sym_inout" else row
-    _degree_normalize_bwd_kernel_degree[(start.numel(),)](
-        grad,
-        weight,
-        index.contiguous(),
-        *csc,
-        start,
-        end,
-        row,
-        column,
-        index.shape[1],
-        index.shape[2],
-        NORM=norm,
-        **common,
-    )
-    return Ends(norm, start, end, row, column)
-
-
 def degree_normalize_backward(
     grad: Tensor,
     weight: Tensor,
@@ -344,9 +322,14 @@ def degree_normalize_backward(
     eps: float,
     csc: tuple[Tensor, Tensor] | None = None,
     *,
+    known: tuple[Tensor, Tensor] | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Gradient (B, N, K) to ``weight`` in its dtype, through the degrees of both ends; arguments as in the forward."""
+    """Gradient (B, N, K) to ``weight`` in its dtype, through the degrees of both ends.
+
+    ``known`` are the scales (B * N,) of both ends of an edge, if somebody has them; the other arguments as in the
+    forward.
+    """
     slots = index.shape[2]
     if norm == "sym_count":
         return (grad.float() / max(slots, 1)).to(weight.dtype)
@@ -361,19 +344,12 @@ def degree_normalize_backward(
             _degree_normalize_bwd_kernel_row[(rows,)](grad, weight, grad_weight, slots, eps, **common)
             return grad_weight
         csc = csc or columns_of(index)
-        start, end = scales(weight, index, norm, eps, csc, common)
-        ends = through_degrees(grad, weight, index, norm, start, end, csc, common)
-        _degree_normalize_bwd_kernel_edges[(rows,)](
-            grad,
-            index.contiguous(),
-            start,
-            end,
-            ends.row,
-            ends.column,
-            grad_weight,
-            index.shape[1],
-            slots,
-            NORM=norm,
-            **common,
-        )
+        start, end = known or scales(weight, index, norm, eps, csc, common)
+        row, near = torch.empty_like(start), index.contiguous()
+        # the two are one where a node has one degree
+        column = torch.empty_like(start) if norm == "sym_inout" else row
+        degrees = (start, end, row, column)
+        sizes = (index.shape[1], slots)
+        _degree_normalize_bwd_kernel_degree[(rows,)](grad, weight, near, *csc, *degrees, *sizes, NORM=norm, **common)
+        _degree_normalize_bwd_kernel_edges[(rows,)](grad, near, *degrees, grad_weight, *sizes, NORM=norm, **common)
     return grad_weight

@@ -3,8 +3,9 @@
 
 Forward: a program is a node; it computes the weights of its slots and, from the registers, their sum. A degree at the
 other end of an edge is another program's, so the coefficients take a second launch, and ``sym_inout`` and
-``sym_undirected``, whose degrees count incoming edges, a third between the two. Backward: one launch for the gradients
-of the degrees; what leads from there through the coefficients to the weights happens inside ``edge_weight``'s backward.
+``sym_undirected``, whose degrees count incoming edges, a third between the two. Backward: ``sym_row`` has one degree a
+node, so that one launch leads the gradient through it to the weights and on to the logits; the other norms take
+``degree_normalize``'s. The rest is ``edge_weight``'s.
 
 The order of every sum is that of the two ops.
 """
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from drseg_kernels._blocks import softplus_slope, within
 from drseg_kernels._launch import Tile, on_device_of, sizes_of
 from drseg_kernels.csc import csc as columns_of
 from drseg_kernels.degree_normalize import (
@@ -26,9 +28,9 @@ from drseg_kernels.degree_normalize import (
     common_of,
     degree_normalize_backward,
     scales,
-    through_degrees,
+    to_degrees,
 )
-from drseg_kernels.edge_weight import edge_weight_backward, mask_of, weights_of
+from drseg_kernels.edge_weight import Halves, edge_weight_backward, laid_out, mask_of, weights_of
 
 # scales that the backward needs: one per node, or one for each end of an edge; it finds the degrees of ``row`` itself
 ENDS = {"sym_row": 1, "sym_undirected": 1, "sym_inout": 2, "row": 0, "sym_count": 0}
@@ -38,6 +40,8 @@ ENDS = {"sym_row": 1, "sym_undirected": 1, "sym_inout": 2, "row": 0, "sym_count"
 def _edge_coefficient_fwd_kernel(
     source_ptr,
     target_ptr,
+    inverse_ptr,
+    shift_ptr,
     index_ptr,
     vector_ptr,
     bias_ptr,
@@ -48,8 +52,11 @@ def _edge_coefficient_fwd_kernel(
     nodes,
     slots,
     width,
+    stride,
     eps,
     NORM: tl.constexpr,
+    NORMED: tl.constexpr,
+    SHIFT: tl.constexpr,
     MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -63,6 +70,8 @@ def _edge_coefficient_fwd_kernel(
         weight = weights_of(
             source_ptr,
             target_ptr,
+            inverse_ptr,
+            shift_ptr,
             index_ptr,
             vector_ptr,
             bias_ptr,
@@ -72,6 +81,9 @@ def _edge_coefficient_fwd_kernel(
             nodes,
             slots,
             width,
+            stride,
+            NORMED,
+            SHIFT,
             MASK,
             BLOCK_M,
             BLOCK_N,
@@ -87,9 +99,54 @@ def _edge_coefficient_fwd_kernel(
         tl.store(start_ptr + node, 1.0 / (tl.sum(total, axis=0) + eps))
 
 
+@triton.jit(do_not_specialize=["nodes", "slots"])
+def _edge_coefficient_bwd_kernel_slope(
+    grad_ptr,
+    weight_ptr,
+    index_ptr,
+    indptr_ptr,
+    perm_ptr,
+    scale_ptr,
+    slope_ptr,
+    nodes,
+    slots,
+    BLOCK_N: tl.constexpr,
+):
+    """slope (B * N, slots) of the edges of one node with norm ``sym_row``: gradients of the logits, directly and
+    through the one degree of the node, which its edges in both directions have a share in."""
+    node = tl.program_id(0)
+    sample = (node // nodes).to(tl.int64) * nodes
+    node = node.to(tl.int64)
+    scale = tl.load(scale_ptr + node)
+    through = to_degrees(
+        grad_ptr,
+        weight_ptr,
+        index_ptr,
+        indptr_ptr,
+        perm_ptr,
+        scale_ptr,
+        scale_ptr,
+        node,
+        sample,
+        nodes,
+        slots,
+        BLOCK_N,
+    )
+    # d(degree ** -1/2) = -1/2 degree ** -3/2
+    through_degree = -0.5 * (scale * scale * scale) * (through[0] + through[1])
+    for first in range(0, slots, BLOCK_N):
+        k = first + tl.arange(0, BLOCK_N)
+        slot = k < slots
+        edge = node * slots + k
+        other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
+        value = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
+        value = value * scale * tl.load(scale_ptr + other, mask=slot, other=0.0) + through_degree
+        weight = tl.load(weight_ptr + edge, mask=slot, other=0.0)
+        tl.store(slope_ptr + edge, value * softplus_slope(weight), mask=slot)
+
+
 def edge_coefficient(
-    source: Tensor,
-    target: Tensor,
+    halves: Halves,
     index: Tensor,
     vector: Tensor,
     bias: Tensor,
@@ -103,28 +160,26 @@ def edge_coefficient(
     """Coefficients (B, N, K), weights (B, N, K) and scales (S, B, N) with S from ``ENDS``, in float32.
 
     Args:
-        source, target: (B, N, E) float32, float16 or bfloat16. vector: (E,). bias: one number.
-        index: (B, N, K) int32 or int64, clamped into [0, N). mask: (B, N, K) bool or scores, or None.
+        halves, index, vector, bias, mask: as in ``edge_weight``.
         norm, eps: as in ``degree_normalize``.
         csc: columns of the graph; made here where they are needed and None.
         tile: sizes of a program; by default those of the architecture's table, then a rule.
     """
     batch, nodes, slots = index.shape
-    width = source.shape[-1]
-    like: dict[str, Any] = {"dtype": torch.float32, "device": source.device}
+    like: dict[str, Any] = {"dtype": torch.float32, "device": index.device}
     weight, coefficient = torch.empty(index.shape, **like), torch.empty(index.shape, **like)
     scale = torch.empty(ENDS[norm], batch, nodes, **like)
     if weight.numel() == 0:
         return coefficient, weight, scale.fill_(eps**-0.5)
-    chosen = tile or sizes_of("edge_coefficient", source.device, source.dtype, nodes, slots, width)
+    rows, flags, width, stride = laid_out(halves)
+    chosen = tile or sizes_of("edge_coefficient", index.device, rows[0].dtype, nodes, slots, width)
     near = index.contiguous()
     present, kind = mask_of(mask, near)
     start = scale[0] if ENDS[norm] else torch.empty(batch, nodes, **like) if norm == "row" else weight
     common = common_of(weight, index)
-    with on_device_of(source):
+    with on_device_of(index):
         _edge_coefficient_fwd_kernel[(batch * nodes,)](
-            source.contiguous(),
-            target.contiguous(),
+            *rows,
             near,
             vector.contiguous(),
             bias,
@@ -135,9 +190,11 @@ def edge_coefficient(
             nodes,
             slots,
             width,
+            stride,
             eps,
             NORM=norm,
             MASK=kind,
+            **flags,
             **chosen.constants(),
             **chosen.options(),
         )
@@ -156,8 +213,7 @@ def edge_coefficient_backward(
     grad: Tensor,
     weight: Tensor,
     scale: Tensor,
-    source: Tensor,
-    target: Tensor,
+    halves: Halves,
     index: Tensor,
     vector: Tensor,
     bias: Tensor,
@@ -167,22 +223,26 @@ def edge_coefficient_backward(
     csc: tuple[Tensor, Tensor] | None = None,
     *,
     tile: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to ``source``, ``target``, ``vector`` and ``bias`` in their dtypes.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to ``source``, ``target``, ``vector``, ``bias`` and ``source_bias`` in their dtypes.
 
     Args:
         grad: (B, N, K), of the coefficients. weight, scale: as the forward returned them. The other arguments as there.
-        output_mask: which gradients to compute; the others are empty, ``vector`` and ``bias`` if neither is asked.
+        output_mask: as in ``edge_weight_backward``.
     """
-    ends = None
-    if index.numel() and ENDS[norm]:
-        grad = grad.contiguous()
-        start, end = scale[0].flatten(), scale[-1].flatten()
+    slope = None
+    if index.numel() and norm == "sym_row":
+        slope, near = torch.empty_like(weight), index.contiguous()
         csc = csc or columns_of(index)
-        with on_device_of(source):
-            ends = through_degrees(grad, weight, index, norm, start, end, csc, common_of(weight, index))
+        common = common_of(weight, index)
+        with on_device_of(index):
+            _edge_coefficient_bwd_kernel_slope[(index.shape[0] * index.shape[1],)](
+                grad.contiguous(), weight, near, *csc, scale, slope, *index.shape[1:], **common
+            )
+    elif index.numel() and ENDS[norm]:
+        csc = csc or columns_of(index)
+        known = (scale[0].flatten(), scale[-1].flatten())
+        grad = degree_normalize_backward(grad, weight, index, norm, eps, csc, known=known)
     else:
         grad = degree_normalize_backward(grad, weight, index, norm, eps)
-    return edge_weight_backward(
-        grad, weight, source, target, index, vector, bias, output_mask, csc, ends=ends, tile=tile
-    )
+    return edge_weight_backward(grad, weight, halves, index, vector, bias, output_mask, csc, slope=slope, tile=tile)

@@ -2,15 +2,17 @@
 """Propagation with what follows it in one launch: bias, then ReLU or LayerNorm (arXiv 2604.02010, Eq. 9).
 
 Forward, one launch: the sums of ``graph_propagate``; a program that holds whole rows normalises them before it writes.
-Rows that are wider than a program take a second launch. Backward: one launch leads the gradient through LayerNorm or
-ReLU and adds up chunks of rows for the parameters, one adds the chunks in ascending order, and the rest is the backward
-of ``graph_propagate``.
+Rows that are wider than a program take a second launch. Backward, two launches: one leads the gradient through
+LayerNorm or ReLU and adds up chunks of rows for the parameters; one is the backward of ``graph_propagate``, and some of
+its programs add the chunks in ascending order. What is wide or undirected takes more.
 
-LayerNorm keeps what it was given, in float32 whatever the dtype of the features, and each row's mean and rstd.
+LayerNorm keeps what it was given, in float32 whatever the dtype of the features, and each row's mean and rstd. Its
+gradient goes on in bfloat16 where it came so, otherwise in float32.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from drseg_kernels._launch import Tile, on_device_of, sizes_of
 from drseg_kernels.csc import csc as columns_of
-from drseg_kernels.graph_propagate import edge_dot, gathered_sum, graph_propagate
+from drseg_kernels.graph_propagate import edge_dot, empty_gradients, gathered_gradients, gathered_sum, graph_propagate
 
 # chunks of rows whose contributions to the gradients of the parameters are summed apart: enough to fill a device
 _MOST_CHUNKS = 1024
@@ -169,7 +171,7 @@ def _graph_layer_bwd_kernel_moments(
     tl.store(moment_ptr + node * 2 + 1, tl.sum(along, axis=0) * share)
 
 
-@triton.jit(do_not_specialize=["rows", "chunk"])
+@triton.jit(do_not_specialize=["rows", "nodes", "chunk", "image_stride"])
 def _graph_layer_bwd_kernel_activation(
     grad_ptr,
     y_ptr,
@@ -181,9 +183,13 @@ def _graph_layer_bwd_kernel_activation(
     inner_ptr,
     part_ptr,
     rows,
+    nodes,
     chunk,
     channels,
+    image_stride,
+    plane_stride,
     ACTIVATION: tl.constexpr,
+    PLANES: tl.constexpr,
     WHOLE: tl.constexpr,
     NEED_INNER: tl.constexpr,
     NEED_PARAMETERS: tl.constexpr,
@@ -193,7 +199,8 @@ def _graph_layer_bwd_kernel_activation(
     """Some channels of a chunk of rows: inner (rows, channels), the gradient before the activation; and in part
     (chunks, 3, channels) the chunk's contributions to the gradients of bias, norm_weight and norm_bias.
 
-    WHOLE: a program holds whole rows; otherwise LayerNorm takes their ``moment``.
+    WHOLE: a program holds whole rows; otherwise LayerNorm takes their ``moment``. PLANES: grad lies as the map (B,
+    channels, N) of which it is the gradient.
     """
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = c < channels
@@ -208,7 +215,13 @@ def _graph_layer_bwd_kernel_activation(
         row = (place < chunk) & (node < rows)
         both = row[:, None] & channel[None, :]
         at = (node * channels)[:, None] + c[None, :]
-        grad = tl.load(grad_ptr + at, mask=both, other=0.0).to(tl.float32)
+        if PLANES:
+            image = node // nodes
+            begins = image * image_stride + (node - image * nodes)
+            from_map = begins[:, None] + (c.to(tl.int64) * plane_stride)[None, :]
+            grad = tl.load(grad_ptr + from_map, mask=both, other=0.0).to(tl.float32)
+        else:
+            grad = tl.load(grad_ptr + at, mask=both, other=0.0).to(tl.float32)
         if ACTIVATION == "relu":
             # NaN is not off
             grad = tl.where(tl.load(y_ptr + at, mask=both, other=0.0).to(tl.float32) <= 0.0, 0.0, grad)
@@ -240,12 +253,13 @@ def _graph_layer_bwd_kernel_activation(
             tl.store(part + 2 * channels + c, tl.sum(to_shift, axis=0), mask=channel)
 
 
-@triton.jit(do_not_specialize=["chunks"])
-def _graph_layer_bwd_kernel_sum(
+@triton.jit
+def sum_of_chunks(
     part_ptr,
     grad_bias_ptr,
     grad_norm_weight_ptr,
     grad_norm_bias_ptr,
+    program,
     chunks,
     channels,
     BIAS: tl.constexpr,
@@ -253,8 +267,10 @@ def _graph_layer_bwd_kernel_sum(
     BLOCK_N: tl.constexpr,
 ):
     """Some channels of one of the gradients (channels,) of the parameters: part (chunks, 3, channels) over chunks."""
-    which = tl.program_id(1)
-    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    program = program.to(tl.int64)
+    blocks = tl.cdiv(channels, BLOCK_N)
+    which = program // blocks
+    c = (program - which * blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = c < channels
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, chunks, BLOCK_M):
@@ -269,6 +285,99 @@ def _graph_layer_bwd_kernel_sum(
         tl.store(grad_norm_weight_ptr + c, value, mask=channel)
     else:
         tl.store(grad_norm_bias_ptr + c, value, mask=channel)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _graph_layer_bwd_kernel_sum(
+    part_ptr,
+    grad_bias_ptr,
+    grad_norm_weight_ptr,
+    grad_norm_bias_ptr,
+    chunks,
+    channels,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``sum_of_chunks`` as a launch of its own."""
+    sum_of_chunks(
+        part_ptr,
+        grad_bias_ptr,
+        grad_norm_weight_ptr,
+        grad_norm_bias_ptr,
+        tl.program_id(0),
+        chunks,
+        channels,
+        BIAS,
+        BLOCK_M,
+        BLOCK_N,
+    )
+
+
+@triton.jit(do_not_specialize=["nodes", "slots", "sums", "chunks"])
+def _graph_layer_bwd_kernel_edges(
+    inner_ptr,
+    x_ptr,
+    coefficient_ptr,
+    indptr_ptr,
+    perm_ptr,
+    grad_x_ptr,
+    dot_ptr,
+    added_ptr,
+    part_ptr,
+    grad_bias_ptr,
+    grad_norm_weight_ptr,
+    grad_norm_bias_ptr,
+    nodes,
+    slots,
+    channels,
+    sums,
+    chunks,
+    NEED_X: tl.constexpr,
+    NEED_DOT: tl.constexpr,
+    ADDED: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The first ``sums`` programs: ``sum_of_chunks``. Every other: the gradients of ``graph_propagate`` at a node."""
+    program = tl.program_id(0)
+    if program < sums:
+        sum_of_chunks(
+            part_ptr,
+            grad_bias_ptr,
+            grad_norm_weight_ptr,
+            grad_norm_bias_ptr,
+            program,
+            chunks,
+            channels,
+            BIAS,
+            BLOCK_M,
+            BLOCK_N,
+        )
+    else:
+        # the columns of the graph say all about it
+        gathered_gradients(
+            inner_ptr,
+            x_ptr,
+            perm_ptr,
+            coefficient_ptr,
+            indptr_ptr,
+            perm_ptr,
+            grad_x_ptr,
+            dot_ptr,
+            added_ptr,
+            program - sums,
+            nodes,
+            slots,
+            channels,
+            False,
+            NEED_X,
+            NEED_DOT,
+            ADDED,
+            BLOCK_M,
+            BLOCK_N,
+        )
 
 
 def graph_layer(
@@ -357,33 +466,41 @@ def graph_layer(
     return y, given, mean, rstd
 
 
+def rows_of_planes(tile: Tile) -> Tile:
+    """Sizes for a gradient that lies as a map: so many rows that a plane is read in pieces of 32 bytes."""
+    rows = max(8, tile.block_m)
+    return dataclasses.replace(tile, block_m=rows, num_warps=min(8, tile.num_warps * rows // tile.block_m))
+
+
 def _through_activation(
     grad: Tensor,
     y: Tensor,
     saved: tuple[Tensor, Tensor, Tensor],
-    parameters: tuple[Tensor | None, Tensor | None, Tensor | None],
+    norm_weight: Tensor | None,
     activation: str,
     wants_inner: bool,
     wants_parameters: bool,
     tile: Tile | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradient before the activation, and those of the parameters in their dtypes; empty where not needed."""
-    channels = grad.shape[-1]
+) -> tuple[Tensor, Tensor]:
+    """The gradient before the activation, and sums of its chunks of rows (chunks, 3, C); empty where not needed."""
+    nodes, channels = grad.shape[1:]
     rows = grad.numel() // channels
     norm = activation == "layer_norm"
-    # ReLU passes a gradient as it is or not at all; LayerNorm's is not rounded before it is summed
-    inner = torch.empty(grad.shape, dtype=torch.float32 if norm else grad.dtype, device=grad.device)
-    chosen = tile or sizes_of("graph_layer_rows", grad.device, grad.dtype, grad.shape[1], 1, channels)
+    # ReLU passes a gradient as it is or not at all; LayerNorm's could leave the range of float16
+    wide = norm and grad.dtype != torch.bfloat16
+    inner = torch.empty(grad.shape, dtype=torch.float32 if wide else grad.dtype, device=grad.device)
+    chosen = tile or sizes_of("graph_layer_rows", grad.device, grad.dtype, nodes, 1, channels)
     whole = channels <= chosen.block_n
+    planes = whole and grad.stride(1) == 1 and channels > 1 and not grad.is_contiguous()
+    if planes:
+        chosen = rows_of_planes(chosen)
+    else:
+        grad = grad.contiguous()
     chunk = max(_SMALLEST_CHUNK, triton.cdiv(rows, _MOST_CHUNKS))
     chunks, blocks = triton.cdiv(rows, chunk), triton.cdiv(channels, chosen.block_n)
     part = torch.empty(chunks if wants_parameters else 0, 3, channels, dtype=torch.float32, device=grad.device)
-    grads = [
-        grad.new_empty(0) if value is None or not wants_parameters else torch.empty_like(value.contiguous())
-        for value in parameters
-    ]
     moment = saved[1]
-    weight = grad if parameters[1] is None else parameters[1].contiguous()
+    weight = grad if norm_weight is None else norm_weight.contiguous()
     options = chosen.options(limit_registers=True)
     with on_device_of(grad):
         if norm and not whole:
@@ -400,26 +517,20 @@ def _through_activation(
             inner,
             part,
             rows,
+            nodes,
             chunk,
             channels,
+            grad.stride(0),
+            grad.stride(2),
             ACTIVATION=activation,
+            PLANES=planes,
             WHOLE=whole,
             NEED_INNER=wants_inner,
             NEED_PARAMETERS=wants_parameters,
             **chosen.constants(),
             **options,
         )
-        if wants_parameters:
-            _graph_layer_bwd_kernel_sum[(blocks, 3 if norm else 1)](
-                part,
-                *grads,
-                chunks,
-                channels,
-                BIAS=parameters[0] is not None,
-                **chosen.constants(),
-                **options,
-            )
-    return inner, *grads  # type: ignore[return-value]
+    return inner, part
 
 
 def graph_layer_backward(
@@ -438,6 +549,7 @@ def graph_layer_backward(
     undirected: bool,
     output_mask: Sequence[bool],
     csc: tuple[Tensor, Tensor] | None = None,
+    added: Tensor | None = None,
     *,
     tile: Tile | None = None,
     rows: Tile | None = None,
@@ -448,6 +560,7 @@ def graph_layer_backward(
         grad: (B, N, C), of ``y``.
         y: the output, read for ``relu``. given, mean, rstd: as returned for ``layer_norm``, otherwise unused.
         output_mask: which gradients to compute; the others are empty, those of the parameters if none of them is asked.
+        added: shape of ``coefficient``, what its gradient is added to; None adds nothing.
         tile: sizes for the propagation. rows: sizes for what goes by rows. The other arguments as in the forward.
     """
     parameters = (bias, norm_weight, norm_bias)
@@ -456,19 +569,58 @@ def graph_layer_backward(
     wants_parameters = any(output_mask[2:]) and any(value is not None for value in parameters)
     if grad.numel() == 0:
         needed = (wants_x, wants_coefficient, *(wants_parameters,) * 3)
-        return tuple(  # type: ignore[return-value]
+        zeros = [
             torch.zeros_like(value.contiguous()) if need and value is not None else grad.new_empty(0)
             for value, need in zip((x, coefficient, *parameters), needed, strict=True)
-        )
-    inner = grad = grad.contiguous()
-    found = [grad.new_empty(0) for _ in parameters]
+        ]
+        if added is not None and wants_coefficient:
+            zeros[1] += added
+        return tuple(zeros)  # type: ignore[return-value]
+    nodes, slots = index.shape[1:]
+    channels, count = grad.shape[-1], grad.numel() // grad.shape[-1]
     through = wants_inner and activation != "none"
+    inner, part = grad, grad
     if wants_parameters or through:
         saved = (given, mean, rstd)
-        inner, *found = _through_activation(grad, y, saved, parameters, activation, through, wants_parameters, rows)
+        inner, part = _through_activation(grad, y, saved, norm_weight, activation, through, wants_parameters, rows)
     if activation == "none":
-        inner = grad
-    grad_x, grad_coefficient = x.new_empty(0), coefficient.new_empty(0)
+        inner = grad.contiguous()
+    like: dict[str, Any] = {"memory_format": torch.contiguous_format}
+    found = [
+        grad.new_empty(0) if value is None or not wants_parameters else torch.empty_like(value, **like)
+        for value in parameters
+    ]
+    chosen = tile or sizes_of("graph_gradients", x.device, x.dtype, nodes, slots, channels)
+    together = wants_inner and not undirected and channels <= chosen.block_n
+    sizes = chosen if together else rows or sizes_of("graph_layer_rows", x.device, x.dtype, nodes, 1, channels)
+    common: dict[str, Any] = {"BIAS": bias is not None, **sizes.constants(), **sizes.options(limit_registers=True)}
+    sums = triton.cdiv(channels, sizes.block_n) * (3 if activation == "layer_norm" else 1) if wants_parameters else 0
+    grad_x, grad_coefficient = empty_gradients(x, coefficient, output_mask)
+    with on_device_of(x):
+        if together:
+            _graph_layer_bwd_kernel_edges[(sums + count,)](
+                inner,
+                x.contiguous(),
+                coefficient.contiguous(),
+                *(csc or columns_of(index)),
+                grad_x,
+                grad_coefficient,
+                grad_coefficient if added is None else added.contiguous(),
+                part,
+                *found,
+                nodes,
+                slots,
+                channels,
+                sums,
+                len(part),
+                NEED_X=wants_x,
+                NEED_DOT=wants_coefficient,
+                ADDED=added is not None,
+                **common,
+            )
+            return grad_x, grad_coefficient, *found  # type: ignore[return-value]
+        if sums:
+            _graph_layer_bwd_kernel_sum[(sums,)](part, *found, len(part), channels, **common)
     if wants_x and undirected:
         # the operator is its own transpose
         options: dict[str, Any] = {"dtype": x.dtype, "tile": tile}
@@ -477,4 +629,6 @@ def graph_layer_backward(
         grad_x = graph_propagate(inner, index, coefficient, True, csc, dtype=x.dtype, tile=tile)
     if wants_coefficient:
         grad_coefficient = edge_dot(inner, x, index, coefficient.dtype, undirected, tile=tile)
+        if added is not None:
+            grad_coefficient += added
     return grad_x, grad_coefficient, *found  # type: ignore[return-value]

@@ -5,6 +5,8 @@
 A program is one node and some channels, and loads the features of each edge; the transpose goes along the columns of
 the graph. Every sum has one order: the edges in steps of BLOCK_M, then a tree over the BLOCK_M. Gradient to a
 coefficient: the channels in steps of BLOCK_N, then a tree.
+
+Where a program holds all channels, it computes both gradients: what it gathers for the one is what the other needs.
 """
 
 from __future__ import annotations
@@ -97,6 +99,110 @@ def _graph_propagate_fwd_kernel(
         BLOCK_N,
     )
     tl.store(y_ptr + node.to(tl.int64) * channels + c, total, mask=c < channels)
+
+
+@triton.jit
+def gathered_gradients(
+    grad_ptr,
+    x_ptr,
+    index_ptr,
+    coefficient_ptr,
+    indptr_ptr,
+    perm_ptr,
+    grad_x_ptr,
+    dot_ptr,
+    added_ptr,
+    node,
+    nodes,
+    slots,
+    channels,
+    TRANSPOSE: tl.constexpr,
+    NEED_X: tl.constexpr,
+    NEED_DOT: tl.constexpr,
+    ADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad_x (B * N, channels) of one node, and dot (B * N, slots) for its edges, along its columns or its slots.
+
+    ``dot`` is the product of the node's row of ``x`` with the row of ``grad`` at the other end; ADDED (B * N, slots)
+    is added to it. BLOCK_N holds a row.
+    """
+    sample = (node // nodes).to(tl.int64) * nodes
+    node = node.to(tl.int64)
+    c = tl.arange(0, BLOCK_N)
+    channel = c < channels
+    if NEED_DOT:
+        own = tl.load(x_ptr + node * channels + c, mask=channel, other=0.0).to(tl.float32)
+    if TRANSPOSE:
+        first, last = node * slots, (node + 1) * slots
+    else:
+        first, last = tl.load(indptr_ptr + node).to(tl.int64), tl.load(indptr_ptr + node + 1).to(tl.int64)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, last, BLOCK_M):
+        place = start + tl.arange(0, BLOCK_M)
+        used = place < last
+        if TRANSPOSE:
+            edge = place
+            row = sample + within(tl.load(index_ptr + edge, mask=used, other=0), nodes)
+        else:
+            edge = tl.load(perm_ptr + place, mask=used, other=0)
+            row = (edge // slots).to(tl.int64)
+        both = used[:, None] & channel[None, :]
+        grad = tl.load(grad_ptr + (row * channels)[:, None] + c[None, :], mask=both, other=0.0).to(tl.float32)
+        if NEED_X:
+            share = tl.load(coefficient_ptr + edge, mask=used, other=0.0).to(tl.float32)
+            total += share[:, None] * grad
+        if NEED_DOT:
+            dot = tl.sum(grad * own[None, :], axis=1)
+            if ADDED:
+                dot += tl.load(added_ptr + edge, mask=used, other=0.0).to(tl.float32)
+            tl.store(dot_ptr + edge, dot, mask=used)
+    if NEED_X:
+        tl.store(grad_x_ptr + node * channels + c, tl.sum(total, axis=0), mask=channel)
+
+
+@triton.jit(do_not_specialize=["nodes", "slots"])
+def _graph_propagate_bwd_kernel(
+    grad_ptr,
+    x_ptr,
+    index_ptr,
+    coefficient_ptr,
+    indptr_ptr,
+    perm_ptr,
+    grad_x_ptr,
+    dot_ptr,
+    nodes,
+    slots,
+    channels,
+    TRANSPOSE: tl.constexpr,
+    NEED_X: tl.constexpr,
+    NEED_DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The gradients that are needed, along the columns of the graph or, with TRANSPOSE, along its slots."""
+    gathered_gradients(
+        grad_ptr,
+        x_ptr,
+        index_ptr,
+        coefficient_ptr,
+        indptr_ptr,
+        perm_ptr,
+        grad_x_ptr,
+        dot_ptr,
+        dot_ptr,
+        tl.program_id(0),
+        nodes,
+        slots,
+        channels,
+        TRANSPOSE,
+        NEED_X,
+        NEED_DOT,
+        False,
+        BLOCK_M,
+        BLOCK_N,
+    )
 
 
 @triton.jit(do_not_specialize=["nodes", "slots"])
@@ -223,6 +329,12 @@ def edge_dot(
     return dot
 
 
+def empty_gradients(x: Tensor, coefficient: Tensor, needed: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """Where gradients to ``x`` and ``coefficient`` go, contiguous; of no size where they are not needed."""
+    shapes = (x.shape if needed[0] else (0,), coefficient.shape if needed[1] else (0,))
+    return x.new_empty(shapes[0]), coefficient.new_empty(shapes[1])
+
+
 def graph_propagate_backward(
     grad: Tensor,
     x: Tensor,
@@ -239,10 +351,40 @@ def graph_propagate_backward(
     To ``x``: the same propagation in the other direction. To ``coefficient``: the dot product of the gradient at the
     node that receives with the features of the node that sends, for the edges only.
     """
-    grad_x, grad_coefficient = x.new_empty(0), coefficient.new_empty(0)
-    if output_mask[0]:
+    nodes, slots = index.shape[1:]
+    channels = x.shape[-1]
+    wants_x, wants_coefficient = output_mask
+    grad_x, grad_coefficient = empty_gradients(x, coefficient, output_mask)
+    whole = tile or sizes_of("graph_gradients", x.device, x.dtype, nodes, slots, channels)
+    if grad.numel() and channels <= whole.block_n:
+        near = index.contiguous()
+        # products of the rows at both ends are the same from either, and the slots are there
+        along_slots = transpose or not wants_x
+        own, gathered = (grad, x) if along_slots and not transpose else (x, grad)
+        with on_device_of(x):
+            indptr, perm = (near, near) if along_slots else csc or columns_of(index)
+            _graph_propagate_bwd_kernel[(grad.numel() // channels,)](
+                gathered.contiguous(),
+                own.contiguous(),
+                near,
+                coefficient.contiguous(),
+                indptr,
+                perm,
+                grad_x,
+                grad_coefficient,
+                nodes,
+                slots,
+                channels,
+                TRANSPOSE=along_slots,
+                NEED_X=wants_x,
+                NEED_DOT=wants_coefficient,
+                **whole.constants(),
+                **whole.options(limit_registers=True),
+            )
+        return grad_x, grad_coefficient
+    if wants_x:
         grad_x = graph_propagate(grad, index, coefficient, not transpose, csc, dtype=x.dtype, tile=tile)
-    if output_mask[1]:
+    if wants_coefficient:
         start, end = (x, grad) if transpose else (grad, x)
         grad_coefficient = edge_dot(start, end, index, coefficient.dtype, tile=tile)
     return grad_x, grad_coefficient

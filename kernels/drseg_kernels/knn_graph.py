@@ -6,6 +6,9 @@ decay table, drops what does not beat the row's k-th best so far, and selects am
 the tile. Tiles come in ascending order of their columns, so both lists are in ascending index already: the lowest index
 wins a tie by its place, and nothing is ever sorted or cut short.
 
+One tile that is no power of two wide is cut in two, so that 576 columns are 512 and 64 and not 1024: both parts are
+selected from at once.
+
 Scores are ranked as int32 keys (``ordered_bits``). No key is ever sorted: the k-th is found by bisection with counts,
 and where candidates stand in ascending index, equal keys at the border go to the first of them by a running count.
 """
@@ -20,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from drseg_kernels._blocks import ordered_bits
-from drseg_kernels._launch import LARGEST_GRID_Y, Selection, on_device_of, sizes_of
+from drseg_kernels._launch import LARGEST_GRID_Y, Selection, on_device_of, power_of_two_from, sizes_of
 
 # the lowest key: no candidate; and the highest: a candidate that must be taken
 NONE = tl.constexpr(-(2**31))
@@ -130,29 +133,34 @@ def merge_columns(
     score_ptr,
     key,
     value,
+    j,
+    head_key,
+    head_value,
+    head_j,
     row,
     node,
     i,
-    j,
     finite,
     k,
     INCLUDE_SELF: tl.constexpr,
     FIRST: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Merges columns in ascending order, all after those merged before, into the rows of ``index`` and ``score``.
 
     Args:
-        key, value: (R, C) keys and scores. row: (R,) rows that count. node: (R,) their places in the batch, int64.
-        i: (R,) and j: (C,) node indices. finite: (R,). FIRST: nothing has been merged into these rows yet.
+        key, value: (R, C) keys and scores of the nodes j (C,). head_key, head_value, head_j: of columns before these,
+            if there is a TAIL. row: (R,) rows that count. node: (R,) their places in the batch, int64.
+        i: (R,) node indices. finite: (R,). FIRST: nothing has been merged into these rows yet.
         BLOCK_K: a power of two, at least k.
     """
     s = tl.arange(0, BLOCK_K)
     slot = row[:, None] & (s < k)[None, :]
     place = (node * k)[:, None] + s[None, :]
     if FIRST:
-        # never read: there is no list beside the new keys
-        kept_key = key
+        # without a TAIL never read: there is no list beside the new keys
+        kept_key = head_key
         floor = tl.full(row.shape, NONE, tl.int32)
         work = 1
     else:
@@ -168,23 +176,57 @@ def merge_columns(
         work = tl.max(tl.sum((key > floor[:, None]).to(tl.int32), axis=1), axis=0)
 
     if work > 0:
-        threshold = kth_key(key, kept_key, floor, k, not FIRST)
+        two: tl.constexpr = not FIRST or TAIL > 0
+        threshold = kth_key(key, kept_key, floor, k, two)
         before = tl.zeros(row.shape, tl.int32)
-        # every warp has read the old lists before any of them writes into the same rows
-        tl.debug_barrier()
         room = k - tl.sum((key > threshold[:, None]).to(tl.int32), axis=1)
-        if not FIRST:
+        if two:
             room -= tl.sum((kept_key > threshold[:, None]).to(tl.int32), axis=1)
             stays, at = take_in_order(kept_key, threshold, room)
-            to = (node * k)[:, None] + at - 1
-            tl.store(index_ptr + to, kept_index, mask=stays)
-            tl.store(score_ptr + to, kept_value, mask=stays)
+            if FIRST:
+                write_chosen(index_ptr, score_ptr, node * k, stays, at, head_j, head_value)
+            else:
+                # every warp has read the old lists before any of them writes into the same rows
+                tl.debug_barrier()
+                to = (node * k)[:, None] + at - 1
+                tl.store(index_ptr + to, kept_index, mask=stays)
+                tl.store(score_ptr + to, kept_value, mask=stays)
             before = tl.sum(stays.to(tl.int32), axis=1)
             room -= tl.sum((kept_key == threshold[:, None]).to(tl.int32), axis=1)
         chosen, at = take_in_order(key, threshold, room)
         write_chosen(index_ptr, score_ptr, node * k + before, chosen, at, j, value)
         found = before + tl.sum(chosen.to(tl.int32), axis=1)
         write_blank(index_ptr, score_ptr, place, slot & (s[None, :] >= found[:, None]), i, finite)
+
+
+@triton.jit
+def scored_columns(
+    product_ptr,
+    inverse_norm_ptr,
+    table_ptr,
+    tile_row,
+    sample,
+    row,
+    i,
+    inverse_own,
+    c,
+    first_column,
+    columns,
+    width,
+    JOIN: tl.constexpr,
+    INCLUDE_SELF: tl.constexpr,
+):
+    """Keys and scores (R, C) of the columns ``c`` (C,) of a tile, and their nodes."""
+    column = c < columns
+    j = first_column + c
+    inverse = tl.load(inverse_norm_ptr + sample + j, mask=column, other=0.0)
+    both = row[:, None] & column[None, :]
+    product = tl.load(product_ptr + (tile_row * columns)[:, None] + c[None, :], mask=both, other=0.0)
+    decay = decay_between(table_ptr, i, j, width, both)
+    value = join_scores(product * inverse_own[:, None] * inverse[None, :], decay, JOIN)
+    own = i[:, None] == j[None, :]
+    allowed = allowed_pairs(both, inverse_own, inverse, own, INCLUDE_SELF)
+    return keys_of(value, allowed, own, INCLUDE_SELF), value, j
 
 
 # the fusion of multiply and add is pinned off: Triton's default changes between its versions, and with it the last bits
@@ -213,14 +255,15 @@ def _knn_graph_fwd_kernel_merge(
     JOIN: tl.constexpr,
     INCLUDE_SELF: tl.constexpr,
     FIRST: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Merges a tile of dot products (images, rows, columns) into ``index`` and ``score`` (B, N, k).
 
-    FIRST: nothing has been merged into these rows yet. BLOCK_M rows of the tile per program; BLOCK_N and BLOCK_K are
-    powers of two, at least ``columns`` and ``k``.
+    FIRST: nothing has been merged into these rows yet. BLOCK_M rows of the tile per program; BLOCK_N and TAIL together
+    are at least ``columns``, BLOCK_K at least ``k``; all are powers of two, but for a TAIL of 0.
     """
     image = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -229,31 +272,88 @@ def _knn_graph_fwd_kernel_merge(
     tile_row = image * rows + r
     image += first_image
     node = image * nodes + first_row + r
-    c = tl.arange(0, BLOCK_N)
-    column = c < columns
-    j = first_column + c
-
     inverse_own = tl.load(inverse_norm_ptr + node, mask=row, other=0.0)
-    inverse = tl.load(inverse_norm_ptr + image * nodes + j, mask=column, other=0.0)
-    both = row[:, None] & column[None, :]
-    product = tl.load(product_ptr + (tile_row * columns)[:, None] + c[None, :], mask=both, other=0.0)
-    decay = decay_between(table_ptr, i, j, width, both)
-    value = join_scores(product * inverse_own[:, None] * inverse[None, :], decay, JOIN)
-    own = i[:, None] == j[None, :]
-    allowed = allowed_pairs(both, inverse_own, inverse, own, INCLUDE_SELF)
-    key = keys_of(value, allowed, own, INCLUDE_SELF)
-    finite = inverse_own == inverse_own
-    merge_columns(index_ptr, score_ptr, key, value, row, node, i, j, finite, k, INCLUDE_SELF, FIRST, BLOCK_K)
+    sample = image * nodes
+    c = tl.arange(0, BLOCK_N)
+    key, value, j = scored_columns(
+        product_ptr,
+        inverse_norm_ptr,
+        table_ptr,
+        tile_row,
+        sample,
+        row,
+        i,
+        inverse_own,
+        c,
+        first_column,
+        columns,
+        width,
+        JOIN,
+        INCLUDE_SELF,
+    )
+    head_key, head_value, head_j = key, value, j
+    if TAIL > 0:
+        c = BLOCK_N + tl.arange(0, TAIL)
+        key, value, j = scored_columns(
+            product_ptr,
+            inverse_norm_ptr,
+            table_ptr,
+            tile_row,
+            sample,
+            row,
+            i,
+            inverse_own,
+            c,
+            first_column,
+            columns,
+            width,
+            JOIN,
+            INCLUDE_SELF,
+        )
+    merge_columns(
+        index_ptr,
+        score_ptr,
+        key,
+        value,
+        j,
+        head_key,
+        head_value,
+        head_j,
+        row,
+        node,
+        i,
+        inverse_own == inverse_own,
+        k,
+        INCLUDE_SELF,
+        FIRST,
+        TAIL,
+        BLOCK_K,
+    )
 
 
-def constants(k: int, form: str, include_self: bool, first: bool, chosen: Selection) -> dict[str, Any]:
+# the fewest columns of a tail
+_SMALLEST_TAIL = 16
+
+
+def head_and_tail(columns: int, chosen: Selection) -> tuple[int, int]:
+    """How many columns of a tile come first and how many after them; (BLOCK_N, TAIL)."""
+    whole = min(chosen.block_n, max(_SMALLEST_TAIL, power_of_two_from(columns)))
+    head = whole // 2
+    tail = max(_SMALLEST_TAIL, power_of_two_from(columns - head)) if columns > head >= _SMALLEST_TAIL else whole
+    return (head, tail) if head + tail < whole else (chosen.block_n, 0)
+
+
+def constants(nodes: int, k: int, form: str, include_self: bool, first: bool, chosen: Selection) -> dict[str, Any]:
     """Compile-time arguments of the kernel: what is compiled ahead of time and what is launched are one thing."""
+    # a list beside the new columns leaves no room for a third
+    head, tail = head_and_tail(nodes, chosen) if nodes <= chosen.block_n else (chosen.block_n, 0)
     return {
         "JOIN": _JOIN[form],
         "INCLUDE_SELF": include_self,
         "FIRST": first,
+        "TAIL": tail,
         "BLOCK_M": chosen.block_m,
-        "BLOCK_N": chosen.block_n,
+        "BLOCK_N": head,
         "BLOCK_K": max(16, triton.next_power_of_2(k)),
     }
 
@@ -337,7 +437,7 @@ def knn_graph(
                         nodes,
                         table.shape[1],
                         k,
-                        **constants(k, form, include_self, column == 0, chosen),
+                        **constants(nodes, k, form, include_self, column == 0, chosen),
                         num_warps=chosen.num_warps,
                         **OPTIONS,
                     )

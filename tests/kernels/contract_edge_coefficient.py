@@ -51,7 +51,7 @@ def make(nodes: int, slots: int, width: int, dtype: torch.dtype = torch.float32,
 class _WithTile(torch.autograd.Function):
     @staticmethod
     def forward(ctx, source, target, index, vector, bias, mask, norm, tile):
-        given = (source, target, index, vector, bias, mask, norm, 1e-6)
+        given = ((source, target, None, None), index, vector, bias, mask, norm, 1e-6)
         coefficient, *saved = kernels.edge_coefficient(*given, tile=tile)
         ctx.save_for_backward(*saved, source, target, index, vector, bias)
         ctx.given = norm, tile
@@ -60,9 +60,10 @@ class _WithTile(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         norm, tile = ctx.given
-        given = (grad, *ctx.saved_tensors, norm, 1e-6, [True] * 4)
+        weight, scale, source, target, *edges = ctx.saved_tensors
+        given = (grad, weight, scale, (source, target, None, None), *edges, norm, 1e-6, [True] * 5)
         to_source, to_target, *others = kernels.edge_coefficient_backward(*given, tile=tile)
-        return to_source, to_target, None, *others, None, None, None
+        return to_source, to_target, None, *others[:2], None, None, None
 
 
 def with_tile(tile: Tile, *, norm: str = "sym_row", **given: Any) -> Tensor:
@@ -140,14 +141,15 @@ def test_launches(monkeypatch):
 
             monkeypatch.setattr(module, name, Counted(name, kernel))
     inputs = {name: value.to(DEVICE) for name, value in make(6, 3, 4).items()}
+    halves = (inputs.pop("source"), inputs.pop("target"), None, None)
     forward = {"sym_row": 2, "row": 2, "sym_count": 1, "sym_inout": 3, "sym_undirected": 3}
-    backward = {"sym_row": 4, "row": 4, "sym_count": 3, "sym_inout": 4, "sym_undirected": 4}
+    backward = {"sym_row": 3, "row": 3, "sym_count": 2, "sym_inout": 4, "sym_undirected": 4}
     for norm in NORMS:
-        coefficient, *saved = kernels.edge_coefficient(**inputs, norm=norm, eps=1e-6)
+        coefficient, *saved = kernels.edge_coefficient(halves, **inputs, norm=norm, eps=1e-6)
         assert len(seen) == forward[norm], seen
         seen.clear()
-        given = [inputs[name] for name in ("source", "target", "index", "vector", "bias")]
-        kernels.edge_coefficient_backward(coefficient, *saved, *given, norm, 1e-6, [True] * 4)
+        given = (*saved, halves, *(inputs[name] for name in ("index", "vector", "bias")))
+        kernels.edge_coefficient_backward(coefficient, *given, norm, 1e-6, [True] * 5)
         assert len(seen) == backward[norm], seen
         seen.clear()
 

@@ -55,14 +55,16 @@ class WithTile:
         class Call(torch.autograd.Function):
             @staticmethod
             def forward(ctx, source, target, index, vector, bias, mask):
-                weight = kernels.edge_weight(source, target, index, vector, bias, mask, tile=tile)
+                weight = kernels.edge_weight((source, target, None, None), index, vector, bias, mask, tile=tile)
                 ctx.save_for_backward(weight, source, target, index, vector, bias)
                 return weight
 
             @staticmethod
             def backward(ctx, grad):
-                grads = kernels.edge_weight_backward(grad, *ctx.saved_tensors, [True] * 4, tile=tile)
-                return grads[0], grads[1], None, grads[2], grads[3], None
+                weight, source, target, *edges = ctx.saved_tensors
+                given = (grad, weight, (source, target, None, None), *edges, [True] * 5)
+                to_source, to_target, *others = kernels.edge_weight_backward(*given, tile=tile)
+                return to_source, to_target, None, *others[:2], None
 
         order = ("source", "target", "index", "vector", "bias", "mask")
         return on_device(Call.apply)(*(inputs[name] for name in order))
@@ -117,18 +119,33 @@ NEEDS = [(a, b, c) for a in (True, False) for b in (True, False) for c in (True,
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
 def test_what_is_not_needed_is_not_computed(needs, monkeypatch):
     inputs = {name: value.to(DEVICE) for name, value in make(6, 3, 5, torch.float32).items()}
-    weight = kernels.edge_weight(**inputs)
+    halves, edges = (inputs["source"], inputs["target"], None, None), [inputs[n] for n in ("index", "vector", "bias")]
+    weight = kernels.edge_weight(halves, *edges, inputs["mask"])
     grad = output_gradient(weight)
-    given = [grad, weight, *(inputs[name] for name in ("source", "target", "index", "vector", "bias"))]
-    everything = kernels.edge_weight_backward(*given, [True] * 4)
+    everything = kernels.edge_weight_backward(grad, weight, halves, *edges, [True] * 5)
     if not needs[1]:
         monkeypatch.setattr(kernels, "columns_of", None)
+    if not needs[1] and not needs[2]:
         monkeypatch.setattr(kernels, "_edge_weight_bwd_kernel_target", None)
-    if not needs[2]:
-        monkeypatch.setattr(kernels, "_edge_weight_bwd_kernel_sum", None)
-    got = kernels.edge_weight_backward(*given, [*needs, needs[2]])
-    for value, right, need in zip(got, everything, (*needs, needs[2]), strict=True):
+    got = kernels.edge_weight_backward(grad, weight, halves, *edges, [*needs, needs[2], False])
+    for value, right, need in zip(got, everything, (*needs, needs[2], False), strict=True):
         assert torch.equal(value, right) if need else value.numel() == 0
+
+
+def test_slopes_that_are_known_are_not_computed(monkeypatch):
+    inputs = {name: value.to(DEVICE) for name, value in make(6, 3, 5, torch.float32).items()}
+    halves, edges = (inputs["source"], inputs["target"], None, None), [inputs[n] for n in ("index", "vector", "bias")]
+    weight = kernels.edge_weight(halves, *edges, inputs["mask"])
+    grad = output_gradient(weight)
+    everything = kernels.edge_weight_backward(grad, weight, halves, *edges, [True] * 5)
+    slope = grad * -torch.expm1(-weight)
+    got = kernels.edge_weight_backward(grad, weight, halves, *edges, [True] * 5, slope=slope)
+    for value, right in zip(got, everything, strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(kernels, "_edge_weight_bwd_kernel_source", None)
+    mask = [False, True, False, False, False]
+    alone = kernels.edge_weight_backward(grad, weight, halves, *edges, mask, slope=slope)[1]
+    assert torch.equal(alone, got[1])
 
 
 def test_nothing_outside_the_operands_is_touched():

@@ -142,17 +142,33 @@ def test_what_is_not_needed_is_not_computed(activation, monkeypatch):
     everything = kernels.graph_layer_backward(*arguments, [True] * 5)
     for needs in itertools.product([True, False], repeat=3):
         with monkeypatch.context() as patched:
-            if not needs[0]:
-                patched.setattr(kernels, "graph_propagate", None)
-            if not needs[1]:
-                patched.setattr(kernels, "edge_dot", None)
-            if not needs[2]:
+            if not any(needs[:2]):
+                patched.setattr(kernels, "_graph_layer_bwd_kernel_edges", None)
+            if any(needs[:2]) or not needs[2]:
                 patched.setattr(kernels, "_graph_layer_bwd_kernel_sum", None)
             if not needs[2] and activation == "none":
                 patched.setattr(kernels, "_graph_layer_bwd_kernel_activation", None)
             got = kernels.graph_layer_backward(*arguments, [*needs[:2], *needs[2:] * 3])
         for value, right, need in zip(got, everything, (*needs, needs[2], needs[2]), strict=True):
             assert torch.equal(value, right) if need else value.numel() == 0
+
+
+@pytest.mark.parametrize("activation", SUBJECTS)
+def test_a_gradient_that_lies_as_a_map_is_read_as_it_lies(activation):
+    inputs = make(activation, 12, 3, 10)
+    names = ("x", "index", "coefficient", "bias", "norm_weight", "norm_bias")
+    x, index, coefficient, *parameters = (inputs.get(name) for name in names)
+    saved = on_device(kernels.graph_layer)(x, index, coefficient, *parameters, activation, 1e-5, False, True)
+    arguments = (x, index, coefficient, *saved, *parameters, activation, False, [True] * 5)
+    grad = output_gradient(saved[0])
+    expected = on_device(kernels.graph_layer_backward)(grad, *arguments)
+    wide = torch.full((2, 10, 20), torch.nan)
+    wide[..., 4:16] = grad.mT
+    for laid in (grad.mT.contiguous().mT, wide[..., 4:16].mT, grad[:1].mT.contiguous().mT.expand(grad.shape)):
+        right = expected if laid.stride(0) else on_device(kernels.graph_layer_backward)(laid.contiguous(), *arguments)
+        got = on_device(kernels.graph_layer_backward)(laid, *arguments)
+        for value, wanted in zip(got, right, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_keeping_nothing_changes_no_bit():

@@ -251,13 +251,10 @@ def test_launches_of_the_layers(monkeypatch):
             "_degree_normalize_fwd_kernel_edges",
             *["_graph_layer_fwd_kernel"] * 2,
             *["_graph_layer_bwd_kernel_activation"] * 2,
-            *["_graph_layer_bwd_kernel_sum"] * 2,
-            *["_graph_propagate_fwd_kernel"] * 2,
-            *["_graph_propagate_bwd_kernel_dot"] * 2,
-            "_degree_normalize_bwd_kernel_degree",
+            *["_graph_layer_bwd_kernel_edges"] * 2,
+            "_edge_coefficient_bwd_kernel_slope",
             "_edge_weight_bwd_kernel_source",
             "_edge_weight_bwd_kernel_target",
-            "_edge_weight_bwd_kernel_sum",
         ]
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from oracle import Expected, _dense, _in_degree, _softplus
-from subjects import Inputs, Subject
+from subjects import Inputs, Subject, registered_edges
 from torch import Tensor
 
 from drseg_core import ops
@@ -241,8 +241,7 @@ def _with_mask(case: Case, dtype: torch.dtype = torch.float32, device: str = "cp
 
 
 def _registered_coefficient(i: Inputs) -> tuple[Any, ...]:
-    projections = (i["source"], i["target"], i["index"], i["vector"], i["bias"])
-    return (*projections, i.get("mask"), i.get("norm", "sym_row"), i.get("eps", 1e-6), None, None, "auto")
+    return (*registered_edges(i), i.get("norm", "sym_row"), i.get("eps", 1e-6), None, None, "auto")
 
 
 EDGE_COEFFICIENT = Fused(

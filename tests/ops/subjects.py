@@ -60,6 +60,12 @@ def _with_mask(case: Case, dtype: torch.dtype = torch.float32, device: str = "cp
     return inputs
 
 
+def registered_edges(i: Inputs) -> tuple[Any, ...]:
+    """The arguments that the ops which weigh edges share."""
+    names = ("source", "target", "index", "vector", "bias", "inverse_norm", "source_bias", "mask")
+    return tuple(i.get(name) for name in names)
+
+
 GRAPH_PROPAGATE = Subject(
     name="graph_propagate",
     function=ops.graph_propagate,
@@ -78,7 +84,7 @@ EDGE_WEIGHT = Subject(
     oracle=oracle.edge_weight,
     differentiable=("source", "target", "vector", "bias"),
     node_inputs=("source", "target", "index", "mask"),
-    registered=lambda i: (i["source"], i["target"], i["index"], i["vector"], i["bias"], i.get("mask"), "auto"),
+    registered=lambda i: (*registered_edges(i), "auto"),
 )
 
 DEGREE_NORMALIZE = Subject(

@@ -122,7 +122,8 @@ FLOATS = [(op, name) for op, name in ARGUMENTS if name not in ("index", "mask")]
 def test_row_1_not_a_tensor(op, name):
     value = good(op)[name]
     for wrong in (None, value.tolist(), value.numpy(), "features"):
-        if name == "mask" and wrong is None:
+        # without a target the source is both halves
+        if name in ("mask", "target") and wrong is None:
             continue
         rule = f"must be a tensor; expected torch.Tensor, got {type(wrong).__name__}$"
         refuse(lambda wrong=wrong: call(op, {**good(op), name: wrong}), TypeError, f"{op}: {name} ", rule)
@@ -609,13 +610,12 @@ def test_row_35_editing_the_features_after_the_forward_of_pdgr(hidden):
     given = good("PDGR")
     module, leaf = pdgr(hidden=hidden), given["features"].requires_grad_()
     parameters = [leaf, *module.parameters()]
-    expected = torch.autograd.grad(module(leaf * 1, given["prior"]).square().sum(), parameters)
     features = leaf * 1
     output = module(features, given["prior"])
     features.add_(1)
-    # the linear map comes first and has saved a copy
-    got = torch.autograd.grad(output.square().sum(), parameters)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    # the linear map has saved them as they are, as torch's own does
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(output.square().sum(), parameters)
 
 
 def test_row_36_pdgr_is_not_twice_differentiable():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from contract import OpContract
 from fused import EDGE_COEFFICIENT
+from halves import REFUSED, RawHalves
 from torch import Tensor
 from torch.library import opcheck
 
@@ -12,7 +13,7 @@ from drseg_core import ops
 from drseg_core.testing import CASES
 
 
-class TestEdgeCoefficient(OpContract):
+class TestEdgeCoefficient(RawHalves, OpContract):
     subject = EDGE_COEFFICIENT
 
     def test_editing_a_saved_input_is_refused(self, variant, call):
@@ -78,6 +79,7 @@ def test_opcheck(dtype, norm):
         ({"bias": torch.zeros(2)}, ValueError, r"bias has the wrong shape; expected \(\) or \(1,\), got \(2,\)"),
         ({"mask": torch.zeros(2, 12, 3)}, TypeError, "mask has an unsupported dtype; expected one of bool"),
         ({"index": torch.zeros(2, 11, 3).int(), "mask": None}, ValueError, "index does not match source"),
+        *REFUSED,
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -5,6 +5,7 @@ import oracle
 import pytest
 import torch
 from contract import OpContract, run
+from halves import RawHalves
 from subjects import EDGE_WEIGHT
 from torch.library import opcheck
 
@@ -12,7 +13,7 @@ from drseg_core import ops
 from drseg_core.testing import CASES
 
 
-class TestEdgeWeight(OpContract):
+class TestEdgeWeight(RawHalves, OpContract):
     subject = EDGE_WEIGHT
 
     def test_equals_the_mlp_on_concatenated_features(self, call):
@@ -99,4 +100,8 @@ def test_opcheck(dtype, masked):
             args = [form, inputs["target"], inputs["index"], inputs["vector"], inputs["bias"]]
             args = [value.detach().requires_grad_() if value.is_floating_point() else value for value in args]
             mask = inputs["mask"] if masked else None
-            opcheck(torch.ops.drseg.edge_weight.default, (*args, mask, "auto"))
+            opcheck(torch.ops.drseg.edge_weight.default, (*args, None, None, mask, "auto"))
+        both = torch.cat([source, inputs["target"]], -1).requires_grad_()
+        raw = (source[..., 0].to(torch.float64 if dtype == torch.float64 else torch.float32), source[0, 0].clone())
+        args = (both, None, inputs["index"], inputs["vector"], inputs["bias"], *raw, mask, "auto")
+        opcheck(torch.ops.drseg.edge_weight.default, args)

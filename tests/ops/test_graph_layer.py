@@ -49,6 +49,27 @@ class LayerContract(OpContract):
             assert all((value.numel() > 0) is (keep and "norm_weight" in inputs) for value in saved)
             assert torch.equal(y, ops.graph_layer(**inputs))
 
+    def test_a_coefficient_that_is_handed_on_has_the_gradients_of_all_layers(self, variant, call):
+        inputs = self.inputs(variant)
+        several = []
+        for hand_on in (False, True):
+            given = leaves(self.subject, inputs)
+            share, grads = given["coefficient"], []
+            for _ in range(3):
+                found = call(**{**given, "coefficient": share}, hand_on=hand_on)
+                y, share = found if hand_on else (found, share)
+                grads.append(y)
+            total = sum((number + 1) * y.square().sum() for number, y in enumerate(grads))
+            several.append(torch.autograd.grad(total, [given[name] for name in self.subject.differentiable]))
+            assert torch.equal(share, inputs["coefficient"])
+        for value, right in zip(*reversed(several), strict=True):
+            torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-5 * float(right.abs().max()))
+        # a layer whose output nobody uses hands back what came
+        given = leaves(self.subject, inputs)
+        _, share = call(**given, hand_on=True)
+        (grad,) = torch.autograd.grad(share.sum(), given["coefficient"])
+        assert torch.equal(grad, torch.ones_like(grad))
+
 
 class TestGraphLayer(LayerContract):
     subject = GRAPH_LAYER

@@ -22,11 +22,13 @@ Norm = Literal["sym_row", "sym_count", "sym_inout", "row", "sym_undirected"]
 
 def edge_coefficient(
     source: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     index: Tensor,
     vector: Tensor,
     bias: Tensor,
     *,
+    inverse_norm: Tensor | None = None,
+    source_bias: Tensor | None = None,
     mask: Tensor | None = None,
     score: Tensor | None = None,
     norm: Norm = "sym_row",
@@ -42,9 +44,10 @@ def edge_coefficient(
 
     Args:
         source: (B, N, E) or (N, E), half of the edge MLP's first layer for the node itself; float32, float64, float16
-            or bfloat16. target: same shape, half for the neighbour.
+            or bfloat16. target: same shape, half for the neighbour; None where ``source`` (..., 2E) is both.
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
         vector: (E,) second layer. bias: () or (1,), its bias.
+        inverse_norm, source_bias: as in ``edge_weight``.
         mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
         score: in place of a mask the scores of ``knn_graph``, shape of ``index``: where ``-inf`` the slot is padding.
         norm: see ``degree_normalize``.
@@ -55,7 +58,7 @@ def edge_coefficient(
 
     Returns:
         (B, N, K) coefficients, float32 (float64 if an input is). Differentiable once to ``source``, ``target``,
-        ``vector`` and ``bias``.
+        ``vector``, ``bias`` and ``source_bias``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
@@ -69,7 +72,7 @@ def edge_coefficient(
         [0.5, 0.5]
     """
     op = "edge_coefficient"
-    _checks.check_edges(op, source, target, index, vector, bias, mask, score)
+    _checks.check_edges(op, source, target, index, vector, bias, inverse_norm, source_bias, mask, score)
     _checks.check_choice(op, "norm", norm, NORMS)
     _checks.check_number(op, "eps", eps, positive=True)
     if eps < SMALLEST_EPS:
@@ -81,6 +84,8 @@ def edge_coefficient(
     options = (norm, eps, *csc_of(op, csc, index, validate), requested)
     mask = mask if score is None else score
     if source.dim() == 3:
-        return registration.edge_coefficient(source, target, index, vector, bias, mask, *options)[0]
-    mask = None if mask is None else mask[None]
-    return registration.edge_coefficient(source[None], target[None], index[None], vector, bias, mask, *options)[0][0]
+        given = (source, target, index, vector, bias, inverse_norm, source_bias, mask)
+        return registration.edge_coefficient(*given, *options)[0]
+    target, inverse_norm, mask = (None if value is None else value[None] for value in (target, inverse_norm, mask))
+    given = (source[None], target, index[None], vector, bias, inverse_norm, source_bias, mask)
+    return registration.edge_coefficient(*given, *options)[0][0]

@@ -8,31 +8,40 @@ from typing import Any
 
 from torch import Tensor
 
-from drseg_core.ops import _dispatch, _triton
+from drseg_core.ops import _dispatch, _edges, _triton
 from drseg_core.ops._registration import (
     Differentiable,
-    asked_for,
     backward_of,
     columns,
     define,
     differentiated,
     fake_gradients,
-    flags_of,
     widest,
 )
 from drseg_core.ops.edge_coefficient import reference
 
 _dispatch.add_fusion(
-    "edge_coefficient", ("edge_weight", "degree_normalize"), reference.compose, _triton.backend("edge_coefficient")
+    "edge_coefficient",
+    ("edge_weight", "degree_normalize"),
+    reference.compose,
+    _triton.backend("edge_coefficient", raw_edges=True),
 )
+
+
+def _resolve(halves: _edges.Halves, vector: Tensor, bias: Tensor, backend: str) -> _dispatch.Backend:
+    names = ("target", "inverse_norm", "source_bias")
+    others = dict(zip(names, halves[1:], strict=True))
+    return _dispatch.resolve("edge_coefficient", halves[0], backend, vector=vector, bias=bias, **others)
 
 
 def _run(
     source: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     index: Tensor,
     vector: Tensor,
     bias: Tensor,
+    inverse_norm: Tensor | None,
+    source_bias: Tensor | None,
     mask: Tensor | None,
     norm: str,
     eps: float,
@@ -40,10 +49,13 @@ def _run(
     perm: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = _dispatch.resolve("edge_coefficient", source, backend, target=target, vector=vector, bias=bias)
-    mask = flags_of(mask, chosen.name)
+    halves = (source, target, inverse_norm, source_bias)
+    chosen = _resolve(halves, vector, bias, backend)
     with _dispatch.plain_float32(source):
-        return chosen.run(source, target, index, vector, bias, mask, norm, eps, columns(indptr, perm))
+        found: tuple[Tensor, Tensor, Tensor] = _edges.run(
+            chosen, halves, (index, vector, bias), mask, norm, eps, columns(indptr, perm)
+        )
+    return found
 
 
 def _run_backward(
@@ -51,10 +63,12 @@ def _run_backward(
     weight: Tensor,
     scale: Tensor,
     source: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     index: Tensor,
     vector: Tensor,
     bias: Tensor,
+    inverse_norm: Tensor | None,
+    source_bias: Tensor | None,
     norm: str,
     eps: float,
     output_mask: Sequence[bool],
@@ -62,43 +76,64 @@ def _run_backward(
     perm: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    chosen = _dispatch.resolve("edge_coefficient", source, backend, target=target, vector=vector, bias=bias)
-    given = (grad, weight, scale, source, target, index, vector, bias, norm, eps, output_mask, columns(indptr, perm))
+    halves = (source, target, inverse_norm, source_bias)
+    chosen = _resolve(halves, vector, bias, backend)
+    given = ((grad, weight, scale), halves, (index, vector, bias), (norm, eps), output_mask, columns(indptr, perm))
     with _dispatch.plain_float32(source):
-        return asked_for(_dispatch.gradients("edge_coefficient", chosen, *given), output_mask)
+        return _edges.run_backward("edge_coefficient", chosen, *given)
 
 
 def _fake(
     source: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     index: Tensor,
     vector: Tensor,
     bias: Tensor,
+    inverse_norm: Tensor | None,
+    source_bias: Tensor | None,
     mask: Tensor | None,
     norm: str,
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = widest(source, target, vector, bias)
+    wide = widest(source, target, vector, bias, inverse_norm, source_bias)
     scale = source.new_empty((reference.ENDS[norm], *index.shape[:2]), dtype=wide)
     return source.new_empty(index.shape, dtype=wide), source.new_empty(index.shape, dtype=wide), scale
 
 
+def _fake_backward(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    source: Tensor,
+    target: Tensor | None,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    inverse_norm: Tensor | None,
+    source_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    output_mask: Sequence[bool],
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    return fake_gradients(output_mask, source, target, vector, bias, source_bias)
+
+
 _forward = define(
     "edge_coefficient",
-    "(Tensor source, Tensor target, Tensor index, Tensor vector, Tensor bias, Tensor? mask, str norm, float eps, "
-    "Tensor? indptr, Tensor? perm, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor source, Tensor? target, Tensor index, Tensor vector, Tensor bias, Tensor? inverse_norm, "
+    "Tensor? source_bias, Tensor? mask, str norm, float eps, Tensor? indptr, Tensor? perm, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )
 _backward = define(
     "edge_coefficient_backward",
-    "(Tensor grad, Tensor weight, Tensor scale, Tensor source, Tensor target, Tensor index, Tensor vector, "
-    "Tensor bias, str norm, float eps, bool[4] output_mask, Tensor? indptr, Tensor? perm, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor weight, Tensor scale, Tensor source, Tensor? target, Tensor index, Tensor vector, "
+    "Tensor bias, Tensor? inverse_norm, Tensor? source_bias, str norm, float eps, bool[5] output_mask, "
+    "Tensor? indptr, Tensor? perm, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
-    lambda grad, weight, scale, source, target, index, vector, bias, norm, eps, mask, *others: fake_gradients(
-        mask, source, target, vector, bias
-    ),
+    _fake_backward,
 )
 
 
@@ -106,10 +141,12 @@ class _EdgeCoefficient(Differentiable):
     @staticmethod
     def forward(
         source: Tensor,
-        target: Tensor,
+        target: Tensor | None,
         index: Tensor,
         vector: Tensor,
         bias: Tensor,
+        inverse_norm: Tensor | None,
+        source_bias: Tensor | None,
         mask: Tensor | None,
         norm: str,
         eps: float,
@@ -117,7 +154,9 @@ class _EdgeCoefficient(Differentiable):
         perm: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(source, target, index, vector, bias, mask, norm, eps, indptr, perm, backend)
+        given = (source, target, index, vector, bias, inverse_norm, source_bias, mask)
+        found: tuple[Tensor, Tensor, Tensor] = _forward(*given, norm, eps, indptr, perm, backend)
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -130,12 +169,13 @@ class _EdgeCoefficient(Differentiable):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 11
-        mask = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3:5]]
+            return (None,) * 13
+        needs = ctx.needs_input_grad
+        mask = [*needs[:2], *needs[3:5], needs[6]]
         *given, indptr, perm = ctx.saved_tensors
         given = (grad, *given, ctx.norm, ctx.eps, mask, indptr, perm, ctx.backend)
-        to_source, to_target, to_vector, to_bias = backward_of("edge_coefficient", _backward, mask, *given)
-        return to_source, to_target, None, to_vector, to_bias, *(None,) * 6
+        to_source, to_target, to_vector, to_bias, to_shift = backward_of("edge_coefficient", _backward, mask, *given)
+        return to_source, to_target, None, to_vector, to_bias, None, to_shift, *(None,) * 6
 
 
 def edge_coefficient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

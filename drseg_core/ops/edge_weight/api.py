@@ -13,11 +13,13 @@ from drseg_core.ops.edge_weight import registration
 
 def edge_weight(
     source: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     index: Tensor,
     vector: Tensor,
     bias: Tensor,
     *,
+    inverse_norm: Tensor | None = None,
+    source_bias: Tensor | None = None,
     mask: Tensor | None = None,
     score: Tensor | None = None,
     csc: Csc | None = None,
@@ -32,10 +34,13 @@ def edge_weight(
 
     Args:
         source: (B, N, E) or (N, E), half of the first layer for the node itself; float32, float64, float16, bfloat16.
-        target: same shape, half for the neighbour.
+        target: same shape, half for the neighbour; None where ``source`` (..., 2E) is both, one behind the other.
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
         vector: (E,) second layer.
         bias: () or (1,), its bias.
+        inverse_norm: (B, N) or (N,), float32 or float64; both halves of a node are multiplied by it. So the halves of
+            normalised features are those of the features as they are. It gets no gradient.
+        source_bias: (E,), added to ``source`` after that: the bias of the first layer.
         mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
         score: in place of a mask the scores of ``knn_graph``, shape of ``index``: where ``-inf`` the slot is padding.
         csc: ``csc(index)``, which the gradient to ``target`` goes along; None makes it in every backward.
@@ -44,7 +49,7 @@ def edge_weight(
 
     Returns:
         (B, N, K) weights >= 0, float32 (float64 if an input is): half precision would underflow to 0. Differentiable
-        once to ``source``, ``target``, ``vector`` and ``bias``.
+        once to ``source``, ``target``, ``vector``, ``bias`` and ``source_bias``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
@@ -57,14 +62,17 @@ def edge_weight(
         >>> edge_weight(half, half, index, torch.ones(4), torch.zeros(1))[0].tolist()  # softplus(0) = log 2
         [0.6931471824645996, 0.6931471824645996]
     """
-    _checks.check_edges("edge_weight", source, target, index, vector, bias, mask, score)
-    _checks.check_flag("edge_weight", "validate", validate)
-    requested = requested_backend("edge_weight", backend)
+    op = "edge_weight"
+    _checks.check_edges(op, source, target, index, vector, bias, inverse_norm, source_bias, mask, score)
+    _checks.check_flag(op, "validate", validate)
+    requested = requested_backend(op, backend)
     if validate:
-        _checks.check_index_values("edge_weight", index, source.shape[-2])
-    options = (*csc_of("edge_weight", csc, index, validate), requested)
+        _checks.check_index_values(op, index, source.shape[-2])
+    options = (*csc_of(op, csc, index, validate), requested)
     mask = mask if score is None else score
     if source.dim() == 3:
-        return registration.edge_weight(source, target, index, vector, bias, mask, *options)
-    mask = None if mask is None else mask[None]
-    return registration.edge_weight(source[None], target[None], index[None], vector, bias, mask, *options)[0]
+        given = (source, target, index, vector, bias, inverse_norm, source_bias, mask)
+        return registration.edge_weight(*given, *options)
+    target, inverse_norm, mask = (None if value is None else value[None] for value in (target, inverse_norm, mask))
+    given = (source[None], target, index[None], vector, bias, inverse_norm, source_bias, mask)
+    return registration.edge_weight(*given, *options)[0]

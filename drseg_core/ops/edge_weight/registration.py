@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drseg_core.ops import _dispatch, _native, _triton
+from drseg_core.ops import _dispatch, _edges, _native, _triton
 from drseg_core.ops._registration import (
     Differentiable,
-    asked_for,
     backward_of,
     columns,
     define,
     differentiated,
     fake_gradients,
-    flags_of,
     widest,
 )
 from drseg_core.ops.edge_weight import reference
@@ -56,57 +54,86 @@ def _run_native_backward(
 _dispatch.add_table(
     "edge_weight",
     _native.backend(_run_native, _run_native_backward, "edge_weight", "edge_weight_backward", "csc"),
-    _triton.backend("edge_weight"),
+    _triton.backend("edge_weight", raw_edges=True),
     _dispatch.reference_backend(reference.edge_weight, reference.edge_weight_backward),
 )
 
 
+def _resolve(halves: _edges.Halves, vector: Tensor, bias: Tensor, backend: str) -> _dispatch.Backend:
+    names = ("target", "inverse_norm", "source_bias")
+    others = dict(zip(names, halves[1:], strict=True))
+    return _dispatch.resolve("edge_weight", halves[0], backend, vector=vector, bias=bias, **others)
+
+
 def _run(
-    source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: Tensor, mask: Tensor | None, backend: str
+    source: Tensor,
+    target: Tensor | None,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    inverse_norm: Tensor | None,
+    source_bias: Tensor | None,
+    mask: Tensor | None,
+    backend: str,
 ) -> Tensor:
-    chosen = _dispatch.resolve("edge_weight", source, backend, target=target, vector=vector, bias=bias)
-    mask = flags_of(mask, chosen.name)
+    halves = (source, target, inverse_norm, source_bias)
+    chosen = _resolve(halves, vector, bias, backend)
     with _dispatch.plain_float32(source):
-        return chosen.run(source, target, index, vector, bias, mask)
+        weight: Tensor = _edges.run(chosen, halves, (index, vector, bias), mask)
+    return weight
 
 
 def _run_backward(
     grad: Tensor,
     weight: Tensor,
     source: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     index: Tensor,
     vector: Tensor,
     bias: Tensor,
+    inverse_norm: Tensor | None,
+    source_bias: Tensor | None,
     output_mask: Sequence[bool],
     indptr: Tensor | None,
     perm: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    chosen = _dispatch.resolve("edge_weight", source, backend, target=target, vector=vector, bias=bias)
-    given = (grad, weight, source, target, index, vector, bias, output_mask, columns(indptr, perm))
+    halves = (source, target, inverse_norm, source_bias)
+    chosen = _resolve(halves, vector, bias, backend)
+    edges, csc = (index, vector, bias), columns(indptr, perm)
     with _dispatch.plain_float32(source):
-        return asked_for(_dispatch.gradients("edge_weight", chosen, *given), output_mask)
+        return _edges.run_backward("edge_weight", chosen, (grad, weight), halves, edges, (), output_mask, csc)
 
 
-def _fake(source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: Tensor, *others: Any) -> Tensor:
-    return source.new_empty(index.shape, dtype=widest(source, target, vector, bias))
+def _fake(
+    source: Tensor,
+    target: Tensor | None,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    inverse_norm: Tensor | None,
+    source_bias: Tensor | None,
+    *others: Any,
+) -> Tensor:
+    return source.new_empty(index.shape, dtype=widest(source, target, vector, bias, inverse_norm, source_bias))
 
 
 _forward = define(
     "edge_weight",
-    "(Tensor source, Tensor target, Tensor index, Tensor vector, Tensor bias, Tensor? mask, str backend) -> Tensor",
+    "(Tensor source, Tensor? target, Tensor index, Tensor vector, Tensor bias, Tensor? inverse_norm, "
+    "Tensor? source_bias, Tensor? mask, str backend) -> Tensor",
     _run,
     _fake,
 )
 # a masked slot has weight 0, whose slope is 0: the backward needs the weight and not the mask
 _backward = define(
     "edge_weight_backward",
-    "(Tensor grad, Tensor weight, Tensor source, Tensor target, Tensor index, Tensor vector, Tensor bias, "
-    "bool[4] output_mask, Tensor? indptr, Tensor? perm, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor weight, Tensor source, Tensor? target, Tensor index, Tensor vector, Tensor bias, "
+    "Tensor? inverse_norm, Tensor? source_bias, bool[5] output_mask, Tensor? indptr, Tensor? perm, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
-    lambda grad, weight, source, target, index, vector, bias, mask, *others: fake_gradients(
-        mask, source, target, vector, bias
+    lambda grad, weight, source, target, index, vector, bias, inverse_norm, source_bias, mask, *others: fake_gradients(
+        mask, source, target, vector, bias, source_bias
     ),
 )
 
@@ -115,17 +142,19 @@ class _EdgeWeight(Differentiable):
     @staticmethod
     def forward(
         source: Tensor,
-        target: Tensor,
+        target: Tensor | None,
         index: Tensor,
         vector: Tensor,
         bias: Tensor,
+        inverse_norm: Tensor | None,
+        source_bias: Tensor | None,
         mask: Tensor | None,
         indptr: Tensor | None,
         perm: Tensor | None,
         backend: str,
     ) -> Tensor:
         # the backward alone goes along columns
-        return _forward(source, target, index, vector, bias, mask, backend)
+        return _forward(source, target, index, vector, bias, inverse_norm, source_bias, mask, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -134,11 +163,12 @@ class _EdgeWeight(Differentiable):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3:5]]
+        needs = ctx.needs_input_grad
+        mask = [*needs[:2], *needs[3:5], needs[6]]
         *given, indptr, perm = ctx.saved_tensors
         given = (grad, *given, mask, indptr, perm, ctx.backend)
-        to_source, to_target, to_vector, to_bias = backward_of("edge_weight", _backward, mask, *given)
-        return to_source, to_target, None, to_vector, to_bias, None, None, None, None
+        to_source, to_target, to_vector, to_bias, to_shift = backward_of("edge_weight", _backward, mask, *given)
+        return to_source, to_target, None, to_vector, to_bias, None, to_shift, *(None,) * 4
 
 
 def edge_weight(*arguments: Any) -> Tensor:

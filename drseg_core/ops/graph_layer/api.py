@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, overload
 
 from torch import Tensor
 
@@ -51,6 +51,44 @@ def _check(
         )
 
 
+@overload
+def graph_layer(
+    x: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    bias: Tensor | None = ...,
+    norm_weight: Tensor | None = ...,
+    norm_bias: Tensor | None = ...,
+    *,
+    activation: Activation = ...,
+    eps: float = ...,
+    undirected: bool = ...,
+    csc: Csc | None = ...,
+    hand_on: Literal[False] = ...,
+    validate: bool = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def graph_layer(
+    x: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    bias: Tensor | None = ...,
+    norm_weight: Tensor | None = ...,
+    norm_bias: Tensor | None = ...,
+    *,
+    activation: Activation = ...,
+    eps: float = ...,
+    undirected: bool = ...,
+    csc: Csc | None = ...,
+    hand_on: Literal[True],
+    validate: bool = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
 def graph_layer(
     x: Tensor,
     index: Tensor,
@@ -63,9 +101,10 @@ def graph_layer(
     eps: float = 1e-5,
     undirected: bool = False,
     csc: Csc | None = None,
+    hand_on: bool = False,
     validate: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """``graph_propagate`` with what follows it in one pass: bias and activation (arXiv 2604.02010, Eq. 9).
 
     ``y_i = activation(sum_k coefficient_ik x_j + bias)`` with ``j = index_ik``; with ``undirected`` the sum also runs
@@ -83,12 +122,15 @@ def graph_layer(
         eps: of ``layer_norm``, > 0.
         undirected: follow every edge in both directions.
         csc: ``csc(index)``, which reversed edges and the gradient to ``x`` go along; None makes it in every call.
+        hand_on: return the coefficient as well, for the next layer over the same graph: the gradients that all layers
+            have for it are then added up where they are computed, not in passes of their own.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
         (B, N, C) in the dtype of ``x``; sums in float32 (float64 if ``x`` or ``coefficient`` is) and rounds once.
-        Differentiable once to ``x``, ``coefficient``, ``bias``, ``norm_weight`` and ``norm_bias``.
+        Differentiable once to ``x``, ``coefficient``, ``bias``, ``norm_weight`` and ``norm_bias``. With ``hand_on`` a
+        pair, of which the second is ``coefficient``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
@@ -104,6 +146,7 @@ def graph_layer(
     op = "graph_layer"
     _check(x, index, coefficient, {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}, activation, eps)
     _checks.check_flag(op, "undirected", undirected)
+    _checks.check_flag(op, "hand_on", hand_on)
     _checks.check_flag(op, "validate", validate)
     requested = requested_backend(op, backend)
     if validate:
@@ -119,7 +162,11 @@ def graph_layer(
         keep,
         *csc_of(op, csc, index, validate),
         requested,
+        hand_on,
     )
     if x.dim() == 3:
-        return registration.graph_layer(x, index, coefficient, *options)[0]
-    return registration.graph_layer(x[None], index[None], coefficient[None], *options)[0][0]
+        y, *_, share = registration.graph_layer(x, index, coefficient, *options)
+    else:
+        found = registration.graph_layer(x[None], index[None], coefficient[None], *options)
+        y, share = found[0][0], found[-1][0]
+    return (y, share) if hand_on else y

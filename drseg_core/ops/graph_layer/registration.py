@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from drseg_core.ops import _dispatch, _triton
@@ -22,7 +23,7 @@ from drseg_core.ops._registration import (
 from drseg_core.ops.graph_layer import reference
 
 _dispatch.add_fusion(
-    "graph_layer", ("graph_propagate",), reference.compose, _triton.backend("graph_layer"), widens=True
+    "graph_layer", ("graph_propagate",), reference.compose, _triton.backend("graph_layer", adds=True), widens=True
 )
 
 
@@ -69,14 +70,20 @@ def _run_backward(
     output_mask: Sequence[bool],
     indptr: Tensor | None,
     perm: Tensor | None,
+    added: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
     parameters = (bias, norm_weight, norm_bias)
     chosen = _resolve(x, backend, coefficient, *parameters)
     saved = (y, given, mean, rstd, *parameters)
     arguments = (grad, x, index, coefficient, *saved, activation, undirected, output_mask, columns(indptr, perm))
+    adds = added is not None and chosen.adds
     with _dispatch.plain_float32(x):
-        return asked_for(_dispatch.gradients("graph_layer", chosen, *arguments), output_mask)
+        found = _dispatch.gradients("graph_layer", chosen, *arguments, *((added,) if adds else ()))
+    to_x, to_coefficient, *others = asked_for(found, output_mask)
+    if added is not None and not adds and output_mask[1]:
+        to_coefficient = to_coefficient + added
+    return to_x, to_coefficient, *others
 
 
 def _fake(
@@ -100,7 +107,7 @@ def _fake(
 
 
 def _fake_backward(grad: Tensor, x: Tensor, index: Tensor, coefficient: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    *_, bias, norm_weight, norm_bias, activation, undirected, output_mask, indptr, perm, backend = others
+    *_, bias, norm_weight, norm_bias, activation, undirected, output_mask, indptr, perm, added, backend = others
     return fake_gradients(output_mask, x, coefficient, bias, norm_weight, norm_bias)
 
 
@@ -116,7 +123,7 @@ _backward = define(
     "graph_layer_backward",
     "(Tensor grad, Tensor x, Tensor index, Tensor coefficient, Tensor y, Tensor given, Tensor mean, Tensor rstd, "
     "Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, str activation, bool undirected, bool[5] output_mask, "
-    "Tensor? indptr, Tensor? perm, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? indptr, Tensor? perm, Tensor? added, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )
@@ -138,18 +145,20 @@ class _GraphLayer(Differentiable):
         indptr: Tensor | None,
         perm: Tensor | None,
         backend: str,
+        hand_on: bool,
     ) -> tuple[Tensor, ...]:
         parameters = (bias, norm_weight, norm_bias)
         options = (activation, eps, undirected, keep, indptr, perm, backend)
         found: tuple[Tensor, ...] = _forward(x, index, coefficient, *parameters, *options)
-        return found
+        # for the next layer as it is: what comes back to it here is what the later layers made of it
+        return (*found, coefficient.view_as(coefficient)) if hand_on else found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         # undirected edges are followed in the transposed direction too
-        *given, ctx.activation, _, ctx.undirected, ctx.keep, indptr, perm, ctx.backend = inputs
+        *given, ctx.activation, _, ctx.undirected, ctx.keep, indptr, perm, ctx.backend, _ = inputs
         x, index, coefficient, *parameters = given
-        y, before, mean, rstd = output
+        y, before, mean, rstd = output[:4]
         ctx.mark_non_differentiable(before, mean, rstd)
         ctx.set_materialize_grads(False)
         # of the output only ReLU's mask is needed again
@@ -158,17 +167,25 @@ class _GraphLayer(Differentiable):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
+        added = others[3] if len(others) > 3 else None
         if grad is None:
-            return (None,) * 13
+            return None, None, added, *(None,) * 11
         if ctx.activation == "layer_norm" and not ctx.keep:
             raise RuntimeError("graph_layer: keep is False; expected True where a gradient is needed, got a backward")
         needs = ctx.needs_input_grad
         mask = [needs[0], *needs[2:6]]
         *given, indptr, perm = ctx.saved_tensors
-        given = (grad, *given, ctx.activation, ctx.undirected, mask, indptr, perm, ctx.backend)
+        given = (grad, *given, ctx.activation, ctx.undirected, mask, indptr, perm, added, ctx.backend)
         to_x, *grads = backward_of("graph_layer", _backward, mask, *given)
-        return to_x, None, *grads, *(None,) * 7
+        return to_x, None, *grads, *(None,) * 8
 
 
 def graph_layer(*arguments: Any) -> tuple[Tensor, ...]:
-    return _GraphLayer.apply(*arguments) if differentiated(*arguments) else _forward(*arguments)
+    """The output, what is kept for the backward, and last the coefficient for another layer."""
+    *given, hand_on = arguments
+    if not differentiated(*given):
+        return *_forward(*given), given[2]
+    # an output that is an input is not for the compiler, nor for a transform
+    hand_on = hand_on and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    found: tuple[Tensor, ...] = _GraphLayer.apply(*given, hand_on)
+    return found if hand_on else (*found, given[2])

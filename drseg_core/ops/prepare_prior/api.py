@@ -27,30 +27,33 @@ class PreparedPrior(NamedTuple):
         >>> import torch
         >>> from drseg_core.ops import knn_graph, prepare_prior
         >>> prepared = prepare_prior(torch.eye(4))
-        >>> index, halves = knn_graph(prepared, (2, 2), 1), prepared.linear(torch.ones(8, 4))
-        >>> index.flatten().tolist(), tuple(halves.shape)
-        ([0, 1, 2, 3], (4, 8))
+        >>> index, (product, factor) = knn_graph(prepared, (2, 2), 1), prepared.project(torch.ones(8, 4))
+        >>> index.flatten().tolist(), tuple(product.shape), tuple(factor.shape)
+        ([0, 1, 2, 3], (4, 8), (4,))
     """
 
     scaled: Tensor
     inverse_norm: Tensor
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A linear map of the L2-normalised rows, as ``torch.nn.functional.linear`` of them; NaN for a NaN norm.
+    def project(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A linear map of the rows, and what makes it one of the L2-normalised rows.
 
-        The norm is applied to the result, which is narrower than the rows.
+        The ops that weigh edges take both: a product is narrower than the rows, and they read it anyway.
 
         Args:
-            weight: (E, D). bias: (E,).
+            weight: (E, D).
 
         Returns:
-            (B, N, E) or (N, E) in float32 (float64 where the features or ``weight`` are).
+            (B, N, E) or (N, E) in the dtype of ``weight``, under autocast in autocast's, and ``inverse_norm``, by
+            which its rows are still to be multiplied; None where they have been.
         """
-        scaled, factor = self.scaled, self.inverse_norm[..., None]
+        scaled, factor = self
         if scaled.dtype == torch.float16:
-            scaled, factor = scaled.float() * factor, torch.ones_like(factor)
-        result = F.linear(scaled.to(weight.dtype), weight)
-        return result * factor if bias is None else torch.addcmul(bias.to(factor.dtype), result, factor)
+            # not scaled, so that a product could leave the range of float16
+            return F.linear((scaled.float() * factor[..., None]).to(weight.dtype), weight), None
+        if not torch.is_autocast_enabled(scaled.device.type):
+            scaled = scaled.to(weight.dtype)
+        return F.linear(scaled, weight), factor
 
 
 def prepare_prior(prior: Tensor, *, backend: str | None = None) -> PreparedPrior:

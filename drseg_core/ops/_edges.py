@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ops that weigh edges may be given, and its plain form for the backends that take nothing else.
+
+Our kernels read projections as they leave a product, and scores in place of a mask; other backends are given
+``source``, ``target`` and a mask of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drseg_core.ops._dispatch import Backend, gradients
+from drseg_core.ops._registration import asked_for, widest
+
+# source, or both halves in one; target, or None; inverse_norm and source_bias, or None
+Halves = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def plain_halves(halves: Halves) -> tuple[Tensor, Tensor]:
+    """``source`` and ``target`` (B, N, E), normalised and with the bias of the first layer."""
+    source, target, inverse_norm, source_bias = halves
+    if target is None:
+        source, target = source.chunk(2, -1)
+    if inverse_norm is None and source_bias is None:
+        return source, target
+    wide = widest(*halves)
+    source, target = source.to(wide), target.to(wide)
+    if inverse_norm is None:
+        return source if source_bias is None else source + source_bias.to(wide), target
+    factor = inverse_norm.to(wide).unsqueeze(-1)
+    target = target * factor
+    return source * factor if source_bias is None else torch.addcmul(source_bias.to(wide), source, factor), target
+
+
+def plain_mask(mask: Tensor | None) -> Tensor | None:
+    """A mask, where scores came in its place: -inf where there is no edge."""
+    return mask if mask is None or mask.dtype == torch.bool else mask.ne(-torch.inf)
+
+
+def run(chosen: Backend, halves: Halves, edges: Sequence[Tensor], mask: Tensor | None, *options: Any) -> Any:
+    """The forward of an op; ``edges`` are index, vector and bias."""
+    if chosen.raw_edges:
+        return chosen.run(halves, *edges, mask, *options)
+    return chosen.run(*plain_halves(halves), *edges, plain_mask(mask), *options)
+
+
+def run_backward(
+    op: str,
+    chosen: Backend,
+    saved: Sequence[Tensor],
+    halves: Halves,
+    edges: Sequence[Tensor],
+    options: Sequence[Any],
+    output_mask: Sequence[bool],
+    csc: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, ...]:
+    """Gradients to source, target, vector, bias and source_bias, empty where they are not asked for.
+
+    ``saved`` is the incoming gradient and what the forward kept; halves in one have one gradient, that of source.
+    """
+    if chosen.raw_edges:
+        given = (*saved, halves, *edges, *options, output_mask, csc)
+        return asked_for(gradients(op, chosen, *given), output_mask)
+    source, target, inverse_norm, source_bias = halves
+    wants_source, wants_target, wants_vector, wants_bias, wants_shift = output_mask
+    stacked = target is None
+    mask = [wants_source or wants_shift, wants_source if stacked else wants_target, wants_vector, wants_bias]
+    given = (*saved, *plain_halves(halves), *edges, *options, mask, csc)
+    to_source, to_target, to_vector, to_bias = asked_for(gradients(op, chosen, *given), mask)
+    to_shift = source.new_empty(0)
+    if source_bias is not None and wants_shift:
+        to_shift = to_source.sum(tuple(range(to_source.dim() - 1))).to(source_bias.dtype)
+    parts = [to_source if wants_source else source.new_empty(0), to_target]
+    if stacked and wants_source:
+        parts = [torch.empty_like(source, memory_format=torch.contiguous_format), source.new_empty(0)]
+        for half, value in zip(parts[0].chunk(2, -1), (to_source, to_target), strict=True):
+            half.copy_(value) if inverse_norm is None else torch.mul(value, inverse_norm.unsqueeze(-1), out=half)
+    elif inverse_norm is not None:
+        parts = [value * inverse_norm.unsqueeze(-1) if value.numel() else value for value in parts]
+    like = (source, source if target is None else target)
+    parts = [value.to(half.dtype) for value, half in zip(parts, like, strict=True)]
+    return (*parts, to_vector, to_bias, to_shift)
