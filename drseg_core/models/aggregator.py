@@ -116,14 +116,14 @@ class ClassBlock(nn.Module):
         """``x`` (B, T, hw, width) and ``guidance`` (T, width) to (B, T, hw, width)."""
         batch, classes = x.shape[:2]
         pooled = F.avg_pool2d(_map(x.flatten(0, 1), grid), 2, ceil_mode=True)
-        small = pooled.shape[2:]
+        small = (pooled.shape[2], pooled.shape[3])
         # classes become the sequence: (B*h'w', T, width)
         z = _tokens(pooled).unflatten(0, (batch, classes)).transpose(1, 2).flatten(0, 1)
         query, key, value = self.query_key_value(self.norm_attention(z)).chunk(3, dim=-1)
         query_guidance, key_guidance = self.query_key_guidance(guidance).chunk(2, dim=-1)
         z = z + self.out(_attention(query + query_guidance, key + key_guidance, value, self.heads))
         z = z + F.relu6(self.mlp(self.norm_mlp(z)))
-        z = z.unflatten(0, (batch, -1)).permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, small)
+        z = _map(z.unflatten(0, (batch, -1)).transpose(1, 2).flatten(0, 1), small)
         z = F.interpolate(z, size=grid, mode="bilinear", align_corners=True)
         return x + _tokens(z).unflatten(0, (batch, classes))
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from drseg_core.config.schema import ClipConfig
 from drseg_core.errors import CheckpointError, ConfigError
 from drseg_core.extras import require
+from drseg_core.models.correlation import rotate
 from drseg_core.models.prompts import class_prompts
 from drseg_core.models.weights import difference, read_foreign_state
 
@@ -255,9 +256,13 @@ class ClipEncoder(nn.Module):
         side = self.config.image_size // self.visual.patch_size[0]
         return side, side
 
-    def forward(self, image: Tensor, guided: int | None = None) -> DenseFeatures:
-        """(B, 3, H, W) RGB in [0, 1] to dense features; the first ``guided`` images have guidance maps too."""
-        return self.visual((image - self.pixel_mean) / self.pixel_deviation, self.config.guidance_blocks, guided)
+    def forward(self, image: Tensor, guided: int | None = None, rotations: int = 1) -> DenseFeatures:
+        """(B, 3, H, W) RGB in [0, 1] to dense features of it in ``rotations`` orientations, the unturned batch first.
+
+        The first ``guided`` images of all have guidance maps too.
+        """
+        pixels = (image - self.pixel_mean) / self.pixel_deviation
+        return self.visual(rotate(pixels, rotations), self.config.guidance_blocks, guided)
 
     def tokenize(self, class_names: Sequence[str]) -> Tensor:
         """Prompts of the classes as token ids (T, L), int64, L the longest prompt.

@@ -20,12 +20,17 @@ def rotate(image: Tensor, rotations: int) -> Tensor:
         raise ValueError(f"rotate: rotations is not supported; expected 1 or 4, got {rotations}")
     if image.shape[2] != image.shape[3]:
         raise ValueError(f"rotate: image is not square; expected (B, 3, S, S), got {tuple(image.shape)}")
-    return torch.cat([torch.rot90(image, turn, (2, 3)) for turn in range(rotations)])
+    return torch.cat([image, *(torch.rot90(image, turn, (2, 3)) for turn in range(1, rotations))])
 
 
 def rotate_back(maps: Tensor, rotations: int) -> Tensor:
     """(R*B, T, h, w) maps of :func:`rotate`'s images to (B, R, T, h, w), each turned back."""
-    return torch.stack([torch.rot90(part, -turn, (2, 3)) for turn, part in enumerate(maps.chunk(rotations))], dim=1)
+    if rotations == 1:
+        return maps[:, None]
+    first, *others = maps.chunk(rotations)
+    turned = [first, *(torch.rot90(part, -turn, (2, 3)) for turn, part in enumerate(others, 1))]
+    # the orientations innermost: the convolution over them takes this as it lies
+    return torch.stack(turned, dim=-1).movedim(-1, 1)
 
 
 def cosine(features: Tensor, text: Tensor) -> Tensor:

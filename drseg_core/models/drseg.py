@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from drseg_core.config.schema import ModelConfig
 from drseg_core.models.aggregator import Aggregator
 from drseg_core.models.baselines.remote import RemoteGuidance
-from drseg_core.models.correlation import correlation, cosine, rotate
+from drseg_core.models.correlation import correlation, cosine
 from drseg_core.models.decoder import Decoder
 from drseg_core.models.dino import DinoPrior, PriorMaps, resample
 from drseg_core.models.segmenter import Segmenter, SegmenterOutput
@@ -142,7 +142,7 @@ class DRSeg(Segmenter):
         batch = image.shape[0]
         text = self._class_embedding(text)
         guided = 0 if self.decoder is None else batch
-        dense = self.clip(rotate(resized, self.config.rotations), guided=guided)
+        dense = self.clip(resized, guided=guided, rotations=self.config.rotations)
         original = correlation(dense.features, text, self.config.rotations)
         if self.decoder is None:
             mean = original.mean(dim=1)
@@ -154,14 +154,14 @@ class DRSeg(Segmenter):
         if self.dino is not None:
             prior = self.dino.maps(image, self._prior_blocks)
             refined = cosine(self._rectified(canonical, prior.features), text)[:, None]
-        stacked = self.config.fusion.original == "stack"
-        joined = self.fusion(original if stacked else original.mean(dim=1, keepdim=True), refined)
+        mean = original.mean(dim=1)
+        joined = self.fusion(original if self.config.fusion.original == "stack" else mean[:, None], refined)
         embedding = self.aggregator(joined.embedding, canonical, text)
         remote = () if self.remote is None else tuple(resample(maps, self.clip.grid) for maps in self.remote(image))
         return SegmenterOutput(
-            self.decoder(embedding, dense.guidance, self._prior_guidance(prior), original.mean(dim=1), remote),
+            self.decoder(embedding, dense.guidance, self._prior_guidance(prior), mean, remote),
             joined.uncertainty,
-            original.mean(dim=1),
+            mean,
             None if refined is None else refined[:, 0],
         )
 

@@ -91,6 +91,11 @@ class Segmenter(nn.Module):
         """Prompt tokens (T, L) to L2-normalised class embeddings (T, C)."""
         return self.clip.encode_text(tokens)
 
+    @property
+    def trains_text(self) -> bool:
+        """Whether class embeddings change in a training; where not, they are encoded once and handed on."""
+        return any(parameter.requires_grad for parameter in self.clip.text.parameters())
+
     def dense_features(self, image: Tensor) -> Tensor:
         """Canonical dense CLIP features (B, C, h, w), not normalised; what SPSD ranks and splits."""
         return self.clip(self._resized(image, f"{type(self).__name__}.dense_features"), guided=0).features

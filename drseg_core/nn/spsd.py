@@ -162,7 +162,6 @@ class SPSD(nn.Module):
 
     semantic_index: Tensor
     structural_index: Tensor
-    merge_index: Tensor
 
     def __init__(self, channels: int, semantic_ratio: float = 0.5, ranking: Tensor | None = None) -> None:
         super().__init__()
@@ -172,8 +171,6 @@ class SPSD(nn.Module):
         semantic = _semantic_count(channels, semantic_ratio)
         self.register_buffer("semantic_index", torch.arange(semantic))
         self.register_buffer("structural_index", torch.arange(semantic, channels))
-        # where each original channel lies in cat(semantic, structural)
-        self.register_buffer("merge_index", torch.arange(channels), persistent=False)
         if ranking is not None:
             self.set_ranking(ranking)
 
@@ -191,7 +188,6 @@ class SPSD(nn.Module):
         count = len(self.semantic_index)
         self.semantic_index.copy_(order[:count].sort().values)
         self.structural_index.copy_(order[count:].sort().values)
-        self._update_merge_index()
 
     def split(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, h, w) to semantic (B, C_s, h, w) and structural (B, C_t, h, w) channels."""
@@ -200,7 +196,10 @@ class SPSD(nn.Module):
                 f"SPSD.split: features has a wrong shape; expected (B, {self.channels}, ...), "
                 f"got {tuple(features.shape)}"
             )
-        return features.index_select(1, self.semantic_index), features.index_select(1, self.structural_index)
+        # with channels innermost, as token encoders give them and PDGR reads them
+        tokens = features.movedim(1, -1)
+        semantic, structural = (tokens.index_select(-1, i) for i in (self.semantic_index, self.structural_index))
+        return semantic.movedim(-1, 1), structural.movedim(-1, 1)
 
     def merge(self, semantic: Tensor, structural: Tensor) -> Tensor:
         """Both parts back in the original channel order, so that text embeddings need no permutation."""
@@ -209,11 +208,11 @@ class SPSD(nn.Module):
                 f"SPSD.merge: parts have wrong widths; expected {len(self.semantic_index)} and "
                 f"{len(self.structural_index)} channels, got {semantic.shape[1]} and {structural.shape[1]}"
             )
-        return torch.cat((semantic, structural), dim=1).index_select(1, self.merge_index)
-
-    def _update_merge_index(self) -> None:
-        joined = torch.cat((self.semantic_index, self.structural_index))
-        self.merge_index.copy_(torch.argsort(joined))
+        kind = torch.promote_types(semantic.dtype, structural.dtype)
+        tokens = structural.new_empty((semantic.shape[0], *semantic.shape[2:], self.channels), dtype=kind)
+        for part, index in ((semantic, self.semantic_index), (structural, self.structural_index)):
+            tokens.index_copy_(-1, index, part.movedim(1, -1).to(kind))
+        return tokens.movedim(-1, 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         semantic = state_dict.get(prefix + "semantic_index")
@@ -221,8 +220,6 @@ class SPSD(nn.Module):
         if semantic is not None and structural is not None:
             check_partition(semantic, structural, self.channels)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.semantic_index.device.type != "meta":
-            self._update_merge_index()
 
 
 def check_partition(semantic: Tensor, structural: Tensor, channels: int) -> None:

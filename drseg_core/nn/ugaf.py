@@ -303,7 +303,8 @@ def _bias(layer: nn.Conv2d) -> Tensor:
 
 
 def _fold(maps: Tensor) -> Tensor:
-    return _channels_last(maps.transpose(1, 2).flatten(0, 1))
+    # (B, R, T, h, w) to (B*T, R, h, w) in channels_last memory: one pass, and none where R lies innermost already
+    return maps.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def _channels_last(maps: Tensor) -> Tensor:

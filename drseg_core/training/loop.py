@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from drseg_core.checkpoints.channels import ChannelFile, load_channels, save_channels
 from drseg_core.checkpoints.checkpoint import (
@@ -272,6 +272,7 @@ class Trainer:
         )
         progress = training_progress(self.step, self.elapsed, options)
         window = Window(len(self.dataset.class_names), self.group)
+        text = self._text()
         refused = 0
         with contextlib.ExitStack() as stack:
             signals = stack.enter_context(StopSignals())
@@ -283,7 +284,7 @@ class Trainer:
                 batch = next(batches)
                 image, mask = batch.image.to(self.group.device), batch.mask.to(self.group.device)
                 with self._autocast():
-                    output = network(image, self.tokens)
+                    output = network(image, text)
                 loss = training_loss(output, mask, options)
                 shared = self.group.agree(loss, clock.seconds(), signals.received)
                 self.elapsed = shared.elapsed
@@ -325,6 +326,13 @@ class Trainer:
                     name = signal.Signals(shared.signal).name
                     message = f"train: stopped by {name} after step {self.step}; go on with --resume"
                     raise TrainingStopped(message, shared.signal)
+
+    def _text(self) -> Tensor:
+        """What the model is given of the class names: their embeddings, where the text encoder is frozen."""
+        if self.model.trains_text:
+            return self.tokens
+        with torch.no_grad(), self._autocast():
+            return self.model.encode_text(self.tokens)
 
     def _autocast(self) -> torch.autocast:
         # bfloat16 has the range of float32, so gradients need no scaling

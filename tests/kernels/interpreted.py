@@ -20,7 +20,7 @@ def patch_once() -> None:
     """Let Triton's interpreter take the place of its language once in this process.
 
     It does so in every launch and every call of a device function, ``tl.sum`` among them: 40 % of a contract's time.
-    A number that comes at run time is an array of one there, and Triton 3.6 asks NumPy for its ``int``, which 2.4 refuses.
+    A number that comes at run time is an array of one there. Triton 3.6 asks NumPy for its ``int``, which 2.4 refuses.
     """
     import triton.language as tl
     from triton.runtime import interpreter

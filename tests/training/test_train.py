@@ -320,3 +320,24 @@ def test_one_process_agrees_with_itself(config):
     assert group.agree(parts[:1], 2.5, 15) == (1.5, (4.0,), 2.5, 15)
     assert group.agree(parts, 2.5, 15) == (3.0, (4.0, 2.0), 2.5, 15)
     assert group.agree((LossSum(torch.tensor(0.0), torch.tensor(0)),), 0.0, 0) == (0.0, (0.0,), 0.0, 0)
+
+
+@pytest.mark.parametrize("trainable", ["none", "attention"])
+def test_frozen_text_is_encoded_once(config, data, tmp_path, monkeypatch, trainable):
+    calls = []
+
+    def build(options, **given):
+        model = loop_model(options, **given)
+        model.clip.text.register_forward_pre_hook(lambda *_: calls.append(1))
+        return model
+
+    loop_model = loop.model_of
+    monkeypatch.setattr(loop, "model_of", build)
+    config = override(config, {"model.clip.trainable": trainable})
+    once = train(config, data, tmp_path / "once", show_progress=False)
+    assert len(calls) == (1 if trainable == "none" else config.train.iterations)
+    if trainable == "none":
+        monkeypatch.setattr(loop.Trainer, "_text", lambda trainer: trainer.tokens)
+        again = train(config, data, tmp_path / "again", show_progress=False)
+        first, second = (newest_checkpoint(run).weights() for run in (once, again))
+        assert all(torch.equal(first[name], second[name]) for name in first | second)

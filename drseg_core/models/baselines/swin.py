@@ -135,7 +135,8 @@ class LinearClassBlock(nn.Module):
         z = pooled.flatten(2).unflatten(0, (batch, classes)).permute(0, 3, 1, 2)
         z = z + self._attend(z, guidance)
         z = z + self.mlp(self.norm_mlp(z))
-        z = z.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, pooled.shape[2:])
+        # as the maps came: channels innermost
+        z = z.transpose(1, 2).flatten(0, 1).unflatten(1, pooled.shape[2:]).permute(0, 3, 1, 2)
         z = F.interpolate(z, size=grid, mode="bilinear", align_corners=True)
         return x + z.flatten(2).transpose(1, 2).unflatten(0, (batch, classes))
 
