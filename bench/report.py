@@ -122,9 +122,10 @@ def _model_table(rows: Sequence[Row]) -> list[str]:
         "|---|---|---:|---:|---:|",
     ]
     for row in models:
+        share = "-" if row["pdgr_share"] is None else f"{100 * row['pdgr_share']:.1f} %"
         lines.append(
-            f"| {row['case']}, {row['mode']} | {row['name']} | {row['images_per_second']:.3f} | "
-            f"{100 * row['pdgr_share']:.1f} % | {row['process_mb']:.0f} |"
+            f"| {', '.join([row['case'], row['mode'], *_dtype(row)])} | {row['name']} | "
+            f"{row['images_per_second']:.3f} | {share} | {row['process_mb']:.0f} |"
         )
     return [*lines, ""]
 

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import carry, place, probe, run, tune
+from bench import carry, model, place, probe, run, tune
 from bench.precision import PRECISIONS
 
 ROOT = Path(__file__).parents[2]
-STEPS = ["place", "profile", "probe", "contracts", "rows", "tune", "sanitize", "large", "compiled"]
+STEPS = ["place", "profile", "probe", "contracts", "rows", "tune", "sanitize", "large", "compiled", "model"]
 
 # writes down what it is asked, and fails at one word
 STUB = """#!/bin/sh
 echo "$@" >>"{log}"
-case "$*" in *"{fails}"*) exit 3 ;; esac
+case "$*" in *"{fails}"*) echo "it is not there" >&2; exit 3 ;; esac
 """
 
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None or shutil.which("timeout") is None, reason="no bash")
@@ -64,7 +64,7 @@ def test_every_step_in_its_order(script: Script):
     assert script.summary() == [[step, "passed"] for step in STEPS]
     assert {path.stem for path in (script.folder / "out").glob("*.log")} == set(STEPS)
     commands = ["pytest" if line.startswith("-m pytest") else line.split()[2] for line in script.asked()]
-    assert list(dict.fromkeys(commands)) == ["place", "profile", "probe", "pytest", "run", "tune"]
+    assert list(dict.fromkeys(commands)) == ["place", "profile", "probe", "pytest", "run", "tune", "model"]
     (line,) = (line for line in script.asked() if "bench profile" in line)
     dtypes = [part.split()[0] for part in line.split("--dtype ")[1:]]
     assert dtypes == ["float32", "bfloat16", "autocast"] and set(dtypes) == set(PRECISIONS)
@@ -73,11 +73,13 @@ def test_every_step_in_its_order(script: Script):
 @needs_bash
 def test_the_commands_are_such_as_the_programs_take(script: Script, capsys: pytest.CaptureFixture[str]):
     # as on a card, where nothing but the lists of jobs is made
-    script.run(str(script.folder / "out"), "rows", "large", "compiled", "tune")
+    script.run(str(script.folder / "out"), "rows", "large", "compiled", "tune", "model")
     for line in script.asked():
         command, *given = line.removeprefix("-m bench ").split()
         if command == "run":
             assert run.main([*given, "--list"]) == 0, line
+        elif command == "model":
+            assert model.main([*given, "--dry-run"]) == 0, line
         else:
             assert tune.main([*given, "--dry-run", "--target", "90"]) == 0, line
     listed = capsys.readouterr().out
@@ -107,8 +109,16 @@ def test_where_the_first_steps_fail_nothing_else_is_tried(script: Script, step: 
 def test_a_step_that_fails_does_not_end_it_and_time_that_is_up_does(script: Script):
     assert script.run("--dry", str(script.folder / "out"), "probe", "large", fails="bench probe").returncode == 1
     assert script.summary() == [["probe", "failed"], ["large", "passed"]]
-    script.run("--dry", str(script.folder / "out"), "compiled", SECONDS_IN_ALL="5")
-    assert script.summary()[-1] == ["compiled", "skipped"]
+    script.run("--dry", str(script.folder / "out"), "compiled", "model", SECONDS_IN_ALL="5")
+    # the model has a time of its own
+    assert script.summary()[-2:] == [["compiled", "skipped"], ["model", "passed"]]
+
+
+@needs_bash
+def test_without_the_model_s_libraries_it_is_skipped(script: Script):
+    assert script.run("--dry", str(script.folder / "out"), "model", fails="require").returncode == 0
+    assert script.summary() == [["model", "skipped"]]
+    assert "it is not there" in (script.folder / "out" / "summary.txt").read_text()
 
 
 def test_probes_run_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
