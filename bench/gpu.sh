@@ -205,7 +205,7 @@ why_not() { # step
         fi
         ;;
     model)
-        "$PYTHON" -c 'from drseg_core.extras import require; require("bench model", "model")' 2>&1 | tail -1
+        "$PYTHON" -c 'from drseg_core.extras import require; require("bench model", "model")' 2>&1 | tail -1 | sed 's/^[a-zA-Z_.]*Error: //'
         ;;
     esac
 }

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drseg_core.evaluation.inference import Predictor
 from drseg_core.models.build import build_model
 from drseg_core.models.segmenter import Segmenter
 
@@ -58,3 +59,11 @@ def test_training(variant, name: str) -> None:
     bound = {"rtol": 1e-3, "atol": 1e-5} if name == "float32" else {"rtol": 0.1, "atol": 2e-2}
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other, **bound)
+
+
+def test_prediction_with_a_compiled_model(tiny) -> None:
+    image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
+    expected = Predictor(tiny, NAMES)(image)
+    found = Predictor(torch.compile(tiny, backend="eager", fullgraph=True), NAMES)(image)
+    torch.testing.assert_close(found.score, expected.score)
+    assert torch.equal(found.class_index, expected.class_index)
