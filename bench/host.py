@@ -37,22 +37,28 @@ new_empty_strided _to_copy mT numpy_T clone empty_permuted detach_copy dropout""
 
 
 def make(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], object]]:
-    """A forward without gradients and a step of PDGR, with its defaults, at 2 x 16 nodes."""
+    """A forward without gradients and a step of PDGR, with its defaults, at 2 x 16 nodes.
+
+    In half precision features and prior are in it, and linear maps by autocast.
+    """
     from drseg_core.nn import PDGR
 
     torch.manual_seed(0)
     pdgr = PDGR(16, 16, k=4, edge_hidden=16, backend="triton")
-    features, prior = torch.randn(2, 16, 4, 4, requires_grad=True), torch.randn(2, 16, 4, 4).to(dtype)
-    leaves = [features, *pdgr.parameters()]
+    features, prior = (torch.randn(2, 16, 4, 4).to(dtype) for _ in range(2))
+    leaves = [features.requires_grad_(), *pdgr.parameters()]
     grad = torch.ones_like(features)
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
     def forward() -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             output: Tensor = pdgr(features, prior)
         return output
 
     def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(pdgr(features, prior), leaves, grad)
+        with autocast:
+            output = pdgr(features, prior)
+        return torch.autograd.grad(output, leaves, grad)
 
     return {"forward": forward, "step": step}
 
@@ -89,6 +95,7 @@ def one_round(repeats: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     with card(next(target for target in TARGETS if target.arch == 90)):
         runs = make()
+        runs |= {f"{name}, bfloat16": run for name, run in make(torch.bfloat16).items()}
         counts = {name: launches(run) for name, run in runs.items()}
         for run in runs.values():
             microseconds(run, repeats // 4 + 1)
@@ -123,12 +130,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for _ in range(args.rounds):
             for source in sources:
                 found[source.name].append(child(source))
-        for what in ("forward", "step"):
+        for what in ("forward", "step", "forward, bfloat16", "step, bfloat16"):
             for name, rounds in found.items():
+                if what not in rounds[0]:
+                    continue
                 us = statistics.median(one[what]["us"] for one in rounds)
                 count = rounds[0][what]["launches"]
                 words = ", ".join(f"{times} {op}" if times > 1 else op for op, times in count.items())
-                print(f"{what:8}{name:5}{us:8.0f} us on the host, {sum(count.values())} launches: {words}")
+                print(f"{what:18}{name:5}{us:8.0f} us on the host, {sum(count.values())} launches: {words}")
 
     try:
         if args.base is None:

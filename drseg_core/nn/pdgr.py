@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from drseg_core.nn.halves import join, joined
 from drseg_core.ops import (
     Graph,
     backend_names,
@@ -35,43 +36,6 @@ _FORM: dict[str, Literal["additive", "gauss", "multiplicative", "product"]] = {
     "product": "product",
     "gauss": "gauss",
 }
-
-
-class _Joined(torch.autograd.Function):
-    """Two matrices of one size of which the second lies right behind the first in memory, as the one they are there."""
-
-    @staticmethod
-    def forward(first: Tensor, second: Tensor) -> Tensor:
-        return first.detach().as_strided((len(first) + len(second), first.shape[1]), first.stride())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = grad.chunk(2)
-        return first, second
-
-
-def _adjacent(first: Tensor, second: Tensor) -> bool:
-    """Whether two matrices are rows of one; tensors of other kinds have no memory to ask about."""
-    if any(type(half) not in (Tensor, nn.Parameter) or half.is_meta for half in (first, second)):
-        return False
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    if not first.is_contiguous() or not second.is_contiguous():
-        return False
-    behind = int(second.storage_offset()) == int(first.storage_offset()) + first.numel()
-    return behind and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-
-
-def _stacked(first: Tensor, second: Tensor) -> Tensor:
-    """The rows of two matrices in one."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not _adjacent(first, second):
-        return torch.cat([first, second])
-    joined: Tensor = _Joined.apply(first, second)
-    return joined
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -203,7 +167,7 @@ class PDGR(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.output_norm = nn.LayerNorm(channels)
         self.norm_scale = norm_scale
-        self._join_halves()
+        join(self.edge_source.weight, self.edge_target.weight)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -222,18 +186,10 @@ class PDGR(nn.Module):
         self.output_norm.reset_parameters()
         nn.init.constant_(self.output_norm.weight, self.norm_scale)
 
-    def _join_halves(self) -> None:
-        """Put the halves of the edge MLP's first layer behind each other in memory, so that one product serves both."""
-        halves = self.edge_source.weight, self.edge_target.weight
-        if all(type(half) is nn.Parameter and not half.is_meta for half in halves) and not _adjacent(*halves):
-            with torch.no_grad():
-                joined = torch.cat(halves)
-            halves[0].data, halves[1].data = joined.split([len(half) for half in halves])
-
     def _apply(self, fn: Any, recurse: bool = True) -> PDGR:
         # what moves or casts parameters does so one by one
         super()._apply(fn, recurse)
-        self._join_halves()
+        join(self.edge_source.weight, self.edge_target.weight)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
@@ -307,7 +263,7 @@ class PDGR(nn.Module):
             pad=True,
             backend=self.backend,
         )
-        both = _stacked(self.edge_source.weight, self.edge_target.weight)
+        both = joined(self.edge_source.weight, self.edge_target.weight)
         if self.normalize_prior:
             halves, inverse_norm = prepared.project(both)
         else:

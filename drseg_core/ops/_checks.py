@@ -31,6 +31,11 @@ def check_tensor(
     ``shape`` names the dimensions of the batched form, e.g. ``("B", "N", "D")``; where it starts with ``B`` the
     unbatched form is taken too. None leaves the rank to the caller.
     """
+    if type(value) is Tensor or type(value) is torch.nn.Parameter:
+        # as it is nearly always, and the rest takes longer than much of what else a call does
+        if value.dtype in dtypes and value.layout is torch.strided and not value.is_nested and not value.is_meta:
+            if shape is None or value.dim() == len(shape) or (shape[0] == "B" and value.dim() == len(shape) - 1):
+                return
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor; expected torch.Tensor, got {type(value).__name__}")
     if type(value).__name__ == "DTensor":
@@ -73,7 +78,8 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
 
 def check_no_tangent(op: str, **tensors: Tensor) -> None:
     """Refuse forward-mode differentiation: a registered op would drop the tangent without a word."""
-    if torch.compiler.is_compiling():
+    # outside of every level nothing has a tangent
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     for name, tensor in tensors.items():
         if forward_ad.unpack_dual(tensor).tangent is not None:

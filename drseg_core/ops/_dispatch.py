@@ -216,7 +216,10 @@ def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) ->
         BackendDtypeError: the named backend does not compute in one of the dtypes (also a ``TypeError``).
     """
     device = tensor.device.type
-    dtypes = {"": tensor.dtype} | {name: other.dtype for name, other in others.items() if other is not None}
+    dtypes = {"": tensor.dtype}
+    for name, other in others.items():
+        if other is not None:
+            dtypes[name] = other.dtype
     reasons = {}
     for backend in table(op):
         if requested != backend.name and not (requested == "auto" and device not in backend.by_name_only):

@@ -15,6 +15,20 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+# what torch's own eager mode gives to an op; any subclass of Tensor may mean another
+_USUAL = frozenset([Tensor, torch.nn.Parameter, bool, int, float, str, type(None), list, tuple])
+
+
+def usual(arguments: Sequence[Any]) -> bool:
+    """Whether nobody but torch's eager mode looks at a call: no compiler, transform, tracer or dispatch mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or not _USUAL.issuperset(map(type, arguments))
+    )
+
 
 def define(op: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Add ``drseg::op`` to torch's library.
@@ -24,11 +38,15 @@ def define(op: str, schema: str, run: Callable[..., Any], fake: Callable[..., An
         run: computes it, on any device. fake: shapes and dtypes of its results.
 
     Returns:
-        The operator.
+        What calls it: through torch's dispatcher where somebody follows, who sees one operator; otherwise at once,
+        which takes a third of the time.
     """
 
     def without_autograd(*arguments: Any) -> Any:
-        with torch.no_grad():
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                found = run(*arguments)
+        else:
             found = run(*arguments)
         # as the fake promises, however a backend lays out its result
         return found.contiguous() if isinstance(found, Tensor) else tuple(value.contiguous() for value in found)
@@ -58,7 +76,7 @@ def define(op: str, schema: str, run: Callable[..., Any], fake: Callable[..., An
         return stacked, (0,) * len(stacked)
 
     torch.library.register_vmap(name, one_by_one)
-    return operator
+    return lambda *arguments: without_autograd(*arguments) if usual(arguments) else operator(*arguments)
 
 
 class _Bound:
@@ -86,6 +104,11 @@ class Differentiable(Function):
     """
 
     generate_vmap_rule = True
+
+    @classmethod
+    def call(cls, *arguments: Any) -> Any:
+        """``apply``, without what it does for transforms and missing arguments where there are none."""
+        return super(Function, cls).apply(*arguments) if usual(arguments) else cls.apply(*arguments)  # type: ignore[misc]
 
     def __init_subclass__(cls) -> None:
         # torch binds the arguments to it in every call; finding it, and binding them, takes longer than the call
@@ -124,7 +147,7 @@ class _Once(Differentiable):
 def backward_of(op: str, operator: Any, output_mask: Sequence[bool], *arguments: Any) -> list[Tensor | None]:
     """Gradients by ``operator``, of which ``output_mask`` and ``arguments`` end in it; None where not asked for."""
     # only who asks for a graph of the backward could differentiate it
-    run = (lambda *given: _Once.apply(op, operator, *given)) if torch.is_grad_enabled() else operator
+    run = (lambda *given: _Once.call(op, operator, *given)) if torch.is_grad_enabled() else operator
     found = run(*arguments)
     grads = [found] if isinstance(found, Tensor) else found
     return [value if need else None for value, need in zip(grads, output_mask, strict=True)]

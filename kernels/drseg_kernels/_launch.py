@@ -103,12 +103,17 @@ class Tile:
     def __post_init__(self) -> None:
         _check_powers(self, "block_m", "block_n", "num_warps")
 
+    @functools.cache  # noqa: B019 - there are as many as sizes
     def constants(self) -> dict[str, Any]:
-        """Compile-time arguments of the kernels."""
+        """Compile-time arguments of the kernels; not to be changed."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
+    @functools.cache  # noqa: B019
     def options(self, limit_registers: bool = False) -> dict[str, Any]:
-        """What the compiler is told; with ``limit_registers`` it spills a few so that more programs run at a time."""
+        """What the compiler is told, not to be changed.
+
+        With ``limit_registers`` it spills a few so that more programs run at a time.
+        """
         limit = {"maxnreg": min(255, 65_536 // (32 * self.num_warps))} if limit_registers else {}
         return {"num_warps": self.num_warps, **FMA, **limit}
 
@@ -168,6 +173,11 @@ known_device = functools.cache(device_of)
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Within the block kernels are launched on the tensor's device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def ceil_div(value: int, step: int) -> int:
+    """Quotient, rounded up; Triton's own is wrapped for its kernels, and slow on the host."""
+    return -(-value // step)
 
 
 def power_of_two_from(value: int) -> int:

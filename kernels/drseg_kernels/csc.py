@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from drseg_kernels._blocks import within
-from drseg_kernels._launch import on_device_of
+from drseg_kernels._launch import ceil_div, on_device_of
 
 # edges of a tile, each of which is compared with every other; nodes at a time; warps
 _TILE = 64
@@ -130,9 +130,9 @@ def _csc_kernel_place(
 
 def chunks_of(batch: int, nodes: int, edges: int) -> tuple[int, int]:
     """Into how many chunks an image's edges are cut, and how many edges each has, a multiple of a tile."""
-    most = max(1, min(triton.cdiv(edges, _SMALLEST_CHUNK), _MOST_COUNTS // max(1, batch * nodes)))
-    chunk = triton.cdiv(triton.cdiv(edges, most), _TILE) * _TILE
-    return triton.cdiv(edges, chunk), chunk
+    most = max(1, min(ceil_div(edges, _SMALLEST_CHUNK), _MOST_COUNTS // max(1, batch * nodes)))
+    chunk = ceil_div(ceil_div(edges, most), _TILE) * _TILE
+    return ceil_div(edges, chunk), chunk
 
 
 def tile_of(nodes: int) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def csc(index: Tensor) -> tuple[Tensor, Tensor]:
     tile = tile_of(nodes)
     with on_device_of(index):
         _csc_kernel_count[(batch * chunks,)](index, count, nodes, edges, chunk, chunks, **tile)
-        _csc_kernel_scan[(batch * triton.cdiv(nodes, SCAN["BLOCK_N"]),)](count, degree, nodes, chunks, **SCAN)
+        _csc_kernel_scan[(batch * ceil_div(nodes, SCAN["BLOCK_N"]),)](count, degree, nodes, chunks, **SCAN)
         _csc_kernel_place[(batch * chunks,)](
             index, count, degree, indptr, perm, batch, nodes, edges, chunk, chunks, **tile
         )

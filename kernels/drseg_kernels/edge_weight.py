@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from drseg_kernels._blocks import softplus, softplus_slope, within
-from drseg_kernels._launch import Tile, on_device_of, sizes_of
+from drseg_kernels._launch import Tile, ceil_div, on_device_of, sizes_of
 from drseg_kernels.csc import csc as columns_of
 
 # chunks of rows whose contributions to the gradients of vector and bias are summed apart: enough to fill a device
@@ -438,7 +438,7 @@ def edge_weight(
     present, kind = mask_of(mask, index)
     chosen = tile or sizes_of("edge_weight", index.device, rows[0].dtype, nodes, slots, width)
     with on_device_of(index):
-        _edge_weight_fwd_kernel[(batch * nodes, triton.cdiv(slots, chosen.block_m))](
+        _edge_weight_fwd_kernel[(batch * nodes, ceil_div(slots, chosen.block_m))](
             *rows,
             index.contiguous(),
             vector.contiguous(),
@@ -498,8 +498,8 @@ def edge_weight_backward(
     grad_source, grad_target, grad_vector, grad_bias, grad_shift = grads
     chosen = tile or sizes_of("edge_weight", index.device, rows[0].dtype, nodes, slots, width)
     near, vector = index.contiguous(), vector.contiguous()
-    chunk = max(_SMALLEST_CHUNK, triton.cdiv(count, _MOST_CHUNKS))
-    chunks, blocks = triton.cdiv(count, chunk), max(1, triton.cdiv(width, chosen.block_n))
+    chunk = max(_SMALLEST_CHUNK, ceil_div(count, _MOST_CHUNKS))
+    chunks, blocks = ceil_div(count, chunk), max(1, ceil_div(width, chosen.block_n))
     columns = (2 * width if flags["SHIFT"] else width) + 1
     part = torch.empty(chunks if wants_parameters else 0, columns, dtype=torch.float32, device=index.device)
     common: dict[str, Any] = {**flags, **chosen.constants(), **chosen.options()}
@@ -534,7 +534,7 @@ def edge_weight_backward(
         if wants_target or wants_parameters:
             # never read without the gradient to target
             indptr, perm = (csc or columns_of(index)) if wants_target else (near, near)
-            sums = triton.cdiv(triton.cdiv(columns, chosen.block_n), blocks) if wants_parameters else 0
+            sums = ceil_div(ceil_div(columns, chosen.block_n), blocks) if wants_parameters else 0
             _edge_weight_bwd_kernel_target[(sums + (count if wants_target else 0), blocks)](
                 slope,
                 *rows,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drseg_kernels._launch import Tile, on_device_of, sizes_of
+from drseg_kernels._launch import Tile, ceil_div, on_device_of, sizes_of
 from drseg_kernels.csc import csc as columns_of
 from drseg_kernels.graph_propagate import edge_dot, empty_gradients, gathered_gradients, gathered_sum, graph_propagate
 
@@ -425,7 +425,7 @@ def graph_layer(
     parameters = [y if value is None else value.contiguous() for value in (bias, norm_weight, norm_bias)]
     with on_device_of(x):
         indptr, perm = (csc or columns_of(index)) if undirected else (near, near)
-        _graph_layer_fwd_kernel[(batch * nodes, triton.cdiv(channels, chosen.block_n))](
+        _graph_layer_fwd_kernel[(batch * nodes, ceil_div(channels, chosen.block_n))](
             x.contiguous(),
             near,
             coefficient.contiguous(),
@@ -496,8 +496,8 @@ def _through_activation(
         chosen = rows_of_planes(chosen)
     else:
         grad = grad.contiguous()
-    chunk = max(_SMALLEST_CHUNK, triton.cdiv(rows, _MOST_CHUNKS))
-    chunks, blocks = triton.cdiv(rows, chunk), triton.cdiv(channels, chosen.block_n)
+    chunk = max(_SMALLEST_CHUNK, ceil_div(rows, _MOST_CHUNKS))
+    chunks, blocks = ceil_div(rows, chunk), ceil_div(channels, chosen.block_n)
     part = torch.empty(chunks if wants_parameters else 0, 3, channels, dtype=torch.float32, device=grad.device)
     moment = saved[1]
     weight = grad if norm_weight is None else norm_weight.contiguous()
@@ -594,7 +594,7 @@ def graph_layer_backward(
     together = wants_inner and not undirected and channels <= chosen.block_n
     sizes = chosen if together else rows or sizes_of("graph_layer_rows", x.device, x.dtype, nodes, 1, channels)
     common: dict[str, Any] = {"BIAS": bias is not None, **sizes.constants(), **sizes.options(limit_registers=True)}
-    sums = triton.cdiv(channels, sizes.block_n) * (3 if activation == "layer_norm" else 1) if wants_parameters else 0
+    sums = ceil_div(channels, sizes.block_n) * (3 if activation == "layer_norm" else 1) if wants_parameters else 0
     grad_x, grad_coefficient = empty_gradients(x, coefficient, output_mask)
     with on_device_of(x):
         if together:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from drseg_kernels._blocks import within
-from drseg_kernels._launch import Tile, on_device_of, sizes_of
+from drseg_kernels._launch import Tile, ceil_div, on_device_of, sizes_of
 from drseg_kernels.csc import csc as columns_of
 
 
@@ -274,7 +274,7 @@ def graph_propagate(
     with on_device_of(x):
         # never read without transpose
         indptr, perm = (csc or columns_of(index)) if transpose else (near, near)
-        _graph_propagate_fwd_kernel[(batch * nodes, triton.cdiv(channels, chosen.block_n))](
+        _graph_propagate_fwd_kernel[(batch * nodes, ceil_div(channels, chosen.block_n))](
             x.contiguous(),
             near,
             coefficient.contiguous(),
@@ -314,7 +314,7 @@ def edge_dot(
         return dot.zero_()
     chosen = tile or sizes_of("graph_propagate_dot", start.device, start.dtype, nodes, slots, channels)
     with on_device_of(start):
-        _graph_propagate_bwd_kernel_dot[(batch * nodes, triton.cdiv(slots, chosen.block_m))](
+        _graph_propagate_bwd_kernel_dot[(batch * nodes, ceil_div(slots, chosen.block_m))](
             start.contiguous(),
             end.contiguous(),
             index.contiguous(),

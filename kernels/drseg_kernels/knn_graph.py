@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from drseg_kernels._blocks import ordered_bits
-from drseg_kernels._launch import LARGEST_GRID_Y, Selection, on_device_of, power_of_two_from, sizes_of
+from drseg_kernels._launch import LARGEST_GRID_Y, Selection, ceil_div, on_device_of, power_of_two_from, sizes_of
 
 # the lowest key: no candidate; and the highest: a candidate that must be taken
 NONE = tl.constexpr(-(2**31))
@@ -423,7 +423,7 @@ def knn_graph(
                     shape = (left.shape[0], left.shape[1], right.shape[1])
                     tile = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
                     _multiply(left, right, tile)
-                    _knn_graph_fwd_kernel_merge[(triton.cdiv(shape[1], chosen.block_m), shape[0])](
+                    _knn_graph_fwd_kernel_merge[(ceil_div(shape[1], chosen.block_m), shape[0])](
                         tile,
                         inverse_norm,
                         table,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drseg_kernels._launch import FMA, on_device_of, power_of_two_from
+from drseg_kernels._launch import FMA, ceil_div, on_device_of, power_of_two_from
 
 # channels that a program works on at a time, at least and at most
 _COLUMNS = (32, 1024)
@@ -129,7 +129,7 @@ def prepare_prior(prior: Tensor) -> tuple[Tensor, Tensor]:
     scales = prior.dtype != torch.float16
     if inverse.numel() > 0 and prior.dim() == 3 and prior.stride(1) == 1 and channels > 1:
         with on_device_of(prior):
-            _prepare_prior_kernel_planes[(len(prior) * triton.cdiv(nodes, PLANES["BLOCK_M"]),)](
+            _prepare_prior_kernel_planes[(len(prior) * ceil_div(nodes, PLANES["BLOCK_M"]),)](
                 prior, scaled, inverse, nodes, channels, prior.stride(0), prior.stride(2), SCALE=scales, **PLANES, **FMA
             )
     elif inverse.numel() > 0:

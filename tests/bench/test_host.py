@@ -44,4 +44,16 @@ def test_launches_of_a_forward_and_of_a_step(found):
     assert found["step"]["us"] > found["forward"]["us"] > 0
 
 
+def test_in_half_precision_weights_alone_are_cast(found):
+    """Three weights forward and their gradients back; neither the prior nor the features, whatever reads them.
+
+    Three copies more are the CPU's: it has no product that widens, and multiplies other layouts of bfloat16.
+    """
+    own = 3
+    assert found["forward, bfloat16"]["launches"]["copy_"] == own + 3
+    assert found["step, bfloat16"]["launches"]["copy_"] == own + 6 + 1
+    assert sum(found["forward, bfloat16"]["launches"].values()) <= FORWARD + 3 + own
+    assert sum(found["step, bfloat16"]["launches"].values()) <= STEP + 6 + own + 1
+
+
 FORWARD, STEP = 10, 26

@@ -23,7 +23,8 @@ EDGES = (
     "graph_propagate",
     "graph_propagate_dot",
     "graph_layer",
-    "graph_gradients", "graph_layer_rows",
+    "graph_gradients",
+    "graph_layer_rows",
 )
 
 

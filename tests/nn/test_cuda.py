@@ -115,6 +115,18 @@ def test_compiled_into_cuda_graphs():
             assert max(differences(step(compiled, features, prior), eager).values()) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_into_cuda_graphs_under_autocast(dtype):
+    module = make().cuda()
+    compiled = torch.compile(module, mode="reduce-overhead")
+    features, prior = (value.cuda() for value in maps(module, 24))
+    with torch.autocast("cuda", dtype):
+        eager = step(module, features, prior.to(dtype))
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            assert max(differences(step(compiled, features, prior.to(dtype)), eager).values()) < 0.05
+
+
 def test_memory_grows_with_the_edges_and_not_with_the_square_of_the_nodes():
     module = make(16, 16, edge_hidden=16).cuda()
     features, prior = (value.cuda() for value in maps(module, 128, batch=1))

@@ -99,4 +99,4 @@ class _DegreeNormalize(Differentiable):
 
 
 def degree_normalize(*arguments: Any) -> Tensor:
-    return _DegreeNormalize.apply(*arguments) if differentiated(*arguments) else _forward(*arguments)
+    return _DegreeNormalize.call(*arguments) if differentiated(*arguments) else _forward(*arguments)

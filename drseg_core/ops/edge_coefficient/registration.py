@@ -179,4 +179,4 @@ class _EdgeCoefficient(Differentiable):
 
 
 def edge_coefficient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _EdgeCoefficient.apply(*arguments) if differentiated(*arguments) else _forward(*arguments)
+    return _EdgeCoefficient.call(*arguments) if differentiated(*arguments) else _forward(*arguments)

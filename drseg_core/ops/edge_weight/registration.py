@@ -173,6 +173,6 @@ class _EdgeWeight(Differentiable):
 
 def edge_weight(*arguments: Any) -> Tensor:
     if differentiated(*arguments):
-        return _EdgeWeight.apply(*arguments)
+        return _EdgeWeight.call(*arguments)
     *given, _, _, backend = arguments
     return _forward(*given, backend)

@@ -131,4 +131,4 @@ class _GraphPropagate(Differentiable):
 
 
 def graph_propagate(*arguments: Any) -> Tensor:
-    return _GraphPropagate.apply(*arguments) if differentiated(*arguments) else _forward(*arguments)
+    return _GraphPropagate.call(*arguments) if differentiated(*arguments) else _forward(*arguments)
