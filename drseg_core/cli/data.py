@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from drseg_core.cli.parsers import Parser, check_output
+from drseg_core.cli.parsers import Parser, add_reading_arguments, check_output, given_reading
 from drseg_core.errors import DatasetError
 
 USAGE = "drseg data prepare|check [options]"
@@ -73,6 +73,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     check.add_argument("set", type=str, metavar="SET", help=f"folder, {names}")
     check.add_argument("root", type=str, metavar="ROOT", help="the set's root folder")
     check.add_argument("--split", type=str | None, metavar="SPLIT", help="one part; all by default")
+    add_reading_arguments(check, default="2 and 98 %% of each image by default, unless it is 8-bit")
     check.add_argument("--out", type=str | None, metavar="FILE", help="JSON report to write")
     check.add_argument("--sheet", type=str | None, metavar="FILE", help="PNG to write: 16 images with their masks")
     check.add_argument("--overwrite", action="store_true", help="replace --out and --sheet if they exist")
@@ -105,7 +106,8 @@ def _check(args: Any) -> None:
     for path in (args.out, args.sheet):
         if path is not None:
             check_output(Path(path), overwrite=args.overwrite)
-    report = check_data(args.set, args.root, splits=[args.split] if args.split else (), progress=True)
+    splits = [args.split] if args.split else ()
+    report = check_data(args.set, args.root, splits=splits, reading=given_reading(args), progress=True)
     content = report.as_dict()
     if args.out is not None:
         write_text_atomic(args.out, json.dumps(content, indent=1) + "\n")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from drseg_core.cli.parsers import DATA_HELP, Parser, check_output
+from drseg_core.cli.parsers import DATA_HELP, Parser, add_reading_arguments, check_output, given_reading
 from drseg_core.errors import ConfigError
 
 USAGE = "drseg evaluate RUN --data DATA --out metrics.json [--split val] [options]"
@@ -43,6 +43,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         help="whole image, or tiles at native resolution; the run's by default",
     )
     add_tile_arguments(parser)
+    add_reading_arguments(parser, default="what the run was trained with by default")
     parser.add_argument("--boundary", action="store_true", help="also score the outlines (boundary IoU); slower")
     parser.add_argument(
         "--prior-cache",
@@ -118,6 +119,7 @@ def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
     from drseg_core.checkpoints.pretrained import load
     from drseg_core.checkpoints.run import check_class_names, plain_config, training_data
     from drseg_core.checkpoints.versions import git_revision, library_versions
+    from drseg_core.config.reading import choose_reading
     from drseg_core.data import open_dataset
     from drseg_core.data.dataset import class_names_hash
     from drseg_core.data.protocols import check_held_out, open_protocol
@@ -128,8 +130,15 @@ def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
     split = args.split or "val"
     if protocol is not None:
         split = protocol.view(args.data.partition(":")[0]).split
-    dataset = open_dataset(args.data, split) if protocol is None else open_protocol(protocol, args.data)
-    loaded = load(args.run)
+    given = given_reading(args)
+    loaded = None
+    if args.data.startswith("folder:"):
+        loaded = load(args.run)
+        reading = choose_reading(loaded.config.reading, given)
+        dataset = open_dataset(args.data, split, reading=reading)
+    else:
+        dataset = open_dataset(args.data, split) if protocol is None else open_protocol(protocol, args.data)
+    loaded = loaded or load(args.run)
     trained_on = training_data(loaded)
     if protocol is not None and trained_on is not None:
         check_held_out(protocol, args.data, trained_on)
@@ -161,6 +170,7 @@ def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
         "weights_sha256": weights,
         "model": plain_config(loaded.config)["model"],
         "evaluation": dataclasses.asdict(options),
+        "reading": None if dataset.reading is None else dataclasses.asdict(dataset.reading),
         "trained_on": trained_on,
         "training_class_names_sha256": class_names_hash(loaded.class_names),
         "data": {"spec": args.data, "split": split, "sha256": dataset.fingerprint()},

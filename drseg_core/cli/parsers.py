@@ -16,7 +16,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from drseg_core.cli.front import refuse
 from drseg_core.config.load import config_from_dict, load_config, preset_names
 from drseg_core.config.methods import METHODS, apply_method
-from drseg_core.config.schema import Config
+from drseg_core.config.reading import choose_reading, parse_reading
+from drseg_core.config.schema import Config, ReadingConfig
 from drseg_core.config.validate import validate
 from drseg_core.errors import ConfigError
 
@@ -118,11 +119,43 @@ def chosen_config(args: Any) -> Config:
     Raises:
         ConfigError: an option is out of range.
     """
-    content = {name: args[name] for name in ("model", "train", "evaluation", "seed")}
+    content = {name: args[name] for name in ("model", "train", "evaluation", "reading", "seed")}
     content = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in content.items()}
     config = config_from_dict(content, Config, "command line")
+    given = given_reading(args)
+    config = dataclasses.replace(config, reading=choose_reading(config.reading, given))
+    parse_reading(config.reading)
     validate(config)
     return config
+
+
+def add_reading_arguments(parser: Any, *, default: str) -> None:
+    """Options of how images are read; ``default`` says where they come from otherwise."""
+    group = parser.add_argument_group("how images are read")
+    group.add_argument(
+        "--bands", type=str | None, metavar="R,G,B", help="band numbers from 1; by default those the file calls so"
+    )
+    group.add_argument(
+        "--nodata", type=float | None, metavar="V", help="value of pixels without data, besides what the file declares"
+    )
+    group.add_argument(
+        "--scale",
+        type=str | None,
+        metavar="LOW,HIGH|auto",
+        help=f"what becomes 0 and 255 (one pair, or three with ; between), or auto (2 and 98 %%); {default}",
+    )
+
+
+def given_reading(args: Any) -> ReadingConfig:
+    """The reading options of the command line.
+
+    Raises:
+        ConfigError: one of them cannot be understood.
+    """
+    names = ("bands", "nodata", "scale", "gsd")
+    given = ReadingConfig(**{name: getattr(args, name, None) for name in names})
+    parse_reading(given)
+    return given
 
 
 def check_output(path: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from drseg_core.cli.evaluate import add_tile_arguments
-from drseg_core.cli.parsers import Parser, check_output, split_names
+from drseg_core.cli.parsers import Parser, add_reading_arguments, check_output, given_reading, split_names
+from drseg_core.config.reading import parse_bands
 
 USAGE = 'drseg predict RUN IMAGE --out map.tif [--classes "building; field"] [options]'
 EPILOG = """\
@@ -30,18 +31,18 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         "--classes", type=str | None, metavar="NAMES", help='"building; field; pavement"; the run\'s by default'
     )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-    parser.add_argument("--bands", type=str | None, metavar="R,G,B", help="band numbers from 1; 1,2,3 by default")
     parser.add_argument(
         "--mode", type=Literal["whole", "tile"], default="tile", help="tiles at native resolution, or the whole image"
     )
     add_tile_arguments(parser)
+    add_reading_arguments(parser, default="what the run was trained with by default")
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
 
 
 def run(args: Any) -> None:
     out, image = Path(args.out), Path(args.image)
     names = None if args.classes is None else split_names(args.classes)
-    bands = None if args.bands is None else _bands(args.bands)
+    reading = given_reading(args)
     check_output(out, overwrite=args.overwrite, inputs=[image])
     from drseg_core.scenes.predict import predict
 
@@ -51,7 +52,9 @@ def run(args: Any) -> None:
         classes=names,
         out=out,
         overwrite=args.overwrite,
-        bands=bands,
+        bands=None if reading.bands is None else parse_bands(reading.bands),
+        nodata=reading.nodata,
+        scale=reading.scale,
         mode=args.mode,
         tile_size=args.tile_size,
         overlap=args.overlap,
@@ -59,12 +62,3 @@ def run(args: Any) -> None:
         device=args.device,
     ):
         print(f"written: {path}")
-
-
-def _bands(text: str) -> list[int]:
-    from drseg_core.errors import ConfigError
-
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--bands is no list of band numbers; expected for example 4,3,2, got {text!r}") from None

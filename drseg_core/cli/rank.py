@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from drseg_core.cli.parsers import DATA_HELP, Parser, add_config_arguments, check_output, chosen_config
+from drseg_core.cli.parsers import (
+    DATA_HELP,
+    Parser,
+    add_config_arguments,
+    add_reading_arguments,
+    check_output,
+    chosen_config,
+)
 from drseg_core.config.load import to_yaml
 
 USAGE = "drseg rank RUN_OR_WEIGHTS --data DATA --out channels.safetensors [options]"
@@ -32,6 +39,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("--split", type=str, default="train", metavar="SPLIT", help="part of the data")
     parser.add_argument("--out", required=True, type=str, metavar="FILE", help="channel ranking to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    add_reading_arguments(parser, default="measured on all images by default, unless they are 8-bit")
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
     run_folder = _first_positional(parser, argv)
     add_config_arguments(parser, argv, fallback=Path(run_folder) / "config.yaml" if run_folder else None)
@@ -49,15 +57,19 @@ def run(args: Any) -> None:
 
     from drseg_core.checkpoints.channels import save_channels
     from drseg_core.checkpoints.run import check_class_names, load_run, model_of
+    from drseg_core.config.reading import choose_reading
     from drseg_core.data import open_dataset
     from drseg_core.device import select_device
     from drseg_core.models.weights import weights_hash
     from drseg_core.training.rank_channels import rank_channels
 
     device = select_device(args.device)
-    dataset = open_dataset(args.data, args.split)
+    reading, loaded = config.reading, None
     if source.is_dir():
         loaded = load_run(source)
+        reading = choose_reading(loaded.config.reading, reading)
+    dataset = open_dataset(args.data, args.split, reading=reading)
+    if loaded is not None:
         model, backbone = loaded.model, loaded.config.model.clip.name
     else:
         backbone = config.model.clip.name

@@ -345,6 +345,26 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class ReadingConfig:
+    """How the pixels of a user's own images become 8-bit RGB. A training writes what it used into its run.
+
+    Args:
+        scale: what becomes 0 and 255: ``LOW,HIGH``, three such pairs with ``;`` between them, or ``auto`` (2 and 98 %);
+            null leaves 8-bit values alone and is ``auto`` for others.
+        nodata: value of pixels where nothing is, besides what the files declare.
+        bands: numbers of red, green and blue from 1, such as ``4,3,2``; null finds them.
+        gsd: side of a pixel in metres that the model is trained for; null takes that of the images.
+        depth: type of the stored values that ``scale`` is for, such as ``uint16``; set by the training.
+    """
+
+    scale: str | None = None
+    nodata: float | None = None
+    bands: str | None = None
+    gsd: float | None = None
+    depth: str | None = None
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run needs besides its data and its output folder.
 
@@ -358,4 +378,5 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
     seed: int = 0

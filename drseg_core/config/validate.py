@@ -77,6 +77,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "evaluation.tile_size": _at_least(1),
     "evaluation.overlap": _at_least(0),
     "evaluation.batch_size": _at_least(1),
+    "reading.gsd": _POSITIVE,
 }
 
 

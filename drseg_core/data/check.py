@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from drseg_core.config.reading import Reading, parse_reading
+from drseg_core.config.schema import ReadingConfig
 from drseg_core.data.benchmark_dataset import present_splits, split_folders
 from drseg_core.data.benchmarks import ALL, BENCHMARKS
 from drseg_core.data.dataset import IGNORE, class_names_hash
 from drseg_core.data.folder import read_class_names
-from drseg_core.data.images import FORMATS, MAX_PIXELS, read_image, read_mask
+from drseg_core.data.images import FORMATS, MAX_PIXELS, image_size, read_image, read_mask
 from drseg_core.data.manifest import MANIFEST, manifest_problem, printable, read_manifest
+from drseg_core.data.own_images import read_rgb, settle
 from drseg_core.data.pairs import LISTED, SUFFIXES, PairFolder, list_files, some, unknown_ids, without_partner
 from drseg_core.data.palette import Image8, overlay, with_legend
 from drseg_core.errors import ConfigError, DatasetError
@@ -59,8 +63,15 @@ class CheckReport:
     palette: Sequence[tuple[int, int, int]] | None
     splits: dict[str, SplitReport] = field(default_factory=dict)
     manifests: dict[str, str] = field(default_factory=dict)
+    reading: Reading | None = None
     problems: list[Finding] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
+
+    def read_image(self, path: Path, *, max_pixels: int = MAX_PIXELS) -> Image8:
+        """An image as the set's commands read it."""
+        if self.reading is None:
+            return read_image(path, max_pixels=max_pixels)
+        return read_rgb(path, self.reading, max_pixels=max_pixels).image
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -94,7 +105,13 @@ def _other_ids(split: SplitReport, num_classes: int) -> list[int]:
 
 
 def check_data(
-    kind: str, root: str | Path, *, splits: Sequence[str] = (), max_pixels: int = MAX_PIXELS, progress: bool = False
+    kind: str,
+    root: str | Path,
+    *,
+    splits: Sequence[str] = (),
+    max_pixels: int = MAX_PIXELS,
+    reading: ReadingConfig | None = None,
+    progress: bool = False,
 ) -> CheckReport:
     """Decode every file and collect what is found.
 
@@ -103,6 +120,7 @@ def check_data(
         root: as in ``NAME:ROOT`` or ``folder:ROOT``.
         splits: which; all that are there by default.
         max_pixels: bound on the pixels of a file.
+        reading: scale, nodata and bands of the images of a folder.
         progress: show a progress bar.
 
     Raises:
@@ -113,6 +131,8 @@ def check_data(
     from tqdm import tqdm
 
     folders, report = _begin(kind, Path(root), splits)
+    if kind == FOLDER:
+        report.reading = _settled(report, folders, reading or ReadingConfig(), max_pixels)
     for split, places in folders.items():
         found = report.splits[split] = SplitReport()
         for place in places:
@@ -124,6 +144,23 @@ def check_data(
     for home in homes:
         _verify(report, home, [part for places in folders.values() for place in places for part in place[:2]])
     return report
+
+
+def _settled(
+    report: CheckReport, folders: Mapping[str, list[PairFolder]], reading: ReadingConfig, max_pixels: int
+) -> Reading:
+    """How the images are read, by those that can be."""
+    paths = []
+    for place in (place for places in folders.values() for place in places):
+        with contextlib.suppress(DatasetError):
+            for path in list_files(place.images, place.home, "images").values():
+                image_size(path, max_pixels=max_pixels)
+                paths.append(path)
+    try:
+        return parse_reading(settle(reading, paths, max_pixels=max_pixels, name="data check"))
+    except DatasetError as error:
+        report.problems.append(Finding("type", str(error)))
+        return parse_reading(reading)
 
 
 def _begin(kind: str, root: Path, splits: Sequence[str]) -> tuple[Mapping[str, list[PairFolder]], CheckReport]:
@@ -163,7 +200,7 @@ def _pairs(report: CheckReport, found: SplitReport, place: PairFolder) -> list[t
 
 def _look(report: CheckReport, found: SplitReport, image_path: Path, mask_path: Path, max_pixels: int) -> None:
     values = []
-    for read, path in ((read_image, image_path), (read_mask, mask_path)):
+    for read, path in ((report.read_image, image_path), (read_mask, mask_path)):
         try:
             values.append(read(path, max_pixels=max_pixels))
         except DatasetError as error:
@@ -280,7 +317,7 @@ def overlay_sheet(report: CheckReport, *, samples: int = 16, cell: int = 160) ->
     sheet = Image.new("RGB", (columns * (2 * cell + gap) + gap, rows * (cell + gap) + gap), "white")
     present: set[int] = set()
     for number, (image_path, mask_path) in enumerate(chosen):
-        image, mask = read_image(image_path), read_mask(mask_path)
+        image, mask = report.read_image(image_path), read_mask(mask_path)
         mixed = overlay(image.transpose(2, 0, 1), mask, len(report.class_names), colors=report.palette)
         present |= {int(i) for i in np.unique(mask) if i != IGNORE}
         left = gap + number % columns * (2 * cell + gap)

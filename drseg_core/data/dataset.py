@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drseg_core.config.schema import ReadingConfig
 from drseg_core.errors import DatasetError
 
 IGNORE = 255
@@ -52,6 +53,8 @@ class SegmentationDataset(torch.utils.data.Dataset[Sample], ABC):
     """
 
     class_names: tuple[str, ...]
+    reading: ReadingConfig | None = None
+    """How the images are read, with what was measured on them; None where there is nothing to choose."""
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from drseg_core.config.schema import ReadingConfig
 from drseg_core.data.dataset import check_class_names
 from drseg_core.data.images import MAX_PIXELS
 from drseg_core.data.pairs import SUFFIXES, PairDataset, PairFolder, is_folder
@@ -37,13 +38,22 @@ class FolderDataset(PairDataset):
         root: the folder.
         split: name of the folder below it.
         max_pixels: larger files are refused before they are decoded.
+        reading: scale, nodata and bands of the images.
 
     Raises:
+        ConfigError: ``reading`` cannot be understood.
         DatasetError: folder missing or empty, unusable class names, and what :class:`PairDataset` refuses.
     """
 
-    def __init__(self, root: str | Path, split: str = "train", *, max_pixels: int = MAX_PIXELS) -> None:
-        folder = Path(root)
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        *,
+        max_pixels: int = MAX_PIXELS,
+        reading: ReadingConfig | None = None,
+    ) -> None:
+        folder, reading = Path(root), reading or ReadingConfig()
         layout = f"{split}/images/* and {split}/masks/* of {', '.join(SUFFIXES)} beside classes.txt"
         if not str(root) or not is_folder(folder):
             raise DatasetError(f"FolderDataset: {folder} is not a folder; expected {layout}")
@@ -52,4 +62,4 @@ class FolderDataset(PairDataset):
         self.split = split
         names = read_class_names(folder / "classes.txt")
         parts = PairFolder(folder / split / "images", folder / split / "masks", folder)
-        super().__init__(folder, names, [parts], layout=layout, max_pixels=max_pixels)
+        super().__init__(folder, names, [parts], layout=layout, max_pixels=max_pixels, reading=reading)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading image and mask files: what is converted, and what is refused with its reason.
+"""Reading 8-bit image and mask files: what is converted, and what is refused with its reason.
 
-Images (all become 8-bit RGB):
+Images of a user's own set may be more (see :mod:`drseg_core.data.own_images`); those of benchmark sets, as here, all
+become 8-bit RGB:
 
 ===========================  =====================================================================
 file                         becomes
@@ -11,7 +12,8 @@ palette, gray, black/white   RGB (gray repeated three times)
 alpha                        its colour; the alpha channel is dropped
 EXIF rotation                turned upright, as viewers show it (the mask must fit the upright image)
 TIFF with more bands         its first three bands, if they are 8-bit
-CMYK, Lab, 16-bit, float     refused: there is no one right conversion to 8-bit RGB
+CMYK, Lab                    refused: there is no one right conversion to 8-bit RGB
+16-bit, float                refused here; a user's own set takes them with a scale
 other formats                refused, whatever the name of the file says
 ===========================  =====================================================================
 
@@ -63,7 +65,7 @@ def first_bytes(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+def opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """Open with Pillow; whatever goes wrong becomes a DatasetError that names the file."""
     from PIL import Image, UnidentifiedImageError
 
@@ -73,7 +75,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path, formats=FORMATS)
         with image:
-            _check_pixels(path, image.size, max_pixels)
+            check_pixels(path, image.size, max_pixels)
             yield image
     except DatasetError:
         raise
@@ -97,7 +99,8 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+def check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+    """Refuse a file of too many pixels."""
     width, height = size
     if width * height > max_pixels:
         raise DatasetError(
@@ -105,7 +108,7 @@ def _check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def _stored_bits(path: Path, image: Image.Image) -> int:
+def stored_bits(path: Path, image: Image.Image) -> int:
     """Bits of a channel as the file stores it; Pillow's mode does not tell, because it converts while it reads."""
     from PIL import TiffImagePlugin
 
@@ -128,7 +131,7 @@ def _check_mask(path: Path, image: Image.Image) -> None:
     if image.format not in ("PNG", "TIFF") or tiff and image.info.get("compression") in _LOSSY:
         how = f"TIFF with {image.info['compression']} compression" if tiff else "JPEG"
         raise DatasetError(f"read_mask: {path} is {how}, which changes ids; expected lossless PNG or TIFF")
-    if image.mode not in _MASK_MODES or image.mode == "L" and _stored_bits(path, image) not in _SPREAD:
+    if image.mode not in _MASK_MODES or image.mode == "L" and stored_bits(path, image) not in _SPREAD:
         raise DatasetError(f"read_mask: {path} has mode {image.mode}; expected one 8-bit band of class ids")
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
         raise DatasetError(f"read_mask: {path} stores white as zero; expected black as zero, or a palette")
@@ -145,10 +148,10 @@ def image_size(path: Path, *, max_pixels: int = MAX_PIXELS, mask: bool = False) 
     Raises:
         DatasetError: not an image, or more than ``max_pixels``.
     """
-    if _needs_rasterio(path):
+    if needs_rasterio(path):
         with _raster(path, max_pixels) as raster:
             return raster.height, raster.width
-    with _opened(path, max_pixels) as image:
+    with opened(path, max_pixels) as image:
         if mask:
             _check_mask(path, image)
         width, height = image.size
@@ -164,16 +167,16 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
     Raises:
         DatasetError: not an image, damaged, too large, or of a mode that is refused.
     """
-    if _needs_rasterio(path):
+    if needs_rasterio(path):
         return _read_raster_image(path, max_pixels)
     from PIL import ImageOps
 
-    with _opened(path, max_pixels) as image:
+    with opened(path, max_pixels) as image:
         if image.mode not in _IMAGE_MODES:
             raise DatasetError(
                 f"read_image: {path} has mode {image.mode}; expected 8-bit RGB, gray or palette (convert it first)"
             )
-        bits = _stored_bits(path, image)
+        bits = stored_bits(path, image)
         if bits > 8:
             raise DatasetError(f"read_image: {path} has {bits} bits per channel; expected 8 (convert it first)")
         image.load()
@@ -187,18 +190,18 @@ def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     Raises:
         DatasetError: not an image, damaged, too large, JPEG, or not one band of at most 8 bits.
     """
-    if _needs_rasterio(path):
+    if needs_rasterio(path):
         return _read_raster_mask(path, max_pixels)
     from PIL import ImageOps
 
-    with _opened(path, max_pixels) as image:
+    with opened(path, max_pixels) as image:
         _check_mask(path, image)
-        spread = _SPREAD[_stored_bits(path, image)] if image.mode == "L" else 1
+        spread = _SPREAD[stored_bits(path, image)] if image.mode == "L" else 1
         image.load()
         return np.array(ImageOps.exif_transpose(image)).astype(np.uint8) // np.uint8(spread)
 
 
-def _needs_rasterio(path: Path) -> bool:
+def needs_rasterio(path: Path) -> bool:
     """Whether a TIFF is of a kind that Pillow cannot open, such as five bands. Asked before anything is opened."""
     require("read_image", "pillow")
     from PIL import Image
@@ -210,7 +213,7 @@ def _needs_rasterio(path: Path) -> bool:
             if file.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
                 return False
     except OSError:
-        # _opened says why
+        # opened says why
         return False
     try:
         with warnings.catch_warnings():
@@ -235,7 +238,7 @@ def _raster(path: Path, max_pixels: int) -> Iterator[Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             with rasterio.open(path, driver="GTiff") as raster:
-                _check_pixels(path, (raster.width, raster.height), max_pixels)
+                check_pixels(path, (raster.width, raster.height), max_pixels)
                 yield raster
     except rasterio.errors.RasterioError as error:
         raise DatasetError(

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from drseg_core.config.schema import ReadingConfig
 from drseg_core.data.benchmarks import BENCHMARKS
 from drseg_core.data.dataset import SegmentationDataset
 from drseg_core.errors import ConfigError
 
 
-def open_dataset(spec: str, split: str = "train") -> SegmentationDataset:
+def open_dataset(spec: str, split: str = "train", *, reading: ReadingConfig | None = None) -> SegmentationDataset:
     """Open a data set by its specification.
 
     * ``folder:PATH``: ``PATH/classes.txt`` and ``PATH/{split}/{images,masks}/*`` (see :class:`FolderDataset`).
@@ -20,6 +21,7 @@ def open_dataset(spec: str, split: str = "train") -> SegmentationDataset:
     Args:
         spec: the specification.
         split: ``train``, ``val`` or, for folders, any other folder of that layout; ``all`` for benchmark sets.
+        reading: scale, nodata and bands of the images of a folder; other sets have theirs.
 
     Raises:
         ConfigError: unknown kind, option or value.
@@ -36,7 +38,7 @@ def open_dataset(spec: str, split: str = "train") -> SegmentationDataset:
     if separator and kind == "folder":
         from drseg_core.data.folder import FolderDataset
 
-        return FolderDataset(rest, split)
+        return FolderDataset(rest, split, reading=reading)
     if kind == "synthetic":
         from drseg_core.data.synthetic import SyntheticDataset
 

@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from drseg_core.config.reading import Reading, parse_reading
+from drseg_core.config.schema import ReadingConfig
 from drseg_core.data.dataset import IGNORE, Sample, SegmentationDataset
 from drseg_core.data.images import MAX_PIXELS, image_size, read_image, read_mask
 from drseg_core.data.manifest import MANIFEST, manifest_problem, printable, read_manifest
+from drseg_core.data.own_images import Rgb, invalid_is_ignored, read_rgb, settle
 from drseg_core.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -56,6 +59,7 @@ class PairDataset(SegmentationDataset):
         folders: where the files are.
         layout: what is expected below ``root``, for errors.
         max_pixels: larger files are refused before they are decoded.
+        reading: how the images of a user's own set are read; None takes 8-bit RGB alone, as benchmark sets have it.
 
     Raises:
         DatasetError: no image, files without partner, sizes that differ (the first ten are named), a link that leaves
@@ -70,6 +74,7 @@ class PairDataset(SegmentationDataset):
         *,
         layout: str,
         max_pixels: int = MAX_PIXELS,
+        reading: ReadingConfig | None = None,
     ) -> None:
         self.root = root
         self.class_names = tuple(class_names)
@@ -78,6 +83,12 @@ class PairDataset(SegmentationDataset):
         self.pairs = tuple(pair for folder in folders for pair in self._find_pairs(folder))
         self._check_sizes()
         self._check_manifests({folder.home for folder in folders})
+        self.reading = reading
+        self._reading: Reading | None = None
+        if reading is not None:
+            paths = [pair.image for pair in self.pairs]
+            self.reading = settle(reading, paths, max_pixels=max_pixels, name=self._name)
+            self._reading = parse_reading(self.reading)
         self._fingerprint: str | None = None
 
     def _find_pairs(self, folder: PairFolder) -> list[Pair]:
@@ -129,7 +140,7 @@ class PairDataset(SegmentationDataset):
         pair = self.pairs[index]
         self._check_unchanged(pair.image, pair.image_bytes)
         self._check_unchanged(pair.mask, pair.mask_bytes)
-        image = read_image(pair.image, max_pixels=self.max_pixels)
+        image, valid = self._read_image(pair.image)
         mask = read_mask(pair.mask, max_pixels=self.max_pixels)
         if image.shape[:2] != mask.shape:
             raise DatasetError(
@@ -143,7 +154,14 @@ class PairDataset(SegmentationDataset):
                 f"expected 0 to {len(self.class_names) - 1} or {IGNORE}, got {some(wrong)}"
             )
         chw = np.ascontiguousarray(image.transpose(2, 0, 1))
-        return Sample(torch.from_numpy(chw), torch.from_numpy(mask), printable(pair.image))
+        labels = invalid_is_ignored(torch.from_numpy(mask), valid, IGNORE)
+        return Sample(torch.from_numpy(chw), labels, printable(pair.image))
+
+    def _read_image(self, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+        if self._reading is None:
+            return read_image(path, max_pixels=self.max_pixels), None
+        found: Rgb = read_rgb(path, self._reading, max_pixels=self.max_pixels)
+        return found.image, found.valid
 
     def sample_name(self, index: int) -> str:
         return printable(self.pairs[index].image)

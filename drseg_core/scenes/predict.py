@@ -16,6 +16,8 @@ from torch import Tensor
 
 from drseg_core.checkpoints.pretrained import load
 from drseg_core.checkpoints.run import LoadedRun
+from drseg_core.config.reading import Reading, choose_reading, parse_reading
+from drseg_core.config.schema import ReadingConfig
 from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.palette import overlay, with_legend
 from drseg_core.device import select_device
@@ -23,7 +25,7 @@ from drseg_core.errors import ConfigError, RasterError
 from drseg_core.evaluation.inference import Prediction, Predictor
 from drseg_core.extras import require
 from drseg_core.files import atomic_path
-from drseg_core.scenes.reader import SceneReader, open_scene
+from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.writer import describe_classes, raster_like, written
 
 __all__ = ["SceneFiles", "predict", "predict_scene"]
@@ -60,6 +62,8 @@ def predict(
     out: str | Path,
     overwrite: bool = False,
     bands: Sequence[int] | None = None,
+    nodata: float | None = None,
+    scale: str | None = None,
     mode: Literal["whole", "tile"] = "tile",
     tile_size: int | None = None,
     overlap: int | None = None,
@@ -75,7 +79,11 @@ def predict(
         classes: names to tell apart, any words; those of the training by default.
         out: class raster to write, ``.tif``; see :func:`predict_scene` for what it holds and what is written beside it.
         overwrite: replace existing outputs.
-        bands: one or three band numbers from 1; by default the first three, or the only one.
+        bands: one or three band numbers from 1; by default those that the file calls red, green and blue, else the
+            first three, or the only one.
+        nodata: value of pixels where nothing is, besides what the file declares.
+        scale: what becomes 0 and 255: ``"0,3000"``, three such pairs with ``;`` between them, or ``"auto"``; by default
+            what the run was trained with.
         mode: ``tile`` at native resolution, or the ``whole`` image in one piece.
         tile_size: side of a tile in pixels; the run's by default, like the next two.
         overlap: pixels shared by neighbouring tiles.
@@ -114,7 +122,9 @@ def predict(
         batch_size=own.batch_size if batch_size is None else batch_size,
         device=place,
     )
-    return predict_scene(predictor, image, out, overwrite=overwrite, bands=bands, progress=progress)
+    given = ReadingConfig(scale, nodata, None if bands is None else ",".join(map(str, bands)))
+    reading = parse_reading(choose_reading(run.config.reading, given))
+    return predict_scene(predictor, image, out, overwrite=overwrite, reading=reading, progress=progress)
 
 
 def predict_scene(
@@ -125,6 +135,7 @@ def predict_scene(
     class_names: Sequence[str] | None = None,
     overwrite: bool = False,
     bands: Sequence[int] | None = None,
+    reading: Reading | None = None,
     overlay_side: int = 2000,
     progress: bool = True,
 ) -> SceneFiles:
@@ -143,7 +154,8 @@ def predict_scene(
         out_path: the class raster, ``.tif``.
         class_names: names for tags and legend; the predictor's own by default.
         overwrite: replace existing outputs.
-        bands: one or three band numbers from 1; by default the first three, or the only one.
+        bands: one or three band numbers from 1; by default those that the file calls red, green and blue.
+        reading: scale, nodata and bands.
         overlay_side: bound on the overlay's longer side in pixels.
         progress: show a progress bar.
 
@@ -167,7 +179,8 @@ def predict_scene(
         raise ConfigError(
             f"predict_scene: class_names do not fit; expected {len(predictor.class_names)} names, got {len(names)}"
         )
-    with open_scene(image_path, bands=bands) as scene:
+    with open_scene(image_path, bands=bands, reading=reading) as scene:
+        describe(scene)
         # the class raster is entered first, so it is put in place last: where it is, the others are
         with contextlib.ExitStack() as stack:
             temporary = SceneFiles(*(stack.enter_context(_replaced(path)) for path in files))

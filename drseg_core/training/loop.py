@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -38,7 +39,9 @@ from drseg_core.checkpoints.run import (
     write_run_files,
 )
 from drseg_core.checkpoints.versions import device_name
-from drseg_core.config.schema import Config
+from drseg_core.config.load import config_from_dict
+from drseg_core.config.reading import AUTO
+from drseg_core.config.schema import Config, ReadingConfig
 from drseg_core.config.validate import validate
 from drseg_core.data import SegmentationDataset, open_dataset
 from drseg_core.data.loader import training_batches
@@ -119,7 +122,6 @@ def train(
                 f"got {config.train.batch_size}"
             )
         check_output(run, resume=resume)
-        dataset = open_dataset(data, "train")
         checkpoint = None
         if resume:
             if group.is_main:
@@ -127,6 +129,11 @@ def train(
                 remove_leftovers(run)
             group.barrier()
             checkpoint = newest_checkpoint(run)
+        if checkpoint is not None:
+            config = dataclasses.replace(config, reading=_resumed_reading(config, checkpoint))
+        dataset = open_dataset(data, "train", reading=config.reading)
+        if dataset.reading is not None:
+            config = dataclasses.replace(config, reading=dataset.reading)
         ranking = None
         if checkpoint is not None:
             check_resumable(checkpoint, config, dataset.class_names)
@@ -159,6 +166,15 @@ def train(
                 save_channels(run / CHANNELS, ranking)
         trainer.fit(show_progress=show_progress, on_step=on_step)
     return run
+
+
+def _resumed_reading(config: Config, checkpoint: Checkpoint) -> ReadingConfig:
+    """What a run's start measured holds for all of it, so that a configuration without it is no other one."""
+    kept = config_from_dict(checkpoint.config.get("reading", {}), ReadingConfig, str(checkpoint.path))
+    own = config.reading
+    if own.scale is None or own.scale == AUTO:
+        own = dataclasses.replace(own, scale=kept.scale)
+    return dataclasses.replace(own, depth=own.depth or kept.depth, gsd=own.gsd or kept.gsd)
 
 
 class Trainer:

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one reader of raster files: any GDAL raster, in windows, as 8-bit RGB with the pixels that are valid."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from drseg_core.config.reading import Reading
+from drseg_core.data.images import first_bytes
+from drseg_core.data.values import STRETCH, extreme_value, limits_array, stretched
+from drseg_core.errors import ConfigError, RasterError
+from drseg_core.extras import require
+
+CACHE_MB = 64
+"""GDAL's cache of blocks; its own default is a twentieth of the memory."""
+
+_SAMPLED_SIDE = 1024
+_COLORS = ("red", "green", "blue")
+# Sentinel-2 and Landsat 8 and 9 number these three alike
+_DESCRIBED = tuple(
+    re.compile(rf"(?<![a-z0-9])({word}|b0?{number})(?![a-z0-9])", re.IGNORECASE)
+    for word, number in zip(_COLORS, (4, 3, 2), strict=True)
+)
+_EDGE = re.compile(r"red.?edge", re.IGNORECASE)
+
+
+class RasterReader:
+    """An open raster.
+
+    8-bit values are taken as they are, others are stretched linearly: by the scale that is given, or each band between
+    its 2nd and 98th percentile, measured once per file on valid pixels of a reduced copy (at most 1024 pixels a side).
+    A single band is repeated three times, or looked up in its colour table. Pixels are used as the file stores them; an
+    EXIF rotation is not applied, so that a map lies on the file's own grid.
+
+    Red, green and blue are the bands whose colour interpretation says so, else those whose descriptions do (``B04``,
+    ``red``), else 1, 2, 3. ``band_source`` says which.
+
+    A pixel is invalid where the file says so in all its bands (nodata value, alpha 0, mask band), where all bands that
+    are used have the value ``reading.nodata``, or where one of them is not finite.
+    """
+
+    def __init__(self, source: Any, path: Path, reading: Reading, *, origin: str = "read_scene") -> None:
+        self.source, self.path, self.reading, self._origin = source, path, reading, origin
+        self.height, self.width = int(source.height), int(source.width)
+        self.bands, self.band_source = self._choose(reading.bands)
+        self._colors: NDArray[np.uint8] | None = None
+        kinds = [source.dtypes[b - 1] for b in self.bands]
+        if any(k.startswith("complex") for k in kinds):
+            raise RasterError(f"{origin}: {path} has complex bands; expected real numbers, got {', '.join(kinds)}")
+        if any(color.name == "cyan" for color in source.colorinterp):
+            raise RasterError(f"{origin}: {path} has inks (CMYK); expected red, green and blue")
+        self.dtype = kinds[0] if len(set(kinds)) == 1 else ", ".join(kinds)
+        self.is_byte = all(k == "uint8" for k in kinds)
+        if self.is_byte and source.count == 1:
+            with contextlib.suppress(ValueError):
+                table = source.colormap(1)
+                self._colors = np.array([table.get(i, (0, 0, 0, 0))[:3] for i in range(256)], np.uint8)
+        self._sample: tuple[NDArray[Any], NDArray[np.bool_]] | None = None
+        self.scale_warning: str | None = None
+        self.limits = self._scale()
+
+    def _choose(self, bands: Sequence[int] | None) -> tuple[tuple[int, ...], str]:
+        count = self.source.count
+        if bands is not None:
+            if len(bands) not in (1, 3) or any(not 1 <= b <= count for b in bands):
+                raise ConfigError(
+                    f"{self._origin}: bands are not usable; expected one or three numbers from 1 to {count}, "
+                    f"got {list(bands)}"
+                )
+            return tuple(bands), "as given"
+        if not count:
+            raise RasterError(f"{self._origin}: {self.path} has no band; expected an image")
+        colors = [color.name for color in self.source.colorinterp]
+        if count == 2 and colors[1] != "alpha":
+            raise ConfigError(
+                f"{self._origin}: bands are not given; expected one or three of {self.path}'s 2 bands (--bands)"
+            )
+        if count < 3:
+            return (1,), "the only one"
+        if all(colors.count(color) == 1 for color in _COLORS):
+            return tuple(colors.index(color) + 1 for color in _COLORS), "by colour interpretation"
+        described = self.described_bands()
+        if described is not None:
+            return described, "by band descriptions"
+        return (1, 2, 3), "the first three, as nothing says which"
+
+    def described_bands(self) -> tuple[int, ...] | None:
+        """Red, green and blue by the descriptions of the bands; None where they do not tell."""
+        texts = [_EDGE.sub("", text or "") for text in self.source.descriptions]
+        found = [[i + 1 for i, text in enumerate(texts) if pattern.search(text)] for pattern in _DESCRIBED]
+        return tuple(some[0] for some in found) if all(len(some) == 1 for some in found) else None
+
+    def band_warning(self) -> str | None:
+        """What to say where the choice of bands may be wrong."""
+        if self.reading.bands is not None or self.source.count < 3:
+            return None
+        described = self.described_bands()
+        if described is not None and described != self.bands:
+            order = ",".join(map(str, described))
+            return f"{self.path.name}: descriptions of the bands say otherwise; --bands {order} takes them"
+        if self.source.count > 3 and self.band_source.startswith("the first"):
+            return (
+                f"{self.path.name}: nothing says which of the {self.source.count} bands are red, green and blue; "
+                "--bands R,G,B does"
+            )
+        return None
+
+    def sample(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """A reduced copy: stored values of the bands in use (B, h, w), and which pixels are valid."""
+        if self._sample is None:
+            scale = max(1.0, max(self.height, self.width) / _SAMPLED_SIDE)
+            shape = (max(1, round(self.height / scale)), max(1, round(self.width / scale)))
+            with self._explained("a reduced copy"):
+                value = self.source.read(list(self.bands), out_shape=(len(self.bands), *shape))
+                valid = self.source.dataset_mask(out_shape=shape) != 0
+            self._sample = value, valid & self._present(value)
+        return self._sample
+
+    def extreme_value(self) -> tuple[float, float] | None:
+        """A value that looks like nodata which nobody declared, and its share of the valid pixels."""
+        value, valid = self.sample()
+        return None if self._colors is not None else extreme_value(value, valid)
+
+    def _present(self, value: NDArray[Any]) -> NDArray[np.bool_]:
+        present = np.isfinite(value).all(0) if value.dtype.kind == "f" else np.ones(value.shape[1:], bool)
+        if self.reading.nodata is not None:
+            present &= ~(value == self.reading.nodata).all(0)
+        return present
+
+    def _scale(self) -> NDArray[np.float32] | None:
+        given = self.reading.scale
+        if given is not None and not self.reading.fits(self.dtype):
+            self.scale_warning = (
+                f"{self.path.name}: the scale of the run is for {self.reading.depth}, this is {self.dtype}; "
+                "it is read without (--scale gives one)"
+            )
+            given = None
+        if given is not None:
+            if len(given) not in (1, len(self.bands)):
+                raise ConfigError(
+                    f"{self._origin}: scale does not fit; expected 1 or {len(self.bands)} pairs LOW,HIGH, "
+                    f"got {len(given)}"
+                )
+            return limits_array(given)
+        if self._colors is not None or self.is_byte and not self.reading.measure:
+            return None
+        value, valid = self.sample()
+        inside = value[:, valid].astype(np.float32)
+        limits = np.percentile(inside, STRETCH, axis=1) if valid.any() else np.zeros((2, len(self.bands)))
+        return limits.astype(np.float32)[:, :, None, None]
+
+    def pairs(self) -> list[tuple[float, float]] | None:
+        """LOW and HIGH of each band; None where 8-bit values stay."""
+        if self.limits is None:
+            return None
+        return [(float(low), float(high)) for low, high in self.limits[:, :, 0, 0].T]
+
+    def rows(self, first: int, last: int) -> tuple[Tensor, NDArray[np.bool_]]:
+        """Rows ``first`` to ``last`` (exclusive) in full width; see :meth:`window`."""
+        return self.window(first, last, 0, self.width)
+
+    def window(self, top: int, bottom: int, left: int, right: int) -> tuple[Tensor, NDArray[np.bool_]]:
+        """A part of the raster: (3, n, m) uint8 RGB, and (n, m) which pixels are valid.
+
+        Raises:
+            RasterError: it cannot be decoded; nothing is ever filled in.
+        """
+        from rasterio.windows import Window
+
+        window = Window(left, top, right - left, bottom - top)
+        with self._explained(f"rows {top} to {bottom}"):
+            value = self.source.read(list(self.bands), window=window)
+            valid = self.source.dataset_mask(window=window) != 0
+        return self._rgb(value, valid)
+
+    def _rgb(self, value: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[Tensor, NDArray[np.bool_]]:
+        valid = valid & self._present(value)
+        if self._colors is not None:
+            value = self._colors[value[0]].transpose(2, 0, 1)
+        elif self.limits is not None:
+            value = stretched(value, self.limits)
+        if len(value) == 1:
+            value = np.repeat(value, 3, axis=0)
+        return torch.from_numpy(np.ascontiguousarray(value)), valid
+
+    @contextlib.contextmanager
+    def _explained(self, part: str) -> Iterator[None]:
+        import rasterio
+
+        try:
+            yield
+        except (rasterio.errors.RasterioError, OSError, ValueError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise RasterError(
+                f"{self._origin}: {self.path} is damaged or incomplete; expected to decode {part}: {reason}"
+            ) from None
+
+
+@contextlib.contextmanager
+def open_raster(path: Path, *, origin: str, driver: str | None = None) -> Iterator[Any]:
+    """An open rasterio data set; GDAL's cache stays small, and a file that is cut short is an error.
+
+    Args:
+        path: the file.
+        origin: begins messages.
+        driver: format that the file must have; any by default.
+
+    Raises:
+        RasterError: no such file, or no image.
+    """
+    require(origin, "rasterio")
+    import rasterio
+
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise RasterError(f"read_scene: {path} cannot be opened: {error.strerror}") from None
+    if not is_file:
+        raise RasterError(f"read_scene: {path} is not a file; expected an image")
+    # libjpeg only warns of a file that is cut short, and GDAL would hand out gray
+    options = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "YES", "GDAL_CACHEMAX": CACHE_MB}
+    with rasterio.Env(**options), warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        try:
+            # an absolute path is never taken for the address of something remote
+            source = rasterio.open(path.absolute(), driver=driver)
+        except (rasterio.errors.RasterioError, OSError) as error:
+            raise RasterError(
+                f"read_scene: {path} is not an image that GDAL reads; expected for example GeoTIFF, PNG or JPEG, "
+                f"got first bytes {first_bytes(path)}: {' '.join(str(error).split())}"
+            ) from None
+        with source:
+            yield source

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stored pixel values: their way to 8 bits, and the value that stands for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+STRETCH = (2.0, 98.0)
+"""Percentiles that become 0 and 255 where a scale is measured."""
+
+NODATA_SHARE = 0.05
+"""A single extreme value in more than this share of the pixels is taken for a nodata value that nobody declared."""
+
+
+def stretched(value: NDArray[Any], limits: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """(B, H, W) to uint8: ``limits`` (2, B or 1, 1, 1) become 0 and 255; what is not finite becomes 0."""
+    low, high = limits
+    wide = value.astype(np.float32)
+    share = (np.where(np.isfinite(wide), wide, low) - low) / np.maximum(high - low, 1e-12)
+    return (np.clip(share, 0, 1) * 255).round().astype(np.uint8)
+
+
+def limits_array(limits: Sequence[tuple[float, float]]) -> NDArray[np.float32]:
+    """Pairs as (2, B, 1, 1)."""
+    return np.array(limits, np.float32).T[:, :, None, None]
+
+
+def extreme_value(value: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[float, float] | None:
+    """The lowest or highest value of (B, H, W) that all bands share in too many valid pixels, and its share of them.
+
+    Returns:
+        None where no value stands out.
+    """
+    if not valid.any():
+        return None
+    inside = value[:, valid]
+    same = (inside == inside[:1]).all(0)
+    found = None
+    # inside the values of a file, the lowest or the highest is that of a flat picture
+    if inside.min() == inside.max():
+        return None
+    for candidate in {inside.min(), inside.max()}:
+        share = float((same & (inside[0] == candidate)).mean())
+        if share > NODATA_SHARE and (found is None or share > found[1]):
+            found = float(candidate), share
+    return found
+
+
+def nodata_hint(name: object, found: tuple[float, float] | None) -> str | None:
+    """What to say of an extreme value."""
+    if found is None:
+        return None
+    value = f"{found[0]:g}" if abs(found[0]) >= 1e15 or found[0] != int(found[0]) else f"{int(found[0])}"
+    return (
+        f"{name}: {100 * found[1]:.0f} % of the pixels have the value {value} in all bands, and no nodata value is "
+        f"declared; --nodata {value} leaves them out"
+    )

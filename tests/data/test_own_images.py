@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's own images are read as scenes are: the same types, bands, nodata and scale."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drseg_core.config.reading import Reading, choose_reading, parse_bands, parse_reading, parse_scale, scale_text
+from drseg_core.config.schema import ReadingConfig
+from drseg_core.data import open_dataset
+from drseg_core.data.check import check_data
+from drseg_core.data.folder import FolderDataset
+from drseg_core.data.own_images import read_rgb
+from drseg_core.data.values import extreme_value
+from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.scenes.reader import open_scene
+
+rasterio = pytest.importorskip("rasterio")
+from rasterio.enums import ColorInterp  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(1, 256, size=(3, 20, 30)).astype(np.uint8)
+
+
+def write(path: Path, data: np.ndarray, colors=None, descriptions=None, **profile) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile = {"driver": "GTiff", "count": len(data), "height": data.shape[1], "width": data.shape[2], **profile}
+    with rasterio.open(path, "w", dtype=data.dtype, **profile) as file:
+        if colors:
+            file.colorinterp = [ColorInterp[color] for color in colors]
+        file.write(data)
+        for band, text in enumerate(descriptions or (), 1):
+            file.set_band_description(band, text)
+    return path
+
+
+def folder(root: Path, images: list[np.ndarray], **options) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "classes.txt").write_text("field\nroad\n")
+    for number, data in enumerate(images):
+        write(root / f"train/images/{number}.tif", data, **options)
+        (root / "train/masks").mkdir(exist_ok=True)
+        halves = np.indices(data.shape[1:])[1] >= data.shape[2] // 2
+        Image.fromarray(halves.astype(np.uint8)).save(root / f"train/masks/{number}.png")
+    return root
+
+
+KINDS = {
+    "uint8": (PIXELS, {}),
+    "uint16": (PIXELS.astype(np.uint16) * 40 + 300, {}),
+    "int16_nodata": (np.where(PIXELS < 60, -9999, PIXELS).astype(np.int16), {"nodata": -9999}),
+    "float32": (PIXELS / np.float32(255), {}),
+    "one_band": (PIXELS[:1].astype(np.uint16), {}),
+    "bgr": (PIXELS[::-1].copy(), {"colors": ["blue", "green", "red"]}),
+    "sentinel": (
+        np.concatenate([PIXELS[::-1], PIXELS[:1]]).astype(np.uint16),
+        {"descriptions": ["B02", "B03", "B04", "B08"]},
+    ),
+    "five": (np.concatenate([PIXELS, PIXELS[:2]]), {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reading", [Reading(), Reading(scale=((10.0, 200.0),)), Reading(measure=True)])
+def test_a_set_and_a_scene_give_the_same_pixels(tmp_path, kind, reading):
+    data, options = KINDS[kind]
+    path = write(tmp_path / "in.tif", data, **options)
+    found = read_rgb(path, reading, max_pixels=10_000)
+    with open_scene(path, reading=reading) as scene:
+        image, valid = scene.rows(0, scene.height)
+    assert np.array_equal(found.image.transpose(2, 0, 1), image.numpy())
+    assert np.array_equal(valid, np.ones_like(valid) if found.valid is None else found.valid)
+
+
+@pytest.mark.parametrize("kind", ["bgr", "sentinel"])
+def test_red_green_and_blue_are_where_the_file_says(tmp_path, kind):
+    data, options = KINDS[kind]
+    with open_scene(write(tmp_path / "in.tif", data, **options), reading=Reading(scale=((0.0, 255.0),))) as scene:
+        assert scene.bands == (3, 2, 1) and scene.band_warning() is None
+        assert np.array_equal(scene.rows(0, 20)[0].numpy(), PIXELS)
+
+
+@pytest.mark.parametrize(
+    "descriptions, bands",
+    [
+        (["blue", "green", "red", "nir"], (3, 2, 1)),
+        (["Red Edge 1", "Red", "Green", "Blue"], (2, 3, 4)),
+        (["B4", "B3", "B2", "B8"], (1, 2, 3)),
+        (["SR_B2", "SR_B3", "SR_B4", "SR_B5"], (3, 2, 1)),
+        (["B04, central wavelength 665 nm", "B03, 560 nm", "B02, 490 nm", "B08"], (1, 2, 3)),
+    ],
+)
+def test_bands_by_their_descriptions(tmp_path, descriptions, bands):
+    path = write(tmp_path / "in.tif", np.ones((4, 5, 6), np.uint16), descriptions=descriptions)
+    with open_scene(path) as scene:
+        assert scene.bands == bands
+
+
+def test_bands_without_a_hint_are_named(tmp_path, caplog):
+    path = write(tmp_path / "in.tif", np.ones((4, 5, 6), np.uint16))
+    with open_scene(path) as scene:
+        assert scene.bands == (1, 2, 3)
+        assert scene.band_warning() == (
+            "in.tif: nothing says which of the 4 bands are red, green and blue; --bands R,G,B does"
+        )
+    with open_scene(path, bands=(4, 3, 2)) as scene:
+        assert scene.band_warning() is None and scene.band_source == "as given"
+    wrong = write(tmp_path / "wrong.tif", np.ones((3, 5, 6), np.uint8), descriptions=["B02", "B03", "B04"])
+    with open_scene(wrong) as scene:
+        assert scene.bands == (1, 2, 3) and "--bands 3,2,1 takes them" in (scene.band_warning() or "")
+
+
+def test_the_scale_of_a_set_is_measured_once(tmp_path, caplog):
+    dark, bright = (RNG.integers(low, low + 500, size=(3, 40, 40)).astype(np.uint16) for low in (100, 2000))
+    with caplog.at_level(logging.INFO, "drseg_core"):
+        data = FolderDataset(folder(tmp_path / "set", [dark, bright]))
+    both = np.concatenate([dark.reshape(3, -1), bright.reshape(3, -1)], 1).astype(np.float32)
+    expected = np.percentile(both, (2, 98), axis=1).T
+    assert np.allclose(parse_scale(data.reading.scale), expected, rtol=1e-6) and data.reading.depth == "uint16"
+    assert "uint16 scaled by" in caplog.text and "2 images" in caplog.text
+    # a dark image stays dark
+    assert data[0].image.float().mean() < 60 and data[1].image.float().mean() > 180
+    again = FolderDataset(tmp_path / "set", reading=data.reading)
+    assert again.reading == data.reading and bool((again[0].image == data[0].image).all())
+
+
+def test_eight_bits_stay_what_they_are(tmp_path):
+    data = FolderDataset(folder(tmp_path / "set", [PIXELS]))
+    assert data.reading == ReadingConfig(depth="uint8") and np.array_equal(data[0].image.numpy(), PIXELS)
+    # the scale of a run of other images is not for these
+    other = ReadingConfig(scale="300,9000", depth="uint16")
+    data = FolderDataset(tmp_path / "set", reading=other)
+    assert data.reading.scale is None and np.array_equal(data[0].image.numpy(), PIXELS)
+    # unless it is given
+    given = choose_reading(other, ReadingConfig(scale="0,510"))
+    assert FolderDataset(tmp_path / "set", reading=given)[0].image.max() == 128
+
+
+def test_pixels_without_data_are_not_trained_on(tmp_path):
+    data, options = KINDS["int16_nodata"]
+    data = data.copy()
+    data[:, :7] = -9999
+    mask = FolderDataset(folder(tmp_path / "a", [data], **options))[0].mask
+    assert bool((mask[:7] == 255).all()) and int((mask != 255).sum()) == int((data != -9999).any(0).sum())
+    mask = FolderDataset(folder(tmp_path / "b", [data]), reading=ReadingConfig(nodata=-9999))[0].mask
+    assert int((mask != 255).sum()) == int((data != -9999).any(0).sum())
+    clear = np.concatenate([PIXELS, np.full((1, 20, 30), 255, np.uint8)]).transpose(1, 2, 0)
+    clear[:3, :, 3] = 0
+    (tmp_path / "c/train/masks").mkdir(parents=True)
+    (tmp_path / "c/train/images").mkdir()
+    (tmp_path / "c/classes.txt").write_text("field\n")
+    Image.fromarray(clear).save(tmp_path / "c/train/images/0.png")
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / "c/train/masks/0.png")
+    mask = FolderDataset(tmp_path / "c")[0].mask
+    assert bool((mask[:3] == 255).all()) and not bool((mask[3:] == 255).any())
+
+
+@pytest.mark.parametrize("value, kind", [(0, np.uint16), (65535, np.uint16), (-9999, np.int16), (-9999, np.float32)])
+def test_nodata_that_nobody_declared_is_named(tmp_path, caplog, value, kind):
+    data = RNG.integers(300, 4000, size=(3, 50, 50)).astype(kind)
+    few, many = data.copy(), data.copy()
+    few[:, :2], many[:, :20] = value, value
+    with open_scene(write(tmp_path / "few.tif", few)) as scene:
+        assert scene.extreme_value() is None
+    with open_scene(write(tmp_path / "many.tif", many)) as scene:
+        assert scene.extreme_value() == (value, 0.4)
+    with open_scene(tmp_path / "many.tif", reading=Reading(nodata=value)) as scene:
+        assert scene.extreme_value() is None
+        assert np.array_equal(scene.rows(0, 50)[1], (many != value).any(0))
+        low, high = np.percentile(data[:, 20:].astype(np.float32).reshape(3, -1), (2, 98), axis=1)
+        assert np.allclose(scene.pairs(), np.stack([low, high], 1), rtol=1e-6)
+    caplog.clear()
+    FolderDataset(folder(tmp_path / "set", [many]))
+    said = [record.message for record in caplog.records if "nodata" in record.message]
+    assert said == [
+        f"0.tif: 40 % of the pixels have the value {value} in all bands, and no nodata value is declared; "
+        f"--nodata {value} leaves them out"
+    ]
+
+
+def test_a_flat_picture_has_no_extreme():
+    value = np.full((3, 4, 4), 7)
+    assert extreme_value(value, np.ones((4, 4), bool)) is None
+    assert extreme_value(value, np.zeros((4, 4), bool)) is None
+
+
+def test_several_types_in_one_set_are_refused(tmp_path):
+    root = folder(tmp_path / "set", [PIXELS.astype(np.uint16), PIXELS])
+    with pytest.raises(
+        DatasetError, match=r"images are of several types; expected one, got uint8 in .*1\.tif and uint16"
+    ):
+        FolderDataset(root)
+    assert [finding.kind for finding in check_data("folder", root).problems] == ["type"]
+
+
+def test_a_check_takes_what_a_training_takes(tmp_path):
+    root = folder(tmp_path / "set", [KINDS["sentinel"][0]], descriptions=KINDS["sentinel"][1]["descriptions"])
+    report = check_data("folder", root)
+    assert report.problems == [] and len(report.splits["train"].readable) == 1
+    assert len(open_dataset(f"folder:{root}")) == 1
+
+
+def test_a_png_of_16_bits(tmp_path):
+    path = tmp_path / "deep.png"
+    Image.fromarray(RNG.integers(0, 60_000, (20, 30)).astype(np.uint16)).save(path)
+    found = read_rgb(path, Reading(scale=((0.0, 60_000.0),)), max_pixels=1000)
+    stored = np.array(Image.open(path)).astype(np.float32) / 60_000 * 255
+    assert np.abs(found.image[..., 0] - stored).max() <= 0.51
+    with pytest.raises(DatasetError, match="deep.png is too large; expected at most 99 pixels"):
+        read_rgb(path, Reading(), max_pixels=99)
+
+
+def test_options_as_text():
+    assert parse_bands("4,3,2") == (4, 3, 2) and parse_bands("1") == (1,)
+    assert parse_scale("0,3000") == ((0, 3000),) and len(parse_scale("0,1;0,2;0,3")) == 3
+    pairs = [(0.1, 3000.25), (-9.5, 1e6), (0.0, 1.0)]
+    assert np.allclose(parse_scale(scale_text(pairs)), pairs, rtol=1e-7)
+    assert parse_reading(ReadingConfig(scale="auto")).measure and parse_reading(ReadingConfig()).plain
+    for wrong in ("red", "0", "1,2", "1,2,3,4", ""):
+        with pytest.raises(ConfigError, match="--bands is no list of band numbers; expected for example 4,3,2"):
+            parse_bands(wrong)
+    for wrong in ("", "5", "9,1", "1,1", "0,1;0,2", "nan,1", "a,b"):
+        with pytest.raises(ConfigError, match="--scale is not usable; expected auto, LOW,HIGH"):
+            parse_scale(wrong)
