@@ -24,6 +24,9 @@ from drseg_core.extras import require
 CACHE_MB = 64
 """GDAL's cache of blocks; its own default is a twentieth of the memory."""
 
+WHOLE_MB = 128
+"""A file that can only be decoded as a whole is worth a word from this size on."""
+
 _SAMPLED_SIDE = 1024
 _COLORS = ("red", "green", "blue")
 # Sentinel-2 and Landsat 8 and 9 number these three alike
@@ -114,6 +117,27 @@ class RasterReader:
                 "--bands R,G,B does"
             )
         return None
+
+    def window_warning(self) -> str | None:
+        """What to say of a file that GDAL has to decode as a whole; None where parts of it can be read."""
+        from PIL import Image
+
+        block = max(h * w for h, w in self.source.block_shapes)
+        size = self.height * self.width * len(self.bands) * np.dtype(self.source.dtypes[0]).itemsize / 2**20
+        driver, why = self.source.driver, None
+        if driver in ("PNG", "JPEG"):
+            with contextlib.suppress(OSError), Image.open(self.path) as image:
+                why = "interlaced" if image.info.get("interlace") or image.info.get("progressive") else None
+        elif driver in ("WEBP", "GIF", "BIGGIF"):
+            why = f"a {driver}"
+        elif block > self.height * self.width // 2:
+            why = "stored in one block"
+        if why is None or size < WHOLE_MB:
+            return None
+        return (
+            f"{self.path.name}: it is {why}, so all {size:.0f} MB of it are in memory at a time; "
+            f"gdal_translate -co TILED=YES {self.path.name} tiled.tif makes a file that can be read in parts"
+        )
 
     def sample(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """A reduced copy: stored values of the bands in use (B, h, w), and which pixels are valid."""

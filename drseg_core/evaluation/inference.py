@@ -36,6 +36,24 @@ class Prediction(NamedTuple):
     uncertainty: Tensor
 
 
+class Piece(NamedTuple):
+    """A part of an image whose first pixel is (``top``, ``left``); ``score_of(c)`` gives (n, m) the scores of class c,
+    as long as the next piece is not asked for."""
+
+    top: int
+    left: int
+    prediction: Prediction
+    score_of: Callable[[int], Tensor]
+
+
+SUMS_BYTES = 400 * 2**20
+"""Bound on the sums of a strip of tiles."""
+
+STRIP_STEP, CLASSES_AT_A_TIME = 512, 16
+
+ReadWindow = Callable[[int, int, int, int], "tuple[Tensor, np.ndarray | None]"]
+"""``read(top, bottom, left, right)`` gives a part of the image, (3, n, m) uint8, and which pixels are valid (n, m)."""
+
 ReadRows = Callable[[int, int], Tensor]
 """``read(first, last)`` gives image rows ``first`` to ``last`` (exclusive) as (3, last - first, W) uint8."""
 
@@ -45,8 +63,8 @@ class Predictor:
 
     ``whole`` hands the image to the model in one piece, which resizes it to its own input size whatever the aspect
     ratio, and enlarges the sigmoid of the logits to the image (the benchmark protocol, except for its detour over a
-    shortest edge of 640). ``tile`` does so with overlapping tiles, blends them with smooth weights, and holds only one
-    row of tiles in memory.
+    shortest edge of 640). ``tile`` does so with overlapping tiles, blends them with smooth weights, and holds only a
+    part of one row of tiles in memory (:meth:`pieces`).
 
     The class of a pixel is the one with the highest score, the lowest id on ties; there is no threshold.
 
@@ -54,6 +72,7 @@ class Predictor:
         model: a :class:`drseg_core.models.segmenter.Segmenter`, or anything with its ``tokenize``, ``encode_text`` and
             ``forward``.
         class_names: the vocabulary, 1 to 255 names.
+        synonyms: the words that stand for each class, of which the best counts; its name alone by default.
         mode: ``whole`` or ``tile``.
         tile_size: side of a tile in pixels, a multiple of 16.
         overlap: pixels shared by neighbouring tiles.
@@ -80,6 +99,7 @@ class Predictor:
         model: Any,
         class_names: Sequence[str],
         *,
+        synonyms: Sequence[Sequence[str]] | None = None,
         mode: Literal["whole", "tile"] = "whole",
         tile_size: int = 384,
         overlap: int = 128,
@@ -92,6 +112,13 @@ class Predictor:
             raise ConfigError(f"Predictor: batch_size is out of range; expected >= 1, got {batch_size}")
         check_tiles(tile_size, overlap)
         self.class_names = check_class_names(class_names, "Predictor")
+        self.synonyms = tuple((name,) for name in self.class_names) if synonyms is None else tuple(map(tuple, synonyms))
+        self._counts = [len(words) for words in self.synonyms]
+        if len(self._counts) != len(self.class_names) or 0 in self._counts:
+            raise ConfigError(
+                f"Predictor: synonyms do not fit; expected one or more words for each of {len(self.class_names)} "
+                f"classes, got {self._counts}"
+            )
         self.mode, self.tile_size, self.overlap, self.batch_size = mode, tile_size, overlap, batch_size
         if device is None:
             parameter = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
@@ -99,7 +126,7 @@ class Predictor:
         self.device = torch.device(device)
         network: Any = model.to(self.device).eval() if isinstance(model, torch.nn.Module) else model
         with torch.no_grad():
-            tokens = network.tokenize(list(self.class_names)).to(self.device)
+            tokens = network.tokenize([word for words in self.synonyms for word in words]).to(self.device)
             self.text: Tensor = network.encode_text(tokens)
         self.model = network
 
@@ -133,34 +160,27 @@ class Predictor:
     def _forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (B, T, h', w') and uncertainty (B, 1, h, w) of images (B, 3, H, W) uint8, in float32."""
         output = self.model(image.to(self.device).float() / 255, self.text)
-        if not torch.isfinite(output.logits).all():
+        logits = output.logits
+        if not torch.isfinite(logits).all():
             raise NumericalError("Predictor: logits are not finite; expected finite values from the model")
-        return output.logits.float().sigmoid(), output.uncertainty.float()
+        if logits.shape[1] > len(self.class_names):
+            logits = torch.stack([part.amax(1) for part in logits.split(self._counts, dim=1)], dim=1)
+        return logits.float().sigmoid(), output.uncertainty.float()
 
     def _whole(self, image: Tensor) -> list[Prediction]:
-        score, uncertainty = self._forward(image)
-        size = image.shape[-2:]
-        uncertainty = _resize(uncertainty, size)[:, 0]
-        # one class at a time: all classes at full size need not fit in memory
-        best = torch.full_like(uncertainty, -torch.inf)
-        index = torch.zeros(uncertainty.shape, dtype=torch.uint8, device=best.device)
-        for label in range(score.shape[1]):
-            value = _resize(score[:, label : label + 1], size)[:, 0]
-            better = value > best
-            best = torch.where(better, value, best)
-            index[better] = label
-        return [Prediction(*parts) for parts in zip(index.cpu(), best.cpu(), uncertainty.cpu(), strict=True)]
+        return _enlarged_best(*self._forward(image), image.shape[-2:])
 
     def _tiled(self, image: Tensor) -> Prediction:
         _, height, width = image.shape
-        bands = [band for _, band in self.rows(lambda first, last: image[:, first:last], height, width)]
-        return Prediction(*(torch.cat(parts) for parts in zip(*bands, strict=True)))
+        whole = [torch.empty(height, width, dtype=kind) for kind in (torch.uint8, torch.float32, torch.float32)]
+        for piece in self.pieces(lambda a, b, c, d: (image[:, a:b, c:d], None), height, width):
+            rows, columns = piece.prediction.class_index.shape
+            for target, part in zip(whole, piece.prediction, strict=True):
+                target[piece.top : piece.top + rows, piece.left : piece.left + columns] = part
+        return Prediction(*whole)
 
     def rows(self, read: ReadRows, height: int, width: int) -> Iterator[tuple[int, Prediction]]:
-        """Predict an image that is read as it is needed, in bands of complete rows from top to bottom.
-
-        Each pixel's score is the weighted mean of the tiles that cover it, its weights summing to one. An image
-        smaller than a tile is mirrored to the tile's size. Memory: (T + 2) x tile_size x W float32.
+        """:meth:`strip` in full width, of an image whose rows are read as they are needed.
 
         Args:
             read: gives rows of the image; asked for each band of a tile's height once, in order.
@@ -170,27 +190,117 @@ class Predictor:
         Yields:
             first row of a band, and its prediction; the bands cover every row once.
         """
+        for piece in self.strip(lambda a, b, c, d: (read(a, b)[:, :, c:d], None), height, width, 0, width):
+            yield piece.top, piece.prediction
+
+    def strips(self, width: int, columns: int | None = None) -> list[tuple[int, int]]:
+        """First and last column (exclusive) of the strips in which an image is predicted.
+
+        Args:
+            width: W of the image.
+            columns: width of a strip; by default what keeps the sums of a strip below ``SUMS_BYTES``.
+        """
+        if columns is None:
+            fitting = SUMS_BYTES // (4 * (len(self.class_names) + 2) * self.tile_size)
+            # whole blocks of the rasters that are written
+            columns = max(STRIP_STEP, fitting // STRIP_STEP * STRIP_STEP)
+        return [(left, min(left + columns, width)) for left in range(0, width, columns)]
+
+    def pieces(self, read: ReadWindow, height: int, width: int, *, columns: int | None = None) -> Iterator[Piece]:
+        """Predict an image that is read as it is needed; the pieces cover every pixel once.
+
+        In ``tile`` mode strips of columns follow each other, each from top to bottom. Tiles on the border of two strips
+        are computed for both, so strips do not depend on each other, and a pixel's sums have the same order however
+        wide they are. A tile without a valid pixel is not computed.
+
+        Args:
+            read: gives a part of the image.
+            height: H of the image.
+            width: W of the image.
+            columns: width of a strip, see :meth:`strips`.
+        """
+        if self.mode == "whole":
+            yield self._one_piece(read(0, height, 0, width)[0])
+            return
+        for left, right in self.strips(width, columns):
+            yield from self.strip(read, height, width, left, right)
+
+    @torch.no_grad()
+    def _one_piece(self, image: Tensor) -> Piece:
+        score, uncertainty = self._forward(image[None])
+        size = image.shape[-2:]
+        prediction = _enlarged_best(score, uncertainty, size)[0]
+        return Piece(0, 0, prediction, lambda label: _resize(score[:, label : label + 1], size)[0, 0])
+
+    @torch.no_grad()
+    def strip(self, read: ReadWindow, height: int, width: int, left: int, right: int) -> Iterator[Piece]:
+        """Predict columns ``left`` to ``right`` (exclusive) in bands of rows from top to bottom.
+
+        Each pixel's score is the weighted mean of the tiles that cover it, its weights summing to one. An image
+        smaller than a tile is mirrored to the tile's size. Memory: (T + 2) x tile_size x (right - left) float32.
+        """
         side, classes = self.tile_size, len(self.class_names)
-        row_start, column_start = (tile_starts(n, side, self.overlap) for n in (height, width))
+        row_start = tile_starts(height, side, self.overlap)
+        column_start = [x for x in tile_starts(width, side, self.overlap) if x < right and x + side > left]
+        begin, end = column_start[0], min(column_start[-1] + side, width)
         line = torch.from_numpy(blend_window(side, self.overlap)).to(self.device)
         weight = line[:, None] * line[None, :]
         # channels: T scores, the uncertainty, the weight
-        total = torch.zeros(classes + 2, side, max(width, side), device=self.device)
+        total = torch.zeros(classes + 2, side, right - left, device=self.device)
+        # row down to which something was added
+        reach = 0
         for number, top in enumerate(row_start):
-            band = _mirrored(read(top, min(top + side, height)), side)
-            for first in range(0, len(column_start), self.batch_size):
-                left = column_start[first : first + self.batch_size]
-                score, uncertainty = self._forward(torch.stack([band[:, :, x : x + side] for x in left]))
-                value = torch.cat([_resize(score, (side, side)), _resize(uncertainty, (side, side))], 1)
-                for tile, x in zip(value, left, strict=True):
-                    total[:-1, :, x : x + side] += tile * weight
-                    total[-1, :, x : x + side] += weight
+            image, valid = read(top, min(top + side, height), begin, end)
+            band = _mirrored(image, side)
+            used = [x for x in column_start if valid is None or valid[:, x - begin : x - begin + side].any()]
+            for first in range(0, len(used), self.batch_size):
+                some = used[first : first + self.batch_size]
+                batch = torch.stack([band[:, :, x - begin : x - begin + side] for x in some])
+                for x, score, uncertainty in zip(some, *self._forward(batch), strict=True):
+                    inside = slice(max(left - x, 0), min(right - x, side))
+                    target = total[:, :, x + inside.start - left : x + inside.stop - left]
+                    _add(target[:classes], score, weight, inside)
+                    _add(target[classes:-1], uncertainty, weight, inside)
+                    target[-1] += weight[:, inside]
+            reach = top + side if used else reach
             last = number + 1 == len(row_start)
             done = min(side, height) if last else row_start[number + 1] - top
-            mean = total[:-1, :done, :width] / total[-1, :done, :width]
+            if reach <= top:
+                blank = torch.zeros(done, right - left)
+                nothing = Prediction(blank.to(torch.uint8), blank, blank)
+                yield Piece(top, left, nothing, _constant(blank))
+                continue
+            # where nothing was computed the weight is zero, and nothing is valid
+            mean = total[:-1, :done].div_(total[-1, :done].clamp_min(1e-12))
             best, index = mean[:-1].amax(0), mean[:-1].argmax(0).to(torch.uint8)
-            yield top, Prediction(index.cpu(), best.cpu(), mean[-1].cpu())
-            total = torch.cat([total[:, done:], torch.zeros_like(total[:, :done])], 1)
+            yield Piece(top, left, Prediction(index.cpu(), best.cpu(), mean[-1].cpu()), mean.__getitem__)
+            for channel in total:
+                channel[: side - done] = channel[done:].clone()
+            total[:, side - done :] = 0
+
+
+def _constant(value: Tensor) -> Callable[[int], Tensor]:
+    return lambda label: value
+
+
+def _add(target: Tensor, value: Tensor, weight: Tensor, inside: slice) -> None:
+    """Add a tile's values, enlarged and weighted, to the sums; some classes at a time."""
+    for first in range(0, len(value), CLASSES_AT_A_TIME):
+        part = _resize(value[None, first : first + CLASSES_AT_A_TIME], weight.shape)[0]
+        target[first : first + CLASSES_AT_A_TIME] += part[:, :, inside] * weight[:, inside]
+
+
+def _enlarged_best(score: Tensor, uncertainty: Tensor, size: Sequence[int]) -> list[Prediction]:
+    """The best class of (B, T, h, w) at full size, one class at a time: all of them need not fit in memory."""
+    uncertainty = _resize(uncertainty, size)[:, 0]
+    best = torch.full_like(uncertainty, -torch.inf)
+    index = torch.zeros(uncertainty.shape, dtype=torch.uint8, device=best.device)
+    for label in range(score.shape[1]):
+        value = _resize(score[:, label : label + 1], size)[:, 0]
+        better = value > best
+        best = torch.where(better, value, best)
+        index[better] = label
+    return [Prediction(*parts) for parts in zip(index.cpu(), best.cpu(), uncertainty.cpu(), strict=True)]
 
 
 def _check_image(image: Tensor) -> None:

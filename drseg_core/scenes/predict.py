@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.palette import overlay, with_legend
 from drseg_core.device import select_device
 from drseg_core.errors import ConfigError, RasterError
-from drseg_core.evaluation.inference import Prediction, Predictor
+from drseg_core.evaluation.inference import Piece, Predictor
 from drseg_core.extras import require
 from drseg_core.files import atomic_path
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
@@ -149,7 +148,8 @@ def predict_scene(
     Nothing appears before all three files are complete.
 
     Args:
-        predictor: in ``tile`` mode one row of tiles is in memory at a time, in ``whole`` mode the scene.
+        predictor: in ``tile`` mode a part of one row of tiles is in memory at a time, at most 1 GB besides the model
+            with up to 100 classes; in ``whole`` mode it is the scene.
         image_path: a raster file that GDAL reads, such as GeoTIFF, PNG or JPEG.
         out_path: the class raster, ``.tif``.
         class_names: names for tags and legend; the predictor's own by default.
@@ -232,18 +232,22 @@ class _Overlay:
 
     def __init__(self, height: int, width: int, side: int) -> None:
         self.step = max(1, -(-max(height, width) // max(side, 1)))
-        self.image: list[NDArray[np.uint8]] = []
-        self.label: list[NDArray[np.uint8]] = []
+        size = -(-height // self.step), -(-width // self.step)
+        self.image = np.zeros((3, *size), np.uint8)
+        self.label = np.full(size, IGNORE, np.uint8)
         self.count = np.zeros(256, np.int64)
 
-    def add(self, first: int, image: NDArray[np.uint8], label: NDArray[np.uint8]) -> None:
-        start = -first % self.step
-        self.image.append(image[:, start :: self.step, :: self.step].copy())
-        self.label.append(label[start :: self.step, :: self.step].copy())
+    def add(self, top: int, left: int, image: NDArray[np.uint8], label: NDArray[np.uint8]) -> None:
+        first = -top % self.step, -left % self.step
+        part = label[first[0] :: self.step, first[1] :: self.step]
+        row, column = (top + first[0]) // self.step, (left + first[1]) // self.step
+        place = slice(row, row + part.shape[0]), slice(column, column + part.shape[1])
+        self.label[place] = part
+        self.image[:, place[0], place[1]] = image[:, first[0] :: self.step, first[1] :: self.step]
         self.count += np.bincount(label.ravel(), minlength=256)
 
     def picture(self, names: Sequence[str]) -> NDArray[np.uint8]:
-        mixed = overlay(np.concatenate(self.image, 1), np.concatenate(self.label), len(names))
+        mixed = overlay(self.image, self.label, len(names))
         present = [int(i) for i in np.argsort(-self.count, kind="stable") if self.count[i] and i != IGNORE]
         return with_legend(mixed, names, present)
 
@@ -263,46 +267,47 @@ def _write(
 
     picture = _Overlay(scene.height, scene.width, overlay_side)
     nan = float("nan")
+    size = scene.height * scene.width
     with (
         raster_like(scene.source, temporary.classes, files.classes, dtype="uint8", nodata=IGNORE) as classes,
         raster_like(scene.source, temporary.uncertainty, files.uncertainty, dtype="float32", nodata=nan) as uncertainty,
-        tqdm(total=scene.height, desc="predict", unit="row", disable=not progress) as bar,
+        tqdm(total=size, desc="predict", unit="px", unit_scale=True, disable=not progress) as bar,
     ):
         describe_classes(classes, names)
         uncertainty.set_band_description(1, "uncertainty")
-        expected = 0
-        for first, prediction, image, valid in _predicted(predictor, scene):
-            if first != expected:
-                raise RasterError(f"predict_scene: a band is missing; expected row {expected}, got {first}")
+        written_pixels = 0
+        for piece, image, valid in _predicted(predictor, scene):
+            prediction = piece.prediction
             label = np.where(valid, prediction.class_index.numpy(), np.uint8(IGNORE))
-            window = Window(0, first, scene.width, len(label))
+            window = Window(piece.left, piece.top, label.shape[1], len(label))
             with written(files.classes):
                 classes.write(label, 1, window=window)
             with written(files.uncertainty):
                 uncertainty.write(np.where(valid, prediction.uncertainty.numpy(), np.float32(nan)), 1, window=window)
-            picture.add(first, image.numpy(), label)
-            expected += len(label)
-            bar.update(len(label))
-        if expected != scene.height:
-            raise RasterError(f"predict_scene: rows are missing; expected {scene.height}, got {expected}")
+            picture.add(piece.top, piece.left, image, label)
+            written_pixels += label.size
+            bar.update(label.size)
+        if written_pixels != size:
+            raise RasterError(f"predict_scene: pixels are missing; expected {size}, got {written_pixels}")
     with written(files.overlay):
         Image.fromarray(picture.picture(names)).save(temporary.overlay, format="PNG")
 
 
-def _predicted(predictor: Predictor, scene: SceneReader) -> Iterator[tuple[int, Prediction, Tensor, NDArray[np.bool_]]]:
-    """Bands from top to bottom: first row, prediction, image, valid pixels."""
-    if predictor.mode == "whole":
-        image, valid = scene.rows(0, scene.height)
-        yield 0, predictor(image), image, valid
-        return
-    band = torch.empty(0), np.empty(0, np.bool_)
+def _predicted(
+    predictor: Predictor, scene: SceneReader
+) -> Iterator[tuple[Piece, NDArray[np.uint8], NDArray[np.bool_]]]:
+    """The pieces of the map, with the image and the valid pixels of each."""
+    origin, band = (0, 0), (np.empty(0, np.uint8), np.empty(0, np.bool_))
 
-    def read(first: int, last: int) -> Tensor:
-        nonlocal band
-        band = scene.rows(first, last)
-        return band[0]
+    def read(top: int, bottom: int, left: int, right: int) -> tuple[Tensor, NDArray[np.bool_]]:
+        nonlocal origin, band
+        image, valid = scene.window(top, bottom, left, right)
+        origin, band = (top, left), (image.numpy(), valid)
+        return image, valid
 
-    for first, prediction in predictor.rows(read, scene.height, scene.width):
-        # the band that was read last begins at the same row and may reach further down
-        count = len(prediction.class_index)
-        yield first, prediction, band[0][:, :count], band[1][:count]
+    for piece in predictor.pieces(read, scene.height, scene.width):
+        # what was read last begins at the same row; it may reach further in every other direction
+        rows, columns = piece.prediction.class_index.shape
+        left = piece.left - origin[1]
+        place = slice(piece.top - origin[0], piece.top - origin[0] + rows), slice(left, left + columns)
+        yield piece, band[0][:, place[0], place[1]], band[1][place]

@@ -55,6 +55,6 @@ def describe(scene: SceneReader) -> None:
     # what is damaged is said where it is used
     with contextlib.suppress(RasterError):
         extreme = scene.extreme_value()
-    for message in (scene.scale_warning, scene.band_warning(), nodata_hint(name, extreme)):
+    for message in (scene.scale_warning, scene.window_warning(), scene.band_warning(), nodata_hint(name, extreme)):
         if message is not None:
             _log.warning("%s", message)
