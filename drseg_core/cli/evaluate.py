@@ -13,6 +13,9 @@ from typing import Any, Literal
 from drseg_core.cli.parsers import DATA_HELP, Parser, add_reading_arguments, check_output, given_reading
 from drseg_core.errors import ConfigError
 
+OWN = ("folder:", "synthetic")
+"""Specifications of sets that have no protocol."""
+
 USAGE = "drseg evaluate RUN --data DATA --out metrics.json [--split val] [options]"
 EPILOG = """\
 examples:
@@ -23,6 +26,7 @@ examples:
   torchrun --nproc-per-node 2 -m drseg_core evaluate run --data loveda:datasets --protocol rskt --out metrics.json
 
 The output says what gave the scores: hashes of weights, class names and data, protocol, options, command, versions.
+Images of a set of your own are scored as drseg predict maps them: tiles at native resolution.
 The class names of the data set are the prompts; they need not be those of the training. A protocol fixes split,
 classes, ignored labels, windows and the mean by name: rskt (the benchmark of the paper), clean (held-out images,
 no "no-data" class), ovrs, segearth.
@@ -40,7 +44,8 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--mode",
         type=Literal["whole", "tile"] | None,
-        help="whole image, or tiles at native resolution; the run's by default",
+        help="tiles at native resolution, as drseg predict has them (the default for a set of your own), or the whole "
+        "image (the default for a benchmark set)",
     )
     add_tile_arguments(parser)
     add_reading_arguments(parser, default="what the run was trained with by default")
@@ -110,6 +115,10 @@ def run(args: Any) -> None:
     if protocol is not None:
         split, mean = result["data"]["split"], result["mIoU_convention"]
         print(f"protocol {protocol.name}: split {split}, mean over classes: {mean}, {result['images']} images")
+    else:
+        options = result["evaluation"]
+        how = f"tiles of {options['tile_size']} pixels, overlap {options['overlap']}, at native resolution"
+        print(f"mode {options['mode']}: {how if options['mode'] == 'tile' else 'each image in one piece'}")
     print(f"weights {result['weights_sha256'][:12]}, class names {result['class_names_sha256'][:12]}")
     print(f"written: {out}")
 
@@ -144,6 +153,9 @@ def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
         check_held_out(protocol, args.data, trained_on)
     check_class_names(loaded.model, dataset.class_names)
     options = evaluation_options(loaded.config.evaluation, args)
+    if args.mode is None and protocol is None and args.data.startswith(OWN):
+        # the map that drseg predict makes
+        options = dataclasses.replace(options, mode="tile")
     views = None if protocol is None else protocol.views
     # of the weights as they were read: also those of frozen parts that the run's folder does not hold
     weights = weights_hash(loaded.model)

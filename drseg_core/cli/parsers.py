@@ -178,17 +178,6 @@ def check_output(path: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) ->
         raise ConfigError(f"--out is not writable; expected a file in a writable folder, got {path}")
 
 
-def split_names(text: str) -> tuple[str, ...]:
-    """Class names from ``"building; field; pavement"``."""
-    names = tuple(" ".join(name.split()) for name in text.split(";") if name.strip())
-    if not names:
-        raise ConfigError('--classes is empty; expected names such as "building; field; pavement"')
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"--classes has a name twice; expected every name once, got {twice[0]!r}")
-    return names
-
-
 def _argument(argv: Sequence[str], option: str) -> str | None:
     """The value of one option, before there is a parser that knows the others."""
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from drseg_core.cli.evaluate import add_tile_arguments
-from drseg_core.cli.parsers import Parser, add_reading_arguments, check_output, given_reading, split_names
+from drseg_core.cli.parsers import Parser, add_reading_arguments, check_output, given_reading
 from drseg_core.config.reading import parse_bands
 
 USAGE = 'drseg predict RUN IMAGE --out map.tif [--classes "building; field"] [options]'
 EPILOG = """\
 examples:
   drseg predict run scene.tif --classes "building; field; pavement" --out map.tif
+  drseg predict run scene.tif --classes "road, parking lot#808080; roof#c83232" --threshold 0.3 --out map.tif
+  drseg predict run scene.tif --classes @classes.txt --out map.tif
   drseg predict run photo.jpg --out map.tif --tile-size 256 --overlap 64
 
 Written: the class raster --out with CRS, transform, colour table and class names; an overlay with a legend
@@ -28,7 +30,14 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("image", type=str, metavar="IMAGE", help="GeoTIFF, PNG or JPEG of any size")
     parser.add_argument("--out", required=True, type=str, metavar="FILE", help="class raster to write (.tif)")
     parser.add_argument(
-        "--classes", type=str | None, metavar="NAMES", help='"building; field; pavement"; the run\'s by default'
+        "--classes",
+        type=str | None,
+        metavar="NAMES|@FILE",
+        help='"building; field", "road, parking lot#808080; roof" (synonyms, colour) or @classes.txt; '
+        "the run's by default",
+    )
+    parser.add_argument(
+        "--threshold", type=float | None, metavar="T", help='pixels whose best score is below T become "other"'
     )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     parser.add_argument(
@@ -41,15 +50,20 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
 
 def run(args: Any) -> None:
     out, image = Path(args.out), Path(args.image)
-    names = None if args.classes is None else split_names(args.classes)
     reading = given_reading(args)
     check_output(out, overwrite=args.overwrite, inputs=[image])
+    from drseg_core.data.vocabulary import parse_classes
     from drseg_core.scenes.predict import predict
+
+    classes = None if args.classes is None else parse_classes(args.classes)
+    if classes is not None:
+        print(f"classes: {classes.text()}")
 
     for path in predict(
         args.run,
         image,
-        classes=names,
+        classes=classes,
+        threshold=args.threshold,
         out=out,
         overwrite=args.overwrite,
         bands=None if reading.bands is None else parse_bands(reading.bands),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from drseg_core.config.reading import Reading, choose_reading, parse_reading
 from drseg_core.config.schema import ReadingConfig
 from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.palette import overlay, with_legend
+from drseg_core.data.vocabulary import OTHER, Color, Vocabulary, never_learned, plain_classes
 from drseg_core.device import select_device
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.evaluation.inference import Piece, Predictor
@@ -26,6 +28,8 @@ from drseg_core.extras import require
 from drseg_core.files import atomic_path
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.writer import describe_classes, raster_like, written
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["SceneFiles", "predict", "predict_scene"]
 
@@ -57,7 +61,8 @@ def predict(
     model: LoadedRun | str | Path,
     image: str | Path,
     *,
-    classes: Sequence[str] | None = None,
+    classes: Vocabulary | Sequence[str] | None = None,
+    threshold: float | None = None,
     out: str | Path,
     overwrite: bool = False,
     bands: Sequence[int] | None = None,
@@ -75,7 +80,9 @@ def predict(
     Args:
         model: what :func:`drseg_core.load` gives, or what it takes. A model that is given is left on ``device``.
         image: GeoTIFF, PNG, JPEG or what else GDAL reads.
-        classes: names to tell apart, any words; those of the training by default.
+        classes: names to tell apart, any words, or what :func:`drseg_core.data.vocabulary.parse_classes` gives, with
+            synonyms and colours; those of the training by default.
+        threshold: pixels whose best score is below it become the class "other".
         out: class raster to write, ``.tif``; see :func:`predict_scene` for what it holds and what is written beside it.
         overwrite: replace existing outputs.
         bands: one or three band numbers from 1; by default those that the file calls red, green and blue, else the
@@ -112,9 +119,16 @@ def predict(
     place = select_device(device)
     run = model if isinstance(model, LoadedRun) else load(model)
     own = run.config.evaluation
+    if classes is not None and not isinstance(classes, Vocabulary):
+        classes = plain_classes(check_class_names(classes, "predict"))
+    vocabulary = classes or plain_classes(run.class_names)
+    unknown = never_learned(vocabulary.synonyms, run.class_names)
+    if unknown is not None:
+        _log.warning("%s", unknown)
     predictor = Predictor(
         run.model,
-        classes or run.class_names,
+        vocabulary.names,
+        synonyms=vocabulary.synonyms,
         mode=mode,
         tile_size=own.tile_size if tile_size is None else tile_size,
         overlap=own.overlap if overlap is None else overlap,
@@ -123,7 +137,16 @@ def predict(
     )
     given = ReadingConfig(scale, nodata, None if bands is None else ",".join(map(str, bands)))
     reading = parse_reading(choose_reading(run.config.reading, given))
-    return predict_scene(predictor, image, out, overwrite=overwrite, reading=reading, progress=progress)
+    return predict_scene(
+        predictor,
+        image,
+        out,
+        colors=vocabulary.colors,
+        threshold=threshold,
+        overwrite=overwrite,
+        reading=reading,
+        progress=progress,
+    )
 
 
 def predict_scene(
@@ -132,6 +155,8 @@ def predict_scene(
     out_path: str | Path,
     *,
     class_names: Sequence[str] | None = None,
+    colors: Sequence[Color | None] | None = None,
+    threshold: float | None = None,
     overwrite: bool = False,
     bands: Sequence[int] | None = None,
     reading: Reading | None = None,
@@ -153,6 +178,8 @@ def predict_scene(
         image_path: a raster file that GDAL reads, such as GeoTIFF, PNG or JPEG.
         out_path: the class raster, ``.tif``.
         class_names: names for tags and legend; the predictor's own by default.
+        colors: RGB of each class; None takes that of the palette.
+        threshold: pixels whose best score is below it become the class "other".
         overwrite: replace existing outputs.
         bands: one or three band numbers from 1; by default those that the file calls red, green and blue.
         reading: scale, nodata and bands.
@@ -179,12 +206,23 @@ def predict_scene(
         raise ConfigError(
             f"predict_scene: class_names do not fit; expected {len(predictor.class_names)} names, got {len(names)}"
         )
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ConfigError(f"predict_scene: threshold is out of range; expected 0 to 1, got {threshold}")
+    legend = plain_classes(names)._replace(colors=tuple(colors or (None,) * len(names)))
+    if len(legend.colors) != len(names):
+        raise ConfigError(f"predict_scene: colors do not fit; expected {len(names)}, got {len(legend.colors)}")
+    other = None
+    if threshold is not None:
+        legend = legend.with_other()
+        check_class_names(legend.names, "predict_scene")
+        other = legend.names.index(OTHER)
     with open_scene(image_path, bands=bands, reading=reading) as scene:
         describe(scene)
         # the class raster is entered first, so it is put in place last: where it is, the others are
         with contextlib.ExitStack() as stack:
             temporary = SceneFiles(*(stack.enter_context(_replaced(path)) for path in files))
-            _write(predictor, scene, files, temporary, names, overlay_side, progress)
+            sieve = (threshold, other) if threshold is not None and other is not None else None
+            _write(predictor, scene, files, temporary, legend, sieve, overlay_side, progress)
     return files
 
 
@@ -246,10 +284,11 @@ class _Overlay:
         self.image[:, place[0], place[1]] = image[:, first[0] :: self.step, first[1] :: self.step]
         self.count += np.bincount(label.ravel(), minlength=256)
 
-    def picture(self, names: Sequence[str]) -> NDArray[np.uint8]:
-        mixed = overlay(self.image, self.label, len(names))
+    def picture(self, legend: Vocabulary) -> NDArray[np.uint8]:
+        table = legend.table()
+        mixed = overlay(self.image, self.label, len(table), colors=table)
         present = [int(i) for i in np.argsort(-self.count, kind="stable") if self.count[i] and i != IGNORE]
-        return with_legend(mixed, names, present)
+        return with_legend(mixed, legend.names, present, colors=table)
 
 
 def _write(
@@ -257,7 +296,8 @@ def _write(
     scene: SceneReader,
     files: SceneFiles,
     temporary: SceneFiles,
-    names: Sequence[str],
+    legend: Vocabulary,
+    sieve: tuple[float, int] | None,
     overlay_side: int,
     progress: bool,
 ) -> None:
@@ -273,12 +313,14 @@ def _write(
         raster_like(scene.source, temporary.uncertainty, files.uncertainty, dtype="float32", nodata=nan) as uncertainty,
         tqdm(total=size, desc="predict", unit="px", unit_scale=True, disable=not progress) as bar,
     ):
-        describe_classes(classes, names)
+        describe_classes(classes, legend.names, legend.table())
         uncertainty.set_band_description(1, "uncertainty")
         written_pixels = 0
         for piece, image, valid in _predicted(predictor, scene):
             prediction = piece.prediction
             label = np.where(valid, prediction.class_index.numpy(), np.uint8(IGNORE))
+            if sieve is not None:
+                label[valid & (prediction.score.numpy() < sieve[0])] = sieve[1]
             window = Window(piece.left, piece.top, label.shape[1], len(label))
             with written(files.classes):
                 classes.write(label, 1, window=window)
@@ -290,7 +332,7 @@ def _write(
         if written_pixels != size:
             raise RasterError(f"predict_scene: pixels are missing; expected {size}, got {written_pixels}")
     with written(files.overlay):
-        Image.fromarray(picture.picture(names)).save(temporary.overlay, format="PNG")
+        Image.fromarray(picture.picture(legend)).save(temporary.overlay, format="PNG")
 
 
 def _predicted(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from drseg_core.data.dataset import IGNORE
-from drseg_core.data.palette import palette
 from drseg_core.errors import RasterError, ResourceError
 
 
@@ -88,9 +87,9 @@ def raster_like(source: Any, temporary: Path, path: Path, *, dtype: str, nodata:
             )
 
 
-def describe_classes(target: Any, class_names: Sequence[str]) -> None:
+def describe_classes(target: Any, class_names: Sequence[str], table: Any) -> None:
     """Put colour table and class names into a class raster: tags ``class_0`` ..., and ``class_names`` as JSON."""
-    colors = {i: (*(int(v) for v in color), 255) for i, color in enumerate(palette(len(class_names)))}
+    colors = {i: (*(int(v) for v in color), 255) for i, color in enumerate(table)}
     target.write_colormap(1, {**colors, IGNORE: (0, 0, 0, 0)})
     target.update_tags(
         **{f"class_{i}": name for i, name in enumerate(class_names)},

@@ -104,7 +104,7 @@ def test_kept_features_change_nothing(drseg, run, data, tmp_path):
         result.pop("command")
         return result, errors
 
-    for words in ([], ["--mode", "tile", "--tile-size", 32, "--overlap", 16]):
+    for words in (["--mode", "whole"], ["--mode", "tile", "--tile-size", 32, "--overlap", 16]):
         plain, errors = scores(*words)
         assert "prior cache" not in errors
         first, said = scores(*words, "--prior-cache", cache)
@@ -121,7 +121,9 @@ def test_predict_maps_an_image(drseg, run, folder, tmp_path):
     out = tmp_path / "map.tif"
     code, text, _ = drseg("predict", run, image, "--classes", "building; open  field ;pavement", "--out", out)
     assert code == 0
-    assert [line.split("/")[-1] for line in text.splitlines()] == ["map.tif", "map_overlay.png", "map_uncertainty.tif"]
+    said, *lines = text.splitlines()
+    assert said == "classes: building; open field; pavement"
+    assert [line.split("/")[-1] for line in lines] == ["map.tif", "map_overlay.png", "map_uncertainty.tif"]
     with rasterio.open(out) as raster:
         index = raster.read(1)
         assert index.shape == Image.open(image).size[::-1] and set(np.unique(index)) <= {0, 1, 2}

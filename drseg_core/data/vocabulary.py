@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The classes of a map as they are typed: names, synonyms and colours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drseg_core.data.palette import palette
+from drseg_core.errors import ConfigError
+
+__all__ = ["Vocabulary", "parse_classes"]
+
+Color = tuple[int, int, int]
+OTHER, OTHER_COLOR = "other", (128, 128, 128)
+_ITEM = re.compile(r"(?P<words>.*?)\s*(?:#(?P<color>[0-9a-fA-F]{6}))?", re.DOTALL)
+_SHOWN = 8
+
+
+class Vocabulary(NamedTuple):
+    """Class ``names`` in id order, the ``synonyms`` of each (its name first), and ``colors``, None where not given.
+
+    Example:
+        >>> from drseg_core.data.vocabulary import parse_classes
+        >>> parse_classes("road, parking lot #808080; roof").synonyms
+        (('road', 'parking lot'), ('roof',))
+    """
+
+    names: tuple[str, ...]
+    synonyms: tuple[tuple[str, ...], ...]
+    colors: tuple[Color | None, ...]
+
+    def table(self) -> NDArray[np.uint8]:
+        """(T, 3) RGB: what is given, else the colour that :func:`drseg_core.data.palette.palette` has for the id."""
+        table = palette(len(self.names))
+        for place, color in enumerate(self.colors):
+            if color is not None:
+                table[place] = color
+        return table
+
+    def text(self) -> str:
+        """How the classes were understood."""
+        shown = [words[0] + (f" (or {', '.join(words[1:])})" if words[1:] else "") for words in self.synonyms]
+        return "; ".join(shown)
+
+    def with_other(self) -> Vocabulary:
+        """The same with a class for pixels that are none of them; the one of that name where there is one."""
+        if OTHER in self.names:
+            return self
+        return Vocabulary((*self.names, OTHER), (*self.synonyms, (OTHER,)), (*self.colors, OTHER_COLOR))
+
+
+def plain_classes(names: Sequence[str]) -> Vocabulary:
+    """Names as they are, such as those of a training: no synonyms, no colours."""
+    return Vocabulary(tuple(names), tuple((name,) for name in names), (None,) * len(names))
+
+
+def parse_classes(text: str) -> Vocabulary:
+    """Classes from ``"road, parking lot#808080; roof"``, with new lines in place of ``;``, or from ``"@classes.txt"``.
+
+    Commas inside one item separate synonyms. ``#rrggbb`` at its end is its colour. In a file, lines that begin with
+    ``#`` are left out.
+
+    Raises:
+        ConfigError: no class, an empty name or synonym, a class twice, a file that cannot be read.
+
+    Example:
+        >>> from drseg_core.data.vocabulary import parse_classes
+        >>> classes = parse_classes("building#ff0000; field")
+        >>> classes.names, classes.colors
+        (('building', 'field'), ((255, 0, 0), None))
+    """
+    synonyms: list[tuple[str, ...]] = []
+    colors: list[Color | None] = []
+    for item in _items(text):
+        found = _ITEM.fullmatch(item)
+        assert found is not None
+        words = tuple(" ".join(word.split()) for word in found["words"].split(","))
+        if "" in words:
+            raise ConfigError(f"--classes has an empty name; expected text between commas, got {item.strip()!r}")
+        code = found["color"]
+        if code is None and re.search(r"#\w*$", item):
+            raise ConfigError(f"--classes has a colour that is none; expected such as #808080, got {item.strip()!r}")
+        synonyms.append(words)
+        colors.append(None if code is None else (int(code[:2], 16), int(code[2:4], 16), int(code[4:], 16)))
+    if not synonyms:
+        raise ConfigError('--classes is empty; expected names such as "building; field; pavement"')
+    names = tuple(words[0] for words in synonyms)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"--classes has a name twice; expected every name once, got {twice[0]!r}")
+    return Vocabulary(names, tuple(synonyms), tuple(colors))
+
+
+def _items(text: str) -> Iterator[str]:
+    for item in re.split(r"[;\n]", text):
+        if not item.strip():
+            continue
+        if not item.strip().startswith("@"):
+            yield item
+            continue
+        path = Path(item.strip()[1:])
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"--classes names no file of UTF-8 text; expected one class a line: {reason}") from None
+        for line in lines:
+            if not line.strip().startswith("#"):
+                yield from (part for part in line.split(";") if part.strip())
+
+
+def never_learned(synonyms: Sequence[Sequence[str]], learned: Sequence[str]) -> str | None:
+    """What to say of classes none of whose words were among those of the training."""
+    known = {word.strip().casefold() for name in learned for word in (name, *name.split(","))}
+    new = [words[0] for words in synonyms if not any(word.casefold() in known for word in words)]
+    if not new:
+        return None
+    more = f" and {len(learned) - _SHOWN} more" if len(learned) > _SHOWN else ""
+    return (
+        f"predict: the run never learned {', '.join(map(repr, new))}, which may come out badly; it learned "
+        f"{', '.join(learned[:_SHOWN])}{more}"
+    )

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+
+from drseg_core.data.palette import palette
+from drseg_core.data.vocabulary import OTHER, Vocabulary, never_learned, parse_classes, plain_classes
+from drseg_core.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "road, parking lot#808080; roof; open  field",
+        "road , parking lot #808080\nroof\n\nopen field\n",
+        " ; road,parking lot#808080;roof;open field;",
+    ],
+)
+def test_classes_as_they_are_typed(text):
+    found = parse_classes(text)
+    assert found == Vocabulary(
+        ("road", "roof", "open field"),
+        (("road", "parking lot"), ("roof",), ("open field",)),
+        ((128, 128, 128), None, None),
+    )
+    assert found.text() == "road (or parking lot); roof; open field"
+    assert found.table().tolist() == [[128, 128, 128], *palette(3)[1:].tolist()]
+
+
+def test_a_file_of_classes(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("\ufeff# mine\nStraße, Weg#ff0000\n\nGebäude; 水体\n", encoding="utf-8")
+    found = parse_classes(f"@{path}")
+    assert found.names == ("Straße", "Gebäude", "水体") and found.colors[0] == (255, 0, 0)
+    assert parse_classes(f"meadow; @{path}").names == ("meadow", "Straße", "Gebäude", "水体")
+    for wrong in (tmp_path / "absent.txt", tmp_path):
+        with pytest.raises(ConfigError, match="names no file of UTF-8 text; expected one class a line"):
+            parse_classes(f"@{wrong}")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "is empty"),
+        (" ; \n", "is empty"),
+        ("a; , b", "empty name; expected text between commas, got ', b'"),
+        ("#808080", "empty name"),
+        ("a; a, b", "has a name twice; expected every name once, got 'a'"),
+        ("road#80808", "a colour that is none; expected such as #808080, got 'road#80808'"),
+        ("road#gray", "a colour that is none"),
+    ],
+)
+def test_refusals(text, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        parse_classes(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_for_the_rest():
+    found = parse_classes("a; b#010203").with_other()
+    assert found.names == ("a", "b", OTHER) and found.table()[2].tolist() == [128, 128, 128]
+    own = parse_classes("other; a")
+    assert own.with_other() is own
+    assert plain_classes(("x, y",)).synonyms == (("x, y",),)
+
+
+def test_names_that_were_never_learned():
+    learned = ("Bare soil", "roof, house", "pond")
+    assert never_learned((("bare soil",), ("house",), ("lake", "pond")), learned) is None
+    said = never_learned((("pond",), ("glacier", "ice"), ("moon",)), learned)
+    assert said == (
+        "predict: the run never learned 'glacier', 'moon', which may come out badly; it learned "
+        "Bare soil, roof, house, pond"
+    )
+    many = never_learned((("moon",),), [f"c{i}" for i in range(20)])
+    assert many is not None and many.endswith("c7 and 12 more")
