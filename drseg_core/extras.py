@@ -24,6 +24,7 @@ EXTRAS = {
         "tqdm",
     ),
     "maps": ("rasterio", "pillow", "tqdm"),
+    "vectors": ("pyogrio", "shapely", "pyarrow"),
     "cli": ("jsonargparse", "pyyaml"),
     "plots": ("matplotlib",),
 }

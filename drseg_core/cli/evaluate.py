@@ -59,7 +59,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
 
 
-def add_tile_arguments(parser: Parser) -> None:
+def add_tile_arguments(parser: Any) -> None:
     """Options that override those of the run's configuration."""
     for name, text in (
         ("tile-size", "side of a tile in pixels; the run's by default"),
@@ -119,8 +119,17 @@ def run(args: Any) -> None:
         options = result["evaluation"]
         how = f"tiles of {options['tile_size']} pixels, overlap {options['overlap']}, at native resolution"
         print(f"mode {options['mode']}: {how if options['mode'] == 'tile' else 'each image in one piece'}")
+    _print_calibration(result["calibration"])
     print(f"weights {result['weights_sha256'][:12]}, class names {result['class_names_sha256'][:12]}")
     print(f"written: {out}")
+
+
+def _print_calibration(found: dict[str, Any]) -> None:
+    if found["error"] is not None:
+        print(f"calibration error of the score {found['error']:.2f} %")
+    areas = [f"{name} {area:.3f}" for name, area in found["error_auroc"].items() if area is not None]
+    if areas:
+        print(f"signs of errors (area under ROC): {', '.join(areas)}")
 
 
 def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
@@ -141,7 +150,9 @@ def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
         split = protocol.view(args.data.partition(":")[0]).split
     given = given_reading(args)
     loaded = None
-    if args.data.startswith("folder:"):
+    folder = args.data.partition("folder:")[2]
+    # what is not there is said before the run is read
+    if folder and Path(folder).is_dir():
         loaded = load(args.run)
         reading = choose_reading(loaded.config.reading, given)
         dataset = open_dataset(args.data, split, reading=reading)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +19,13 @@ examples:
   drseg predict run scene.tif --classes "building; field; pavement" --out map.tif
   drseg predict run scene.tif --classes "road, parking lot#808080; roof#c83232" --threshold 0.3 --out map.tif
   drseg predict run scene.tif --classes @classes.txt --out map.tif
+  drseg predict run scene.tif --out map.tif --scores --polygons map.gpkg --min-area 20
   drseg predict run photo.jpg --out map.tif --tile-size 256 --overlap 64
 
-Written: the class raster --out with CRS, transform, colour table and class names; an overlay with a legend
-(map_overlay.png); the uncertainty of each pixel (map_uncertainty.tif).
+Written: the class raster --out (Cloud Optimized GeoTIFF) with colour table, category names and attribute table
+(map.tif.aux.xml) and a style for QGIS (map.qml); the area of each class (map_areas.csv); an overlay with a legend
+(map_overlay.png); the uncertainty of each pixel (map_uncertainty.tif). Scale and offset of 8-bit values are in the
+metadata of the file.
 """
 
 
@@ -28,24 +33,35 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.usage, parser.epilog = USAGE, EPILOG
     parser.add_argument("run", type=str, metavar="RUN", help="run, checkpoint or model folder, or a name on the hub")
     parser.add_argument("image", type=str, metavar="IMAGE", help="GeoTIFF, PNG or JPEG of any size")
-    parser.add_argument("--out", required=True, type=str, metavar="FILE", help="class raster to write (.tif)")
-    parser.add_argument(
+    classes = parser.add_argument_group("classes")
+    classes.add_argument(
         "--classes",
         type=str | None,
         metavar="NAMES|@FILE",
         help='"building; field", "road, parking lot#808080; roof" (synonyms, colour) or @classes.txt; '
         "the run's by default",
     )
-    parser.add_argument(
+    classes.add_argument(
         "--threshold", type=float | None, metavar="T", help='pixels whose best score is below T become "other"'
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-    parser.add_argument(
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", required=True, type=str, metavar="FILE", help="class raster to write (.tif)")
+    output.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    output.add_argument("--scores", action="store_true", help="also write the score of the best class of each pixel")
+    output.add_argument("--probabilities", action="store_true", help="also write the scores of all classes")
+    output.add_argument(
+        "--polygons", type=str | None, metavar="FILE", help="also write polygons (.gpkg, .geojson or .parquet)"
+    )
+    output.add_argument(
+        "--min-area", type=float, default=0.0, metavar="M2", help="smaller areas join a neighbour in the polygons"
+    )
+    add_reading_arguments(parser, default="what the run was trained with by default")
+    running = parser.add_argument_group("how it runs")
+    running.add_argument(
         "--mode", type=Literal["whole", "tile"], default="tile", help="tiles at native resolution, or the whole image"
     )
-    add_tile_arguments(parser)
-    add_reading_arguments(parser, default="what the run was trained with by default")
-    parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
+    add_tile_arguments(running)
+    running.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
 
 
 def run(args: Any) -> None:
@@ -59,7 +75,7 @@ def run(args: Any) -> None:
     if classes is not None:
         print(f"classes: {classes.text()}")
 
-    for path in predict(
+    files = predict(
         args.run,
         image,
         classes=classes,
@@ -73,6 +89,25 @@ def run(args: Any) -> None:
         tile_size=args.tile_size,
         overlap=args.overlap,
         batch_size=args.batch_size,
+        scores=args.scores,
+        probabilities=args.probabilities,
+        polygons=args.polygons,
+        min_area=args.min_area,
         device=args.device,
-    ):
+    )
+    print(_areas(files.areas.read_text(encoding="utf-8")))
+    for path in files.present():
         print(f"written: {path}")
+
+
+def _areas(table: str) -> str:
+    """The table of areas as text."""
+    rows = list(csv.DictReader(io.StringIO(table)))
+    present = [row for row in rows if int(row["pixels"])]
+    width = max((len(row["class"]) for row in present), default=5)
+    known = any(row["area_m2"] for row in present)
+    lines = [f"area of each class ({present[0]['method']}):" if known else "share of each class:"] if present else []
+    for row in present:
+        area = f" {float(row['area_m2']):>16,.1f} m2" if row["area_m2"] else f" {int(row['pixels']):>12,} pixels"
+        lines.append(f"  {row['class']:<{width}}{area} {float(row['percent']):6.2f} %")
+    return "\n".join(lines) or "no pixel has a class"

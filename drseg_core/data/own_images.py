@@ -199,7 +199,8 @@ def _fitting(config: ReadingConfig, reading: Reading, depth: str, name: str) -> 
     if reading.scale is not None and not reading.fits(depth):
         _log.warning("%s: the scale of the run is for %s, the images are %s", name, config.depth, depth)
         config = replace(config, scale=None)
-    return replace(config, depth=depth)
+    # 8-bit values that stay what they are need no mark
+    return replace(config, depth=None if depth == "uint8" and config.scale is None else depth)
 
 
 def invalid_is_ignored(mask: torch.Tensor, valid: NDArray[np.bool_] | None, ignore: int) -> torch.Tensor:

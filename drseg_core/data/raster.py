@@ -72,6 +72,23 @@ class RasterReader:
         self.scale_warning: str | None = None
         self.limits = self._scale()
 
+    @property
+    def crs(self) -> Any:
+        return self.source.crs
+
+    @property
+    def transform(self) -> Any:
+        return self.source.transform
+
+    @property
+    def gcps(self) -> Any:
+        """Ground control points, and their CRS."""
+        return self.source.gcps
+
+    @property
+    def rpcs(self) -> Any:
+        return self.source.rpcs
+
     def _choose(self, bands: Sequence[int] | None) -> tuple[tuple[int, ...], str]:
         count = self.source.count
         if bands is not None:

@@ -14,6 +14,7 @@ STRETCH = (2.0, 98.0)
 
 NODATA_SHARE = 0.05
 """A single extreme value in more than this share of the pixels is taken for a nodata value that nobody declared."""
+_USED_FOR_NODATA = {0, -1, -99, -999, -9999, -99999, -32768, -32767, 32767, 65535}
 
 
 def stretched(value: NDArray[Any], limits: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -45,9 +46,24 @@ def extreme_value(value: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[float,
         return None
     for candidate in {inside.min(), inside.max()}:
         share = float((same & (inside[0] == candidate)).mean())
-        if share > NODATA_SHARE and (found is None or share > found[1]):
+        if share > NODATA_SHARE and (found is None or share > found[1]) and _stands_out(candidate, inside):
             found = float(candidate), share
     return found
+
+
+def _stands_out(candidate: Any, value: NDArray[Any]) -> bool:
+    """Whether a lowest or highest value is one that is used for nodata, or is far from all others."""
+    if candidate in _USED_FOR_NODATA or value.dtype.kind in "iu" and candidate in _ends(value.dtype):
+        return True
+    rest = value[value != candidate]
+    if value.dtype.kind == "u" and value.dtype.itemsize == 1 or not rest.size:
+        return False
+    low, high = float(rest.min()), float(rest.max())
+    return min(abs(float(candidate) - low), abs(float(candidate) - high)) > max(high - low, 1e-12)
+
+
+def _ends(dtype: np.dtype[Any]) -> tuple[int, int]:
+    return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
 
 
 def nodata_hint(name: object, found: tuple[float, float] | None) -> str | None:

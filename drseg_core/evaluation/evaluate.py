@@ -19,6 +19,7 @@ from drseg_core.data.dataset import IGNORE, Sample, SegmentationDataset, class_n
 from drseg_core.data.protocols import Views
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.evaluation.boundary import BoundaryCounts
+from drseg_core.evaluation.calibration import Calibration
 from drseg_core.evaluation.inference import Predictor
 from drseg_core.evaluation.metrics import CONVENTIONS, ConfusionMatrix
 from drseg_core.evaluation.views import ViewPredictor
@@ -80,7 +81,8 @@ def evaluate(
         a dictionary that JSON can hold (a mean over nothing is None). In percent: ``mIoU`` (convention ``present``),
         ``mACC``, ``fwIoU``, ``pACC``, ``mIoU_conventions``, ``per_class`` {name: iou, accuracy, pixels}, ``subsets``
         {name: mIoU, mACC, classes}; further ``confusion`` (rows = truth), ``images``, ``ignored_pixels``,
-        ``images_all_ignored``, ``class_names_sha256`` (the names are part of the model's input), and where asked
+        ``images_all_ignored``, ``calibration`` {error, bins, error_auroc}, ``class_names_sha256`` (the names are part
+        of the model's input), and where asked
         ``boundary`` {mIoU, share, per_class}.
 
     Raises:
@@ -128,6 +130,7 @@ def evaluate(
     rank, world_size = (0, 1) if processes is None else (processes.rank, processes.world_size)
     confusion = ConfusionMatrix(len(class_names))
     outlines = BoundaryCounts(len(class_names)) if boundary else None
+    calibration = Calibration()
     all_ignored = 0
     own = range(rank * evaluation.batch_size, len(dataset), world_size * evaluation.batch_size)
     batches = [range(first, min(first + evaluation.batch_size, len(dataset))) for first in own]
@@ -136,43 +139,55 @@ def evaluate(
         cache = None if prior_cache is None else stack.enter_context(kept_features(predictor.model, prior_cache))
         bar = stack.enter_context(tqdm(total=count, desc="evaluate", unit="image", disable=not progress or rank > 0))
         for batch in batches:
-            all_ignored += _score(predictor, [dataset[i] for i in batch], confusion, outlines)
+            all_ignored += _score(predictor, [dataset[i] for i in batch], confusion, outlines, calibration)
             bar.update(len(batch))
     if cache is not None:
         _log.info("prior cache: %d batches of images read, %d computed", cache.found, cache.computed)
     if processes is not None:
-        all_ignored = _summed(confusion, outlines, all_ignored, processes)
+        all_ignored = _summed(confusion, outlines, calibration, all_ignored, processes)
     return {
         **summary(confusion, class_names, subsets=subsets),
         "class_names_sha256": class_names_hash(class_names),
         "images": len(dataset),
         "images_all_ignored": all_ignored,
+        "calibration": calibration.as_dict(),
         **({} if outlines is None else {"boundary": _boundary_summary(outlines, class_names)}),
     }
 
 
 def _score(
-    predictor: Predictor, samples: Sequence[Sample], confusion: ConfusionMatrix, outlines: BoundaryCounts | None
+    predictor: Predictor,
+    samples: Sequence[Sample],
+    confusion: ConfusionMatrix,
+    outlines: BoundaryCounts | None,
+    calibration: Calibration,
 ) -> int:
     """Count the samples; returns how many have no pixel to score."""
     for sample, prediction in zip(samples, predictor.many([s.image for s in samples]), strict=True):
         confusion.update(prediction.class_index, sample.mask)
+        calibration.update(prediction.class_index, prediction.score, prediction.uncertainty, sample.mask)
         if outlines is not None:
             outlines.update(prediction.class_index, sample.mask)
     return sum(bool((s.mask == IGNORE).all()) for s in samples)
 
 
-def _summed(confusion: ConfusionMatrix, outlines: BoundaryCounts | None, all_ignored: int, processes: Processes) -> int:
+def _summed(
+    confusion: ConfusionMatrix,
+    outlines: BoundaryCounts | None,
+    calibration: Calibration,
+    all_ignored: int,
+    processes: Processes,
+) -> int:
     """Bring the counts of all processes together in what holds them; returns the sum of ``all_ignored``."""
-    own = [np.array([confusion.ignored, all_ignored]), confusion.matrix]
+    own = [np.array([confusion.ignored, all_ignored]), confusion.matrix, calibration.counts]
     if outlines is not None:
         own += [outlines.counts, outlines.truth_pixels]
     flat = torch.cat([torch.from_numpy(part).flatten() for part in own]).to(processes.device)
     sums = processes.sum(flat).cpu().split([part.size for part in own])
     total = [part.numpy().reshape(like.shape) for part, like in zip(sums, own, strict=True)]
-    confusion.matrix = total[1]
+    confusion.matrix, calibration.counts = total[1:3]
     if outlines is not None:
-        outlines.counts, outlines.truth_pixels = total[2:]
+        outlines.counts, outlines.truth_pixels = total[3:]
     confusion.ignored, all_ignored = total[0].tolist()
     return all_ignored
 

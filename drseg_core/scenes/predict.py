@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +19,18 @@ from drseg_core.checkpoints.run import LoadedRun
 from drseg_core.config.reading import Reading, choose_reading, parse_reading
 from drseg_core.config.schema import ReadingConfig
 from drseg_core.data.dataset import IGNORE, check_class_names
-from drseg_core.data.palette import overlay, with_legend
 from drseg_core.data.vocabulary import OTHER, Color, Vocabulary, never_learned, plain_classes
 from drseg_core.device import select_device
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.evaluation.inference import Piece, Predictor
 from drseg_core.extras import require
 from drseg_core.files import atomic_path
+from drseg_core.scenes.areas import ClassAreas, PixelArea
+from drseg_core.scenes.outputs import Overlay, Rasters
+from drseg_core.scenes.polygons import check_suffix, write_polygons
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
-from drseg_core.scenes.writer import describe_classes, raster_like, written
+from drseg_core.scenes.style import write_attributes, write_style
+from drseg_core.scenes.writer import written
 
 _log = logging.getLogger(__name__)
 
@@ -35,26 +38,63 @@ __all__ = ["SceneFiles", "predict", "predict_scene"]
 
 
 class SceneFiles(NamedTuple):
-    """What :func:`predict_scene` writes: ``classes`` GeoTIFF, ``overlay`` PNG, ``uncertainty`` GeoTIFF.
+    """What :func:`predict_scene` writes; what was not asked for is None.
+
+    ``classes``, ``uncertainty``, ``scores`` and ``probabilities`` are GeoTIFFs, ``overlay`` is a PNG, ``areas`` a CSV,
+    ``attributes`` what GDAL and ``style`` what QGIS reads beside the classes, ``polygons`` a vector file.
 
     Example:
         >>> import drseg_core as drseg
-        >>> files = drseg.predict("run", "scene.tif", out="map.tif", progress=False)
-        >>> [path.name for path in files]
-        ['map.tif', 'map_overlay.png', 'map_uncertainty.tif']
+        >>> files = drseg.predict("run", "scene.tif", out="map.tif", scores=True, progress=False)
+        >>> [path.name for path in files if path is not None][:4]
+        ['map.tif', 'map_overlay.png', 'map_uncertainty.tif', 'map_areas.csv']
+        >>> files.scores.name
+        'map_scores.tif'
     """
 
     classes: Path
     overlay: Path
     uncertainty: Path
+    areas: Path
+    attributes: Path
+    style: Path
+    scores: Path | None = None
+    probabilities: Path | None = None
+    polygons: Path | None = None
+
+    def present(self) -> list[Path]:
+        """Those that are written."""
+        return [path for path in self if path is not None]
 
 
-def scene_files(out_path: str | Path) -> SceneFiles:
-    """The three outputs that belong to a map: ``map.tif``, ``map_overlay.png``, ``map_uncertainty.tif``."""
+def scene_files(
+    out_path: str | Path,
+    *,
+    scores: bool = False,
+    probabilities: bool = False,
+    polygons: str | Path | None = None,
+) -> SceneFiles:
+    """The outputs that belong to a map: ``map.tif``, ``map_overlay.png``, ``map_uncertainty.tif`` and so on."""
     path = Path(out_path)
     if path.suffix.lower() not in (".tif", ".tiff"):
         raise ConfigError(f"predict_scene: out has a wrong suffix; expected a path ending in .tif, got {path}")
-    return SceneFiles(path, path.with_name(f"{path.stem}_overlay.png"), path.with_name(f"{path.stem}_uncertainty.tif"))
+    if polygons is not None:
+        check_suffix(Path(polygons))
+
+    def beside(end: str) -> Path:
+        return path.with_name(f"{path.stem}{end}")
+
+    return SceneFiles(
+        path,
+        beside("_overlay.png"),
+        beside("_uncertainty.tif"),
+        beside("_areas.csv"),
+        path.with_name(f"{path.name}.aux.xml"),
+        beside(".qml"),
+        beside("_scores.tif") if scores else None,
+        beside("_probabilities.tif") if probabilities else None,
+        None if polygons is None else Path(polygons),
+    )
 
 
 def predict(
@@ -64,6 +104,10 @@ def predict(
     classes: Vocabulary | Sequence[str] | None = None,
     threshold: float | None = None,
     out: str | Path,
+    scores: bool = False,
+    probabilities: bool = False,
+    polygons: str | Path | None = None,
+    min_area: float = 0.0,
     overwrite: bool = False,
     bands: Sequence[int] | None = None,
     nodata: float | None = None,
@@ -84,6 +128,10 @@ def predict(
             synonyms and colours; those of the training by default.
         threshold: pixels whose best score is below it become the class "other".
         out: class raster to write, ``.tif``; see :func:`predict_scene` for what it holds and what is written beside it.
+        scores: also write the score of the best class, ``map_scores.tif``.
+        probabilities: also write the scores of all classes, ``map_probabilities.tif``.
+        polygons: vector file to write, ``.gpkg``, ``.geojson`` or ``.parquet``.
+        min_area: areas below it, in m2, join a neighbour in the polygons.
         overwrite: replace existing outputs.
         bands: one or three band numbers from 1; by default those that the file calls red, green and blue, else the
             first three, or the only one.
@@ -98,7 +146,7 @@ def predict(
         progress: show a progress bar.
 
     Returns:
-        The files written: ``classes``, ``overlay`` and ``uncertainty``.
+        The files written.
 
     Raises:
         ConfigError: an option does not fit, or an output exists.
@@ -115,7 +163,10 @@ def predict(
         'map.tif'
     """
     # before the model is read: that may take a while
-    check_outputs(image, out, overwrite=overwrite)
+    wanted: dict[str, Any] = {"scores": scores, "probabilities": probabilities, "polygons": polygons}
+    check_outputs(image, out, overwrite=overwrite, **wanted)
+    if polygons is not None:
+        require("predict", "vectors")
     place = select_device(device)
     run = model if isinstance(model, LoadedRun) else load(model)
     own = run.config.evaluation
@@ -143,9 +194,11 @@ def predict(
         out,
         colors=vocabulary.colors,
         threshold=threshold,
+        min_area=min_area,
         overwrite=overwrite,
         reading=reading,
         progress=progress,
+        **wanted,
     )
 
 
@@ -157,6 +210,10 @@ def predict_scene(
     class_names: Sequence[str] | None = None,
     colors: Sequence[Color | None] | None = None,
     threshold: float | None = None,
+    scores: bool = False,
+    probabilities: bool = False,
+    polygons: str | Path | None = None,
+    min_area: float = 0.0,
     overwrite: bool = False,
     bands: Sequence[int] | None = None,
     reading: Reading | None = None,
@@ -166,11 +223,14 @@ def predict_scene(
     """Predict a scene of any size and write its map.
 
     The class raster is uint8 with the class ids, 255 = nodata where the scene is invalid, a colour table, and the names
-    in its tags. The uncertainty raster is float32, NaN where the scene is invalid. Both have exactly the scene's CRS,
+    in its tags; beside it lie GDAL's category names and attribute table and a style for QGIS. Uncertainty, scores and
+    probabilities are uint8 as well, with scale and offset in the metadata: the uncertainty over the range that it has,
+    scores from 0 to 1 in steps of 0.004. All rasters are Cloud Optimized GeoTIFFs and have exactly the scene's CRS,
     transform (also rotated or south-up), ground control points and RPCs; a scene without georeference gives a map
-    without. The overlay is reduced to ``overlay_side`` and has a legend of the classes that occur.
+    without. The overlay is reduced to ``overlay_side`` and has a legend of the classes that occur. The table of areas
+    says how they were measured.
 
-    Nothing appears before all three files are complete.
+    Nothing appears before all files are complete.
 
     Args:
         predictor: in ``tile`` mode a part of one row of tiles is in memory at a time, at most 1 GB besides the model
@@ -180,6 +240,10 @@ def predict_scene(
         class_names: names for tags and legend; the predictor's own by default.
         colors: RGB of each class; None takes that of the palette.
         threshold: pixels whose best score is below it become the class "other".
+        scores: also write the score of the best class, ``map_scores.tif``.
+        probabilities: also write the scores of all classes, ``map_probabilities.tif``.
+        polygons: vector file to write, ``.gpkg``, ``.geojson`` or ``.parquet``.
+        min_area: areas below it, in m2, join a neighbour in the polygons.
         overwrite: replace existing outputs.
         bands: one or three band numbers from 1; by default those that the file calls red, green and blue.
         reading: scale, nodata and bands.
@@ -200,7 +264,9 @@ def predict_scene(
         'map_overlay.png'
     """
     require("predict_scene", "maps")
-    files = check_outputs(image_path, out_path, overwrite=overwrite)
+    files = check_outputs(
+        image_path, out_path, overwrite=overwrite, scores=scores, probabilities=probabilities, polygons=polygons
+    )
     names = predictor.class_names if class_names is None else check_class_names(class_names, "predict_scene")
     if len(names) != len(predictor.class_names):
         raise ConfigError(
@@ -218,40 +284,67 @@ def predict_scene(
         other = legend.names.index(OTHER)
     with open_scene(image_path, bands=bands, reading=reading) as scene:
         describe(scene)
-        # the class raster is entered first, so it is put in place last: where it is, the others are
         with contextlib.ExitStack() as stack:
-            temporary = SceneFiles(*(stack.enter_context(_replaced(path)) for path in files))
+            # the class raster is entered first, so it is put in place last: where it is, the others are
+            places: list[Any] = [path and stack.enter_context(_replaced(path)) for path in files]
+            temporary = SceneFiles(*places)
+            if files.polygons is not None and files.scores is None:
+                # for the mean score of each polygon
+                own = temporary.classes.with_name(f"{temporary.classes.stem}.scores.tif")
+                stack.callback(own.unlink, missing_ok=True)
+                own.touch()
+                temporary = temporary._replace(scores=own)
             sieve = (threshold, other) if threshold is not None and other is not None else None
-            _write(predictor, scene, files, temporary, legend, sieve, overlay_side, progress)
+            _write(
+                predictor,
+                scene,
+                files,
+                temporary,
+                legend,
+                sieve,
+                min_area=min_area,
+                overlay_side=overlay_side,
+                progress=progress,
+            )
     return files
 
 
-def check_outputs(image_path: str | Path, out_path: str | Path, *, overwrite: bool = False) -> SceneFiles:
+def check_outputs(
+    image_path: str | Path, out_path: str | Path, *, overwrite: bool = False, **options: Any
+) -> SceneFiles:
     """The outputs of :func:`predict_scene`, after making sure that they may be written. Reads and writes nothing.
 
     Raises:
         ConfigError: an output exists, is the input, cannot be written or has a wrong suffix.
         RasterError: the system refuses the scene's path, such as one that is too long.
     """
-    files, source = scene_files(out_path), Path(image_path)
+    files, source = scene_files(out_path, **options), Path(image_path)
     try:
         source_exists = source.exists()
     except OSError as error:
         raise RasterError(f"predict_scene: {source} cannot be opened: {error.strerror}") from None
-    folder = files.classes.parent
+    folders = dict.fromkeys(path.parent for path in files.present())
     try:
-        for path in files:
+        for path in files.present():
             if path.exists() and source_exists and path.samefile(source):
                 raise ConfigError(f"predict_scene: out is the scene itself; expected another path than {path}")
             if path.is_dir() or path.exists() and not overwrite:
                 raise ConfigError(f"predict_scene: {path} exists; expected a new path, or overwrite")
-        while not folder.exists():
-            folder = folder.parent
+        folders = {_existing(folder): None for folder in folders}
     except OSError as error:
         raise ConfigError(f"predict_scene: {files.classes} cannot be written: {error.strerror}") from None
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"predict_scene: {files.classes} cannot be written; expected a folder with write permission")
+    for folder in folders:
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            name = files.classes if folder in files.classes.parents else files.polygons
+            raise ConfigError(f"predict_scene: {name} cannot be written; expected a folder with write permission")
     return files
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 @contextlib.contextmanager
@@ -265,32 +358,6 @@ def _replaced(path: Path) -> Iterator[Path]:
             stack.close()
 
 
-class _Overlay:
-    """Collects every ``step``-th row and column of the scene."""
-
-    def __init__(self, height: int, width: int, side: int) -> None:
-        self.step = max(1, -(-max(height, width) // max(side, 1)))
-        size = -(-height // self.step), -(-width // self.step)
-        self.image = np.zeros((3, *size), np.uint8)
-        self.label = np.full(size, IGNORE, np.uint8)
-        self.count = np.zeros(256, np.int64)
-
-    def add(self, top: int, left: int, image: NDArray[np.uint8], label: NDArray[np.uint8]) -> None:
-        first = -top % self.step, -left % self.step
-        part = label[first[0] :: self.step, first[1] :: self.step]
-        row, column = (top + first[0]) // self.step, (left + first[1]) // self.step
-        place = slice(row, row + part.shape[0]), slice(column, column + part.shape[1])
-        self.label[place] = part
-        self.image[:, place[0], place[1]] = image[:, first[0] :: self.step, first[1] :: self.step]
-        self.count += np.bincount(label.ravel(), minlength=256)
-
-    def picture(self, legend: Vocabulary) -> NDArray[np.uint8]:
-        table = legend.table()
-        mixed = overlay(self.image, self.label, len(table), colors=table)
-        present = [int(i) for i in np.argsort(-self.count, kind="stable") if self.count[i] and i != IGNORE]
-        return with_legend(mixed, legend.names, present, colors=table)
-
-
 def _write(
     predictor: Predictor,
     scene: SceneReader,
@@ -298,41 +365,40 @@ def _write(
     temporary: SceneFiles,
     legend: Vocabulary,
     sieve: tuple[float, int] | None,
+    *,
+    min_area: float,
     overlay_side: int,
     progress: bool,
 ) -> None:
     from PIL import Image
-    from rasterio.windows import Window
     from tqdm import tqdm
 
-    picture = _Overlay(scene.height, scene.width, overlay_side)
-    nan = float("nan")
+    picture = Overlay(scene.height, scene.width, overlay_side)
+    areas = ClassAreas(len(legend.names), PixelArea(scene.crs, scene.transform))
     size = scene.height * scene.width
-    with (
-        raster_like(scene.source, temporary.classes, files.classes, dtype="uint8", nodata=IGNORE) as classes,
-        raster_like(scene.source, temporary.uncertainty, files.uncertainty, dtype="float32", nodata=nan) as uncertainty,
-        tqdm(total=size, desc="predict", unit="px", unit_scale=True, disable=not progress) as bar,
-    ):
-        describe_classes(classes, legend.names, legend.table())
-        uncertainty.set_band_description(1, "uncertainty")
-        written_pixels = 0
+    with contextlib.ExitStack() as stack:
+        rasters = Rasters(stack, scene, files, temporary, legend)
+        bar = stack.enter_context(tqdm(total=size, desc="predict", unit="px", unit_scale=True, disable=not progress))
         for piece, image, valid in _predicted(predictor, scene):
-            prediction = piece.prediction
-            label = np.where(valid, prediction.class_index.numpy(), np.uint8(IGNORE))
+            label = np.where(valid, piece.prediction.class_index.numpy(), np.uint8(IGNORE))
             if sieve is not None:
-                label[valid & (prediction.score.numpy() < sieve[0])] = sieve[1]
-            window = Window(piece.left, piece.top, label.shape[1], len(label))
-            with written(files.classes):
-                classes.write(label, 1, window=window)
-            with written(files.uncertainty):
-                uncertainty.write(np.where(valid, prediction.uncertainty.numpy(), np.float32(nan)), 1, window=window)
+                label[valid & (piece.prediction.score.numpy() < sieve[0])] = sieve[1]
+            rasters.add(piece, label, valid, len(predictor.class_names))
             picture.add(piece.top, piece.left, image, label)
-            written_pixels += label.size
+            areas.add(piece.top, piece.left, label)
             bar.update(label.size)
-        if written_pixels != size:
-            raise RasterError(f"predict_scene: pixels are missing; expected {size}, got {written_pixels}")
+        if picture.pixels != size:
+            raise RasterError(f"predict_scene: pixels are missing; expected {size}, got {picture.pixels}")
     with written(files.overlay):
         Image.fromarray(picture.picture(legend)).save(temporary.overlay, format="PNG")
+    areas.write(temporary.areas, legend.names)
+    m2 = areas.m2.tolist() if areas.pixel.known else None
+    write_attributes(temporary.attributes, legend, areas.pixels.tolist(), m2)
+    write_style(temporary.style, legend)
+    if files.polygons is not None and temporary.polygons is not None and temporary.scores is not None:
+        write_polygons(
+            temporary.classes, temporary.scores, temporary.polygons, files.polygons, legend.names, min_area=min_area
+        )
 
 
 def _predicted(

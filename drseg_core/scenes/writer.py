@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GeoTIFF results that lie exactly on the grid of the scene they were made from."""
+"""GeoTIFF results that lie exactly on the grid of the scene they were made from: Cloud Optimized, with overviews."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from drseg_core.data.dataset import IGNORE
 from drseg_core.errors import RasterError, ResourceError
+
+LEVELS = 250
+"""Steps of a value from 0 to 1 that is stored in 8 bits: 0 to 250, with the scale in the metadata; 255 is nodata."""
+
+_BLOCK = 256
+_COG = {"driver": "COG", "compress": "DEFLATE", "blocksize": 512, "bigtiff": "IF_SAFER", "overviews": "AUTO"}
 
 
 @contextlib.contextmanager
@@ -27,10 +35,32 @@ def written(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def raster_like(source: Any, temporary: Path, path: Path, *, dtype: str, nodata: float) -> Iterator[Any]:
-    """A new one-band GeoTIFF with the size, CRS, transform, ground control points and RPCs of ``source``.
+def raster_like(
+    scene: Any,
+    temporary: Path,
+    path: Path,
+    *,
+    dtype: str,
+    nodata: float,
+    count: int = 1,
+    resampling: str = "NEAREST",
+    stretch: bool = False,
+) -> Iterator[Any]:
+    """A new GeoTIFF with the size, CRS, transform, ground control points and RPCs of an open scene.
 
-    It is written to ``temporary`` and read once more before the context ends.
+    What is written goes into a file beside ``temporary``; when the context ends it becomes a Cloud Optimized GeoTIFF
+    at ``temporary``, which is read once more.
+
+    Args:
+        scene: what :func:`drseg_core.scenes.reader.open_scene` gives.
+        temporary: where the result is put.
+        path: what messages call it.
+        dtype: of the values that are written.
+        nodata: of these.
+        count: bands.
+        resampling: of the overviews.
+        stretch: the result is 8-bit, from the lowest value that was written to the highest, with scale and offset in
+            the metadata.
 
     Raises:
         ResourceError: it cannot be written in full; the message names ``path``.
@@ -40,51 +70,115 @@ def raster_like(source: Any, temporary: Path, path: Path, *, dtype: str, nodata:
 
     profile: dict[str, Any] = {
         "driver": "GTiff",
-        "height": source.height,
-        "width": source.width,
-        "count": 1,
+        "height": scene.height,
+        "width": scene.width,
+        "count": count,
         "dtype": dtype,
         "nodata": nodata,
         "tiled": True,
-        "blockxsize": 256,
-        "blockysize": 256,
+        "blockxsize": _BLOCK,
+        "blockysize": _BLOCK,
+        "interleave": "band",
         "compress": "deflate",
+        "zlevel": 1,
         "bigtiff": "if_safer",
     }
-    if source.crs:
-        profile["crs"] = source.crs
-    points, points_crs = source.gcps
-    if not source.transform.is_identity:
-        profile["transform"] = source.transform
+    if scene.crs:
+        profile["crs"] = scene.crs
+    if not scene.transform.is_identity:
+        profile["transform"] = scene.transform
+    working, scaled = (temporary.with_name(f"{temporary.stem}.{word}.tif") for word in ("work", "scaled"))
     # nothing may be left beside the file: what a GeoTIFF cannot hold GDAL would put into an .aux.xml
     with rasterio.Env(GDAL_PAM_ENABLED="NO"), warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        with written(path):
-            target = rasterio.open(temporary, "w", **profile)
         try:
-            if points:
-                target.gcps = (points, points_crs)
-            if source.rpcs:
-                target.rpcs = source.rpcs
-            if "AREA_OR_POINT" in source.tags():
-                target.update_tags(AREA_OR_POINT=source.tags()["AREA_OR_POINT"])
-            yield target
-        except BaseException:
-            with contextlib.suppress(Exception):
+            with written(path):
+                target = rasterio.open(working, "w", **profile)
+            try:
+                _place(target, scene)
+                yield target
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    target.close()
+                raise
+            with written(path):
                 target.close()
-            raise
-        with written(path):
-            target.close()
-            # GDAL may report a full disk only in its log: what was written must decode
-            with rasterio.open(temporary) as check:
-                for _, window in check.block_windows(1):
-                    check.read(1, window=window)
-                kept = check.crs == source.crs and check.transform == source.transform
-        if not kept:
+                if stretch:
+                    _stretched(working, scaled, scene)
+                _optimized(scaled if stretch else working, temporary, resampling)
+                kept = _verified(temporary)
+        finally:
+            for left in (working, scaled):
+                left.unlink(missing_ok=True)
+        if kept != (scene.crs, scene.transform):
             raise RasterError(
-                f"predict_scene: {path} would not keep the CRS or transform of the scene; expected {source.crs} and "
-                f"{tuple(source.transform)[:6]}, got {check.crs} and {tuple(check.transform)[:6]}"
+                f"predict_scene: {path} would not keep the CRS or transform of the scene; expected {scene.crs} and "
+                f"{tuple(scene.transform)[:6]}, got {kept[0]} and {tuple(kept[1])[:6]}"
             )
+
+
+def _place(target: Any, scene: Any) -> None:
+    points, points_crs = scene.gcps
+    if points:
+        target.gcps = (points, points_crs)
+    if scene.rpcs:
+        target.rpcs = scene.rpcs
+    if "AREA_OR_POINT" in scene.source.tags():
+        target.update_tags(AREA_OR_POINT=scene.source.tags()["AREA_OR_POINT"])
+
+
+def _stretched(working: Path, scaled: Path, scene: Any) -> None:
+    """Floating point values in 8 bits, over the range they have."""
+    import rasterio
+
+    low, high = np.inf, -np.inf
+    with rasterio.open(working) as source:
+        for _, window in source.block_windows(1):
+            value = source.read(1, window=window)
+            inside = value[np.isfinite(value)]
+            if inside.size:
+                low, high = min(low, float(inside.min())), max(high, float(inside.max()))
+        low, high = (low, high) if low <= high else (0.0, 1.0)
+        step = (high - low) / LEVELS or 1.0
+        with rasterio.open(scaled, "w", **{**source.profile, "dtype": "uint8", "nodata": IGNORE}) as target:
+            _place(target, scene)
+            target.scales, target.offsets = (step,), (low,)
+            target.descriptions = source.descriptions
+            for _, window in source.block_windows(1):
+                value = source.read(1, window=window)
+                share = np.where(np.isfinite(value), (value - low) / step, IGNORE)
+                target.write(share.round().astype(np.uint8), 1, window=window)
+
+
+def _optimized(working: Path, temporary: Path, resampling: str) -> None:
+    import rasterio.shutil
+
+    # the place is taken by an empty file, which GDAL would not replace
+    temporary.unlink()
+    rasterio.shutil.copy(working, temporary, overview_resampling=resampling, **_COG)
+
+
+def _verified(path: Path) -> tuple[Any, Any]:
+    """CRS and transform of what was written. GDAL may report a full disk only in its log: so it must decode."""
+    import rasterio
+
+    with rasterio.open(path) as check:
+        for _, window in check.block_windows(1):
+            check.read(window=window)
+        return check.crs, check.transform
+
+
+def as_levels(value: Any, valid: Any) -> Any:
+    """Values from 0 to 1 as 8-bit steps (``LEVELS``), 255 where they are not valid."""
+    return np.where(valid, np.rint(np.clip(value, 0, 1) * LEVELS), IGNORE).astype(np.uint8)
+
+
+def describe_levels(target: Any, names: Sequence[str]) -> None:
+    """Scale and names of bands that hold steps."""
+    target.scales = (1 / LEVELS,) * len(names)
+    target.offsets = (0.0,) * len(names)
+    for band, name in enumerate(names, 1):
+        target.set_band_description(band, name)
 
 
 def describe_classes(target: Any, class_names: Sequence[str], table: Any) -> None:

@@ -122,8 +122,11 @@ def test_predict_maps_an_image(drseg, run, folder, tmp_path):
     code, text, _ = drseg("predict", run, image, "--classes", "building; open  field ;pavement", "--out", out)
     assert code == 0
     said, *lines = text.splitlines()
-    assert said == "classes: building; open field; pavement"
-    assert [line.split("/")[-1] for line in lines] == ["map.tif", "map_overlay.png", "map_uncertainty.tif"]
+    assert said == "classes: building; open field; pavement" and lines[0] == "share of each class:"
+    names = [line.split("/")[-1] for line in lines if line.startswith("written")]
+    assert names == [
+        "map.tif", "map_overlay.png", "map_uncertainty.tif", "map_areas.csv", "map.tif.aux.xml", "map.qml",
+    ]  # fmt: skip
     with rasterio.open(out) as raster:
         index = raster.read(1)
         assert index.shape == Image.open(image).size[::-1] and set(np.unique(index)) <= {0, 1, 2}

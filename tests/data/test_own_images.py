@@ -132,7 +132,7 @@ def test_the_scale_of_a_set_is_measured_once(tmp_path, caplog):
 
 def test_eight_bits_stay_what_they_are(tmp_path):
     data = FolderDataset(folder(tmp_path / "set", [PIXELS]))
-    assert data.reading == ReadingConfig(depth="uint8") and np.array_equal(data[0].image.numpy(), PIXELS)
+    assert data.reading == ReadingConfig() and np.array_equal(data[0].image.numpy(), PIXELS)
     # the scale of a run of other images is not for these
     other = ReadingConfig(scale="300,9000", depth="uint16")
     data = FolderDataset(tmp_path / "set", reading=other)

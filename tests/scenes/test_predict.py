@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import resource
@@ -33,6 +32,7 @@ torch.set_num_threads(1)
 TOO_LONG = re.escape(os.strerror(errno.ENAMETOOLONG))
 NAMES = list(COLORS)
 NORTH_UP = from_origin(356000.25, 5645000.5, 0.5, 0.25)
+WRITTEN = ["map.qml", "map.tif", "map.tif.aux.xml", "map_areas.csv", "map_overlay.png", "map_uncertainty.tif"]
 # centred where no EPSG code is, on a sphere of no one else
 ODD_CRS = "+proj=laea +lat_0=47.123 +lon_0=8.321 +x_0=1234.5 +y_0=-99 +R=6370123 +units=m +no_defs"
 
@@ -61,6 +61,13 @@ def read(path: Path):
         return file.read(), file
 
 
+def scaled(path: Path):
+    """What the steps of a raster stand for; NaN where there is nothing."""
+    with rasterio.open(path) as file:
+        data = file.read()
+        return np.where(data == file.nodata, np.nan, data * file.scales[0] + file.offsets[0]), file
+
+
 def run(image: Path, out: Path, mode: str = "tile", **options) -> SceneFiles:
     return predict_scene(predictor(mode), image, out, progress=False, **options)
 
@@ -84,17 +91,18 @@ def test_grid_is_kept_exactly(tmp_path, georeference, mode):
     image = write(tmp_path / "in.tif", color_image(truth()).numpy(), **georeference)
     files = run(image, tmp_path / "out" / "map.tif", mode)
     assert files == scene_files(tmp_path / "out" / "map.tif")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["map.tif", "map_overlay.png", "map_uncertainty.tif"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == WRITTEN
     _, source = read(image)
-    for path, dtype in ((files.classes, "uint8"), (files.uncertainty, "float32")):
+    for path, dtype in ((files.classes, "uint8"), (files.uncertainty, "uint8")):
         data, result = read(path)
         assert result.crs == source.crs and (result.crs is None) == (source.crs is None)
         assert result.transform == source.transform and result.shape == source.shape
         assert result.dtypes == (dtype,) and result.tags().get("AREA_OR_POINT") == source.tags().get("AREA_OR_POINT")
     data, result = read(files.classes)
     assert np.array_equal(data[0], truth().numpy()) and result.nodata == 255
-    uncertainty, result = read(files.uncertainty)
-    assert np.allclose(uncertainty[0], color_image(truth())[0] / 255, atol=1e-6) and math.isnan(result.nodata)
+    uncertainty, result = scaled(files.uncertainty)
+    # half a step of the range that it has
+    assert np.allclose(uncertainty[0], color_image(truth())[0] / 255, atol=0.8 / 500 + 1e-6) and result.nodata == 255
 
 
 def test_ground_control_points(tmp_path):
@@ -127,7 +135,7 @@ def test_plain_images(tmp_path, suffix):
     Image.fromarray(color_image(label).permute(1, 2, 0).numpy()).save(tmp_path / f"in.{suffix}", quality=95)
     data, result = read(run(tmp_path / f"in.{suffix}", tmp_path / "map.tif").classes)
     assert (data[0] == label.numpy()).mean() > 0.99 and result.crs is None
-    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".xml") == []
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".xml"] == ["map.tif.aux.xml"]
 
 
 @pytest.mark.parametrize("mode", ["whole", "tile"])
@@ -144,7 +152,7 @@ def test_nodata_becomes_255(tmp_path):
     image[0, 20, 20] = 0
     files = run(write(tmp_path / "in.tif", image, nodata=0), tmp_path / "map.tif")
     data, _ = read(files.classes)
-    uncertainty, _ = read(files.uncertainty)
+    uncertainty, _ = scaled(files.uncertainty)
     assert (data[0, :7] == 255).all() and not (data[0, 7:] == 255).any()
     assert np.isnan(uncertainty[0, :7]).all() and np.isfinite(uncertainty[0, 7:]).all()
     alpha = np.concatenate([color_image(truth()).numpy(), np.full((1, 50, 70), 255, np.uint8)])

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What GIS programs open: Cloud Optimized GeoTIFF, names, colours and styles, scaled values, polygons, areas."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from drseg_core.data.dataset import IGNORE
+from drseg_core.data.palette import palette
+from drseg_core.errors import ConfigError
+from drseg_core.evaluation.inference import Predictor
+from drseg_core.scenes.areas import METHOD, ClassAreas, PixelArea
+from drseg_core.scenes.predict import predict_scene
+from drseg_core.scenes.style import category_names
+from tests.evaluation.fake import COLORS, ColorModel, color_image
+from tests.scenes.test_predict import NAMES, NORTH_UP, predictor, read, run, scaled, truth, write
+
+rasterio = pytest.importorskip("rasterio")
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+UTM = {"crs": "EPSG:32632", "transform": NORTH_UP}
+REAL = Path(__file__).parents[2].parent / "shared" / "data" / "oem_koeln_50.tif"
+
+
+def blocks() -> torch.Tensor:
+    """Areas of 20 x 20 and 10 x 10 pixels and one single pixel."""
+    label = torch.zeros(60, 80, dtype=torch.long)
+    label[10:30, 10:30], label[40:50, 50:60], label[5, 70] = 1, 2, 3
+    return label
+
+
+def assert_cloud_optimized(path: Path) -> None:
+    """What GDAL's own validator looks at first: the mark, tiles, overviews that halve, and directories before data."""
+    with rasterio.open(path) as file:
+        assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG" and file.driver == "GTiff"
+        assert file.block_shapes[0] == (512, 512)
+        if max(file.shape) > 512:
+            assert file.overviews(1) == [2**i for i in range(1, len(file.overviews(1)) + 1)]
+    head = path.read_bytes()[:300]
+    assert b"GDAL_STRUCTURAL_METADATA_SIZE=" in head and b"KNOWN_INCOMPATIBLE_EDITION=NO" in head
+
+
+def test_rasters_are_cloud_optimized(tmp_path):
+    label = truth(40, 50).repeat_interleave(20, 0).repeat_interleave(20, 1)
+    image = write(tmp_path / "in.tif", color_image(label).numpy(), **UTM)
+    files = run(image, tmp_path / "map.tif", scores=True, probabilities=True)
+    for path in (files.classes, files.uncertainty, files.scores, files.probabilities):
+        assert_cloud_optimized(path)
+    with rasterio.open(files.classes, overview_level=0) as half:
+        assert set(np.unique(half.read(1))) <= set(range(4))
+        # nearest: no class between two others
+        assert np.array_equal(half.read(1), label.numpy()[::2, ::2])
+    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+
+
+def test_names_colours_and_style(tmp_path):
+    image = write(tmp_path / "in.tif", color_image(blocks()).numpy(), **UTM)
+    names = ["bare & brown", "Straße", "<roof>", "水体"]
+    files = run(image, tmp_path / "map.tif", class_names=names)
+    assert category_names(files.classes) == names
+    with rasterio.open(files.classes) as file:
+        table = file.colormap(1)
+    assert [table[i][:3] for i in range(4)] == [tuple(c) for c in palette(4).tolist()]
+    assert table[IGNORE][3] == 0 and {table[i][:3] for i in range(4, 256)} == {(0, 0, 0)}
+    rows = ElementTree.parse(files.attributes).findall(".//Row")
+    values = [[field.text for field in row] for row in rows]
+    assert [row[2] for row in values] == names and [int(row[1]) for row in values] == [4299, 400, 100, 1]
+    assert [[int(v) for v in row[3:6]] for row in values] == palette(4).tolist()
+    entries = ElementTree.parse(files.style).findall(".//paletteEntry")
+    assert [(e.get("value"), e.get("label")) for e in entries] == [(str(i), name) for i, name in enumerate(names)]
+    assert entries[0].get("color") == "#" + bytes(palette(1)[0].tolist()).hex()
+
+
+def test_scores_are_scaled(tmp_path):
+    data = color_image(blocks()).numpy()
+    data[:, :4] = 0
+    image = write(tmp_path / "in.tif", data, nodata=0, **UTM)
+    files = run(image, tmp_path / "map.tif", scores=True, probabilities=True)
+    plain = Predictor(ColorModel(), NAMES, mode="tile", tile_size=32, overlap=8)(torch.from_numpy(data))
+    score, _ = scaled(files.scores)
+    with rasterio.open(files.scores) as file:
+        assert file.dtypes == ("uint8",) and np.isclose(file.scales[0], 0.004) and file.nodata == 255
+    assert np.isnan(score[0, :4]).all()
+    assert np.allclose(score[0, 4:], plain.score[4:], atol=0.0021)
+    each, _ = scaled(files.probabilities)
+    with rasterio.open(files.probabilities) as file:
+        assert file.count == 4 and file.descriptions == tuple(NAMES)
+    assert np.array_equal(each[:, 4:].argmax(0), plain.class_index[4:]) and np.allclose(
+        each[:, 4:].max(0), score[0, 4:]
+    )
+    uncertainty, _ = scaled(files.uncertainty)
+    assert np.nanmin(uncertainty) == pytest.approx(float(plain.uncertainty[4:].min()), abs=1e-6)
+    assert np.nanmax(uncertainty) == pytest.approx(float(plain.uncertainty[4:].max()), abs=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".parquet"])
+@pytest.mark.parametrize("min_area", [0.0, 2.0, 20.0])
+def test_polygons(tmp_path, suffix, min_area):
+    pytest.importorskip("pyogrio")
+    import shapely
+
+    data = color_image(blocks()).numpy()
+    data[:, :, :3] = 0
+    image = write(tmp_path / "in.tif", data, nodata=0, **UTM)
+    path = tmp_path / f"map{suffix}"
+    files = run(image, tmp_path / "map.tif", polygons=path, min_area=min_area)
+    assert files.polygons == path and files.scores is None
+    assert sorted(p.name for p in tmp_path.glob(".*")) == []
+    geometry, rows = read_polygons(path)
+    # a pixel is 0.125 m2
+    expected = (
+        {(1, 400), (2, 100), (3, 1)} if min_area == 0 else {(1, 400), (2, 100)} if min_area < 12.5 else {(1, 400)}
+    )
+    found = {(row["class_id"], row["pixels"]) for row in rows}
+    assert found == {*expected, (0, 60 * 77 - sum(count for _, count in expected))}
+    assert all(row["class"] == NAMES[row["class_id"]] for row in rows)
+    assert all(row["area_m2"] == pytest.approx(row["pixels"] * 0.125, rel=2e-3) for row in rows)
+    assert all(0 < row["mean_score"] <= 1 for row in rows)
+    square = next(shape for shape, row in zip(geometry, rows, strict=True) if row["class_id"] == 1)
+    corners = shapely.box(356000.25 + 5, 5645000.5 - 7.5, 356000.25 + 15, 5645000.5 - 2.5)
+    if suffix == ".geojson":
+        assert square.bounds[0] == pytest.approx(6.95, abs=0.1) and square.bounds[1] == pytest.approx(50.94, abs=0.1)
+    else:
+        assert square.equals(corners)
+
+
+def read_polygons(path: Path):
+    import shapely
+
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        table = parquet.read_table(path)
+        meaning = json.loads(table.schema.metadata[b"geo"])
+        assert meaning["primary_column"] == "geometry"
+        assert meaning["columns"]["geometry"]["crs"]["id"] == {"authority": "EPSG", "code": 32632}
+        rows = table.to_pylist()
+        return [shapely.from_wkb(row["geometry"]) for row in rows], rows
+    from pyogrio.raw import read as read_layer
+
+    meta, _, geometry, columns = read_layer(path)
+    assert meta["crs"] == ("EPSG:4326" if path.suffix == ".geojson" else "EPSG:32632")
+    rows = [dict(zip(meta["fields"], values, strict=True)) for values in zip(*columns, strict=True)]
+    return shapely.from_wkb(geometry).tolist(), rows
+
+
+def test_a_map_without_a_polygon(tmp_path):
+    pytest.importorskip("pyogrio")
+    from pyogrio import read_info
+
+    image = write(tmp_path / "in.tif", np.zeros((3, 20, 20), np.uint8), nodata=0, **UTM)
+    files = run(image, tmp_path / "map.tif", polygons=tmp_path / "map.gpkg")
+    assert read_info(files.polygons)["features"] == 0
+
+
+def test_polygons_are_refused_before_all_work(tmp_path):
+    image = write(tmp_path / "in.tif", color_image(blocks()).numpy(), **UTM)
+    with pytest.raises(ConfigError, match=r"polygons have a wrong suffix; expected a path ending in .gpkg, .geojson"):
+        run(image, tmp_path / "map.tif", polygons=tmp_path / "map.kml")
+    (tmp_path / "map.gpkg").write_text("mine")
+    with pytest.raises(ConfigError, match="map.gpkg exists"):
+        run(image, tmp_path / "map.tif", polygons=tmp_path / "map.gpkg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.tif", "map.gpkg"]
+
+
+GRIDS = {
+    # one pixel of 10 m: the scale of UTM is 0.9996 in the middle of a zone
+    "utm": ("EPSG:32632", (500_000, 5_600_000, 10), 100 / 0.9996**2),
+    # web mercator at 51 degrees: a metre on the map is 0.63 m on the ground
+    "mercator": ("EPSG:3857", (700_000, 6_621_293.7, 10), 39.7),
+    # the equator, over the date line
+    "degrees": ("EPSG:4326", (179.999, 0.0005, 0.0001), 11.1319 * 11.0574),
+    "equal_area": ("EPSG:3035", (4_000_000, 3_000_000, 10), 100.0),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_areas_are_those_on_the_ground(name):
+    from rasterio.crs import CRS
+    from rasterio.transform import from_origin
+
+    crs, (x, y, side), expected = GRIDS[name]
+    pixel = PixelArea(CRS.from_user_input(crs), from_origin(x, y, side, side))
+    assert pixel.known and np.allclose(pixel.of([(0, 0, 10, 20), (3, 5, 1, 1)]), expected, rtol=2e-3)
+
+
+def test_the_table_of_areas(tmp_path):
+    image = write(tmp_path / "in.tif", color_image(blocks()).numpy(), **UTM)
+    with open(run(image, tmp_path / "map.tif").areas, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == NAMES and [int(row["pixels"]) for row in rows] == [4299, 400, 100, 1]
+    assert all(float(row["area_m2"]) == pytest.approx(int(row["pixels"]) * 0.125, rel=2e-3) for row in rows)
+    assert {row["method"] for row in rows} == {METHOD} and "EPSG:6933" in METHOD
+    plain = write(tmp_path / "plain.tif", color_image(blocks()).numpy())
+    with open(run(plain, tmp_path / "map2.tif").areas, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["area_m2"] for row in rows} == {""} and {row["method"] for row in rows} == {"no place known"}
+
+
+@pytest.mark.parametrize("crs, transform", [(None, NORTH_UP), ("EPSG:32632", rasterio.Affine.identity())])
+def test_no_place_no_area(crs, transform):
+    areas = ClassAreas(2, PixelArea(crs and rasterio.crs.CRS.from_string(crs), transform))
+    areas.add(0, 0, np.array([[0, 1], [1, 255]], np.uint8))
+    assert areas.pixels.tolist() == [1, 2] and areas.rows(["a", "b"])[1]["area_m2"] is None
+
+
+def test_real_image(tmp_path):
+    if not REAL.exists():
+        pytest.skip(f"{REAL.name} is not here: it is a real aerial image that is not part of this project")
+    pyogrio = pytest.importorskip("pyogrio")
+    model = Predictor(ColorModel(), list(COLORS), mode="tile", tile_size=384, overlap=128)
+    files = predict_scene(
+        model, REAL, tmp_path / "map.tif", polygons=tmp_path / "map.gpkg", min_area=50, scores=True, progress=False
+    )
+    for path in (files.classes, files.uncertainty, files.scores):
+        assert_cloud_optimized(path)
+    assert category_names(files.classes) == list(COLORS)
+    info = pyogrio.read_info(files.polygons)
+    assert info["features"] > 0 and info["geometry_type"] == "Polygon"
+    with rasterio.open(REAL) as scene:
+        assert info["crs"] == str(scene.crs)
+    data, _ = read(files.classes)
+    assert predictor().class_names == tuple(COLORS) and set(np.unique(data)) <= {0, 1, 2, 3, 255}
