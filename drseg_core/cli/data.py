@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``drseg data prepare`` and ``drseg data check``."""
+"""``drseg data prepare``, ``drseg data check`` and ``drseg data tile``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any, Literal
 from drseg_core.cli.parsers import Parser, add_reading_arguments, check_output, given_reading
 from drseg_core.errors import DatasetError
 
-USAGE = "drseg data prepare|check [options]"
+USAGE = "drseg data prepare|check|tile [options]"
 EPILOG = """\
 examples:
   drseg data prepare potsdam --raw downloads --out datasets
   drseg data check potsdam datasets --sheet potsdam.png
   drseg data check folder tiles --out report.json
+  drseg data tile scene.tif labels.gpkg --out tiles --field class
 
-drseg data prepare --help and drseg data check --help tell more.
+drseg data prepare --help, drseg data check --help and drseg data tile --help tell more.
 """
 PREPARE_USAGE = "drseg data prepare SET --raw DIR --out ROOT [options]"
 PREPARE_EPILOG = """\
@@ -38,6 +39,16 @@ examples:
 
 Exits with 3 where something is wrong; the report and the sheet are written all the same.
 """
+TILE_USAGE = "drseg data tile SCENE LABELS --out DATA [options]"
+TILE_EPILOG = """\
+examples:
+  drseg data tile scene.tif labels.tif --out tiles --classes "building; field; road"
+  drseg data tile scene.tif labels.gpkg --out tiles --field class --background other
+
+LABELS is a raster of class numbers, or polygons (GeoPackage, GeoJSON, Shapefile) with a column of class names; both may
+be in another CRS. Tiles for validation are one strip of ground that touches no tile for training.
+Then: drseg data check folder DATA, and drseg train --data folder:DATA.
+"""
 
 
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
@@ -45,11 +56,12 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
 
     parser.usage, parser.epilog = USAGE, EPILOG
     names = ", ".join(BENCHMARKS)
-    commands = parser.add_subcommands(required=True, dest="action", metavar="prepare|check", title="commands")
-    prepare, check = Parser(), Parser()
+    commands = parser.add_subcommands(required=True, dest="action", metavar="prepare|check|tile", title="commands")
+    prepare, check, tile = Parser(), Parser(), Parser()
     for name, command, summary in (
         ("prepare", prepare, "write a benchmark set in the layout of its release, from the original archives"),
         ("check", check, "look at every file of a data set and say all that is wrong with it"),
+        ("tile", tile, "cut a scene and its labels into a set for training"),
     ):
         command.description = f"{summary[0].upper()}{summary[1:]}."
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -77,10 +89,42 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     check.add_argument("--out", type=str | None, metavar="FILE", help="JSON report to write")
     check.add_argument("--sheet", type=str | None, metavar="FILE", help="PNG to write: 16 images with their masks")
     check.add_argument("--overwrite", action="store_true", help="replace --out and --sheet if they exist")
+    tile.usage, tile.epilog = TILE_USAGE, TILE_EPILOG
+    tile.add_argument("scene", type=str, metavar="SCENE", help="image of any size that GDAL reads")
+    tile.add_argument("labels", type=str, metavar="LABELS", help="raster of class numbers, or polygons")
+    tile.add_argument("--out", required=True, type=str, metavar="DATA", help="folder to write; new or empty")
+    tile.add_argument("--field", type=str, default="class", metavar="COLUMN", help="column of the polygons' class")
+    tile.add_argument(
+        "--classes", type=str | None, metavar="NAMES", help='names of the numbers of a raster: "building; field"'
+    )
+    tile.add_argument("--background", type=str | None, metavar="NAME", help="class where no polygon is; else unknown")
+    tile.add_argument("--size", type=int, default=512, metavar="N", help="side of a tile in pixels")
+    tile.add_argument("--val-share", type=float, default=0.2, metavar="S", help="share of the ground for validation")
+    tile.add_argument(
+        "--nodata", type=float | None, metavar="V", help="value of pixels without data, besides what the file declares"
+    )
 
 
 def run(args: Any) -> None:
-    (_prepare if args.action == "prepare" else _check)(args[args.action])
+    {"prepare": _prepare, "check": _check, "tile": _tile}[args.action](args[args.action])
+
+
+def _tile(args: Any) -> None:
+    from drseg_core.data.tile import TileOptions, tile_scene
+    from drseg_core.data.vocabulary import parse_classes
+
+    names = None if args.classes is None else parse_classes(args.classes).names
+    options = TileOptions(args.size, args.field, names, args.background, args.val_share, args.nodata)
+    done = tile_scene(args.scene, args.labels, args.out, options)
+    print(f"classes: {'; '.join(done.class_names)}")
+    for split, count in done.tiles.items():
+        print(f"{split:>6} {count} tiles")
+    if done.between or done.unlabelled:
+        print(f"left out: {done.between} tiles between train and val, {done.unlabelled} without label or data")
+    if "val" not in done.tiles:
+        print("no tile is for validation: the scene is too small to part it; --size makes smaller tiles")
+    print(f"written: {done.folder}")
+    print(f"next: drseg data check folder {args.out} --sheet {Path(args.out).name}.png")
 
 
 def _prepare(args: Any) -> None:

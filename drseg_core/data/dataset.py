@@ -56,6 +56,14 @@ class SegmentationDataset(torch.utils.data.Dataset[Sample], ABC):
     reading: ReadingConfig | None = None
     """How the images are read, with what was measured on them; None where there is nothing to choose."""
 
+    def large(self, index: int) -> tuple[int, int] | None:
+        """(height, width) of a sample that is better read by :meth:`part` than as a whole; None of all others."""
+        return None
+
+    def part(self, index: int, box: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+        """Image (3, n, m) and ids (n, m) of a part (top, bottom, left, right) of a large sample."""
+        raise NotImplementedError
+
     @abstractmethod
     def __len__(self) -> int: ...
 

@@ -39,6 +39,7 @@ class FolderDataset(PairDataset):
         split: name of the folder below it.
         max_pixels: larger files are refused before they are decoded.
         reading: scale, nodata and bands of the images.
+        window: side of the windows in which large images are read, each a sample of its own.
 
     Raises:
         ConfigError: ``reading`` cannot be understood.
@@ -52,6 +53,7 @@ class FolderDataset(PairDataset):
         *,
         max_pixels: int = MAX_PIXELS,
         reading: ReadingConfig | None = None,
+        window: int | None = None,
     ) -> None:
         folder, reading = Path(root), reading or ReadingConfig()
         layout = f"{split}/images/* and {split}/masks/* of {', '.join(SUFFIXES)} beside classes.txt"
@@ -62,4 +64,4 @@ class FolderDataset(PairDataset):
         self.split = split
         names = read_class_names(folder / "classes.txt")
         parts = PairFolder(folder / split / "images", folder / split / "masks", folder)
-        super().__init__(folder, names, [parts], layout=layout, max_pixels=max_pixels, reading=reading)
+        super().__init__(folder, names, [parts], layout=layout, max_pixels=max_pixels, reading=reading, window=window)

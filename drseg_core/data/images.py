@@ -49,9 +49,13 @@ _IMAGE_MODES = {"RGB", "RGBA", "RGBX", "RGBa", "YCbCr", "P", "PA", "L", "LA", "L
 _MASK_MODES = {"L", "P", "1"}
 # by which factor Pillow spreads gray of so many bits over 0 to 255; mode 1 and palettes it leaves alone
 _SPREAD = {2: 85, 4: 17, 8: 1}
-_EXIF_ORIENTATION = 0x0112
+EXIF_ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 _LOSSY = {"jpeg", "tiff_jpeg", "webp"}
+
+
+class TooLarge(DatasetError):
+    """A file has more pixels than may be decoded at a time."""
 
 
 def first_bytes(path: Path) -> str:
@@ -87,7 +91,7 @@ def opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
             f"got first bytes {first_bytes(path)}"
         ) from None
     except Image.DecompressionBombError as error:
-        raise DatasetError(f"read_image: {path} is too large; expected at most {max_pixels} pixels: {error}") from None
+        raise TooLarge(f"read_image: {path} is too large; expected at most {max_pixels} pixels: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
         if isinstance(error, OSError) and error.errno:
             raise DatasetError(f"read_image: {path} cannot be read: {error.strerror}") from None
@@ -103,9 +107,7 @@ def check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
     """Refuse a file of too many pixels."""
     width, height = size
     if width * height > max_pixels:
-        raise DatasetError(
-            f"read_image: {path} is too large; expected at most {max_pixels} pixels, got {width} x {height}"
-        )
+        raise TooLarge(f"read_image: {path} is too large; expected at most {max_pixels} pixels, got {width} x {height}")
 
 
 def stored_bits(path: Path, image: Image.Image) -> int:
@@ -156,7 +158,7 @@ def image_size(path: Path, *, max_pixels: int = MAX_PIXELS, mask: bool = False) 
             _check_mask(path, image)
         width, height = image.size
         # PNG may keep EXIF behind the pixels, where only decoding finds it; read_image checks again
-        if image.format in ("JPEG", "MPO") and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:
+        if image.format in ("JPEG", "MPO") and image.getexif().get(EXIF_ORIENTATION, 1) >= 5:
             width, height = height, width
         return height, width
 

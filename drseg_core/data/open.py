@@ -9,7 +9,9 @@ from drseg_core.data.dataset import SegmentationDataset
 from drseg_core.errors import ConfigError
 
 
-def open_dataset(spec: str, split: str = "train", *, reading: ReadingConfig | None = None) -> SegmentationDataset:
+def open_dataset(
+    spec: str, split: str = "train", *, reading: ReadingConfig | None = None, window: int | None = None
+) -> SegmentationDataset:
     """Open a data set by its specification.
 
     * ``folder:PATH``: ``PATH/classes.txt`` and ``PATH/{split}/{images,masks}/*`` (see :class:`FolderDataset`).
@@ -22,6 +24,7 @@ def open_dataset(spec: str, split: str = "train", *, reading: ReadingConfig | No
         spec: the specification.
         split: ``train``, ``val`` or, for folders, any other folder of that layout; ``all`` for benchmark sets.
         reading: scale, nodata and bands of the images of a folder; other sets have theirs.
+        window: side of the windows in which large images of a folder are read, each a sample of its own.
 
     Raises:
         ConfigError: unknown kind, option or value.
@@ -38,7 +41,7 @@ def open_dataset(spec: str, split: str = "train", *, reading: ReadingConfig | No
     if separator and kind == "folder":
         from drseg_core.data.folder import FolderDataset
 
-        return FolderDataset(rest, split, reading=reading)
+        return FolderDataset(rest, split, reading=reading, window=window)
     if kind == "synthetic":
         from drseg_core.data.synthetic import SyntheticDataset
 

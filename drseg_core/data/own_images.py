@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +22,23 @@ from numpy.typing import NDArray
 
 from drseg_core.config.reading import Reading, parse_reading, scale_text
 from drseg_core.config.schema import ReadingConfig
-from drseg_core.data.images import check_pixels, needs_rasterio, opened, read_image, stored_bits
+from drseg_core.data.dataset import IGNORE
+from drseg_core.data.images import (
+    EXIF_ORIENTATION,
+    MAX_PIXELS,
+    TooLarge,
+    check_pixels,
+    image_size,
+    needs_rasterio,
+    opened,
+    read_image,
+    stored_bits,
+)
 from drseg_core.data.manifest import printable
 from drseg_core.data.raster import RasterReader, open_raster
 from drseg_core.data.values import STRETCH, extreme_value, limits_array, nodata_hint, stretched
 from drseg_core.errors import DatasetError, RasterError
+from drseg_core.extras import installed
 
 MEASURED_IMAGES, MEASURED_PIXELS = 64, 20_000
 """How many images a scale is measured on, and how many pixels of each."""
@@ -49,6 +62,10 @@ def through_gdal(path: Path, max_pixels: int) -> bool:
     Raises:
         DatasetError: it is not an image.
     """
+    if max_pixels > MAX_PIXELS:
+        with contextlib.suppress(TooLarge):
+            return through_gdal(path, MAX_PIXELS)
+        return True
     if needs_rasterio(path):
         return True
     with opened(path, max_pixels) as image:
@@ -59,12 +76,30 @@ def through_gdal(path: Path, max_pixels: int) -> bool:
         return stored_bits(path, image) > 8 or odd or _GDAL_METADATA in tags or _GDAL_NODATA in tags
 
 
+def own_size(path: Path, *, max_pixels: int, mask: bool = False) -> tuple[int, int]:
+    """(height, width) by the header, also of files that are too large to be decoded at a time, as GDAL reads parts.
+
+    Raises:
+        DatasetError: not an image, or too large for what opens it.
+    """
+    try:
+        return image_size(path, max_pixels=max_pixels, mask=mask)
+    except TooLarge:
+        if max_pixels < MAX_PIXELS:
+            raise
+        if path.suffix.lower() not in (".tif", ".tiff"):
+            return image_size(path, max_pixels=sys.maxsize, mask=mask)
+        with open_raster(path, origin="read_image", driver="GTiff") as source:
+            return int(source.height), int(source.width)
+
+
 @contextlib.contextmanager
 def open_reader(path: Path, reading: Reading, max_pixels: int) -> Iterator[RasterReader]:
     """An image of a set as a raster; messages are those of images."""
     try:
         # other drivers of GDAL read other files, or the network
-        driver = "GTiff" if path.suffix.lower() in (".tif", ".tiff") and needs_rasterio(path) else None
+        tiff = path.suffix.lower() in (".tif", ".tiff")
+        driver = "GTiff" if tiff and (max_pixels > MAX_PIXELS or needs_rasterio(path)) else None
         if driver is None:
             with opened(path, max_pixels) as image:
                 driver = {"TIFF": "GTiff", "PNG": "PNG"}.get(str(image.format), "JPEG")
@@ -73,6 +108,40 @@ def open_reader(path: Path, reading: Reading, max_pixels: int) -> Iterator[Raste
             yield RasterReader(source, path, reading, origin="read_image")
     except RasterError as error:
         raise DatasetError(str(error).replace("read_scene:", "read_image:")) from None
+
+
+def readable_in_parts(path: Path) -> bool:
+    """Whether a part of an image can be read without turning it: rasterio is there, and no EXIF rotation."""
+    if not installed("rasterio"):
+        return False
+    if path.suffix.lower() in (".tif", ".tiff"):
+        return True
+    with opened(path, sys.maxsize) as image:
+        return image.getexif().get(EXIF_ORIENTATION, 1) == 1
+
+
+def read_part(
+    image: Path, mask: Path, reading: Reading, box: tuple[int, int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows ``box[0]`` to ``box[1]`` and columns ``box[2]`` to ``box[3]`` (exclusive) of a large pair.
+
+    Returns:
+        (3, n, m) uint8, and the ids (n, m) uint8 with 255 where the image has no data.
+
+    Raises:
+        DatasetError: it is damaged, or the mask is not one 8-bit band.
+    """
+    top, bottom, left, right = box
+    unlimited = sys.maxsize
+    with open_reader(image, reading, unlimited) as raster:
+        pixels, valid = raster.window(*box)
+    plain = Reading(bands=(1,))
+    with open_reader(mask, plain, unlimited) as raster:
+        if raster.source.count != 1 or raster.dtype != "uint8":
+            got = f"{raster.source.count} bands of {raster.dtype}"
+            raise DatasetError(f"read_mask: {printable(mask)} has {got}; expected one 8-bit band of class ids")
+        ids = raster.stored(*box)
+    return pixels, invalid_is_ignored(torch.from_numpy(ids), None if valid.all() else valid, IGNORE)
 
 
 def read_rgb(path: Path, reading: Reading, *, max_pixels: int) -> Rgb:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,18 +14,33 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from drseg_core.config.reading import Reading, parse_reading
 from drseg_core.config.schema import ReadingConfig
 from drseg_core.data.dataset import IGNORE, Sample, SegmentationDataset
 from drseg_core.data.images import MAX_PIXELS, image_size, read_image, read_mask
 from drseg_core.data.manifest import MANIFEST, manifest_problem, printable, read_manifest
-from drseg_core.data.own_images import Rgb, invalid_is_ignored, read_rgb, settle
+from drseg_core.data.own_images import (
+    Rgb,
+    invalid_is_ignored,
+    own_size,
+    read_part,
+    read_rgb,
+    readable_in_parts,
+    settle,
+)
 from drseg_core.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+LARGE_PIXELS = 4_000_000
+"""Images of a user's own set with more pixels are read in parts."""
+
 LISTED = 10
 """How many offending files an error names."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class PairFolder(NamedTuple):
@@ -60,6 +77,8 @@ class PairDataset(SegmentationDataset):
         layout: what is expected below ``root``, for errors.
         max_pixels: larger files are refused before they are decoded.
         reading: how the images of a user's own set are read; None takes 8-bit RGB alone, as benchmark sets have it.
+        window: side of the windows in which large images of such a set are read, each a sample of its own; None takes
+            every image as a whole.
 
     Raises:
         DatasetError: no image, files without partner, sizes that differ (the first ten are named), a link that leaves
@@ -75,20 +94,23 @@ class PairDataset(SegmentationDataset):
         layout: str,
         max_pixels: int = MAX_PIXELS,
         reading: ReadingConfig | None = None,
+        window: int | None = None,
     ) -> None:
         self.root = root
         self.class_names = tuple(class_names)
         self.layout = layout
         self.max_pixels = max_pixels
         self.pairs = tuple(pair for folder in folders for pair in self._find_pairs(folder))
-        self._check_sizes()
+        self._check_sizes(reading is not None)
         self._check_manifests({folder.home for folder in folders})
         self.reading = reading
         self._reading: Reading | None = None
         if reading is not None:
             paths = [pair.image for pair in self.pairs]
-            self.reading = settle(reading, paths, max_pixels=max_pixels, name=self._name)
+            limit = sys.maxsize if max_pixels >= MAX_PIXELS else max_pixels
+            self.reading = settle(reading, paths, max_pixels=limit, name=self._name)
             self._reading = parse_reading(self.reading)
+        self._parts = self._cut(window) if reading is not None and window is not None else None
         self._fingerprint: str | None = None
 
     def _find_pairs(self, folder: PairFolder) -> list[Pair]:
@@ -101,11 +123,14 @@ class PairDataset(SegmentationDataset):
         pairs = [(images[stem], masks[stem]) for stem in sorted(images)]
         return [Pair(image, mask, _bytes(image), _bytes(mask)) for image, mask in pairs]
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, own: bool) -> None:
+        size_of = own_size if own else image_size
+        self.sizes: list[tuple[int, int]] = []
         wrong = []
         for pair in self.pairs:
-            image = image_size(pair.image, max_pixels=self.max_pixels)
-            mask = image_size(pair.mask, max_pixels=self.max_pixels, mask=True)
+            image = size_of(pair.image, max_pixels=self.max_pixels)
+            mask = size_of(pair.mask, max_pixels=self.max_pixels, mask=True)
+            self.sizes.append(image)
             if image != mask:
                 wrong.append(f"{printable(pair.image)} {image[0]} x {image[1]}, its mask {mask[0]} x {mask[1]}")
         if wrong:
@@ -125,8 +150,50 @@ class PairDataset(SegmentationDataset):
     def _name(self) -> str:
         return type(self).__name__
 
+    def _cut(self, side: int) -> list[tuple[int, tuple[int, int, int, int] | None]]:
+        """Samples as the number of their pair, and their window where the pair is large."""
+        parts: list[tuple[int, tuple[int, int, int, int] | None]] = []
+        large = 0
+        for number, (height, width) in enumerate(self.sizes):
+            if height * width <= LARGE_PIXELS or not readable_in_parts(self.pairs[number].image):
+                parts.append((number, None))
+                continue
+            large += 1
+            parts += [
+                (number, (top, min(top + side, height), left, min(left + side, width)))
+                for top in range(0, max(height - side // 2, 1), side)
+                for left in range(0, max(width - side // 2, 1), side)
+            ]
+        if large:
+            _log.info(
+                "%s: %d images are large and are read in %d windows of %d pixels (drseg data tile makes files of them)",
+                self._name, large, len(parts) - len(self.pairs) + large, side,
+            )  # fmt: skip
+        return parts
+
+    def large(self, index: int) -> tuple[int, int] | None:
+        """(height, width) of an image that :meth:`part` reads better than the whole of it; None of all others."""
+        if self._reading is None or self._parts is not None:
+            return None
+        height, width = self.sizes[index]
+        fitting = height * width <= LARGE_PIXELS or not readable_in_parts(self.pairs[index].image)
+        return None if fitting else (height, width)
+
+    def part(self, index: int, box: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+        """Image and ids of a part (top, bottom, left, right) of an image.
+
+        Raises:
+            DatasetError: as when the whole is read.
+        """
+        pair = self.pairs[index]
+        self._check_unchanged(pair.image, pair.image_bytes)
+        self._check_unchanged(pair.mask, pair.mask_bytes)
+        image, mask = read_part(pair.image, pair.mask, self._reading or Reading(), box)
+        self._check_ids(pair, mask.numpy())
+        return image, mask
+
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.pairs) if self._parts is None else len(self._parts)
 
     def __getitem__(self, index: int) -> Sample:
         """Read one pair.
@@ -137,7 +204,10 @@ class PairDataset(SegmentationDataset):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self._name}: index {index} is out of range; expected 0 to {len(self) - 1}")
-        pair = self.pairs[index]
+        number, box = (index, None) if self._parts is None else self._parts[index]
+        if box is not None:
+            return Sample(*self.part(number, box), self.sample_name(index))
+        pair = self.pairs[number]
         self._check_unchanged(pair.image, pair.image_bytes)
         self._check_unchanged(pair.mask, pair.mask_bytes)
         image, valid = self._read_image(pair.image)
@@ -147,15 +217,18 @@ class PairDataset(SegmentationDataset):
                 f"{self._name}: {printable(pair.mask)} differs from its image in size; "
                 f"expected {image.shape[0]} x {image.shape[1]}, got {mask.shape[0]} x {mask.shape[1]}"
             )
+        self._check_ids(pair, mask)
+        chw = np.ascontiguousarray(image.transpose(2, 0, 1))
+        labels = invalid_is_ignored(torch.from_numpy(mask), valid, IGNORE)
+        return Sample(torch.from_numpy(chw), labels, printable(pair.image))
+
+    def _check_ids(self, pair: Pair, mask: NDArray[np.uint8]) -> None:
         wrong = unknown_ids(mask, len(self.class_names))
         if wrong:
             raise DatasetError(
                 f"{self._name}: {printable(pair.mask)} holds ids that are no class; "
                 f"expected 0 to {len(self.class_names) - 1} or {IGNORE}, got {some(wrong)}"
             )
-        chw = np.ascontiguousarray(image.transpose(2, 0, 1))
-        labels = invalid_is_ignored(torch.from_numpy(mask), valid, IGNORE)
-        return Sample(torch.from_numpy(chw), labels, printable(pair.image))
 
     def _read_image(self, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
         if self._reading is None:
@@ -164,7 +237,9 @@ class PairDataset(SegmentationDataset):
         return found.image, found.valid
 
     def sample_name(self, index: int) -> str:
-        return printable(self.pairs[index].image)
+        number, box = (index, None) if self._parts is None else self._parts[index]
+        name = printable(self.pairs[number].image)
+        return name if box is None else f"{name} rows {box[0]} to {box[1]}, columns {box[2]} to {box[3]}"
 
     def fingerprint(self) -> str:
         """SHA-256 of class names, file names and file contents.
@@ -175,6 +250,9 @@ class PairDataset(SegmentationDataset):
         if self._fingerprint is None:
             digest = hashlib.sha256()
             digest.update("\n".join(self.class_names).encode())
+            if self._parts is not None and len(self._parts) > len(self.pairs):
+                # how large images are cut decides what a sample is
+                digest.update(repr(self._parts).encode())
             for pair in self.pairs:
                 for path, size in ((pair.image, pair.image_bytes), (pair.mask, pair.mask_bytes)):
                     self._check_unchanged(path, size)

@@ -224,6 +224,13 @@ class RasterReader:
             valid = self.source.dataset_mask(window=window) != 0
         return self._rgb(value, valid)
 
+    def stored(self, top: int, bottom: int, left: int, right: int) -> NDArray[Any]:
+        """The first band in use as the file stores it."""
+        from rasterio.windows import Window
+
+        with self._explained(f"rows {top} to {bottom}"):
+            return self.source.read(self.bands[0], window=Window(left, top, right - left, bottom - top))
+
     def _rgb(self, value: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[Tensor, NDArray[np.bool_]]:
         valid = valid & self._present(value)
         if self._colors is not None:

@@ -139,7 +139,10 @@ def evaluate(
         cache = None if prior_cache is None else stack.enter_context(kept_features(predictor.model, prior_cache))
         bar = stack.enter_context(tqdm(total=count, desc="evaluate", unit="image", disable=not progress or rank > 0))
         for batch in batches:
-            all_ignored += _score(predictor, [dataset[i] for i in batch], confusion, outlines, calibration)
+            large = [i for i in batch if outlines is None and predictor.mode == "tile" and dataset.large(i) is not None]
+            samples = [dataset[i] for i in batch if i not in large]
+            all_ignored += _score(predictor, samples, confusion, outlines, calibration)
+            all_ignored += sum(_score_in_parts(predictor, dataset, i, confusion, calibration) for i in large)
             bar.update(len(batch))
     if cache is not None:
         _log.info("prior cache: %d batches of images read, %d computed", cache.found, cache.computed)
@@ -169,6 +172,29 @@ def _score(
         if outlines is not None:
             outlines.update(prediction.class_index, sample.mask)
     return sum(bool((s.mask == IGNORE).all()) for s in samples)
+
+
+def _score_in_parts(
+    predictor: Predictor, dataset: SegmentationDataset, index: int, confusion: ConfusionMatrix, calibration: Calibration
+) -> bool:
+    """Count a sample that is read as it is needed; returns whether it has no pixel to score."""
+    height, width = dataset.large(index) or (0, 0)
+    truth: dict[str, Any] = {}
+
+    def read(top: int, bottom: int, left: int, right: int) -> tuple[Tensor, None]:
+        image, truth["mask"] = dataset.part(index, (top, bottom, left, right))
+        truth["origin"] = top, left
+        return image, None
+
+    ignored = confusion.ignored
+    for piece in predictor.pieces(read, height, width):
+        found = piece.prediction
+        rows, columns = found.class_index.shape
+        top, left = piece.top - truth["origin"][0], piece.left - truth["origin"][1]
+        mask = truth["mask"][top : top + rows, left : left + columns]
+        confusion.update(found.class_index, mask)
+        calibration.update(found.class_index, found.score, found.uncertainty, mask)
+    return confusion.ignored - ignored == height * width
 
 
 def _summed(

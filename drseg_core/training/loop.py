@@ -60,6 +60,9 @@ from drseg_core.training.signals import StopSignals, TrainingStopped
 
 __all__ = ["train"]
 
+WINDOW = 512
+"""Side of the parts in which large images are read, at least the crop's."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -131,7 +134,7 @@ def train(
             checkpoint = newest_checkpoint(run)
         if checkpoint is not None:
             config = dataclasses.replace(config, reading=_resumed_reading(config, checkpoint))
-        dataset = open_dataset(data, "train", reading=config.reading)
+        dataset = open_dataset(data, "train", reading=config.reading, window=max(WINDOW, config.train.crop_size))
         if dataset.reading is not None:
             config = dataclasses.replace(config, reading=dataset.reading)
         ranking = None

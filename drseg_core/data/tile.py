@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a scene and its labels, as raster or polygons, to a set of tiles for training: ``drseg data tile``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drseg_core.config.reading import Reading
+from drseg_core.data.dataset import IGNORE, check_class_names
+from drseg_core.data.manifest import printable, write_manifest
+from drseg_core.data.raster import RasterReader, open_raster
+from drseg_core.data.vector import Shapes, read_shapes
+from drseg_core.errors import ConfigError, DatasetError, ResourceError
+from drseg_core.extras import require
+
+RASTERS = (".tif", ".tiff", ".vrt", ".img", ".png")
+SMALLEST = 64
+"""Side below which what remains at the edges is left out."""
+
+
+@dataclass(frozen=True)
+class TileOptions:
+    """How a scene is cut.
+
+    Args:
+        size: side of a tile in pixels.
+        field: column of a vector file with the class.
+        classes: names by the number in a raster of labels; None takes those that the file tells.
+        background: class of pixels that no polygon covers; None leaves them unknown (255).
+        val_share: share of the ground that is for validation.
+        nodata: value of the scene's pixels where nothing is, besides what the file declares.
+    """
+
+    size: int = 512
+    field: str = "class"
+    classes: tuple[str, ...] | None = None
+    background: str | None = None
+    val_share: float = 0.2
+    nodata: float | None = None
+
+
+class Tile(NamedTuple):
+    """A window of the scene and its place in the grid of tiles."""
+
+    row: int
+    column: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Tiled(NamedTuple):
+    """The folder, its class names, tiles by split, and tiles left out between the splits and for want of labels."""
+
+    folder: Path
+    class_names: tuple[str, ...]
+    tiles: dict[str, int]
+    between: int
+    unlabelled: int
+
+
+class RasterLabels:
+    """Class ids of a raster, brought onto the grid of a scene, nearest pixel."""
+
+    def __init__(
+        self, source: Any, scene: RasterReader, options: TileOptions, path: Path, names: Sequence[str] | None
+    ) -> None:
+        self.source, self.path = source, path
+        if source.count != 1 or source.dtypes[0].startswith(("float", "complex")):
+            raise DatasetError(
+                f"data tile: {printable(path)} has {source.count} bands of {source.dtypes[0]}; expected one band of "
+                "whole numbers"
+            )
+        self.nodata = source.nodata
+        values = self._values(scene)
+        names = options.classes or names
+        if names is not None and len(names) > max(values, default=0):
+            self.class_names, self.ids = tuple(names), {value: value for value in values}
+        elif options.classes is not None:
+            raise ConfigError(
+                f"data tile: --classes are too few; expected a name for each number from 0 to {max(values)}, "
+                f"got {len(options.classes)}"
+            )
+        else:
+            self.class_names = tuple(f"class {value}" for value in values)
+            self.ids = {value: place for place, value in enumerate(values)}
+        check_class_names(self.class_names, "data tile")
+
+    def _values(self, scene: RasterReader) -> list[int]:
+        found: set[int] = set()
+        for top in range(0, scene.height, 512):
+            rows = self.source.read(1, window=((top, min(top + 512, scene.height)), (0, scene.width)))
+            found.update(int(v) for v in np.unique(rows))
+        found -= {IGNORE, *(() if self.nodata is None else (int(self.nodata),))}
+        if not found or len(found) > IGNORE or min(found) < 0:
+            raise DatasetError(
+                f"data tile: {printable(self.path)} holds {len(found)} different numbers; expected 1 to {IGNORE}"
+            )
+        return sorted(found)
+
+    def read(self, tile: Tile) -> NDArray[np.uint8]:
+        rows, columns = (tile.top, tile.top + tile.height), (tile.left, tile.left + tile.width)
+        value = self.source.read(1, window=(rows, columns))
+        result = np.full(value.shape, IGNORE, np.uint8)
+        for stored, number in self.ids.items():
+            result[value == stored] = number
+        return result
+
+
+def _raster_names(source: Any) -> Sequence[str] | None:
+    """Class names that a raster of labels carries: those of a map of ours."""
+    try:
+        return [str(name) for name in json.loads(source.tags()["class_names"])]
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+class VectorLabels:
+    """Class ids of polygons, burnt into a tile; where two overlap the later one counts."""
+
+    def __init__(self, shapes: Shapes, scene: RasterReader, options: TileOptions) -> None:
+        self.shapes, self.transform = shapes, scene.transform
+        names = list(dict.fromkeys(sorted(set(shapes.values))))
+        if options.background is not None:
+            names = [options.background, *(name for name in names if name != options.background)]
+        self.class_names = check_class_names(names, "data tile")
+        self.fill = IGNORE if options.background is None else 0
+
+    def read(self, tile: Tile) -> NDArray[np.uint8]:
+        from affine import Affine
+        from rasterio.features import rasterize
+
+        place = self.transform @ Affine.translation(tile.left, tile.top)
+        corners = [place @ (x, y) for x in (0, tile.width) for y in (0, tile.height)]
+        west, south = np.min(corners, axis=0)
+        east, north = np.max(corners, axis=0)
+        inside = self.shapes.within(west, south, east, north)
+        size = tile.height, tile.width
+        if not inside:
+            return np.full(size, self.fill, np.uint8)
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        burnt = [(self.shapes.shapes[i], numbers[self.shapes.values[i]]) for i in inside]
+        return rasterize(burnt, out_shape=size, transform=place, fill=self.fill, dtype="uint8")
+
+
+def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: TileOptions | None = None) -> Tiled:
+    """Cut a scene and its labels into ``OUT/{train,val}/{images,masks}/*.tif`` with ``OUT/classes.txt``.
+
+    Tiles keep the stored values, bands and place of the scene. The tiles for validation are one strip of ground, of all
+    such strips the one whose classes are most like those of the whole scene; the tiles beside it are in neither part,
+    so that no tile for validation touches one for training. Tiles without a label or without data are left out.
+
+    Args:
+        scene: a raster that GDAL reads.
+        labels: raster of class numbers, or polygons with a column of class names; on another grid or in another CRS
+            they are brought onto the scene's.
+        out: new or empty folder; it appears complete or not at all.
+        options: how.
+
+    Raises:
+        ConfigError: an option does not fit, or ``out`` is in use.
+        DatasetError: scene or labels cannot be read, or have nothing in common.
+        ResourceError: the tiles cannot be written.
+    """
+    options = options or TileOptions()
+    require("tile_scene", "maps")
+    scene, labels, target = Path(scene), Path(labels), Path(out)
+    if options.size < SMALLEST:
+        raise ConfigError(f"data tile: --size is out of range; expected at least {SMALLEST}, got {options.size}")
+    if not 0 <= options.val_share < 1:
+        raise ConfigError(f"data tile: --val-share is out of range; expected 0 to below 1, got {options.val_share}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"data tile: --out is not empty; expected a new or empty folder, got {target}")
+    with open_raster(scene, origin="data tile") as source:
+        reader = RasterReader(source, scene, Reading(nodata=options.nodata, scale=((0.0, 1.0),)), origin="data tile")
+        with _labels(labels, reader, options) as truth:
+            tiles, counts, unlabelled = _counted(reader, truth, options)
+            splits, between = split_tiles(tiles, counts, options.val_share)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".part", dir=target.parent))
+            try:
+                _write(temporary, reader, truth, splits, options)
+                if target.exists():
+                    target.rmdir()
+                temporary.chmod(0o755)
+                os.replace(temporary, target)
+            except OSError as error:
+                raise ResourceError(f"data tile: {target} cannot be written: {error.strerror or error}") from None
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    written = {split: len(some) for split, some in splits.items() if some}
+    return Tiled(target, truth.class_names, written, between, unlabelled)
+
+
+@contextlib.contextmanager
+def _labels(path: Path, scene: RasterReader, options: TileOptions) -> Iterator[RasterLabels | VectorLabels]:
+    """The labels of a file, raster or vector."""
+    if path.suffix.lower() not in RASTERS:
+        yield VectorLabels(read_shapes(path, options.field, scene.crs), scene, options)
+        return
+    with open_raster(path, origin="data tile") as source, _on_grid(source, scene, path) as placed:
+        yield RasterLabels(placed, scene, options, path, _raster_names(source))
+
+
+@contextlib.contextmanager
+def _on_grid(source: Any, scene: RasterReader, path: Path) -> Iterator[Any]:
+    from rasterio.enums import Resampling
+    from rasterio.vrt import WarpedVRT
+
+    size = scene.height, scene.width
+    same = (source.crs, source.transform, source.shape) == (scene.crs, scene.transform, size)
+    if same or (not source.crs or not scene.crs) and source.shape == size:
+        yield source
+        return
+    if not source.crs or not scene.crs:
+        raise DatasetError(
+            f"data tile: {printable(path)} does not lie on the scene; expected its CRS, or {size[0]} x {size[1]} "
+            f"pixels, got {source.height} x {source.width}"
+        )
+    grid = {"crs": scene.crs, "transform": scene.transform, "height": scene.height, "width": scene.width}
+    nodata = IGNORE if source.nodata is None else source.nodata
+    with WarpedVRT(source, resampling=Resampling.nearest, src_nodata=source.nodata, nodata=nodata, **grid) as placed:
+        yield placed
+
+
+def tiles_of(height: int, width: int, size: int) -> Iterator[Tile]:
+    """Tiles side by side; what remains at the right and at the bottom is a smaller tile, or left out if it is tiny."""
+    for row, top in enumerate(range(0, height, size)):
+        for column, left in enumerate(range(0, width, size)):
+            tile = Tile(row, column, top, left, min(size, height - top), min(size, width - left))
+            if min(tile.height, tile.width) >= min(SMALLEST, height, width):
+                yield tile
+
+
+def _counted(
+    scene: RasterReader, labels: RasterLabels | VectorLabels, options: TileOptions
+) -> tuple[list[Tile], NDArray[np.int64], int]:
+    """Tiles with labels, and how many pixels of each class each has."""
+    tiles, counts, unlabelled = [], [], 0
+    for tile in tiles_of(scene.height, scene.width, options.size):
+        count = np.bincount(_mask(scene, labels, tile).ravel(), minlength=IGNORE + 1)[: len(labels.class_names)]
+        if count.any():
+            tiles.append(tile)
+            counts.append(count)
+        else:
+            unlabelled += 1
+    if not tiles:
+        raise DatasetError(
+            "data tile: no tile has a label; expected labels that lie on the scene (are CRS and place right?)"
+        )
+    return tiles, np.array(counts), unlabelled
+
+
+def _mask(scene: RasterReader, labels: RasterLabels | VectorLabels, tile: Tile) -> NDArray[np.uint8]:
+    mask = labels.read(tile)
+    _, valid = scene.window(tile.top, tile.top + tile.height, tile.left, tile.left + tile.width)
+    mask[~valid] = IGNORE
+    return mask
+
+
+def split_tiles(
+    tiles: Sequence[Tile], counts: NDArray[np.int64], val_share: float
+) -> tuple[Mapping[str, list[Tile]], int]:
+    """Tiles for training and for validation, and how many lie between them and are in neither.
+
+    The strip of whole rows or columns of tiles is taken whose share of each class is nearest to that of all tiles.
+    """
+    total = counts.sum(0) / counts.sum()
+    best: tuple[float, str, int, int] | None = None
+    for axis in ("row", "column"):
+        place = np.array([getattr(tile, axis) for tile in tiles])
+        lines = int(place.max()) + 1
+        wide = max(1, round(lines * val_share))
+        # a line is lost on each side of the strip that is not the scene's edge
+        if val_share == 0 or lines < wide + 2:
+            continue
+        for first in range(lines - wide + 1):
+            inside = (place >= first) & (place < first + wide)
+            outside = (place < first - 1) | (place > first + wide)
+            if not inside.any() or not outside.any() or not counts[inside].sum():
+                continue
+            share = counts[inside].sum(0) / counts[inside].sum()
+            lost = 1 - (inside.sum() + outside.sum()) / len(tiles)
+            distance = float(np.abs(share - total).sum() + lost)
+            if best is None or distance < best[0]:
+                best = distance, axis, first, wide
+    if best is None:
+        return {"train": list(tiles), "val": []}, 0
+    _, axis, first, wide = best
+    val = [tile for tile in tiles if first <= getattr(tile, axis) < first + wide]
+    train = [tile for tile in tiles if not first - 1 <= getattr(tile, axis) <= first + wide]
+    return {"train": train, "val": val}, len(tiles) - len(val) - len(train)
+
+
+def _write(
+    folder: Path,
+    scene: RasterReader,
+    labels: RasterLabels | VectorLabels,
+    splits: Mapping[str, Sequence[Tile]],
+    options: TileOptions,
+) -> None:
+    import rasterio
+    from rasterio.windows import Window, transform
+
+    source = scene.source
+    nodata = source.nodata if options.nodata is None else options.nodata
+    shared: dict[str, Any] = {"driver": "GTiff", "compress": "deflate", "crs": source.crs}
+    files = []
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in labels.class_names), encoding="utf-8")
+    for split, tiles in splits.items():
+        for tile in tiles:
+            window = Window(tile.left, tile.top, tile.width, tile.height)
+            profile = {**shared, "height": tile.height, "width": tile.width}
+            if not source.transform.is_identity:
+                profile["transform"] = transform(window, source.transform)
+            name = f"r{tile.row:04d}_c{tile.column:04d}.tif"
+            image, mask = (folder / split / part / name for part in ("images", "masks"))
+            for path in (image, mask):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            with rasterio.open(
+                image, "w", count=source.count, dtype=source.dtypes[0], nodata=nodata, **profile
+            ) as file:
+                file.colorinterp = source.colorinterp
+                file.write(source.read(window=window))
+                for band, text in enumerate(source.descriptions, 1):
+                    if text:
+                        file.set_band_description(band, text)
+            with rasterio.open(mask, "w", count=1, dtype="uint8", nodata=IGNORE, **profile) as file:
+                file.write(_mask(scene, labels, tile), 1)
+            files += [image, mask]
+    write_manifest(folder, files)

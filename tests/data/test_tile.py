@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a scene and its labels to tiles, and large images that are read in windows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drseg_core.config.schema import ReadingConfig
+from drseg_core.data import pairs
+from drseg_core.data.check import check_data
+from drseg_core.data.folder import FolderDataset
+from drseg_core.data.tile import Tile, TileOptions, split_tiles, tile_scene
+from drseg_core.errors import ConfigError, DatasetError
+from tests.data.test_own_images import write
+
+rasterio = pytest.importorskip("rasterio")
+from rasterio.transform import from_origin  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+RNG = np.random.default_rng(0)
+PLACE = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_600_000, 1, 1)}
+H, W = 320, 640
+
+
+def scene(path: Path, **options) -> Path:
+    data = RNG.integers(300, 3000, size=(4, H, W)).astype(np.uint16)
+    return write(path, data, descriptions=["B02", "B03", "B04", "B08"], **{**PLACE, **options})
+
+
+def label() -> np.ndarray:
+    """Stripes of three classes."""
+    return (np.indices((H, W))[0] // 8 % 3).astype(np.uint8)
+
+
+def ids(folder: Path) -> dict[str, set[tuple[int, int]]]:
+    return {
+        split: {(int(p.name[1:5]), int(p.name[7:11])) for p in (folder / split / "masks").iterdir()}
+        for split in ("train", "val")
+    }
+
+
+def test_a_scene_with_a_raster_of_labels(tmp_path):
+    path = scene(tmp_path / "scene.tif")
+    write(tmp_path / "labels.tif", label()[None], nodata=255, **PLACE)
+    done = tile_scene(path, tmp_path / "labels.tif", tmp_path / "set", TileOptions(64, classes=("a", "b", "c")))
+    assert done.class_names == ("a", "b", "c") and done.tiles["val"] > 0 and done.unlabelled == 0
+    assert sum(done.tiles.values()) + done.between == 5 * 10
+    data = FolderDataset(tmp_path / "set")
+    assert data.reading.depth == "uint16" and data.reading.scale is not None
+    with rasterio.open(path) as source:
+        for split in ("train", "val"):
+            for image in (tmp_path / "set" / split / "images").iterdir():
+                with rasterio.open(image) as tile, rasterio.open(str(image).replace("images", "masks")) as mask:
+                    window = source.window(*tile.bounds)
+                    assert np.array_equal(tile.read(), source.read(window=window)) and tile.crs == source.crs
+                    rows, columns = window.round_offsets().round_lengths().toslices()
+                    assert np.array_equal(mask.read(1), label()[rows, columns])
+                    assert tile.descriptions == source.descriptions
+    assert check_data("folder", tmp_path / "set").problems == []
+
+
+def test_no_tile_for_validation_touches_one_for_training(tmp_path):
+    write(tmp_path / "labels.tif", label()[None], **PLACE)
+    tile_scene(scene(tmp_path / "scene.tif"), tmp_path / "labels.tif", tmp_path / "set", TileOptions(64))
+    found = ids(tmp_path / "set")
+    assert found["train"] and found["val"]
+    assert all(max(abs(r - y), abs(c - x)) > 1 for r, c in found["train"] for y, x in found["val"])
+    # one piece of ground
+    rows, columns = zip(*found["val"], strict=True)
+    assert len(found["val"]) == (max(rows) - min(rows) + 1) * (max(columns) - min(columns) + 1)
+
+
+def test_the_strip_whose_classes_are_most_like_the_whole():
+    tiles = [Tile(row, column, 0, 0, 1, 1) for row in range(6) for column in range(2)]
+    counts = np.array([[1, 0] if tile.row != 2 else [1, 1] for tile in tiles])
+    counts[[tile.row == 4 for tile in tiles]] = [5, 1]
+    splits, between = split_tiles(tiles, counts, 0.2)
+    assert {tile.row for tile in splits["val"]} == {4} and between == 4
+    assert {tile.row for tile in splits["train"]} == {0, 1, 2}
+    assert split_tiles(tiles[:2], counts[:2], 0.2) == ({"train": tiles[:2], "val": []}, 0)
+    assert split_tiles(tiles, counts, 0.0)[0]["val"] == []
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32632", "EPSG:4326"])
+def test_labels_on_another_grid(tmp_path, crs):
+    from rasterio.warp import calculate_default_transform, reproject
+
+    wide = np.kron(np.arange(6).reshape(2, 3), np.ones((160, 214)))[:, :W].astype(np.uint8) % 4
+    if crs == "EPSG:32632":
+        coarse, place = wide[::4, ::4].copy(), from_origin(500_000, 5_600_000, 4, 4)
+    else:
+        corners = (500_000, 5_599_680, 500_640, 5_600_000)
+        place, width, height = calculate_default_transform(PLACE["crs"], crs, W, H, *corners)
+        coarse = np.full((height, width), 255, np.uint8)
+        grids = {"src_transform": PLACE["transform"], "src_crs": PLACE["crs"], "dst_transform": place, "dst_crs": crs}
+        reproject(wide, coarse, dst_nodata=255, src_nodata=255, **grids)
+    write(tmp_path / "labels.tif", coarse[None], crs=crs, transform=place, nodata=255)
+    tile_scene(scene(tmp_path / "scene.tif"), tmp_path / "labels.tif", tmp_path / "set", TileOptions(64, val_share=0))
+    with rasterio.open(tmp_path / "set/train/masks/r0001_c0004.tif") as mask:
+        assert (mask.read(1) == wide[64:128, 256:320]).mean() > 0.95
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".shp"])
+def test_polygons_of_labels(tmp_path, suffix):
+    pytest.importorskip("pyogrio")
+    import shapely
+    from pyogrio.raw import write as write_layer
+
+    boxes = [shapely.box(500_000 + x, 5_599_680, 500_000 + x + 100, 5_600_000) for x in (0, 100, 400)]
+    kind = np.array(["road", "Straße", "road"], object)
+    path = tmp_path / f"labels{suffix}"
+    driver = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".shp": "ESRI Shapefile"}[suffix]
+    options = {"RFC7946": "YES"} if suffix == ".geojson" else {}
+    shapes = np.array([shapely.to_wkb(box) for box in boxes], object)
+    write_layer(
+        path, shapes, [kind], fields=["kind"], geometry_type="Polygon", crs="EPSG:32632", driver=driver, **options
+    )
+    image = scene(tmp_path / "scene.tif")
+    done = tile_scene(image, path, tmp_path / "set", TileOptions(64, "kind", background="rest", val_share=0))
+    assert done.class_names == ("rest", "Straße", "road")
+    expected = np.zeros((H, W), np.uint8)
+    expected[:, :100], expected[:, 100:200], expected[:, 400:500] = 2, 1, 2
+    found = np.zeros_like(expected)
+    for mask in (tmp_path / "set/train/masks").iterdir():
+        row, column = int(mask.name[1:5]) * 64, int(mask.name[7:11]) * 64
+        with rasterio.open(mask) as file:
+            found[row : row + 64, column : column + 64] = file.read(1)
+    assert (found == expected).mean() > 0.995
+    unknown = tile_scene(image, path, tmp_path / "other", TileOptions(64, "kind", val_share=0))
+    assert unknown.class_names == ("Straße", "road") and unknown.unlabelled == 5 * 4
+    with pytest.raises(DatasetError, match="has no column 'class'; expected one of kind"):
+        tile_scene(image, path, tmp_path / "no", TileOptions(64))
+    assert not (tmp_path / "no").exists() and list(tmp_path.glob(".*")) == []
+
+
+def test_refusals(tmp_path):
+    image = scene(tmp_path / "scene.tif")
+    elsewhere = {**PLACE, "transform": from_origin(0, 0, 1, 1), "nodata": 255}
+    write(tmp_path / "far.tif", label()[None], **elsewhere)
+    with pytest.raises(DatasetError, match="expected 1 to 255|no tile has a label"):
+        tile_scene(image, tmp_path / "far.tif", tmp_path / "set")
+    write(tmp_path / "float.tif", label()[None].astype(np.float32), **PLACE)
+    with pytest.raises(DatasetError, match="float.tif has 1 bands of float32; expected one band of whole numbers"):
+        tile_scene(image, tmp_path / "float.tif", tmp_path / "set")
+    write(tmp_path / "labels.tif", label()[None], **PLACE)
+    with pytest.raises(ConfigError, match="--classes are too few; expected a name for each number from 0 to 2, got 2"):
+        tile_scene(image, tmp_path / "labels.tif", tmp_path / "set", TileOptions(classes=("a", "b")))
+    for options, said in ((TileOptions(8), "--size"), (TileOptions(val_share=1), "--val-share")):
+        with pytest.raises(ConfigError, match=said):
+            tile_scene(image, tmp_path / "labels.tif", tmp_path / "set", options)
+    with pytest.raises(ConfigError, match="--out is not empty"):
+        tile_scene(image, tmp_path / "labels.tif", tmp_path)
+    (tmp_path / "labels.txt").write_text("x")
+    with pytest.raises(DatasetError, match="labels.txt cannot be read as polygons"):
+        tile_scene(image, tmp_path / "labels.txt", tmp_path / "set")
+
+
+def test_numbers_with_gaps_become_classes(tmp_path):
+    write(tmp_path / "labels.tif", label()[None] * 10 + 10, **PLACE)
+    done = tile_scene(scene(tmp_path / "scene.tif"), tmp_path / "labels.tif", tmp_path / "set", TileOptions(64))
+    assert done.class_names == ("class 10", "class 20", "class 30")
+    assert set(np.unique(FolderDataset(tmp_path / "set")[0].mask)) == {0, 1, 2}
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch) -> Path:
+    """One image of 200 x 330, which counts as large, and a small one."""
+    monkeypatch.setattr(pairs, "LARGE_PIXELS", 5000)
+    for name, size in (("large", (200, 330)), ("small", (40, 50))):
+        image = RNG.integers(1, 256, size=(3, *size)).astype(np.uint8)
+        write(tmp_path / f"train/images/{name}.tif", image)
+        (tmp_path / "train/masks").mkdir(exist_ok=True)
+        Image.fromarray(RNG.integers(0, 2, size).astype(np.uint8)).save(tmp_path / f"train/masks/{name}.png")
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    return tmp_path
+
+
+def test_large_images_are_read_in_windows(large):
+    whole, parts = FolderDataset(large), FolderDataset(large, window=64)
+    image, mask, _ = whole[0]
+    assert len(whole) == 2 and len(parts) == 3 * 5 + 1
+    seen = np.zeros(mask.shape, int)
+    for index in range(15):
+        part = parts[index]
+        top, bottom, left, right = box(parts.sample_name(index))
+        seen[top:bottom, left:right] += 1
+        assert bool((part.image == image[:, top:bottom, left:right]).all())
+        assert bool((part.mask == mask[top:bottom, left:right]).all())
+    assert seen.max() == 1 and seen[:192, :320].min() == 1
+    assert bool((parts[15].image == whole[1].image).all()) and parts.fingerprint() != whole.fingerprint()
+
+
+def box(name: str) -> tuple[int, int, int, int]:
+    numbers = [int(word) for word in name.replace(",", "").split() if word.isdigit()]
+    return numbers[-4], numbers[-3], numbers[-2], numbers[-1]
+
+
+def test_larger_than_what_is_decoded_at_a_time(large, monkeypatch):
+    for module in ("images", "pairs", "own_images", "folder"):
+        monkeypatch.setattr(f"drseg_core.data.{module}.MAX_PIXELS", 10_000)
+    data = FolderDataset(large, max_pixels=10_000, window=64)
+    assert len(data) == 16 and data[3].image.shape == (3, 64, 64)
+    with pytest.raises(DatasetError, match="large.tif is too large"):
+        FolderDataset(large, max_pixels=10_000)[0]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_large_images_are_scored_in_parts(large, kind):
+    from drseg_core.config.schema import EvaluationConfig
+    from drseg_core.evaluation.evaluate import evaluate
+    from tests.evaluation.fake import ColorModel
+
+    if kind is np.uint16:
+        image = RNG.integers(1, 4000, size=(3, 200, 330)).astype(kind)
+        image[:, :30] = 0
+        (large / "train/images/small.tif").unlink()
+        (large / "train/masks/small.png").unlink()
+        write(large / "train/images/large.tif", image, nodata=0)
+    options = EvaluationConfig(mode="tile", tile_size=32, overlap=8)
+    in_parts = FolderDataset(large, reading=ReadingConfig())
+    assert in_parts.large(0) == (200, 330)
+    as_whole = FolderDataset(large, reading=ReadingConfig())
+    as_whole.large = lambda index: None
+    found = [evaluate(ColorModel(), ["red", "blue"], data, options, progress=False) for data in (in_parts, as_whole)]
+    assert json.dumps(found[0]) == json.dumps(found[1]) and sum(map(sum, found[0]["confusion"])) > 50_000
+
+
+def test_the_command(tmp_path, drseg, small):
+    write(tmp_path / "labels.tif", label()[None], **PLACE)
+    image = scene(tmp_path / "scene.tif")
+    words = ["data", "tile", image, tmp_path / "labels.tif", "--out", tmp_path / "set", "--size", 64]
+    code, text, _ = drseg(*words, "--classes", "a; b; c")
+    assert code == 0 and "classes: a; b; c" in text and "next: drseg data check folder" in text
+    data = f"folder:{tmp_path / 'set'}"
+    assert drseg("data", "check", "folder", tmp_path / "set")[0] == 0
+    assert drseg("train", *small, "--data", data, "--out", tmp_path / "run", "--device", "cpu")[0] == 0
+    assert drseg("evaluate", tmp_path / "run", "--data", data, "--out", tmp_path / "m.json")[0] == 0
+    code, _, errors = drseg(*words)
+    assert code == 2 and "--out is not empty" in errors
