@@ -129,8 +129,8 @@ def chosen_config(args: Any) -> Config:
     return config
 
 
-def add_reading_arguments(parser: Any, *, default: str) -> None:
-    """Options of how images are read; ``default`` says where they come from otherwise."""
+def add_reading_arguments(parser: Any, *, default: str) -> Any:
+    """Options of how images are read, as a group; ``default`` says where they come from otherwise."""
     group = parser.add_argument_group("how images are read")
     group.add_argument(
         "--bands", type=str | None, metavar="R,G,B", help="band numbers from 1; by default those the file calls so"
@@ -144,6 +144,7 @@ def add_reading_arguments(parser: Any, *, default: str) -> None:
         metavar="LOW,HIGH|auto",
         help=f"what becomes 0 and 255 (one pair, or three with ; between), or auto (2 and 98 %%); {default}",
     )
+    return group
 
 
 def given_reading(args: Any) -> ReadingConfig:

@@ -55,12 +55,19 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     output.add_argument(
         "--min-area", type=float, default=0.0, metavar="M2", help="smaller areas join a neighbour in the polygons"
     )
-    add_reading_arguments(parser, default="what the run was trained with by default")
+    reading = add_reading_arguments(parser, default="what the run was trained with by default")
+    reading.add_argument(
+        "--gsd", type=float | None, metavar="M", help="side of a pixel in metres to read and map in; its own by default"
+    )
+    reading.add_argument("--aoi", type=str | None, metavar="FILE", help="map the part inside these polygons alone")
     running = parser.add_argument_group("how it runs")
     running.add_argument(
         "--mode", type=Literal["whole", "tile"], default="tile", help="tiles at native resolution, or the whole image"
     )
     add_tile_arguments(running)
+    running.add_argument(
+        "--dry-run", action="store_true", help="say size, tiles, bands, memory and time, and write nothing"
+    )
     running.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
 
 
@@ -69,31 +76,39 @@ def run(args: Any) -> None:
     reading = given_reading(args)
     check_output(out, overwrite=args.overwrite, inputs=[image])
     from drseg_core.data.vocabulary import parse_classes
-    from drseg_core.scenes.predict import predict
+    from drseg_core.scenes.predict import plan, predict
 
     classes = None if args.classes is None else parse_classes(args.classes)
     if classes is not None:
         print(f"classes: {classes.text()}")
 
+    options = {
+        "classes": classes,
+        "bands": None if reading.bands is None else parse_bands(reading.bands),
+        "nodata": reading.nodata,
+        "scale": reading.scale,
+        "gsd": args.gsd,
+        "aoi": args.aoi,
+        "probabilities": args.probabilities,
+        "mode": args.mode,
+        "tile_size": args.tile_size,
+        "overlap": args.overlap,
+        "batch_size": args.batch_size,
+        "device": args.device,
+    }
+    if args.dry_run:
+        print(plan(args.run, image, **options).text())
+        return
     files = predict(
         args.run,
         image,
-        classes=classes,
-        threshold=args.threshold,
         out=out,
+        threshold=args.threshold,
         overwrite=args.overwrite,
-        bands=None if reading.bands is None else parse_bands(reading.bands),
-        nodata=reading.nodata,
-        scale=reading.scale,
-        mode=args.mode,
-        tile_size=args.tile_size,
-        overlap=args.overlap,
-        batch_size=args.batch_size,
         scores=args.scores,
-        probabilities=args.probabilities,
         polygons=args.polygons,
         min_area=args.min_area,
-        device=args.device,
+        **options,
     )
     print(_areas(files.areas.read_text(encoding="utf-8")))
     for path in files.present():

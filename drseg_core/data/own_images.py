@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from drseg_core.config.reading import Reading, parse_reading, scale_text
 from drseg_core.config.schema import ReadingConfig
 from drseg_core.data.dataset import IGNORE
+from drseg_core.data.ground import pixel_side
 from drseg_core.data.images import (
     EXIF_ORIENTATION,
     MAX_PIXELS,
@@ -207,6 +208,7 @@ def settle(config: ReadingConfig, paths: Sequence[Path], *, max_pixels: int, nam
     Raises:
         DatasetError: some images are 8-bit and others are not, or one cannot be read.
     """
+    config = replace(config, gsd=config.gsd or _pixel_side(paths))
     reading = parse_reading(config)
     deep = [path for path in paths if through_gdal(path, max_pixels)]
     if not deep and not reading.measure:
@@ -245,6 +247,17 @@ def settle(config: ReadingConfig, paths: Sequence[Path], *, max_pixels: int, nam
         _log.info("%s: %s scaled by %s (measured, 2 and 98 %% of %d images)", name, depth, text, len(chosen))
         config = replace(config, scale=text)
     return config
+
+
+def _pixel_side(paths: Sequence[Path]) -> float | None:
+    """Side of a pixel in metres, the middle one of the first images that have a place; None without any."""
+    sides = []
+    if installed("rasterio"):
+        for path in [path for path in paths if path.suffix.lower() in (".tif", ".tiff")][:8]:
+            with contextlib.suppress(DatasetError), open_raster(path, origin="read_image", driver="GTiff") as source:
+                sides.append(pixel_side(source.crs, source.transform, source.height, source.width))
+    known = sorted(side for side in sides if side is not None)
+    return float(f"{known[len(known) // 2]:.4g}") if known else None
 
 
 def _warn_of_nodata(paths: Sequence[Path], reading: Reading, max_pixels: int) -> None:

@@ -20,6 +20,13 @@ class Shapes:
         self.shapes, self.values = shapes, values
         self._tree = shapely.STRtree(shapes)
 
+    def bounds(self) -> tuple[float, float, float, float]:
+        """West, south, east and north of all of them."""
+        import shapely
+
+        west, south, east, north = shapely.total_bounds(self.shapes)
+        return float(west), float(south), float(east), float(north)
+
     def within(self, west: float, south: float, east: float, north: float) -> list[int]:
         """Which shapes touch a box, in the order of the file."""
         import shapely

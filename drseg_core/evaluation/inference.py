@@ -156,6 +156,10 @@ class Predictor:
             position += len(batch)
         return results
 
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model says of one batch of tiles (B, 3, side, side) uint8: scores and uncertainty as it has them."""
+        return self._forward(image)
+
     @torch.no_grad()
     def _forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (B, T, h', w') and uncertainty (B, 1, h, w) of images (B, 3, H, W) uint8, in float32."""

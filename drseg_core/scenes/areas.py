@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Areas on the ground, whatever the projection: each small part is measured in an equal-area one."""
+"""The area of each class on the ground."""
 
 from __future__ import annotations
 
@@ -13,53 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.data.dataset import IGNORE
+from drseg_core.data.ground import METHOD, PixelArea
 from drseg_core.files import write_text_atomic
 
-EQUAL_AREA = "EPSG:6933"
-METHOD = f"equal-area projection {EQUAL_AREA}"
-
 _ROWS, _COLUMNS = 64, 512
-_TURN = 2 * 17_367_530.445
-"""Width of the whole Earth in that projection, in metres."""
-
-
-class PixelArea:
-    """Area of the pixels of a grid in m2.
-
-    Args:
-        crs: of the grid; None has no area.
-        transform: of the grid.
-    """
-
-    def __init__(self, crs: Any, transform: Any) -> None:
-        self.crs, self.transform = crs, transform
-        self.known = bool(crs) and not transform.is_identity and self._usable()
-
-    def _usable(self) -> bool:
-        import rasterio
-
-        try:
-            return bool(np.isfinite(self.of([(0, 0, 1, 1)])).all())
-        except (rasterio.errors.RasterioError, ValueError):
-            # such as a local system that lies nowhere on Earth
-            return False
-
-    def of(self, boxes: Sequence[tuple[int, int, int, int]]) -> NDArray[np.float64]:
-        """Mean area of a pixel in each box (top, left, height, width)."""
-        from rasterio.warp import transform
-
-        box = np.array(boxes, np.float64)
-        top, left, height, width = box.T
-        column = np.stack([left, left + width, left + width, left])
-        row = np.stack([top, top, top + height, top + height])
-        t = self.transform
-        x, y = t.a * column + t.b * row + t.c, t.d * column + t.e * row + t.f
-        east, north = transform(self.crs, EQUAL_AREA, x.ravel().tolist(), y.ravel().tolist())
-        a, b = np.reshape(east, x.shape), np.reshape(north, x.shape)
-        # a box over the date line is as wide as it is, not as the way around
-        a = a[:1] + (a - a[:1] + _TURN / 2) % _TURN - _TURN / 2
-        twice = (a * np.roll(b, -1, 0) - np.roll(a, -1, 0) * b).sum(0)
-        return np.abs(twice) / 2 / (height * width)
 
 
 class ClassAreas:

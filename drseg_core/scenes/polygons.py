@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.data.dataset import IGNORE
+from drseg_core.data.ground import PixelArea
 from drseg_core.errors import ConfigError, ResourceError
 from drseg_core.extras import require
-from drseg_core.scenes.areas import PixelArea
 
 DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".parquet": "Parquet"}
 AT_A_TIME = 5000

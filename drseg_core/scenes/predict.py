@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,14 +19,16 @@ from drseg_core.checkpoints.run import LoadedRun
 from drseg_core.config.reading import Reading, choose_reading, parse_reading
 from drseg_core.config.schema import ReadingConfig
 from drseg_core.data.dataset import IGNORE, check_class_names
+from drseg_core.data.ground import PixelArea
 from drseg_core.data.vocabulary import OTHER, Color, Vocabulary, never_learned, plain_classes
 from drseg_core.device import select_device
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.evaluation.inference import Piece, Predictor
 from drseg_core.extras import require
 from drseg_core.files import atomic_path
-from drseg_core.scenes.areas import ClassAreas, PixelArea
+from drseg_core.scenes.areas import ClassAreas
 from drseg_core.scenes.outputs import Overlay, Rasters
+from drseg_core.scenes.plan import Plan, plan_scene
 from drseg_core.scenes.polygons import check_suffix, write_polygons
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.style import write_attributes, write_style
@@ -34,7 +36,7 @@ from drseg_core.scenes.writer import written
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["SceneFiles", "predict", "predict_scene"]
+__all__ = ["SceneFiles", "plan", "predict", "predict_scene"]
 
 
 class SceneFiles(NamedTuple):
@@ -112,6 +114,8 @@ def predict(
     bands: Sequence[int] | None = None,
     nodata: float | None = None,
     scale: str | None = None,
+    gsd: float | None = None,
+    aoi: str | Path | None = None,
     mode: Literal["whole", "tile"] = "tile",
     tile_size: int | None = None,
     overlap: int | None = None,
@@ -138,6 +142,9 @@ def predict(
         nodata: value of pixels where nothing is, besides what the file declares.
         scale: what becomes 0 and 255: ``"0,3000"``, three such pairs with ``;`` between them, or ``"auto"``; by default
             what the run was trained with.
+        gsd: side in metres of the pixels that the scene is read and mapped in, such as those of the training; its own
+            by default.
+        aoi: vector file of the part that is mapped; the map covers its box.
         mode: ``tile`` at native resolution, or the ``whole`` image in one piece.
         tile_size: side of a tile in pixels; the run's by default, like the next two.
         overlap: pixels shared by neighbouring tiles.
@@ -167,27 +174,13 @@ def predict(
     check_outputs(image, out, overwrite=overwrite, **wanted)
     if polygons is not None:
         require("predict", "vectors")
-    place = select_device(device)
-    run = model if isinstance(model, LoadedRun) else load(model)
-    own = run.config.evaluation
-    if classes is not None and not isinstance(classes, Vocabulary):
-        classes = plain_classes(check_class_names(classes, "predict"))
-    vocabulary = classes or plain_classes(run.class_names)
-    unknown = never_learned(vocabulary.synonyms, run.class_names)
-    if unknown is not None:
-        _log.warning("%s", unknown)
-    predictor = Predictor(
-        run.model,
-        vocabulary.names,
-        synonyms=vocabulary.synonyms,
-        mode=mode,
-        tile_size=own.tile_size if tile_size is None else tile_size,
-        overlap=own.overlap if overlap is None else overlap,
-        batch_size=own.batch_size if batch_size is None else batch_size,
-        device=place,
+    predictor, vocabulary, reading, trained_gsd = _prepared(
+        model,
+        classes,
+        device,
+        {"mode": mode, "tile_size": tile_size, "overlap": overlap, "batch_size": batch_size},
+        ReadingConfig(scale, nodata, None if bands is None else ",".join(map(str, bands))),
     )
-    given = ReadingConfig(scale, nodata, None if bands is None else ",".join(map(str, bands)))
-    reading = parse_reading(choose_reading(run.config.reading, given))
     return predict_scene(
         predictor,
         image,
@@ -197,9 +190,72 @@ def predict(
         min_area=min_area,
         overwrite=overwrite,
         reading=reading,
+        gsd=gsd,
+        trained_gsd=trained_gsd,
+        aoi=aoi,
         progress=progress,
         **wanted,
     )
+
+
+def plan(
+    model: LoadedRun | str | Path,
+    image: str | Path,
+    *,
+    classes: Vocabulary | Sequence[str] | None = None,
+    bands: Sequence[int] | None = None,
+    nodata: float | None = None,
+    scale: str | None = None,
+    gsd: float | None = None,
+    aoi: str | Path | None = None,
+    probabilities: bool = False,
+    device: str | None = None,
+    **tiles: Any,
+) -> Plan:
+    """What :func:`predict` would take: size, tiles, bands, memory and time. Nothing is written.
+
+    Args and errors are those of :func:`predict`; ``tiles`` are ``mode``, ``tile_size``, ``overlap`` and ``batch_size``.
+
+    Example:
+        >>> from drseg_core.scenes.predict import plan
+        >>> found = plan("run", "scene.tif", tile_size=32, overlap=8)
+        >>> found.width, found.height, found.tiles
+        (60, 40, 6)
+    """
+    require("predict", "maps")
+    predictor, _, reading, trained_gsd = _prepared(
+        model,
+        classes,
+        device,
+        {"mode": "tile", **tiles},
+        ReadingConfig(scale, nodata, None if bands is None else ",".join(map(str, bands))),
+    )
+    with open_scene(image, reading=reading, gsd=gsd, aoi=aoi) as scene:
+        describe(scene, trained_gsd)
+        return plan_scene(predictor, scene, probabilities=probabilities)
+
+
+def _prepared(
+    model: LoadedRun | str | Path,
+    classes: Vocabulary | Sequence[str] | None,
+    device: str | None,
+    tiles: Mapping[str, Any],
+    given: ReadingConfig,
+) -> tuple[Predictor, Vocabulary, Reading, float | None]:
+    """The model with its vocabulary, how scenes are read, and the pixels that it was trained on, in metres."""
+    place = select_device(device)
+    run = model if isinstance(model, LoadedRun) else load(model)
+    if classes is not None and not isinstance(classes, Vocabulary):
+        classes = plain_classes(check_class_names(classes, "predict"))
+    vocabulary = classes or plain_classes(run.class_names)
+    unknown = never_learned(vocabulary.synonyms, run.class_names)
+    if unknown is not None:
+        _log.warning("%s", unknown)
+    own = {name: getattr(run.config.evaluation, name) for name in ("tile_size", "overlap", "batch_size")}
+    chosen = {**own, **{name: value for name, value in tiles.items() if value is not None}}
+    predictor = Predictor(run.model, vocabulary.names, synonyms=vocabulary.synonyms, device=place, **chosen)
+    trained = run.config.reading
+    return predictor, vocabulary, parse_reading(choose_reading(trained, given)), trained.gsd
 
 
 def predict_scene(
@@ -217,6 +273,9 @@ def predict_scene(
     overwrite: bool = False,
     bands: Sequence[int] | None = None,
     reading: Reading | None = None,
+    gsd: float | None = None,
+    trained_gsd: float | None = None,
+    aoi: str | Path | None = None,
     overlay_side: int = 2000,
     progress: bool = True,
 ) -> SceneFiles:
@@ -247,6 +306,9 @@ def predict_scene(
         overwrite: replace existing outputs.
         bands: one or three band numbers from 1; by default those that the file calls red, green and blue.
         reading: scale, nodata and bands.
+        gsd: side in metres of the pixels that the scene is read and mapped in; its own by default.
+        trained_gsd: that of the training, for a word where it is another.
+        aoi: vector file of the part that is mapped; the map covers its box.
         overlay_side: bound on the overlay's longer side in pixels.
         progress: show a progress bar.
 
@@ -282,8 +344,8 @@ def predict_scene(
         legend = legend.with_other()
         check_class_names(legend.names, "predict_scene")
         other = legend.names.index(OTHER)
-    with open_scene(image_path, bands=bands, reading=reading) as scene:
-        describe(scene)
+    with open_scene(image_path, bands=bands, reading=reading, gsd=gsd, aoi=aoi) as scene:
+        describe(scene, trained_gsd)
         with contextlib.ExitStack() as stack:
             # the class raster is entered first, so it is put in place last: where it is, the others are
             places: list[Any] = [path and stack.enter_context(_replaced(path)) for path in files]

@@ -1,26 +1,148 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes as they are read, and what is said of how they are."""
+"""Scenes as they are read, in part or at another resolution, and what is said of how they are."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from drseg_core.config.reading import Reading, scale_text
+from drseg_core.data.ground import pixel_side
 from drseg_core.data.raster import RasterReader, open_raster
 from drseg_core.data.values import nodata_hint
-from drseg_core.errors import RasterError
+from drseg_core.data.vector import Shapes, read_shapes
+from drseg_core.errors import ConfigError, RasterError
 
-SceneReader = RasterReader
+NEAR = 1.5
+"""By which factor a scene's pixels may differ from those of the training before it is worth a word."""
+
 _log = logging.getLogger(__name__)
+
+
+class SceneReader(RasterReader):
+    """A raster on its own grid, or on the part and at the resolution that :meth:`place` chooses.
+
+    Windows, height, width and transform are then those of the chosen grid. At another resolution pixels are averages of
+    those they cover, or between them where they are smaller; validity and palette colours are the nearest.
+    """
+
+    _grid: Any = None
+    _factor = (1.0, 1.0)
+    _corner = (0, 0)
+    _area: Shapes | None = None
+
+    @property
+    def gsd(self) -> float | None:
+        """Side of a pixel in metres; None where the scene has no place."""
+        return pixel_side(self.crs, self.transform, self.height, self.width)
+
+    @property
+    def transform(self) -> Any:
+        return self.source.transform if self._grid is None else self._grid
+
+    @property
+    def gcps(self) -> Any:
+        return self.source.gcps if self._grid is None else ([], None)
+
+    @property
+    def rpcs(self) -> Any:
+        return self.source.rpcs if self._grid is None else None
+
+    def place(self, *, gsd: float | None = None, aoi: str | Path | None = None) -> None:
+        """Choose resolution and part.
+
+        Args:
+            gsd: side of a pixel in metres.
+            aoi: vector file; what is outside its shapes is invalid, and outside their box is no part of the grid.
+
+        Raises:
+            ConfigError: the scene has no place, or too few pixels are left.
+            DatasetError: ``aoi`` cannot be read, or lies elsewhere.
+        """
+        from affine import Affine
+
+        if gsd is None and aoi is None:
+            return
+        own = self.gsd
+        if own is None:
+            option = "--gsd" if gsd is not None else "--aoi"
+            raise ConfigError(f"open_scene: {option} needs a place; expected a CRS and a transform in {self.path}")
+        if gsd is not None:
+            if not 0 < gsd < math.inf:
+                raise ConfigError(f"open_scene: --gsd is out of range; expected metres above 0, got {gsd}")
+            height, width = (max(1, round(n * own / gsd)) for n in (self.height, self.width))
+            self._factor = self.height / height, self.width / width
+            self._grid = self.source.transform @ Affine.scale(self._factor[1], self._factor[0])
+            self.height, self.width = height, width
+        if aoi is not None:
+            self._crop(read_shapes(Path(aoi), None, self.crs), Path(aoi))
+
+    def _crop(self, area: Shapes, path: Path) -> None:
+        from affine import Affine
+
+        west, south, east, north = area.bounds()
+        grid = self.transform
+        corners = np.array([~grid @ (x, y) for x in (west, east) for y in (south, north)])
+        left, top = np.maximum(np.floor(corners.min(0) + 1e-6), 0).astype(int)
+        right, bottom = np.minimum(np.ceil(corners.max(0) - 1e-6), (self.width, self.height)).astype(int)
+        if left >= right or top >= bottom:
+            raise ConfigError(f"open_scene: --aoi lies elsewhere; expected a part of {self.path}, got {path}")
+        self._corner = int(top), int(left)
+        self.height, self.width = int(bottom - top), int(right - left)
+        self._grid, self._area = grid @ Affine.translation(left, top), area
+
+    def window(self, top: int, bottom: int, left: int, right: int) -> tuple[Tensor, NDArray[np.bool_]]:
+        if self._grid is None:
+            return super().window(top, bottom, left, right)
+        from rasterio.enums import Resampling
+        from rasterio.windows import Window
+
+        shape = bottom - top, right - left
+        row, column = self._factor
+        place = Window(
+            (self._corner[1] + left) * column, (self._corner[0] + top) * row, shape[1] * column, shape[0] * row
+        )
+        smooth = Resampling.average if max(self._factor) > 1 else Resampling.bilinear
+        exact = self._factor == (1.0, 1.0) or self._colors is not None
+        bands = list(self.bands)
+        with self._explained(f"rows {top} to {bottom}"):
+            value = self.source.read(
+                bands,
+                window=place,
+                out_shape=(len(bands), *shape),
+                resampling=Resampling.nearest if exact else smooth,
+            )
+            valid = self.source.dataset_mask(window=place, out_shape=shape) != 0
+        image, valid = self._rgb(value, valid)
+        return image, valid & self._inside(top, left, shape)
+
+    def _inside(self, top: int, left: int, shape: tuple[int, int]) -> NDArray[np.bool_]:
+        from affine import Affine
+        from rasterio.features import geometry_mask
+
+        if self._area is None:
+            return np.ones(shape, bool)
+        place = self._grid @ Affine.translation(left, top)
+        return geometry_mask(self._area.shapes, shape, place, invert=True)
 
 
 @contextlib.contextmanager
 def open_scene(
-    path: str | Path, *, bands: Sequence[int] | None = None, reading: Reading | None = None
+    path: str | Path,
+    *,
+    bands: Sequence[int] | None = None,
+    reading: Reading | None = None,
+    gsd: float | None = None,
+    aoi: str | Path | None = None,
 ) -> Iterator[SceneReader]:
     """Open a scene for reading.
 
@@ -28,19 +150,23 @@ def open_scene(
         path: a raster file that GDAL reads, such as GeoTIFF, PNG, JPEG or VRT.
         bands: one or three band numbers from 1, as red, green and blue; by default what the file says.
         reading: nodata, scale and bands.
+        gsd: side in metres of the pixels it is read in; its own by default.
+        aoi: vector file of the part that is read; all of it by default.
 
     Raises:
         RasterError: no such file, not an image, or no usable band.
-        ConfigError: ``bands`` are not in the file.
+        ConfigError: ``bands`` are not in the file, or it has no place for ``gsd`` and ``aoi``.
     """
     reading = reading or Reading()
     if bands is not None:
         reading = dataclasses.replace(reading, bands=tuple(bands))
     with open_raster(Path(path), origin="open_scene") as source:
-        yield RasterReader(source, Path(path), reading)
+        scene = SceneReader(source, Path(path), reading)
+        scene.place(gsd=gsd, aoi=aoi)
+        yield scene
 
 
-def describe(scene: SceneReader) -> None:
+def describe(scene: SceneReader, trained_gsd: float | None = None) -> None:
     """Say how a scene is read: bands and scale, and what may be wrong with them."""
     name = scene.path.name
     order = ", ".join(map(str, scene.bands))
@@ -55,6 +181,17 @@ def describe(scene: SceneReader) -> None:
     # what is damaged is said where it is used
     with contextlib.suppress(RasterError):
         extreme = scene.extreme_value()
-    for message in (scene.scale_warning, scene.window_warning(), scene.band_warning(), nodata_hint(name, extreme)):
+    hints = (scene.scale_warning, scene.window_warning(), scene.band_warning(), nodata_hint(name, extreme))
+    for message in (*hints, _gsd_hint(scene, trained_gsd)):
         if message is not None:
             _log.warning("%s", message)
+
+
+def _gsd_hint(scene: SceneReader, trained: float | None) -> str | None:
+    own = None if trained is None else scene.gsd
+    if trained is None or own is None or 1 / NEAR < own / trained < NEAR:
+        return None
+    return (
+        f"{scene.path.name}: a pixel is {own:.3g} m, those of the training were {trained:.3g} m; "
+        f"--gsd {trained:.3g} reads it so"
+    )

@@ -173,7 +173,7 @@ GRIDS = {
     # one pixel of 10 m: the scale of UTM is 0.9996 in the middle of a zone
     "utm": ("EPSG:32632", (500_000, 5_600_000, 10), 100 / 0.9996**2),
     # web mercator at 51 degrees: a metre on the map is 0.63 m on the ground
-    "mercator": ("EPSG:3857", (700_000, 6_621_293.7, 10), 39.7),
+    "mercator": ("EPSG:3857", (700_000, 6_621_293.7, 10), 39.66),
     # the equator, over the date line
     "degrees": ("EPSG:4326", (179.999, 0.0005, 0.0001), 11.1319 * 11.0574),
     "equal_area": ("EPSG:3035", (4_000_000, 3_000_000, 10), 100.0),
@@ -187,7 +187,10 @@ def test_areas_are_those_on_the_ground(name):
 
     crs, (x, y, side), expected = GRIDS[name]
     pixel = PixelArea(CRS.from_user_input(crs), from_origin(x, y, side, side))
-    assert pixel.known and np.allclose(pixel.of([(0, 0, 10, 20), (3, 5, 1, 1)]), expected, rtol=2e-3)
+    assert pixel.known and np.allclose(pixel.of([(0, 0, 10, 20), (3, 5, 1, 1)]), expected, rtol=1e-3)
+    # as exact for pixels of a centimetre
+    small = PixelArea(CRS.from_user_input(crs), from_origin(x, y, side / 1000, side / 1000))
+    assert np.allclose(small.of([(0, 0, 1, 1)]), expected / 1e6, rtol=1e-3)
 
 
 def test_the_table_of_areas(tmp_path):

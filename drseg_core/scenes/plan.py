@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What mapping a scene would take, before it is done: ``drseg predict --dry-run``."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from drseg_core.data.raster import CACHE_MB
+from drseg_core.evaluation.inference import Predictor, tile_starts
+from drseg_core.scenes.reader import SceneReader
+
+_REPEATS = 2
+
+
+class Plan(NamedTuple):
+    """Size in pixels, side of a pixel in metres, tiles to compute at most, bands, memory above the model in MB, and the
+    time that the model takes for them in seconds."""
+
+    height: int
+    width: int
+    gsd: float | None
+    tiles: int
+    bands: tuple[int, ...]
+    memory_mb: float
+    seconds: float
+
+    def text(self) -> str:
+        """For a person."""
+        side = "" if self.gsd is None else f", {self.gsd:.3g} m each"
+        hours, rest = divmod(round(self.seconds), 3600)
+        return "\n".join(
+            (
+                f"size: {self.width} x {self.height} pixels{side}",
+                f"tiles: {self.tiles} at most (those without data are left out)",
+                f"bands: {', '.join(map(str, self.bands))}",
+                f"memory above the model: {self.memory_mb:.0f} MB",
+                f"time of the model: {hours} h {rest // 60} min {rest % 60} s",
+            )
+        )
+
+
+def plan_scene(predictor: Predictor, scene: SceneReader, *, probabilities: bool = False) -> Plan:
+    """Count the tiles, and time the model on one batch of them."""
+    side, classes = predictor.tile_size, len(predictor.class_names)
+    if predictor.mode == "whole":
+        tiles, batch, pixels = 1, 1, scene.height * scene.width
+        image = torch.zeros(1, 3, min(scene.height, 2048), min(scene.width, 2048), dtype=torch.uint8)
+        memory = 14.0 * pixels
+    else:
+        rows = len(tile_starts(scene.height, side, predictor.overlap))
+        starts, strips = tile_starts(scene.width, side, predictor.overlap), predictor.strips(scene.width)
+        tiles = rows * sum(1 for left, right in strips for x in starts if x < right and x + side > left)
+        batch = min(predictor.batch_size, len(starts))
+        image = torch.zeros(batch, 3, side, side, dtype=torch.uint8)
+        wide = max(right - left for left, right in strips)
+        memory = 4.0 * (classes + 2) * side * wide + 4.0 * side * (wide + 2 * side)
+        memory += probabilities * classes * side * wide
+    seconds = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        predictor.forward(image)
+        seconds.append(time.perf_counter() - begin)
+    each = min(seconds) / batch
+    memory_mb = memory / 2**20 + CACHE_MB
+    return Plan(scene.height, scene.width, scene.gsd, tiles, scene.bands, memory_mb, each * tiles)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scene in part, at another resolution, and planned but not mapped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from drseg_core.checkpoints.run import load_run
+from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.scenes.reader import open_scene
+from tests.cli.conftest import data, folder, run
+from tests.evaluation.fake import color_image
+from tests.scenes.test_predict import read, truth, write
+from tests.scenes.test_predict import run as mapped
+
+__all__ = ["data", "folder", "run"]
+rasterio = pytest.importorskip("rasterio")
+from rasterio.transform import Affine, from_origin  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+PLACE = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_600_000, 0.5, 0.5)}
+
+
+def polygon(path: Path, *boxes: tuple[float, float, float, float], crs: str = "EPSG:32632") -> Path:
+    """GeoJSON of boxes in metres from the scene's corner (west, north, east, south)."""
+    from rasterio.warp import transform_geom
+
+    features = []
+    for west, north, east, south in boxes:
+        ring = [(west, -north), (east, -north), (east, -south), (west, -south), (west, -north)]
+        ring = [(500_000 + x, 5_600_000 + y) for x, y in ring]
+        shape = transform_geom("EPSG:32632", crs, {"type": "Polygon", "coordinates": [ring]}, precision=9)
+        features.append({"type": "Feature", "properties": {}, "geometry": shape})
+    content = {"type": "FeatureCollection", "features": features}
+    if crs != "EPSG:4326":
+        content["crs"] = {"type": "name", "properties": {"name": f"urn:ogc:def:crs:{crs.replace(':', '::')}"}}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_another_resolution(tmp_path):
+    label = truth(30, 40).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    image = write(tmp_path / "in.tif", color_image(label).numpy(), **PLACE)
+    # in the middle of a zone of UTM a metre on the map is 1.0004 m
+    files = mapped(image, tmp_path / "map.tif", gsd=2.0)
+    found, raster = read(files.classes)
+    assert np.array_equal(found[0], label[::4, ::4])
+    assert raster.transform == PLACE["transform"] @ Affine.scale(4) and raster.crs == PLACE["crs"]
+    finer, raster = read(mapped(image, tmp_path / "finer.tif", gsd=0.25).classes)
+    assert finer.shape == (1, 240, 320) and raster.bounds == rasterio.open(image).bounds
+    # a border between two classes is somewhere else by half a pixel at most
+    inner = finer[0].reshape(30, 8, 40, 8)[:, 2:6, :, 2:6]
+    assert (inner == label.numpy()[::4, ::4][:, None, :, None]).all()
+
+
+def test_windows_of_another_resolution_fit_together(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 90, 101)).astype(np.uint8)
+    image = write(tmp_path / "in.tif", pixels, **PLACE)
+    for gsd in (0.85, 1.3):
+        with open_scene(image, gsd=gsd) as scene:
+            whole, _ = scene.window(0, scene.height, 0, scene.width)
+            middle = scene.height // 2, scene.width // 3
+            upper = [scene.window(0, middle[0], *c)[0] for c in ((0, middle[1]), (middle[1], scene.width))]
+            assert np.abs(np.concatenate(upper, 2).astype(int) - whole[:, : middle[0]].numpy()).max() <= 1
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32632", "EPSG:4326"])
+def test_a_part(tmp_path, crs):
+    pytest.importorskip("pyogrio")
+    label = truth(60, 80)
+    image = write(tmp_path / "in.tif", color_image(label).numpy(), **PLACE)
+    area = polygon(tmp_path / "area.geojson", (5, 5, 15, 10), (20, 10, 30, 20), crs=crs)
+    found, raster = read(mapped(image, tmp_path / "map.tif", aoi=area).classes)
+    expected = np.full((60, 80), 255)
+    expected[10:20, 10:30], expected[20:40, 40:60] = label[10:20, 10:30], label[20:40, 40:60]
+    top, left = round((5_600_000 - raster.transform.f) / 0.5), round((raster.transform.c - 500_000) / 0.5)
+    assert abs(top - 10) <= 1 and abs(left - 10) <= 1 and abs(found.shape[1] - 30) <= 2
+    rows, columns = found.shape[1:]
+    assert (found[0] == expected[top : top + rows, left : left + columns]).mean() > 0.98
+    assert raster.crs == PLACE["crs"]
+
+
+def test_part_and_resolution_together(tmp_path):
+    pytest.importorskip("pyogrio")
+    label = truth(30, 40).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    image = write(tmp_path / "in.tif", color_image(label).numpy(), **PLACE)
+    area = polygon(tmp_path / "area.geojson", (5, 4, 20, 15))
+    found, raster = read(mapped(image, tmp_path / "map.tif", aoi=area, gsd=1.0).classes)
+    assert np.array_equal(found[0], label[::2, ::2][4:15, 5:20])
+    assert raster.transform == PLACE["transform"] @ Affine.scale(2) @ Affine.translation(5, 4)
+
+
+def test_refusals(tmp_path):
+    pytest.importorskip("pyogrio")
+    image = write(tmp_path / "in.tif", color_image(truth()).numpy(), **PLACE)
+    plain = write(tmp_path / "plain.tif", color_image(truth()).numpy())
+    area = polygon(tmp_path / "area.geojson", (5, 5, 15, 10))
+    far = polygon(tmp_path / "far.geojson", (5000, 5000, 5010, 5010))
+    for path, options, said in (
+        (plain, {"gsd": 1.0}, "--gsd needs a place; expected a CRS and a transform"),
+        (plain, {"aoi": area}, "--aoi needs a place"),
+        (image, {"aoi": far}, "--aoi lies elsewhere"),
+        (image, {"gsd": -1.0}, "--gsd is out of range; expected metres above 0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            mapped(path, tmp_path / "map.tif", **options)
+    (tmp_path / "no.geojson").write_text("{}")
+    for name in ("no.geojson", "absent.geojson"):
+        with pytest.raises(DatasetError, match=name):
+            mapped(image, tmp_path / "map.tif", aoi=tmp_path / name)
+    assert not list(tmp_path.glob("map*"))
+
+
+def test_the_run_knows_its_resolution(tmp_path, drseg, small, caplog):
+    from tests.data.test_own_images import folder as write_folder
+
+    root = write_folder(tmp_path / "set", [color_image(truth(40, 40)).numpy()] * 2, **PLACE)
+    run = tmp_path / "run"
+    assert drseg("train", *small, "--data", f"folder:{root}", "--out", run, "--device", "cpu")[0] == 0
+    assert load_run(run).config.reading.gsd == pytest.approx(0.5002, abs=1e-4)
+    fine = {**PLACE, "transform": from_origin(500_000, 5_600_000, 0.1, 0.1)}
+    image = write(tmp_path / "fine.tif", color_image(truth(60, 60)).numpy(), **fine)
+    code, _, errors = drseg("predict", run, image, "--out", tmp_path / "a.tif")
+    assert code == 0 and "a pixel is 0.1 m, those of the training were 0.5 m; --gsd 0.5 reads it so" in errors
+    code, _, errors = drseg("predict", run, image, "--out", tmp_path / "b.tif", "--gsd", "0.5")
+    assert code == 0 and "those of the training" not in errors
+    assert read(tmp_path / "b.tif")[0].shape == (1, 12, 12)
+
+
+def test_a_dry_run_writes_nothing(drseg, run, tmp_path):
+    image = write(tmp_path / "in.tif", color_image(truth(100, 150)).numpy(), **PLACE)
+    code, text, _ = drseg("predict", run, image, "--out", tmp_path / "map.tif", "--dry-run")
+    assert code == 0
+    lines = text.splitlines()
+    assert lines[0] == "size: 150 x 100 pixels, 0.5 m each" and lines[2] == "bands: 1, 2, 3"
+    # tiles of 32 with overlap 8: starts 0, 24, ...
+    assert lines[1].startswith("tiles: 24 at most") or lines[1].startswith("tiles: 28 at most")
+    assert lines[3].startswith("memory above the model:") and lines[4].startswith("time of the model:")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.tif"]
