@@ -11,7 +11,7 @@ __all__ = ["select_device"]
 
 
 def select_device(name: str | None, *, local_rank: int = 0) -> torch.device:
-    """A device by name; None takes CUDA where there is one.
+    """A device by name; None takes CUDA where there is one. ``mps`` (Apple's) is taken by its name, where torch has it.
 
     Raises:
         ConfigError: no name of a device.
@@ -27,7 +27,7 @@ def select_device(name: str | None, *, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device: name is unknown; expected cpu, cuda or cuda:N, got {name!r}") from None
+        raise ConfigError(f"device: name is unknown; expected cpu, cuda, cuda:N or mps, got {name!r}") from None
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = local_rank if device.index is None else device.index
@@ -37,6 +37,10 @@ def select_device(name: str | None, *, local_rank: int = 0) -> torch.device:
                 f"device: {name} is not available; {count} CUDA devices found, torch is built {build}"
             )
         return torch.device("cuda", index)
-    if device.type != "cpu":
-        raise ConfigError(f"device: type is not supported; expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "mps":
+        if not torch.backends.mps.is_available():
+            why = "the system is too old" if torch.backends.mps.is_built() else "torch is built without it"
+            raise BackendUnavailableError(f"device: {name} is not available; {why}")
+    elif device.type != "cpu":
+        raise ConfigError(f"device: type is not supported; expected cpu, cuda, cuda:N or mps, got {name!r}")
     return device

@@ -4,10 +4,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import os
+import re
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from drseg_core.errors import ResourceError
+
+FULL_BYTES = 2**20
+"""A disk with less room than this is full."""
 
 __all__ = ["atomic_path", "write_text_atomic"]
 
@@ -19,6 +29,60 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def own_prefix(target: Path) -> str:
+    """How the unfinished files of this process for ``target`` begin: with the machine and the process."""
+    return f".{target.stem}-{_machine()}-{os.getpid()}-"
+
+
+@functools.cache
+def _machine() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def remove_dead(target: Path) -> None:
+    """Remove unfinished files for ``target`` of processes of this machine that are no more, such as killed ones."""
+    pattern = re.compile(re.escape(f".{target.stem}-{_machine()}-") + r"(\d+)-.*\.part")
+    for path in target.parent.glob(".*.part*"):
+        found = pattern.match(path.name)
+        if found and not _alive(int(found[1])):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def disk_is_full(path: Path) -> bool:
+    """Whether the disk that holds ``path``, or the nearest folder above it, has no room left to speak of."""
+    for folder in (path, *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(folder).free < FULL_BYTES
+    return False
+
+
+def check_room(path: Path, needed: int, function: str) -> None:
+    """Refuse, before all work, what the disk cannot hold.
+
+    Raises:
+        ResourceError: less than ``needed`` bytes are free there.
+    """
+    for folder in (path, *path.absolute().parents):
+        if folder.is_dir():
+            free = shutil.disk_usage(folder).free
+            if free < needed:
+                raise ResourceError(
+                    f"{function}: the disk of {path} is full; expected {needed / 1e6:.0f} MB, got {free / 1e6:.0f} MB"
+                )
+            return
 
 
 @contextlib.contextmanager
@@ -37,7 +101,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=f".part{target.suffix}", dir=target.parent)
+    remove_dead(target)
+    descriptor, name = tempfile.mkstemp(prefix=own_prefix(target), suffix=f".part{target.suffix}", dir=target.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:

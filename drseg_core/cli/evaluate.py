@@ -56,7 +56,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         metavar="DIR",
         help="keep the frozen prior's features there, for other vocabularies and checkpoints; the scores are the same",
     )
-    parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
+    parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
 
 
 def add_tile_arguments(parser: Any) -> None:

@@ -23,7 +23,7 @@ class UsageError(ConfigError):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived."""
+    """SIGTERM or SIGHUP arrived."""
 
 
 def failure(error: BaseException, command: str) -> tuple[str, int]:

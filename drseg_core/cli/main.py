@@ -3,7 +3,7 @@
 
 Exit codes: 0 done, 1 internal error, 2 usage or configuration, 3 input data, 4 checkpoint, 5 environment or backend
 (a library that is not installed, too), 6 numerical failure, 7 out of memory or disk, 130 / 143 stopped by SIGINT /
-SIGTERM, 141 output closed.
+SIGTERM or SIGHUP, 141 output closed.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _module(name: str) -> str:
 
 @contextlib.contextmanager
 def _termination_raises():
-    """SIGTERM unwinds the stack like Ctrl-C does, so that unfinished files are removed."""
+    """SIGTERM and SIGHUP unwind the stack like Ctrl-C does, so that unfinished files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -145,11 +145,14 @@ def _termination_raises():
     def handle(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    previous = signal.signal(signal.SIGTERM, handle)
+    # what nohup ignores stays ignored
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _set_up_logging() -> None:

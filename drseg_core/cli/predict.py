@@ -68,7 +68,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     running.add_argument(
         "--dry-run", action="store_true", help="say size, tiles, bands, memory and time, and write nothing"
     )
-    running.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
+    running.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
 
 
 def run(args: Any) -> None:

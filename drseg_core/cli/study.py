@@ -54,7 +54,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         help="teach the random prior for N steps on labelled scenes of its own; files are then named NAME-taught",
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="variants that are trained at a time")
-    parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
+    parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
     parser.add_argument("--quick", action="store_true", help="a few scenes and steps: shows that it runs, nothing else")
 
 

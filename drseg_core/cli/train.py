@@ -41,7 +41,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
     parser.add_argument("--init", type=str | None, metavar="RUN", help="start from the weights of another run")
     add_reading_arguments(parser, default="measured on all images by default, unless they are 8-bit")
-    parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda or cuda:N")
+    parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
     out = _value(argv, "--out")
     add_config_arguments(parser, argv, fallback=Path(out) / "config.yaml" if out and "--resume" in argv else None)
 
@@ -66,7 +66,14 @@ def run(args: Any) -> None:
         last = records[-1]
         print(f"steps: {last['step']}, loss: {_number(last['loss'], 4)}, training mIoU: {_number(last['miou'], 1)} %")
     if generations(run):
-        print(f"next: drseg evaluate {run} --data {args.data} --split val --out metrics.json")
+        print(_next(run, args.data))
+
+
+def _next(run: Path, data: str) -> str:
+    folder = data.partition("folder:")[2]
+    if folder and not (Path(folder) / "val" / "images").is_dir():
+        return f"next: drseg predict {run} scene.tif --out map.tif ({folder} has no val, so nothing to score)"
+    return f"next: drseg evaluate {run} --data {data} --split val --out metrics.json"
 
 
 def _value(argv: Sequence[str], option: str) -> str | None:

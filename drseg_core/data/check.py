@@ -34,6 +34,10 @@ FEW_IDS = 3
 """Masks of a split that hold fewer ids than this, of five classes or more, look collapsed."""
 
 
+MOSTLY = 0.5
+"""Share of pixels without a known class from which on it is worth a word."""
+
+
 class Finding(NamedTuple):
     """Something wrong or odd: ``kind`` such as ``ids``, and one line that names the file."""
 
@@ -253,6 +257,14 @@ def _judge(report: CheckReport, split: str, found: SplitReport) -> None:
                 "and never 0 (the release's OVS_label folders are so; D2masks are not)",
             )
         )
+    report.warnings += _unknown(found, present, split, len(names))
+    extra = _other_ids(found, len(names))
+    if extra and len(present) <= len(names) and present != list(range(present[0], present[0] + len(present))):
+        message = (
+            f"{split}: the numbers have gaps ({some(present)}); expected 0 to {len(names) - 1} in the order of "
+            "classes.txt (drseg data tile renumbers them)"
+        )
+        report.warnings.append(Finding("gaps", message))
     collapsed = found.masks > 1 and len(names) >= 5 and 0 < len(present) < FEW_IDS
     if collapsed:
         message = f"{split}: masks hold only ids {some(present)} of {len(names)} classes; were they converted?"
@@ -269,6 +281,23 @@ def _judge(report: CheckReport, split: str, found: SplitReport) -> None:
     if odd:
         message = f"{split}: images of other sizes than the benchmark's; expected {side} x {side}, got {some(odd)}"
         report.warnings.append(Finding("size", message))
+
+
+def _unknown(found: SplitReport, present: Sequence[int], split: str, classes: int) -> list[Finding]:
+    """What the pixels of 255 tell, which means that nothing is known there."""
+    ignored, total = int(found.pixels[IGNORE]), int(found.pixels.sum())
+    if not total or not ignored:
+        return []
+    share = 100 * ignored / total
+    if list(present) == [0] and classes > 1:
+        message = (
+            f"{split}: masks hold 0 and 255 alone, 255 in {share:.0f} % of the pixels; 255 means unknown, so a class "
+            "that is stored as 255 is not learned; expected 0 and 1"
+        )
+        return [Finding("255", message)]
+    if share > 100 * MOSTLY:
+        return [Finding("255", f"{split}: {share:.0f} % of the pixels are 255, which means unknown; is that meant?")]
+    return []
 
 
 def _verify(report: CheckReport, home: Path, parts: Sequence[Path]) -> None:

@@ -68,6 +68,19 @@ def first_bytes(path: Path) -> str:
     return repr(data) if data else "none (empty file)"
 
 
+def in_words(mode: str) -> str:
+    """What Pillow calls a mode, as maps are spoken of."""
+    if mode.startswith("I;16"):
+        return "is 16-bit"
+    words = {
+        "I": "is 32-bit (or 16-bit)",
+        "F": "is floating point",
+        "CMYK": "has inks (CMYK)",
+        "LAB": "is Lab",
+    }
+    return words.get(mode, f"has {len(mode)} bands ({mode})")
+
+
 @contextlib.contextmanager
 def opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """Open with Pillow; whatever goes wrong becomes a DatasetError that names the file."""
@@ -134,7 +147,7 @@ def _check_mask(path: Path, image: Image.Image) -> None:
         how = f"TIFF with {image.info['compression']} compression" if tiff else "JPEG"
         raise DatasetError(f"read_mask: {path} is {how}, which changes ids; expected lossless PNG or TIFF")
     if image.mode not in _MASK_MODES or image.mode == "L" and stored_bits(path, image) not in _SPREAD:
-        raise DatasetError(f"read_mask: {path} has mode {image.mode}; expected one 8-bit band of class ids")
+        raise DatasetError(f"read_mask: {path} {in_words(image.mode)}; expected one 8-bit band of class ids")
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
         raise DatasetError(f"read_mask: {path} stores white as zero; expected black as zero, or a palette")
 
@@ -176,7 +189,7 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
     with opened(path, max_pixels) as image:
         if image.mode not in _IMAGE_MODES:
             raise DatasetError(
-                f"read_image: {path} has mode {image.mode}; expected 8-bit RGB, gray or palette (convert it first)"
+                f"read_image: {path} {in_words(image.mode)}; expected 8-bit RGB, gray or palette (convert it first)"
             )
         bits = stored_bits(path, image)
         if bits > 8:

@@ -88,6 +88,7 @@ def _start_worker(worker: int) -> None:
     # an interrupt goes to the whole process group; the main process alone answers it. A handler of the main
     # process for SIGTERM would keep its workers alive
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

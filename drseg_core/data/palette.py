@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.data.dataset import IGNORE
+from drseg_core.data.fonts import Text
 from drseg_core.extras import require
 from drseg_core.files import atomic_path
 
@@ -86,18 +87,18 @@ def with_legend(
 ) -> Image8:
     """Put a legend of the first ``limit`` ids of ``present`` to the right of a picture (H, W, 3)."""
     require("with_legend", "pillow")
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
-    font = ImageFont.load_default(size=14)
     color = palette(len(class_names)) if colors is None else np.asarray(colors, np.uint8)
     shown = list(present)[:limit]
     text = [class_names[i] for i in shown]
     if len(present) > limit:
         text.append(f"and {len(present) - limit} more")
+    font = Text(text)
     line = 20
     # as many columns as it takes to end with the picture
     per_column = max(10, (picture.shape[0] - 12) // line)
-    step = 44 + int(max([font.getlength(t) for t in text], default=0))
+    step = 44 + int(max([font.width(t) for t in text], default=0))
     width = step * -(-len(text) // per_column)
     height = max(picture.shape[0], line * min(len(text), per_column) + 12)
     canvas = Image.new("RGB", (picture.shape[1] + width, height), "white")
@@ -109,7 +110,7 @@ def with_legend(
         if number < len(shown):
             fill = tuple(int(v) for v in color[shown[number]])
             draw.rectangle((x, y + 1, x + 14, y + 15), fill=fill, outline="black")
-        draw.text((x + 22, y), label, fill="black", font=font)
+        font.draw(draw, (x + 22, y), label)
     return np.array(canvas)
 
 

@@ -23,6 +23,7 @@ from drseg_core.data.raster import RasterReader, open_raster
 from drseg_core.data.vector import Shapes, read_shapes
 from drseg_core.errors import ConfigError, DatasetError, ResourceError
 from drseg_core.extras import require
+from drseg_core.files import own_prefix, remove_dead
 
 RASTERS = (".tif", ".tiff", ".vrt", ".img", ".png")
 SMALLEST = 64
@@ -189,7 +190,8 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
             tiles, counts, unlabelled = _counted(reader, truth, options)
             splits, between = split_tiles(tiles, counts, options.val_share)
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".part", dir=target.parent))
+            remove_dead(target)
+            temporary = Path(tempfile.mkdtemp(prefix=own_prefix(target), suffix=".part", dir=target.parent))
             try:
                 _write(temporary, reader, truth, splits, options)
                 if target.exists():

@@ -149,7 +149,7 @@ def predict(
         tile_size: side of a tile in pixels; the run's by default, like the next two.
         overlap: pixels shared by neighbouring tiles.
         batch_size: tiles per forward pass.
-        device: ``cpu``, ``cuda`` or ``cuda:N``; None takes CUDA where there is one.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
         progress: show a progress bar.
 
     Returns:

@@ -14,6 +14,7 @@ import numpy as np
 
 from drseg_core.data.dataset import IGNORE
 from drseg_core.errors import RasterError, ResourceError
+from drseg_core.files import disk_is_full
 
 LEVELS = 250
 """Steps of a value from 0 to 1 that is stored in 8 bits: 0 to 250, with the scale in the metadata; 255 is nodata."""
@@ -31,6 +32,8 @@ def written(path: Path) -> Iterator[None]:
         yield
     except (rasterio.errors.RasterioError, OSError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
+        if disk_is_full(path):
+            reason = f"the disk is full ({reason})"
         raise ResourceError(f"predict_scene: {path} cannot be written: {reason}") from None
 
 

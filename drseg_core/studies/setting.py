@@ -59,7 +59,7 @@ class Setting:
         protocol: name of the benchmark protocol that ``tests`` are scored by; None scores their images as they are.
         prior_v1: weight file of RS-DINOv1, for Table 3.
         prior_steps: steps for which a random prior is taught first (see :mod:`drseg_core.studies.prior`).
-        device: ``cpu``, ``cuda`` or ``cuda:N``; None takes CUDA where there is one.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
     """
 
     config: Config

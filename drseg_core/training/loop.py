@@ -46,6 +46,7 @@ from drseg_core.config.validate import validate
 from drseg_core.data import SegmentationDataset, open_dataset
 from drseg_core.data.loader import training_batches
 from drseg_core.errors import CheckpointError, ConfigError, NumericalError
+from drseg_core.files import check_room
 from drseg_core.models.count import count_parameters, count_text
 from drseg_core.models.segmenter import Segmenter
 from drseg_core.models.weights import check_left_out, left_out_hashes, load_into, model_state, weights_hash
@@ -89,7 +90,7 @@ def train(
         out: run folder; new or empty, unless ``resume``.
         resume: go on after the newest undamaged checkpoint in ``out``.
         init: run folder, checkpoint folder or weight file; its weights are the first ones wherever they fit.
-        device: ``cpu``, ``cuda`` or ``cuda:N``; None takes CUDA where there is one.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
         show_progress: a progress bar, or lines where stderr is no terminal.
         on_step: called after every step with the number of steps taken.
 
@@ -147,6 +148,8 @@ def train(
                 _log.warning("resume: %s has no checkpoint yet; training starts at step 0", run)
             trainer = Trainer(config, dataset, run, group)
             ranking = trainer.start(None if init is None else Path(init))
+        if group.is_main:
+            check_room(run, trainer.checkpoint_bytes(), "train")
         # a new folder only after everything that may refuse, so that the corrected command can have its name
         if not resume and group.is_main:
             run.mkdir(parents=True, exist_ok=True)
@@ -209,6 +212,11 @@ class Trainer:
         self.saved_step = -1
         self.left_out: dict[str, str] | None = None
         self.elapsed = 0.0
+
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint: the weights, and two more values of the optimiser for each that is trained."""
+        weights = sum(value.numel() * value.element_size() for value in model_state(self.model).values())
+        return weights + sum(2 * 4 * parameter.numel() for parameter in self.parameters)
 
     def start(self, init: Path | None) -> ChannelFile | None:
         """First step of a new run: take weights from another one, and split the channels.

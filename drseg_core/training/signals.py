@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGINT and SIGTERM: the first asks for a stop after the current step, the second stops at once."""
+"""SIGINT, SIGTERM and SIGHUP: the first asks for a stop after the current step, the second stops at once."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ class TrainingStopped(DRSegError):
 
 
 class StopSignals:
-    """Context in which ``received`` holds the first of SIGINT and SIGTERM (0: none).
+    """Context in which ``received`` holds the first of SIGINT and SIGTERM (0: none); SIGHUP, which a terminal sends as
+    it closes, counts as SIGTERM.
 
     The second one ends the process with exit code 128 + its number, whatever the process is doing. Outside the main
     thread Python cannot install handlers; then nothing is changed.
     """
 
-    handled = (signal.SIGINT, signal.SIGTERM)
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received = 0
@@ -52,6 +53,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         if self.received:
             os._exit(128 + number)
         self.received = number

@@ -272,16 +272,18 @@ def wait_for(condition, started: subprocess.Popen[str], seconds: float = 90) -> 
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])
 def test_a_signal_saves_and_the_run_goes_on(drseg, process, small, data, tmp_path, number, code):
     out = tmp_path / "run"
     long = [*small, "--train.iterations", "100000", "--data", data, "--out", str(out), "--train.workers", "1"]
+    # a terminal that closes asks for a stop as well
+    said = "SIGTERM" if number == signal.SIGHUP else number.name
     started = process("train", *long)
     wait_for(lambda: (out / "log.jsonl").is_file() and (out / "log.jsonl").stat().st_size > 0, started)
     started.send_signal(number)
     _, errors = started.communicate(timeout=30)
     assert started.returncode == code, errors
-    assert "Traceback" not in errors and f"stopped by {number.name} after step" in errors
+    assert "Traceback" not in errors and f"stopped by {said} after step" in errors
     step = newest_checkpoint(out).step
     assert step >= 1
     result = drseg("train", *small, "--train.iterations", step, "--data", data, "--out", out, "--resume")

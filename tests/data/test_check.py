@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_everything_that_is_wrong_is_found(tmp_path):
         ("pair", "val_1.png has no image"),
         ("file", "val_2.jpg is damaged"),
         ("size", "val_3.png differs from its image in size; expected 32 x 40, got 30 x 40"),
-        ("file", "val_4.png has mode RGB"),
+        ("file", "val_4.png has 3 bands (RGB)"),
         ("ids", "val_5.png holds ids that are no class; expected 0 to 16 or 255, got 99"),
         ("file", "val_6.jpg is too large; expected at most 2000 pixels, got 90 x 90"),
     ):
@@ -168,3 +169,59 @@ def test_the_sheet_shows_the_colors_of_the_set(tmp_path):
     # and the legend has the full colours
     legend = sheet[:, 4 + 2 * 160 + 8 :].reshape(-1, 3)
     assert all((legend == color).all(1).any() for color in (building, car))
+
+
+def own_set(root, masks, names="field\nroad\nroof\n"):
+    for number, mask in enumerate(masks):
+        save(root / f"train/images/{number}.png", np.full((*mask.shape, 3), 90 + number, np.uint8))
+        save(root / f"train/masks/{number}.png", mask.astype(np.uint8))
+    (root / "classes.txt").write_text(names)
+    return check_data("folder", root)
+
+
+def said(findings, kind) -> list[str]:
+    return [finding.message for finding in findings if finding.kind == kind]
+
+
+def test_masks_that_are_mostly_unknown(tmp_path):
+    mask = np.full((10, 10), 255)
+    mask[:3] = np.arange(30).reshape(3, 10) % 3
+    report = own_set(tmp_path / "a", [mask])
+    assert said(report.warnings, "255") == ["train: 70 % of the pixels are 255, which means unknown; is that meant?"]
+    mask[:6] = np.arange(60).reshape(6, 10) % 3
+    assert said(own_set(tmp_path / "b", [mask]).warnings, "255") == []
+    assert "100 % of the pixels" in said(own_set(tmp_path / "c", [np.full((4, 4), 255)]).warnings, "255")[0]
+
+
+def test_masks_of_0_and_255(tmp_path):
+    report = own_set(tmp_path, [np.eye(10) * 255], "field\nroad\n")
+    (message,) = said(report.warnings, "255")
+    assert message.startswith("train: masks hold 0 and 255 alone, 255 in 10 % of the pixels; 255 means unknown, so")
+
+
+def test_numbers_with_gaps(tmp_path):
+    report = own_set(tmp_path / "a", [np.arange(30).reshape(5, 6) % 3 * 10 + 10])
+    (message,) = said(report.warnings, "gaps")
+    assert message.startswith("train: the numbers have gaps (10; 20; 30); expected 0 to 2 in the order of classes.txt")
+    assert said(own_set(tmp_path / "b", [np.arange(30).reshape(5, 6) % 3]).warnings, "gaps") == []
+
+
+def test_the_cause_is_said_in_words_of_maps(tmp_path):
+    save(tmp_path / "train/images/0.png", np.zeros((5, 6, 3), np.uint8))
+    (tmp_path / "train/masks").mkdir(parents=True)
+    (tmp_path / "classes.txt").write_text("field\n")
+    for value, words in ((np.zeros((5, 6), np.uint16), "16-bit"), (np.zeros((5, 6, 3), np.uint8), "3 bands (RGB)")):
+        Image.fromarray(value).save(tmp_path / "train/masks/0.png")
+        (message,) = said(check_data("folder", tmp_path).problems, "file")
+        assert words in message and "expected one 8-bit band of class ids" in message and "mode" not in message
+
+
+def test_a_training_without_val_recommends_no_score(tmp_path, drseg, small):
+    halves = (np.indices((32, 32))[0] > 15).astype(np.uint8)
+    own_set(tmp_path / "set", [halves, halves], "field\nroad\n")
+    words = ["train", *small, "--data", f"folder:{tmp_path / 'set'}", "--device", "cpu"]
+    code, text, _ = drseg(*words, "--out", tmp_path / "run")
+    assert code == 0 and "drseg evaluate" not in text and "next: drseg predict" in text and "has no val" in text
+    shutil.copytree(tmp_path / "set" / "train", tmp_path / "set" / "val")
+    code, text, _ = drseg(*words, "--out", tmp_path / "again")
+    assert code == 0 and "next: drseg evaluate" in text

@@ -269,6 +269,9 @@ def test_devices():
         select_device("gpu")
     with pytest.raises(ConfigError, match="not supported"):
         select_device("meta")
+    if not torch.backends.mps.is_available():
+        with pytest.raises(BackendUnavailableError, match="mps is not available; torch is built without it|too old"):
+            select_device("mps")
     if not torch.cuda.is_available():
         assert select_device(None).type == "cpu"
         with pytest.raises(BackendUnavailableError, match="0 CUDA devices found") as caught:

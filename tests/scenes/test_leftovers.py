@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of dead processes go, those of living ones stay; a full disk is called one; a closed terminal ends a map."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from drseg_core import files
+from drseg_core.errors import ResourceError
+from drseg_core.files import atomic_path, check_room, own_prefix
+from drseg_core.scenes.writer import written
+from tests.cli.conftest import data, folder, process, run
+from tests.scenes.test_predict import write
+
+__all__ = ["data", "folder", "process", "run"]
+rasterio = pytest.importorskip("rasterio")
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+
+
+def dead_process() -> int:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+def test_unfinished_files_of_dead_processes_go(tmp_path):
+    target = tmp_path / "map.tif"
+    own = own_prefix(target)
+    mine = str(os.getpid())
+    dead = own.replace(mine, str(dead_process()))
+    gone = [f"{dead}abc.part.tif", f"{dead}abc.part.work.tif", f"{dead}x.part"]
+    kept = [
+        f"{own}abc.part.tif",
+        f"{dead}abc.part.tif".replace(".map-", ".other-"),
+        ".map-notours.part.tif",
+        f".map-00000000-{dead.split('-')[2]}-abc.part.tif",
+    ]
+    for name in (*gone[:2], *kept):
+        (tmp_path / name).write_text("x")
+    (tmp_path / gone[2]).mkdir()
+    (tmp_path / gone[2] / "inside").write_text("x")
+    with atomic_path(target) as temporary:
+        assert temporary.name.startswith(own)
+        temporary.write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "map.tif"])
+
+
+def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ResourceError, match=r"map.tif cannot be written: the disk is full \(Write error\)"):
+        with written(tmp_path / "map.tif"):
+            raise OSError("Write error")
+    with pytest.raises(ResourceError, match="train: the disk of .* is full; expected 2 MB, got 0 MB") as caught:
+        check_room(tmp_path / "new" / "run", 2_000_000, "train")
+    assert caught.value.exit_code == 7
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+    check_room(tmp_path / "new" / "run", 2_000_000, "train")
+    assert not files.disk_is_full(tmp_path / "new" / "map.tif")
+
+
+def test_a_training_that_the_disk_cannot_hold_is_refused_before(tmp_path, drseg, small, data, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    code, _, errors = drseg("train", *small, "--data", data, "--out", tmp_path / "run", "--device", "cpu")
+    assert code == 7 and "train: the disk of" in errors and not (tmp_path / "run").exists()
+
+
+def test_a_closed_terminal_leaves_nothing(process, run, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 1500, 1500)).astype(np.uint8)
+    image = write(tmp_path / "in.tif", pixels)
+    started = process("predict", run, image, "--out", tmp_path / "map.tif", "--device", "cpu")
+    end = time.monotonic() + 60
+    while len(list(tmp_path.glob(".*work.tif"))) < 2 and time.monotonic() < end:
+        assert started.poll() is None, started.stderr.read()
+        time.sleep(0.05)
+    started.send_signal(signal.SIGHUP)
+    _, errors = started.communicate(timeout=30)
+    assert started.returncode == 143 and errors.rstrip().endswith("drseg: terminated")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.tif"]
