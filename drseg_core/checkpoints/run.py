@@ -47,6 +47,7 @@ _FREE = (
     "train.workers",
     "model.graph.backend",
     "evaluation.",
+    "reading.gsd",
 )
 _log = logging.getLogger(__name__)
 

@@ -85,7 +85,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     check.add_argument("set", type=str, metavar="SET", help=f"folder, {names}")
     check.add_argument("root", type=str, metavar="ROOT", help="the set's root folder")
     check.add_argument("--split", type=str | None, metavar="SPLIT", help="one part; all by default")
-    add_reading_arguments(check, default="2 and 98 %% of each image by default, unless it is 8-bit")
+    add_reading_arguments(check, default="measured on all images by default, unless they are 8-bit")
     check.add_argument("--out", type=str | None, metavar="FILE", help="JSON report to write")
     check.add_argument("--sheet", type=str | None, metavar="FILE", help="PNG to write: 16 images with their masks")
     check.add_argument("--overwrite", action="store_true", help="replace --out and --sheet if they exist")

@@ -142,7 +142,7 @@ def add_reading_arguments(parser: Any, *, default: str) -> Any:
         "--scale",
         type=str | None,
         metavar="LOW,HIGH|auto",
-        help=f"what becomes 0 and 255 (one pair, or three with ; between), or auto (2 and 98 %%); {default}",
+        help=f"what becomes 0 and 255 (one pair, or three with ; between), or auto (2 and 98 percent); {default}",
     )
     return group
 

@@ -189,3 +189,23 @@ def test_version(drseg):
 
     code, text, _ = drseg("--version")
     assert code == 0 and text.strip() == f"drseg {drseg_core.__version__}"
+
+
+def test_options_of_predict_are_in_a_persons_order(drseg):
+    text = drseg("predict", "--help")[1]
+    order = [
+        *("RUN ", "IMAGE ", "--classes ", "--threshold ", "--out ", "--overwrite ", "--scores ", "--polygons "),
+        *(
+            "--bands ",
+            "--nodata ",
+            "--scale ",
+            "--gsd ",
+            "--aoi ",
+            "--mode ",
+            "--tile-size ",
+            "--dry-run ",
+            "--device ",
+        ),
+    ]
+    places = [text.index(f"\n  {word}") for word in order]
+    assert places == sorted(places) and "%%" not in text
