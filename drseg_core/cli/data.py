@@ -151,7 +151,7 @@ def _check(args: Any) -> None:
         if path is not None:
             check_output(Path(path), overwrite=args.overwrite)
     splits = [args.split] if args.split else ()
-    report = check_data(args.set, args.root, splits=splits, reading=given_reading(args), progress=True)
+    report = check_data(args.set, args.root, splits=splits, reading=_reading(args), progress=True)
     content = report.as_dict()
     if args.out is not None:
         write_text_atomic(args.out, json.dumps(content, indent=1) + "\n")
@@ -161,6 +161,10 @@ def _check(args: Any) -> None:
     if report.problems:
         first = report.problems[0].message
         raise DatasetError(f"data check: {args.root} has {len(report.problems)} problems; the first: {first}")
+
+
+def _reading(args: Any) -> Any:
+    return given_reading(args, f"{args.set}:{args.root}")
 
 
 def _print(content: dict[str, Any]) -> None:

@@ -148,7 +148,7 @@ def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
     split = args.split or "val"
     if protocol is not None:
         split = protocol.view(args.data.partition(":")[0]).split
-    given = given_reading(args)
+    given = given_reading(args, args.data)
     loaded = None
     folder = args.data.partition("folder:")[2]
     # what is not there is said before the run is read

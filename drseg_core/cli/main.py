@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "evaluate": ("score a trained model on images with masks", ("cli", "model")),
     "predict": ("map an image or GeoTIFF by class names you choose", ("cli", "model", "maps")),
     "study": ("run one of the paper's studies, or list them", ("cli", "model")),
-    "data": ("prepare a benchmark set from its archives, or look for faults in a data set", ("cli", "maps")),
+    "data": ("prepare a benchmark set, look for faults in a data set, or cut a scene into one", ("cli", "maps")),
     "doctor": ("say what is installed and which kernels run here", ()),
 }
 EPILOG = """\

@@ -122,7 +122,7 @@ def chosen_config(args: Any) -> Config:
     content = {name: args[name] for name in ("model", "train", "evaluation", "reading", "seed")}
     content = {name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in content.items()}
     config = config_from_dict(content, Config, "command line")
-    given = given_reading(args)
+    given = given_reading(args, args["data"])
     config = dataclasses.replace(config, reading=choose_reading(config.reading, given))
     parse_reading(config.reading)
     validate(config)
@@ -147,14 +147,21 @@ def add_reading_arguments(parser: Any, *, default: str) -> Any:
     return group
 
 
-def given_reading(args: Any) -> ReadingConfig:
+def given_reading(args: Any, data: str | None = None) -> ReadingConfig:
     """The reading options of the command line.
 
+    Args:
+        args: the parsed options.
+        data: the data set that they are for.
+
     Raises:
-        ConfigError: one of them cannot be understood.
+        ConfigError: one of them cannot be understood, or ``data`` is no set of a user's own.
     """
     names = ("bands", "nodata", "scale", "gsd")
     given = ReadingConfig(**{name: getattr(args, name, None) for name in names})
+    used = [name for name in names if getattr(given, name) is not None]
+    if used and data is not None and not data.startswith("folder:"):
+        raise ConfigError(f"--{used[0]} is for a set of your own; expected --data folder:PATH, got {data}")
     parse_reading(given)
     return given
 

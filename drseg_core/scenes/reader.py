@@ -132,7 +132,11 @@ class SceneReader(RasterReader):
         if self._area is None:
             return np.ones(shape, bool)
         place = self._grid @ Affine.translation(left, top)
-        return geometry_mask(self._area.shapes, shape, place, invert=True)
+        corners = np.array([place @ (x, y) for x in (0, shape[1]) for y in (0, shape[0])])
+        near = self._area.within(*corners.min(0), *corners.max(0))
+        if not near:
+            return np.zeros(shape, bool)
+        return geometry_mask([self._area.shapes[i] for i in near], shape, place, invert=True)
 
 
 @contextlib.contextmanager

@@ -103,3 +103,15 @@ def test_every_command_takes_the_options(tmp_path, drseg, small):
     for words, said in ((["--scale", "9,1"], "--scale"), (["--bands", "red"], "--bands")):
         code, _, errors = drseg("predict", run, image, "--out", tmp_path / "no.tif", *words)
         assert code == 2 and said in errors.splitlines()[0]
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "rank", "data"])
+def test_options_that_a_benchmark_would_ignore_are_refused(tmp_path, drseg, small, command):
+    words = {
+        "train": ["train", *small, "--data", "dlrsd:sets", "--out", tmp_path / "run"],
+        "evaluate": ["evaluate", "run", "--data", "dlrsd:sets", "--out", tmp_path / "m.json"],
+        "rank": ["rank", "run", "--data", "dlrsd:sets", "--out", tmp_path / "c.safetensors"],
+        "data": ["data", "check", "dlrsd", tmp_path],
+    }[command]
+    code, _, errors = drseg(*words, "--nodata", 0)
+    assert code == 2 and "--nodata is for a set of your own; expected --data folder:PATH, got dlrsd:" in errors
