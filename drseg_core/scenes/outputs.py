@@ -49,7 +49,7 @@ class Overlay:
 
 class Rasters:
     """The rasters of a map while they are written; ``files`` and ``temporary`` are what
-    :class:`drseg_core.scenes.predict.SceneFiles` says."""
+    :class:`drseg_core.scenes.files.SceneFiles` says."""
 
     def __init__(
         self,

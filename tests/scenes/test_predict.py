@@ -17,7 +17,8 @@ from PIL import Image
 from drseg_core.data.palette import palette
 from drseg_core.errors import ConfigError, RasterError, ResourceError
 from drseg_core.evaluation.inference import Predictor
-from drseg_core.scenes.predict import SceneFiles, check_outputs, predict_scene, scene_files
+from drseg_core.scenes.files import SceneFiles, check_outputs, scene_files
+from drseg_core.scenes.predict import predict_scene
 from drseg_core.scenes.reader import open_scene
 from drseg_core.scenes.synthetic import write_synthetic_scene
 from tests.evaluation.fake import COLORS, ColorModel, color_image
