@@ -24,7 +24,7 @@ from drseg_core.device import select_device
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.evaluation.inference import Piece, Predictor
 from drseg_core.extras import require
-from drseg_core.files import atomic_path
+from drseg_core.files import atomic_path, check_room
 from drseg_core.scenes.areas import ClassAreas
 from drseg_core.scenes.files import SceneFiles, check_outputs
 from drseg_core.scenes.outputs import Overlay, Rasters
@@ -33,6 +33,9 @@ from drseg_core.scenes.polygons import write_polygons
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.style import write_attributes, write_style
 from drseg_core.scenes.writer import written
+
+LEAST_BYTES = 0.25
+"""A map takes more than this for each pixel while it is written, however well it can be compressed."""
 
 _log = logging.getLogger(__name__)
 
@@ -286,6 +289,7 @@ def predict_scene(
         other = legend.names.index(OTHER)
     with open_scene(image_path, bands=bands, reading=reading, gsd=gsd, aoi=aoi) as scene:
         describe(scene, trained_gsd)
+        check_room(files.classes.parent, int(scene.height * scene.width * LEAST_BYTES), "predict_scene")
         with contextlib.ExitStack() as stack:
             # the class raster is entered first, so it is put in place last: where it is, the others are
             places: list[Any] = [path and stack.enter_context(_replaced(path)) for path in files]

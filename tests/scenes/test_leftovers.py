@@ -17,9 +17,10 @@ import pytest
 from drseg_core import files
 from drseg_core.errors import ResourceError
 from drseg_core.files import atomic_path, check_room, own_prefix
+from drseg_core.scenes.predict import predict_scene
 from drseg_core.scenes.writer import written
 from tests.cli.conftest import data, folder, process, run
-from tests.scenes.test_predict import write
+from tests.scenes.test_predict import predictor, write
 
 __all__ = ["data", "folder", "process", "run"]
 rasterio = pytest.importorskip("rasterio")
@@ -65,6 +66,15 @@ def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
     check_room(tmp_path / "new" / "run", 2_000_000, "train")
     assert not files.disk_is_full(tmp_path / "new" / "map.tif")
+
+
+def test_a_map_that_the_disk_cannot_hold_is_refused_before(tmp_path, monkeypatch):
+    image = write(tmp_path / "in.tif", np.zeros((3, 100, 100), np.uint8))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    used = predictor()
+    with pytest.raises(ResourceError, match="predict_scene: the disk of .* is full"):
+        predict_scene(used, image, tmp_path / "map.tif", progress=False)
+    assert used.model.batches == [] and [path.name for path in tmp_path.iterdir()] == ["in.tif"]
 
 
 def test_a_training_that_the_disk_cannot_hold_is_refused_before(tmp_path, drseg, small, data, monkeypatch):
