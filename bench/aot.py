@@ -75,6 +75,9 @@ def compiled_for(variant: Variant, arch: int) -> Any:
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
+    unknown = [name for name in names if name.isupper() and name not in variant.constants]
+    if unknown:
+        raise ValueError(f"{variant.name}: compile-time arguments are missing; expected {', '.join(unknown)}, got none")
     signature = {name: "constexpr" if name in variant.constants else variant.types.get(name, "i32") for name in names}
     # torch's allocations are aligned; offsets inside them are not assumed to be
     aligned = {

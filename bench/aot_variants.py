@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -282,10 +283,10 @@ def _graph_layer(device: Any) -> Iterator[Variant]:
             for end in ends if tile.block_n == 512 else (usual,):
                 yield variant(op._graph_layer_fwd_kernel, tile, dtype, end)
     for tile in _tiles("graph_gradients", device, (4096, 75, 384), (4096, 4, 24), (4096, 75, 1024)):
-        for dtype in _DTYPES:
-            yield variant(
-                op._graph_layer_bwd_kernel_edges, tile, dtype, {"NEED_X": True, "NEED_DOT": True, "BIAS": True}
-            )
+        # of the last layer, and of one whose coefficient a later layer has a gradient for
+        for dtype, added in itertools.product(_DTYPES, (False, True)):
+            needs = {"NEED_X": True, "NEED_DOT": True, "ADDED": added, "BIAS": True}
+            yield variant(op._graph_layer_bwd_kernel_edges, tile, dtype, needs)
     for tile in _tiles("graph_layer_rows", device, (576, 75, 384), (576, 75, 2048)):
         for activation, planes in (("relu", False), ("layer_norm", False), ("layer_norm", True)):
             whole = tile.block_n < 1024

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drseg_core.nn.halves import join, joined
 from drseg_core.ops import (
     Graph,
     backend_names,
@@ -42,8 +41,8 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x`` (B, N, C) times ``weight`` (E, C); what lies in memory as (B, C, N) is read as it lies."""
     if x.is_contiguous() or x.stride(1) != 1:
         return F.linear(x, weight)
-    if torch.is_autocast_enabled(x.device.type):
-        # autocast would make a copy for every image
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
+        # autocast, which leaves float64 alone, would make a copy for every image
         weight = weight.to(torch.get_autocast_dtype(x.device.type))
     return torch.bmm(x, weight.t().expand(x.shape[0], -1, -1))
 
@@ -167,7 +166,6 @@ class PDGR(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.output_norm = nn.LayerNorm(channels)
         self.norm_scale = norm_scale
-        join(self.edge_source.weight, self.edge_target.weight)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -185,12 +183,6 @@ class PDGR(nn.Module):
             nn.init.zeros_(bias)
         self.output_norm.reset_parameters()
         nn.init.constant_(self.output_norm.weight, self.norm_scale)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> PDGR:
-        # what moves or casts parameters does so one by one
-        super()._apply(fn, recurse)
-        join(self.edge_source.weight, self.edge_target.weight)
-        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         # it was a single number in older checkpoints
@@ -263,7 +255,8 @@ class PDGR(nn.Module):
             pad=True,
             backend=self.backend,
         )
-        both = joined(self.edge_source.weight, self.edge_target.weight)
+        # a copy, but one product; two parameters that shared their memory would be lost to those who save them by it
+        both = torch.cat([self.edge_source.weight, self.edge_target.weight])
         if self.normalize_prior:
             halves, inverse_norm = prepared.project(both)
         else:

@@ -211,7 +211,10 @@ class SPSD(nn.Module):
         kind = torch.promote_types(semantic.dtype, structural.dtype)
         tokens = structural.new_empty((semantic.shape[0], *semantic.shape[2:], self.channels), dtype=kind)
         for part, index in ((semantic, self.semantic_index), (structural, self.structural_index)):
-            tokens.index_copy_(-1, index, part.movedim(1, -1).to(kind))
+            given = (-1, index, part.movedim(1, -1).to(kind))
+            # a transform may follow one part alone, and writes into nothing that it does not follow
+            batched = torch._C._are_functorch_transforms_active()
+            tokens = tokens.index_copy(*given) if batched else tokens.index_copy_(*given)
         return tokens.movedim(-1, 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

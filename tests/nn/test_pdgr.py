@@ -556,3 +556,21 @@ def test_a_program_of_any_batch_is_exported():
     for count in (2, 3, 5):
         features, prior = torch.randn(count, 5, 4, 4), torch.randn(count, 8, 4, 4)
         torch.testing.assert_close(program(features, prior), module(features, prior))
+
+
+@pytest.mark.parametrize("normalize_prior", [True, False])
+def test_float64_under_autocast(normalize_prior):
+    features, prior = maps(dtype=torch.float32)
+    module = make(dtype=torch.float32, normalize_prior=normalize_prior)
+    expected = module(features, prior.double())
+    wide = copy.deepcopy(module).double()
+    right = wide(features.double(), prior.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (module(features, prior.double()) - expected).abs().mean() < 0.1
+        assert torch.equal(wide(features.double(), prior.double()), right)
+
+
+def test_parameters_have_memory_of_their_own():
+    module = make(dtype=torch.float32)
+    storages = [parameter.untyped_storage().data_ptr() for parameter in module.parameters()]
+    assert len(set(storages)) == len(storages)

@@ -249,3 +249,10 @@ def test_bad_modules() -> None:
         SPSD(4).split(torch.rand(1, 5, 2, 2))
     with pytest.raises(ValueError, match="wrong widths"):
         SPSD(4).merge(torch.rand(1, 1, 2, 2), torch.rand(1, 3, 2, 2))
+
+
+def test_one_part_alone_may_be_batched():
+    spsd, x = SPSD(8), torch.randn(2, 8, 3, 3)
+    semantic, structural = spsd.split(x)
+    several = torch.func.vmap(lambda part: spsd.merge(part, structural))(torch.stack([semantic, -semantic]))
+    assert torch.equal(several[0], x) and torch.equal(several[1], spsd.merge(-semantic, structural))

@@ -64,6 +64,9 @@ class LayerContract(OpContract):
             assert torch.equal(share, inputs["coefficient"])
         for value, right in zip(*reversed(several), strict=True):
             torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-5 * float(right.abs().max()))
+        # one without a gradient has none afterwards
+        given = {**leaves(self.subject, inputs), "coefficient": inputs["coefficient"]}
+        assert not call(**given, hand_on=True)[1].requires_grad
         # a layer whose output nobody uses hands back what came
         given = leaves(self.subject, inputs)
         _, share = call(**given, hand_on=True)

@@ -141,3 +141,32 @@ def test_per_sample_gradients_of_the_module(options):
         alone = torch.autograd.grad(module(features[n : n + 1], prior[n : n + 1]).square().sum(), module.parameters())
         for name, right in zip(parameters, alone, strict=True):
             torch.testing.assert_close(got[name][n], right, rtol=1e-9, atol=1e-12)
+
+
+def test_batched_gradients_are_those_of_one_by_one(subject):
+    inputs, values = parts(subject)
+    leaf = [value.clone().requires_grad_() for value in values]
+    output = with_differentiable(subject, inputs)(*leaf)
+    several = torch.stack([output_gradient(output, seed) for seed in range(3)])
+    batched = torch.autograd.grad(output, leaf, several, is_grads_batched=True, retain_graph=True)
+    for n, grad in enumerate(several):
+        for value, right in zip(batched, torch.autograd.grad(output, leaf, grad, retain_graph=True), strict=True):
+            assert torch.equal(value[n], right)
+
+
+def test_batched_gradients_of_the_module():
+    module = PDGR(4, 6, k=3, edge_hidden=5)
+    features, prior = torch.randn(1, 4, 3, 3, requires_grad=True), torch.randn(1, 6, 3, 3)
+    output = module(features, prior)
+    several = torch.randn(3, *output.shape)
+    (batched,) = torch.autograd.grad(output, [features], several, is_grads_batched=True, retain_graph=True)
+    for value, grad in zip(batched, several, strict=True):
+        right = torch.autograd.grad(output, [features], grad, retain_graph=True)[0]
+        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lazy_negative_is_negative(subject):
+    inputs, values = parts(subject)
+    call = with_differentiable(subject, inputs)
+    lazy = torch._neg_view(-values[0])
+    assert lazy.is_neg() and torch.equal(call(lazy, *values[1:]), call(*values))

@@ -123,7 +123,7 @@ def graph_layer(
         undirected: follow every edge in both directions.
         csc: ``csc(index)``, which reversed edges and the gradient to ``x`` go along; None makes it in every call.
         hand_on: return the coefficient as well, for the next layer over the same graph: the gradients that all layers
-            have for it are then added up where they are computed, not in passes of their own.
+            have for it are then added up where they are computed, not in passes of their own. It shares its memory.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.
 

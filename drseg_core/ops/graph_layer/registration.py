@@ -186,6 +186,11 @@ def graph_layer(*arguments: Any) -> tuple[Tensor, ...]:
     if not differentiated(*given):
         return *_forward(*given), given[2]
     # an output that is an input is not for the compiler, nor for a transform
-    hand_on = hand_on and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    hand_on = (
+        hand_on
+        and given[2].requires_grad
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
     found: tuple[Tensor, ...] = _GraphLayer.call(*given, hand_on)
     return found if hand_on else (*found, given[2])

@@ -51,7 +51,8 @@ class PreparedPrior(NamedTuple):
         if scaled.dtype == torch.float16:
             # not scaled, so that a product could leave the range of float16
             return F.linear((scaled.float() * factor[..., None]).to(weight.dtype), weight), None
-        if not torch.is_autocast_enabled(scaled.device.type):
+        # autocast leaves float64 alone
+        if not torch.is_autocast_enabled(scaled.device.type) or torch.float64 in (scaled.dtype, weight.dtype):
             scaled = scaled.to(weight.dtype)
         return F.linear(scaled, weight), factor
 
