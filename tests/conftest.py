@@ -22,9 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # what a shell starts in the background ignores it, and so would every process that a test interrupts
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # what a shell starts in the background, or with nohup, ignores them, and so would every process that a test stops
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     if config.getoption("--cpuinfo"):
         versions.CPUINFO = config.getoption("--cpuinfo")
     if not config.getoption("--gpu"):
