@@ -66,16 +66,24 @@ def _degree_normalize(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: A
     return ops.degree_normalize(*given, **sizes), ops.degree_normalize_backward(grad, *given, **sizes)
 
 
+def _edges(inputs: dict[str, Any], ops: Any) -> list[Any]:
+    """Halves, index, vector and bias as the kernels take them, or as the reference does."""
+    source, target, *others = (inputs[name] for name in ("source", "target", "index", "vector", "bias"))
+    kernels = ops.__name__.startswith("drseg_kernels")
+    return [(source, target, None, None), *others] if kernels else [source, target, *others]
+
+
 def _edge_weight(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
-    given = [inputs[name] for name in ("source", "target", "index", "vector", "bias")]
+    given = _edges(inputs, ops)
     output = ops.edge_weight(*given, **sizes)
-    return output, *ops.edge_weight_backward(grad, output, *given, [True] * 4, **sizes)
+    # kernels have one gradient more, of a bias that there is none of
+    mask = [True] * 4 + [False] * (len(given) == 4)
+    return output, *ops.edge_weight_backward(grad, output, *given, mask, **sizes)[:4]
 
 
 def _edge_coefficient(inputs: dict[str, Any], grad: Tensor, ops: Any, **sizes: Any) -> tuple[Tensor, ...]:
     # its backward has the sizes of edge_weight
-    given = [inputs[name] for name in ("source", "target", "index", "vector", "bias")]
-    output, weight, _ = ops.edge_coefficient(*given, None, "sym_row", 1e-6, **sizes)
+    output, weight, _ = ops.edge_coefficient(*_edges(inputs, ops), None, "sym_row", 1e-6, **sizes)
     return output, weight
 
 

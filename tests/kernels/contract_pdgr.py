@@ -196,16 +196,13 @@ def test_no_launcher_synchronises(norm):
     vector, bias = torch.randn(7, generator=random).to(DEVICE), torch.zeros((), device=DEVICE)
     tile = Tile(4, 16, 1)
     with NoSynchronisation():
-        weight = edge_weight.edge_weight(source, target, index, vector, bias, index > 1, tile=tile)
-        mask = [True] * 5
-        edge_weight.edge_weight_backward(weight, weight, source, target, index, vector, bias, mask[:4], tile=tile)
+        edges, mask = ((source, target, None, None), index, vector, bias), [True] * 5
+        weight = edge_weight.edge_weight(*edges, index > 1, tile=tile)
+        edge_weight.edge_weight_backward(weight, weight, *edges, mask, tile=tile)
         degree_normalize.degree_normalize(weight, index, norm, 1e-6)
         degree_normalize.degree_normalize_backward(weight, weight, index, norm, 1e-6)
-        coefficient, *saved = edge_coefficient.edge_coefficient(
-            source, target, index, vector, bias, index > 1, norm, 1e-6, tile=tile
-        )
-        given = (source, target, index, vector, bias, norm, 1e-6)
-        edge_coefficient.edge_coefficient_backward(coefficient, *saved, *given, mask[:4], tile=tile)
+        coefficient, *saved = edge_coefficient.edge_coefficient(*edges, index > 1, norm, 1e-6, tile=tile)
+        edge_coefficient.edge_coefficient_backward(coefficient, *saved, *edges, norm, 1e-6, mask, tile=tile)
         graph_propagate.graph_propagate(x, index, coefficient, True, tile=tile)
         graph_propagate.graph_propagate_backward(x, x, index, coefficient, True, mask[:2], tile=tile)
         for activation in ("relu", "layer_norm"):
