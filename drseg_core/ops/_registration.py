@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 # what torch's own eager mode gives to an op; any subclass of Tensor may mean another
 _USUAL = frozenset([Tensor, torch.nn.Parameter, bool, int, float, str, type(None), list, tuple])
 
@@ -29,7 +30,7 @@ def usual(arguments: Sequence[Any]) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         # of batched gradients, which are no transform
-        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
         or torch._C._get_tracing_state() is not None
         or not _USUAL.issuperset(map(type, arguments))
         or any(value.is_neg() for value in arguments if isinstance(value, Tensor))
