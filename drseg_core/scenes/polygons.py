@@ -107,7 +107,9 @@ def _found(labels: Any, scores: Any, pixel: PixelArea, min_area: float, temporar
         for _, window in labels.block_windows(1):
             part, own_labels = source[window.toslices()], labels.read(1, window=window)
             if min_area > 0:
-                part[own_labels == IGNORE] = IGNORE
+                # what the sieve joined to nodata is itself again, and nodata stays nodata
+                changed = (part == IGNORE) | (own_labels == IGNORE)
+                part[changed] = own_labels[changed]
             else:
                 part[...] = own_labels
         for shape, value in features.shapes(source, transform=Affine.identity()):
@@ -167,6 +169,18 @@ def _columns(some: Sequence[Found], names: Sequence[str]) -> list[NDArray[Any]]:
     ]
 
 
+def _geographic(some: Sequence[Found], crs: Any) -> Any:
+    """Polygons in longitude and latitude: the driver would turn those of the first write alone."""
+    import shapely
+    from rasterio.warp import transform
+
+    def turned(points: Any) -> Any:
+        return np.column_stack(transform(crs, "EPSG:4326", points[:, 0], points[:, 1]))
+
+    found = shapely.from_wkb(np.array([item.geometry for item in some], object))
+    return shapely.to_wkb(shapely.transform(found, turned))
+
+
 def _layers(temporary: Path, path: Path, found: Iterator[Found], names: Sequence[str], crs: Any) -> int:
     from pyogrio.errors import DataSourceError
     from pyogrio.raw import write
@@ -180,12 +194,12 @@ def _layers(temporary: Path, path: Path, found: Iterator[Found], names: Sequence
         for some in _chunks(found, empty=True):
             write(
                 temporary,
-                np.array([item.geometry for item in some], object),
+                _geographic(some, crs) if options else np.array([item.geometry for item in some], object),
                 _columns(some, names),
                 fields=_FIELDS,
                 layer=path.stem,
                 geometry_type="Polygon",
-                crs=crs.to_wkt() if crs else None,
+                crs="EPSG:4326" if options else crs.to_wkt() if crs else None,
                 driver=driver,
                 append=temporary.exists(),
                 **options,

@@ -9,6 +9,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pyogrio
+import pyogrio.raw
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from drseg_core.data.dataset import IGNORE
 from drseg_core.data.palette import palette
 from drseg_core.errors import ConfigError
 from drseg_core.evaluation.inference import Predictor
+from drseg_core.scenes import polygons
 from drseg_core.scenes.areas import METHOD, ClassAreas, PixelArea
 from drseg_core.scenes.predict import predict_scene
 from drseg_core.scenes.style import category_names
@@ -230,3 +233,36 @@ def test_real_image(tmp_path):
         assert info["crs"] == str(scene.crs)
     data, _ = read(files.classes)
     assert predictor().class_names == tuple(COLORS) and set(np.unique(data)) <= {0, 1, 2, 3, 255}
+
+
+def _labels(path, values):
+    transform = rasterio.Affine(0.5, 0, 355000, 0, -0.5, 5640000)
+    profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "crs": "EPSG:32632", "nodata": 255}
+    with rasterio.open(path, "w", height=len(values), width=len(values[0]), transform=transform, **profile) as file:
+        file.write(values, 1)
+    return path
+
+
+def test_every_polygon_of_geojson_is_in_degrees(tmp_path, monkeypatch):
+    monkeypatch.setattr(polygons, "AT_A_TIME", 2)
+    values = np.arange(12, dtype=np.uint8).repeat(4).reshape(6, 8) % 3
+    labels = _labels(tmp_path / "map.tif", values)
+    path = tmp_path / "map.geojson"
+    part = tmp_path / "part.geojson"
+    part.touch()
+    count = polygons.write_polygons(labels, labels, part, path, ["a", "b", "c"])
+    written = part if part.exists() else path
+    assert count > 4 and pyogrio.read_info(written)["features"] == count
+    west, south, east, north = pyogrio.read_bounds(written)[1]
+    assert 6 < west.min() and east.max() < 8 and 50 < south.min() and north.max() < 52
+
+
+def test_a_small_area_within_nodata_stays(tmp_path):
+    values = np.full((50, 50), 255, np.uint8)
+    values[5:7, 5:7], values[20:35, 20:35] = 1, 0
+    labels = _labels(tmp_path / "map.tif", values)
+    path, part = tmp_path / "map.gpkg", tmp_path / "part.gpkg"
+    part.touch()
+    polygons.write_polygons(labels, labels, part, path, ["a", "b"], min_area=2.5)
+    _, _, _, columns = pyogrio.raw.read(part if part.exists() else path)
+    assert sorted(columns[0]) == [0, 1]
