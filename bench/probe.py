@@ -103,6 +103,18 @@ def _moves(case: Case, device: str) -> Iterator[Probe]:
         x, weight = (_random(*s, like=dtype, device=device) for s in ((rows, case.channels), index.shape))
         gather = partial(F.embedding_bag, index, x, mode="sum", per_sample_weights=weight)
         yield Probe("gather and sum", gather, dtype, edges * case.channels * x.element_size(), f"{edges} rows")
+        # gradients of a propagation: by one gather, and by one for each
+        grad, features = (_random(*near.shape[:2], case.channels, like=dtype, device=device) for _ in range(2))
+        given = (grad, features, near.int(), weight.view(near.shape).float(), False)
+        columns, both = csc(near.int()), 2 * edges * case.channels * x.element_size()
+
+        def gradients(*masks: list[bool], given: Any = given, columns: Any = columns) -> None:
+            for mask in masks:
+                torch.ops.drseg.graph_propagate_backward(*given, mask, *columns, "auto")
+
+        yield Probe("gradients: in one", partial(gradients, [True, True]), dtype, both // 2, f"{edges} rows")
+        apart = partial(gradients, [True, False], [False, True])
+        yield Probe("gradients: one by one", apart, dtype, both, f"{edges} rows")
         dense = torch.zeros(case.batch, case.nodes, case.nodes, dtype=dtype, device=device)
         scatter = partial(dense.scatter_, 2, near, weight.view(near.shape))
         yield Probe("scatter to dense", scatter, dtype, edges * (8 + 2 * x.element_size()), f"{edges} edges")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drseg_core.ops._dispatch import Backend, gradients
+from drseg_core.ops import _dispatch
 from drseg_core.ops._registration import asked_for, widest
 
 # source, or both halves in one; target, or None; inverse_norm and source_bias, or None
@@ -41,7 +41,14 @@ def plain_mask(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask.ne(-torch.inf)
 
 
-def run(chosen: Backend, halves: Halves, edges: Sequence[Tensor], mask: Tensor | None, *options: Any) -> Any:
+def resolve(op: str, halves: Halves, vector: Tensor, bias: Tensor, backend: str) -> _dispatch.Backend:
+    """The backend that computes ``op`` on all of these dtypes."""
+    names = ("target", "inverse_norm", "source_bias")
+    others = dict(zip(names, halves[1:], strict=True))
+    return _dispatch.resolve(op, halves[0], backend, vector=vector, bias=bias, **others)
+
+
+def run(chosen: _dispatch.Backend, halves: Halves, edges: Sequence[Tensor], mask: Tensor | None, *options: Any) -> Any:
     """The forward of an op; ``edges`` are index, vector and bias."""
     if chosen.raw_edges:
         return chosen.run(halves, *edges, mask, *options)
@@ -50,7 +57,7 @@ def run(chosen: Backend, halves: Halves, edges: Sequence[Tensor], mask: Tensor |
 
 def run_backward(
     op: str,
-    chosen: Backend,
+    chosen: _dispatch.Backend,
     saved: Sequence[Tensor],
     halves: Halves,
     edges: Sequence[Tensor],
@@ -64,13 +71,13 @@ def run_backward(
     """
     if chosen.raw_edges:
         given = (*saved, halves, *edges, *options, output_mask, csc)
-        return asked_for(gradients(op, chosen, *given), output_mask)
+        return asked_for(_dispatch.gradients(op, chosen, *given), output_mask)
     source, target, inverse_norm, source_bias = halves
     wants_source, wants_target, wants_vector, wants_bias, wants_shift = output_mask
     stacked = target is None
     mask = [wants_source or wants_shift, wants_source if stacked else wants_target, wants_vector, wants_bias]
     given = (*saved, *plain_halves(halves), *edges, *options, mask, csc)
-    to_source, to_target, to_vector, to_bias = asked_for(gradients(op, chosen, *given), mask)
+    to_source, to_target, to_vector, to_bias = asked_for(_dispatch.gradients(op, chosen, *given), mask)
     to_shift = source.new_empty(0)
     if source_bias is not None and wants_shift:
         to_shift = to_source.sum(tuple(range(to_source.dim() - 1))).to(source_bias.dtype)

@@ -28,12 +28,6 @@ _dispatch.add_fusion(
 )
 
 
-def _resolve(halves: _edges.Halves, vector: Tensor, bias: Tensor, backend: str) -> _dispatch.Backend:
-    names = ("target", "inverse_norm", "source_bias")
-    others = dict(zip(names, halves[1:], strict=True))
-    return _dispatch.resolve("edge_coefficient", halves[0], backend, vector=vector, bias=bias, **others)
-
-
 def _run(
     source: Tensor,
     target: Tensor | None,
@@ -50,7 +44,7 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     halves = (source, target, inverse_norm, source_bias)
-    chosen = _resolve(halves, vector, bias, backend)
+    chosen = _edges.resolve("edge_coefficient", halves, vector, bias, backend)
     with _dispatch.plain_float32(source):
         found: tuple[Tensor, Tensor, Tensor] = _edges.run(
             chosen, halves, (index, vector, bias), mask, norm, eps, columns(indptr, perm)
@@ -77,7 +71,7 @@ def _run_backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     halves = (source, target, inverse_norm, source_bias)
-    chosen = _resolve(halves, vector, bias, backend)
+    chosen = _edges.resolve("edge_coefficient", halves, vector, bias, backend)
     given = ((grad, weight, scale), halves, (index, vector, bias), (norm, eps), output_mask, columns(indptr, perm))
     with _dispatch.plain_float32(source):
         return _edges.run_backward("edge_coefficient", chosen, *given)

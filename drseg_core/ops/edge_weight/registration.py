@@ -59,12 +59,6 @@ _dispatch.add_table(
 )
 
 
-def _resolve(halves: _edges.Halves, vector: Tensor, bias: Tensor, backend: str) -> _dispatch.Backend:
-    names = ("target", "inverse_norm", "source_bias")
-    others = dict(zip(names, halves[1:], strict=True))
-    return _dispatch.resolve("edge_weight", halves[0], backend, vector=vector, bias=bias, **others)
-
-
 def _run(
     source: Tensor,
     target: Tensor | None,
@@ -77,7 +71,7 @@ def _run(
     backend: str,
 ) -> Tensor:
     halves = (source, target, inverse_norm, source_bias)
-    chosen = _resolve(halves, vector, bias, backend)
+    chosen = _edges.resolve("edge_weight", halves, vector, bias, backend)
     with _dispatch.plain_float32(source):
         weight: Tensor = _edges.run(chosen, halves, (index, vector, bias), mask)
     return weight
@@ -99,7 +93,7 @@ def _run_backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     halves = (source, target, inverse_norm, source_bias)
-    chosen = _resolve(halves, vector, bias, backend)
+    chosen = _edges.resolve("edge_weight", halves, vector, bias, backend)
     edges, csc = (index, vector, bias), columns(indptr, perm)
     with _dispatch.plain_float32(source):
         return _edges.run_backward("edge_weight", chosen, (grad, weight), halves, edges, (), output_mask, csc)
