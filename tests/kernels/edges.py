@@ -86,6 +86,11 @@ class KernelContract(OpContract):
             if not INTERPRETED or "contiguous" in (layout, grad_layout) or layout == grad_layout:
                 check_layout(self.subject, inputs, call, layout, grad_layout)
 
+    def test_a_lazy_negative_is_negative(self, variant, call):
+        inputs, name = self.inputs(variant), self.subject.differentiable[0]
+        lazy = torch._neg_view(-inputs[name])
+        assert lazy.is_neg() and torch.equal(call(**{**inputs, name: lazy}), call(**inputs))
+
     def test_same_bits_for_any_threads(self, variant, call):
         check_repeats(self.subject, self.inputs(variant), call, times=2 if INTERPRETED else 250)
 
