@@ -209,7 +209,8 @@ def _edge_coefficient(device: Any) -> Iterator[Variant]:
     for tile in others:
         yield _variant(name, forward, tile, "fp32", {"NORM": "sym_row", **PLAIN, "MASK": "none"}, even=False)
     (slots,) = _tiles("degree_normalize", device, (576, 75, 75))[:1]
-    yield _variant(name, op._edge_coefficient_bwd_kernel_slope, slots, "fp32", {})
+    for apart in (True, False):
+        yield _variant(name, op._edge_coefficient_bwd_kernel_slope, slots, "fp32", {"APART": apart})
 
 
 def _csc(device: Any) -> Iterator[Variant]:
@@ -276,24 +277,34 @@ def _graph_layer(device: Any) -> Iterator[Variant]:
     def variant(kernel: Any, tile: Any, dtype: str, constants: dict[str, Any]) -> Variant:
         return _variant(name, kernel, tile, dtype, constants, options=tile.options(limit_registers=True))
 
-    usual = {"UNDIRECTED": False, "BIAS": True, "ACTIVATION": "layer_norm", "KEEP": True}
-    ends = (usual, {**usual, "UNDIRECTED": True, "KEEP": False}, {**usual, "ACTIVATION": "relu", "KEEP": False})
+    usual = {"UNDIRECTED": False, "SCALED": True, "BIAS": True, "ACTIVATION": "layer_norm", "KEEP": True}
+    ends = (
+        usual,
+        {**usual, "SCALED": False},
+        {**usual, "SCALED": False, "UNDIRECTED": True, "KEEP": False},
+        {**usual, "ACTIVATION": "relu", "KEEP": False},
+    )
     for tile in _tiles(name, device, (4096, 75, 384), (4096, 4, 24), (4096, 75, 1024)):
         for dtype in (*_DTYPES, "fp16"):
             for end in ends if tile.block_n == 512 else (usual,):
                 yield variant(op._graph_layer_fwd_kernel, tile, dtype, end)
     for tile in _tiles("graph_gradients", device, (4096, 75, 384), (4096, 4, 24), (4096, 75, 1024)):
         # of the last layer, and of one whose coefficient a later layer has a gradient for
-        for dtype, added in itertools.product(_DTYPES, (False, True)):
-            needs = {"NEED_X": True, "NEED_DOT": True, "ADDED": added, "BIAS": True}
+        for dtype, (added, scaled) in itertools.product(_DTYPES, ((False, True), (True, True), (False, False))):
+            needs = {"NEED_X": True, "NEED_DOT": True, "ADDED": added, "SCALED": scaled, "BIAS": True}
             yield variant(op._graph_layer_bwd_kernel_edges, tile, dtype, needs)
     for tile in _tiles("graph_layer_rows", device, (576, 75, 384), (576, 75, 2048)):
-        for activation, planes in (("relu", False), ("layer_norm", False), ("layer_norm", True)):
+        for activation, planes, scaled in (
+            ("relu", False, True),
+            ("layer_norm", False, True),
+            ("layer_norm", True, True),
+            ("layer_norm", False, False),
+        ):
             whole = tile.block_n < 1024
             if planes and not whole:
                 continue
             everything = {"NEED_INNER": True, "NEED_PARAMETERS": True}
-            constants = {"ACTIVATION": activation, "PLANES": planes, "WHOLE": whole, **everything}
+            constants = {"ACTIVATION": activation, "SCALED": scaled, "PLANES": planes, "WHOLE": whole, **everything}
             sizes = op.rows_of_planes(tile) if planes else tile
             yield variant(op._graph_layer_bwd_kernel_activation, sizes, "fp32", constants)
         yield variant(op._graph_layer_bwd_kernel_sum, tile, "fp32", {"BIAS": True})

@@ -89,7 +89,8 @@ def _launched_graph_layer(device: Any, case: Case, tile: Any, dtype: str) -> lis
 
     even, options = case.channels % 16 == 0, tile.options(limit_registers=True)
     wide = case.channels > tile.block_n
-    constants = {"UNDIRECTED": False, "BIAS": True, "ACTIVATION": "none" if wide else "layer_norm", "KEEP": not wide}
+    activation = "none" if wide else "layer_norm"
+    constants = {"UNDIRECTED": False, "SCALED": False, "BIAS": True, "ACTIVATION": activation, "KEEP": not wide}
     found = [_variant("graph_layer", op._graph_layer_fwd_kernel, tile, dtype, constants, even, options)]
     if wide:
         rows = _launch.choose("graph_layer_rows", device, torch.float32, case.nodes, case.neighbours, case.channels)
@@ -111,7 +112,7 @@ def _launched_graph_layer_rows(device: Any, case: Case, tile: Any, dtype: str) -
 
     even, options = case.channels % 16 == 0, tile.options(limit_registers=True)
     whole = case.channels <= tile.block_n
-    everything = {"ACTIVATION": "layer_norm", "PLANES": False, "WHOLE": whole}
+    everything = {"ACTIVATION": "layer_norm", "SCALED": False, "PLANES": False, "WHOLE": whole}
     everything |= {"NEED_INNER": True, "NEED_PARAMETERS": True}
     rows: tuple[tuple[Any, dict[str, Any]], ...] = (
         *(() if whole else ((op._graph_layer_bwd_kernel_moments, {}),)),

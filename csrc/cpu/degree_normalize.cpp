@@ -106,7 +106,7 @@ void gradient_of_sample(Sample<T> sample, const T* grad, int64_t norm, T eps, T*
   }
   const Scales<T> scales(sample, norm, eps);
   const T half = norm == kSymUndirected ? T(0.5) : T(1);
-  // to the degrees, by d(degree ** -1/2) = -1/2 degree ** -3/2
+  // to the degrees, by d(degree ** -1/2) = -1/2 degree ** -3/2, factor by factor: the cube of a scale may be too small
   std::vector<T> to_start(nodes), to_end(nodes, T(0));
   for (int64_t i = 0; i < nodes; ++i) {
     for (int64_t k = 0; k < slots; ++k) {
@@ -119,8 +119,8 @@ void gradient_of_sample(Sample<T> sample, const T* grad, int64_t norm, T eps, T*
   }
   for (int64_t i = 0; i < nodes; ++i) {
     const T start = scales.start[i], end = scales.end[i];
-    to_start[i] *= T(-0.5) * start * start * start;
-    to_end[i] *= T(-0.5) * end * end * end;
+    to_start[i] = start * (start * (T(-0.5) * start * to_start[i]));
+    to_end[i] = end * (end * (T(-0.5) * end * to_end[i]));
     if (norm == kSymRow) to_start[i] += to_end[i];
     if (norm == kSymUndirected) to_start[i] = to_end[i] = (to_start[i] + to_end[i]) / 2;
   }

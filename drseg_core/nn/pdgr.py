@@ -21,7 +21,7 @@ from drseg_core.ops import (
     prepare_prior,
 )
 from drseg_core.ops._checks import check_choice, check_count, check_flag, check_number, check_tensor
-from drseg_core.ops.csc.api import columns_of
+from drseg_core.ops.csc.api import Csc, columns_of
 
 Affinity = Literal["exp", "linear", "power", "product", "gauss"]
 SelfLoop = Literal["in_topk", "exclude", "extra"]
@@ -237,6 +237,11 @@ class PDGR(nn.Module):
             slot with ``self_loop="extra"``. With ``norm="sym_undirected"`` it is half of the operator, and
             ``propagate_transposed`` the other.
         """
+        index, coefficient, _, lists = self._graph(prior, columns, apart=False)
+        return Graph(index, coefficient, lists)
+
+    def _graph(self, prior: Tensor, columns: bool, apart: bool) -> tuple[Tensor, Tensor, Tensor | None, Csc | None]:
+        """Index, coefficients, the scales that ``apart`` may leave to ``graph_layer``, and columns of a graph."""
         grid = (prior.shape[2], prior.shape[3])
         nodes = prior.detach().flatten(2).transpose(1, 2)
         count = nodes.shape[1]
@@ -274,7 +279,9 @@ class PDGR(nn.Module):
         lists = columns_of(index, self.backend) if columns else None
         if not self.use_affinity_as_weight and self.self_loop != "extra":
             options: dict[str, Any] = {"norm": self.norm, "csc": lists, "backend": self.backend}
-            return Graph(index, edge_coefficient(**edges, **options), lists)
+            if apart:
+                return index, *edge_coefficient(**edges, **options, apart=True), lists
+            return index, edge_coefficient(**edges, **options), None, lists
         weight = edge_weight(**edges, csc=lists, backend=self.backend)
         if self.use_affinity_as_weight:
             weight = weight * self._affinity(score)
@@ -284,7 +291,7 @@ class PDGR(nn.Module):
             weight = torch.cat([weight, weight.new_ones(*weight.shape[:2], 1)], dim=2)
             lists = columns_of(index, self.backend) if columns else None
         coefficient = degree_normalize(weight, index, norm=self.norm, csc=lists, backend=self.backend)
-        return Graph(index, coefficient, lists)
+        return index, coefficient, None, lists
 
     def forward(self, features: Tensor, prior: Tensor) -> Tensor:
         """Rectify ``features`` (B, C, h, w) along the graph of ``prior`` (B, D, h, w)."""
@@ -292,14 +299,14 @@ class PDGR(nn.Module):
         undirected, norm = self.norm == "sym_undirected", self.output_norm
         # what goes against the edges more than once: gradients, and the layers of an undirected graph
         columns = self.norm == "sym_undirected" or torch.is_grad_enabled()
-        graph = self.graph(prior, columns=columns)
-        coefficient, x = graph.coefficient, features.flatten(2).transpose(1, 2)
+        index, coefficient, scale, lists = self._graph(prior, columns, apart=True)
+        x = features.flatten(2).transpose(1, 2)
         for layer, weight in enumerate(self.weights):
             last = layer == len(self.weights) - 1
             x = _linear(x, weight)
             x, coefficient = graph_layer(
                 x,
-                graph.index,
+                index,
                 coefficient,
                 None if self.biases is None else self.biases[layer],
                 norm.weight if last else None,
@@ -307,7 +314,8 @@ class PDGR(nn.Module):
                 activation="layer_norm" if last else "relu",
                 eps=norm.eps,
                 undirected=undirected,
-                csc=graph.csc,
+                scale=scale,
+                csc=lists,
                 hand_on=True,
                 backend=self.backend,
             )

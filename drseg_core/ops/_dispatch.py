@@ -39,8 +39,8 @@ class Backend:
         why_not: given a device type, says why this backend cannot run there, or returns None when it can.
         dtypes: dtypes of the op's floating-point tensors that it computes in.
         by_name_only: device types on which it runs for who names it and for nobody else.
-        raw_edges: of the ops that weigh edges, whether it takes their arguments as they come, see ``_edges.py``.
-        adds: of ``graph_layer``, whether its backward takes, last, what the gradient to coefficients is added to.
+        raw: whether it takes what others are given in a plain form: of the ops that weigh edges see ``_edges.py``; of
+            ``graph_layer``, last, what the gradient to coefficients is added to, and scales.
     """
 
     name: str
@@ -49,8 +49,7 @@ class Backend:
     why_not: WhyNot
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     by_name_only: tuple[str, ...] = ()
-    raw_edges: bool = False
-    adds: bool = False
+    raw: bool = False
 
 
 def reference_backend(run: Run, run_backward: Run | None = None) -> Backend:

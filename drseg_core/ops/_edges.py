@@ -48,9 +48,24 @@ def resolve(op: str, halves: Halves, vector: Tensor, bias: Tensor, backend: str)
     return _dispatch.resolve(op, halves[0], backend, vector=vector, bias=bias, **others)
 
 
+@torch.compiler.assume_constant_result
+def _taken_raw(op: str, device: str, dtypes: tuple[torch.dtype | None, ...], backend: str) -> bool:
+    source, *others = (None if dtype is None else torch.empty(0, dtype=dtype, device=device) for dtype in dtypes)
+    assert source is not None
+    return _dispatch.resolve(op, source, backend, **{str(place): other for place, other in enumerate(others)}).raw
+
+
+def taken_raw(op: str, halves: Halves, vector: Tensor, bias: Tensor, backend: str) -> bool:
+    """Whether the backend that computes ``op`` takes its arguments as they come; a compiler asks once."""
+    if not torch.compiler.is_compiling():
+        return resolve(op, halves, vector, bias, backend).raw
+    dtypes = tuple(None if value is None else value.dtype for value in (*halves, vector, bias))
+    return _taken_raw(op, halves[0].device.type, dtypes, backend)
+
+
 def run(chosen: _dispatch.Backend, halves: Halves, edges: Sequence[Tensor], mask: Tensor | None, *options: Any) -> Any:
     """The forward of an op; ``edges`` are index, vector and bias."""
-    if chosen.raw_edges:
+    if chosen.raw:
         return chosen.run(halves, *edges, mask, *options)
     return chosen.run(*plain_halves(halves), *edges, plain_mask(mask), *options)
 
@@ -69,7 +84,7 @@ def run_backward(
 
     ``saved`` is the incoming gradient and what the forward kept; halves in one have one gradient, that of source.
     """
-    if chosen.raw_edges:
+    if chosen.raw:
         given = (*saved, halves, *edges, *options, output_mask, csc)
         return asked_for(_dispatch.gradients(op, chosen, *given), output_mask)
     source, target, inverse_norm, source_bias = halves

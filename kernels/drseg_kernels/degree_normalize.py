@@ -137,19 +137,23 @@ def to_degrees(
     sample,
     nodes,
     slots,
+    SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sums of gradient times weight times the scale of the other end: over the edges that leave a node, and over those
-    that end in it."""
+    """Sums of gradient times weight, and with SCALED times the scale of the other end: over the edges that leave a
+    node, and over those that end in it."""
     total = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, slots, BLOCK_N):
         k = first + tl.arange(0, BLOCK_N)
         slot = k < slots
         edge = node * slots + k
-        other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
+        if SCALED:
+            other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
         share = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
         share = share * tl.load(weight_ptr + edge, mask=slot, other=0.0).to(tl.float32)
-        total += share * tl.load(end_ptr + other, mask=slot, other=0.0)
+        if SCALED:
+            share = share * tl.load(end_ptr + other, mask=slot, other=0.0)
+        total += share
     leaving = tl.sum(total, axis=0)
 
     last = tl.load(indptr_ptr + node + 1).to(tl.int64)
@@ -160,7 +164,9 @@ def to_degrees(
         edge = tl.load(perm_ptr + place, mask=incoming, other=0)
         share = tl.load(grad_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
         share = share * tl.load(weight_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
-        total += share * tl.load(start_ptr + edge // slots, mask=incoming, other=0.0)
+        if SCALED:
+            share = share * tl.load(start_ptr + edge // slots, mask=incoming, other=0.0)
+        total += share
     return leaving, tl.sum(total, axis=0)
 
 
@@ -200,11 +206,12 @@ def _degree_normalize_bwd_kernel_degree(
         sample,
         nodes,
         slots,
+        True,
         BLOCK_N,
     )
-    # d(degree ** -1/2) = -1/2 degree ** -3/2
-    to_start = -0.5 * (start * start * start) * sums[0]
-    to_end = -0.5 * (end * end * end) * sums[1]
+    # d(degree ** -1/2) = -1/2 degree ** -3/2, factor by factor: the cube of a scale may be too small for a number
+    to_start = start * (start * (-0.5 * start * sums[0]))
+    to_end = end * (end * (-0.5 * end * sums[1]))
     if NORM == "sym_row":
         tl.store(row_ptr + node, to_start + to_end)
     elif NORM == "sym_inout":
@@ -274,6 +281,16 @@ def common_of(weight: Tensor, index: Tensor, tile: Tile | None = None) -> dict[s
     slots = index.shape[2]
     chosen = tile or sizes_of("degree_normalize", weight.device, weight.dtype, index.shape[1], slots, slots)
     return {"BLOCK_N": chosen.block_n, **chosen.options()}
+
+
+def at_both_ends(value: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+    """Values (B, N, K) of edges times the scales (B, N) of both of their ends, in float32."""
+    product = torch.empty(index.shape, dtype=torch.float32, device=value.device)
+    if product.numel():
+        given = (value.contiguous(), index.contiguous(), scale, scale, product, *index.shape[1:])
+        with on_device_of(value):
+            _degree_normalize_fwd_kernel_edges[(scale.numel(),)](*given, NORM="sym_row", **common_of(value, index))
+    return product
 
 
 def degree_normalize(

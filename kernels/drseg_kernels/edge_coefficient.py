@@ -110,10 +110,14 @@ def _edge_coefficient_bwd_kernel_slope(
     slope_ptr,
     nodes,
     slots,
+    APART: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """slope (B * N, slots) of the edges of one node with norm ``sym_row``: gradients of the logits, directly and
-    through the one degree of the node, which its edges in both directions have a share in."""
+    through the one degree of the node, which its edges in both directions have a share in.
+
+    APART: the gradient is one of the weights, and has been multiplied by the scales of both ends.
+    """
     node = tl.program_id(0)
     sample = (node // nodes).to(tl.int64) * nodes
     node = node.to(tl.int64)
@@ -130,17 +134,24 @@ def _edge_coefficient_bwd_kernel_slope(
         sample,
         nodes,
         slots,
+        not APART,
         BLOCK_N,
     )
-    # d(degree ** -1/2) = -1/2 degree ** -3/2
-    through_degree = -0.5 * (scale * scale * scale) * (through[0] + through[1])
+    # d(degree ** -1/2) = -1/2 degree ** -3/2, factor by factor: the cube of a scale may be too small for a number
+    through_degree = -0.5 * scale * (through[0] + through[1])
+    if APART:
+        through_degree = through_degree * scale
+    else:
+        through_degree = scale * (scale * through_degree)
     for first in range(0, slots, BLOCK_N):
         k = first + tl.arange(0, BLOCK_N)
         slot = k < slots
         edge = node * slots + k
-        other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
         value = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
-        value = value * scale * tl.load(scale_ptr + other, mask=slot, other=0.0) + through_degree
+        if not APART:
+            other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
+            value = value * scale * tl.load(scale_ptr + other, mask=slot, other=0.0)
+        value = value + through_degree
         weight = tl.load(weight_ptr + edge, mask=slot, other=0.0)
         tl.store(slope_ptr + edge, value * softplus_slope(weight), mask=slot)
 
@@ -153,6 +164,7 @@ def edge_coefficient(
     mask: Tensor | None,
     norm: str,
     eps: float,
+    apart: bool = False,
     csc: tuple[Tensor, Tensor] | None = None,
     *,
     tile: Tile | None = None,
@@ -162,15 +174,18 @@ def edge_coefficient(
     Args:
         halves, index, vector, bias, mask: as in ``edge_weight``.
         norm, eps: as in ``degree_normalize``.
+        apart: of ``sym_row``, leave the scales to whoever uses the weights: these come first, and nothing second.
         csc: columns of the graph; made here where they are needed and None.
         tile: sizes of a program; by default those of the architecture's table, then a rule.
     """
     batch, nodes, slots = index.shape
     like: dict[str, Any] = {"dtype": torch.float32, "device": index.device}
-    weight, coefficient = torch.empty(index.shape, **like), torch.empty(index.shape, **like)
+    weight = torch.empty(index.shape, **like)
+    coefficient = torch.empty(0 if apart else index.shape, **like)
     scale = torch.empty(ENDS[norm], batch, nodes, **like)
     if weight.numel() == 0:
-        return coefficient, weight, scale.fill_(eps**-0.5)
+        scale.fill_(eps**-0.5)
+        return (weight, coefficient, scale) if apart else (coefficient, weight, scale)
     rows, flags, width, stride = laid_out(halves)
     chosen = tile or sizes_of("edge_coefficient", index.device, rows[0].dtype, nodes, slots, width)
     near = index.contiguous()
@@ -200,6 +215,8 @@ def edge_coefficient(
         )
         if norm == "sym_count":
             return coefficient, weight, scale
+        if apart:
+            return weight, coefficient, scale
         end = scale[-1] if ENDS[norm] else start
         if norm in ("sym_inout", "sym_undirected"):
             scales(weight, index, norm, eps, csc, common, into=(start, end))
@@ -219,6 +236,7 @@ def edge_coefficient_backward(
     bias: Tensor,
     norm: str,
     eps: float,
+    apart: bool,
     output_mask: Sequence[bool],
     csc: tuple[Tensor, Tensor] | None = None,
     *,
@@ -227,7 +245,8 @@ def edge_coefficient_backward(
     """Gradients to ``source``, ``target``, ``vector``, ``bias`` and ``source_bias`` in their dtypes.
 
     Args:
-        grad: (B, N, K), of the coefficients. weight, scale: as the forward returned them. The other arguments as there.
+        grad: (B, N, K), of the coefficients, or ``apart`` of the weights, through their scales at both ends but not
+            through the degrees in these. weight, scale: as the forward returned them. The other arguments as there.
         output_mask: as in ``edge_weight_backward``.
     """
     slope = None
@@ -237,7 +256,7 @@ def edge_coefficient_backward(
         common = common_of(weight, index)
         with on_device_of(index):
             _edge_coefficient_bwd_kernel_slope[(index.shape[0] * index.shape[1],)](
-                grad.contiguous(), weight, near, *csc, scale, slope, *index.shape[1:], **common
+                grad.contiguous(), weight, near, *csc, scale, slope, *index.shape[1:], APART=apart, **common
             )
     elif index.numel() and ENDS[norm]:
         csc = csc or columns_of(index)

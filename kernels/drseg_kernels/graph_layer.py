@@ -23,6 +23,7 @@ from torch import Tensor
 
 from drseg_kernels._launch import Tile, ceil_div, on_device_of, sizes_of
 from drseg_kernels.csc import csc as columns_of
+from drseg_kernels.degree_normalize import at_both_ends
 from drseg_kernels.graph_propagate import edge_dot, empty_gradients, gathered_gradients, gathered_sum, graph_propagate
 
 # chunks of rows whose contributions to the gradients of the parameters are summed apart: enough to fill a device
@@ -37,6 +38,7 @@ def _graph_layer_fwd_kernel(
     x_ptr,
     index_ptr,
     coefficient_ptr,
+    scale_ptr,
     indptr_ptr,
     perm_ptr,
     bias_ptr,
@@ -51,13 +53,15 @@ def _graph_layer_fwd_kernel(
     channels,
     eps,
     UNDIRECTED: tl.constexpr,
+    SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Some channels of one node of y (B * N, channels); UNDIRECTED follows its edges in both directions.
+    """Some channels of one node of y (B * N, channels); UNDIRECTED follows its edges in both directions; SCALED
+    multiplies a coefficient by the scales (B * N,) of both ends of its edge.
 
     For ``layer_norm`` the program holds all channels; KEEP writes what it normalises, and the row's mean and rstd.
     """
@@ -68,6 +72,7 @@ def _graph_layer_fwd_kernel(
         x_ptr,
         index_ptr,
         coefficient_ptr,
+        scale_ptr,
         indptr_ptr,
         perm_ptr,
         node,
@@ -76,6 +81,7 @@ def _graph_layer_fwd_kernel(
         channels,
         c,
         False,
+        SCALED,
         BLOCK_M,
         BLOCK_N,
     )
@@ -84,6 +90,7 @@ def _graph_layer_fwd_kernel(
             x_ptr,
             index_ptr,
             coefficient_ptr,
+            scale_ptr,
             indptr_ptr,
             perm_ptr,
             node,
@@ -92,9 +99,12 @@ def _graph_layer_fwd_kernel(
             channels,
             c,
             True,
+            SCALED,
             BLOCK_M,
             BLOCK_N,
         )
+    if SCALED:
+        total *= tl.load(scale_ptr + node)
     at = node.to(tl.int64) * channels + c
     if BIAS:
         total += tl.load(bias_ptr + c, mask=channel, other=0.0).to(tl.float32)
@@ -180,6 +190,7 @@ def _graph_layer_bwd_kernel_activation(
     rstd_ptr,
     moment_ptr,
     norm_weight_ptr,
+    scale_ptr,
     inner_ptr,
     part_ptr,
     rows,
@@ -189,6 +200,7 @@ def _graph_layer_bwd_kernel_activation(
     image_stride,
     plane_stride,
     ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr,
     PLANES: tl.constexpr,
     WHOLE: tl.constexpr,
     NEED_INNER: tl.constexpr,
@@ -199,8 +211,9 @@ def _graph_layer_bwd_kernel_activation(
     """Some channels of a chunk of rows: inner (rows, channels), the gradient before the activation; and in part
     (chunks, 3, channels) the chunk's contributions to the gradients of bias, norm_weight and norm_bias.
 
-    WHOLE: a program holds whole rows; otherwise LayerNorm takes their ``moment``. PLANES: grad lies as the map (B,
-    channels, N) of which it is the gradient.
+    SCALED: inner times the row's scale (rows,), for what goes along its edges. WHOLE: a program holds whole rows;
+    otherwise LayerNorm takes their ``moment``. PLANES: grad lies as the map (B, channels, N) of which it is the
+    gradient.
     """
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = c < channels
@@ -242,9 +255,11 @@ def _graph_layer_bwd_kernel_activation(
             grad = (grad - plain[:, None] - normed * along[:, None]) * rstd[:, None]
             # a row's mean is no gradient of channels beyond the last
             grad = tl.where(both, grad, 0.0)
-        if NEED_INNER:
-            tl.store(inner_ptr + at, grad, mask=both)
         to_bias += grad
+        if NEED_INNER:
+            if SCALED:
+                grad *= tl.load(scale_ptr + node, mask=row, other=0.0)[:, None]
+            tl.store(inner_ptr + at, grad, mask=both)
     if NEED_PARAMETERS:
         part = part_ptr + tl.program_id(0).to(tl.int64) * 3 * channels
         tl.store(part + c, tl.sum(to_bias, axis=0), mask=channel)
@@ -319,6 +334,7 @@ def _graph_layer_bwd_kernel_edges(
     inner_ptr,
     x_ptr,
     coefficient_ptr,
+    scale_ptr,
     indptr_ptr,
     perm_ptr,
     grad_x_ptr,
@@ -336,6 +352,7 @@ def _graph_layer_bwd_kernel_edges(
     NEED_X: tl.constexpr,
     NEED_DOT: tl.constexpr,
     ADDED: tl.constexpr,
+    SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -362,6 +379,7 @@ def _graph_layer_bwd_kernel_edges(
             x_ptr,
             perm_ptr,
             coefficient_ptr,
+            scale_ptr,
             indptr_ptr,
             perm_ptr,
             grad_x_ptr,
@@ -375,6 +393,7 @@ def _graph_layer_bwd_kernel_edges(
             NEED_X,
             NEED_DOT,
             ADDED,
+            SCALED,
             BLOCK_M,
             BLOCK_N,
         )
@@ -392,6 +411,7 @@ def graph_layer(
     undirected: bool,
     keep: bool,
     csc: tuple[Tensor, Tensor] | None = None,
+    scale: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
     tile: Tile | None = None,
@@ -406,6 +426,7 @@ def graph_layer(
         undirected: add the sums over the reversed edges.
         keep: return what LayerNorm was given (B, N, C), and the mean and rstd of its rows (B, N); empty otherwise.
         csc: columns of the graph; made here where they are needed and None.
+        scale: (B, N) float32, of both ends of an edge, by which its coefficient is multiplied; None multiplies nothing.
         dtype: of the output, by default that of ``x``.
         tile: sizes of a program; by default those of the architecture's table, then a rule.
     """
@@ -429,6 +450,7 @@ def graph_layer(
             x.contiguous(),
             near,
             coefficient.contiguous(),
+            near if scale is None else scale,
             indptr,
             perm,
             *parameters,
@@ -442,6 +464,7 @@ def graph_layer(
             channels,
             eps,
             UNDIRECTED=undirected,
+            SCALED=scale is not None,
             BIAS=bias is not None,
             ACTIVATION="none" if wide else activation,
             KEEP=keeps and not wide,
@@ -477,17 +500,19 @@ def _through_activation(
     y: Tensor,
     saved: tuple[Tensor, Tensor, Tensor],
     norm_weight: Tensor | None,
+    scale: Tensor | None,
     activation: str,
     wants_inner: bool,
     wants_parameters: bool,
     tile: Tile | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient before the activation, and sums of its chunks of rows (chunks, 3, C); empty where not needed."""
+    """The gradient before the activation, by ``scale`` if there is one, and sums of its chunks of rows (chunks, 3, C)
+    without it; empty where not needed."""
     nodes, channels = grad.shape[1:]
     rows = grad.numel() // channels
     norm = activation == "layer_norm"
-    # ReLU passes a gradient as it is or not at all; LayerNorm's could leave the range of float16
-    wide = norm and grad.dtype != torch.bfloat16
+    # ReLU passes a gradient as it is or not at all; LayerNorm's, and one that is scaled, could leave float16's range
+    wide = (norm or scale is not None) and grad.dtype != torch.bfloat16
     inner = torch.empty(grad.shape, dtype=torch.float32 if wide else grad.dtype, device=grad.device)
     chosen = tile or sizes_of("graph_layer_rows", grad.device, grad.dtype, nodes, 1, channels)
     whole = channels <= chosen.block_n
@@ -514,6 +539,7 @@ def _through_activation(
             *saved,
             moment,
             weight,
+            weight if scale is None else scale,
             inner,
             part,
             rows,
@@ -523,6 +549,7 @@ def _through_activation(
             grad.stride(0),
             grad.stride(2),
             ACTIVATION=activation,
+            SCALED=scale is not None,
             PLANES=planes,
             WHOLE=whole,
             NEED_INNER=wants_inner,
@@ -550,6 +577,7 @@ def graph_layer_backward(
     output_mask: Sequence[bool],
     csc: tuple[Tensor, Tensor] | None = None,
     added: Tensor | None = None,
+    scale: Tensor | None = None,
     *,
     tile: Tile | None = None,
     rows: Tile | None = None,
@@ -561,6 +589,7 @@ def graph_layer_backward(
         y: the output, read for ``relu``. given, mean, rstd: as returned for ``layer_norm``, otherwise unused.
         output_mask: which gradients to compute; the others are empty, those of the parameters if none of them is asked.
         added: shape of ``coefficient``, what its gradient is added to; None adds nothing.
+        scale: as in the forward; none of the gradients goes through it.
         tile: sizes for the propagation. rows: sizes for what goes by rows. The other arguments as in the forward.
     """
     parameters = (bias, norm_weight, norm_bias)
@@ -578,20 +607,21 @@ def graph_layer_backward(
         return tuple(zeros)  # type: ignore[return-value]
     nodes, slots = index.shape[1:]
     channels, count = grad.shape[-1], grad.numel() // grad.shape[-1]
-    through = wants_inner and activation != "none"
+    chosen = tile or sizes_of("graph_gradients", x.device, x.dtype, nodes, slots, channels)
+    together = wants_inner and not undirected and channels <= chosen.block_n
+    near_scale = scale if together else None
+    through = wants_inner and (activation != "none" or near_scale is not None)
     inner, part = grad, grad
     if wants_parameters or through:
-        saved = (given, mean, rstd)
-        inner, part = _through_activation(grad, y, saved, norm_weight, activation, through, wants_parameters, rows)
-    if activation == "none":
+        before = (grad, y, (given, mean, rstd), norm_weight, near_scale)
+        inner, part = _through_activation(*before, activation, through, wants_parameters, rows)
+    if not through:
         inner = grad.contiguous()
     like: dict[str, Any] = {"memory_format": torch.contiguous_format}
     found = [
         grad.new_empty(0) if value is None or not wants_parameters else torch.empty_like(value, **like)
         for value in parameters
     ]
-    chosen = tile or sizes_of("graph_gradients", x.device, x.dtype, nodes, slots, channels)
-    together = wants_inner and not undirected and channels <= chosen.block_n
     sizes = chosen if together else rows or sizes_of("graph_layer_rows", x.device, x.dtype, nodes, 1, channels)
     common: dict[str, Any] = {"BIAS": bias is not None, **sizes.constants(), **sizes.options(limit_registers=True)}
     sums = ceil_div(channels, sizes.block_n) * (3 if activation == "layer_norm" else 1) if wants_parameters else 0
@@ -602,6 +632,7 @@ def graph_layer_backward(
                 inner,
                 x.contiguous(),
                 coefficient.contiguous(),
+                coefficient if scale is None else scale,
                 *(csc or columns_of(index)),
                 grad_x,
                 grad_coefficient,
@@ -616,19 +647,25 @@ def graph_layer_backward(
                 NEED_X=wants_x,
                 NEED_DOT=wants_coefficient,
                 ADDED=added is not None,
+                SCALED=scale is not None,
                 **common,
             )
             return grad_x, grad_coefficient, *found  # type: ignore[return-value]
         if sums:
             _graph_layer_bwd_kernel_sum[(sums,)](part, *found, len(part), channels, **common)
+    complete = coefficient
+    if scale is not None and wants_inner:
+        complete = at_both_ends(coefficient, index, scale)
     if wants_x and undirected:
         # the operator is its own transpose
         options: dict[str, Any] = {"dtype": x.dtype, "tile": tile}
-        grad_x = graph_layer(inner, index, coefficient, None, None, None, "none", 0.0, True, False, csc, **options)[0]
+        grad_x = graph_layer(inner, index, complete, None, None, None, "none", 0.0, True, False, csc, **options)[0]
     elif wants_x:
-        grad_x = graph_propagate(inner, index, coefficient, True, csc, dtype=x.dtype, tile=tile)
+        grad_x = graph_propagate(inner, index, complete, True, csc, dtype=x.dtype, tile=tile)
     if wants_coefficient:
-        grad_coefficient = edge_dot(inner, x, index, coefficient.dtype, undirected, tile=tile)
+        grad_coefficient = edge_dot(inner, x, index, complete.dtype, undirected, tile=tile)
+        if scale is not None:
+            grad_coefficient = at_both_ends(grad_coefficient, index, scale).to(coefficient.dtype)
         if added is not None:
             grad_coefficient += added
     return grad_x, grad_coefficient, *found  # type: ignore[return-value]

@@ -28,6 +28,7 @@ def gathered_sum(
     x_ptr,
     index_ptr,
     coefficient_ptr,
+    scale_ptr,
     indptr_ptr,
     perm_ptr,
     node,
@@ -36,10 +37,14 @@ def gathered_sum(
     channels,
     c,
     TRANSPOSE: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(BLOCK_N,) channels ``c`` of one node of y: over its slots, or over the edges that end in it."""
+    """(BLOCK_N,) channels ``c`` of one node of y: over its slots, or over the edges that end in it.
+
+    SCALED: the row at the other end of an edge counts as often as its scale (B * N,) says.
+    """
     sample = (node // nodes).to(tl.int64) * nodes
     node = node.to(tl.int64)
     channel = c < channels
@@ -59,6 +64,8 @@ def gathered_sum(
             edge = place
             row = sample + within(tl.load(index_ptr + edge, mask=used, other=0), nodes)
         share = tl.load(coefficient_ptr + edge, mask=used, other=0.0).to(tl.float32)
+        if SCALED:
+            share *= tl.load(scale_ptr + row, mask=used, other=0.0)
         both = used[:, None] & channel[None, :]
         x = tl.load(x_ptr + (row * channels)[:, None] + c[None, :], mask=both, other=0.0).to(tl.float32)
         total += share[:, None] * x
@@ -87,6 +94,7 @@ def _graph_propagate_fwd_kernel(
         x_ptr,
         index_ptr,
         coefficient_ptr,
+        coefficient_ptr,
         indptr_ptr,
         perm_ptr,
         node,
@@ -95,6 +103,7 @@ def _graph_propagate_fwd_kernel(
         channels,
         c,
         TRANSPOSE,
+        False,
         BLOCK_M,
         BLOCK_N,
     )
@@ -107,6 +116,7 @@ def gathered_gradients(
     x_ptr,
     index_ptr,
     coefficient_ptr,
+    scale_ptr,
     indptr_ptr,
     perm_ptr,
     grad_x_ptr,
@@ -120,13 +130,14 @@ def gathered_gradients(
     NEED_X: tl.constexpr,
     NEED_DOT: tl.constexpr,
     ADDED: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """grad_x (B * N, channels) of one node, and dot (B * N, slots) for its edges, along its columns or its slots.
 
     ``dot`` is the product of the node's row of ``x`` with the row of ``grad`` at the other end; ADDED (B * N, slots)
-    is added to it. BLOCK_N holds a row.
+    is added to it. SCALED: both are as large as the node's scale (B * N,) says. BLOCK_N holds a row.
     """
     sample = (node // nodes).to(tl.int64) * nodes
     node = node.to(tl.int64)
@@ -138,6 +149,8 @@ def gathered_gradients(
         first, last = node * slots, (node + 1) * slots
     else:
         first, last = tl.load(indptr_ptr + node).to(tl.int64), tl.load(indptr_ptr + node + 1).to(tl.int64)
+    if SCALED:
+        scale = tl.load(scale_ptr + node)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, last, BLOCK_M):
         place = start + tl.arange(0, BLOCK_M)
@@ -155,11 +168,16 @@ def gathered_gradients(
             total += share[:, None] * grad
         if NEED_DOT:
             dot = tl.sum(grad * own[None, :], axis=1)
+            if SCALED:
+                dot *= scale
             if ADDED:
                 dot += tl.load(added_ptr + edge, mask=used, other=0.0).to(tl.float32)
             tl.store(dot_ptr + edge, dot, mask=used)
     if NEED_X:
-        tl.store(grad_x_ptr + node * channels + c, tl.sum(total, axis=0), mask=channel)
+        to_x = tl.sum(total, axis=0)
+        if SCALED:
+            to_x *= scale
+        tl.store(grad_x_ptr + node * channels + c, to_x, mask=channel)
 
 
 @triton.jit(do_not_specialize=["nodes", "slots"])
@@ -187,6 +205,7 @@ def _graph_propagate_bwd_kernel(
         x_ptr,
         index_ptr,
         coefficient_ptr,
+        coefficient_ptr,
         indptr_ptr,
         perm_ptr,
         grad_x_ptr,
@@ -199,6 +218,7 @@ def _graph_propagate_bwd_kernel(
         TRANSPOSE,
         NEED_X,
         NEED_DOT,
+        False,
         False,
         BLOCK_M,
         BLOCK_N,

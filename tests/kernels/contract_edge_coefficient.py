@@ -20,6 +20,7 @@ from fused import EDGE_COEFFICIENT
 from test_edge_coefficient import TestEdgeCoefficient as _Tests
 from torch import Tensor
 
+from drseg_core import ops
 from drseg_core.ops.edge_coefficient import reference
 
 NORMS = ["sym_row", "sym_inout", "sym_undirected", "row", "sym_count"]
@@ -30,6 +31,8 @@ SUBJECT = dataclasses.replace(on_kernels(EDGE_COEFFICIENT), variants=VARIANTS)
 
 class TestEdgeCoefficientKernels(KernelContract, _Tests):
     subject = SUBJECT
+    layer = staticmethod(on_device(ops.graph_layer))
+    leaves_scales = True
     test_is_the_composition_of_its_parts = None
 
 
@@ -61,7 +64,7 @@ class _WithTile(torch.autograd.Function):
     def backward(ctx, grad):
         norm, tile = ctx.given
         weight, scale, source, target, *edges = ctx.saved_tensors
-        given = (grad, weight, scale, (source, target, None, None), *edges, norm, 1e-6, [True] * 5)
+        given = (grad, weight, scale, (source, target, None, None), *edges, norm, 1e-6, False, [True] * 5)
         to_source, to_target, *others = kernels.edge_coefficient_backward(*given, tile=tile)
         return to_source, to_target, None, *others[:2], None, None, None
 
@@ -149,7 +152,7 @@ def test_launches(monkeypatch):
         assert len(seen) == forward[norm], seen
         seen.clear()
         given = (*saved, halves, *(inputs[name] for name in ("index", "vector", "bias")))
-        kernels.edge_coefficient_backward(coefficient, *given, norm, 1e-6, [True] * 5)
+        kernels.edge_coefficient_backward(coefficient, *given, norm, 1e-6, False, [True] * 5)
         assert len(seen) == backward[norm], seen
         seen.clear()
 

@@ -202,7 +202,7 @@ def test_no_launcher_synchronises(norm):
         degree_normalize.degree_normalize(weight, index, norm, 1e-6)
         degree_normalize.degree_normalize_backward(weight, weight, index, norm, 1e-6)
         coefficient, *saved = edge_coefficient.edge_coefficient(*edges, index > 1, norm, 1e-6, tile=tile)
-        edge_coefficient.edge_coefficient_backward(coefficient, *saved, *edges, norm, 1e-6, mask, tile=tile)
+        edge_coefficient.edge_coefficient_backward(coefficient, *saved, *edges, norm, 1e-6, False, mask, tile=tile)
         graph_propagate.graph_propagate(x, index, coefficient, True, tile=tile)
         graph_propagate.graph_propagate_backward(x, x, index, coefficient, True, mask[:2], tile=tile)
         for activation in ("relu", "layer_norm"):
@@ -245,7 +245,6 @@ def test_launches_of_the_layers(monkeypatch):
             "_csc_kernel_scan",
             "_csc_kernel_place",
             "_edge_coefficient_fwd_kernel",
-            "_degree_normalize_fwd_kernel_edges",
             *["_graph_layer_fwd_kernel"] * 2,
             *["_graph_layer_bwd_kernel_activation"] * 2,
             *["_graph_layer_bwd_kernel_edges"] * 2,

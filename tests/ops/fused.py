@@ -201,7 +201,8 @@ class Fused(Subject):
 
 def _registered_layer(i: Inputs) -> tuple[Any, ...]:
     options = (i.get("activation", "none"), i.get("eps", 1e-5), i.get("undirected", False), True, None, None, "auto")
-    return (i["x"], i["index"], i["coefficient"], i.get("bias"), i.get("norm_weight"), i.get("norm_bias"), *options)
+    names = ("x", "index", "coefficient", "scale", "bias", "norm_weight", "norm_bias")
+    return *(i.get(name) for name in names), *options
 
 
 GRAPH_LAYER = Fused(
@@ -241,7 +242,15 @@ def _with_mask(case: Case, dtype: torch.dtype = torch.float32, device: str = "cp
 
 
 def _registered_coefficient(i: Inputs) -> tuple[Any, ...]:
-    return (*registered_edges(i), i.get("norm", "sym_row"), i.get("eps", 1e-6), None, None, "auto")
+    return (
+        *registered_edges(i),
+        i.get("norm", "sym_row"),
+        i.get("eps", 1e-6),
+        i.get("apart", False),
+        None,
+        None,
+        "auto",
+    )
 
 
 EDGE_COEFFICIENT = Fused(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from contract import OpContract
@@ -25,6 +27,24 @@ class TestDegreeNormalize(OpContract):
         coefficient = call(**{**inputs, "weight": weight})
         coefficient.sum().backward()
         assert not coefficient.any() and weight.grad.isfinite().all()
+
+    @pytest.mark.parametrize("size", [1e-3, 1e26, 1e30, 1e35], ids=str)
+    def test_weights_of_any_size(self, variant, call, size):
+        """Coefficients do not depend on the size of the weights, and gradients go with its inverse."""
+        inputs = self.inputs(variant)
+        index = inputs["index"]
+        # a lesser share in one row of three, so that degrees differ
+        weight = inputs["weight"] * (1 + torch.arange(index.shape[1])[:, None] % 3)
+        found = []
+        for dtype in (torch.float64, torch.float32):
+            given = (weight * size).to(dtype).requires_grad_()
+            function = call if dtype == torch.float32 else functools.partial(ops.degree_normalize, backend="reference")
+            coefficient = function(**{**inputs, "weight": given})
+            grad = torch.linspace(-1, 2, index.numel(), dtype=dtype).view(index.shape)
+            (to_weight,) = torch.autograd.grad(coefficient, given, grad)
+            found += [coefficient.detach().double(), to_weight.double() * size]
+        for value, right in zip(found[2:], found[:2], strict=True):
+            torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
     def test_smallest_eps_is_finite(self, variant, call, dtype):

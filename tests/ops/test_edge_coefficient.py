@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import OpContract
+from contract import OpContract, leaves
 from fused import EDGE_COEFFICIENT
 from halves import REFUSED, RawHalves
 from torch import Tensor
@@ -15,6 +15,9 @@ from drseg_core.testing import CASES
 
 class TestEdgeCoefficient(RawHalves, OpContract):
     subject = EDGE_COEFFICIENT
+    layer = staticmethod(ops.graph_layer)
+    # whether the backend has kernels for a layer on weights and scales
+    leaves_scales = False
 
     def test_editing_a_saved_input_is_refused(self, variant, call):
         inputs = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in self.inputs(variant).items()}
@@ -39,6 +42,29 @@ class TestEdgeCoefficient(RawHalves, OpContract):
         mask = inputs.pop("mask")
         score = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
         assert torch.equal(call(**inputs, score=score), call(**inputs, mask=mask))
+
+    def test_what_is_left_to_a_layer_comes_back_from_it(self, variant, backend, call):
+        """Output and gradients of a layer on weights and scales are those on coefficients."""
+        inputs, names = self.inputs(variant), self.subject.differentiable
+        random = torch.Generator().manual_seed(0)
+        x = torch.randn(*inputs["index"].shape[:2], 5, generator=random)
+        several = []
+        for apart in (False, True):
+            given = leaves(self.subject, inputs)
+            features = x.clone().requires_grad_()
+            found = call(**given, apart=apart)
+            share, scale = found if apart else (found, None)
+            assert (scale is not None) is (apart and self.leaves_scales and variant["norm"] == "sym_row")
+            total = 0
+            for activation in ("relu", "none"):
+                options = {"activation": activation, "scale": scale, "hand_on": True, "backend": backend}
+                y, share = self.layer(features, given["index"], share, **options)
+                total = total + (y.square() * (1 + torch.arange(5.0))).sum()
+            wanted = [features, *(given[name] for name in names)]
+            several.append([total.detach(), *torch.autograd.grad(total, wanted)])
+        for name, right, value in zip(("total", "features", *names), *several, strict=True):
+            slack = 1e-5 * float(right.abs().max())
+            torch.testing.assert_close(value, right, rtol=1e-4, atol=slack, msg=lambda m, n=name: f"{n}: {m}")
 
     def test_a_row_without_neighbours_is_finite(self, variant, call):
         inputs = self.inputs(variant)

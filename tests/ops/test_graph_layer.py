@@ -9,6 +9,7 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from drseg_core import ops
+from drseg_core.ops.graph_layer.reference import at_both_ends
 from drseg_core.testing import CASES
 
 
@@ -42,10 +43,10 @@ class LayerContract(OpContract):
 
     def test_without_gradients_nothing_is_kept(self, variant):
         inputs = self.inputs(variant)
-        x, index, coefficient, *options = self.subject.registered(inputs)
+        x, index, *options = self.subject.registered(inputs)
         for keep in (True, False):
             options[-4] = keep
-            y, *saved = torch.ops.drseg.graph_layer(x, index, coefficient, *options)
+            y, *saved = torch.ops.drseg.graph_layer(x, index, *options)
             assert all((value.numel() > 0) is (keep and "norm_weight" in inputs) for value in saved)
             assert torch.equal(y, ops.graph_layer(**inputs))
 
@@ -72,6 +73,25 @@ class LayerContract(OpContract):
         _, share = call(**given, hand_on=True)
         (grad,) = torch.autograd.grad(share.sum(), given["coefficient"])
         assert torch.equal(grad, torch.ones_like(grad))
+
+    def test_scales_are_those_of_both_ends(self, variant, call):
+        for case, dtype in ((CASES[0], torch.float32), (CASES[1], torch.float16)):
+            inputs = self.inputs(variant, case, dtype)
+            scale = 0.5 + torch.rand(inputs["x"].shape[:2], generator=torch.Generator().manual_seed(1))
+            names, several = self.subject.differentiable, []
+            for apart in (False, True):
+                given = leaves(self.subject, inputs)
+                if apart:
+                    found = call(**given, scale=scale)
+                else:
+                    folded = at_both_ends(given["coefficient"], given["index"], scale)
+                    found = call(**{**given, "coefficient": folded})
+                grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(2)).to(found.dtype)
+                several.append([found, *torch.autograd.grad(found, [given[name] for name in names], grad)])
+            unit = 1e-5 if dtype == torch.float32 else 4e-3
+            for name, right, value in zip(("output", *names), *several, strict=True):
+                slack = unit * float(right.detach().abs().max())
+                torch.testing.assert_close(value, right, rtol=unit, atol=slack, msg=lambda m, n=name: f"{n}: {m}")
 
 
 class TestGraphLayer(LayerContract):
@@ -126,6 +146,16 @@ def test_opcheck(subject, dtype):
 @pytest.mark.parametrize(
     "changes,error,message",
     [
+        (
+            {"scale": torch.ones(2, 3)},
+            ValueError,
+            "scale has the wrong shape",
+        ),
+        (
+            {"scale": torch.ones(2, 12, requires_grad=True)},
+            ValueError,
+            "scale has no gradient; expected a tensor that requires none, got one that does",
+        ),
         (
             {"activation": "gelu"},
             ValueError,

@@ -70,9 +70,9 @@ def degree_normalize_backward(
     start, end = _scales(weight, neighbour, norm, eps)
     far = _at_neighbour(end, neighbour)
     near = start[:, :, None]
-    # d(degree ** -1/2) = -1/2 degree ** -3/2
-    grad_start = -0.5 * start**3 * (grad * weight * far).sum(-1)
-    grad_end = -0.5 * end**3 * _column_sum(grad * weight * near, neighbour)
+    # d(degree ** -1/2) = -1/2 degree ** -3/2, factor by factor: the cube of a scale may be too small for a number
+    grad_start = start * (start * (-0.5 * start * (grad * weight * far).sum(-1)))
+    grad_end = end * (end * (-0.5 * end * _column_sum(grad * weight * near, neighbour)))
     through_row: Tensor
     if norm == "sym_row":
         through_row, through_column = grad_start + grad_end, None

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, overload
 
 from torch import Tensor
 
-from drseg_core.ops import _checks
+from drseg_core.ops import _checks, _edges
 from drseg_core.ops._dispatch import requested_backend
 from drseg_core.ops.csc.api import Csc, csc_of
 from drseg_core.ops.edge_coefficient import registration
@@ -18,6 +18,48 @@ SMALLEST_EPS = 1e-20
 NORMS = ("sym_row", "sym_count", "sym_inout", "row", "sym_undirected")
 
 Norm = Literal["sym_row", "sym_count", "sym_inout", "row", "sym_undirected"]
+
+
+@overload
+def edge_coefficient(
+    source: Tensor,
+    target: Tensor | None,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    *,
+    inverse_norm: Tensor | None = ...,
+    source_bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    score: Tensor | None = ...,
+    norm: Norm = ...,
+    eps: float = ...,
+    apart: Literal[False] = ...,
+    csc: Csc | None = ...,
+    validate: bool = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def edge_coefficient(
+    source: Tensor,
+    target: Tensor | None,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    *,
+    inverse_norm: Tensor | None = ...,
+    source_bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    score: Tensor | None = ...,
+    norm: Norm = ...,
+    eps: float = ...,
+    apart: Literal[True],
+    csc: Csc | None = ...,
+    validate: bool = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor | None]: ...
 
 
 def edge_coefficient(
@@ -33,10 +75,11 @@ def edge_coefficient(
     score: Tensor | None = None,
     norm: Norm = "sym_row",
     eps: float = 1e-6,
+    apart: bool = False,
     csc: Csc | None = None,
     validate: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """Propagation coefficients from the projections of the nodes: ``edge_weight`` and ``degree_normalize`` in one
     (arXiv 2604.02010, Eq. 8 and 9).
 
@@ -52,6 +95,9 @@ def edge_coefficient(
         score: in place of a mask the scores of ``knn_graph``, shape of ``index``: where ``-inf`` the slot is padding.
         norm: see ``degree_normalize``.
         eps: added to every degree, at least 1e-20: gradients of a row of zeros grow as ``eps**-1.5``.
+        apart: return a pair for ``graph_layer``, whose ``scale`` is the second: where a kernel takes it so, which saves
+            a pass over the edges, the first are weights and the second scales (B, N), otherwise coefficients and None.
+            The pair may be used for nothing else: a gradient to the weights is led through the scales, too.
         csc: ``csc(index)``, which degrees of incoming edges and gradients go along; None makes it in every call.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.
@@ -77,15 +123,22 @@ def edge_coefficient(
     _checks.check_number(op, "eps", eps, positive=True)
     if eps < SMALLEST_EPS:
         raise ValueError(f"{op}: eps is too small; expected eps >= {SMALLEST_EPS}, got {eps}")
+    _checks.check_flag(op, "apart", apart)
     _checks.check_flag(op, "validate", validate)
     requested = requested_backend(op, backend)
     if validate:
         _checks.check_index_values(op, index, source.shape[-2])
-    options = (norm, eps, *csc_of(op, csc, index, validate), requested)
+    halves = (source, target, inverse_norm, source_bias)
+    leaves = apart and norm == "sym_row" and _edges.taken_raw(op, halves, vector, bias, requested)
+    options = (norm, eps, leaves, *csc_of(op, csc, index, validate), requested)
     mask = mask if score is None else score
     if source.dim() == 3:
         given = (source, target, index, vector, bias, inverse_norm, source_bias, mask)
-        return registration.edge_coefficient(*given, *options)[0]
-    target, inverse_norm, mask = (None if value is None else value[None] for value in (target, inverse_norm, mask))
-    given = (source[None], target, index[None], vector, bias, inverse_norm, source_bias, mask)
-    return registration.edge_coefficient(*given, *options)[0][0]
+        found, _, scales = registration.edge_coefficient(*given, *options)
+        scale = scales[0] if leaves else None
+    else:
+        target, inverse_norm, mask = (None if value is None else value[None] for value in (target, inverse_norm, mask))
+        given = (source[None], target, index[None], vector, bias, inverse_norm, source_bias, mask)
+        found, _, scales = registration.edge_coefficient(*given, *options)
+        found, scale = found[0], scales[0, 0] if leaves else None
+    return (found, scale) if apart else found

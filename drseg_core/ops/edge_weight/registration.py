@@ -54,7 +54,7 @@ def _run_native_backward(
 _dispatch.add_table(
     "edge_weight",
     _native.backend(_run_native, _run_native_backward, "edge_weight", "edge_weight_backward", "csc"),
-    _triton.backend("edge_weight", raw_edges=True),
+    _triton.backend("edge_weight", raw=True),
     _dispatch.reference_backend(reference.edge_weight, reference.edge_weight_backward),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from drseg_core.ops import _checks
@@ -22,6 +23,7 @@ def _check(
     x: Tensor,
     index: Tensor,
     coefficient: Tensor,
+    scale: Tensor | None,
     parameters: dict[str, Tensor | None],
     activation: str,
     eps: float,
@@ -35,6 +37,12 @@ def _check(
     given = {name: value for name, value in parameters.items() if value is not None}
     for name, value in given.items():
         _checks.check_tensor(op, name, value, ("C",))
+    if scale is not None:
+        _checks.check_tensor(op, "scale", scale, ("B", "N"), (torch.float32, torch.float64))
+        _checks.check_same_device(op, x=x, scale=scale)
+        _checks.check_shape(op, "scale", scale, tuple(x.shape[:-1]), "the shape of x without C")
+        if scale.requires_grad:
+            raise ValueError(f"{op}: scale has no gradient; expected a tensor that requires none, got one that does")
     _checks.check_same_device(op, x=x, index=index, coefficient=coefficient, **given)
     _checks.check_no_tangent(op, x=x, coefficient=coefficient, **given)
     for name in ("norm_weight", "norm_bias"):
@@ -63,6 +71,7 @@ def graph_layer(
     activation: Activation = ...,
     eps: float = ...,
     undirected: bool = ...,
+    scale: Tensor | None = ...,
     csc: Csc | None = ...,
     hand_on: Literal[False] = ...,
     validate: bool = ...,
@@ -82,6 +91,7 @@ def graph_layer(
     activation: Activation = ...,
     eps: float = ...,
     undirected: bool = ...,
+    scale: Tensor | None = ...,
     csc: Csc | None = ...,
     hand_on: Literal[True],
     validate: bool = ...,
@@ -100,6 +110,7 @@ def graph_layer(
     activation: Activation = "none",
     eps: float = 1e-5,
     undirected: bool = False,
+    scale: Tensor | None = None,
     csc: Csc | None = None,
     hand_on: bool = False,
     validate: bool = False,
@@ -121,6 +132,8 @@ def graph_layer(
         activation: ``none``, ``relu`` or ``layer_norm``.
         eps: of ``layer_norm``, > 0.
         undirected: follow every edge in both directions.
+        scale: (B, N) or (N,), float32 or float64, from ``edge_coefficient(apart=True)``: a coefficient is multiplied by
+            the scales of both ends of its edge. Without gradient here. None multiplies nothing.
         csc: ``csc(index)``, which reversed edges and the gradient to ``x`` go along; None makes it in every call.
         hand_on: return the coefficient as well, for the next layer over the same graph: the gradients that all layers
             have for it are then added up where they are computed, not in passes of their own. It shares its memory.
@@ -144,7 +157,8 @@ def graph_layer(
         [[0.0], [0.0]]
     """
     op = "graph_layer"
-    _check(x, index, coefficient, {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}, activation, eps)
+    parameters = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    _check(x, index, coefficient, scale, parameters, activation, eps)
     _checks.check_flag(op, "undirected", undirected)
     _checks.check_flag(op, "hand_on", hand_on)
     _checks.check_flag(op, "validate", validate)
@@ -165,8 +179,9 @@ def graph_layer(
         hand_on,
     )
     if x.dim() == 3:
-        y, *_, share = registration.graph_layer(x, index, coefficient, *options)
+        y, *_, share = registration.graph_layer(x, index, coefficient, scale, *options)
     else:
-        found = registration.graph_layer(x[None], index[None], coefficient[None], *options)
+        given = (x[None], index[None], coefficient[None], None if scale is None else scale[None])
+        found = registration.graph_layer(*given, *options)
         y, share = found[0][0], found[-1][0]
     return (y, share) if hand_on else y

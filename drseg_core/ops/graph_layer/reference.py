@@ -22,6 +22,12 @@ def _to(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
+def at_both_ends(value: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+    """Values (B, N, K) of edges times the scales (B, N) of both of their ends, in the wider dtype of the two."""
+    neighbour = index.long().clamp(0, max(index.shape[1] - 1, 0))
+    return value * scale[:, :, None] * scale.gather(1, neighbour.flatten(1)).view(neighbour.shape)
+
+
 def compose(propagate: tuple[Callable[..., Tensor], Run]) -> tuple[Run, Run]:
     """Forward and backward from those of ``graph_propagate``; what follows is that of the library."""
     run, run_backward = propagate

@@ -23,12 +23,12 @@ from drseg_core.ops._registration import (
 from drseg_core.ops.graph_layer import reference
 
 _dispatch.add_fusion(
-    "graph_layer", ("graph_propagate",), reference.compose, _triton.backend("graph_layer", adds=True), widens=True
+    "graph_layer", ("graph_propagate",), reference.compose, _triton.backend("graph_layer", raw=True), widens=True
 )
 
 
 def _resolve(x: Tensor, backend: str, *others: Tensor | None) -> _dispatch.Backend:
-    names = ("coefficient", "bias", "norm_weight", "norm_bias")
+    names = ("coefficient", "scale", "bias", "norm_weight", "norm_bias")
     return _dispatch.resolve("graph_layer", x, backend, **dict(zip(names, others, strict=True)))
 
 
@@ -36,6 +36,7 @@ def _run(
     x: Tensor,
     index: Tensor,
     coefficient: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -47,10 +48,13 @@ def _run(
     perm: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    chosen = _resolve(x, backend, coefficient, bias, norm_weight, norm_bias)
-    parameters = (bias, norm_weight, norm_bias)
+    chosen = _resolve(x, backend, coefficient, scale, bias, norm_weight, norm_bias)
+    options = (bias, norm_weight, norm_bias, activation, eps, undirected, keep, columns(indptr, perm))
     with _dispatch.plain_float32(x):
-        return chosen.run(x, index, coefficient, *parameters, activation, eps, undirected, keep, columns(indptr, perm))
+        if chosen.raw:
+            return chosen.run(x, index, coefficient, *options, None if scale is None else scale.contiguous())
+        complete = coefficient if scale is None else reference.at_both_ends(coefficient, index, scale)
+        return chosen.run(x, index, complete, *options)
 
 
 def _run_backward(
@@ -58,6 +62,7 @@ def _run_backward(
     x: Tensor,
     index: Tensor,
     coefficient: Tensor,
+    scale: Tensor | None,
     y: Tensor,
     given: Tensor,
     mean: Tensor,
@@ -74,14 +79,19 @@ def _run_backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     parameters = (bias, norm_weight, norm_bias)
-    chosen = _resolve(x, backend, coefficient, *parameters)
-    saved = (y, given, mean, rstd, *parameters)
-    arguments = (grad, x, index, coefficient, *saved, activation, undirected, output_mask, columns(indptr, perm))
-    adds = added is not None and chosen.adds
+    chosen = _resolve(x, backend, coefficient, scale, *parameters)
+    options = (y, given, mean, rstd, *parameters, activation, undirected, output_mask, columns(indptr, perm))
     with _dispatch.plain_float32(x):
-        found = _dispatch.gradients("graph_layer", chosen, *arguments, *((added,) if adds else ()))
+        if chosen.raw:
+            raw = (added, None if scale is None else scale.contiguous())
+            found = _dispatch.gradients("graph_layer", chosen, grad, x, index, coefficient, *options, *raw)
+            return asked_for(found, output_mask)
+        complete = coefficient if scale is None else reference.at_both_ends(coefficient, index, scale)
+        found = _dispatch.gradients("graph_layer", chosen, grad, x, index, complete, *options)
     to_x, to_coefficient, *others = asked_for(found, output_mask)
-    if added is not None and not adds and output_mask[1]:
+    if scale is not None and output_mask[1]:
+        to_coefficient = reference.at_both_ends(to_coefficient, index, scale).to(coefficient.dtype)
+    if added is not None and output_mask[1]:
         to_coefficient = to_coefficient + added
     return to_x, to_coefficient, *others
 
@@ -90,6 +100,7 @@ def _fake(
     x: Tensor,
     index: Tensor,
     coefficient: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -101,7 +112,7 @@ def _fake(
     perm: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    wide, kept = widest(x, coefficient), keep and activation == "layer_norm"
+    wide, kept = widest(x, coefficient, scale), keep and activation == "layer_norm"
     mean, rstd = (x.new_empty(x.shape[:2] if kept else (0,), dtype=wide) for _ in range(2))
     return x.new_empty(x.shape), x.new_empty(x.shape if kept else (0,), dtype=wide), mean, rstd
 
@@ -113,7 +124,7 @@ def _fake_backward(grad: Tensor, x: Tensor, index: Tensor, coefficient: Tensor, 
 
 _forward = define(
     "graph_layer",
-    "(Tensor x, Tensor index, Tensor coefficient, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+    "(Tensor x, Tensor index, Tensor coefficient, Tensor? scale, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
     "str activation, float eps, bool undirected, bool keep, Tensor? indptr, Tensor? perm, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _run,
@@ -121,9 +132,10 @@ _forward = define(
 )
 _backward = define(
     "graph_layer_backward",
-    "(Tensor grad, Tensor x, Tensor index, Tensor coefficient, Tensor y, Tensor given, Tensor mean, Tensor rstd, "
-    "Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, str activation, bool undirected, bool[5] output_mask, "
-    "Tensor? indptr, Tensor? perm, Tensor? added, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor index, Tensor coefficient, Tensor? scale, Tensor y, Tensor given, Tensor mean, "
+    "Tensor rstd, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, str activation, bool undirected, "
+    "bool[5] output_mask, Tensor? indptr, Tensor? perm, Tensor? added, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )
@@ -135,6 +147,7 @@ class _GraphLayer(Differentiable):
         x: Tensor,
         index: Tensor,
         coefficient: Tensor,
+        scale: Tensor | None,
         bias: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
@@ -149,7 +162,7 @@ class _GraphLayer(Differentiable):
     ) -> tuple[Tensor, ...]:
         parameters = (bias, norm_weight, norm_bias)
         options = (activation, eps, undirected, keep, indptr, perm, backend)
-        found: tuple[Tensor, ...] = _forward(x, index, coefficient, *parameters, *options)
+        found: tuple[Tensor, ...] = _forward(x, index, coefficient, scale, *parameters, *options)
         # for the next layer as it is: what comes back to it here is what the later layers made of it
         return (*found, coefficient.view_as(coefficient)) if hand_on else found
 
@@ -157,27 +170,27 @@ class _GraphLayer(Differentiable):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         # undirected edges are followed in the transposed direction too
         *given, ctx.activation, _, ctx.undirected, ctx.keep, indptr, perm, ctx.backend, _ = inputs
-        x, index, coefficient, *parameters = given
+        x, index, coefficient, scale, *parameters = given
         y, before, mean, rstd = output[:4]
         ctx.mark_non_differentiable(before, mean, rstd)
         ctx.set_materialize_grads(False)
         # of the output only ReLU's mask is needed again
         mask = y if ctx.activation == "relu" else before
-        ctx.save_for_backward(x, index, coefficient, mask, before, mean, rstd, *parameters, indptr, perm)
+        ctx.save_for_backward(x, index, coefficient, scale, mask, before, mean, rstd, *parameters, indptr, perm)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
         added = others[3] if len(others) > 3 else None
         if grad is None:
-            return None, None, added, *(None,) * 11
+            return None, None, added, *(None,) * 12
         if ctx.activation == "layer_norm" and not ctx.keep:
             raise RuntimeError("graph_layer: keep is False; expected True where a gradient is needed, got a backward")
         needs = ctx.needs_input_grad
-        mask = [needs[0], *needs[2:6]]
+        mask = [needs[0], needs[2], *needs[4:7]]
         *given, indptr, perm = ctx.saved_tensors
         given = (grad, *given, ctx.activation, ctx.undirected, mask, indptr, perm, added, ctx.backend)
-        to_x, *grads = backward_of("graph_layer", _backward, mask, *given)
-        return to_x, None, *grads, *(None,) * 8
+        to_x, to_coefficient, *grads = backward_of("graph_layer", _backward, mask, *given)
+        return to_x, None, to_coefficient, None, *grads, *(None,) * 8
 
 
 def graph_layer(*arguments: Any) -> tuple[Tensor, ...]:
