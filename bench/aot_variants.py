@@ -34,6 +34,12 @@ class Variant:
 
 # pointers of every kernel of knn_graph
 _SELECTION = {f"{name}_ptr": "*fp32" for name in ("inverse_norm", "table", "score")} | {"index_ptr": "*i32"}
+_ROUNDED = {
+    **_SELECTION,
+    **{f"{name}_ptr": "*fp32" for name in ("product", "prior", "residual", "loss")},
+    **{f"{name}_ptr": "*i32" for name in ("list", "open", "count")},
+    "slack": "fp32",
+}
 _DTYPES = ("fp32", "bf16")
 
 # nodes, neighbours, form, include_self, and whether the row already holds a result: every branch of the kernel, the
@@ -83,15 +89,17 @@ def _prepare_prior(device: Any) -> Iterator[Variant]:
 
     for dtype, channels in (("fp32", 1024), ("bf16", 1024), ("fp16", 1024), ("fp32", 96), ("fp32", 1000)):
         columns = op.columns_of(channels)
-        constants = {"SCALE": dtype != "fp16", "BLOCK_N": columns}
+        rounds = {"SCALE": dtype != "fp16", "ROUND": dtype == "fp32"}
+        constants = {**rounds, "BLOCK_N": columns}
         types = {"prior_ptr": f"*{dtype}", "scaled_ptr": f"*{dtype}", "inverse_ptr": "*fp32"}
+        types |= {"rounded_ptr": "*fp16", "residual_ptr": "*fp32"}
         warps = op.warps_of(columns)
         even = channels % 16 == 0
         name = _name("prepare_prior", {"dtype": dtype, **constants} | ({} if even else {"even": False}), warps)
         options = {"num_warps": warps, **FMA}
         sizes = ("channels",) if even else ()
-        yield Variant(name, op._prepare_prior_kernel, types, constants, options, 64 * warps, sizes)
-        constants = {"SCALE": dtype != "fp16"} | {key: value for key, value in op.PLANES.items() if key.isupper()}
+        yield Variant(name, op._prepare_prior_kernel, types, constants, options, 4 * columns + 64 * warps, sizes)
+        constants = {**rounds} | {key: value for key, value in op.PLANES.items() if key.isupper()}
         warps = op.PLANES["num_warps"]
         words = {"dtype": dtype, **constants} | ({} if even else {"even": False})
         options = {"num_warps": warps, **FMA}
@@ -101,7 +109,7 @@ def _prepare_prior(device: Any) -> Iterator[Variant]:
 
 def _knn_graph(device: Any) -> Iterator[Variant]:
     import torch
-    from drseg_kernels import _launch
+    from drseg_kernels import _launch, knn_rounded
     from drseg_kernels import knn_graph as op
 
     asked = [(*case, _launch.choose("knn_graph", device, torch.float32, *case[:2])) for case in KNN_GRAPH]
@@ -110,6 +118,28 @@ def _knn_graph(device: Any) -> Iterator[Variant]:
     for nodes, k, form, include_self, first, sizes in asked:
         if first or nodes > sizes.block_n:
             yield _merge(op.constants(nodes, k, form, include_self, first, sizes), sizes)
+        if nodes <= sizes.block_n:
+            yield _rounded(knn_rounded.constants(nodes, k, form, include_self, False, sizes), sizes.num_warps)
+        elif k <= knn_rounded.LARGEST_LISTED:
+            yield _merge(op.constants(nodes, knn_rounded.list_size(k), form, include_self, first, sizes), sizes)
+            yield _rounded(knn_rounded.list_constants(k, form, include_self, False), 1)
+            yield _whole_rows(k, form, include_self)
+
+
+def _rounded(constants: dict[str, Any], warps: int) -> Variant:
+    from drseg_kernels import knn_rounded as op
+
+    name = _name("knn_graph rounded", constants, warps)
+    options = {"num_warps": warps, **op.OPTIONS}
+    return Variant(name, op._knn_graph_fwd_kernel_rounded, _ROUNDED, constants, options, 16_384, ("channels",))
+
+
+def _whole_rows(k: int, form: str, include_self: bool) -> Variant:
+    from drseg_kernels import knn_rounded as op
+
+    constants, options = op.whole_rows(k, form, include_self)
+    name = _name("knn_graph whole_rows", constants, options["num_warps"])
+    return Variant(name, op._knn_graph_fwd_kernel_whole_rows, _ROUNDED, constants, options, 16_384, ("channels",))
 
 
 def _merge(constants: dict[str, Any], sizes: Any) -> Variant:

@@ -33,7 +33,7 @@ DEFAULT_CASES = ("paper_vitl_24x24_e256", "grid_64x64_e256")
 @contextlib.contextmanager
 def compiling(target: Target) -> Iterator[None]:
     """Within the block launchers take CPU tensors as if they lay on ``target``, and kernels are compiled only."""
-    from drseg_kernels import knn_graph
+    from drseg_kernels import knn_graph, knn_rounded
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
@@ -45,7 +45,8 @@ def compiling(target: Target) -> Iterator[None]:
         card(target),
         mock.patch.object(JITFunction, "run", compile_only),
         # the library's products are not looked at either
-        mock.patch.object(knn_graph, "_multiply", lambda left, right, out: None),
+        mock.patch.object(knn_graph, "multiply", lambda left, right, out: None),
+        mock.patch.object(knn_rounded, "multiply", lambda left, right, out: None),
     ):
         yield
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.aot_variants import PLAIN, Variant, _merge, _variant
+from bench.aot_variants import PLAIN, Variant, _merge, _rounded, _variant
 from drseg_core.testing import Case
 
 
@@ -24,9 +24,16 @@ def launched(table: str, device: Any, case: Case, sizes: Any, dtype: str = "fp32
 
 def _launched_knn_graph(device: Any, case: Case, sizes: Any, dtype: str) -> list[Variant]:
     from drseg_kernels import knn_graph as op
+    from drseg_kernels import knn_rounded as rounded
 
+    given = ("additive", True)
+    if dtype == "fp32" and case.nodes <= sizes.block_n:
+        return [_rounded(rounded.constants(case.nodes, case.neighbours, *given, False, sizes), sizes.num_warps)]
+    lists = dtype == "fp32" and case.neighbours <= rounded.LARGEST_LISTED
+    k = rounded.list_size(case.neighbours) if lists else case.neighbours
     tiles = (True, False) if sizes.block_n < case.nodes else (True,)
-    return [_merge(op.constants(case.nodes, case.neighbours, "additive", True, first, sizes), sizes) for first in tiles]
+    found = [_merge(op.constants(case.nodes, k, *given, first, sizes), sizes) for first in tiles]
+    return [*found, _rounded(rounded.list_constants(case.neighbours, *given, False), 1)] if lists else found
 
 
 def _launched_edge_weight(device: Any, case: Case, tile: Any, dtype: str) -> list[Variant]:

@@ -44,7 +44,9 @@ def _knn_graph(case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]
     nodes, grid, decay = selection.make_prior(case, "dino", device).to(dtype), (case.height, case.width), 1.0
     prior, inverse = _reference("prepare_prior").prepare_prior(nodes)
     table = _reference("knn_graph").decay_table(grid, decay, "additive", torch.float32, prior.device)
-    given = (prior, inverse, table, case.neighbours, "additive", True)
+    # as PDGR and everybody who asks for no scores has it
+    rounded = _reference("prepare_prior").rounding(prior, inverse) if dtype == torch.float32 else ()
+    given = (prior, inverse, table, case.neighbours, "additive", True, *rounded)
 
     def run(sizes: Any) -> tuple[Tensor, ...]:
         with plain_float32(prior):

@@ -256,7 +256,7 @@ class PDGR(nn.Module):
             decay=decay,
             form=_FORM[self.affinity],
             include_self=include_self,
-            return_score=True,
+            return_score=True if self.use_affinity_as_weight else "rough",
             pad=True,
             backend=self.backend,
         )

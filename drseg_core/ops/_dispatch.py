@@ -39,8 +39,9 @@ class Backend:
         why_not: given a device type, says why this backend cannot run there, or returns None when it can.
         dtypes: dtypes of the op's floating-point tensors that it computes in.
         by_name_only: device types on which it runs for who names it and for nobody else.
-        raw: whether it takes what others are given in a plain form: of the ops that weigh edges see ``_edges.py``; of
-            ``graph_layer``, last, what the gradient to coefficients is added to, and scales.
+        raw: whether it takes, or gives, what others have no use for: of the ops that weigh edges see ``_edges.py``; of
+            ``graph_layer``, last, what the gradient to coefficients is added to, and scales; rounded rows from
+            ``prepare_prior`` for ``knn_graph``.
     """
 
     name: str
@@ -242,6 +243,21 @@ def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) ->
         f"{op}: backend {requested} cannot run on {tensor.device}: {reason}; "
         f"expected one of {', '.join(able) or 'none'}, got {requested}"
     )
+
+
+@torch.compiler.assume_constant_result
+def _takes_raw(op: str, device: str, requested: str, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
+    first, *others = (torch.empty(0, dtype=dtype, device=device) for dtype in dtypes)
+    return resolve(op, first, requested, **dict(zip(names, others, strict=True))).raw
+
+
+def takes_raw(op: str, tensor: Tensor, requested: str, **others: Tensor | None) -> bool:
+    """Whether the backend that ``resolve`` finds is ``raw``; a compiler asks once."""
+    if not torch.compiler.is_compiling():
+        return resolve(op, tensor, requested, **others).raw
+    given = {name: other for name, other in others.items() if other is not None}
+    dtypes = (tensor.dtype, *(other.dtype for other in given.values()))
+    return _takes_raw(op, tensor.device.type, requested, tuple(given), dtypes)
 
 
 def gradients(op: str, chosen: Backend, *arguments: Any) -> Any:

@@ -41,26 +41,19 @@ def plain_mask(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask.ne(-torch.inf)
 
 
+def _others(halves: Halves, vector: Tensor, bias: Tensor) -> dict[str, Tensor | None]:
+    names = ("target", "inverse_norm", "source_bias")
+    return {"vector": vector, "bias": bias, **dict(zip(names, halves[1:], strict=True))}
+
+
 def resolve(op: str, halves: Halves, vector: Tensor, bias: Tensor, backend: str) -> _dispatch.Backend:
     """The backend that computes ``op`` on all of these dtypes."""
-    names = ("target", "inverse_norm", "source_bias")
-    others = dict(zip(names, halves[1:], strict=True))
-    return _dispatch.resolve(op, halves[0], backend, vector=vector, bias=bias, **others)
+    return _dispatch.resolve(op, halves[0], backend, **_others(halves, vector, bias))
 
 
-@torch.compiler.assume_constant_result
-def _taken_raw(op: str, device: str, dtypes: tuple[torch.dtype | None, ...], backend: str) -> bool:
-    source, *others = (None if dtype is None else torch.empty(0, dtype=dtype, device=device) for dtype in dtypes)
-    assert source is not None
-    return _dispatch.resolve(op, source, backend, **{str(place): other for place, other in enumerate(others)}).raw
-
-
-def taken_raw(op: str, halves: Halves, vector: Tensor, bias: Tensor, backend: str) -> bool:
-    """Whether the backend that computes ``op`` takes its arguments as they come; a compiler asks once."""
-    if not torch.compiler.is_compiling():
-        return resolve(op, halves, vector, bias, backend).raw
-    dtypes = tuple(None if value is None else value.dtype for value in (*halves, vector, bias))
-    return _taken_raw(op, halves[0].device.type, dtypes, backend)
+def takes_raw(op: str, halves: Halves, vector: Tensor, bias: Tensor, backend: str) -> bool:
+    """Whether that backend takes the arguments as they come."""
+    return _dispatch.takes_raw(op, halves[0], backend, **_others(halves, vector, bias))
 
 
 def run(chosen: _dispatch.Backend, halves: Halves, edges: Sequence[Tensor], mask: Tensor | None, *options: Any) -> Any:

@@ -5,6 +5,9 @@ A program is one row. It reads the row twice, the second time from the cache, an
 nodes of 1024 channels, which an H100 moves in 0.015 ms, where the reference's dozen launches take 0.13 (2026-11). A map
 (B, D, h, w) is read as it lies, some cells of all channels at a time, and needs no transposed copy. Neither kernel has
 been timed yet.
+
+On request it writes float32 rows once more, rounded to float16, and how long what was lost is: a selection that knows
+this can take products of the rounded rows (``knn_rounded.py``).
 """
 
 from __future__ import annotations
@@ -31,12 +34,34 @@ def power_below(top, broken):
     return ((127 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
+# bounds on the rounding of sums of up to 2**13 squares, and of what is made of them
+SPARE = tl.constexpr(1.0 + 2.0**-10)
+
+
 @triton.jit
-def _prepare_prior_kernel(prior_ptr, scaled_ptr, inverse_ptr, channels, SCALE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """``scaled`` (B * N, D) in the prior's dtype and ``inverse`` (B * N,); without SCALE the row is copied."""
+def lost_share(lost, inverse, broken):
+    """Length of what rounding took from a row over the row's own, from above; 0 for a row that counts nowhere."""
+    return tl.where(broken, 0.0, tl.sqrt_rn(lost) * inverse * SPARE)
+
+
+@triton.jit
+def _prepare_prior_kernel(
+    prior_ptr,
+    scaled_ptr,
+    inverse_ptr,
+    rounded_ptr,
+    residual_ptr,
+    channels,
+    SCALE: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``scaled`` (B * N, D) in the prior's dtype and ``inverse`` (B * N,); without SCALE the row is copied. ROUND:
+    ``rounded`` (B * N, D) in float16, and ``residual`` (B * N,)."""
     row = tl.program_id(0).to(tl.int64)
     prior_ptr += row * channels
     scaled_ptr += row * channels
+    rounded_ptr += row * channels
     largest = tl.zeros((BLOCK_N,), tl.float32)
     broken = tl.zeros((BLOCK_N,), tl.int32)
     for start in range(0, channels, BLOCK_N):
@@ -50,6 +75,7 @@ def _prepare_prior_kernel(prior_ptr, scaled_ptr, inverse_ptr, channels, SCALE: t
     scale = power_below(tl.max(largest, axis=0), any_broken)
 
     total = tl.zeros((BLOCK_N,), tl.float32)
+    lost = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, channels, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         value = tl.load(prior_ptr + column, mask=column < channels, other=0.0)
@@ -58,9 +84,16 @@ def _prepare_prior_kernel(prior_ptr, scaled_ptr, inverse_ptr, channels, SCALE: t
         tl.store(scaled_ptr + column, value, mask=column < channels)
         wide = value.to(tl.float32)
         total += wide * wide
+        if ROUND:
+            short = wide.to(tl.float16)
+            tl.store(rounded_ptr + column, short, mask=column < channels)
+            left = wide - short.to(tl.float32)
+            lost += left * left
     norm = tl.sqrt_rn(tl.sum(total, axis=0))
     inverse = tl.where(norm > 0, tl.div_rn(1.0, norm), 0.0)
     tl.store(inverse_ptr + row, tl.where(any_broken, float("nan"), inverse))
+    if ROUND:
+        tl.store(residual_ptr + row, lost_share(tl.sum(lost, axis=0), inverse, any_broken))
 
 
 @triton.jit(do_not_specialize=["nodes"])
@@ -68,15 +101,18 @@ def _prepare_prior_kernel_planes(
     prior_ptr,
     scaled_ptr,
     inverse_ptr,
+    rounded_ptr,
+    residual_ptr,
     nodes,
     channels,
     image_stride,
     plane_stride,
     SCALE: tl.constexpr,
+    ROUND: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The same of BLOCK_M nodes of a map whose channels are planes; ``scaled`` (B * N, D) is by rows."""
+    """The same of BLOCK_M nodes of a map whose channels are planes; what is written is by rows."""
     blocks = tl.cdiv(nodes, BLOCK_M)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     node = (tl.program_id(0).to(tl.int64) - image * blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -95,6 +131,7 @@ def _prepare_prior_kernel_planes(
     scale = power_below(tl.max(largest, axis=0), any_broken)
 
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    lost = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, channels, BLOCK_N):
         channel = start + tl.arange(0, BLOCK_N)
         both = (channel < channels)[:, None] & inside[None, :]
@@ -103,12 +140,21 @@ def _prepare_prior_kernel_planes(
         if SCALE:
             value = (value.to(tl.float32) * scale[None, :]).to(scaled_ptr.dtype.element_ty)
         to = (image * nodes + node)[:, None] * channels + channel[None, :]
-        tl.store(scaled_ptr + to, tl.trans(value), mask=inside[:, None] & (channel < channels)[None, :])
+        here = inside[:, None] & (channel < channels)[None, :]
+        tl.store(scaled_ptr + to, tl.trans(value), mask=here)
         wide = value.to(tl.float32)
         total += wide * wide
+        if ROUND:
+            short = wide.to(tl.float16)
+            tl.store(rounded_ptr + to, tl.trans(short), mask=here)
+            left = wide - short.to(tl.float32)
+            lost += left * left
     norm = tl.sqrt_rn(tl.sum(total, axis=0))
     inverse = tl.where(norm > 0, tl.div_rn(1.0, norm), 0.0)
     tl.store(inverse_ptr + image * nodes + node, tl.where(any_broken, float("nan"), inverse), mask=inside)
+    if ROUND:
+        share = lost_share(tl.sum(lost, axis=0), inverse, any_broken)
+        tl.store(residual_ptr + image * nodes + node, share, mask=inside)
 
 
 def columns_of(channels: int) -> int:
@@ -120,30 +166,31 @@ def warps_of(columns: int) -> int:
     return max(1, columns // 256)
 
 
-def prepare_prior(prior: Tensor) -> tuple[Tensor, Tensor]:
-    """``prior`` (..., N, D) float32, float16 or bfloat16, scaled, and ``inverse_norm`` (..., N) float32."""
+def prepare_prior(prior: Tensor, rounds: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``prior`` (..., N, D) float32, float16 or bfloat16, scaled, and ``inverse_norm`` (..., N) float32.
+
+    ``rounds``, of float32 alone: also the scaled rows in float16, and of each row ``residual`` (..., N) float32, the
+    length of its rounding errors over its own, from above. Otherwise both are empty.
+    """
     nodes, channels = prior.shape[-2:]
     scaled = torch.empty(prior.shape, dtype=prior.dtype, device=prior.device)
     inverse = torch.empty(prior.shape[:-1], dtype=torch.float32, device=prior.device)
+    rounded = torch.empty(prior.shape if rounds else (0,), dtype=torch.float16, device=prior.device)
+    residual = torch.empty(inverse.shape if rounds else (0,), dtype=torch.float32, device=prior.device)
+    found = (scaled, inverse, rounded, residual)
     # squares of float16 values are within the range of float32
-    scales = prior.dtype != torch.float16
+    common = {"SCALE": prior.dtype != torch.float16, "ROUND": rounds, **FMA}
     if inverse.numel() > 0 and prior.dim() == 3 and prior.stride(1) == 1 and channels > 1:
+        strides = (prior.stride(0), prior.stride(2))
         with on_device_of(prior):
             _prepare_prior_kernel_planes[(len(prior) * ceil_div(nodes, PLANES["BLOCK_M"]),)](
-                prior, scaled, inverse, nodes, channels, prior.stride(0), prior.stride(2), SCALE=scales, **PLANES, **FMA
+                prior, *found, nodes, channels, *strides, **common, **PLANES
             )
     elif inverse.numel() > 0:
         columns = columns_of(channels)
         prior = prior.contiguous()
         with on_device_of(prior):
             _prepare_prior_kernel[(inverse.numel(),)](
-                prior,
-                scaled,
-                inverse,
-                channels,
-                SCALE=scales,
-                BLOCK_N=columns,
-                num_warps=warps_of(columns),
-                **FMA,
+                prior, *found, channels, **common, BLOCK_N=columns, num_warps=warps_of(columns)
             )
-    return scaled, inverse
+    return found

@@ -36,11 +36,14 @@ def test_operators_that_compute_are_counted_and_views_are_not():
 def test_launches_of_a_forward_and_of_a_step(found):
     """No more than now; fewer is welcome, and then the numbers here go down."""
     forward, step = (found[name]["launches"] for name in ("forward", "step"))
-    assert forward["_knn_graph_fwd_kernel_merge"] == 1 and forward["_graph_layer_fwd_kernel"] == 2
+    assert forward["_knn_graph_fwd_kernel_rounded"] == 1 and forward["_graph_layer_fwd_kernel"] == 2
     # without a gradient nothing goes against the edges
     assert not any("csc" in name for name in forward)
     assert step["_csc_kernel_place"] == 1 and step["_graph_layer_bwd_kernel_edges"] == 2
-    assert sum(forward.values()) <= FORWARD and sum(step.values()) <= STEP
+    # rounded rows, which a CPU must widen to multiply them, are copied twice
+    own = 2
+    assert forward["copy_"] == step["copy_"] == own
+    assert sum(forward.values()) - own <= FORWARD and sum(step.values()) - own <= STEP
     assert found["step"]["us"] > found["forward"]["us"] > 0
 
 

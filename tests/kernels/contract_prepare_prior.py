@@ -27,11 +27,18 @@ def check(prior: torch.Tensor, device: str) -> None:
     scaled, inverse = reference.prepare_prior(prior)
     by_planes = (prior if prior.dim() == 3 else prior[None]).mT.contiguous().mT.view(prior.shape)
     for form in (prior, by_planes):
-        got, value = prepare_prior(form.to(device))
+        got, value, *nothing = prepare_prior(form.to(device))
         assert got.dtype == prior.dtype and value.dtype == torch.float32
         assert got.shape == prior.shape and value.shape == prior.shape[:-1] and got.is_contiguous()
         torch.testing.assert_close(got.cpu(), scaled, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(value.cpu(), inverse, rtol=4e-7, atol=0, equal_nan=True)
+        assert not any(part.numel() for part in nothing)
+        if prior.dtype == torch.float32:
+            again, _, short, residual = prepare_prior(form.to(device), True)
+            assert torch.equal(again.isnan(), got.isnan()) and short.dtype == torch.float16
+            rounded, lost = reference.rounding(scaled, inverse)
+            torch.testing.assert_close(short.cpu(), rounded, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(residual.cpu(), lost, rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,7 +88,7 @@ def test_layouts(device):
 
 def test_rows_do_not_depend_on_their_neighbours(device):
     prior = torch.randn(4, 7, 50, generator=torch.Generator().manual_seed(0)).to(device)
-    scaled, inverse = prepare_prior(prior)
+    scaled, inverse, *_ = prepare_prior(prior)
     for place in range(4):
         alone = prepare_prior(prior[place : place + 1])
         assert torch.equal(alone[0][0], scaled[place]) and torch.equal(alone[1][0], inverse[place])

@@ -480,7 +480,7 @@ def test_opcheck(dtype):
     prior, inverse = prepare_reference.prepare_prior(inputs["prior"])
     options = (*inputs["grid"], 3, 1.0, "additive", True, "auto")
     for form in (prior, prior.mT.contiguous().mT, prior.repeat(1, 1, 2)[..., ::2], prior[:1].expand(prior.shape)):
-        opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, *options))
+        opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, None, None, *options))
 
 
 def test_the_decay_table_is_made_once(monkeypatch):

@@ -63,7 +63,8 @@ def test_opcheck(dtype):
     for case in CASES[:3]:
         prior = make_inputs(case, dtype)["prior"]
         for form in (prior, prior[0], prior.mT.contiguous().mT):
-            opcheck(torch.ops.drseg.prepare_prior.default, (form, "auto"))
+            for rounds in (False, dtype == torch.float32):
+                opcheck(torch.ops.drseg.prepare_prior.default, (form, rounds, "auto"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -160,7 +160,7 @@ def test_versions_agree():
 # rules for sources
 
 # what an autograd context may hold besides save_for_backward: plain options, never a tensor
-CONTEXT = {"transpose", "backend", "norm", "eps", "activation", "undirected", "keep", "op"}
+CONTEXT = {"transpose", "backend", "norm", "eps", "apart", "activation", "undirected", "keep", "op"}
 
 
 def asserts(tree: ast.AST) -> list[str]:

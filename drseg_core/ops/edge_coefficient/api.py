@@ -129,7 +129,7 @@ def edge_coefficient(
     if validate:
         _checks.check_index_values(op, index, source.shape[-2])
     halves = (source, target, inverse_norm, source_bias)
-    leaves = apart and norm == "sym_row" and _edges.taken_raw(op, halves, vector, bias, requested)
+    leaves = apart and norm == "sym_row" and _edges.takes_raw(op, halves, vector, bias, requested)
     options = (norm, eps, leaves, *csc_of(op, csc, index, validate), requested)
     mask = mask if score is None else score
     if source.dim() == 3:

@@ -26,7 +26,7 @@ def _check(
     decay: float,
     form: str,
     include_self: bool,
-    return_score: bool,
+    return_score: bool | str,
     pad: bool,
     precision: str,
     check_finite: bool,
@@ -50,11 +50,12 @@ def _check(
     _checks.check_choice(op, "form", form, FORMS)
     for name, flag in (
         ("include_self", include_self),
-        ("return_score", return_score),
         ("pad", pad),
         ("check_finite", check_finite),
     ):
         _checks.check_flag(op, name, flag)
+    if return_score != "rough":
+        _checks.check_flag(op, "return_score", return_score)
     _checks.check_choice(op, "precision", precision, PRECISIONS)
     candidates = nodes if include_self else nodes - 1
     if k > candidates and nodes > 0 and not pad:
@@ -90,7 +91,7 @@ def knn_graph(
     decay: float = ...,
     form: Form = ...,
     include_self: bool = ...,
-    return_score: Literal[True],
+    return_score: Literal[True, "rough"],
     pad: bool = ...,
     precision: Literal["exact"] = ...,
     check_finite: bool = ...,
@@ -106,7 +107,7 @@ def knn_graph(
     decay: float = 1.0,
     form: Form = "additive",
     include_self: bool = True,
-    return_score: bool = False,
+    return_score: bool | Literal["rough"] = False,
     pad: bool = False,
     precision: Literal["exact"] = "exact",
     check_finite: bool = False,
@@ -132,7 +133,8 @@ def knn_graph(
         decay: strength of the spatial decay (lambda / gamma of Eq. 7), >= 0 and in the range of the scores' dtype.
         form: how cosine and distance are joined, see above.
         include_self: every node is one of its own k neighbours; otherwise never.
-        return_score: return the scores too.
+        return_score: return the scores too; with ``rough`` they tell only which slots are padding, and may be off by a
+            thousandth: a kernel that chooses by rounded features need not compute them (the choice is the same).
         pad: where there are fewer than k candidates, fill up with the row's own index (see ``padding_mask``).
         precision: ``exact`` ranks float32 affinities; nothing less is offered yet.
         check_finite: refuse non-finite features (synchronises a GPU) instead of containing them.
@@ -168,11 +170,12 @@ def knn_graph(
         _dispatch.resolve("knn_graph", nodes, requested)
     if check_finite:
         _checks.check_finite_rows("knn_graph", "prior", nodes)
-    scaled, inverse_norm = prior if isinstance(prior, PreparedPrior) else prepare_prior(prior, backend=backend)
-    if nodes.dim() == 2:
-        scaled, inverse_norm = scaled[None], inverse_norm[None]
+    given = prior if isinstance(prior, PreparedPrior) else prepare_prior(prior, backend=backend)
+    if return_score is True:
+        given = given._replace(rounded=None, residual=None)
+    arguments = given if nodes.dim() == 3 else [None if value is None else value[None] for value in given]
     options = (int(grid[0]), int(grid[1]), k, float(decay), form, include_self, requested)
-    index, score = registration.knn_graph(scaled, inverse_norm, *options)
+    index, score = registration.knn_graph(*arguments, *options)
     if nodes.dim() == 2:
         index, score = index[0], score[0]
     return (index, score) if return_score else index

@@ -27,7 +27,7 @@ def _run_native(
 _dispatch.add_table(
     "knn_graph",
     _native.backend(_run_native, None, "knn_graph"),
-    _triton.backend("knn_graph", backward=False),
+    _triton.backend("knn_graph", backward=False, raw=True),
     _dispatch.reference_backend(reference.knn_graph),
 )
 
@@ -66,6 +66,8 @@ def decay_table(grid: tuple[int, int], decay: float, form: str, like: Tensor) ->
 def _run(
     prior: Tensor,
     inverse_norm: Tensor,
+    rounded: Tensor | None,
+    residual: Tensor | None,
     height: int,
     width: int,
     k: int,
@@ -76,19 +78,29 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     chosen = _dispatch.resolve("knn_graph", prior, backend)
     table = decay_table((height, width), decay, form, inverse_norm)
+    raw = (rounded, residual) if chosen.raw else ()
     with _dispatch.plain_float32(prior):
-        return chosen.run(prior, inverse_norm, table, k, form, include_self)
+        return chosen.run(prior, inverse_norm, table, k, form, include_self, *raw)
 
 
-def _fake(prior: Tensor, inverse_norm: Tensor, height: int, width: int, k: int, *options: Any) -> tuple[Tensor, Tensor]:
+def _fake(
+    prior: Tensor,
+    inverse_norm: Tensor,
+    rounded: Tensor | None,
+    residual: Tensor | None,
+    height: int,
+    width: int,
+    k: int,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
     shape = (*prior.shape[:2], k)
     return prior.new_empty(shape, dtype=torch.int32), prior.new_empty(shape, dtype=widest(prior))
 
 
 knn_graph = define(
     "knn_graph",
-    "(Tensor prior, Tensor inverse_norm, SymInt height, SymInt width, SymInt k, float decay, str form, "
-    "bool include_self, str backend) -> (Tensor, Tensor)",
+    "(Tensor prior, Tensor inverse_norm, Tensor? rounded, Tensor? residual, SymInt height, SymInt width, SymInt k, "
+    "float decay, str form, bool include_self, str backend) -> (Tensor, Tensor)",
     _run,
     _fake,
 )

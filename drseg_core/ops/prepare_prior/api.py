@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drseg_core.ops import _checks
-from drseg_core.ops._dispatch import requested_backend
+from drseg_core.ops._dispatch import requested_backend, takes_raw
 from drseg_core.ops.prepare_prior import registration
 
 
@@ -22,6 +22,8 @@ class PreparedPrior(NamedTuple):
             (float16: as given, its products cannot leave the range of float32).
         inverse_norm: (B, N) or (N,), float32 (float64 for float64 features): inverse L2 norms of the scaled rows, 0 for
             a zero row, NaN for a row with a non-finite value.
+        rounded: (B, N, D) or (N, D), the scaled rows in float16, where a kernel chooses by those; otherwise None.
+        residual: (B, N) or (N,), a bound on the length of a row's rounding errors over its own; None without rounded.
 
     Example:
         >>> import torch
@@ -34,6 +36,8 @@ class PreparedPrior(NamedTuple):
 
     scaled: Tensor
     inverse_norm: Tensor
+    rounded: Tensor | None = None
+    residual: Tensor | None = None
 
     def project(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """A linear map of the rows, and what makes it one of the L2-normalised rows.
@@ -47,7 +51,7 @@ class PreparedPrior(NamedTuple):
             (B, N, E) or (N, E) in the dtype of ``weight``, under autocast in autocast's, and ``inverse_norm``, by
             which its rows are still to be multiplied; None where they have been.
         """
-        scaled, factor = self
+        scaled, factor = self.scaled, self.inverse_norm
         if scaled.dtype == torch.float16:
             # not scaled, so that a product could leave the range of float16
             return F.linear((scaled.float() * factor[..., None]).to(weight.dtype), weight), None
@@ -79,5 +83,7 @@ def prepare_prior(prior: Tensor, *, backend: str | None = None) -> PreparedPrior
     if prior.shape[-1] == 0:
         raise ValueError(f"prepare_prior: prior has no channels; expected D >= 1, got shape {tuple(prior.shape)}")
     requested = requested_backend("prepare_prior", backend)
+    rounds = prior.dtype == torch.float32 and takes_raw("prepare_prior", prior, requested)
     # the choice is not differentiable, and a frozen prior must not be kept alive by a graph
-    return PreparedPrior(*registration.prepare_prior(prior.detach(), requested))
+    scaled, inverse_norm, *others = registration.prepare_prior(prior.detach(), rounds, requested)
+    return PreparedPrior(scaled, inverse_norm, *(others if rounds else ()))

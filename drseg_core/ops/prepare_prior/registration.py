@@ -21,19 +21,30 @@ def _run_native(prior: Tensor) -> tuple[Tensor, Tensor]:
 _dispatch.add_table(
     "prepare_prior",
     _native.backend(_run_native, None, "prepare_prior"),
-    _triton.backend("prepare_prior", backward=False),
+    _triton.backend("prepare_prior", backward=False, raw=True),
     _dispatch.reference_backend(reference.prepare_prior),
 )
 
 
-def _run(prior: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    scaled, inverse_norm = _dispatch.resolve("prepare_prior", prior, backend).run(prior)
+def _run(prior: Tensor, rounds: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen = _dispatch.resolve("prepare_prior", prior, backend)
+    if chosen.raw:
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = chosen.run(prior, rounds)
+        return found
+    scaled, inverse_norm = chosen.run(prior)
     # the result of an op may not be its argument
-    return scaled.clone() if scaled is prior else scaled, inverse_norm
+    scaled = scaled.clone() if scaled is prior else scaled
+    if rounds:
+        return scaled, inverse_norm, *reference.rounding(scaled, inverse_norm)
+    return scaled, inverse_norm, prior.new_empty(0, dtype=torch.float16), prior.new_empty(0, dtype=torch.float32)
 
 
-def _fake(prior: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return prior.new_empty(prior.shape), prior.new_empty(prior.shape[:-1], dtype=widest(prior))
+def _fake(prior: Tensor, rounds: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rounded = prior.new_empty(prior.shape if rounds else (0,), dtype=torch.float16)
+    residual = prior.new_empty(prior.shape[:-1] if rounds else (0,), dtype=torch.float32)
+    return prior.new_empty(prior.shape), prior.new_empty(prior.shape[:-1], dtype=widest(prior)), rounded, residual
 
 
-prepare_prior = define("prepare_prior", "(Tensor prior, str backend) -> (Tensor, Tensor)", _run, _fake)
+prepare_prior = define(
+    "prepare_prior", "(Tensor prior, bool rounds, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _run, _fake
+)
