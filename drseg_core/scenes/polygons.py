@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.data.dataset import IGNORE
-from drseg_core.data.ground import PixelArea
 from drseg_core.errors import ConfigError, ResourceError
 from drseg_core.extras import require
+from drseg_core.scenes.regions import find_regions, passes
 
 DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".parquet": "Parquet"}
 AT_A_TIME = 5000
-_BLOCK = 1024
+HALF_PIXEL = 0.5
 _FIELDS = ("class_id", "class", "pixels", "area_m2", "mean_score")
 
 
@@ -54,11 +55,13 @@ def write_polygons(
     names: Sequence[str],
     *,
     min_area: float = 0.0,
+    progress: bool = False,
 ) -> int:
     """Trace the areas of a class map and write them.
 
-    Areas below ``min_area`` join the neighbour they share the longest border with, as GDAL's sieve has it. Borders are
-    simplified by at most a pixel. The scene is never in memory; the polygons are traced by GDAL from the file.
+    Areas below ``min_area`` join the neighbour they share the longest border with, until all are as large or have no
+    neighbour but nodata. Borders are simplified by half a pixel at most, which changes no area. The scene is never in
+    memory; the polygons are traced by GDAL from a file.
 
     Args:
         classes: the class raster.
@@ -67,6 +70,7 @@ def write_polygons(
         path: what messages call it.
         names: of the classes.
         min_area: in m2, or in pixels where the map has no place.
+        progress: show a progress bar.
 
     Returns:
         How many there are.
@@ -77,77 +81,45 @@ def write_polygons(
     require("write_polygons", "vectors")
     import rasterio
 
+    own = temporary.with_name(f"{temporary.stem}.areas")
     with rasterio.open(classes) as labels, rasterio.open(scores) as score:
-        pixel = PixelArea(labels.crs, labels.transform)
-        found = _found(labels, score, pixel, min_area, temporary)
         try:
+            found = _found(labels, score, own, min_area, progress)
             if DRIVERS[path.suffix.lower()] == "Parquet":
                 return _parquet(temporary, found, names, labels.crs)
             return _layers(temporary, path, found, names, labels.crs)
         except OSError as error:
             raise ResourceError(f"predict_scene: {path} cannot be written: {' '.join(str(error).split())}") from None
+        finally:
+            own.unlink(missing_ok=True)
 
 
-def _found(labels: Any, scores: Any, pixel: PixelArea, min_area: float, temporary: Path) -> Iterator[Found]:
+def _found(labels: Any, scores: Any, own: Path, min_area: float, progress: bool) -> Iterator[Found]:
     import shapely
     from affine import Affine
-    from rasterio import band, features
-    from shapely.affinity import affine_transform
+    from rasterio.features import shapes
+    from tqdm import tqdm
 
-    t = labels.transform
-    matrix = [t.a, t.b, t.d, t.e, t.c, t.f]
-    size = labels.height, labels.width
-    own = temporary.with_name(f"{temporary.stem}.sieve")
-    try:
-        # a file in the place of memory
-        source = np.memmap(own, np.uint8, "w+", shape=size)
-        if min_area > 0:
-            each = float(pixel.of([(0, 0, *size)])[0]) if pixel.known else 1.0
-            features.sieve(band(labels, 1), max(1, int(np.ceil(min_area / each))), out=source)
-        for _, window in labels.block_windows(1):
-            part, own_labels = source[window.toslices()], labels.read(1, window=window)
-            if min_area > 0:
-                # what the sieve joined to nodata is itself again, and nodata stays nodata
-                changed = (part == IGNORE) | (own_labels == IGNORE)
-                part[changed] = own_labels[changed]
-            else:
-                part[...] = own_labels
-        for shape, value in features.shapes(source, transform=Affine.identity()):
-            if int(value) == IGNORE:
-                continue
-            polygon = shapely.geometry.shape(shape)
-            pixels, area, mean = _measured(shape, polygon.bounds, scores, pixel)
-            smooth = affine_transform(polygon.simplify(1.0), matrix)
-            yield Found(shapely.to_wkb(smooth), int(value), pixels, area, mean)
-    finally:
-        own.unlink(missing_ok=True)
+    total = labels.height * labels.width * passes(min_area)
+    with tqdm(total=total, desc="areas", unit="px", unit_scale=True, disable=not progress) as bar:
+        regions = find_regions(labels, scores, own, min_area, bar.update)
+    traced = shapes(regions.number, transform=Affine.identity())
+    count = int((regions.label != IGNORE).sum())
+    with tqdm(total=count, desc="polygons", disable=not progress) as bar:
+        while some := list(islice(traced, AT_A_TIME)):
+            number = np.array([value for _, value in some], np.int64)
+            inside = np.flatnonzero(regions.label[number] != IGNORE)
+            exact = np.array([shapely.geometry.shape(some[i][0]) for i in inside], object)
+            # within half a pixel lie only the two ends of a step and the line through its middle: the area stays
+            smooth = shapely.transform(shapely.simplify(exact, HALF_PIXEL), partial(_on_ground, labels.transform))
+            for place, geometry in zip(number[inside], shapely.to_wkb(smooth), strict=True):
+                area, score = float(regions.area[place]), float(regions.score[place])
+                yield Found(geometry, int(regions.label[place]), int(regions.pixels[place]), area, score)
+            bar.update(len(inside))
 
 
-def _measured(
-    shape: Any, bounds: tuple[float, float, float, float], scores: Any, pixel: PixelArea
-) -> tuple[int, float, float]:
-    """Pixels, m2 and mean score of a polygon in pixel coordinates; some of it at a time."""
-    from affine import Affine
-    from rasterio.features import rasterize
-    from rasterio.windows import Window
-
-    left, top, right, bottom = (int(v) for v in bounds)
-    pixels, area, total, scored = 0, 0.0, 0.0, 0
-    for row in range(top, bottom, _BLOCK):
-        for column in range(left, right, _BLOCK):
-            height, width = min(_BLOCK, bottom - row), min(_BLOCK, right - column)
-            place = Affine.translation(column, row)
-            inside = rasterize([shape], out_shape=(height, width), transform=place, dtype="uint8") != 0
-            count = int(inside.sum())
-            if not count:
-                continue
-            value = scores.read(1, window=Window(column, row, width, height))[inside]
-            value = value[value != IGNORE]
-            pixels, total, scored = pixels + count, total + float(value.sum()), scored + len(value)
-            if pixel.known:
-                area += count * float(pixel.of([(row, column, height, width)])[0])
-    mean = total / scored * scores.scales[0] + scores.offsets[0] if scored else float("nan")
-    return pixels, area if pixel.known else float("nan"), mean
+def _on_ground(transform: Any, points: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.column_stack(transform @ (points[:, 0], points[:, 1]))
 
 
 def _chunks(found: Iterator[Found], *, empty: bool = False) -> Iterator[list[Found]]:

@@ -365,7 +365,13 @@ def _write(
     write_style(temporary.style, legend)
     if files.polygons is not None and temporary.polygons is not None and temporary.scores is not None:
         write_polygons(
-            temporary.classes, temporary.scores, temporary.polygons, files.polygons, legend.names, min_area=min_area
+            temporary.classes,
+            temporary.scores,
+            temporary.polygons,
+            files.polygons,
+            legend.names,
+            min_area=min_area,
+            progress=progress,
         )
 
 

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The connected areas of a class map: their sizes and scores, and small ones that join a neighbour."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drseg_core.data.dataset import IGNORE
+from drseg_core.data.ground import PixelArea
+
+SIDE = 512
+"""Of the parts that are looked at one after the other; the blocks of our maps."""
+
+_ROWS = 64
+
+
+class Regions(NamedTuple):
+    """``number`` (H, W) int32 in a file, and of each number its class, pixels, m2 (NaN without a place) and mean score.
+
+    Nodata has numbers too, with class 255.
+    """
+
+    number: NDArray[np.int32]
+    label: NDArray[np.uint8]
+    pixels: NDArray[np.int64]
+    area: NDArray[np.float64]
+    score: NDArray[np.float64]
+
+
+def find_regions(
+    labels: Any, scores: Any, own: Path, min_area: float, done: Callable[[int], object] = lambda pixels: None
+) -> Regions:
+    """Number the areas of one class whose pixels touch by their sides.
+
+    Beginning with the smallest, each area below ``min_area`` joins the neighbour with which it has the longest border,
+    until none is left that has a neighbour. Nodata joins nothing, and nothing joins it.
+
+    Args:
+        labels: open class raster.
+        scores: open raster of the best scores, in steps with a scale.
+        own: file for the numbers, which takes the place of memory.
+        min_area: in m2, or in pixels where the map has no place.
+        done: is told of pixels that are looked at, :func:`passes` times all.
+    """
+    size = labels.height, labels.width
+    pixel = PixelArea(labels.crs, labels.transform)
+    number = np.memmap(own, np.int32, "w+", shape=size)
+    label: list[NDArray[np.uint8]] = []
+    # of each area in one part: pixels, m2, sum of the scores, and pixels that have one
+    sums: list[NDArray[np.float64]] = []
+    links: list[NDArray[np.int64]] = [np.empty((2, 0), np.int64)]
+    count = 0
+    for top, left, height, width in _parts(*size):
+        window, up, before = _extended(top, left, height, width)
+        value = labels.read(1, window=window)
+        part, of_part = _numbered(value[up:, before:])
+        score = scores.read(1, window=((top, top + height), (left, left + width)))
+        sums.append(_sums(part, len(of_part), score, _weights(pixel, top, left, height, width)))
+        label.append(of_part)
+        part += count
+        count += len(of_part)
+        number[top : top + height, left : left + width] = part
+        # what goes on from the part above and from the one to the left
+        if up:
+            links.append(_links(number[top - 1, left : left + width], part[0], value[0, before:] == value[1, before:]))
+        if before:
+            links.append(_links(number[top : top + height, left - 1], part[:, 0], value[up:, 0] == value[up:, 1]))
+        done(height * width)
+    region = _joined(count, *np.concatenate(links, axis=1))
+    first, region = np.unique(region, return_inverse=True)
+    of_region = np.concatenate(label)[first]
+    total = _added(region, len(first), np.concatenate(sums, axis=1))
+    if min_area > 0:
+        measure = total[1] if pixel.known else total[0]
+        borders = _borders(number, region, (measure < min_area) & (of_region != IGNORE), of_region == IGNORE, done)
+        joined, of_region = _eliminated(measure.tolist(), of_region, borders, min_area)
+        first, joined = np.unique(joined, return_inverse=True)
+        region, of_region, total = joined[region], of_region[first], _added(joined, len(first), total)
+    for top, left, height, width in _parts(*size):
+        place = slice(top, top + height), slice(left, left + width)
+        number[place] = region[number[place]]
+        done(height * width)
+    with np.errstate(invalid="ignore"):
+        mean = total[2] / total[3] * scores.scales[0] + scores.offsets[0]
+    return Regions(number, of_region, total[0].astype(np.int64), total[1], mean)
+
+
+def passes(min_area: float) -> int:
+    """How often all pixels are looked at."""
+    return 3 if min_area > 0 else 2
+
+
+def _parts(height: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    for top in range(0, height, SIDE):
+        for left in range(0, width, SIDE):
+            yield top, left, min(SIDE, height - top), min(SIDE, width - left)
+
+
+def _extended(top: int, left: int, height: int, width: int) -> tuple[tuple[tuple[int, int], tuple[int, int]], int, int]:
+    """A window of a part with the row above and the column to the left of it, where they are; how many of these."""
+    up, before = int(top > 0), int(left > 0)
+    return ((top - up, top + height), (left - before, left + width)), up, before
+
+
+def _numbered(value: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Numbers from 0 of the areas of one part, and the class of each."""
+    begins = np.ones(value.shape, bool)
+    begins[:, 1:] = value[:, 1:] != value[:, :-1]
+    run = (np.cumsum(begins) - 1).reshape(value.shape)
+    # two runs of one class are linked where they begin to touch
+    touch = (value[1:] == value[:-1]) & (begins[1:] | begins[:-1])
+    first, region = np.unique(_joined(int(run[-1, -1]) + 1, run[:-1][touch], run[1:][touch]), return_inverse=True)
+    return region[run], value[begins][first]
+
+
+def _joined(count: int, one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of each of ``count`` things the lowest that links lead to."""
+    root = np.arange(count)
+    while True:
+        a, b = root[one], root[other]
+        apart = a != b
+        if not apart.any():
+            return root
+        one, other = one[apart], other[apart]
+        np.minimum.at(root, np.maximum(a, b)[apart], np.minimum(a, b)[apart])
+        while ((deeper := root[root]) != root).any():
+            root = deeper
+
+
+def _links(one: NDArray[Any], other: NDArray[Any], same: NDArray[np.bool_]) -> NDArray[np.int64]:
+    return np.unique(np.stack([one[same], other[same]]).astype(np.int64), axis=1)
+
+
+def _weights(pixel: PixelArea, top: int, left: int, height: int, width: int) -> NDArray[np.float64]:
+    """m2 of the pixels of each row of a part; NaN without a place."""
+    if not pixel.known:
+        return np.full((height, 1), np.nan)
+    rows = range(0, height, _ROWS)
+    tall = [min(_ROWS, height - row) for row in rows]
+    area = pixel.of([(top + row, left, h, width) for row, h in zip(rows, tall, strict=True)])
+    return np.repeat(area, tall)[:, None]
+
+
+def _sums(
+    part: NDArray[np.int64], count: int, score: NDArray[np.uint8], area: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    flat, scored = part.ravel(), score != IGNORE
+    columns = (np.ones(part.shape), np.broadcast_to(area, part.shape), np.where(scored, score, 0), scored)
+    return np.stack([np.bincount(flat, column.ravel(), count) for column in columns])
+
+
+def _added(region: NDArray[np.int64], count: int, sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.stack([np.bincount(region, row, count) for row in sums])
+
+
+def _borders(
+    number: NDArray[np.int32],
+    region: NDArray[np.int64],
+    small: NDArray[np.bool_],
+    nodata: NDArray[np.bool_],
+    done: Callable[[int], object],
+) -> dict[int, dict[int, int]]:
+    """Of each area that has a small neighbour, or is small: its neighbours, and the pixel sides they share."""
+    codes, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for top, left, height, width in _parts(*number.shape):
+        (rows, columns), up, before = _extended(top, left, height, width)
+        value = region[number[slice(*rows), slice(*columns)]]
+        for a, b in ((value[up:, :-1], value[up:, 1:]), (value[:-1, before:], value[1:, before:])):
+            border = (a != b) & (small[a] | small[b]) & ~(nodata[a] | nodata[b])
+            low, high = np.minimum(a, b)[border], np.maximum(a, b)[border]
+            code, shared = np.unique(low * len(small) + high, return_counts=True)
+            codes.append(code)
+            counts.append(shared)
+        done(height * width)
+    code, place = np.unique(np.concatenate(codes), return_inverse=True)
+    shared = np.bincount(place, np.concatenate(counts), len(code)).astype(np.int64)
+    result: dict[int, dict[int, int]] = defaultdict(dict)
+    for low, high, sides in zip(*(v.tolist() for v in (*np.divmod(code, len(small)), shared)), strict=True):
+        result[low][high] = result[high][low] = sides
+    return result
+
+
+def _eliminated(
+    size: list[float], label: NDArray[np.uint8], borders: dict[int, dict[int, int]], smallest: float
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Join the small ones: what each area belongs to then, and the class of that."""
+    label = label.copy()
+    root = np.arange(len(size))
+
+    def join(one: int, other: int) -> int:
+        """Make one of two neighbours, which are of one class now; what stays is that with more neighbours."""
+        gone, kept = sorted((one, other), key=lambda i: (len(borders[i]), -i))
+        root[gone] = kept
+        size[kept] += size[gone]
+        for near, sides in borders.pop(gone).items():
+            del borders[near][gone]
+            if near != kept:
+                borders[kept][near] = borders[near][kept] = borders[kept].get(near, 0) + sides
+        return kept
+
+    waiting = [(size[i], i) for i in borders if size[i] < smallest]
+    heapq.heapify(waiting)
+    while waiting:
+        was, small = heapq.heappop(waiting)
+        if root[small] != small or size[small] != was or not borders[small]:
+            continue
+        # the longest border; of several the larger area
+        target = max(borders[small], key=lambda near: (borders[small][near], size[near], -near))
+        kind = label[target]
+        # it may have held areas of that class apart
+        alike = [near for near in borders[small] if label[near] == kind]
+        kept = small
+        for near in alike:
+            kept = join(kept, near)
+        label[kept] = kind
+        if size[kept] < smallest:
+            heapq.heappush(waiting, (size[kept], kept))
+    while ((deeper := root[root]) != root).any():
+        root = deeper
+    return root, label

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The areas of a map: how they are numbered, measured, joined and traced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from drseg_core.data.dataset import IGNORE
+from drseg_core.scenes import polygons, regions
+from drseg_core.scenes.regions import find_regions
+from tests.scenes.test_predict import write
+
+rasterio = pytest.importorskip("rasterio")
+pyogrio = pytest.importorskip("pyogrio")
+shapely = pytest.importorskip("shapely")
+from rasterio.features import rasterize  # noqa: E402
+from rasterio.transform import from_origin  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+NAMES = [f"c{i}" for i in range(6)]
+
+
+def noise(seed: int, size: tuple[int, int] = (40, 50), classes: int = 3, nodata: float = 0.1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    value = rng.integers(0, classes, size).astype(np.uint8)
+    value[rng.random(size) < nodata] = IGNORE
+    return value
+
+
+def opened(path: Path, value: np.ndarray, **profile):
+    return rasterio.open(write(path, value[None], nodata=255, **profile))
+
+
+def found(tmp_path: Path, value: np.ndarray, min_area: float = 0.0, score: np.ndarray | None = None):
+    labels, scores = tmp_path / "labels.tif", tmp_path / "scores.tif"
+    with opened(labels, value) as one, opened(scores, value if score is None else score) as other:
+        return find_regions(one, other, tmp_path / "own", min_area)
+
+
+def flooded(value: np.ndarray) -> list[set[tuple[int, int]]]:
+    """Areas of one class, pixel by pixel."""
+    left = {(int(r), int(c)) for r, c in np.argwhere(value != IGNORE)}
+    areas = []
+    while left:
+        waiting = [left.pop()]
+        area = set(waiting)
+        while waiting:
+            r, c = waiting.pop()
+            for near in ((r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)):
+                if near in left and value[near] == value[r, c]:
+                    left.remove(near)
+                    area.add(near)
+                    waiting.append(near)
+        areas.append(area)
+    return areas
+
+
+@pytest.mark.parametrize("side", [5, 16, 512])
+@pytest.mark.parametrize("seed", range(3))
+def test_areas_are_those_of_a_flood(tmp_path, monkeypatch, side, seed):
+    monkeypatch.setattr(regions, "SIDE", side)
+    value = noise(seed)
+    score = np.random.default_rng(seed).integers(0, 251, value.shape).astype(np.uint8)
+    got = found(tmp_path, value, score=score)
+    expected = flooded(value)
+    inside = np.flatnonzero(got.label != IGNORE)
+    assert len(inside) == len(expected)
+    for area in expected:
+        rows, columns = np.array(sorted(area)).T
+        (number,) = set(got.number[rows, columns].tolist())
+        assert got.pixels[number] == len(area) and got.label[number] == value[rows[0], columns[0]]
+        assert got.score[number] == pytest.approx(score[rows, columns].mean()) and np.isnan(got.area[number])
+
+
+def assert_sieved(value: np.ndarray, got, smallest: int) -> None:
+    """Nodata is where it was; what is too small has no neighbour; areas of one class do not touch."""
+    result = got.label[got.number]
+    assert np.array_equal(result == IGNORE, value == IGNORE)
+    areas = flooded(result)
+    inside = np.flatnonzero(got.label != IGNORE)
+    assert sorted(map(len, areas)) == sorted(got.pixels[inside].tolist())
+    for area in areas:
+        if len(area) < smallest:
+            around = {(r + y, c + x) for r, c in area for y, x in ((1, 0), (-1, 0), (0, 1), (0, -1))} - area
+            assert all(
+                not (0 <= r < len(result) and 0 <= c < result.shape[1]) or result[r, c] == 255 for r, c in around
+            )
+
+
+@pytest.mark.parametrize("side", [7, 512])
+@pytest.mark.parametrize("smallest", [2, 5, 40, 10_000])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_small_area_with_a_neighbour_is_left(tmp_path, monkeypatch, side, smallest, seed):
+    monkeypatch.setattr(regions, "SIDE", side)
+    value = noise(seed, nodata=0.25 if smallest == 5 else 0.05)
+    assert_sieved(value, found(tmp_path, value, smallest), smallest)
+
+
+def test_small_areas_among_small_ones(tmp_path):
+    # nothing is large: a sieve that looks for a large neighbour leaves all as it is
+    checked = (np.indices((20, 20)).sum(0) % 2).astype(np.uint8)
+    got = found(tmp_path, checked, 50)
+    assert got.pixels.sum() == 400 and got.pixels.min() >= 50
+    # specks of two classes side by side within a large area
+    value = np.zeros((20, 20), np.uint8)
+    value[5, 5], value[5, 6], value[6, 5], value[6, 6] = 1, 2, 2, 1
+    assert found(tmp_path, value, 10).pixels.tolist() == [400]
+
+
+def test_the_longest_border_counts(tmp_path):
+    value = np.zeros((20, 20), np.uint8)
+    value[:, 10:], value[8:11, 9:12] = 1, 2
+    value[8:11, 9] = 0
+    # eight sides with class 1 and three with class 0
+    got = found(tmp_path, value, 10)
+    assert sorted(zip(got.label.tolist(), got.pixels.tolist(), strict=True)) == [(0, 200), (1, 200)]
+    # two areas of one class become one over what lay between them
+    value = np.zeros((10, 21), np.uint8)
+    value[:, 10] = 1
+    assert found(tmp_path, value, 11).pixels.tolist() == [210]
+
+
+def traced(tmp_path: Path, value: np.ndarray, min_area: float = 0.0, side: float = 0.5, **options):
+    place = {"crs": "EPSG:32632", "transform": from_origin(355_000, 5_640_000, side, side)}
+    labels = write(tmp_path / "labels.tif", value[None], nodata=255, **place)
+    part = tmp_path / "part.gpkg"
+    part.touch()
+    polygons.write_polygons(labels, labels, part, tmp_path / "map.gpkg", NAMES, min_area=min_area, **options)
+    meta, _, geometry, columns = pyogrio.raw.read(part)
+    part.unlink()
+    return shapely.from_wkb(geometry), dict(zip(meta["fields"], columns, strict=True)), place["transform"]
+
+
+@pytest.mark.parametrize("side", [0.5, 10.0])
+def test_simplification_keeps_areas(tmp_path, side):
+    rng = np.random.default_rng(0)
+    rows, columns = np.indices((200, 200))
+    value = np.zeros((200, 200), np.uint8)
+    for number in range(60):
+        # turned rectangles and ellipses, also of a few pixels
+        angle, (y, x) = rng.random() * np.pi, rng.integers(0, 200, 2)
+        u = (rows - y) * np.cos(angle) + (columns - x) * np.sin(angle)
+        v = (columns - x) * np.cos(angle) - (rows - y) * np.sin(angle)
+        long, short = rng.uniform(1, 25), rng.uniform(1, 8)
+        inside = (abs(u) < long) & (abs(v) < short) if number % 2 else (u / long) ** 2 + (v / short) ** 2 < 1
+        value[inside] = number % 5 + 1
+    shapes, columns_of, transform = traced(tmp_path, value, side=side)
+    assert columns_of["pixels"].min() <= 3 and len(shapes) > 60
+    assert np.allclose(shapely.area(shapes), columns_of["pixels"] * side**2, rtol=1e-6)
+    assert shapely.is_valid(shapes).all()
+    plain = sum(shapely.get_num_coordinates(shapely.geometry.shape(s)) for s, _ in rasterio.features.shapes(value))
+    assert shapely.get_num_coordinates(shapes).sum() < 0.9 * plain
+    # each border stays within half a pixel: the middle of a pixel is on its side of it, but for those on the line
+    back = rasterize(zip(shapes, columns_of["class_id"], strict=True), value.shape, transform=transform, fill=9)
+    assert (back == value).mean() > 0.97
+
+
+def test_pixels_area_and_score_of_polygons(tmp_path):
+    value = noise(3, (30, 30), classes=2)
+    _, columns, _ = traced(tmp_path, value)
+    assert sorted(columns["pixels"]) == sorted(map(len, flooded(value)))
+    # UTM near its central meridian
+    assert np.allclose(columns["area_m2"], columns["pixels"] * 0.25, rtol=2e-3)
+    # the labels stand in for the scores
+    assert np.array_equal(columns["mean_score"], columns["class_id"])
+    _, columns, _ = traced(tmp_path, noise(3, (30, 30), nodata=0), 2.0)
+    assert columns["area_m2"].min() >= 2.0
+
+
+def test_the_tracing_is_said(tmp_path, capsys):
+    traced(tmp_path, noise(0), 1.0, progress=True)
+    said = capsys.readouterr().err
+    assert "areas: 100%" in said and "polygons: 100%" in said
+    traced(tmp_path, noise(0))
+    assert capsys.readouterr().err == ""
