@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -69,8 +70,11 @@ class RasterReader:
                 table = source.colormap(1)
                 self._colors = np.array([table.get(i, (0, 0, 0, 0))[:3] for i in range(256)], np.uint8)
         self._sample: tuple[NDArray[Any], NDArray[np.bool_]] | None = None
-        self.scale_warning: str | None = None
-        self.limits = self._scale()
+        self._given = reading.scale if reading.fits(self.dtype) else None
+        if self._given is not None and len(self._given) not in (1, len(self.bands)):
+            raise ConfigError(
+                f"{origin}: scale does not fit; expected 1 or {len(self.bands)} pairs LOW,HIGH, got {len(self._given)}"
+            )
 
     @property
     def crs(self) -> Any:
@@ -159,13 +163,20 @@ class RasterReader:
     def sample(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """A reduced copy: stored values of the bands in use (B, h, w), and which pixels are valid."""
         if self._sample is None:
-            scale = max(1.0, max(self.height, self.width) / _SAMPLED_SIDE)
-            shape = (max(1, round(self.height / scale)), max(1, round(self.width / scale)))
+            part = self._extent()
+            scale = max(1.0, max(part.height, part.width) / _SAMPLED_SIDE)
+            shape = (max(1, round(part.height / scale)), max(1, round(part.width / scale)))
             with self._explained("a reduced copy"):
-                value = self.source.read(list(self.bands), out_shape=(len(self.bands), *shape))
-                valid = self.source.dataset_mask(out_shape=shape) != 0
+                value = self.source.read(list(self.bands), window=part, out_shape=(len(self.bands), *shape))
+                valid = self.source.dataset_mask(window=part, out_shape=shape) != 0
             self._sample = value, valid & self._present(value)
         return self._sample
+
+    def _extent(self) -> Any:
+        """The part of the file that is of interest, as a window of it."""
+        from rasterio.windows import Window
+
+        return Window(0, 0, self.width, self.height)
 
     def extreme_value(self) -> tuple[float, float] | None:
         """A value that looks like nodata which nobody declared, and its share of the valid pixels."""
@@ -178,21 +189,21 @@ class RasterReader:
             present &= ~(value == self.reading.nodata).all(0)
         return present
 
-    def _scale(self) -> NDArray[np.float32] | None:
-        given = self.reading.scale
-        if given is not None and not self.reading.fits(self.dtype):
-            self.scale_warning = (
-                f"{self.path.name}: the scale of the run is for {self.reading.depth}, this is {self.dtype}; "
-                "it is read without (--scale gives one)"
-            )
-            given = None
-        if given is not None:
-            if len(given) not in (1, len(self.bands)):
-                raise ConfigError(
-                    f"{self._origin}: scale does not fit; expected 1 or {len(self.bands)} pairs LOW,HIGH, "
-                    f"got {len(given)}"
-                )
-            return limits_array(given)
+    @property
+    def scale_warning(self) -> str | None:
+        """What to say where the scale of the run is for values of another type."""
+        if self.reading.scale == self._given:
+            return None
+        return (
+            f"{self.path.name}: the scale of the run is for {self.reading.depth}, this is {self.dtype}; "
+            "it is read without (--scale gives one)"
+        )
+
+    @functools.cached_property
+    def limits(self) -> NDArray[np.float32] | None:
+        """What becomes 0 and 255, as :func:`stretched` takes it; None where values stay. Measured when it is needed."""
+        if self._given is not None:
+            return limits_array(self._given)
         if self._colors is not None or self.is_byte and not self.reading.measure:
             return None
         value, valid = self.sample()
@@ -222,7 +233,7 @@ class RasterReader:
         with self._explained(f"rows {top} to {bottom}"):
             value = self.source.read(list(self.bands), window=window)
             valid = self.source.dataset_mask(window=window) != 0
-        return self._rgb(value, valid)
+        return self._rgb(value), valid & self._present(value)
 
     def stored(self, top: int, bottom: int, left: int, right: int) -> NDArray[Any]:
         """The first band in use as the file stores it."""
@@ -231,15 +242,14 @@ class RasterReader:
         with self._explained(f"rows {top} to {bottom}"):
             return self.source.read(self.bands[0], window=Window(left, top, right - left, bottom - top))
 
-    def _rgb(self, value: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[Tensor, NDArray[np.bool_]]:
-        valid = valid & self._present(value)
+    def _rgb(self, value: NDArray[Any]) -> Tensor:
         if self._colors is not None:
             value = self._colors[value[0]].transpose(2, 0, 1)
         elif self.limits is not None:
             value = stretched(value, self.limits)
         if len(value) == 1:
             value = np.repeat(value, 3, axis=0)
-        return torch.from_numpy(np.ascontiguousarray(value)), valid
+        return torch.from_numpy(np.ascontiguousarray(value))
 
     @contextlib.contextmanager
     def _explained(self, part: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from drseg_core.data.values import nodata_hint
 from drseg_core.data.vector import Shapes, read_shapes
 from drseg_core.errors import ConfigError, RasterError
 
+PIECE = 1024
+"""Side in stored pixels of what is averaged at a time."""
+
 NEAR = 1.5
 """By which factor a scene's pixels may differ from those of the training before it is worth a word."""
 
@@ -32,7 +35,7 @@ class SceneReader(RasterReader):
     """A raster on its own grid, or on the part and at the resolution that :meth:`place` chooses.
 
     Windows, height, width and transform are then those of the chosen grid. At another resolution pixels are averages of
-    those they cover, or between them where they are smaller; validity and palette colours are the nearest.
+    the valid ones they cover, or between them where they are smaller; validity and palette colours are the nearest.
     """
 
     _grid: Any = None
@@ -101,42 +104,109 @@ class SceneReader(RasterReader):
         self._grid, self._area = grid @ Affine.translation(left, top), area
 
     def window(self, top: int, bottom: int, left: int, right: int) -> tuple[Tensor, NDArray[np.bool_]]:
-        if self._grid is None:
-            return super().window(top, bottom, left, right)
-        from rasterio.enums import Resampling
+        row, column = self._corner
+        whole = top + row, bottom + row, left + column, right + column
+        image, valid = super().window(*whole) if self._factor == (1.0, 1.0) else self._resampled(*whole)
+        return image, valid & self._inside((top, left), (bottom - top, right - left))
+
+    def _resampled(self, top: int, bottom: int, left: int, right: int) -> tuple[Tensor, NDArray[np.bool_]]:
+        """A part of the whole scene at the chosen resolution. Piece by piece, as it may cover many stored pixels."""
+        side = [max(1, int(PIECE / factor)) for factor in self._factor]
+        rows = []
+        for row in range(top, bottom, side[0]):
+            pieces = [
+                self._piece(row, min(row + side[0], bottom), column, min(column + side[1], right))
+                for column in range(left, right, side[1])
+            ]
+            rows.append([np.concatenate(part, -1) for part in zip(*pieces, strict=True)])
+        value, valid = (np.concatenate(part, -2) for part in zip(*rows, strict=True))
+        return self._rgb(value), valid
+
+    def _piece(self, top: int, bottom: int, left: int, right: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Values (B, n, m) as stored, and which are valid. GDAL knows no nodata value but that of the file."""
         from rasterio.windows import Window
 
-        shape = bottom - top, right - left
-        row, column = self._factor
-        place = Window(
-            (self._corner[1] + left) * column, (self._corner[0] + top) * row, shape[1] * column, shape[0] * row
-        )
-        smooth = Resampling.average if max(self._factor) > 1 else Resampling.bilinear
-        exact = self._factor == (1.0, 1.0) or self._colors is not None
-        bands = list(self.bands)
-        with self._explained(f"rows {top} to {bottom}"):
-            value = self.source.read(
-                bands,
-                window=place,
-                out_shape=(len(bands), *shape),
-                resampling=Resampling.nearest if exact else smooth,
-            )
-            valid = self.source.dataset_mask(window=place, out_shape=shape) != 0
-        image, valid = self._rgb(value, valid)
-        return image, valid & self._inside(top, left, shape)
+        rows = Lines.of(top, bottom, self._factor[0], self.source.height)
+        columns = Lines.of(left, right, self._factor[1], self.source.width)
+        window = Window(columns.first, rows.first, columns.last - columns.first, rows.last - rows.first)
+        with self._explained(f"rows {rows.first} to {rows.last}"):
+            value = self.source.read(list(self.bands), window=window)
+            valid = (self.source.dataset_mask(window=window) != 0) & self._present(value)
+        nearest = np.ix_(rows.nearest, columns.nearest)
+        plain = value[:, nearest[0], nearest[1]]
+        if self._colors is not None:
+            return plain, valid[nearest]
+        share = columns.summed(rows.summed(valid.astype(np.float64), -2), -1)
+        total = columns.summed(rows.summed(np.where(valid, value, 0).astype(np.float64), -2), -1)
+        mean = total / np.maximum(share, 1e-12)
+        if value.dtype.kind in "iu":
+            mean = mean.round()
+        return np.where(share > 1e-9, mean, plain).astype(value.dtype), valid[nearest]
 
-    def _inside(self, top: int, left: int, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    def sample(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        if self._sample is None:
+            value, valid = super().sample()
+            self._sample = value, valid & self._inside((0, 0), (self.height, self.width), valid.shape)
+        return self._sample
+
+    def _extent(self) -> Any:
+        from rasterio.windows import Window
+
+        (top, left), (row, column) = self._corner, self._factor
+        return Window(left * column, top * row, self.width * column, self.height * row)
+
+    def _inside(
+        self, corner: tuple[int, int], size: tuple[int, int], shape: tuple[int, ...] | None = None
+    ) -> NDArray[np.bool_]:
+        """Which pixels of a part of the grid are within the shapes; of ``shape`` pixels where it is a reduced copy."""
         from affine import Affine
         from rasterio.features import geometry_mask
 
+        shape = shape or size
         if self._area is None:
             return np.ones(shape, bool)
-        place = self._grid @ Affine.translation(left, top)
+        reduced = Affine.scale(size[1] / shape[1], size[0] / shape[0])
+        place = self._grid @ Affine.translation(corner[1], corner[0]) @ reduced
         corners = np.array([place @ (x, y) for x in (0, shape[1]) for y in (0, shape[0])])
         near = self._area.within(*corners.min(0), *corners.max(0))
         if not near:
             return np.zeros(shape, bool)
         return geometry_mask([self._area.shapes[i] for i in near], shape, place, invert=True)
+
+
+class Lines(NamedTuple):
+    """Rows or columns of another resolution: what they take of the stored ones ``first`` to ``last`` (exclusive).
+
+    Each takes those within its own extent; one that is smaller than a stored one takes as much as if it were as large,
+    which is a linear interpolation between their middles.
+    """
+
+    first: int
+    last: int
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    nearest: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, begin: int, end: int, factor: float, count: int) -> Lines:
+        middle = (np.arange(begin, end) + 0.5) * factor
+        half = max(factor, 1.0) / 2
+        # a rounded edge takes no part of a pixel beside it
+        low, high = (np.clip(np.round(middle + side, 9), 0, count) for side in (-half, half))
+        first, last = int(low[0]), math.ceil(high[-1])
+        nearest = np.clip(middle.astype(np.int64), first, last - 1)
+        return cls(first, last, low - first, high - first, nearest - first)
+
+    def summed(self, value: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        """Sums of the stored values along an axis, by how much of each is taken."""
+        value = np.moveaxis(value, axis, -1)
+        total = np.concatenate([np.zeros((*value.shape[:-1], 1)), np.cumsum(value, -1)], -1)
+
+        def until(edge: NDArray[np.float64]) -> NDArray[np.float64]:
+            before = np.minimum(edge.astype(np.int64), value.shape[-1] - 1)
+            return total[..., before] + (edge - before) * value[..., before]
+
+        return np.moveaxis(until(self.high) - until(self.low), -1, axis)
 
 
 @contextlib.contextmanager

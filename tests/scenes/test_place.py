@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from drseg_core.checkpoints.run import load_run
+from drseg_core.config.reading import Reading
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.scenes.reader import open_scene
 from tests.cli.conftest import data, folder, run
@@ -66,6 +67,72 @@ def test_windows_of_another_resolution_fit_together(tmp_path):
             middle = scene.height // 2, scene.width // 3
             upper = [scene.window(0, middle[0], *c)[0] for c in ((0, middle[1]), (middle[1], scene.width))]
             assert np.abs(np.concatenate(upper, 2).astype(int) - whole[:, : middle[0]].numpy()).max() <= 1
+
+
+@pytest.mark.parametrize("gsd", [0.2, 0.37, 0.85, 1.0, 1.3, 5.0])
+@pytest.mark.parametrize("kind", ["option", "declared", "nan", "mask"])
+def test_no_pixel_takes_a_share_of_nodata(tmp_path, gsd, kind):
+    rng = np.random.default_rng(0)
+    empty = rng.random((90, 101)) < 0.3
+    pixels = np.full((3, 90, 101), 200, np.float32 if kind == "nan" else np.uint16)
+    value = {"option": 9999, "declared": 0, "nan": np.nan, "mask": 1}[kind]
+    pixels[:, empty] = value
+    # nodata is where all bands have the value
+    pixels[0, 50:60, 50:60] = 200
+    empty[50:60, 50:60] = kind == "mask"
+    if kind in ("option", "declared"):
+        pixels[1:, 50:60, 50:60] = value
+    else:
+        pixels[:, 50:60, 50:60] = value if kind == "mask" else 200
+    profile = {"nodata": 0} if kind == "declared" else {}
+    image = write(tmp_path / "in.tif", pixels, **PLACE, **profile)
+    if kind == "mask":
+        with rasterio.open(image, "r+") as file:
+            file.write_mask(~empty)
+    reading = Reading(nodata=9999 if kind == "option" else None, scale=((0, 255),))
+    with open_scene(image, gsd=gsd, reading=reading) as scene:
+        found, valid = scene.window(0, scene.height, 0, scene.width)
+        side = 90 / scene.height, 101 / scene.width
+        nearest = np.ix_(*(((np.arange(n) + 0.5) * s).astype(int) for n, s in zip(valid.shape, side, strict=True)))
+    assert np.array_equal(valid, ~empty[nearest])
+    assert (found[0].numpy()[valid] == 200).all()
+    if kind not in ("option", "declared"):
+        assert (found.numpy()[:, valid] == 200).all()
+
+
+def test_pixels_are_means_of_what_they_cover(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 60, 84)).astype(np.uint8)
+    image = write(tmp_path / "in.tif", pixels, **PLACE)
+    with open_scene(image, gsd=2.001) as scene:
+        found, _ = scene.window(0, scene.height, 0, scene.width)
+    assert np.array_equal(found, pixels.reshape(3, 15, 4, 21, 4).mean((2, 4)).round())
+    # 1.5 pixels: one and the half of its neighbour
+    with open_scene(image, gsd=0.7503) as scene:
+        found, _ = scene.window(0, 1, 0, 2)
+    weights = np.array([1, 0.5, 0]), np.array([0, 0.5, 1])
+    expected = [[np.einsum("i,j,bij->b", weights[0], w, pixels[:, :3, :3]) / 2.25 for w in weights]]
+    assert np.allclose(found, np.array(expected).transpose(2, 0, 1), atol=0.51)
+    # half a pixel: a linear interpolation
+    with open_scene(image, gsd=0.2501) as scene:
+        found, _ = scene.window(0, 1, 1, 3)
+    first, second = pixels[:, 0, 0].astype(float), pixels[:, 0, 1].astype(float)
+    assert np.allclose(found[:, 0].T, [0.75 * first + 0.25 * second, 0.25 * first + 0.75 * second], atol=0.51)
+
+
+def test_the_scale_is_that_of_the_part(tmp_path):
+    pytest.importorskip("pyogrio")
+    pixels = np.full((3, 60, 80), 40_000, np.uint16)
+    pixels[:, 10:20, 10:30] = np.linspace(100, 300, 200).reshape(10, 20)
+    image = write(tmp_path / "in.tif", pixels, **PLACE)
+    area = polygon(tmp_path / "area.geojson", (5, 5, 15, 10))
+    for gsd in (None, 0.25, 1.0):
+        with open_scene(image, aoi=area, gsd=gsd) as scene:
+            low, high = scene.pairs()[0]
+            value, valid = scene.sample()
+            assert 100 < low < 110 and 290 < high < 300 and value.max() <= 300 and valid.all()
+    image = write(tmp_path / "flat.tif", np.where(pixels == 40_000, 0, 7).astype(np.uint8), **PLACE)
+    with open_scene(image, aoi=area) as scene:
+        assert scene.extreme_value() is None and scene.sample()[0].shape == (3, 10, 20)
 
 
 @pytest.mark.parametrize("crs", ["EPSG:32632", "EPSG:4326"])
