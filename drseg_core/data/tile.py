@@ -133,7 +133,8 @@ class VectorLabels:
 
     def __init__(self, shapes: Shapes, scene: RasterReader, options: TileOptions) -> None:
         self.shapes, self.transform = shapes, scene.transform
-        names = list(dict.fromkeys(sorted(set(shapes.values))))
+        # those of the whole file: several scenes with one file of labels have the same classes
+        names = sorted(set(shapes.all_values))
         if options.background is not None:
             names = [options.background, *(name for name in names if name != options.background)]
         self.class_names = check_class_names(names, "data tile")
@@ -210,7 +211,7 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
 def _labels(path: Path, scene: RasterReader, options: TileOptions) -> Iterator[RasterLabels | VectorLabels]:
     """The labels of a file, raster or vector."""
     if path.suffix.lower() not in RASTERS:
-        yield VectorLabels(read_shapes(path, options.field, scene.crs), scene, options)
+        yield VectorLabels(read_shapes(path, options.field, scene), scene, options)
         return
     with open_raster(path, origin="data tile") as source, _on_grid(source, scene, path) as placed:
         yield RasterLabels(placed, scene, options, path, _raster_names(source))

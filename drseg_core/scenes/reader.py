@@ -87,18 +87,21 @@ class SceneReader(RasterReader):
             self._grid = self.source.transform @ Affine.scale(self._factor[1], self._factor[0])
             self.height, self.width = height, width
         if aoi is not None:
-            self._crop(read_shapes(Path(aoi), None, self.crs), Path(aoi))
+            self._crop(read_shapes(Path(aoi), None, self), Path(aoi))
 
     def _crop(self, area: Shapes, path: Path) -> None:
         from affine import Affine
 
+        elsewhere = ConfigError(f"open_scene: --aoi lies elsewhere; expected a part of {self.path}, got {path}")
+        if not area.shapes:
+            raise elsewhere
         west, south, east, north = area.bounds()
         grid = self.transform
         corners = np.array([~grid @ (x, y) for x in (west, east) for y in (south, north)])
         left, top = np.maximum(np.floor(corners.min(0) + 1e-6), 0).astype(int)
         right, bottom = np.minimum(np.ceil(corners.max(0) - 1e-6), (self.width, self.height)).astype(int)
         if left >= right or top >= bottom:
-            raise ConfigError(f"open_scene: --aoi lies elsewhere; expected a part of {self.path}, got {path}")
+            raise elsewhere
         self._corner = int(top), int(left)
         self.height, self.width = int(bottom - top), int(right - left)
         self._grid, self._area = grid @ Affine.translation(left, top), area

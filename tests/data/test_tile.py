@@ -138,6 +138,32 @@ def test_polygons_of_labels(tmp_path, suffix):
     assert not (tmp_path / "no").exists() and list(tmp_path.glob(".*")) == []
 
 
+def test_polygons_far_larger_than_the_scene(tmp_path):
+    pytest.importorskip("pyogrio")
+
+    def feature(west, east, kind):
+        ring = [[west, 20], [east, 20], [east, 70], [west, 70], [west, 20]]
+        return {
+            "type": "Feature",
+            "properties": {"class": kind},
+            "geometry": {"type": "Polygon", "coordinates": [ring]},
+        }
+
+    # two countries that meet at 9.004 degrees, and one far away whose class is kept
+    content = [feature(-10, 9.004, "west"), feature(9.004, 40, "east"), feature(100, 120, "far")]
+    path = tmp_path / "labels.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": content}))
+    done = tile_scene(scene(tmp_path / "scene.tif"), path, tmp_path / "set", TileOptions(64, val_share=0))
+    assert done.class_names == ("east", "far", "west") and done.tiles["train"] == 50
+    with rasterio.open(tmp_path / "set/train/masks/r0000_c0004.tif") as mask:
+        from rasterio.warp import transform
+
+        rows, columns = np.indices((64, 64)) + 0.5
+        lon, _ = transform(mask.crs, "EPSG:4326", *(mask.transform @ (columns.ravel(), rows.ravel())))
+        expected = np.where(np.reshape(lon, (64, 64)) > 9.004, 0, 2)
+        assert (mask.read(1) == expected).mean() > 0.999 and len(np.unique(expected)) == 2
+
+
 def test_refusals(tmp_path):
     image = scene(tmp_path / "scene.tif")
     elsewhere = {**PLACE, "transform": from_origin(0, 0, 1, 1), "nodata": 255}

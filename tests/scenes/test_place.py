@@ -151,6 +151,77 @@ def test_a_part(tmp_path, crs):
     assert raster.crs == PLACE["crs"]
 
 
+def rings(path: Path, *corners: tuple[float, float, float, float]) -> Path:
+    """GeoJSON of boxes in degrees (west, south, east, north), of four corners each."""
+    shapes = [[[w, s], [e, s], [e, n], [w, n], [w, s]] for w, s, e, n in corners]
+    features = [
+        {"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [ring]}} for ring in shapes
+    ]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+def inside(image: Path, area: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which pixels of a scene are mapped, and longitude and latitude of each."""
+    from rasterio.warp import transform
+
+    with open_scene(image, aoi=area) as scene:
+        valid = scene.window(0, scene.height, 0, scene.width)[1]
+        rows, columns = np.indices(valid.shape) + 0.5
+        lon, lat = transform(scene.crs, "EPSG:4326", *(scene.transform @ (columns.ravel(), rows.ravel())))
+    return valid, np.reshape(lon, valid.shape), np.reshape(lat, valid.shape)
+
+
+def test_an_area_far_larger_than_the_scene(tmp_path):
+    pytest.importorskip("pyogrio")
+    wide = {"crs": "EPSG:32632", "transform": from_origin(300_000, 5_800_000, 4000, 4000)}
+    image = write(tmp_path / "in.tif", np.full((3, 100, 100), 9, np.uint8), **wide)
+    # a country, and nearly all the world
+    for corners in ((-20, 30, 40, 70), (-179, -85, 179, 85)):
+        valid, _, _ = inside(image, rings(tmp_path / "area.geojson", corners))
+        assert valid.all() and valid.shape == (100, 100)
+    # a parallel is no straight line in UTM
+    valid, _, lat = inside(image, rings(tmp_path / "area.geojson", (-20, 51, 40, 70)))
+    assert valid.shape[0] < 50 and (valid == (lat > 51)).mean() > 0.999
+    assert (lat > 51).all(0).any() and not (lat > 51).all()
+
+
+def test_an_area_in_another_projection(tmp_path):
+    import pyogrio
+    import shapely
+
+    image = write(tmp_path / "in.tif", np.full((3, 60, 80), 9, np.uint8), **PLACE)
+    # all of Europe, and a shape that crosses itself
+    shapes = [shapely.box(2_500_000, 1_300_000, 7_000_000, 5_600_000)]
+    shapes.append(shapely.Polygon([(0, 0), (9e6, 9e6), (9e6, 0), (0, 9e6)]))
+    geometry = np.array([shapely.to_wkb(shape) for shape in shapes], object)
+    options = {"geometry_type": "Polygon", "crs": "EPSG:3035", "driver": "GPKG"}
+    pyogrio.raw.write(tmp_path / "area.gpkg", geometry, [], fields=[], **options)
+    assert inside(image, tmp_path / "area.gpkg")[0].shape == (60, 80)
+    assert inside(image, tmp_path / "area.gpkg")[0].all()
+
+
+@pytest.mark.parametrize("corners", [[(179.5, -1, 180, 1), (-180, -1, -179.995, 1)], [(179.5, -1, 180.005, 1)]])
+def test_an_area_over_the_date_line(tmp_path, corners):
+    pytest.importorskip("pyogrio")
+    # the equator at 180 degrees, in the middle of the scene
+    place = {"crs": "EPSG:32660", "transform": from_origin(833_979 - 1000, 1000, 20, 20)}
+    image = write(tmp_path / "in.tif", np.full((3, 50, 100), 9, np.uint8), **place)
+    valid, lon, _ = inside(image, rings(tmp_path / "area.geojson", *corners))
+    assert valid.shape[1] < 100 and (lon < 0).any() and (lon > 0).any()
+    # two parts may each miss the pixel in whose middle they meet
+    assert (valid == ((lon > 0) | (lon < -179.995))).mean() > 0.98
+
+
+def test_an_area_elsewhere_is_refused(tmp_path):
+    pytest.importorskip("pyogrio")
+    image = write(tmp_path / "in.tif", np.full((3, 60, 80), 9, np.uint8), **PLACE)
+    # beside the scene, a country, and the other side of the world
+    for corners in ((9.01, 50.5, 9.02, 50.6), (-110, 30, -90, 45), (170, -50, 179, -40), (-180, -90, 180, -85)):
+        with pytest.raises(ConfigError, match="--aoi lies elsewhere; expected a part of .*in.tif, got .*area.geojson"):
+            inside(image, rings(tmp_path / "area.geojson", corners))
+
+
 def test_part_and_resolution_together(tmp_path):
     pytest.importorskip("pyogrio")
     label = truth(30, 40).repeat_interleave(2, 0).repeat_interleave(2, 1)
