@@ -75,14 +75,17 @@ def check_room(path: Path, needed: int, function: str) -> None:
     Raises:
         ResourceError: less than ``needed`` bytes are free there.
     """
-    for folder in (path, *path.absolute().parents):
-        if folder.is_dir():
-            free = shutil.disk_usage(folder).free
-            if free < needed:
-                raise ResourceError(
-                    f"{function}: the disk of {path} is full; expected {needed / 1e6:.0f} MB, got {free / 1e6:.0f} MB"
-                )
-            return
+    free = free_bytes(path)
+    if free < needed:
+        raise ResourceError(
+            f"{function}: the disk of {path} is full; expected {needed / 1e6:.0f} MB, got {free / 1e6:.0f} MB"
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """Room on the disk that holds ``path``, or the nearest folder above it."""
+    folder = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(folder).free
 
 
 @contextlib.contextmanager

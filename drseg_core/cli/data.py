@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from drseg_core.cli.parsers import Parser, add_reading_arguments, check_output, given_reading
-from drseg_core.errors import DatasetError
+from drseg_core.errors import ConfigError, DatasetError
 
 USAGE = "drseg data prepare|check|tile [options]"
 EPILOG = """\
@@ -150,6 +150,8 @@ def _check(args: Any) -> None:
     for path in (args.out, args.sheet):
         if path is not None:
             check_output(Path(path), overwrite=args.overwrite)
+    if None not in (args.out, args.sheet) and Path(args.out).resolve() == Path(args.sheet).resolve():
+        raise ConfigError(f"--sheet is --out; expected two files, got {args.sheet}")
     splits = [args.split] if args.split else ()
     report = check_data(args.set, args.root, splits=splits, reading=_reading(args), progress=True)
     content = report.as_dict()

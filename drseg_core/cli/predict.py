@@ -46,7 +46,9 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     )
     output = parser.add_argument_group("output")
     output.add_argument("--out", required=True, type=str, metavar="FILE", help="class raster to write (.tif)")
-    output.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    output.add_argument(
+        "--overwrite", action="store_true", help="replace outputs that exist, remove others of that map"
+    )
     output.add_argument("--scores", action="store_true", help="also write the score of the best class of each pixel")
     output.add_argument("--probabilities", action="store_true", help="also write the scores of all classes")
     output.add_argument(
@@ -74,10 +76,15 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
 def run(args: Any) -> None:
     out, image = Path(args.out), Path(args.image)
     reading = given_reading(args)
-    check_output(out, overwrite=args.overwrite, inputs=[image])
-    from drseg_core.data.vocabulary import parse_classes
+    wanted = {"scores": args.scores, "probabilities": args.probabilities, "polygons": args.polygons}
+    from drseg_core.data.vocabulary import class_files, parse_classes
+    from drseg_core.scenes.files import check_outputs
     from drseg_core.scenes.predict import plan, predict
 
+    if not args.dry_run:
+        check_output(out, overwrite=args.overwrite, inputs=[image])
+        inputs = [args.aoi, *class_files(args.classes or "")]
+        check_outputs(image, out, overwrite=args.overwrite, inputs=inputs, **wanted)
     classes = None if args.classes is None else parse_classes(args.classes)
     if classes is not None:
         print(f"classes: {classes.text()}")
@@ -89,12 +96,12 @@ def run(args: Any) -> None:
         "scale": reading.scale,
         "gsd": args.gsd,
         "aoi": args.aoi,
-        "probabilities": args.probabilities,
         "mode": args.mode,
         "tile_size": args.tile_size,
         "overlap": args.overlap,
         "batch_size": args.batch_size,
         "device": args.device,
+        **wanted,
     }
     if args.dry_run:
         print(plan(args.run, image, **options).text())
@@ -105,8 +112,6 @@ def run(args: Any) -> None:
         out=out,
         threshold=args.threshold,
         overwrite=args.overwrite,
-        scores=args.scores,
-        polygons=args.polygons,
         min_area=args.min_area,
         **options,
     )

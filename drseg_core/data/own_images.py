@@ -159,7 +159,7 @@ def read_rgb(path: Path, reading: Reading, *, max_pixels: int) -> Rgb:
     valid = _opaque(path, max_pixels)
     if reading.plain:
         return Rgb(image, valid)
-    return _applied(image, valid, reading)
+    return _applied(path, image, valid, reading)
 
 
 def _opaque(path: Path, max_pixels: int) -> NDArray[np.bool_] | None:
@@ -173,11 +173,14 @@ def _opaque(path: Path, max_pixels: int) -> NDArray[np.bool_] | None:
     return None if alpha.all() else alpha != 0
 
 
-def _applied(image: NDArray[np.uint8], valid: NDArray[np.bool_] | None, reading: Reading) -> Rgb:
+def _applied(path: Path, image: NDArray[np.uint8], valid: NDArray[np.bool_] | None, reading: Reading) -> Rgb:
     """Options on 8-bit pixels that are decoded already."""
     bands = reading.bands or (1, 2, 3)
     if max(bands) > 3:
-        raise DatasetError(f"read_image: bands are not usable; expected numbers from 1 to 3, got {list(bands)}")
+        raise DatasetError(
+            f"read_image: bands do not fit {printable(path)}; expected one or three numbers from 1 to 3, "
+            f"got {list(bands)} (--bands chooses them; by default a run takes those of its training)"
+        )
     value = image[:, :, [b - 1 for b in bands]].transpose(2, 0, 1)
     if reading.nodata is not None:
         present = ~(value == reading.nodata).all(0)

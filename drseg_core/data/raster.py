@@ -98,8 +98,8 @@ class RasterReader:
         if bands is not None:
             if len(bands) not in (1, 3) or any(not 1 <= b <= count for b in bands):
                 raise ConfigError(
-                    f"{self._origin}: bands are not usable; expected one or three numbers from 1 to {count}, "
-                    f"got {list(bands)}"
+                    f"{self._origin}: bands do not fit {self.path}; expected one or three numbers from 1 to {count}, "
+                    f"got {list(bands)} (--bands chooses them; by default a run takes those of its training)"
                 )
             return tuple(bands), "as given"
         if not count:

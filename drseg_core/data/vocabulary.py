@@ -97,6 +97,11 @@ def parse_classes(text: str) -> Vocabulary:
     return Vocabulary(names, tuple(synonyms), tuple(colors))
 
 
+def class_files(text: str) -> list[Path]:
+    """The files that a text for :func:`parse_classes` names."""
+    return [Path(item.strip()[1:]) for item in re.split(r"[;\n]", text) if item.strip().startswith("@")]
+
+
 def _items(text: str) -> Iterator[str]:
     for item in re.split(r"[;\n]", text):
         if not item.strip():
@@ -104,7 +109,7 @@ def _items(text: str) -> Iterator[str]:
         if not item.strip().startswith("@"):
             yield item
             continue
-        path = Path(item.strip()[1:])
+        (path,) = class_files(item)
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:

@@ -3,12 +3,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from drseg_core.errors import ConfigError, RasterError
-from drseg_core.scenes.polygons import check_suffix
+from drseg_core.files import check_room, free_bytes
+from drseg_core.scenes.polygons import AREA_BYTES, check_suffix
+
+LEAST_BYTES = 0.01
+"""For each pixel a map takes at least this while it is written: what one of nodata alone takes."""
+
+USUAL_BYTES, BAND_BYTES = 2.5, 1.7
+"""What a map usually takes while it is written, and what each band of scores adds."""
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["SceneFiles"]
 
@@ -73,27 +84,54 @@ def scene_files(
     )
 
 
+def leftovers(files: SceneFiles) -> list[Path]:
+    """What a former map of the same name left that would be taken for a part of this one, as GDAL and SQLite do."""
+    path = files.classes
+    bands = [path.with_name(f"{path.stem}_{word}.tif") for word in ("scores", "probabilities")]
+    pictures = (path, files.overlay, files.uncertainty, *bands)
+    beside = [raster.with_name(raster.name + end) for raster in pictures for end in (".aux.xml", ".ovr", ".msk")]
+    if files.polygons is not None:
+        beside += [files.polygons.with_name(files.polygons.name + end) for end in ("-wal", "-shm", "-journal")]
+    return [other for other in (*bands, *beside) if other not in files and other.is_file()]
+
+
 def check_outputs(
-    image_path: str | Path, out_path: str | Path, *, overwrite: bool = False, **options: Any
+    image_path: str | Path,
+    out_path: str | Path,
+    *,
+    overwrite: bool = False,
+    inputs: Sequence[str | Path | None] = (),
+    **options: Any,
 ) -> SceneFiles:
     """The outputs of :func:`predict_scene`, after making sure that they may be written. Reads and writes nothing.
 
+    Args:
+        image_path: the scene.
+        out_path: the class raster.
+        overwrite: outputs may exist.
+        inputs: what else is read, such as the file of an area.
+        options: those of :func:`scene_files`.
+
     Raises:
-        ConfigError: an output exists, is the input, cannot be written or has a wrong suffix.
+        ConfigError: an output exists, is an input or another output, cannot be written or has a wrong suffix.
         RasterError: the system refuses the scene's path, such as one that is too long.
     """
     files, source = scene_files(out_path, **options), Path(image_path)
     try:
-        source_exists = source.exists()
+        source.exists()
     except OSError as error:
         raise RasterError(f"predict_scene: {source} cannot be opened: {error.strerror}") from None
     folders = dict.fromkeys(path.parent for path in files.present())
+    seen: set[Path] = set()
     try:
-        for path in files.present():
-            if path.exists() and source_exists and path.samefile(source):
-                raise ConfigError(f"predict_scene: out is the scene itself; expected another path than {path}")
+        for path in (*files.present(), *leftovers(files)):
+            check_input_stays(path, [source], "out is the scene itself")
+            check_input_stays(path, inputs, "an output is an input")
             if path.is_dir() or path.exists() and not overwrite:
                 raise ConfigError(f"predict_scene: {path} exists; expected a new path, or overwrite")
+            if path.resolve() in seen:
+                raise ConfigError(f"predict_scene: two outputs are one file; expected another path than {path}")
+            seen.add(path.resolve())
         folders = {_existing(folder): None for folder in folders}
     except OSError as error:
         raise ConfigError(f"predict_scene: {files.classes} cannot be written: {error.strerror}") from None
@@ -102,6 +140,40 @@ def check_outputs(
             name = files.classes if folder in files.classes.parents else files.polygons
             raise ConfigError(f"predict_scene: {name} cannot be written; expected a folder with write permission")
     return files
+
+
+def check_input_stays(path: Path, inputs: Sequence[str | Path | None], problem: str) -> None:
+    """Refuse an output that is a file which is read."""
+    for source in inputs:
+        if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
+            raise ConfigError(f"predict_scene: {problem}; expected another path than {path}")
+
+
+def usual_bytes(pixels: int, classes: int, *, scores: bool, probabilities: bool, polygons: bool) -> float:
+    """What a map takes on the disk while it is written, as measured on maps of aerial images."""
+    bands = (scores or polygons) + probabilities * classes
+    return pixels * (USUAL_BYTES + bands * BAND_BYTES + polygons * AREA_BYTES)
+
+
+def check_disks(files: SceneFiles, pixels: int, classes: int) -> None:
+    """Refuse a map that the disk is sure not to hold, and say where it may not.
+
+    Raises:
+        ResourceError: there is too little room.
+    """
+    options = {name: getattr(files, name) is not None for name in ("scores", "probabilities", "polygons")}
+    if files.polygons is not None:
+        check_room(files.polygons.parent, int(pixels * AREA_BYTES), "predict_scene")
+    folder = files.classes.parent
+    check_room(folder, int(pixels * LEAST_BYTES), "predict_scene")
+    usual, free = usual_bytes(pixels, classes, **options), free_bytes(folder)
+    if free < usual:
+        _log.warning(
+            "%s: the disk may be too small; such a map usually takes %.0f MB while it is written, %.0f MB are free",
+            folder,
+            usual / 1e6,
+            free / 1e6,
+        )
 
 
 def _existing(folder: Path) -> Path:

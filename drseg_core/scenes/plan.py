@@ -16,8 +16,8 @@ _REPEATS = 2
 
 
 class Plan(NamedTuple):
-    """Size in pixels, side of a pixel in metres, tiles to compute at most, bands, memory above the model in MB, and the
-    time that the model takes for them in seconds."""
+    """Size in pixels, side of a pixel in metres, tiles to compute at most, bands, memory above the model in MB, seconds
+    that the model takes for them, MB on the disk while they are written, and whether polygons are traced then."""
 
     height: int
     width: int
@@ -26,18 +26,23 @@ class Plan(NamedTuple):
     bands: tuple[int, ...]
     memory_mb: float
     seconds: float
+    disk_mb: float = 0.0
+    polygons: bool = False
 
     def text(self) -> str:
         """For a person."""
         side = "" if self.gsd is None else f", {self.gsd:.3g} m each"
         hours, rest = divmod(round(self.seconds), 3600)
+        traced = ("then the polygons are traced",) if self.polygons else ()
         return "\n".join(
             (
                 f"size: {self.width} x {self.height} pixels{side}",
                 f"tiles: {self.tiles} at most (those without data are left out)",
                 f"bands: {', '.join(map(str, self.bands))}",
                 f"memory above the model: {self.memory_mb:.0f} MB",
+                f"disk while it is written: about {self.disk_mb:.0f} MB",
                 f"time of the model: {hours} h {rest // 60} min {rest % 60} s",
+                *traced,
             )
         )
 

@@ -21,6 +21,9 @@ from drseg_core.scenes.regions import find_regions, passes
 DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".parquet": "Parquet"}
 AT_A_TIME = 5000
 HALF_PIXEL = 0.5
+AREA_BYTES = 4
+"""For each pixel of a map the file takes this whose areas are traced."""
+
 _FIELDS = ("class_id", "class", "pixels", "area_m2", "mean_score")
 
 

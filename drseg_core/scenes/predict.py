@@ -24,18 +24,22 @@ from drseg_core.device import select_device
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.evaluation.inference import Piece, Predictor
 from drseg_core.extras import require
-from drseg_core.files import atomic_path, check_room
+from drseg_core.files import atomic_path
 from drseg_core.scenes.areas import ClassAreas
-from drseg_core.scenes.files import SceneFiles, check_outputs
+from drseg_core.scenes.files import (
+    SceneFiles,
+    check_disks,
+    check_input_stays,
+    check_outputs,
+    leftovers,
+    usual_bytes,
+)
 from drseg_core.scenes.outputs import Overlay, Rasters
 from drseg_core.scenes.plan import Plan, plan_scene
 from drseg_core.scenes.polygons import write_polygons
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.style import write_attributes, write_style
-from drseg_core.scenes.writer import written
-
-LEAST_BYTES = 0.25
-"""A map takes more than this for each pixel while it is written, however well it can be compressed."""
+from drseg_core.scenes.writer import check_place, written
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +83,7 @@ def predict(
         probabilities: also write the scores of all classes, ``map_probabilities.tif``.
         polygons: vector file to write, ``.gpkg``, ``.geojson`` or ``.parquet``.
         min_area: areas below it, in m2, join a neighbour in the polygons.
-        overwrite: replace existing outputs.
+        overwrite: replace existing outputs, and remove what belonged to them and is not written again.
         bands: one or three band numbers from 1; by default those that the file calls red, green and blue, else the
             first three, or the only one.
         nodata: value of pixels where nothing is, besides what the file declares.
@@ -114,7 +118,7 @@ def predict(
     """
     # before the model is read: that may take a while
     wanted: dict[str, Any] = {"scores": scores, "probabilities": probabilities, "polygons": polygons}
-    check_outputs(image, out, overwrite=overwrite, **wanted)
+    check_outputs(image, out, overwrite=overwrite, inputs=[aoi], **wanted)
     if polygons is not None:
         require("predict", "vectors")
     predictor, vocabulary, reading, trained_gsd = _prepared(
@@ -151,7 +155,9 @@ def plan(
     scale: str | None = None,
     gsd: float | None = None,
     aoi: str | Path | None = None,
+    scores: bool = False,
     probabilities: bool = False,
+    polygons: str | Path | None = None,
     device: str | None = None,
     **tiles: Any,
 ) -> Plan:
@@ -166,7 +172,7 @@ def plan(
         (60, 40, 6)
     """
     require("predict", "maps")
-    predictor, _, reading, trained_gsd = _prepared(
+    predictor, vocabulary, reading, trained_gsd = _prepared(
         model,
         classes,
         device,
@@ -175,7 +181,10 @@ def plan(
     )
     with open_scene(image, reading=reading, gsd=gsd, aoi=aoi) as scene:
         describe(scene, trained_gsd)
-        return plan_scene(predictor, scene, probabilities=probabilities)
+        found = plan_scene(predictor, scene, probabilities=probabilities)
+    wanted = {"scores": scores, "probabilities": probabilities, "polygons": polygons is not None}
+    disk = usual_bytes(found.height * found.width, len(vocabulary.names), **wanted)
+    return found._replace(disk_mb=disk / 1e6, polygons=polygons is not None)
 
 
 def _prepared(
@@ -246,7 +255,7 @@ def predict_scene(
         probabilities: also write the scores of all classes, ``map_probabilities.tif``.
         polygons: vector file to write, ``.gpkg``, ``.geojson`` or ``.parquet``.
         min_area: areas below it, in m2, join a neighbour in the polygons.
-        overwrite: replace existing outputs.
+        overwrite: replace existing outputs, and remove what belonged to them and is not written again.
         bands: one or three band numbers from 1; by default those that the file calls red, green and blue.
         reading: scale, nodata and bands.
         gsd: side in metres of the pixels that the scene is read and mapped in; its own by default.
@@ -270,7 +279,13 @@ def predict_scene(
     """
     require("predict_scene", "maps")
     files = check_outputs(
-        image_path, out_path, overwrite=overwrite, scores=scores, probabilities=probabilities, polygons=polygons
+        image_path,
+        out_path,
+        overwrite=overwrite,
+        inputs=[aoi],
+        scores=scores,
+        probabilities=probabilities,
+        polygons=polygons,
     )
     names = predictor.class_names if class_names is None else check_class_names(class_names, "predict_scene")
     if len(names) != len(predictor.class_names):
@@ -289,7 +304,11 @@ def predict_scene(
         other = legend.names.index(OTHER)
     with open_scene(image_path, bands=bands, reading=reading, gsd=gsd, aoi=aoi) as scene:
         describe(scene, trained_gsd)
-        check_room(files.classes.parent, int(scene.height * scene.width * LEAST_BYTES), "predict_scene")
+        for path in (*files.present(), *leftovers(files)):
+            # also what belongs to the scene, such as the members of a mosaic
+            check_input_stays(path, scene.source.files, "an output is a file of the scene")
+        check_place(scene)
+        check_disks(files, scene.height * scene.width, len(legend.names))
         with contextlib.ExitStack() as stack:
             # the class raster is entered first, so it is put in place last: where it is, the others are
             places: list[Any] = [path and stack.enter_context(_replaced(path)) for path in files]
@@ -312,6 +331,8 @@ def predict_scene(
                 overlay_side=overlay_side,
                 progress=progress,
             )
+            for path in leftovers(files):
+                path.unlink(missing_ok=True)
     return files
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import heapq
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def find_regions(
     """
     size = labels.height, labels.width
     pixel = PixelArea(labels.crs, labels.transform)
-    number = np.memmap(own, np.int32, "w+", shape=size)
+    number = _on_disk(own, size)
     label: list[NDArray[np.uint8]] = []
     # of each area in one part: pixels, m2, sum of the scores, and pixels that have one
     sums: list[NDArray[np.float64]] = []
@@ -90,6 +91,14 @@ def find_regions(
     with np.errstate(invalid="ignore"):
         mean = total[2] / total[3] * scores.scales[0] + scores.offsets[0]
     return Regions(number, of_region, total[0].astype(np.int64), total[1], mean)
+
+
+def _on_disk(path: Path, size: tuple[int, int]) -> NDArray[np.int32]:
+    """Numbers in a file. Its room is taken first: a disk that is full later would kill the process."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, 4 * size[0] * size[1])
+    return np.memmap(path, np.int32, "r+", shape=size)
 
 
 def passes(min_area: float) -> int:

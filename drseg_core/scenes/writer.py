@@ -85,11 +85,8 @@ def raster_like(
         "compress": "deflate",
         "zlevel": 1,
         "bigtiff": "if_safer",
+        **_georeference(scene),
     }
-    if scene.crs:
-        profile["crs"] = scene.crs
-    if not scene.transform.is_identity:
-        profile["transform"] = scene.transform
     working, scaled = (temporary.with_name(f"{temporary.stem}.{word}.tif") for word in ("work", "scaled"))
     # nothing may be left beside the file: what a GeoTIFF cannot hold GDAL would put into an .aux.xml
     with rasterio.Env(GDAL_PAM_ENABLED="NO"), warnings.catch_warnings():
@@ -113,11 +110,42 @@ def raster_like(
         finally:
             for left in (working, scaled):
                 left.unlink(missing_ok=True)
-        if kept != (scene.crs, scene.transform):
-            raise RasterError(
-                f"predict_scene: {path} would not keep the CRS or transform of the scene; expected {scene.crs} and "
-                f"{tuple(scene.transform)[:6]}, got {kept[0]} and {tuple(kept[1])[:6]}"
-            )
+        _check_kept(path, scene, kept)
+
+
+def check_place(scene: Any) -> None:
+    """Refuse, before all work, a CRS or transform that GeoTIFF cannot keep.
+
+    Raises:
+        RasterError: the message names it.
+    """
+    import rasterio
+    from rasterio.io import MemoryFile
+
+    profile: dict[str, Any] = {"driver": "GTiff", "height": 1, "width": 1, "count": 1, "dtype": "uint8"}
+    with rasterio.Env(GDAL_PAM_ENABLED="NO"), warnings.catch_warnings(), MemoryFile() as memory:
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        try:
+            with memory.open(**profile, **_georeference(scene)):
+                pass
+            with memory.open() as check:
+                kept = check.crs, check.transform
+        except rasterio.errors.RasterioError as error:
+            kept = " ".join(str(error).split()), scene.transform
+    _check_kept("the map", scene, kept)
+
+
+def _georeference(scene: Any) -> dict[str, Any]:
+    found = {"crs": scene.crs} if scene.crs else {}
+    return found if scene.transform.is_identity else {**found, "transform": scene.transform}
+
+
+def _check_kept(path: object, scene: Any, kept: tuple[Any, Any]) -> None:
+    if kept != (scene.crs, scene.transform):
+        raise RasterError(
+            f"predict_scene: {path} would not keep the CRS or transform of the scene, as GeoTIFF has no place for it; "
+            f"expected {scene.crs} and {tuple(scene.transform)[:6]}, got {kept[0]} and {tuple(kept[1])[:6]}"
+        )
 
 
 def _place(target: Any, scene: Any) -> None:

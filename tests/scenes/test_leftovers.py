@@ -69,7 +69,7 @@ def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
 
 
 def test_a_map_that_the_disk_cannot_hold_is_refused_before(tmp_path, monkeypatch):
-    image = write(tmp_path / "in.tif", np.zeros((3, 100, 100), np.uint8))
+    image = write(tmp_path / "in.tif", np.zeros((3, 400, 400), np.uint8))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     used = predictor()
     with pytest.raises(ResourceError, match="predict_scene: the disk of .* is full"):
