@@ -67,14 +67,17 @@ def through_gdal(path: Path, max_pixels: int) -> bool:
         with contextlib.suppress(TooLarge):
             return through_gdal(path, MAX_PIXELS)
         return True
-    if needs_rasterio(path):
+    if needs_rasterio(path) or path.with_name(f"{path.name}.msk").exists():
         return True
     with opened(path, max_pixels) as image:
         if image.format in ("JPEG", "MPO"):
             return False
         tags = getattr(image, "tag_v2", {})
         odd = image.mode not in _PLAIN_MODES and image.format == "TIFF"
-        return stored_bits(path, image) > 8 or odd or _GDAL_METADATA in tags or _GDAL_NODATA in tags
+        told = _GDAL_METADATA in tags or _GDAL_NODATA in tags
+        # a second page may be a mask, which Pillow cannot open
+        several = bool(getattr(tags, "next", 0))
+        return stored_bits(path, image) > 8 or odd or told or several
 
 
 def own_size(path: Path, *, max_pixels: int, mask: bool = False) -> tuple[int, int]:

@@ -187,6 +187,7 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
         raise ConfigError(f"data tile: --out is not empty; expected a new or empty folder, got {target}")
     with open_raster(scene, origin="data tile") as source:
         reader = RasterReader(source, scene, Reading(nodata=options.nodata, scale=((0.0, 1.0),)), origin="data tile")
+        stored = _stored(reader, options)
         with _labels(labels, reader, options) as truth:
             tiles, counts, unlabelled = _counted(reader, truth, options)
             splits, between = split_tiles(tiles, counts, options.val_share)
@@ -194,7 +195,7 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
             remove_dead(target)
             temporary = Path(tempfile.mkdtemp(prefix=own_prefix(target), suffix=".part", dir=target.parent))
             try:
-                _write(temporary, reader, truth, splits, options)
+                _write(temporary, reader, truth, splits, stored)
                 if target.exists():
                     target.rmdir()
                 temporary.chmod(0o755)
@@ -205,6 +206,48 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
                 shutil.rmtree(temporary, ignore_errors=True)
     written = {split: len(some) for split, some in splits.items() if some}
     return Tiled(target, truth.class_names, written, between, unlabelled)
+
+
+class Stored(NamedTuple):
+    """How the images of tiles are stored: type, nodata value, colour table, and whether with a mask."""
+
+    dtype: str
+    nodata: float | None
+    colors: Mapping[int, tuple[int, ...]] | None
+    masked: bool
+
+
+def _stored(scene: RasterReader, options: TileOptions) -> Stored:
+    """As the scene is, so that tiles are read as it is.
+
+    Raises:
+        ConfigError: its type has no such value as ``options.nodata``.
+    """
+    source = scene.source
+    dtype = np.result_type(*source.dtypes)
+    if options.nodata is not None and not _holds(dtype, options.nodata):
+        raise ConfigError(
+            f"data tile: --nodata does not fit {printable(scene.path)}; expected a value of {dtype}, "
+            f"got {options.nodata:.10g}"
+        )
+    declared = source.nodata if source.nodata is not None and _holds(dtype, source.nodata) else None
+    nodata = declared if options.nodata is None else options.nodata
+    colors = None
+    with contextlib.suppress(ValueError):
+        colors = source.colormap(1)
+    flags = [flag.name for flag in source.mask_flag_enums[0]]
+    # a file declares one value only; beside another one of the scene's own the pixels themselves say it
+    given = options.nodata
+    two = given is not None and declared is not None and not np.array_equal(given, declared, equal_nan=True)
+    masked = two or "per_dataset" in flags and "alpha" not in flags
+    return Stored(str(dtype), None if masked else nodata, colors, masked)
+
+
+def _holds(dtype: np.dtype[Any], value: float) -> bool:
+    """Whether a type has a value."""
+    if dtype.kind not in "iu":
+        return not np.isfinite(value) or abs(value) <= float(np.finfo(dtype).max)
+    return float(value).is_integer() and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
 
 
 @contextlib.contextmanager
@@ -268,9 +311,12 @@ def _counted(
 
 def _mask(scene: RasterReader, labels: RasterLabels | VectorLabels, tile: Tile) -> NDArray[np.uint8]:
     mask = labels.read(tile)
-    _, valid = scene.window(tile.top, tile.top + tile.height, tile.left, tile.left + tile.width)
-    mask[~valid] = IGNORE
+    mask[~_valid(scene, tile)] = IGNORE
     return mask
+
+
+def _valid(scene: RasterReader, tile: Tile) -> NDArray[np.bool_]:
+    return scene.window(tile.top, tile.top + tile.height, tile.left, tile.left + tile.width)[1]
 
 
 def split_tiles(
@@ -312,13 +358,12 @@ def _write(
     scene: RasterReader,
     labels: RasterLabels | VectorLabels,
     splits: Mapping[str, Sequence[Tile]],
-    options: TileOptions,
+    stored: Stored,
 ) -> None:
     import rasterio
     from rasterio.windows import Window, transform
 
     source = scene.source
-    nodata = source.nodata if options.nodata is None else options.nodata
     shared: dict[str, Any] = {"driver": "GTiff", "compress": "deflate", "crs": source.crs}
     files = []
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in labels.class_names), encoding="utf-8")
@@ -332,11 +377,18 @@ def _write(
             image, mask = (folder / split / part / name for part in ("images", "masks"))
             for path in (image, mask):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            with rasterio.open(
-                image, "w", count=source.count, dtype=source.dtypes[0], nodata=nodata, **profile
-            ) as file:
+            with (
+                rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+                rasterio.open(
+                    image, "w", count=source.count, dtype=stored.dtype, nodata=stored.nodata, **profile
+                ) as file,
+            ):
                 file.colorinterp = source.colorinterp
+                if stored.colors is not None:
+                    file.write_colormap(1, stored.colors)
                 file.write(source.read(window=window))
+                if stored.masked:
+                    file.write_mask(_valid(scene, tile))
                 for band, text in enumerate(source.descriptions, 1):
                     if text:
                         file.set_band_description(band, text)

@@ -206,6 +206,27 @@ def test_a_check_takes_what_a_training_takes(tmp_path):
     assert len(open_dataset(f"folder:{root}")) == 1
 
 
+@pytest.mark.parametrize("suffix, internal", [(".tif", True), (".tif", False), (".png", False), (".jpg", False)])
+def test_the_mask_of_an_image_is_read(tmp_path, suffix, internal):
+    valid = np.indices((20, 30))[1] > 5
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(PIXELS.transpose(1, 2, 0)).save(path)
+    if internal:
+        write(path, PIXELS, photometric="rgb")
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal), rasterio.open(path, "r+" if suffix == ".tif" else "r") as file:
+        if suffix == ".tif":
+            file.write_mask(valid)
+    if suffix != ".tif":
+        with rasterio.open(f"{path}.msk", "w", driver="GTiff", height=20, width=30, count=1, dtype="uint8") as mask:
+            mask.write((valid * 255).astype(np.uint8), 1)
+            mask.update_tags(INTERNAL_MASK_FLAGS_1="2", INTERNAL_MASK_FLAGS_2="2", INTERNAL_MASK_FLAGS_3="2")
+    found = read_rgb(path, Reading(), max_pixels=10**6)
+    assert np.array_equal(found.valid, valid)
+    with open_scene(path) as scene:
+        image, inside = scene.window(0, 20, 0, 30)
+    assert np.array_equal(inside, valid) and np.array_equal(image.numpy().transpose(1, 2, 0), found.image)
+
+
 def test_a_png_of_16_bits(tmp_path):
     path = tmp_path / "deep.png"
     Image.fromarray(RNG.integers(0, 60_000, (20, 30)).astype(np.uint16)).save(path)

@@ -164,6 +164,94 @@ def test_polygons_far_larger_than_the_scene(tmp_path):
         assert (mask.read(1) == expected).mean() > 0.999 and len(np.unique(expected)) == 2
 
 
+def labelled(tmp_path: Path) -> Path:
+    return write(tmp_path / "labels.tif", label()[None], **PLACE)
+
+
+def first_tile(folder: Path, part: str = "images") -> Path:
+    return folder / "train" / part / "r0000_c0000.tif"
+
+
+@pytest.mark.parametrize("kind, value", [(np.uint8, 256), (np.uint8, -1), (np.uint8, 0.5), (np.uint16, -9999)])
+def test_a_nodata_value_that_the_type_has_not(tmp_path, kind, value):
+    path = write(tmp_path / "scene.tif", np.ones((3, H, W), kind), **PLACE)
+    said = f"--nodata does not fit .*scene.tif; expected a value of {np.dtype(kind)}, got {value}"
+    with pytest.raises(ConfigError, match=said) as caught:
+        tile_scene(path, labelled(tmp_path), tmp_path / "set", TileOptions(64, nodata=value))
+    assert "\n" not in str(caught.value) and sorted(p.name for p in tmp_path.iterdir()) == ["labels.tif", "scene.tif"]
+
+
+@pytest.mark.parametrize(
+    "kind, value", [(np.uint8, 255), (np.int16, -9999), (np.float32, -9999.5), (np.float32, np.nan)]
+)
+def test_a_nodata_value_is_kept(tmp_path, kind, value):
+    data = RNG.integers(1, 200, (3, H, W)).astype(kind)
+    data[:, :, :40] = value
+    path = write(tmp_path / "scene.tif", data, **PLACE)
+    tile_scene(path, labelled(tmp_path), tmp_path / "set", TileOptions(64, nodata=value, val_share=0))
+    with rasterio.open(first_tile(tmp_path / "set")) as tile, rasterio.open(first_tile(tmp_path / "set", "masks")) as m:
+        assert np.array_equal(tile.nodata, value, equal_nan=True)
+        assert np.array_equal(tile.read(), data[:, :64, :64], equal_nan=True)
+        assert (tile.dataset_mask()[:, :40] == 0).all() and (tile.dataset_mask()[:, 40:] == 255).all()
+        assert (m.read(1)[:, :40] == 255).all() and (m.read(1)[:, 40:] == label()[:64, 40:64]).all()
+
+
+def test_a_palette_is_kept(tmp_path):
+    data = RNG.integers(0, 7, (1, H, W)).astype(np.uint8)
+    colors = {i: (i * 30, 200 - i * 20, i * i, 255) for i in range(7)}
+    path = write(tmp_path / "scene.tif", data, photometric="palette", **PLACE)
+    with rasterio.open(path, "r+") as file:
+        file.write_colormap(1, colors)
+    tile_scene(path, labelled(tmp_path), tmp_path / "set", TileOptions(64, val_share=0))
+    with rasterio.open(first_tile(tmp_path / "set")) as tile:
+        assert tile.colorinterp[0].name == "palette" and {i: tile.colormap(1)[i] for i in range(7)} == colors
+        assert np.array_equal(tile.read(), data[:, :64, :64])
+    # a training sees the colours that a map sees
+    image = FolderDataset(tmp_path / "set", reading=ReadingConfig())[0].image.numpy()
+    assert np.array_equal(image, np.array([colors[i][:3] for i in range(7)])[data[0, :64, :64]].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("internal", [True, False])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_mask_of_the_scene_is_kept(tmp_path, internal, kind):
+    data = RNG.integers(1, 200, (3, H, W)).astype(kind)
+    valid = RNG.random((H, W)) < 0.7
+    path = write(tmp_path / "scene.tif", data, **PLACE)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal), rasterio.open(path, "r+") as file:
+        file.write_mask(valid)
+    assert path.with_name("scene.tif.msk").exists() != internal
+    tile_scene(path, labelled(tmp_path), tmp_path / "set", TileOptions(64, val_share=0))
+    with rasterio.open(first_tile(tmp_path / "set")) as tile:
+        assert np.array_equal(tile.read(), data[:, :64, :64])
+        assert np.array_equal(tile.dataset_mask() != 0, valid[:64, :64])
+    assert not list(tmp_path.rglob("set/**/*.msk"))
+    found = FolderDataset(tmp_path / "set", reading=ReadingConfig())[0]
+    assert np.array_equal(found.mask.numpy(), np.where(valid[:64, :64], label()[:64, :64], 255))
+    assert check_data("folder", tmp_path / "set").problems == []
+
+
+def test_a_declared_value_stays_beside_another(tmp_path):
+    data = RNG.integers(1, 200, (3, H, W)).astype(np.uint16)
+    data[:, :, :20], data[:, :, 20:40] = 0, 65535
+    path = write(tmp_path / "scene.tif", data, nodata=0, **PLACE)
+    tile_scene(path, labelled(tmp_path), tmp_path / "set", TileOptions(64, nodata=65535, val_share=0))
+    with rasterio.open(first_tile(tmp_path / "set")) as tile:
+        assert np.array_equal(tile.read(), data[:, :64, :64])
+        assert (tile.dataset_mask()[:, :40] == 0).all() and (tile.dataset_mask()[:, 40:] == 255).all()
+
+
+def test_alpha_is_kept(tmp_path):
+    data = RNG.integers(1, 200, (4, H, W)).astype(np.uint8)
+    data[3] = np.where(np.indices((H, W))[1] < 40, 0, 255)
+    path = write(tmp_path / "scene.tif", data, ["red", "green", "blue", "alpha"], photometric="rgb", **PLACE)
+    tile_scene(path, labelled(tmp_path), tmp_path / "set", TileOptions(64, val_share=0))
+    with rasterio.open(first_tile(tmp_path / "set")) as tile:
+        assert np.array_equal(tile.read(), data[:, :64, :64]) and tile.colorinterp[3].name == "alpha"
+    found = FolderDataset(tmp_path / "set", reading=ReadingConfig())[0]
+    assert np.array_equal(found.image.numpy(), data[:3, :64, :64])
+    assert (found.mask.numpy()[:, :40] == 255).all() and (found.mask.numpy()[:, 40:] != 255).all()
+
+
 def test_refusals(tmp_path):
     image = scene(tmp_path / "scene.tif")
     elsewhere = {**PLACE, "transform": from_origin(0, 0, 1, 1), "nodata": 255}
