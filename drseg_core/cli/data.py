@@ -111,9 +111,12 @@ def run(args: Any) -> None:
 
 def _tile(args: Any) -> None:
     from drseg_core.data.tile import TileOptions, tile_scene
-    from drseg_core.data.vocabulary import parse_classes
+    from drseg_core.data.vocabulary import parse_classes, plain_classes
 
-    names = None if args.classes is None else parse_classes(args.classes).names
+    classes = None if args.classes is None else parse_classes(args.classes)
+    names = None if classes is None else classes.names
+    if classes is not None and classes != plain_classes(names or ()):
+        raise ConfigError(f"--classes has synonyms or colours; expected one name for each number, got {args.classes!r}")
     options = TileOptions(args.size, args.field, names, args.background, args.val_share, args.nodata)
     done = tile_scene(args.scene, args.labels, args.out, options)
     print(f"classes: {'; '.join(done.class_names)}")

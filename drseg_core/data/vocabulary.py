@@ -18,7 +18,7 @@ __all__ = ["Vocabulary", "parse_classes"]
 
 Color = tuple[int, int, int]
 OTHER, OTHER_COLOR = "other", (128, 128, 128)
-_ITEM = re.compile(r"(?P<words>.*?)\s*(?:#(?P<color>[0-9a-fA-F]{6}))?", re.DOTALL)
+_WORD = re.compile(r"([^#]*)(?:#([0-9a-fA-F]{6})\s*)?")
 _SHOWN = 8
 
 
@@ -63,11 +63,11 @@ def plain_classes(names: Sequence[str]) -> Vocabulary:
 def parse_classes(text: str) -> Vocabulary:
     """Classes from ``"road, parking lot#808080; roof"``, with new lines in place of ``;``, or from ``"@classes.txt"``.
 
-    Commas inside one item separate synonyms. ``#rrggbb`` at its end is its colour. In a file, lines that begin with
-    ``#`` are left out.
+    Commas inside one item separate synonyms; ``#rrggbb`` behind one of them is the colour of the class. In a file,
+    lines that begin with ``#`` are left out.
 
     Raises:
-        ConfigError: no class, an empty name or synonym, a class twice, a file that cannot be read.
+        ConfigError: no class, an empty name or synonym, a word twice, two colours, a file that cannot be read.
 
     Example:
         >>> from drseg_core.data.vocabulary import parse_classes
@@ -78,23 +78,33 @@ def parse_classes(text: str) -> Vocabulary:
     synonyms: list[tuple[str, ...]] = []
     colors: list[Color | None] = []
     for item in _items(text):
-        found = _ITEM.fullmatch(item)
-        assert found is not None
-        words = tuple(" ".join(word.split()) for word in found["words"].split(","))
+        found = [_WORD.fullmatch(word) for word in item.split(",")]
+        parts = [match.groups() for match in found if match is not None]
+        if len(parts) < len(found):
+            raise ConfigError(
+                f"--classes has a colour that is none; expected such as #808080 behind a word, got {item.strip()!r}"
+            )
+        words = tuple(" ".join(word.split()) for word, _ in parts)
         if "" in words:
             raise ConfigError(f"--classes has an empty name; expected text between commas, got {item.strip()!r}")
-        code = found["color"]
-        if code is None and re.search(r"#\w*$", item):
-            raise ConfigError(f"--classes has a colour that is none; expected such as #808080, got {item.strip()!r}")
+        codes = [code for _, code in parts if code is not None]
+        if len(codes) > 1:
+            raise ConfigError(f"--classes has a class of two colours; expected one, got {item.strip()!r}")
         synonyms.append(words)
-        colors.append(None if code is None else (int(code[:2], 16), int(code[2:4], 16), int(code[4:], 16)))
+        colors.append(_color(codes[0]) if codes else None)
     if not synonyms:
         raise ConfigError('--classes is empty; expected names such as "building; field; pavement"')
-    names = tuple(words[0] for words in synonyms)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"--classes has a name twice; expected every name once, got {twice[0]!r}")
-    return Vocabulary(names, tuple(synonyms), tuple(colors))
+    seen: set[str] = set()
+    for word in (word for words in synonyms for word in words):
+        # text encoders see no capitals
+        if word.casefold() in seen:
+            raise ConfigError(f"--classes has a word twice; expected every word once, in one class, got {word!r}")
+        seen.add(word.casefold())
+    return Vocabulary(tuple(words[0] for words in synonyms), tuple(synonyms), tuple(colors))
+
+
+def _color(code: str) -> Color:
+    return int(code[:2], 16), int(code[2:4], 16), int(code[4:], 16)
 
 
 def class_files(text: str) -> list[Path]:

@@ -348,6 +348,9 @@ def test_the_command(tmp_path, drseg, small):
     write(tmp_path / "labels.tif", label()[None], **PLACE)
     image = scene(tmp_path / "scene.tif")
     words = ["data", "tile", image, tmp_path / "labels.tif", "--out", tmp_path / "set", "--size", 64]
+    for classes in ("a; b, c", "a#808080; b; c"):
+        code, _, errors = drseg(*words, "--classes", classes)
+        assert code == 2 and "--classes has synonyms or colours; expected one name for each number" in errors
     code, text, _ = drseg(*words, "--classes", "a; b; c")
     assert code == 0 and "classes: a; b; c" in text and "next: drseg data check folder" in text
     data = f"folder:{tmp_path / 'set'}"

@@ -14,6 +14,8 @@ from drseg_core.errors import ConfigError
         "road, parking lot#808080; roof; open  field",
         "road , parking lot #808080\nroof\n\nopen field\n",
         " ; road,parking lot#808080;roof;open field;",
+        "road#808080, parking lot; roof; open field",
+        "road #808080 ,parking lot;roof;open field",
     ],
 )
 def test_classes_as_they_are_typed(text):
@@ -45,8 +47,15 @@ def test_a_file_of_classes(tmp_path):
         (" ; \n", "is empty"),
         ("a; , b", "empty name; expected text between commas, got ', b'"),
         ("#808080", "empty name"),
-        ("a; a, b", "has a name twice; expected every name once, got 'a'"),
-        ("road#80808", "a colour that is none; expected such as #808080, got 'road#80808'"),
+        ("a; a, b", "has a word twice; expected every word once, in one class, got 'a'"),
+        ("road, lane; path, lane", "has a word twice; expected every word once, in one class, got 'lane'"),
+        ("road, path; Path", "has a word twice; .*, got 'Path'"),
+        ("road, road", "has a word twice"),
+        ("road#808080, lane#101010", "a class of two colours; expected one, got 'road#808080, lane#101010'"),
+        ("road#808080 lane", "a colour that is none; .*, got 'road#808080 lane'"),
+        ("road#80808, lane", "a colour that is none; .*, got 'road#80808, lane'"),
+        ("#808080, lane", "empty name"),
+        ("road#80808", "a colour that is none; expected such as #808080 behind a word, got 'road#80808'"),
         ("road#gray", "a colour that is none"),
     ],
 )
