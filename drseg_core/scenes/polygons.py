@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.data.dataset import IGNORE
-from drseg_core.errors import ConfigError, ResourceError
+from drseg_core.errors import ConfigError
 from drseg_core.extras import require
 from drseg_core.scenes.regions import find_regions, passes
+from drseg_core.scenes.writer import written
 
-DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".parquet": "Parquet"}
+SUFFIXES = (".gpkg", ".geojson", ".parquet")
 AT_A_TIME = 5000
 HALF_PIXEL = 0.5
 AREA_BYTES = 4
@@ -38,16 +39,16 @@ class Found(NamedTuple):
 
 
 def check_suffix(path: Path) -> str:
-    """The format of a file of polygons.
+    """The suffix of a file of polygons, which is its format.
 
     Raises:
         ConfigError: none that is written.
     """
-    if path.suffix.lower() not in DRIVERS:
+    if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(
-            f"predict_scene: polygons have a wrong suffix; expected a path ending in {', '.join(DRIVERS)}, got {path}"
+            f"predict_scene: polygons have a wrong suffix; expected a path ending in {', '.join(SUFFIXES)}, got {path}"
         )
-    return DRIVERS[path.suffix.lower()]
+    return path.suffix.lower()
 
 
 def write_polygons(
@@ -85,14 +86,11 @@ def write_polygons(
     import rasterio
 
     own = temporary.with_name(f"{temporary.stem}.areas")
+    writer = {".gpkg": _geopackage, ".geojson": _geojson, ".parquet": _parquet}[check_suffix(path)]
     with rasterio.open(classes) as labels, rasterio.open(scores) as score:
         try:
-            found = _found(labels, score, own, min_area, progress)
-            if DRIVERS[path.suffix.lower()] == "Parquet":
-                return _parquet(temporary, found, names, labels.crs)
-            return _layers(temporary, path, found, names, labels.crs)
-        except OSError as error:
-            raise ResourceError(f"predict_scene: {path} cannot be written: {' '.join(str(error).split())}") from None
+            with written(path):
+                return writer(temporary, _found(labels, score, own, min_area, progress), names, labels.crs, path.stem)
         finally:
             own.unlink(missing_ok=True)
 
@@ -144,48 +142,59 @@ def _columns(some: Sequence[Found], names: Sequence[str]) -> list[NDArray[Any]]:
     ]
 
 
-def _geographic(some: Sequence[Found], crs: Any) -> Any:
-    """Polygons in longitude and latitude: the driver would turn those of the first write alone."""
+def _geojson(temporary: Path, found: Iterator[Found], names: Sequence[str], crs: Any, layer: str) -> int:
+    """GeoJSON as its standard (RFC 7946) has it. GDAL would read all that is written for each part that is added."""
     import shapely
     from rasterio.warp import transform
 
-    def turned(points: Any) -> Any:
-        return np.column_stack(transform(crs, "EPSG:4326", points[:, 0], points[:, 1]))
+    def degrees(points: NDArray[np.float64]) -> NDArray[np.float64]:
+        # a centimetre
+        return np.round(np.column_stack(transform(crs, "EPSG:4326", points[:, 0], points[:, 1])), 7)
 
-    found = shapely.from_wkb(np.array([item.geometry for item in some], object))
-    return shapely.to_wkb(shapely.transform(found, turned))
+    count = 0
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(f'{{"type": "FeatureCollection", "name": {json.dumps(layer)}, "features": [')
+        for some in _chunks(found):
+            shapes = shapely.from_wkb(np.array([item.geometry for item in some], object))
+            shapes = shapely.transform(shapes, degrees) if crs else shapes
+            shapes = [shapely.geometry.polygon.orient(shape) for shape in shapes]
+            rows = zip(*(column.tolist() for column in _columns(some, names)), strict=True)
+            for row, shape in zip(rows, shapely.to_geojson(shapes), strict=True):
+                known = {name: None if value != value else value for name, value in zip(_FIELDS, row, strict=True)}
+                properties = json.dumps(known, ensure_ascii=False)
+                begin = ",\n" if count else "\n"
+                file.write(f'{begin}{{"type": "Feature", "properties": {properties}, "geometry": {shape}}}')
+                count += 1
+        file.write("\n]}\n")
+    return count
 
 
-def _layers(temporary: Path, path: Path, found: Iterator[Found], names: Sequence[str], crs: Any) -> int:
-    from pyogrio.errors import DataSourceError
+def _geopackage(temporary: Path, found: Iterator[Found], names: Sequence[str], crs: Any, layer: str) -> int:
+    from pyogrio.errors import DataLayerError, DataSourceError
     from pyogrio.raw import write
 
-    driver = check_suffix(path)
-    # GeoJSON is in longitude and latitude, says its standard
-    options = {"RFC7946": "YES"} if driver == "GeoJSON" and crs else {}
     count = 0
     temporary.unlink()
     try:
         for some in _chunks(found, empty=True):
             write(
                 temporary,
-                _geographic(some, crs) if options else np.array([item.geometry for item in some], object),
+                np.array([item.geometry for item in some], object),
                 _columns(some, names),
                 fields=_FIELDS,
-                layer=path.stem,
+                layer=layer,
                 geometry_type="Polygon",
-                crs="EPSG:4326" if options else crs.to_wkt() if crs else None,
-                driver=driver,
+                crs=crs.to_wkt() if crs else None,
+                driver="GPKG",
                 append=temporary.exists(),
-                **options,
             )
             count += len(some)
-    except DataSourceError as error:
+    except (DataSourceError, DataLayerError) as error:
         raise OSError(str(error)) from None
     return count
 
 
-def _parquet(temporary: Path, found: Iterator[Found], names: Sequence[str], crs: Any) -> int:
+def _parquet(temporary: Path, found: Iterator[Found], names: Sequence[str], crs: Any, layer: str) -> int:
     """GeoParquet 1.1: WKB in a column, and what it means in the metadata."""
     import pyarrow
     from pyarrow.parquet import ParquetWriter

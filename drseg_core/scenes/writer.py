@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,12 +28,14 @@ _COG = {"driver": "COG", "compress": "DEFLATE", "blocksize": 512, "bigtiff": "IF
 def written(path: Path) -> Iterator[None]:
     """Whatever stops the writing of ``path`` becomes a ResourceError that names it."""
     import rasterio
+    from rasterio._err import CPLE_BaseError
 
     try:
         yield
-    except (rasterio.errors.RasterioError, OSError) as error:
+    # rasterio lets some errors of GDAL through as they are
+    except (rasterio.errors.RasterioError, CPLE_BaseError, OSError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        if disk_is_full(path):
+        if getattr(error, "errno", None) == errno.ENOSPC or disk_is_full(path):
             reason = f"the disk is full ({reason})"
         raise ResourceError(f"predict_scene: {path} cannot be written: {reason}") from None
 

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import json
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from drseg_core.data.dataset import IGNORE
+from drseg_core.errors import ResourceError
 from drseg_core.scenes import polygons, regions
 from drseg_core.scenes.regions import find_regions
 from tests.scenes.test_predict import write
@@ -168,6 +172,63 @@ def test_pixels_area_and_score_of_polygons(tmp_path):
     assert np.array_equal(columns["mean_score"], columns["class_id"])
     _, columns, _ = traced(tmp_path, noise(3, (30, 30), nodata=0), 2.0)
     assert columns["area_m2"].min() >= 2.0
+
+
+def test_geojson_is_that_of_the_standard(tmp_path, monkeypatch):
+    monkeypatch.setattr(polygons, "AT_A_TIME", 2)
+    value = np.zeros((20, 30), np.uint8)
+    value[5:15, 5:15], value[8:10, 8:10], value[17, 20], value[:, :2] = 1, 2, 1, IGNORE
+    # rows from south to north: rings run the other way in pixels
+    for turn in (1, -1):
+        place = rasterio.Affine(10, 0, 500_000, 0, -10 * turn, 5_600_000)
+        labels = write(tmp_path / "labels.tif", value[None], nodata=255, crs="EPSG:32632", transform=place)
+        scores = write(tmp_path / "scores.tif", np.full_like(value, 255)[None], crs="EPSG:32632", transform=place)
+        path = tmp_path / "map.geojson"
+        names = ['a "quoted" name', "Straße", "水"]
+        assert polygons.write_polygons(labels, scores, path, path, names) == 4
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert content["type"] == "FeatureCollection" and "crs" not in content
+        features = content["features"]
+        # what has no score has none
+        assert all(f["properties"]["mean_score"] is None for f in features)
+        assert sorted(f["properties"]["class"] for f in features) == sorted([*names, "Straße"])
+        shapes = [shapely.geometry.shape(f["geometry"]) for f in features]
+        for shape in shapes:
+            assert shape.exterior.is_ccw and not any(ring.is_ccw for ring in shape.interiors)
+        assert sorted(len(shape.interiors) for shape in shapes) == [0, 0, 1, 2]
+        assert 8.99 < shapely.total_bounds(shapes)[0] and shapely.total_bounds(shapes)[2] < 9.01
+        assert max(len(repr(v).partition(".")[2]) for s in shapes for v in s.exterior.coords[0]) <= 7
+        meta, _, geometry, columns = pyogrio.raw.read(path)
+        assert meta["crs"] == "EPSG:4326" and len(geometry) == 4 and pyogrio.list_layers(path)[0][0] == "map"
+    plain = write(tmp_path / "plain.tif", value[None], nodata=255)
+    polygons.write_polygons(plain, plain, path, path, names)
+    features = json.loads(path.read_text(encoding="utf-8"))["features"]
+    assert all(f["properties"]["area_m2"] is None for f in features)
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".parquet"])
+def test_a_disk_that_is_full_while_polygons_are_written(tmp_path, suffix):
+    value = noise(0, (100, 120))
+    place = {"crs": "EPSG:32632", "transform": from_origin(355_000, 5_640_000, 1, 1)}
+    labels = write(tmp_path / "labels.tif", value[None], nodata=255, **place)
+    path, part = tmp_path / f"map{suffix}", tmp_path / f"part{suffix}"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for allowed in (1000, 40_000, 60_000, 120_000):
+            part.touch()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, limits[1]))
+            with pytest.raises(ResourceError, match=f"map{suffix} cannot be written: ") as caught:
+                polygons.write_polygons(labels, labels, part, path, NAMES)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert "\n" not in str(caught.value)
+            assert {p.name for p in tmp_path.iterdir()} - {part.name} <= {"labels.tif", f"{part.name}-journal"}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    part.unlink(missing_ok=True)
+    part.touch()
+    assert polygons.write_polygons(labels, labels, part, path, NAMES) == len(flooded(value))
 
 
 def test_the_tracing_is_said(tmp_path, capsys):
