@@ -6,6 +6,7 @@ matplotlib's DejaVu has Latin, Greek and Cyrillic; for the rest fontconfig (``fc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -100,7 +101,8 @@ def _fonts(size: int) -> tuple[Any, ...]:
     spec = importlib.util.find_spec("matplotlib")
     if spec is not None and spec.origin:
         file = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-        if file.is_file():
+        # absent in some packages; a damaged one is as good as none
+        with contextlib.suppress(OSError):
             found.append(ImageFont.truetype(file, size))
     return (*found, ImageFont.load_default(size=size))
 

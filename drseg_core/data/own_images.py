@@ -232,7 +232,8 @@ def settle(config: ReadingConfig, paths: Sequence[Path], *, max_pixels: int, nam
             if not place:
                 order = ", ".join(map(str, raster.bands))
                 _log.info("%s: bands %s of %d (%s)", name, order, raster.source.count, raster.band_source)
-                for message in (raster.band_warning(), nodata_hint(path.name, raster.extreme_value())):
+                hint = nodata_hint(path.name, raster.extreme_value())
+                for message in (raster.band_warning(), raster.nodata_warning(), hint):
                     if message is not None:
                         _log.warning("%s", message)
     if len(kinds) > 1:

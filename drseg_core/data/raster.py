@@ -18,7 +18,7 @@ from torch import Tensor
 
 from drseg_core.config.reading import Reading
 from drseg_core.data.images import first_bytes
-from drseg_core.data.values import STRETCH, extreme_value, limits_array, stretched
+from drseg_core.data.values import STRETCH, extreme_value, holds, limits_array, stretched
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.extras import require
 
@@ -138,6 +138,13 @@ class RasterReader:
                 "--bands R,G,B does"
             )
         return None
+
+    def nodata_warning(self) -> str | None:
+        """What to say of a nodata value that no pixel can have."""
+        value = self.reading.nodata
+        if value is None or any(holds(np.dtype(self.source.dtypes[band - 1]), value) for band in self.bands):
+            return None
+        return f"{self.path.name}: --nodata {value:.10g} is no value of {self.dtype}, so it leaves nothing out"
 
     def window_warning(self) -> str | None:
         """What to say of a file that GDAL has to decode as a whole; None where parts of it can be read."""

@@ -20,6 +20,7 @@ from drseg_core.config.reading import Reading
 from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.manifest import printable, write_manifest
 from drseg_core.data.raster import RasterReader, open_raster
+from drseg_core.data.values import holds
 from drseg_core.data.vector import Shapes, read_shapes
 from drseg_core.errors import ConfigError, DatasetError, ResourceError
 from drseg_core.extras import require
@@ -225,12 +226,12 @@ def _stored(scene: RasterReader, options: TileOptions) -> Stored:
     """
     source = scene.source
     dtype = np.result_type(*source.dtypes)
-    if options.nodata is not None and not _holds(dtype, options.nodata):
+    if options.nodata is not None and not holds(dtype, options.nodata):
         raise ConfigError(
             f"data tile: --nodata does not fit {printable(scene.path)}; expected a value of {dtype}, "
             f"got {options.nodata:.10g}"
         )
-    declared = source.nodata if source.nodata is not None and _holds(dtype, source.nodata) else None
+    declared = source.nodata if source.nodata is not None and holds(dtype, source.nodata) else None
     nodata = declared if options.nodata is None else options.nodata
     colors = None
     with contextlib.suppress(ValueError):
@@ -241,13 +242,6 @@ def _stored(scene: RasterReader, options: TileOptions) -> Stored:
     two = given is not None and declared is not None and not np.array_equal(given, declared, equal_nan=True)
     masked = two or "per_dataset" in flags and "alpha" not in flags
     return Stored(str(dtype), None if masked else nodata, colors, masked)
-
-
-def _holds(dtype: np.dtype[Any], value: float) -> bool:
-    """Whether a type has a value."""
-    if dtype.kind not in "iu":
-        return not np.isfinite(value) or abs(value) <= float(np.finfo(dtype).max)
-    return float(value).is_integer() and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
 
 
 @contextlib.contextmanager

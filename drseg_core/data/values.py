@@ -51,6 +51,13 @@ def extreme_value(value: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[float,
     return found
 
 
+def holds(dtype: np.dtype[Any], value: float) -> bool:
+    """Whether a type has a value."""
+    if dtype.kind not in "iu":
+        return not np.isfinite(value) or abs(value) <= float(np.finfo(dtype).max)
+    return float(value).is_integer() and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
+
+
 def _stands_out(candidate: Any, value: NDArray[Any]) -> bool:
     """Whether a lowest or highest value is one that is used for nodata, or is far from all others."""
     if candidate in _USED_FOR_NODATA or value.dtype.kind in "iu" and candidate in _ends(value.dtype):

@@ -98,8 +98,9 @@ class SceneReader(RasterReader):
         west, south, east, north = area.bounds()
         grid = self.transform
         corners = np.array([~grid @ (x, y) for x in (west, east) for y in (south, north)])
-        left, top = np.maximum(np.floor(corners.min(0) + 1e-6), 0).astype(int)
-        right, bottom = np.minimum(np.ceil(corners.max(0) - 1e-6), (self.width, self.height)).astype(int)
+        # the hundredth of a pixel that the bends of a line may add makes no row
+        left, top = np.maximum(np.floor(corners.min(0) + 0.01), 0).astype(int)
+        right, bottom = np.minimum(np.ceil(corners.max(0) - 0.01), (self.width, self.height)).astype(int)
         if left >= right or top >= bottom:
             raise elsewhere
         self._corner = int(top), int(left)
@@ -258,8 +259,8 @@ def describe(scene: SceneReader, trained_gsd: float | None = None) -> None:
     # what is damaged is said where it is used
     with contextlib.suppress(RasterError):
         extreme = scene.extreme_value()
-    hints = (scene.scale_warning, scene.window_warning(), scene.band_warning(), nodata_hint(name, extreme))
-    for message in (*hints, _gsd_hint(scene, trained_gsd)):
+    hints = (scene.scale_warning, scene.window_warning(), scene.band_warning(), scene.nodata_warning())
+    for message in (*hints, nodata_hint(name, extreme), _gsd_hint(scene, trained_gsd)):
         if message is not None:
             _log.warning("%s", message)
 

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from drseg_core.data import fonts
 from drseg_core.data.fonts import Text
@@ -67,6 +68,32 @@ def test_fontconfig_is_asked_once_for_a_character(monkeypatch):
     assert fonts._system_font("水") == fonts._system_font("水") == "/somewhere/font.ttf"
     assert calls == [["fc-match", "--format=%{file}", "sans:charset=6c34"]]
     fonts._system_font.cache_clear()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_font_that_is_missing(monkeypatch, caplog, installed):
+    """Neither a font of matplotlib's that can be opened nor fontconfig: Pillow's own has Latin letters."""
+
+    def damaged(file, size):
+        raise OSError("unknown file format")
+
+    own = ImageFont.load_default(size=14)
+    spec = SimpleNamespace(origin="/nowhere/matplotlib/__init__.py") if installed else None
+    monkeypatch.setattr(fonts.importlib.util, "find_spec", lambda name: spec if name == "matplotlib" else True)
+    monkeypatch.setattr(ImageFont, "truetype", damaged)
+    # Pillow opens its own through the same door
+    monkeypatch.setattr(ImageFont, "load_default", lambda size: own)
+    monkeypatch.setattr(fonts.shutil, "which", lambda name: None)
+    fonts._fonts.cache_clear()
+    fonts._system_font.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "drseg_core"):
+            legend = with_legend(np.zeros((60, 40, 3), np.uint8), ["roof", "Дорога"], [0, 1])
+    finally:
+        fonts._fonts.cache_clear()
+        fonts._system_font.cache_clear()
+    assert (legend[:, 62:] < 128).any()
+    assert caplog.records[0].getMessage().startswith("no font here has Д а г о р; ? is drawn instead")
 
 
 def test_a_legend(caplog):

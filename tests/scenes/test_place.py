@@ -253,6 +253,21 @@ def test_refusals(tmp_path):
     assert not list(tmp_path.glob("map*"))
 
 
+def test_a_box_in_degrees_adds_no_row(tmp_path):
+    pytest.importorskip("pyogrio")
+    image = write(tmp_path / "in.tif", np.full((3, 60, 80), 9, np.uint8), **PLACE)
+    with open_scene(image, aoi=polygon(tmp_path / "a.geojson", (5, 5, 25, 25), crs="EPSG:4326")) as scene:
+        valid = scene.window(0, scene.height, 0, scene.width)[1]
+    assert valid.shape == (40, 40) and valid.all()
+
+
+@pytest.mark.parametrize("kind, value, said", [("uint8", -9999, True), ("uint8", 0.5, True), ("int16", -9999, False)])
+def test_a_nodata_value_that_no_pixel_can_have(tmp_path, caplog, kind, value, said):
+    image = write(tmp_path / "in.tif", color_image(truth()).numpy().astype(kind), **PLACE)
+    mapped(image, tmp_path / "map.tif", reading=Reading(nodata=value))
+    assert (f"in.tif: --nodata {value} is no value of {kind}, so it leaves nothing out" in caplog.text) == said
+
+
 def test_the_run_knows_its_resolution(tmp_path, drseg, small, caplog):
     from tests.data.test_own_images import folder as write_folder
 
