@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.files import check_room, free_bytes
-from drseg_core.scenes.polygons import AREA_BYTES, check_suffix
+from drseg_core.scenes.polygons import check_suffix
 
 LEAST_BYTES = 0.01
 """For each pixel a map takes at least this while it is written: what one of nodata alone takes."""
 
-USUAL_BYTES, BAND_BYTES = 2.5, 1.7
-"""What a map usually takes while it is written, and what each band of scores adds."""
+USUAL_BYTES, BAND_BYTES, POLYGON_BYTES = 2.5, 1.7, 0.5
+"""What a map usually takes while it is written, and what each band of scores and polygons add."""
 
 _log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def check_input_stays(path: Path, inputs: Sequence[str | Path | None], problem: 
 def usual_bytes(pixels: int, classes: int, *, scores: bool, probabilities: bool, polygons: bool) -> float:
     """What a map takes on the disk while it is written, as measured on maps of aerial images."""
     bands = (scores or polygons) + probabilities * classes
-    return pixels * (USUAL_BYTES + bands * BAND_BYTES + polygons * AREA_BYTES)
+    return pixels * (USUAL_BYTES + bands * BAND_BYTES + polygons * POLYGON_BYTES)
 
 
 def check_disks(files: SceneFiles, pixels: int, classes: int) -> None:
@@ -162,8 +162,6 @@ def check_disks(files: SceneFiles, pixels: int, classes: int) -> None:
         ResourceError: there is too little room.
     """
     options = {name: getattr(files, name) is not None for name in ("scores", "probabilities", "polygons")}
-    if files.polygons is not None:
-        check_room(files.polygons.parent, int(pixels * AREA_BYTES), "predict_scene")
     folder = files.classes.parent
     check_room(folder, int(pixels * LEAST_BYTES), "predict_scene")
     usual, free = usual_bytes(pixels, classes, **options), free_bytes(folder)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -22,9 +23,6 @@ from drseg_core.scenes.writer import written
 SUFFIXES = (".gpkg", ".geojson", ".parquet")
 AT_A_TIME = 5000
 HALF_PIXEL = 0.5
-AREA_BYTES = 4
-"""For each pixel of a map the file takes this whose areas are traced."""
-
 _FIELDS = ("class_id", "class", "pixels", "area_m2", "mean_score")
 
 
@@ -85,9 +83,11 @@ def write_polygons(
     require("write_polygons", "vectors")
     import rasterio
 
-    own = temporary.with_name(f"{temporary.stem}.areas")
+    own = temporary.with_name(f"{temporary.stem}.areas.tif")
     writer = {".gpkg": _geopackage, ".geojson": _geojson, ".parquet": _parquet}[check_suffix(path)]
-    with rasterio.open(classes) as labels, rasterio.open(scores) as score:
+    with warnings.catch_warnings(), rasterio.open(classes) as labels, rasterio.open(scores) as score:
+        # the areas need no place
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         try:
             with written(path):
                 return writer(temporary, _found(labels, score, own, min_area, progress), names, labels.crs, path.stem)
@@ -96,6 +96,7 @@ def write_polygons(
 
 
 def _found(labels: Any, scores: Any, own: Path, min_area: float, progress: bool) -> Iterator[Found]:
+    import rasterio
     import shapely
     from affine import Affine
     from rasterio.features import shapes
@@ -104,9 +105,12 @@ def _found(labels: Any, scores: Any, own: Path, min_area: float, progress: bool)
     total = labels.height * labels.width * passes(min_area)
     with tqdm(total=total, desc="areas", unit="px", unit_scale=True, disable=not progress) as bar:
         regions = find_regions(labels, scores, own, min_area, bar.update)
-    traced = shapes(regions.number, transform=Affine.identity())
     count = int((regions.label != IGNORE).sum())
-    with tqdm(total=count, desc="polygons", disable=not progress) as bar:
+    with (
+        rasterio.open(own) as numbers,
+        tqdm(total=count, desc="polygons", disable=not progress) as bar,
+    ):
+        traced = shapes(rasterio.band(numbers, 1), transform=Affine.identity())
         while some := list(islice(traced, AT_A_TIME)):
             number = np.array([value for _, value in some], np.int64)
             inside = np.flatnonzero(regions.label[number] != IGNORE)
@@ -116,7 +120,10 @@ def _found(labels: Any, scores: Any, own: Path, min_area: float, progress: bool)
             for place, geometry in zip(number[inside], shapely.to_wkb(smooth), strict=True):
                 area, score = float(regions.area[place]), float(regions.score[place])
                 yield Found(geometry, int(regions.label[place]), int(regions.pixels[place]), area, score)
+            count -= len(inside)
             bar.update(len(inside))
+    if count:
+        raise OSError("the areas are not stored in full")
 
 
 def _on_ground(transform: Any, points: NDArray[np.float64]) -> NDArray[np.float64]:

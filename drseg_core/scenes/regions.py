@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import heapq
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,19 +15,18 @@ from numpy.typing import NDArray
 from drseg_core.data.dataset import IGNORE
 from drseg_core.data.ground import PixelArea
 
-SIDE = 512
-"""Of the parts that are looked at one after the other; the blocks of our maps."""
+BLOCK = 512
+"""Side of the blocks of our maps."""
+
+SIDE = BLOCK
+"""Of the parts that are looked at one after the other."""
 
 _ROWS = 64
 
 
 class Regions(NamedTuple):
-    """``number`` (H, W) int32 in a file, and of each number its class, pixels, m2 (NaN without a place) and mean score.
+    """Of each number its class, pixels, m2 (NaN without a place) and mean score. Nodata has numbers too: class 255."""
 
-    Nodata has numbers too, with class 255.
-    """
-
-    number: NDArray[np.int32]
     label: NDArray[np.uint8]
     pixels: NDArray[np.int64]
     area: NDArray[np.float64]
@@ -46,59 +44,79 @@ def find_regions(
     Args:
         labels: open class raster.
         scores: open raster of the best scores, in steps with a scale.
-        own: file for the numbers, which takes the place of memory.
+        own: raster to write, with the number of the area of each pixel.
         min_area: in m2, or in pixels where the map has no place.
         done: is told of pixels that are looked at, :func:`passes` times all.
     """
+    import rasterio
+
     size = labels.height, labels.width
     pixel = PixelArea(labels.crs, labels.transform)
-    number = _on_disk(own, size)
+    parts = own.with_name(f"{own.stem}.parts.tif")
     label: list[NDArray[np.uint8]] = []
     # of each area in one part: pixels, m2, sum of the scores, and pixels that have one
     sums: list[NDArray[np.float64]] = []
     links: list[NDArray[np.int64]] = [np.empty((2, 0), np.int64)]
-    count = 0
-    for top, left, height, width in _parts(*size):
-        window, up, before = _extended(top, left, height, width)
-        value = labels.read(1, window=window)
-        part, of_part = _numbered(value[up:, before:])
-        score = scores.read(1, window=((top, top + height), (left, left + width)))
-        sums.append(_sums(part, len(of_part), score, _weights(pixel, top, left, height, width)))
-        label.append(of_part)
-        part += count
-        count += len(of_part)
-        number[top : top + height, left : left + width] = part
-        # what goes on from the part above and from the one to the left
-        if up:
-            links.append(_links(number[top - 1, left : left + width], part[0], value[0, before:] == value[1, before:]))
-        if before:
-            links.append(_links(number[top : top + height, left - 1], part[:, 0], value[up:, 0] == value[up:, 1]))
-        done(height * width)
-    region = _joined(count, *np.concatenate(links, axis=1))
-    first, region = np.unique(region, return_inverse=True)
-    of_region = np.concatenate(label)[first]
-    total = _added(region, len(first), np.concatenate(sums, axis=1))
-    if min_area > 0:
-        measure = total[1] if pixel.known else total[0]
-        borders = _borders(number, region, (measure < min_area) & (of_region != IGNORE), of_region == IGNORE, done)
-        joined, of_region = _eliminated(measure.tolist(), of_region, borders, min_area)
-        first, joined = np.unique(joined, return_inverse=True)
-        region, of_region, total = joined[region], of_region[first], _added(joined, len(first), total)
-    for top, left, height, width in _parts(*size):
-        place = slice(top, top + height), slice(left, left + width)
-        number[place] = region[number[place]]
-        done(height * width)
+    # numbers of the lowest row so far, and of the last column of the part before
+    lowest, last = np.empty(size[1], np.int64), np.empty(0, np.int64)
+    count = total_written = total_read = 0
+    try:
+        with _numbers(parts, size) as file:
+            for top, left, height, width in _parts(*size):
+                window, up, before = _extended(top, left, height, width)
+                value = labels.read(1, window=window)
+                part, of_part = _numbered(value[up:, before:])
+                score = scores.read(1, window=((top, top + height), (left, left + width)))
+                sums.append(_sums(part, len(of_part), score, _weights(pixel, top, left, height, width)))
+                label.append(of_part)
+                part += count
+                count += len(of_part)
+                # what goes on from the part above and from the one to the left
+                columns = slice(left, left + width)
+                if up:
+                    links.append(_links(lowest[columns], part[0], value[0, before:] == value[1, before:]))
+                if before:
+                    links.append(_links(last, part[:, 0], value[up:, 0] == value[up:, 1]))
+                lowest[columns], last = part[-1], part[:, -1]
+                file.write(part.astype(np.int32), 1, window=((top, top + height), (left, left + width)))
+                total_written += int(part.sum())
+                done(height * width)
+        region = _joined(count, *np.concatenate(links, axis=1))
+        first, region = np.unique(region, return_inverse=True)
+        of_region = np.concatenate(label)[first]
+        total = _added(region, len(first), np.concatenate(sums, axis=1))
+        with rasterio.open(parts) as numbers:
+            if min_area > 0:
+                measure = total[1] if pixel.known else total[0]
+                nodata = of_region == IGNORE
+                borders = _borders(numbers, region, (measure < min_area) & ~nodata, nodata, done)
+                joined, of_region = _eliminated(measure.tolist(), of_region, borders, min_area)
+                first, joined = np.unique(joined, return_inverse=True)
+                region, of_region, total = joined[region], of_region[first], _added(joined, len(first), total)
+            with _numbers(own, size) as file:
+                for top, left, height, width in _parts(*size):
+                    window = (top, top + height), (left, left + width)
+                    part = numbers.read(1, window=window)
+                    total_read += int(part.sum(dtype=np.int64))
+                    file.write(region[part].astype(np.int32), 1, window=window)
+                    done(height * width)
+        # GDAL may report a full disk only in its log, and reads zeros for what is not there
+        if total_read != total_written:
+            raise OSError("the areas are not stored in full")
+    finally:
+        parts.unlink(missing_ok=True)
     with np.errstate(invalid="ignore"):
         mean = total[2] / total[3] * scores.scales[0] + scores.offsets[0]
-    return Regions(number, of_region, total[0].astype(np.int64), total[1], mean)
+    return Regions(of_region, total[0].astype(np.int64), total[1], mean)
 
 
-def _on_disk(path: Path, size: tuple[int, int]) -> NDArray[np.int32]:
-    """Numbers in a file. Its room is taken first: a disk that is full later would kill the process."""
-    with open(path, "wb") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, 4 * size[0] * size[1])
-    return np.memmap(path, np.int32, "r+", shape=size)
+def _numbers(path: Path, size: tuple[int, int]) -> Any:
+    """A raster of numbers, which takes the place of memory."""
+    import rasterio
+
+    profile: dict[str, Any] = {"driver": "GTiff", "count": 1, "dtype": "int32", "bigtiff": "if_safer"}
+    profile |= {"tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK, "compress": "deflate", "zlevel": 1}
+    return rasterio.open(path, "w", height=size[0], width=size[1], **profile)
 
 
 def passes(min_area: float) -> int:
@@ -170,7 +188,7 @@ def _added(region: NDArray[np.int64], count: int, sums: NDArray[np.float64]) -> 
 
 
 def _borders(
-    number: NDArray[np.int32],
+    numbers: Any,
     region: NDArray[np.int64],
     small: NDArray[np.bool_],
     nodata: NDArray[np.bool_],
@@ -178,9 +196,9 @@ def _borders(
 ) -> dict[int, dict[int, int]]:
     """Of each area that has a small neighbour, or is small: its neighbours, and the pixel sides they share."""
     codes, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for top, left, height, width in _parts(*number.shape):
-        (rows, columns), up, before = _extended(top, left, height, width)
-        value = region[number[slice(*rows), slice(*columns)]]
+    for top, left, height, width in _parts(*numbers.shape):
+        window, up, before = _extended(top, left, height, width)
+        value = region[numbers.read(1, window=window)]
         for a, b in ((value[up:, :-1], value[up:, 1:]), (value[:-1, before:], value[1:, before:])):
             border = (a != b) & (small[a] | small[b]) & ~(nodata[a] | nodata[b])
             low, high = np.minimum(a, b)[border], np.maximum(a, b)[border]

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from drseg_core.errors import ConfigError, RasterError, ResourceError
+from drseg_core.errors import ConfigError, RasterError
 from drseg_core.scenes.files import check_outputs
 from drseg_core.scenes.predict import predict_scene
 from tests.cli.conftest import data, folder, run
@@ -156,12 +155,6 @@ def test_the_room_on_the_disk(tmp_path, monkeypatch, caplog):
     free = 2_000_000
     mapped(image, tmp_path / "b.tif", scores=True, probabilities=True)
     assert "the disk may be too small; such a map usually takes 3 MB while it is written, 2 MB are free" in caplog.text
-    pytest.importorskip("pyogrio")
-    # less than the areas of polygons are sure to take
-    free = 4 * size**2 - 1
-    with pytest.raises(ResourceError, match="the disk of .* is full; expected 1 MB, got 1 MB"):
-        mapped(image, tmp_path / "c.tif", polygons=tmp_path / "c.gpkg")
-    assert not list(tmp_path.glob("c*"))
 
 
 def test_a_map_of_nodata_takes_nearly_no_room(tmp_path, monkeypatch):
@@ -170,21 +163,6 @@ def test_a_map_of_nodata_takes_nearly_no_room(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20 - 1))
     files = mapped(image, tmp_path / "map.tif")
     assert sum(path.stat().st_size for path in files.present()) < 100_000
-
-
-def test_the_room_for_areas_is_taken_first(tmp_path, monkeypatch):
-    pytest.importorskip("pyogrio")
-    if not hasattr(os, "posix_fallocate"):
-        pytest.skip("this system cannot take room for a file")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    image = scene(tmp_path / "in.tif")
-    with pytest.raises(ResourceError, match="map.gpkg cannot be written: .*No space left on device"):
-        mapped(image, tmp_path / "map.tif", polygons=tmp_path / "map.gpkg")
-    assert [path.name for path in tmp_path.iterdir()] == ["in.tif"]
 
 
 def test_bands_of_a_run_that_a_scene_lacks(drseg, tmp_path, small):

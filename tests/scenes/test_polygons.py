@@ -40,8 +40,12 @@ def opened(path: Path, value: np.ndarray, **profile):
 
 def found(tmp_path: Path, value: np.ndarray, min_area: float = 0.0, score: np.ndarray | None = None):
     labels, scores = tmp_path / "labels.tif", tmp_path / "scores.tif"
+    own = tmp_path / "own.tif"
     with opened(labels, value) as one, opened(scores, value if score is None else score) as other:
-        return find_regions(one, other, tmp_path / "own", min_area)
+        result = find_regions(one, other, own, min_area)
+    assert {path.name for path in tmp_path.iterdir()} == {"labels.tif", "scores.tif", "own.tif"}
+    with rasterio.open(own) as file:
+        return result, file.read(1)
 
 
 def flooded(value: np.ndarray) -> list[set[tuple[int, int]]]:
@@ -68,20 +72,20 @@ def test_areas_are_those_of_a_flood(tmp_path, monkeypatch, side, seed):
     monkeypatch.setattr(regions, "SIDE", side)
     value = noise(seed)
     score = np.random.default_rng(seed).integers(0, 251, value.shape).astype(np.uint8)
-    got = found(tmp_path, value, score=score)
+    got, at = found(tmp_path, value, score=score)
     expected = flooded(value)
     inside = np.flatnonzero(got.label != IGNORE)
     assert len(inside) == len(expected)
     for area in expected:
         rows, columns = np.array(sorted(area)).T
-        (number,) = set(got.number[rows, columns].tolist())
+        (number,) = set(at[rows, columns].tolist())
         assert got.pixels[number] == len(area) and got.label[number] == value[rows[0], columns[0]]
         assert got.score[number] == pytest.approx(score[rows, columns].mean()) and np.isnan(got.area[number])
 
 
-def assert_sieved(value: np.ndarray, got, smallest: int) -> None:
+def assert_sieved(value: np.ndarray, got, at: np.ndarray, smallest: int) -> None:
     """Nodata is where it was; what is too small has no neighbour; areas of one class do not touch."""
-    result = got.label[got.number]
+    result = got.label[at]
     assert np.array_equal(result == IGNORE, value == IGNORE)
     areas = flooded(result)
     inside = np.flatnonzero(got.label != IGNORE)
@@ -100,18 +104,18 @@ def assert_sieved(value: np.ndarray, got, smallest: int) -> None:
 def test_no_small_area_with_a_neighbour_is_left(tmp_path, monkeypatch, side, smallest, seed):
     monkeypatch.setattr(regions, "SIDE", side)
     value = noise(seed, nodata=0.25 if smallest == 5 else 0.05)
-    assert_sieved(value, found(tmp_path, value, smallest), smallest)
+    assert_sieved(value, *found(tmp_path, value, smallest), smallest)
 
 
 def test_small_areas_among_small_ones(tmp_path):
     # nothing is large: a sieve that looks for a large neighbour leaves all as it is
     checked = (np.indices((20, 20)).sum(0) % 2).astype(np.uint8)
-    got = found(tmp_path, checked, 50)
+    got, _ = found(tmp_path, checked, 50)
     assert got.pixels.sum() == 400 and got.pixels.min() >= 50
     # specks of two classes side by side within a large area
     value = np.zeros((20, 20), np.uint8)
     value[5, 5], value[5, 6], value[6, 5], value[6, 6] = 1, 2, 2, 1
-    assert found(tmp_path, value, 10).pixels.tolist() == [400]
+    assert found(tmp_path, value, 10)[0].pixels.tolist() == [400]
 
 
 def test_the_longest_border_counts(tmp_path):
@@ -119,12 +123,12 @@ def test_the_longest_border_counts(tmp_path):
     value[:, 10:], value[8:11, 9:12] = 1, 2
     value[8:11, 9] = 0
     # eight sides with class 1 and three with class 0
-    got = found(tmp_path, value, 10)
+    got, _ = found(tmp_path, value, 10)
     assert sorted(zip(got.label.tolist(), got.pixels.tolist(), strict=True)) == [(0, 200), (1, 200)]
     # two areas of one class become one over what lay between them
     value = np.zeros((10, 21), np.uint8)
     value[:, 10] = 1
-    assert found(tmp_path, value, 11).pixels.tolist() == [210]
+    assert found(tmp_path, value, 11)[0].pixels.tolist() == [210]
 
 
 def traced(tmp_path: Path, value: np.ndarray, min_area: float = 0.0, side: float = 0.5, **options):
@@ -229,6 +233,36 @@ def test_a_disk_that_is_full_while_polygons_are_written(tmp_path, suffix):
     part.unlink(missing_ok=True)
     part.touch()
     assert polygons.write_polygons(labels, labels, part, path, NAMES) == len(flooded(value))
+
+
+@pytest.mark.parametrize("name", ["part.areas.parts.tif", "part.areas.tif"])
+def test_areas_that_are_lost_on_the_disk_are_noticed(tmp_path, monkeypatch, name):
+    """As GDAL leaves a file whose last block found no room: what is not there is read as zeros."""
+    make = regions._numbers
+    value = noise(0, (600, 30))
+    place = {"crs": "EPSG:32632", "transform": from_origin(355_000, 5_640_000, 1, 1)}
+    labels = write(tmp_path / "labels.tif", value[None], nodata=255, **place)
+
+    class Lost:
+        def __init__(self, path, size):
+            self.file, self.lost = make(path, size), path.name == name
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, values, band, window):
+            if not self.lost or window[0][0] == 0:
+                self.file.write(values, band, window=window)
+
+    monkeypatch.setattr(regions, "_numbers", Lost)
+    part = tmp_path / "part.gpkg"
+    part.touch()
+    with pytest.raises(ResourceError, match="map.gpkg cannot be written: the areas are not stored in full"):
+        polygons.write_polygons(labels, labels, part, tmp_path / "map.gpkg", NAMES)
+    assert {path.name for path in tmp_path.iterdir()} <= {"labels.tif", "part.gpkg"}
 
 
 def test_the_tracing_is_said(tmp_path, capsys):
