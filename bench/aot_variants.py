@@ -115,6 +115,7 @@ def _knn_graph(device: Any) -> Iterator[Variant]:
     asked = [(*case, _launch.choose("knn_graph", device, torch.float32, *case[:2])) for case in KNN_GRAPH]
     for entry in _launch.tuned_entries("knn_graph", device):
         asked += [(entry.nodes, entry.k, "additive", True, first, entry.sizes) for first in (True, False)]
+    yield _product()
     for nodes, k, form, include_self, first, sizes in asked:
         if first or nodes > sizes.block_n:
             yield _merge(op.constants(nodes, k, form, include_self, first, sizes), sizes)
@@ -124,6 +125,16 @@ def _knn_graph(device: Any) -> Iterator[Variant]:
             yield _merge(op.constants(nodes, knn_rounded.list_size(k), form, include_self, first, sizes), sizes)
             yield _rounded(knn_rounded.list_constants(k, form, include_self, False), 1)
             yield _whole_rows(k, form, include_self)
+
+
+def _product() -> Variant:
+    from drseg_kernels import _products as op
+
+    constants = {name: value for name, value in op.SIZES.items() if name.isupper()}
+    types = {f"{name}_ptr": "*fp32" for name in ("left", "right", "out")}
+    options = {"num_warps": op.SIZES["num_warps"], **op.FMA}
+    name = _name("knn_graph product", constants, op.SIZES["num_warps"])
+    return Variant(name, op._product_kernel, types, constants, options, 65_536, ("channels",))
 
 
 def _rounded(constants: dict[str, Any], warps: int) -> Variant:

@@ -12,7 +12,6 @@ from drseg_kernels import graph_propagate, knn_graph
 from torch import Tensor
 
 from bench import gate, graphs, selection
-from drseg_core.ops._dispatch import plain_float32
 from drseg_core.testing import Case, generator, make_inputs
 
 Run = Callable[[Any], tuple[Tensor, ...]]
@@ -49,8 +48,7 @@ def _knn_graph(case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]
     given = (prior, inverse, table, case.neighbours, "additive", True, *rounded)
 
     def run(sizes: Any) -> tuple[Tensor, ...]:
-        with plain_float32(prior):
-            return knn_graph.knn_graph(*given, sizes=sizes)
+        return knn_graph.knn_graph(*given, sizes=sizes)
 
     def wrong(got: tuple[Tensor, ...]) -> str | None:
         return gate.selection(got[0], nodes, grid, decay)

@@ -245,10 +245,13 @@ def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) ->
     )
 
 
-@torch.compiler.assume_constant_result
 def _takes_raw(op: str, device: str, requested: str, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
     first, *others = (torch.empty(0, dtype=dtype, device=device) for dtype in dtypes)
     return resolve(op, first, requested, **dict(zip(names, others, strict=True))).raw
+
+
+# as ``torch.compiler.assume_constant_result`` marks it, which would import the compiler
+_takes_raw._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def takes_raw(op: str, tensor: Tensor, requested: str, **others: Tensor | None) -> bool:
@@ -343,65 +346,17 @@ def backend_report() -> list[dict[str, Any]]:
     return rows
 
 
-# entries of torch's table of float32 precisions that decide on matrix products
-_PRODUCTS = (("cuda", "matmul"), ("mkldnn", "matmul"))
-
-
-def _own_precision(backend: str, op: str) -> str:
-    """What the entry itself holds, ``none`` if it takes the value of the levels above it.
-
-    The getter tells the effective value only, so those levels are lifted while it is read.
-    """
-    outer: list[tuple[str, str, str]] = []
-    try:
-        for level in (("generic", "all"), (backend, "all")):
-            outer.append((*level, torch._C._get_fp32_precision_getter(*level)))
-            torch._C._set_fp32_precision_setter(*level, "none")
-        return torch._C._get_fp32_precision_getter(backend, op)
-    finally:
-        for level_backend, level_op, precision in outer:
-            torch._C._set_fp32_precision_setter(level_backend, level_op, precision)
-
-
-def plain_float32(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Full float32 products: no autocast and no TF32 or bf16 shortcut, whatever the caller has set.
-
-    An op's body runs below autograd but not below autocast, and the precision of float32 products is global; either
-    would round the affinities before the selection. The precision has two interfaces, ``fp32_precision`` of
-    ``torch.backends`` and ``set_float32_matmul_precision``; both are put back as they were.
-    """
-    legacy: str | None
-    try:
-        legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        # torch refuses to read the older setting where the newer one contradicts it; only the newer one counts then
-        legacy = None
-    newer = hasattr(torch._C, "_get_fp32_precision_getter")
-    reduced = newer and any(torch._C._get_fp32_precision_getter(*entry) not in ("none", "ieee") for entry in _PRODUCTS)
-    changes = reduced or legacy not in (None, "highest")
-    if not changes and not torch.is_autocast_enabled(tensor.device.type):
-        # usual, and quicker than a context that changes nothing
-        return _AS_IT_IS
-    return _without_shortcuts(tensor.device.type, legacy if changes else None, changes and newer)
-
-
 _AS_IT_IS = contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def _without_shortcuts(device: str, legacy: str | None, newer: bool) -> Iterator[None]:
-    """``legacy`` is the older setting to put back, if there is one to change; ``newer`` says so of the newer ones."""
-    own = [(*entry, _own_precision(*entry)) for entry in _PRODUCTS] if newer else []
-    try:
-        if legacy is not None:
-            torch.set_float32_matmul_precision("highest")
-        for backend, op, _ in own:
-            torch._C._set_fp32_precision_setter(backend, op, "ieee")
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        # the older setter writes the newer entries too, so these come last
-        if legacy is not None:
-            torch.set_float32_matmul_precision(legacy)
-        for backend, op, precision in own:
-            torch._C._set_fp32_precision_setter(backend, op, precision)
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """An op's body runs below autograd but not below autocast, which would round what it computes in float32.
+
+    The precision of float32 products is a setting of the whole process, which no op may change. So none of them asks
+    the library for such a product where the setting allows less: a kernel of ours multiplies, and references ask for
+    none.
+    """
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.autocast(tensor.device.type, enabled=False)
+    # usual, and quicker than a context that changes nothing
+    return _AS_IT_IS

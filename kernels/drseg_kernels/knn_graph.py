@@ -21,15 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from drseg_kernels._launch import LARGEST_GRID_Y, Selection, ceil_div, on_device_of, sizes_of
+from drseg_kernels._products import multiply, products_are_wide
 from drseg_kernels._selection import JOIN_OF, OPTIONS, head_and_tail, merge_columns, scored_columns
-from drseg_kernels.knn_rounded import (
-    LARGEST_LISTED,
-    knn_from_lists,
-    knn_rounded,
-    list_size,
-    multiply,
-    products_are_wide,
-)
+from drseg_kernels.knn_rounded import LARGEST_LISTED, knn_from_lists, knn_rounded, list_size
 
 
 # one binary serves every size: knowing that a size is a multiple of 16 would widen the loads of the products, and
@@ -209,8 +203,6 @@ def knn_graph(
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Neighbours and scores of prepared features.
-
-    Float32 products follow torch's precision setting: the caller turns TF32 off where the result must be exact.
 
     Args:
         prior: (B, N, D) float32, float16 or bfloat16.

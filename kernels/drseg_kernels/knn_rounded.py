@@ -32,6 +32,7 @@ from torch import Tensor
 
 from drseg_kernels._blocks import ordered_bits
 from drseg_kernels._launch import LARGEST_GRID_Y, Selection, ceil_div, on_device_of
+from drseg_kernels._products import multiply
 from drseg_kernels._selection import (
     FORCED,
     JOIN_OF,
@@ -399,26 +400,6 @@ def _knn_graph_fwd_kernel_whole_rows(
                     0,
                     BLOCK_K,
                 )
-
-
-def products_are_wide() -> bool:
-    """Whether the library adds products of float16 in float32, as the bound asks; a setting may forbid it."""
-    matmul = torch.backends.cuda.matmul
-    return not getattr(matmul, "allow_fp16_accumulation", False)
-
-
-def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Dot products of the rows of (G, R, D) and (G, T, D) in float32, into (G, R, T)."""
-    if left.dtype == torch.float32 and len(left) == 1:
-        # the library has faster kernels for one product than for a batch of one
-        torch.mm(left[0], right[0].mT, out=out[0])
-    elif left.dtype == torch.float32:
-        torch.bmm(left, right.mT, out=out)
-    elif left.is_cuda:
-        torch.bmm(left, right.mT, out_dtype=torch.float32, out=out)
-    else:
-        # the CPU has no product that widens; half-precision features are exact in float32
-        torch.bmm(left.float(), right.mT.float(), out=out)
 
 
 def constants(nodes: int, k: int, form: str, include_self: bool, counts: bool, chosen: Selection) -> dict[str, Any]:

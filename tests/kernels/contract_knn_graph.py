@@ -12,6 +12,7 @@ import os
 import pytest
 import test_knn_graph
 import torch
+from drseg_kernels import _products
 from drseg_kernels import knn_graph as kernels
 from drseg_kernels._launch import Selection
 from test_knn_graph import *  # noqa: F403
@@ -179,6 +180,33 @@ def test_nothing_outside_the_result_is_written(device):
         for outer, value in zip(wide, copies, strict=True):
             kept = outer[32 : 32 + value.numel()].view(value.shape)
             torch.testing.assert_close(kept, value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 7, 3), (2, 70, 65, 40), (3, 1, 130, 33)], ids=str)
+def test_products_of_our_own(shape, device, monkeypatch):
+    """Where a setting lets the library multiply less than float32; rows of a larger tensor, and what is around them."""
+    images, rows, columns, channels = shape
+    random = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(images, count + 9, channels, generator=random).to(device) for count in (rows, columns))
+    out = torch.full((images + 2, rows, columns), torch.nan, device=device)
+    monkeypatch.setattr(_products, "LARGEST_GRID_Y", 2)
+    _products.product(left[:, 4 : 4 + rows], right[:, :columns], out[1:-1])
+    exact = left[:, 4 : 4 + rows].double() @ right[:, :columns].double().mT
+    torch.testing.assert_close(out[1:-1].double(), exact, rtol=0, atol=2e-6 * channels**0.5 * 4)
+    assert out[0].isnan().all() and out[-1].isnan().all()
+
+
+def test_a_gpu_that_is_set_to_less_than_float32_takes_them(device):
+    if device == "cpu":
+        pytest.skip("of a device")
+    inputs = {"prior": torch.randn(2, 100, 64), "grid": (10, 10), "k": 9}
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert not _products.float32_is_whole()
+        check(inputs, *ops.knn_graph(**inputs, return_score=True, backend="triton"))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert _products.float32_is_whole()
 
 
 def test_offsets_beyond_32_bits(device):

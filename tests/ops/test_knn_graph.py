@@ -87,9 +87,8 @@ def test_sizes_around_block_borders(nodes, k, backend):
 
 def select(prior: Tensor, inverse: Tensor, table: Tensor, k: int, form: str, include_self: bool, backend: str):
     """What a backend computes, after normalisation and of any table: integers stay exact."""
-    with _dispatch.plain_float32(prior):
-        chosen = _dispatch.resolve("knn_graph", prior, backend)
-        return chosen.run(prior, inverse, table, k, form, include_self)
+    chosen = _dispatch.resolve("knn_graph", prior, backend)
+    return chosen.run(prior, inverse, table, k, form, include_self)
 
 
 @pytest.mark.parametrize("channels,largest", [(8, 1), (8, 3), (256, 3), (1024, 3)])

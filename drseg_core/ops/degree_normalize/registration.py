@@ -44,7 +44,7 @@ def _run(
     weight: Tensor, index: Tensor, norm: str, eps: float, indptr: Tensor | None, perm: Tensor | None, backend: str
 ) -> Tensor:
     chosen = _dispatch.resolve("degree_normalize", weight, backend)
-    with _dispatch.plain_float32(weight):
+    with _dispatch.without_autocast(weight):
         return chosen.run(weight, index, norm, eps, columns(indptr, perm))
 
 
@@ -59,7 +59,7 @@ def _run_backward(
     backend: str,
 ) -> Tensor:
     chosen = _dispatch.resolve("degree_normalize", weight, backend)
-    with _dispatch.plain_float32(weight):
+    with _dispatch.without_autocast(weight):
         given = (grad, weight, index, norm, eps, columns(indptr, perm))
         return _dispatch.gradients("degree_normalize", chosen, *given)
 

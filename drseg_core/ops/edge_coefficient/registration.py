@@ -47,7 +47,7 @@ def _run(
     halves = (source, target, inverse_norm, source_bias)
     chosen = _edges.resolve("edge_coefficient", halves, vector, bias, backend)
     options = (norm, eps, apart) if chosen.raw else (norm, eps)
-    with _dispatch.plain_float32(source):
+    with _dispatch.without_autocast(source):
         found: tuple[Tensor, Tensor, Tensor] = _edges.run(
             chosen, halves, (index, vector, bias), mask, *options, columns(indptr, perm)
         )
@@ -77,7 +77,7 @@ def _run_backward(
     chosen = _edges.resolve("edge_coefficient", halves, vector, bias, backend)
     options = (norm, eps, apart) if chosen.raw else (norm, eps)
     given = ((grad, weight, scale), halves, (index, vector, bias), options, output_mask, columns(indptr, perm))
-    with _dispatch.plain_float32(source):
+    with _dispatch.without_autocast(source):
         return _edges.run_backward("edge_coefficient", chosen, *given)
 
 

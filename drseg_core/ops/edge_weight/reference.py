@@ -56,7 +56,7 @@ def edge_weight(
         for first in range(0, nodes, block):
             near = target[b][neighbour[b, first : first + block]]
             hidden = (source[b, first : first + block, None] + near).relu()
-            rows.append(softplus(hidden @ vector + bias))
+            rows.append(softplus((hidden * vector).sum(-1) + bias))
         samples.append(torch.cat(rows) if rows else source.new_empty(0, k))
     weight = torch.stack(samples) if samples else source.new_empty(0, nodes, k)
     # a product, not a choice: a row that is not finite must not look healthy because its slots are padding

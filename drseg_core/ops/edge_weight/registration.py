@@ -72,7 +72,7 @@ def _run(
 ) -> Tensor:
     halves = (source, target, inverse_norm, source_bias)
     chosen = _edges.resolve("edge_weight", halves, vector, bias, backend)
-    with _dispatch.plain_float32(source):
+    with _dispatch.without_autocast(source):
         weight: Tensor = _edges.run(chosen, halves, (index, vector, bias), mask)
     return weight
 
@@ -95,7 +95,7 @@ def _run_backward(
     halves = (source, target, inverse_norm, source_bias)
     chosen = _edges.resolve("edge_weight", halves, vector, bias, backend)
     edges, csc = (index, vector, bias), columns(indptr, perm)
-    with _dispatch.plain_float32(source):
+    with _dispatch.without_autocast(source):
         return _edges.run_backward("edge_weight", chosen, (grad, weight), halves, edges, (), output_mask, csc)
 
 

@@ -50,7 +50,7 @@ def _run(
 ) -> tuple[Tensor, ...]:
     chosen = _resolve(x, backend, coefficient, scale, bias, norm_weight, norm_bias)
     options = (bias, norm_weight, norm_bias, activation, eps, undirected, keep, columns(indptr, perm))
-    with _dispatch.plain_float32(x):
+    with _dispatch.without_autocast(x):
         if chosen.raw:
             return chosen.run(x, index, coefficient, *options, None if scale is None else scale.contiguous())
         complete = coefficient if scale is None else reference.at_both_ends(coefficient, index, scale)
@@ -81,7 +81,7 @@ def _run_backward(
     parameters = (bias, norm_weight, norm_bias)
     chosen = _resolve(x, backend, coefficient, scale, *parameters)
     options = (y, given, mean, rstd, *parameters, activation, undirected, output_mask, columns(indptr, perm))
-    with _dispatch.plain_float32(x):
+    with _dispatch.without_autocast(x):
         if chosen.raw:
             raw = (added, None if scale is None else scale.contiguous())
             found = _dispatch.gradients("graph_layer", chosen, grad, x, index, coefficient, *options, *raw)

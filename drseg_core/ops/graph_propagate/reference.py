@@ -53,7 +53,7 @@ def graph_propagate(
                 message = share.unsqueeze(-1) * x[b, first : first + block, None]
                 total = total.index_add(0, near.reshape(-1), message.flatten(0, 1))
             else:
-                rows.append((share.unsqueeze(1) @ x[b][near]).squeeze(1))
+                rows.append((share.unsqueeze(-1) * x[b][near]).sum(-2))
         samples.append(total if transpose or not rows else torch.cat(rows))
     return (torch.stack(samples) if samples else x.new_zeros(x.shape)).to(dtype)
 
@@ -87,6 +87,6 @@ def graph_propagate_backward(
         for b in range(batch):
             for first in range(0, nodes, block):
                 rows = slice(first, first + block)
-                dot = (end[b][neighbour[b, rows]] @ start[b, rows].unsqueeze(-1)).squeeze(-1)
+                dot = (end[b][neighbour[b, rows]] * start[b, rows].unsqueeze(1)).sum(-1)
                 grad_coefficient[b, rows] = dot.to(coefficient.dtype)
     return grad_x, grad_coefficient

@@ -67,7 +67,7 @@ def _run(
     backend: str,
 ) -> Tensor:
     chosen = _dispatch.resolve("graph_propagate", x, backend, coefficient=coefficient)
-    with _dispatch.plain_float32(x):
+    with _dispatch.without_autocast(x):
         return chosen.run(x, index, coefficient, transpose, columns(indptr, perm))
 
 
@@ -84,7 +84,7 @@ def _run_backward(
 ) -> tuple[Tensor, ...]:
     chosen = _dispatch.resolve("graph_propagate", x, backend, coefficient=coefficient)
     given = (grad, x, index, coefficient, transpose, output_mask, columns(indptr, perm))
-    with _dispatch.plain_float32(x):
+    with _dispatch.without_autocast(x):
         return asked_for(_dispatch.gradients("graph_propagate", chosen, *given), output_mask)
 
 

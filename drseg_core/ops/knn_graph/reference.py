@@ -89,15 +89,16 @@ def knn_graph(
     score = torch.empty(batch, nodes, k, dtype=wide, device=prior.device)
     if index.numel() == 0:
         return index, score
-    block = block or max(1, _BLOCK_BYTES // (nodes * table.element_size()))
+    block = block or max(1, _BLOCK_BYTES // (nodes * 8))
     everyone = torch.arange(nodes, device=prior.device)
     y, x = everyone // w, everyone % w
     for b in range(batch):
-        rows, inverse = prior[b].to(wide), inverse_norm[b]
+        # of float32 the library might multiply less than its digits, as the process is set
+        rows, inverse = prior[b].double(), inverse_norm[b]
         bad = inverse.isnan()
         for first in range(0, nodes, block):
             own = everyone[first : first + block]
-            cosine = rows[own] @ rows.T * inverse[own, None] * inverse
+            cosine = (rows[own] @ rows.T).to(wide) * inverse[own, None] * inverse
             decay = table[(y[own, None] - y).abs(), (x[own, None] - x).abs()]
             value = combine(cosine, decay, form)
             key = value.masked_fill(bad | bad[own, None], -torch.inf)

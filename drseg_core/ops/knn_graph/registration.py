@@ -79,7 +79,7 @@ def _run(
     chosen = _dispatch.resolve("knn_graph", prior, backend)
     table = decay_table((height, width), decay, form, inverse_norm)
     raw = (rounded, residual) if chosen.raw else ()
-    with _dispatch.plain_float32(prior):
+    with _dispatch.without_autocast(prior):
         return chosen.run(prior, inverse_norm, table, k, form, include_self, *raw)
 
 
