@@ -13,7 +13,7 @@ from torch import Tensor
 
 from drseg_core.data.dataset import check_class_names
 from drseg_core.errors import ConfigError, NumericalError
-from drseg_core.evaluation.tiling import blend_window, check_tiles, tile_starts
+from drseg_core.models.tiling import blend_window, check_tiles, tile_starts
 
 __all__ = ["Prediction", "Predictor"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drseg_core.data.protocols import Views
 from drseg_core.evaluation.inference import Prediction, Predictor
-from drseg_core.evaluation.tiling import tile_starts
+from drseg_core.models.tiling import tile_starts
 
 
 def resized_size(height: int, width: int, views: Views) -> tuple[int, int]:

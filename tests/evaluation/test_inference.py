@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from drseg_core.errors import ConfigError, DatasetError, NumericalError
 from drseg_core.evaluation.inference import Predictor
-from drseg_core.evaluation.tiling import blend_window, tile_starts
+from drseg_core.models.tiling import blend_window, tile_starts
 from tests.evaluation.fake import COLORS, ColorModel, Output, color_image
 
 torch.set_num_threads(1)
