@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels spread over the k-NN graph of a prior: rectification without training (Zhou et al. 2004, LPOSS 2025)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from drseg_core.errors import NumericalError
+from drseg_core.nn.spsd import SPSD
+from drseg_core.ops import Graph, PreparedPrior, degree_normalize, knn_graph
+from drseg_core.ops._checks import check_choice, check_count, check_flag, check_number, check_tensor
+
+__all__ = ["LPOSS_GRAPH", "LabelPropagation", "propagate_labels", "propagation_graph", "smooth", "solve_labels"]
+
+Select = Literal["affinity", "cosine"]
+
+# what LPOSS publishes for patches of 16 pixels: k = 400 with the node itself, whose edge it then drops, and
+# sigma = 0.01 for each pixel
+LPOSS_GRAPH: dict[str, Any] = {"k": 399, "gamma": 3.0, "decay": 0.16, "select": "cosine"}
+
+# weights may be as small as a decay makes them, and what is added to their sums must be smaller still
+_EPS = 1e-20
+
+
+def propagation_graph(
+    prior: Tensor | PreparedPrior,
+    grid: tuple[int, int],
+    k: int = 75,
+    *,
+    gamma: float = 1.0,
+    decay: float = 0.0,
+    select: Select = "affinity",
+    backend: str | None = None,
+) -> Graph:
+    """The symmetric, normalised k-NN graph on which labels are propagated.
+
+    Edge weights are ``w_ij = max(cos(d_i, d_j), 0)**gamma * exp(-decay * distance_ij)`` for the ``k`` neighbours j of
+    i, and 0 for all other j and for i itself; the operator is ``S = D^-1/2 (W + W^T) D^-1/2`` with ``D`` the row sums
+    of ``W + W^T``, as in the public code of LPOSS (arXiv 2503.19777). ``degree_normalize(norm="sym_undirected")`` gives
+    half of it: its degrees ``d`` are those of ``(W + W^T) / 2``, half of ``D``, so ``w_ij / (2 sqrt(d_i d_j))`` plus
+    the same of ``W^T`` is ``S`` term by term. :func:`smooth` applies it.
+
+    The distance is in cells, not in shares of the grid, so it means the same in a window and in a whole scene.
+
+    LPOSS chooses the k by the cosine alone and multiplies by the spatial factor afterwards: ``select="cosine"``, and
+    with ``**LPOSS_GRAPH`` this is its graph. By default the k best by the whole weight are chosen. Differences: no
+    node is its own neighbour here (LPOSS takes it as one of its k, then clears the diagonal); a cell is a node once
+    (LPOSS has one for every window that covers it).
+
+    Args:
+        prior: (B, N, D) or (N, D) features, as ``knn_graph`` takes them, or what ``prepare_prior`` made of them.
+        grid: (h, w) with ``h * w = N``.
+        k: neighbours of each node besides itself, >= 1; a grid with fewer cells uses all.
+        gamma: exponent of the cosine, > 0.
+        decay: spatial decay for each cell of distance, >= 0; LPOSS's sigma times the pixels of a patch.
+        select: neighbours are the largest by ``affinity``, all of the weight, or by ``cosine``.
+        backend: one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
+
+    Returns:
+        A ``Graph``: ``index`` (B, N, K) or (N, K) int32 with K at most ``k``, ``coefficient`` of the same shape,
+        float32 (float64 for a float64 prior), and its columns.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
+        BackendUnavailableError: the named backend cannot run here.
+
+    Note:
+        A node whose prior is not finite, or whose cosines are all negative, has no edges: it keeps its own label, and
+        others are as if it were not there.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.nn.label_propagation import propagation_graph, smooth
+        >>> prior = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        >>> smooth(propagation_graph(prior, (2, 2), k=2), torch.eye(4)).round().tolist()[0]
+        [0.0, 1.0, 0.0, 0.0]
+    """
+    name = "propagation_graph"
+    check_count(name, "k", k)
+    if k == 0:
+        raise ValueError(f"{name}: k is out of range; expected k >= 1, got 0")
+    check_number(name, "gamma", gamma, positive=True)
+    check_number(name, "decay", decay)
+    check_choice(name, "select", select, get_args(Select))
+    nodes = prior.scaled if isinstance(prior, PreparedPrior) else prior
+    check_tensor(name, "prior", nodes, ("B", "N", "D"))
+    by_cosine = select == "cosine"
+    longest = max(math.hypot(grid[0] - 1, grid[1] - 1), 1.0)
+    index, score = knn_graph(
+        prior,
+        grid,
+        # a grid of one cell has one padded slot
+        min(k, max(nodes.shape[-2] - 1, 1)),
+        # the op counts distances in shares of the longest, and the power comes after it
+        decay=0.0 if by_cosine else decay * longest / gamma,
+        form="additive" if by_cosine else "multiplicative",
+        include_self=False,
+        return_score=True,
+        pad=True,
+        backend=backend,
+    )
+    # padded slots have score -inf, and those of a prior that is not finite NaN: neither is an edge
+    weight = torch.where(score > 0, score, 0) ** gamma
+    if by_cosine and decay:
+        weight *= torch.exp(-decay * _distance(index, grid[1], weight.dtype))
+    graph = Graph.of(index, weight, backend=backend)
+    coefficient = degree_normalize(weight, index, norm="sym_undirected", eps=_EPS, csc=graph.csc, backend=backend)
+    return graph._replace(coefficient=coefficient)
+
+
+def _distance(index: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Length in cells of every edge, of the shape of ``index``."""
+    own = torch.arange(index.shape[-2], device=index.device, dtype=index.dtype)[:, None]
+    rows, columns = index // width - own // width, index % width - own % width
+    return torch.hypot(rows.to(dtype), columns.to(dtype))
+
+
+def smooth(graph: Graph, x: Tensor, *, backend: str | None = None) -> Tensor:
+    """``S x``: one step over a graph of :func:`propagation_graph`, along its edges and against them.
+
+    Args:
+        graph: half of a symmetric operator, see there.
+        x: (B, N, C) or (N, C), floating-point.
+        backend: see there.
+
+    Returns:
+        The shape and dtype of ``x``.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.nn.label_propagation import propagation_graph, smooth
+        >>> graph = propagation_graph(torch.ones(6, 2), (2, 3), k=5)
+        >>> smooth(graph, torch.ones(6, 1)).flatten().round(decimals=4).tolist()
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+    return graph.propagate(x, backend=backend) + graph.propagate_transposed(x, backend=backend)
+
+
+def _start(name: str, labels: Tensor, graph: Graph, alpha: float) -> Tensor:
+    """The labels in the dtype of the sums, checked."""
+    check_tensor(name, "labels", labels, ("B", "N", "T"))
+    check_number(name, "alpha", alpha)
+    if not alpha < 1:
+        raise ValueError(f"{name}: alpha is out of range; expected 0 <= alpha < 1, got {alpha}")
+    if graph.index.shape[:-1] != labels.shape[:-1]:
+        raise ValueError(
+            f"{name}: graph does not match labels; expected {tuple(labels.shape[:-1])} before K, "
+            f"got {tuple(graph.index.shape)}"
+        )
+    # one such label would reach every node
+    if not labels.isfinite().all():
+        raise NumericalError(f"{name}: labels are not finite; expected finite values, got NaN or Inf")
+    return labels.to(torch.promote_types(labels.dtype, torch.float32))
+
+
+@torch.no_grad()
+def propagate_labels(
+    labels: Tensor, graph: Graph, steps: int, *, alpha: float = 0.95, backend: str | None = None
+) -> Tensor:
+    """``steps`` times ``F <- alpha S F + (1 - alpha) Y`` from ``F = Y`` (Zhou et al. 2004, step 3 of their algorithm).
+
+    What a node becomes depends on no node that is more than ``steps`` edges away, and for many steps it becomes
+    :func:`solve_labels` with ``scaled=True``.
+
+    Args:
+        labels: Y, (B, N, T) or (N, T) logits, probabilities or features, finite.
+        graph: of :func:`propagation_graph`.
+        steps: how often, >= 0.
+        alpha: share of the neighbours, in [0, 1).
+        backend: one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
+
+    Returns:
+        F, shape and dtype of ``labels``, computed in float32 (float64 for float64 labels), without gradient.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
+        NumericalError: a label is not finite.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.nn.label_propagation import propagate_labels, propagation_graph
+        >>> graph = propagation_graph(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), (1, 3), k=1)
+        >>> propagate_labels(torch.tensor([[1.0], [0.0], [5.0]]), graph, 1, alpha=0.5).flatten().tolist()
+        [0.5, 0.5, 2.5]
+    """
+    y = _start("propagate_labels", labels, graph, alpha)
+    check_count("propagate_labels", "steps", steps)
+    x = y
+    for _ in range(steps):
+        x = alpha * smooth(graph, x, backend=backend) + (1 - alpha) * y
+    return x.to(labels.dtype)
+
+
+@torch.no_grad()
+def solve_labels(
+    labels: Tensor,
+    graph: Graph,
+    *,
+    alpha: float = 0.95,
+    scaled: bool = True,
+    tolerance: float = 1e-6,
+    max_iterations: int = 1000,
+    must_converge: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """``F = (I - alpha S)^-1 Y``, what labels come to (Zhou et al. 2004), by conjugate gradients as in LPOSS's code.
+
+    ``S`` is symmetric with eigenvalues in [-1, 1], so the matrix is positive definite, and the number of iterations
+    grows as ``(1 - alpha)**-0.5``. All columns of Y are solved at once; each stops where the norm of its residual is
+    ``tolerance`` times that of its own Y. Where a graph falls apart into pieces each is solved by itself.
+
+    LPOSS's code leaves out the factor ``1 - alpha`` (``scaled=False``), which changes no largest class, and stops
+    after ten iterations, converged or not (``max_iterations=10, must_converge=False``).
+
+    Args:
+        labels: Y, (B, N, T) or (N, T) logits, probabilities or features, finite.
+        graph: of :func:`propagation_graph`.
+        alpha: share of the neighbours, in [0, 1); LPOSS has 0.95.
+        scaled: times ``1 - alpha``, so that F has the scale of Y and is the limit of :func:`propagate_labels`.
+        tolerance: largest norm of a residual, relative to its right-hand side, > 0.
+        max_iterations: of the slowest column, >= 1.
+        must_converge: False returns what has been reached by then.
+        backend: one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
+
+    Returns:
+        F, shape and dtype of ``labels``, computed in float32 (float64 for float64 labels), without gradient.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
+        NumericalError: a label is not finite, or a column did not converge.
+
+    Note:
+        Memory: five times the labels. An iteration waits for the device once.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.nn.label_propagation import propagation_graph, solve_labels
+        >>> graph = propagation_graph(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), (1, 3), k=1)
+        >>> label = torch.tensor([[3.0], [0.0], [5.0]])
+        >>> solve_labels(label, graph, alpha=0.5).flatten().round(decimals=4).tolist()
+        [2.0, 1.0, 2.5]
+    """
+    name = "solve_labels"
+    y = _start(name, labels, graph, alpha)
+    check_flag(name, "scaled", scaled)
+    check_number(name, "tolerance", tolerance, positive=True)
+    check_count(name, "max_iterations", max_iterations)
+    if max_iterations == 0:
+        raise ValueError(f"{name}: max_iterations is out of range; expected max_iterations >= 1, got 0")
+    check_flag(name, "must_converge", must_converge)
+    if y.numel() == 0:
+        return labels.clone()
+
+    # squares of very small or very large labels would leave the range of float32
+    size = y.abs().amax(-2, keepdim=True)
+    size = torch.where(size > 0, size, 1)
+    residual = y / size
+    x = torch.zeros_like(residual)
+    direction = residual
+    length = residual.square().sum(-2, keepdim=True)
+    limit = tolerance**2 * length
+    for _ in range(max_iterations):
+        going = length > limit
+        if not going.any():
+            break
+        image = direction - alpha * smooth(graph, direction, backend=backend)
+        # a column that is done has no direction left, or keeps what it has
+        step = torch.where(going, length / (direction * image).sum(-2, keepdim=True), 0)
+        x = x + step * direction
+        residual = residual - step * image
+        reached = residual.square().sum(-2, keepdim=True)
+        direction = residual + torch.where(going, reached / length, 0) * direction
+        length = reached
+    left = length > limit
+    if must_converge and left.any():
+        worst = float((length / limit).amax().sqrt()) * tolerance
+        raise NumericalError(
+            f"{name}: conjugate gradients did not converge; expected a relative residual of at most {tolerance:g} "
+            f"within max_iterations = {max_iterations}, got up to {worst:.2g} in {int(left.sum())} of {left.numel()} "
+            "columns: raise max_iterations or tolerance, or lower alpha"
+        )
+    return (x * size * (1 - alpha if scaled else 1)).to(labels.dtype)
+
+
+class LabelPropagation(nn.Module):
+    """Graph, labels and solver in one, on maps: what :class:`drseg_core.nn.PDGR` is to a training, without one.
+
+    Args:
+        k, gamma, decay, select: of :func:`propagation_graph`.
+        alpha: share of the neighbours, in [0, 1).
+        steps: that many of :func:`propagate_labels`; None solves to the end by :func:`solve_labels`.
+        scaled, tolerance, max_iterations, must_converge: of :func:`solve_labels`.
+        backend: one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
+
+    Shape:
+        labels (B, T, h, w) and prior (B, D, h, w) to (B, T, h, w), in the dtype of the labels, without gradient.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.nn.label_propagation import LPOSS_GRAPH, LabelPropagation
+        >>> lposs = LabelPropagation(**LPOSS_GRAPH, alpha=0.95, scaled=False)
+        >>> lposs(torch.randn(1, 3, 6, 6), torch.randn(1, 16, 6, 6)).shape
+        torch.Size([1, 3, 6, 6])
+    """
+
+    def __init__(
+        self,
+        k: int = 75,
+        *,
+        gamma: float = 1.0,
+        decay: float = 0.0,
+        select: Select = "affinity",
+        alpha: float = 0.95,
+        steps: int | None = None,
+        scaled: bool = True,
+        tolerance: float = 1e-6,
+        max_iterations: int = 1000,
+        must_converge: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.graph_options: dict[str, Any] = {"k": k, "gamma": gamma, "decay": decay, "select": select}
+        self.alpha, self.steps, self.backend = alpha, steps, backend
+        self.solver_options: dict[str, Any] = {
+            "scaled": scaled,
+            "tolerance": tolerance,
+            "max_iterations": max_iterations,
+            "must_converge": must_converge,
+        }
+
+    def graph(self, prior: Tensor) -> Graph:
+        """The graph of a prior map (B, D, h, w), for several calls of :meth:`spread`."""
+        _check_map("prior", prior)
+        nodes = prior.detach().flatten(2).transpose(1, 2)
+        return propagation_graph(nodes, (prior.shape[2], prior.shape[3]), **self.graph_options, backend=self.backend)
+
+    def spread(self, labels: Tensor, graph: Graph) -> Tensor:
+        """Labels (B, N, T) or (N, T) of nodes over a graph."""
+        if self.steps is not None:
+            return propagate_labels(labels, graph, self.steps, alpha=self.alpha, backend=self.backend)
+        return solve_labels(labels, graph, alpha=self.alpha, **self.solver_options, backend=self.backend)
+
+    def forward(self, labels: Tensor, prior: Tensor, split: SPSD | None = None) -> Tensor:
+        """Spread labels (B, T, h, w) over the graph of a prior (B, D, h, w).
+
+        Args:
+            labels: logits or features.
+            prior: on the same grid.
+            split: of features with T channels: its structural ones are spread, its semantic ones stay as they are.
+        """
+        _check_map("labels", labels)
+        _check_map("prior", prior)
+        if labels.shape[0] != prior.shape[0] or labels.shape[2:] != prior.shape[2:]:
+            raise ValueError(
+                "LabelPropagation: prior does not match labels; expected the same B, h, w as "
+                f"{tuple(labels.shape)}, got {tuple(prior.shape)}"
+            )
+        semantic, moving = (None, labels) if split is None else split.split(labels)
+        x = self.spread(moving.flatten(2).transpose(1, 2), self.graph(prior))
+        x = x.transpose(1, 2).unflatten(2, labels.shape[2:])
+        return x if split is None or semantic is None else split.merge(semantic, x)
+
+
+def _check_map(name: str, value: Tensor) -> None:
+    check_tensor("LabelPropagation", name, value, None)
+    if value.dim() != 4:
+        raise ValueError(
+            f"LabelPropagation: {name} has the wrong rank; expected (B, channels, h, w), got {tuple(value.shape)}"
+        )
