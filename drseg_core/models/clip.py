@@ -264,8 +264,9 @@ class ClipEncoder(nn.Module):
         pixels = (image - self.pixel_mean) / self.pixel_deviation
         return self.visual(rotate(pixels, rotations), self.config.guidance_blocks, guided)
 
-    def tokenize(self, class_names: Sequence[str]) -> Tensor:
-        """Prompts of the classes as token ids (T, L), int64, L the longest prompt.
+    def tokenize(self, class_names: Sequence[str], template: str | None = None) -> Tensor:
+        """Prompts of the classes as token ids (T, L), int64, L the longest prompt; ``template`` in place of the
+        configured one.
 
         Raises:
             ConfigError: an empty name, or one too long for the text encoder.
@@ -274,7 +275,7 @@ class ClipEncoder(nn.Module):
             from open_clip.tokenizer import SimpleTokenizer
 
             self._tokenizer = SimpleTokenizer(context_length=self.text.context_length)
-        prompts = class_prompts(class_names, self.config.template)
+        prompts = class_prompts(class_names, self.config.template if template is None else template)
         lengths = [len(self._tokenizer.encode(prompt)) + 2 for prompt in prompts]
         for name, length in zip(class_names, lengths, strict=True):
             if length > self.text.context_length:

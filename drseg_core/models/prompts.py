@@ -7,6 +7,20 @@ from collections.abc import Sequence
 
 from drseg_core.errors import ConfigError
 
+# over which the text features of a word are averaged where nothing was trained: CLIP saw captions of many kinds
+AERIAL_TEMPLATES = (
+    "a photo of a {}",
+    "an aerial photo of a {}",
+    "a satellite image of a {}",
+    "an orthophoto of a {}",
+    "a {} seen from above",
+    "a top view of a {}",
+    "a small {} seen from the air",
+    "a large {} seen from the air",
+    "a blurry satellite image of a {}",
+    "a map of land cover with a {}",
+)
+
 
 def class_prompt(name: str, template: str = "A photo of a {} in the scene") -> str:
     """``template`` with the class name put in.

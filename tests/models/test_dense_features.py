@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every variant against its formula, written out head by head and token by token on open_clip's own weights in float64."""
+"""Every variant against its formula: head by head, token by token, on open_clip's own weights in float64."""
 
 from __future__ import annotations
 

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logits from class names alone: dense CLIP features without training beside the features of a prior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drseg_core.models.class_text import ClassText, class_logits, encode_classes
+from drseg_core.models.clip import ClipEncoder
+from drseg_core.models.dense_features import VARIANTS, DenseOptions, dense_features
+from drseg_core.models.dino import DinoPrior, resample
+from drseg_core.models.prompts import AERIAL_TEMPLATES
+from drseg_core.models.tiling import blend_window, tile_starts
+
+__all__ = ["ZeroShot", "ZeroShotMaps", "ZeroShotOutput"]
+
+
+class ZeroShotMaps(NamedTuple):
+    """``features`` (B, C, h, w) as :func:`drseg_core.models.dense_features.dense_features` gives them, and ``prior``
+    (B, D, h, w) on the same grid, None where there is none.
+
+    Example:
+        >>> import torch, drseg_core as drseg
+        >>> from drseg_core.models.zero_shot import ZeroShot
+        >>> model = drseg.load("run").model
+        >>> maps = ZeroShot(model.clip, model.dino).maps(torch.rand(1, 3, 32, 32))
+        >>> maps.features.shape[2:] == maps.prior.shape[2:]
+        True
+    """
+
+    features: Tensor
+    prior: Tensor | None
+
+
+class ZeroShotOutput(NamedTuple):
+    """``logits`` (B, T, h, w), cosines without a scale; ``features`` and ``prior`` of :class:`ZeroShotMaps`.
+
+    Example:
+        >>> import torch, drseg_core as drseg
+        >>> from drseg_core.models.zero_shot import ZeroShot
+        >>> model = ZeroShot(drseg.load("run").model.clip)
+        >>> output = model(torch.rand(1, 3, 32, 48), model.encode(["road", "tree"]))
+        >>> output.logits.shape, output.prior is None
+        (torch.Size([1, 2, 4, 6]), True)
+    """
+
+    logits: Tensor
+    features: Tensor
+    prior: Tensor | None
+
+
+class ZeroShot(nn.Module):
+    """An image and class names to logits on a grid of patches, with nothing trained.
+
+    The modules it is given become frozen and stay in evaluation mode. An image is seen whole, at its own resolution
+    (:meth:`forward`, :meth:`maps`), or in overlapping windows (:meth:`windows`), which a larger scene blends itself.
+    Averages over turns and windows are taken of features; the papers average logits, which is the same but for classes
+    of several words.
+
+    Args:
+        clip: image and text towers.
+        prior: structural prior, for the graph that rectifies the logits, and for ``proxyclip``.
+        variant: of :func:`drseg_core.models.dense_features.dense_features`. The default is what its paper found best
+            on aerial images; it was not compared here, as CLIP's weights were not at hand.
+        options: numbers of the variants.
+        rotations: 1, or 4: the mean over quarter turns of the image, each turned back. Of the prior the unturned
+            features are turned with the image.
+        grid: on which the maps are: ``clip``'s patches, to which the prior is resampled, or the ``prior``'s, to which
+            the features are resampled bilinearly, as LPOSS does.
+
+    Raises:
+        ValueError: an unknown option, or a prior that is needed and missing.
+
+    Example:
+        >>> import torch, drseg_core as drseg
+        >>> from drseg_core.models.zero_shot import ZeroShot
+        >>> from drseg_core.nn import LabelPropagation
+        >>> parts = drseg.load("run").model
+        >>> model = ZeroShot(parts.clip, parts.dino, variant="proxyclip")
+        >>> output = model(torch.rand(1, 3, 32, 32), model.encode(["building", "road", "tree, bush"]))
+        >>> LabelPropagation(k=5)(output.logits, output.prior).argmax(dim=1).shape
+        torch.Size([1, 4, 4])
+    """
+
+    def __init__(
+        self,
+        clip: ClipEncoder,
+        prior: DinoPrior | None = None,
+        *,
+        variant: str = "segearth",
+        options: DenseOptions | None = None,
+        rotations: int = 1,
+        grid: Literal["clip", "prior"] = "clip",
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (
+            ("variant", variant, VARIANTS),
+            ("rotations", rotations, (1, 4)),
+            ("grid", grid, ("clip", "prior")),
+        ):
+            if value not in choices:
+                listed = ", ".join(map(str, choices))
+                raise ValueError(f"ZeroShot: {name} is unknown; expected one of {listed}, got {value!r}")
+        if prior is None and (variant == "proxyclip" or grid == "prior"):
+            raise ValueError(
+                f"ZeroShot: prior is missing; expected one for variant {variant} on the grid of {grid}, got None"
+            )
+        self.clip, self.prior = clip, prior
+        self.variant, self.options, self.rotations, self.grid = variant, options, rotations, grid
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> ZeroShot:
+        """Stays in evaluation mode: nothing here is trained."""
+        return super().train(False)
+
+    def encode(
+        self,
+        classes: Sequence[str | Sequence[str]],
+        templates: Sequence[str] = AERIAL_TEMPLATES,
+        background: Sequence[str] = (),
+    ) -> ClassText:
+        """:func:`encode_classes` with the own text tower."""
+        return encode_classes(self.clip, classes, templates, background)
+
+    def forward(self, image: Tensor, text: ClassText) -> ZeroShotOutput:
+        """An image seen whole.
+
+        Args:
+            image: (B, 3, H, W) RGB in [0, 1], H and W multiples of CLIP's patch.
+            text: of :meth:`encode`.
+        """
+        maps = self.maps(image)
+        return ZeroShotOutput(class_logits(maps.features, text), *maps)
+
+    @torch.no_grad()
+    def maps(self, image: Tensor) -> ZeroShotMaps:
+        """What :meth:`forward` knows of an image before it knows the classes.
+
+        Args:
+            image: (B, 3, H, W) RGB in [0, 1], H and W multiples of CLIP's patch.
+
+        Raises:
+            TypeError: integer image.
+            ValueError: a wrong shape.
+        """
+        self._check("maps", image)
+        pixels = (image - self.clip.pixel_mean) / self.clip.pixel_deviation
+        found = None if self.prior is None else self.prior.maps(image).features
+        tower = self.clip.visual
+        grid = (image.shape[2] // tower.patch_size[0], image.shape[3] // tower.patch_size[1])
+        if self.grid == "clip":
+            found = None if found is None else resample(found, grid)
+        elif found is not None:
+            grid = (found.shape[2], found.shape[3])
+        mean = torch.stack([self._turned(pixels, found, turn) for turn in range(self.rotations)]).mean(dim=0)
+        if mean.shape[2:] != torch.Size(grid):
+            mean = F.interpolate(mean, size=grid, mode="bilinear", align_corners=False)
+        return ZeroShotMaps(mean, found)
+
+    def _turned(self, pixels: Tensor, prior: Tensor | None, turn: int) -> Tensor:
+        """Features of the pixels after ``turn`` quarter turns, turned back."""
+        guide = None
+        if self.variant == "proxyclip" and prior is not None:
+            guide = torch.rot90(prior, turn, (2, 3))
+        turned = torch.rot90(pixels, turn, (2, 3))
+        features = dense_features(self.clip.visual, turned, self.variant, prior=guide, options=self.options)
+        return torch.rot90(features, -turn, (2, 3))
+
+    @torch.no_grad()
+    def windows(
+        self,
+        image: Tensor,
+        side: int,
+        overlap: int,
+        *,
+        batch_size: int = 4,
+        blend: Literal["smooth", "equal"] = "smooth",
+    ) -> ZeroShotMaps:
+        """:meth:`maps` of an image of any size in overlapping windows at its own resolution.
+
+        The windows are those of :func:`drseg_core.models.tiling.tile_starts`, counted in cells, so the cells of two
+        windows lie on each other; each cell's features are the weighted mean of the windows that cover it. The papers
+        weigh all windows alike (``blend="equal"``) and blend enlarged logits.
+
+        Args:
+            image: (B, 3, H, W) RGB in [0, 1], any size; mirrored at its lower and right edge to whole cells, and to
+                one window where it is smaller.
+            side: of a window in pixels, a multiple of a cell. The papers have 224 or 336.
+            overlap: pixels shared by neighbouring windows, a multiple of a cell. The papers have half of ``side``.
+            batch_size: windows per forward pass.
+            blend: weights fall off smoothly over the overlap, or are all equal.
+
+        Returns:
+            Maps on a grid of ``ceil(H / cell)`` x ``ceil(W / cell)`` cells, in float32 or wider.
+
+        Raises:
+            TypeError: integer image.
+            ValueError: a wrong shape, or sizes of windows that do not fit the cells.
+        """
+        self._check("windows", image)
+        cells, cell = self._cells(side, overlap, batch_size, blend)
+        height, width = math.ceil(image.shape[2] / cell), math.ceil(image.shape[3] / cell)
+        rows, columns = max(height, cells), max(width, cells)
+        image = image[:, :, _mirrored(image.shape[2], rows * cell, image.device)]
+        image = image[:, :, :, _mirrored(image.shape[3], columns * cell, image.device)]
+        corners = [
+            (y, x)
+            for y in tile_starts(rows, cells, overlap // cell)
+            for x in tile_starts(columns, cells, overlap // cell)
+        ]
+        line = torch.from_numpy(blend_window(cells, overlap // cell)) if blend == "smooth" else torch.ones(cells)
+        weight = (line[:, None] * line).to(image.device)
+        # features, and the prior where there is one
+        sums: list[Tensor] = []
+        total = torch.zeros(rows, columns, device=image.device)
+        for first in range(0, len(corners), batch_size):
+            some = corners[first : first + batch_size]
+            pieces = [image[:, :, y * cell : y * cell + side, x * cell : x * cell + side] for y, x in some]
+            found = [part for part in self.maps(torch.cat(pieces)) if part is not None]
+            if not sums:
+                kinds = [torch.promote_types(part.dtype, torch.float32) for part in found]
+                sums = [
+                    torch.zeros(len(image), part.shape[1], rows, columns, dtype=kind, device=part.device)
+                    for part, kind in zip(found, kinds, strict=True)
+                ]
+            for place, (y, x) in enumerate(some):
+                inside = (..., slice(y, y + cells), slice(x, x + cells))
+                total[inside] += weight
+                for target, part in zip(sums, found, strict=True):
+                    target[inside] += part.chunk(len(some))[place] * weight
+        features, *prior = ((target / total)[:, :, :height, :width] for target in sums)
+        return ZeroShotMaps(features, prior[0] if prior else None)
+
+    def _cells(self, side: int, overlap: int, batch_size: int, blend: str) -> tuple[int, int]:
+        """Cells along a window, and pixels along a cell."""
+        patch = self.clip.visual.patch_size[0]
+        cells = self.prior.grid[0] if self.grid == "prior" and self.prior is not None else max(side // patch, 1)
+        if side < patch or side % patch or side % cells:
+            raise ValueError(
+                f"ZeroShot.windows: side does not fit the grid; expected a multiple of the patch {patch} that divides "
+                f"into {cells} cells, got {side}"
+            )
+        cell = side // cells
+        if not 0 <= overlap < side or overlap % cell:
+            raise ValueError(
+                f"ZeroShot.windows: overlap does not fit; expected a multiple of {cell} pixels below {side}, "
+                f"got {overlap}"
+            )
+        if batch_size < 1:
+            raise ValueError(f"ZeroShot.windows: batch_size is out of range; expected >= 1, got {batch_size}")
+        if blend not in ("smooth", "equal"):
+            raise ValueError(f"ZeroShot.windows: blend is unknown; expected smooth or equal, got {blend!r}")
+        return cells, cell
+
+    def _check(self, method: str, image: Tensor) -> None:
+        if not image.is_floating_point():
+            raise TypeError(
+                f"ZeroShot.{method}: image has a wrong dtype; expected floating point in [0, 1], got {image.dtype}"
+            )
+        if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"ZeroShot.{method}: image has a wrong shape; expected (B, 3, H, W), got {tuple(image.shape)}"
+            )
+
+
+def _mirrored(length: int, wanted: int, device: torch.device) -> Tensor:
+    """Indices 0, 1, ... of ``wanted`` places, that turn back at the last of ``length``, as often as it takes."""
+    period = max(2 * (length - 1), 1)
+    place = torch.arange(wanted, device=device) % period
+    return torch.minimum(place, period - place) if length > 1 else torch.zeros_like(place)
