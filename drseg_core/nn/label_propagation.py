@@ -163,8 +163,9 @@ def propagate_labels(
 ) -> Tensor:
     """``steps`` times ``F <- alpha S F + (1 - alpha) Y`` from ``F = Y`` (Zhou et al. 2004, step 3 of their algorithm).
 
-    What a node becomes depends on no node that is more than ``steps`` edges away, and for many steps it becomes
-    :func:`solve_labels` with ``scaled=True``.
+    What a node becomes depends on labels at most ``steps`` edges away, and on priors at most two edges further: a
+    neighbour's degree counts the edges that end in it, and those depend on all that could have been chosen instead.
+    After many steps it is what :func:`solve_labels` gives with ``scaled=True``.
 
     Args:
         labels: Y, (B, N, T) or (N, T) logits, probabilities or features, finite.
@@ -212,6 +213,8 @@ def solve_labels(
     ``S`` is symmetric with eigenvalues in [-1, 1], so the matrix is positive definite, and the number of iterations
     grows as ``(1 - alpha)**-0.5``. All columns of Y are solved at once; each stops where the norm of its residual is
     ``tolerance`` times that of its own Y. Where a graph falls apart into pieces each is solved by itself.
+
+    Nothing is centred: what is added to all classes of a node adds the same to all classes of every node.
 
     LPOSS's code leaves out the factor ``1 - alpha`` (``scaled=False``), which changes no largest class, and stops
     after ten iterations, converged or not (``max_iterations=10, must_converge=False``).
