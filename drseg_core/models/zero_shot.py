@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from drseg_core.models.clip import ClipEncoder
 from drseg_core.models.dense_features import VARIANTS, DenseOptions, dense_features
 from drseg_core.models.dino import DinoPrior, resample
 from drseg_core.models.prompts import AERIAL_TEMPLATES
-from drseg_core.models.tiling import blend_window, tile_starts
+from drseg_core.models.window_maps import Windows, blended_bands
 
 __all__ = ["ZeroShot", "ZeroShotMaps", "ZeroShotOutput"]
 
@@ -205,41 +205,32 @@ class ZeroShot(nn.Module):
             ValueError: a wrong shape, or sizes of windows that do not fit the cells.
         """
         self._check("windows", image)
-        cells, cell = self._cells(side, overlap, batch_size, blend)
-        height, width = math.ceil(image.shape[2] / cell), math.ceil(image.shape[3] / cell)
-        rows, columns = max(height, cells), max(width, cells)
-        image = image[:, :, _mirrored(image.shape[2], rows * cell, image.device)]
-        image = image[:, :, :, _mirrored(image.shape[3], columns * cell, image.device)]
-        corners = [
-            (y, x)
-            for y in tile_starts(rows, cells, overlap // cell)
-            for x in tile_starts(columns, cells, overlap // cell)
-        ]
-        line = torch.from_numpy(blend_window(cells, overlap // cell)) if blend == "smooth" else torch.ones(cells)
-        weight = (line[:, None] * line).to(image.device)
-        # features, and the prior where there is one
-        sums: list[Tensor] = []
-        total = torch.zeros(rows, columns, device=image.device)
-        for first in range(0, len(corners), batch_size):
-            some = corners[first : first + batch_size]
-            pieces = [image[:, :, y * cell : y * cell + side, x * cell : x * cell + side] for y, x in some]
-            found = [part for part in self.maps(torch.cat(pieces)) if part is not None]
-            if not sums:
-                kinds = [torch.promote_types(part.dtype, torch.float32) for part in found]
-                sums = [
-                    torch.zeros(len(image), part.shape[1], rows, columns, dtype=kind, device=part.device)
-                    for part, kind in zip(found, kinds, strict=True)
-                ]
-            for place, (y, x) in enumerate(some):
-                inside = (..., slice(y, y + cells), slice(x, x + cells))
-                total[inside] += weight
-                for target, part in zip(sums, found, strict=True):
-                    target[inside] += part.chunk(len(some))[place] * weight
-        features, *prior = ((target / total)[:, :, :height, :width] for target in sums)
+
+        def read(rows: Tensor, columns: Tensor) -> tuple[Tensor, None]:
+            return image[:, :, rows.to(image.device)][:, :, :, columns.to(image.device)], None
+
+        bands = blended_bands(
+            self.parts,
+            read,
+            image.shape[2],
+            image.shape[3],
+            self.window_grid(side, overlap, batch_size, blend),
+            batch_size=batch_size,
+            blend=blend,
+        )
+        features, *prior = map(torch.cat, zip(*(band.parts for band in bands), strict=True), repeat(2))
         return ZeroShotMaps(features, prior[0] if prior else None)
 
-    def _cells(self, side: int, overlap: int, batch_size: int, blend: str) -> tuple[int, int]:
-        """Cells along a window, and pixels along a cell."""
+    def parts(self, image: Tensor) -> list[Tensor]:
+        """:meth:`maps` as a list, without a prior that is not there."""
+        return [part for part in self.maps(image) if part is not None]
+
+    def window_grid(self, side: int, overlap: int, batch_size: int = 1, blend: str = "smooth") -> Windows:
+        """The windows of :meth:`windows` in cells.
+
+        Raises:
+            ValueError: sizes of windows that do not fit the cells.
+        """
         patch = self.clip.visual.patch_size[0]
         cells = self.prior.grid[0] if self.grid == "prior" and self.prior is not None else max(side // patch, 1)
         if side < patch or side % patch or side % cells:
@@ -257,7 +248,7 @@ class ZeroShot(nn.Module):
             raise ValueError(f"ZeroShot.windows: batch_size is out of range; expected >= 1, got {batch_size}")
         if blend not in ("smooth", "equal"):
             raise ValueError(f"ZeroShot.windows: blend is unknown; expected smooth or equal, got {blend!r}")
-        return cells, cell
+        return Windows(cells, cell, overlap // cell)
 
     def _check(self, method: str, image: Tensor) -> None:
         if not image.is_floating_point():
@@ -268,10 +259,3 @@ class ZeroShot(nn.Module):
             raise ValueError(
                 f"ZeroShot.{method}: image has a wrong shape; expected (B, 3, H, W), got {tuple(image.shape)}"
             )
-
-
-def _mirrored(length: int, wanted: int, device: torch.device) -> Tensor:
-    """Indices 0, 1, ... of ``wanted`` places, that turn back at the last of ``length``, as often as it takes."""
-    period = max(2 * (length - 1), 1)
-    place = torch.arange(wanted, device=device) % period
-    return torch.minimum(place, period - place) if length > 1 else torch.zeros_like(place)
