@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DR-Seg: open-vocabulary segmentation of remote-sensing images around a custom-kernel graph engine.
 
-``load`` and ``predict`` are the doors of the trained model, ``nn`` has the paper's blocks, ``ops`` what they compute.
+``load`` and ``predict`` are the doors of the trained model, ``zero_shot`` that of maps without one, ``nn`` has the
+paper's blocks, ``ops`` what they compute.
 """
 
 import importlib
@@ -13,11 +14,26 @@ if TYPE_CHECKING:
     from drseg_core import nn, ops
     from drseg_core.checkpoints.pretrained import load
     from drseg_core.scenes.predict import predict
+    from drseg_core.scenes.zero_shot import zero_shot
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailableError", "NumericalError", "__version__", "backends", "load", "nn", "ops", "predict"]
+__all__ = [
+    "BackendUnavailableError",
+    "NumericalError",
+    "__version__",
+    "backends",
+    "load",
+    "nn",
+    "ops",
+    "predict",
+    "zero_shot",
+]
 
-_DOORS = {"load": "drseg_core.checkpoints.pretrained", "predict": "drseg_core.scenes.predict"}
+_DOORS = {
+    "load": "drseg_core.checkpoints.pretrained",
+    "predict": "drseg_core.scenes.predict",
+    "zero_shot": "drseg_core.scenes.zero_shot",
+}
 
 
 def __getattr__(name: str) -> Any:

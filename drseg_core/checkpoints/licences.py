@@ -21,12 +21,12 @@ def licence_notes(config: ModelConfig, inside: Collection[str]) -> list[dict[str
         Notes with the keys ``part``, ``architecture``, ``weights``, ``licence`` and ``included``.
     """
     encoders: list[tuple[str, ClipConfig | DinoConfig | RemoteConfig, str]] = [
-        ("clip", config.clip, _clip_licence(config.clip))
+        ("clip", config.clip, clip_licence(config.clip))
     ]
     if config.fusion.kind not in ("none", "cosine"):
-        encoders.append(("dino", config.dino, _dino_licence(config.dino)))
+        encoders.append(("dino", config.dino, prior_licence(config.dino)))
     if config.decoder.remote_clip:
-        encoders.append(("remote", config.remote, _clip_licence(config.remote)))
+        encoders.append(("remote", config.remote, clip_licence(config.remote)))
     return [
         {
             "part": part,
@@ -39,14 +39,16 @@ def licence_notes(config: ModelConfig, inside: Collection[str]) -> list[dict[str
     ]
 
 
-def _clip_licence(config: ClipConfig | RemoteConfig) -> str:
+def clip_licence(config: ClipConfig | RemoteConfig) -> str:
+    """In a few words, of a CLIP's weights."""
     if config.weights is None:
         return "none: no published weights"
     # open_clip's tags carry no licence; this one is stated in github.com/openai/CLIP
     return "MIT (OpenAI)" if config.weights == "openai" else UNKNOWN
 
 
-def _dino_licence(config: DinoConfig) -> str:
+def prior_licence(config: DinoConfig) -> str:
+    """In a few words, of a prior's weights."""
     if config.weights is None:
         return "none: no published weights"
     import timm

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from drseg_core.config.schema import Config
 from drseg_core.errors import ConfigError
@@ -63,16 +63,28 @@ def load_config(source: str | os.PathLike[str]) -> Config:
         raise ConfigError(f"load_config: path is not usable; {error.strerror}") from error
     if not found:
         raise ConfigError(f"load_config: {name} not found; expected a YAML file or one of {', '.join(preset_names())}")
+    return parse_config(read_text(path), name)
+
+
+def read_text(path: Path) -> str:
+    """The text of a configuration file. Raises as :func:`load_config`."""
     try:
         if path.stat().st_size > SIZE_LIMIT:
-            raise ConfigError(f"load_config: {name} is too large; expected at most {SIZE_LIMIT} bytes")
-        text = path.read_text(encoding="utf-8")
+            raise ConfigError(f"load_config: {path} is too large; expected at most {SIZE_LIMIT} bytes")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"load_config: {name} is not readable; {error}") from error
-    return parse_config(text, name)
+        raise ConfigError(f"load_config: {path} is not readable; {error}") from error
 
 
-def parse_config(text: str, name: str = "configuration") -> Config:
+@overload
+def parse_config(text: str, name: str = ...) -> Config: ...
+
+
+@overload
+def parse_config(text: str, name: str, kind: type[T]) -> T: ...
+
+
+def parse_config(text: str, name: str = "configuration", kind: type[Any] = Config) -> Any:
     """YAML text to a configuration; ``name`` stands for the file in errors. Raises as :func:`load_config`."""
     require("load_config", "pyyaml")
     import yaml
@@ -88,7 +100,7 @@ def parse_config(text: str, name: str = "configuration") -> Config:
         raise ConfigError(f"load_config: {name}: nested too deeply; expected at most {DEPTH_LIMIT} levels") from error
     lines: dict[str, int] = {}
     content = {} if root is None else _plain(root, name, "", lines, set())
-    return _build(Config, content, name, "", lines)
+    return _build(kind, content, name, "", lines)
 
 
 def config_from_dict(content: Mapping[str, Any], kind: type[T], name: str = "configuration") -> T:

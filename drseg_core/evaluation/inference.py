@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +44,17 @@ class Piece(NamedTuple):
     left: int
     prediction: Prediction
     score_of: Callable[[int], Tensor]
+
+
+class PredictsPieces(Protocol):
+    """What maps a scene: a :class:`Predictor`, or what else gives its pieces.
+
+    Each piece begins at the first row of the part that was read last before it, and lies within that part.
+    """
+
+    class_names: tuple[str, ...]
+
+    def pieces(self, read: ReadWindow, height: int, width: int) -> Iterator[Piece]: ...
 
 
 SUMS_BYTES = 400 * 2**20

@@ -218,6 +218,7 @@ class ClipEncoder(nn.Module):
     Args:
         config: architecture, weights and what is trained.
         read_weights: False leaves the initial weights random, for a checkpoint that holds all of them.
+        file: where the published weights that ``config`` names already lie; by default they are fetched.
 
     Raises:
         ValueError: unknown or unsupported architecture, or weights that need another activation.
@@ -227,10 +228,10 @@ class ClipEncoder(nn.Module):
     pixel_mean: Tensor
     pixel_deviation: Tensor
 
-    def __init__(self, config: ClipConfig, *, read_weights: bool = True) -> None:
+    def __init__(self, config: ClipConfig, *, read_weights: bool = True, file: Path | None = None) -> None:
         super().__init__()
         self.config = config
-        model, mean, deviation = open_clip_model(config, read_weights)
+        model, mean, deviation = open_clip_model(config, read_weights, file)
         self.visual = VisionTower(model.visual)
         self.text = TextTower(model)
         self.embed_dim = int(model.visual.proj.shape[1])
@@ -329,7 +330,9 @@ def _architecture(name: str) -> dict[str, Any]:
     return open_clip.get_model_config(name)
 
 
-def open_clip_model(config: ClipConfig, read_weights: bool) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
+def open_clip_model(
+    config: ClipConfig, read_weights: bool, file: Path | None = None
+) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     """An open_clip model with its weights, and its pixel statistics. No registry of open_clip is touched."""
     require("ClipEncoder", "model")
     from open_clip.model import CLIP
@@ -351,14 +354,16 @@ def open_clip_model(config: ClipConfig, read_weights: bool) -> tuple[Any, tuple[
     if text.get("pool_type", "argmax") not in ("argmax", "eos"):
         raise ValueError(f"ClipEncoder: text pooling of {config.name} is not supported; expected the end token")
     vision["patch_dropout"] = 0.0
-    state, mean, deviation = _weights(config, bool(architecture.get("quick_gelu", False)), read_weights)
+    state, mean, deviation = _weights(config, bool(architecture.get("quick_gelu", False)), read_weights, file)
     model = CLIP(**architecture)
     if state is not None:
         _load(model, state, f"{config.name} from {config.weights}")
     return model, mean, deviation
 
 
-def _weights(config: ClipConfig, quick_gelu: bool, read_weights: bool) -> tuple[dict[str, Tensor] | None, Any, Any]:
+def _weights(
+    config: ClipConfig, quick_gelu: bool, read_weights: bool, file: Path | None
+) -> tuple[dict[str, Tensor] | None, Any, Any]:
     if config.weights is None:
         return None, PIXEL_MEAN, PIXEL_DEVIATION
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
@@ -371,7 +376,7 @@ def _weights(config: ClipConfig, quick_gelu: bool, read_weights: bool) -> tuple[
         if not read_weights:
             return None, mean, deviation
         try:
-            path = download_pretrained(tag)
+            path = file or download_pretrained(tag)
         except Exception as error:
             raise CheckpointError(
                 f"ClipEncoder: weights {config.weights!r} of {config.name} cannot be fetched; expected a network or a "

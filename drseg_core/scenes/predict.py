@@ -22,7 +22,7 @@ from drseg_core.data.ground import PixelArea
 from drseg_core.data.vocabulary import OTHER, Color, Vocabulary, never_learned, plain_classes
 from drseg_core.device import select_device
 from drseg_core.errors import ConfigError, RasterError
-from drseg_core.evaluation.inference import Piece, Predictor
+from drseg_core.evaluation.inference import Piece, Predictor, PredictsPieces
 from drseg_core.extras import require
 from drseg_core.files import atomic_path
 from drseg_core.scenes.areas import ClassAreas
@@ -211,7 +211,7 @@ def _prepared(
 
 
 def predict_scene(
-    predictor: Predictor,
+    predictor: PredictsPieces,
     image_path: str | Path,
     out_path: str | Path,
     *,
@@ -229,6 +229,7 @@ def predict_scene(
     trained_gsd: float | None = None,
     aoi: str | Path | None = None,
     overlay_side: int = 2000,
+    tags: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> SceneFiles:
     """Predict a scene of any size and write its map.
@@ -262,6 +263,7 @@ def predict_scene(
         trained_gsd: that of the training, for a word where it is another.
         aoi: vector file of the part that is mapped; the map covers its box.
         overlay_side: bound on the overlay's longer side in pixels.
+        tags: further metadata of the class raster.
         progress: show a progress bar.
 
     Raises:
@@ -329,6 +331,7 @@ def predict_scene(
                 sieve,
                 min_area=min_area,
                 overlay_side=overlay_side,
+                tags=tags or {},
                 progress=progress,
             )
             for path in leftovers(files):
@@ -348,7 +351,7 @@ def _replaced(path: Path) -> Iterator[Path]:
 
 
 def _write(
-    predictor: Predictor,
+    predictor: PredictsPieces,
     scene: SceneReader,
     files: SceneFiles,
     temporary: SceneFiles,
@@ -357,6 +360,7 @@ def _write(
     *,
     min_area: float,
     overlay_side: int,
+    tags: Mapping[str, str],
     progress: bool,
 ) -> None:
     from PIL import Image
@@ -367,6 +371,7 @@ def _write(
     size = scene.height * scene.width
     with contextlib.ExitStack() as stack:
         rasters = Rasters(stack, scene, files, temporary, legend)
+        rasters.classes.update_tags(**tags)
         bar = stack.enter_context(tqdm(total=size, desc="predict", unit="px", unit_scale=True, disable=not progress))
         for piece, image, valid in _predicted(predictor, scene):
             label = np.where(valid, piece.prediction.class_index.numpy(), np.uint8(IGNORE))
@@ -397,7 +402,7 @@ def _write(
 
 
 def _predicted(
-    predictor: Predictor, scene: SceneReader
+    predictor: PredictsPieces, scene: SceneReader
 ) -> Iterator[tuple[Piece, NDArray[np.uint8], NDArray[np.bool_]]]:
     """The pieces of the map, with the image and the valid pixels of each."""
     origin, band = (0, 0), (np.empty(0, np.uint8), np.empty(0, np.bool_))

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that others publish: where they lie on this machine, how they are fetched, and what to bring by hand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from drseg_core.checkpoints.checkpoint import first_line
+from drseg_core.checkpoints.licences import clip_licence, prior_licence
+from drseg_core.config.schema import ClipConfig, DinoConfig
+from drseg_core.errors import CheckpointError, ConfigError
+from drseg_core.extras import require
+
+HUB = "hub:"
+"""Begins ``hub:owner/name/file``, a file on the Hugging Face hub."""
+
+_log = logging.getLogger(__name__)
+
+
+class Published(NamedTuple):
+    """Weights of one encoder: ``files``, any of which will do, of ``place``, a repository on the hub or an address.
+
+    ``option`` names a file of one's own in their stead.
+    """
+
+    part: str
+    name: str
+    option: str
+    place: str
+    files: tuple[str, ...]
+    licence: str
+
+    @property
+    def address(self) -> str:
+        return self.place if "://" in self.place else f"https://huggingface.co/{self.place}"
+
+
+def published_clip(config: ClipConfig) -> Published | None:
+    """What a CLIP's configuration names; None for random weights and for files.
+
+    Raises:
+        ConfigError: ``hub:`` without repository or file.
+    """
+    if config.weights is None or Path(config.weights).exists():
+        return None
+    if config.weights.startswith(HUB):
+        return _on_hub("CLIP", config.name, "--clip", config.weights, clip_licence(config))
+    require("zero_shot", "model")
+    from open_clip.pretrained import get_pretrained_cfg
+
+    tag = get_pretrained_cfg(config.name, config.weights)
+    if not tag:
+        return None
+    described = f"{config.name} ({config.weights})"
+    repository, _, file = tag.get("hf_hub", "").rpartition("/")
+    if repository:
+        files = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        return Published("CLIP", described, "--clip", repository, files, clip_licence(config))
+    return Published("CLIP", described, "--clip", tag["url"], (tag["url"].rpartition("/")[2],), clip_licence(config))
+
+
+def published_prior(config: DinoConfig) -> Published | None:
+    """What a prior's configuration names; None for random weights and for files.
+
+    Raises:
+        ConfigError: ``hub:`` without repository or file, or an architecture without published weights.
+    """
+    if config.weights is None or Path(config.weights).exists():
+        return None
+    if config.weights.startswith(HUB):
+        return _on_hub("the prior", config.name, "--prior", config.weights, prior_licence(config))
+    if config.weights != "pretrained":
+        return None
+    require("zero_shot", "model")
+    import timm
+
+    known = timm.is_model(config.name.split(".", 1)[0])
+    found = timm.get_pretrained_cfg(config.name) if known else None
+    if found is None or not found.hf_hub_id:
+        raise ConfigError(f"zero_shot: prior {config.name} has no published weights; expected {config.name}:FILE")
+    files = (found.hf_hub_filename,) if found.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
+    return Published("the prior", config.name, "--prior", found.hf_hub_id, files, prior_licence(config))
+
+
+def _on_hub(part: str, name: str, option: str, value: str, licence: str) -> Published:
+    words = value.removeprefix(HUB).split("/", 2)
+    if len(words) != 3 or not all(words):
+        raise ConfigError(f"zero_shot: {option} has a wrong form; expected {HUB}owner/name/file, got {value!r}")
+    return Published(part, name, option, f"{words[0]}/{words[1]}", (words[2],), licence)
+
+
+def located(source: Published) -> Path | None:
+    """Where the weights are, without asking any network; None where they are not."""
+    if "://" in source.place:
+        path = Path.home() / ".cache" / "clip" / source.files[0]
+        return path if path.is_file() else None
+    require("zero_shot", "huggingface_hub")
+    import huggingface_hub
+
+    for file in source.files:
+        found = huggingface_hub.try_to_load_from_cache(source.place, file)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def fetched(sources: Sequence[Published], *, offline: bool = False) -> list[Path]:
+    """Files of all weights, from the cache where they are there. Before the first is fetched all licences are shown.
+
+    Args:
+        sources: what is needed.
+        offline: never connect.
+
+    Raises:
+        CheckpointError: some are not here, and cannot be fetched; the one line says what to bring, and to where.
+    """
+    found = [located(source) for source in sources]
+    missing = [source for source, path in zip(sources, found, strict=True) if path is None]
+    if missing and offline:
+        raise _to_bring(missing, "--offline never connects")
+    for source in missing:
+        _log.info(
+            "fetching the weights of %s, %s, from %s; licence: %s",
+            source.part,
+            source.name,
+            source.address,
+            source.licence,
+        )
+    paths = []
+    for source, path in zip(sources, found, strict=True):
+        try:
+            paths.append(path or _download(source))
+        except Exception as error:
+            left = [other for other in missing if located(other) is None]
+            raise _to_bring(left, f"{type(error).__name__}: {first_line(error)}") from error
+    return paths
+
+
+def _download(source: Published) -> Path:
+    if "://" in source.place:
+        from open_clip.pretrained import download_pretrained
+
+        return Path(download_pretrained({"url": source.place}))
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    *first, last = source.files
+    for file in first:
+        try:
+            return Path(huggingface_hub.hf_hub_download(source.place, file))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            continue
+    return Path(huggingface_hub.hf_hub_download(source.place, last))
+
+
+def _to_bring(missing: Sequence[Published], why: str) -> CheckpointError:
+    """The one line that says which files are wanted, where they are published, and which option names them."""
+    wanted = [
+        f"{' or '.join(source.files)} from {source.address} ({source.part}, {source.name}; licence: {source.licence}), "
+        f"anywhere, named by {source.option} FILE"
+        for source in missing
+    ]
+    return CheckpointError(
+        f"zero_shot: weights are missing; expected {'; and '.join(wanted)}; got none: {why}{_cache()}"
+    )
+
+
+def _cache() -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return f" (looked in the hub's cache, {HF_HUB_CACHE})"

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of a map from words alone, and their presets."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from drseg_core.config.load import parse_config, read_text
+from drseg_core.config.schema import ClipConfig, DinoConfig
+from drseg_core.errors import ConfigError
+
+__all__ = ["ZeroShotConfig", "load_zero_shot"]
+
+NO_PRIOR = "none"
+"""The name of a prior that is not there."""
+
+
+@dataclass(frozen=True)
+class ZeroShotConfig:
+    """Every option of :func:`drseg_core.zero_shot`.
+
+    Of ``clip`` name and weights are read, of ``prior`` all but its image size, which is the window. Which defaults are
+    best was not compared here, as CLIP's weights were not at hand: variant and templates are those of their papers,
+    the window is CLIP's own input with half overlap, ``alpha``, ``gamma`` and ``decay`` are LPOSS's (per cell of 16
+    pixels), and ``k`` is that of DR-Seg.
+
+    Args:
+        clip: image and text towers.
+        prior: structural prior; the name ``none`` leaves it out, and with it the graph.
+        variant: dense features, one of ``drseg_core.models.dense_features.VARIANTS``.
+        rotations: 1, or 4 for the mean over quarter turns.
+        window: side of a window in pixels, a multiple of CLIP's patch (a cell), at least two of them.
+        overlap: pixels shared by neighbouring windows, a multiple of a cell.
+        batch_size: windows per forward pass.
+        k: neighbours of a cell in the graph of the scene.
+        gamma: exponent of the prior's cosine.
+        decay: spatial decay for each cell of distance.
+        decay_per_metre: the same for each metre on the ground, in the place of ``decay``.
+        select: neighbours by the whole weight (``affinity``), or by the ``cosine`` alone.
+        alpha: share of the neighbours, in [0, 1).
+        steps: that many steps of propagation; null solves to the end, 0 leaves the graph out.
+        logit_scale: factor of the cosines before the softmax that gives scores; CLIP's own came to 100.
+        max_cells: a scene of more cells is refused.
+
+    Raises:
+        ConfigError: a number is out of range.
+
+    Example:
+        >>> from drseg_core.config.zero_shot import ZeroShotConfig
+        >>> ZeroShotConfig(steps=5).window
+        336
+    """
+
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    prior: DinoConfig = field(default_factory=DinoConfig)
+    variant: str = "segearth"
+    rotations: int = 1
+    window: int = 336
+    overlap: int = 168
+    batch_size: int = 4
+    k: int = 75
+    gamma: float = 3.0
+    decay: float = 0.16
+    decay_per_metre: float | None = None
+    select: Literal["affinity", "cosine"] = "affinity"
+    alpha: float = 0.95
+    steps: int | None = None
+    logit_scale: float = 100.0
+    max_cells: int = 262144
+
+    def __post_init__(self) -> None:
+        steps, decay = self.steps or 0, self.decay_per_metre or 0.0
+        for name, good, rule in (
+            ("rotations", self.rotations in (1, 4), "1 or 4"),
+            ("batch_size", self.batch_size >= 1, ">= 1"),
+            ("k", self.k >= 1, ">= 1"),
+            ("gamma", 0 < self.gamma < math.inf, "> 0"),
+            ("decay", 0 <= self.decay < math.inf, ">= 0"),
+            ("decay_per_metre", 0 <= decay < math.inf, ">= 0"),
+            ("alpha", 0 <= self.alpha < 1, "0 <= alpha < 1"),
+            ("steps", steps >= 0, ">= 0"),
+            ("logit_scale", 0 < self.logit_scale < math.inf, "> 0"),
+            ("max_cells", self.max_cells >= 1, ">= 1"),
+        ):
+            if not good:
+                raise ConfigError(f"zero_shot: {name} is out of range; expected {rule}, got {getattr(self, name)}")
+
+
+def zero_shot_presets() -> tuple[str, ...]:
+    """Names that :func:`load_zero_shot` takes beside paths."""
+    folder = resources.files("drseg_core.config") / "presets" / "zero_shot"
+    return tuple(sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+
+
+def load_zero_shot(source: str | os.PathLike[str]) -> ZeroShotConfig:
+    """Read a preset by name (``b``, ``l``, ``tiny``) or a YAML file by path. What it leaves out keeps its default.
+
+    Raises:
+        ConfigError: no such preset or file, unknown or repeated key, wrong type, a number out of range.
+
+    Example:
+        >>> from drseg_core.config.zero_shot import load_zero_shot
+        >>> load_zero_shot("b").clip.name
+        'ViT-B-16-quickgelu'
+    """
+    name = os.fspath(source)
+    if name in zero_shot_presets():
+        folder = resources.files("drseg_core.config") / "presets" / "zero_shot"
+        return parse_config((folder / f"{name}.yaml").read_text(encoding="utf-8"), f"{name}.yaml", ZeroShotConfig)
+    if not Path(name).is_file():
+        raise ConfigError(
+            f"zero_shot: preset {name} not found; expected a YAML file or one of {', '.join(zero_shot_presets())}"
+        )
+    return parse_config(read_text(Path(name)), name, ZeroShotConfig)

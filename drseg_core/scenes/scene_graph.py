@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scene of any size as one grid of cells, its prior as one exact graph, and logits that spread over all of it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drseg_core.config.zero_shot import ZeroShotConfig
+from drseg_core.errors import NumericalError, ResourceError
+from drseg_core.evaluation.inference import Piece, Prediction, ReadWindow
+from drseg_core.files import check_room
+from drseg_core.models.class_text import ClassText, class_logits
+from drseg_core.models.window_maps import Windows, blended_bands
+from drseg_core.models.zero_shot import ZeroShot
+from drseg_core.nn.label_propagation import propagate_labels, propagation_graph, solve_labels
+from drseg_core.ops import Graph
+from drseg_core.scenes.enlarged import Enlarged
+
+PRIOR_BYTES = 2**30
+"""A prior of more bytes in float32 is kept in float16, in a file."""
+
+COLUMNS = 32
+"""Classes whose logits are spread at a time."""
+
+_BLOCK_BYTES = 64 * 2**20
+
+_log = logging.getLogger(__name__)
+
+
+class SceneCells(NamedTuple):
+    """``logits`` (N, T) float32 and ``prior`` (N, D), L2-normalised and NaN where nothing is valid, None without one;
+    ``valid`` (h, w) bool with ``h * w = N``. On the CPU."""
+
+    logits: Tensor
+    prior: Tensor | None
+    valid: Tensor
+
+
+class GraphPredictor:
+    """Maps a scene by words: :class:`drseg_core.models.zero_shot.ZeroShot` in windows, one graph over all of them.
+
+    The scene is read twice: in windows, whose maps are blended into cells (:meth:`collect`), and in blocks, for
+    which the spread logits are enlarged (:meth:`pieces`). A cell without a valid pixel has no edges, and no share in
+    any pixel.
+
+    A pixel's score is the softmax of its logits times ``logit_scale``, and its uncertainty the entropy of the softmax,
+    divided by its largest.
+
+    Args:
+        model: on ``device``.
+        text: of ``model.encode``.
+        class_names: one for each class of ``text``.
+        config: windows, graph and propagation.
+        decay: for each cell of distance.
+        device: where the model is and the graph is made.
+        folder: where a large prior is kept.
+        block: side in pixels of the blocks; by default what a bound on memory gives.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: windows that do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: ZeroShot,
+        text: ClassText,
+        class_names: tuple[str, ...],
+        config: ZeroShotConfig,
+        *,
+        decay: float,
+        device: torch.device,
+        folder: Path | None = None,
+        block: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.model, self.text, self.class_names, self.config = model, text, class_names, config
+        self.decay, self.device, self.folder, self.progress = decay, device, folder, progress
+        self.windows = scene_windows(model, config)
+        fitting = int((_BLOCK_BYTES / (8 * (len(class_names) + 1))) ** 0.5)
+        # whole blocks of the rasters that are written
+        self.block = block or min(max(fitting // 256 * 256, 256), 1024)
+
+    def collect(self, read: ReadWindow, height: int, width: int) -> SceneCells:
+        """The cells of a scene. Memory: one row of windows besides the result.
+
+        Args:
+            read: gives a part of the scene and its valid pixels.
+            height: H of the scene.
+            width: W of the scene.
+
+        Raises:
+            NumericalError: features are not finite.
+            ResourceError: no room for the file of a large prior.
+        """
+        from tqdm import tqdm
+
+        grid = self.windows.grid(height, width)
+        nodes = grid[0] * grid[1]
+        logits = torch.zeros(nodes, len(self.class_names))
+        prior = None if self.model.prior is None or self.config.steps == 0 else self._room(nodes)
+        valid = torch.zeros(grid, dtype=torch.bool)
+
+        def pixels(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+            first = int(rows.min()), int(columns.min())
+            image, known = read(first[0], int(rows.max()) + 1, first[1], int(columns.max()) + 1)
+            rows, columns = rows - first[0], columns - first[1]
+            seen = None if known is None else torch.from_numpy(known)[rows][:, columns]
+            return image[:, rows][None, :, :, columns], seen
+
+        down, across = self.windows.starts(height, width)
+        with tqdm(total=len(down) * len(across), desc="windows", disable=not self.progress) as bar:
+            bands = blended_bands(
+                lambda image: self.model.parts(image.to(self.device).float() / 255),
+                pixels,
+                height,
+                width,
+                self.windows,
+                batch_size=self.config.batch_size,
+                computed=bar.update,
+            )
+            for band in bands:
+                rows = slice(band.top * grid[1], (band.top + len(band.valid)) * grid[1])
+                valid[band.top : band.top + len(band.valid)] = band.valid
+                known = band.valid.flatten()
+                # nothing was computed yet
+                if not band.parts:
+                    continue
+                found = class_logits(band.parts[0], self.text)[0].flatten(1).T.cpu()
+                if not found[known].isfinite().all():
+                    raise NumericalError("zero_shot: logits are not finite; expected finite values from CLIP")
+                logits[rows] = torch.where(known[:, None], found, 0)
+                if prior is not None:
+                    unit = F.normalize(band.parts[1][0].flatten(1).T.float(), dim=1).cpu()
+                    prior[rows] = torch.where(known[:, None], unit, torch.nan).to(prior.dtype)
+            # windows without a valid pixel are left out
+            bar.update(len(down) * len(across) - bar.n)
+        return SceneCells(logits, prior, valid)
+
+    def _room(self, nodes: int) -> Tensor:
+        """(N, D) of NaN, for the prior."""
+        assert self.model.prior is not None
+        shape = nodes, self.model.prior.width
+        if nodes * shape[1] * 4 <= PRIOR_BYTES:
+            return torch.full(shape, torch.nan)
+        folder = self.folder or Path(tempfile.gettempdir())
+        check_room(folder, nodes * shape[1] * 2, "zero_shot")
+        try:
+            # without a name: nothing is left of it, however this ends
+            with tempfile.TemporaryFile(dir=folder) as file:
+                kept = torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape))
+            return kept.fill_(torch.nan)
+        except OSError as error:
+            raise ResourceError(f"zero_shot: {folder} has no room for the prior; {error.strerror}") from error
+
+    def graph(self, prior: Tensor, grid: tuple[int, int]) -> Graph:
+        """The graph of a prior (N, D)."""
+        config = self.config
+        return propagation_graph(prior, grid, config.k, gamma=config.gamma, decay=self.decay, select=config.select)
+
+    def spread(self, cells: SceneCells) -> Tensor:
+        """Logits (N, T) after the propagation over the graph of the whole scene."""
+        config = self.config
+        if cells.prior is None or not cells.valid.any():
+            return cells.logits
+        grid = (cells.valid.shape[0], cells.valid.shape[1])
+        _log.info("one graph of %d x %d cells, %d neighbours each", *grid, config.k)
+        graph = self.graph(cells.prior.to(self.device), grid)
+        spread = torch.empty_like(cells.logits)
+        for first in range(0, spread.shape[1], COLUMNS):
+            some = cells.logits[:, first : first + COLUMNS].to(self.device)
+            if config.steps is None:
+                found = solve_labels(some, graph, alpha=config.alpha)
+            else:
+                found = propagate_labels(some, graph, config.steps, alpha=config.alpha)
+            spread[:, first : first + COLUMNS] = found.cpu()
+        return spread
+
+    @torch.no_grad()
+    def pieces(self, read: ReadWindow, height: int, width: int) -> Iterator[Piece]:
+        """See :meth:`drseg_core.evaluation.inference.Predictor.pieces`: the blocks cover every pixel once."""
+        cells = self.collect(read, height, width)
+        enlarged = Enlarged(self.spread(cells), cells.valid, self.windows.cell)
+        del cells
+        most = max(np.log(len(self.class_names)), 1e-12)
+        for top in range(0, height, self.block):
+            for left in range(0, width, self.block):
+                bottom, right = min(top + self.block, height), min(left + self.block, width)
+                read(top, bottom, left, right)
+                score = (enlarged.block(top, bottom, left, right) * self.config.logit_scale).softmax(dim=0)
+                best, index = score.max(dim=0)
+                entropy = torch.special.entr(score).sum(dim=0) / most
+                yield Piece(top, left, Prediction(index.to(torch.uint8), best, entropy), score.__getitem__)
+
+
+def scene_windows(model: ZeroShot, config: ZeroShotConfig) -> Windows:
+    """The windows of a configuration.
+
+    Raises:
+        ValueError: they do not fit the model, or have a single cell.
+    """
+    windows = model.window_grid(config.window, config.overlap, config.batch_size)
+    if windows.cells < 2:
+        raise ValueError(
+            f"zero_shot: window is too small; expected at least {2 * windows.cell} pixels, got {config.window}"
+        )
+    return windows

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A map from words alone: nothing is trained, and one exact graph of the whole scene rectifies it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from drseg_core.checkpoints.encoders import choose_clip, choose_prior, load_encoders
+from drseg_core.config.reading import Reading, parse_reading
+from drseg_core.config.schema import ReadingConfig
+from drseg_core.config.zero_shot import ZeroShotConfig, load_zero_shot
+from drseg_core.data.dataset import IGNORE, check_class_names
+from drseg_core.data.vocabulary import OTHER_COLOR, Vocabulary, parse_classes, plain_classes
+from drseg_core.device import select_device
+from drseg_core.errors import ConfigError
+from drseg_core.evaluation.inference import Piece, PredictsPieces, ReadWindow
+from drseg_core.extras import require
+from drseg_core.models.prompts import AERIAL_TEMPLATES
+from drseg_core.models.zero_shot import ZeroShot
+from drseg_core.scenes.files import SceneFiles, check_outputs
+from drseg_core.scenes.predict import predict_scene
+from drseg_core.scenes.reader import SceneReader, open_scene
+from drseg_core.scenes.scene_graph import GraphPredictor, scene_windows
+from drseg_core.scenes.zero_shot_plan import ZeroShotPlan, check_cells, plan_cells
+
+__all__ = ["SceneZeroShot", "ZeroShotMap", "zero_shot"]
+
+BACKGROUND = "background"
+
+
+class ZeroShotMap(NamedTuple):
+    """``class_index`` (H, W) uint8, 255 where the scene has no data; ``score`` of that class and ``uncertainty``
+    (H, W) float32, from 0 to 1; the ``class_names``; and the ``files`` where some were written.
+
+    Example:
+        >>> import drseg_core as drseg
+        >>> found = drseg.zero_shot("tiny").predict("scene.tif", ["building", "road"], background=["sky"])
+        >>> found.class_names, found.score.shape, found.files
+        (('building', 'road', 'background'), (40, 60), None)
+    """
+
+    class_index: NDArray[np.uint8]
+    score: NDArray[np.float32]
+    uncertainty: NDArray[np.float32]
+    class_names: tuple[str, ...]
+    files: SceneFiles | None = None
+
+
+class SceneZeroShot:
+    """Encoders that map scenes by words; :func:`zero_shot` makes one.
+
+    Args:
+        model: dense CLIP features and a prior.
+        config: windows, graph and propagation.
+        facts: what the metadata of a map say of the weights.
+        device: where the model runs.
+
+    Raises:
+        ConfigError: windows that do not fit the model.
+
+    Example:
+        >>> import drseg_core as drseg
+        >>> mapper = drseg.zero_shot("tiny", steps=3)
+        >>> mapper.plan("scene.tif", ["building", "road"]).grid
+        (5, 8)
+    """
+
+    def __init__(self, model: ZeroShot, config: ZeroShotConfig, facts: dict[str, str], device: torch.device) -> None:
+        self.model, self.config, self.facts, self.device = model.to(device), config, facts, device
+        try:
+            scene_windows(model, config)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def predict(
+        self,
+        image: str | Path,
+        classes: Vocabulary | str | Sequence[str],
+        *,
+        out: str | Path | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> ZeroShotMap:
+        """Map a scene into arrays, and into files where ``out`` is given.
+
+        Args:
+            image: see :func:`drseg_core.scenes.predict.predict`.
+            classes: names, or one text such as ``"building; road, street; tree#00ff00"``.
+            out: class raster to write, ``.tif``.
+            progress: show progress bars.
+            options: those of :meth:`write`; of files only with ``out``.
+
+        Raises:
+            ConfigError: an option does not fit, too many cells, or an output exists.
+            RasterError: the image cannot be read in full.
+            ResourceError: an output cannot be written in full.
+
+        Example:
+            >>> import drseg_core as drseg
+            >>> mapper = drseg.zero_shot("tiny")
+            >>> found = mapper.predict("scene.tif", ["building", "road"], out="map.tif")
+            >>> found.class_index.shape, found.files.classes.name
+            ((40, 60), 'map.tif')
+        """
+        if out is not None:
+            arrays: list[_Arrays] = []
+            files = self.write(image, classes, out, progress=progress, arrays=arrays, **options)
+            return arrays[0].result(files)
+        names = {"background", "templates", "bands", "nodata", "scale", "gsd", "aoi"}
+        if unknown := sorted(options.keys() - names):
+            raise ConfigError(f"zero_shot: {unknown[0]} goes with out; expected a path in out, or without it")
+        reading = {name: options.pop(name) for name in sorted(options.keys() & (names - {"background", "templates"}))}
+        with self._open(image, reading) as scene:
+            predictor, _ = self._predictor(scene, classes, progress=progress, **options)
+            found = _Arrays(predictor)
+            for _ in found.pieces(scene.window, scene.height, scene.width):
+                pass
+        return found.result(None)
+
+    def write(
+        self,
+        image: str | Path,
+        classes: Vocabulary | str | Sequence[str],
+        out: str | Path,
+        *,
+        background: Sequence[str] = (),
+        templates: Sequence[str] = AERIAL_TEMPLATES,
+        threshold: float | None = None,
+        scores: bool = False,
+        probabilities: bool = False,
+        polygons: str | Path | None = None,
+        min_area: float = 0.0,
+        overwrite: bool = False,
+        progress: bool = True,
+        arrays: list[Any] | None = None,
+        **reading: Any,
+    ) -> SceneFiles:
+        """Map a scene into files alone, in bounded memory: what ``drseg predict zero-shot`` does.
+
+        Args:
+            image: see :func:`drseg_core.scenes.predict.predict`, as all that is not said here.
+            classes: names, or one text such as ``"building; road, street; tree#00ff00"``.
+            out: class raster to write, ``.tif``.
+            background: prompts of one more class, the last: what is there but is not asked for.
+            templates: sentences with one ``{}``, over which the features of a word are averaged.
+            arrays: is given what :meth:`predict` returns.
+            reading: ``bands``, ``nodata``, ``scale``, ``gsd``, ``aoi``.
+
+        Returns:
+            The files written.
+
+        Example:
+            >>> import drseg_core as drseg
+            >>> files = drseg.zero_shot("tiny").write("scene.tif", "roof; road", "map.tif", progress=False)
+            >>> files.areas.name
+            'map_areas.csv'
+        """
+        wanted: dict[str, Any] = {"scores": scores, "probabilities": probabilities, "polygons": polygons}
+        check_outputs(image, out, overwrite=overwrite, **wanted)
+        if polygons is not None:
+            require("predict", "vectors")
+        with self._open(image, reading) as scene:
+            predictor, legend = self._predictor(
+                scene, classes, background, templates, folder=Path(out).absolute().parent, progress=progress
+            )
+        kept: PredictsPieces = predictor
+        if arrays is not None:
+            kept = _Arrays(predictor, threshold)
+            arrays.append(kept)
+        return predict_scene(
+            kept,
+            image,
+            out,
+            colors=legend.colors,
+            threshold=threshold,
+            min_area=min_area,
+            overwrite=overwrite,
+            reading=_reading(reading),
+            gsd=reading.get("gsd"),
+            aoi=reading.get("aoi"),
+            tags=self._tags(legend, templates, predictor.decay),
+            progress=progress,
+            **wanted,
+        )
+
+    def plan(
+        self,
+        image: str | Path,
+        classes: Vocabulary | str | Sequence[str],
+        *,
+        background: Sequence[str] = (),
+        templates: Sequence[str] = AERIAL_TEMPLATES,
+        **reading: Any,
+    ) -> ZeroShotPlan:
+        """What :meth:`write` would take: cells, memory and time. Nothing is written. Args and errors are its own.
+
+        Example:
+            >>> import drseg_core as drseg
+            >>> print(drseg.zero_shot("tiny").plan("scene.tif", ["road"]).text().splitlines()[3])
+            one graph: 8 x 5 = 40 cells
+        """
+        with self._open(image, reading) as scene:
+            return plan_cells(self._predictor(scene, classes, background, templates, limited=False)[0], scene)
+
+    def _open(self, image: str | Path, reading: dict[str, Any]) -> Any:
+        require("zero_shot", "maps")
+        return open_scene(image, reading=_reading(reading), gsd=reading.get("gsd"), aoi=reading.get("aoi"))
+
+    def _predictor(
+        self,
+        scene: SceneReader,
+        classes: Vocabulary | str | Sequence[str],
+        background: Sequence[str] = (),
+        templates: Sequence[str] = AERIAL_TEMPLATES,
+        *,
+        folder: Path | None = None,
+        limited: bool = True,
+        progress: bool = False,
+    ) -> tuple[GraphPredictor, Vocabulary]:
+        legend = _vocabulary(classes)
+        text = self.model.encode(legend.synonyms, templates, background)
+        if background:
+            legend = Vocabulary(
+                (*legend.names, BACKGROUND), (*legend.synonyms, tuple(background)), (*legend.colors, OTHER_COLOR)
+            )
+        predictor = GraphPredictor(
+            self.model,
+            text,
+            check_class_names(legend.names, "zero_shot"),
+            self.config,
+            decay=self._decay(scene),
+            device=self.device,
+            folder=folder,
+            progress=progress,
+        )
+        height, width = predictor.windows.grid(scene.height, scene.width)
+        if limited and height * width > self.config.max_cells and self._has_graph:
+            check_cells(plan_cells(predictor, scene, time_model=False), self.config.max_cells)
+        return predictor, legend
+
+    @property
+    def _has_graph(self) -> bool:
+        return self.model.prior is not None and self.config.steps != 0
+
+    def _decay(self, scene: SceneReader) -> float:
+        """Of a cell of this scene."""
+        if self.config.decay_per_metre is None:
+            return self.config.decay
+        if scene.gsd is None:
+            raise ConfigError(
+                f"zero_shot: decay_per_metre needs a place; expected a CRS and a transform in {scene.path}, or decay"
+            )
+        return self.config.decay_per_metre * scene.gsd * scene_windows(self.model, self.config).cell
+
+    def _tags(self, legend: Vocabulary, templates: Sequence[str], decay: float) -> dict[str, str]:
+        """What made a map, for its metadata."""
+        options = {
+            field.name: getattr(self.config, field.name)
+            for field in dataclasses.fields(self.config)
+            if field.name not in ("clip", "prior", "batch_size", "max_cells")
+        }
+        options |= {"decay": decay, "words": legend.synonyms, "templates": list(templates)}
+        tags = {**self.facts, "zero_shot": json.dumps(options, ensure_ascii=False)}
+        if "random weights" in self.facts["clip"]:
+            tags["warning"] = "CLIP has random weights: this map means nothing"
+        return tags
+
+
+def zero_shot(
+    preset: str | os.PathLike[str] = "b",
+    *,
+    clip: str | None = None,
+    prior: str | None = None,
+    offline: bool = False,
+    device: str | None = None,
+    **options: Any,
+) -> SceneZeroShot:
+    """The door to maps from words alone: CLIP's dense features, rectified over one exact graph of the whole scene.
+
+    Args:
+        preset: ``b`` (CLIP ViT-B/16), ``l`` (ViT-L/14 at 336), ``tiny`` (random weights, means nothing), or a YAML
+            file of :class:`drseg_core.config.zero_shot.ZeroShotConfig`.
+        clip: other weights: a file, ``hub:owner/name/file``, a tag or architecture of open_clip,
+            ``ARCHITECTURE:FILE``, or ``random``, which means nothing.
+        prior: another prior: a file, ``hub:owner/name/file``, an architecture of timm, ``ARCHITECTURE:FILE``,
+            ``none`` (no graph), or ``random``.
+        offline: never connect to a network.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
+        options: any option of the configuration, such as ``variant``, ``rotations``, ``window``, ``overlap``, ``k``,
+            ``alpha``, ``steps``, ``decay``, ``decay_per_metre``; and ``prior_layer``, the block whose features are
+            taken.
+
+    Raises:
+        ConfigError: an option is unknown or does not fit.
+        CheckpointError: weights that are not here and cannot be fetched; the message says what to bring.
+        BackendUnavailableError: the device is not here.
+
+    Example:
+        >>> import drseg_core as drseg
+        >>> found = drseg.zero_shot("tiny", rotations=4).predict("scene.tif", ["building", "road"])
+        >>> found.class_index.shape, bool(found.class_index.max() < 2)
+        ((40, 60), True)
+    """
+    place = select_device(device)
+    config = load_zero_shot(preset)
+    layer = options.pop("prior_layer", None)
+    known = [field.name for field in dataclasses.fields(config) if field.name not in ("clip", "prior")]
+    given = {name: value for name, value in options.items() if value is not None}
+    if unknown := sorted(given.keys() - known):
+        raise ConfigError(f"zero_shot: option {unknown[0]} is unknown; expected one of {', '.join(known)}")
+    share = config.overlap / config.window
+    config = dataclasses.replace(config, **given)
+    towers = dataclasses.replace(choose_clip(config.clip, clip), image_size=config.window)
+    structure = dataclasses.replace(choose_prior(config.prior, prior), image_size=config.window)
+    if layer is not None:
+        structure = dataclasses.replace(structure, layer=layer)
+    encoders = load_encoders(towers, structure, offline=offline)
+    config = dataclasses.replace(config, clip=towers, prior=structure)
+    if "overlap" not in given and (clip is not None or "window" in given):
+        # as much of a window as in the preset, in whole cells of another CLIP too
+        patch = encoders.clip.visual.patch_size[0]
+        config = dataclasses.replace(config, overlap=int(share * (config.window // patch)) * patch)
+    try:
+        model = ZeroShot(encoders.clip, encoders.prior, variant=config.variant, rotations=config.rotations)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return SceneZeroShot(model, config, encoders.facts, place)
+
+
+class _Arrays:
+    """Gives the pieces of a predictor on, and keeps what is in them."""
+
+    def __init__(self, predictor: GraphPredictor, threshold: float | None = None) -> None:
+        self.class_names, self._predictor, self._threshold = predictor.class_names, predictor, threshold
+        self.index, self.score, self.uncertainty = np.empty((0, 0), np.uint8), *(np.empty((0, 0), np.float32),) * 2
+
+    def pieces(self, read: ReadWindow, height: int, width: int) -> Iterator[Piece]:
+        self.index = np.full((height, width), IGNORE, np.uint8)
+        self.score, self.uncertainty = (np.zeros((height, width), np.float32) for _ in range(2))
+        known: Any = None
+
+        def spied(*part: int) -> Any:
+            nonlocal known
+            image, known = read(*part)
+            return image, known
+
+        for piece in self._predictor.pieces(spied, height, width):
+            found = piece.prediction
+            rows, columns = found.class_index.shape
+            place = slice(piece.top, piece.top + rows), slice(piece.left, piece.left + columns)
+            index = found.class_index.numpy()
+            if self._threshold is not None:
+                index = np.where(found.score.numpy() < self._threshold, self._other, index)
+            self.index[place] = index if known is None else np.where(known, index, IGNORE)
+            self.score[place], self.uncertainty[place] = found.score.numpy(), found.uncertainty.numpy()
+            yield piece
+
+    @property
+    def _other(self) -> np.uint8:
+        return np.uint8(plain_classes(self.class_names).with_other().names.index("other"))
+
+    def result(self, files: SceneFiles | None) -> ZeroShotMap:
+        names = self.class_names
+        if self._threshold is not None:
+            names = plain_classes(names).with_other().names
+        return ZeroShotMap(self.index, self.score, self.uncertainty, names, files)
+
+
+def _vocabulary(classes: Vocabulary | str | Sequence[str]) -> Vocabulary:
+    if isinstance(classes, Vocabulary):
+        return classes
+    if isinstance(classes, str):
+        return parse_classes(classes)
+    return plain_classes(check_class_names(classes, "zero_shot"))
+
+
+def _reading(options: dict[str, Any]) -> Reading:
+    bands = options.get("bands")
+    given = ReadingConfig(
+        options.get("scale"), options.get("nodata"), None if bands is None else ",".join(map(str, bands))
+    )
+    return parse_reading(given)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a map from words would take, before it is made."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from drseg_core.data.raster import CACHE_MB
+from drseg_core.errors import ConfigError
+from drseg_core.nn.label_propagation import smooth
+from drseg_core.scenes.reader import SceneReader
+from drseg_core.scenes.scene_graph import COLUMNS, PRIOR_BYTES, GraphPredictor
+
+_PROBE = 48
+"""Side of the grid whose graph is timed."""
+
+_ITERATIONS = 60
+"""Products with the graph that a solution takes, or fewer, with the defaults."""
+
+
+class ZeroShotPlan(NamedTuple):
+    """Size in pixels, side of a pixel in metres, windows to compute at most, bands, size of the grid in cells, memory
+    above the model in MB, MB on the disk, and the seconds that the model and the graph take.
+
+    The time of the graph is that of a small one of noise, times the square of how many more cells there are; a smooth
+    scene with a spatial decay takes less.
+    """
+
+    height: int
+    width: int
+    gsd: float | None
+    windows: int
+    bands: tuple[int, ...]
+    grid: tuple[int, int]
+    memory_mb: float
+    disk_mb: float
+    model_seconds: float
+    graph_seconds: float
+
+    @property
+    def cells(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def text(self) -> str:
+        """For a person."""
+        side = "" if self.gsd is None else f", {self.gsd:.3g} m each"
+        disk = "" if not self.disk_mb else f"; {self.disk_mb:.0f} MB of the disk"
+        return "\n".join(
+            (
+                f"size: {self.width} x {self.height} pixels{side}",
+                f"windows: {self.windows} at most (those without data are left out)",
+                f"bands: {', '.join(map(str, self.bands))}",
+                f"one graph: {self.grid[1]} x {self.grid[0]} = {self.cells} cells",
+                f"memory above the model: {self.memory_mb:.0f} MB{disk}",
+                f"time of the model: {_duration(self.model_seconds)}",
+                f"time of the graph: {_duration(self.graph_seconds)} or less",
+            )
+        )
+
+
+def plan_cells(predictor: GraphPredictor, scene: SceneReader, *, time_model: bool = True) -> ZeroShotPlan:
+    """Count cells and windows, and time the model on one batch of windows, and a small graph.
+
+    Args:
+        predictor: with its model.
+        scene: open.
+        time_model: False leaves the time of the model at 0.
+    """
+    config, windows, classes = predictor.config, predictor.windows, len(predictor.class_names)
+    grid = windows.grid(scene.height, scene.width)
+    nodes = grid[0] * grid[1]
+    down, across = windows.starts(scene.height, scene.width)
+    count = len(down) * len(across)
+    prior = None if config.steps == 0 else predictor.model.prior
+    channels = predictor.model.clip.embed_dim + (0 if predictor.model.prior is None else predictor.model.prior.width)
+    # sums, the next ones and the quotient of a row of windows; logits twice, and the solver's own
+    memory = 12.0 * channels * windows.cells * max(grid[1], windows.cells)
+    memory += 4.0 * nodes * (2 * classes + 5 * min(classes, COLUMNS))
+    disk = 0.0
+    if prior is not None:
+        large = nodes * prior.width * 4 > PRIOR_BYTES
+        disk = 2.0 * nodes * prior.width * large
+        # the prior as kept and as normalised; index, scores, weights, coefficients and columns of the edges
+        memory += 4.0 * nodes * prior.width * (1 if large else 2) + 28.0 * nodes * config.k
+    return ZeroShotPlan(
+        scene.height,
+        scene.width,
+        scene.gsd,
+        count,
+        scene.bands,
+        grid,
+        memory / 2**20 + CACHE_MB,
+        disk / 2**20,
+        _model_seconds(predictor, count) if time_model else 0.0,
+        0.0 if prior is None else _graph_seconds(predictor, nodes, prior.width),
+    )
+
+
+def check_cells(plan: ZeroShotPlan, limit: int) -> None:
+    """Refuse a graph that is too large.
+
+    Raises:
+        ConfigError: the message says what it would take.
+    """
+    if plan.cells > limit:
+        raise ConfigError(
+            f"zero_shot: the scene has too many cells for one graph; expected at most {limit} (--max-cells), got "
+            f"{plan.grid[1]} x {plan.grid[0]} = {plan.cells}, which take about {plan.memory_mb:.0f} MB and "
+            f"{_duration(plan.graph_seconds)} for the graph: read it coarser (--gsd), map parts of it (--aoi), leave "
+            "the graph out (--steps 0), or raise the limit"
+        )
+
+
+def _model_seconds(predictor: GraphPredictor, count: int) -> float:
+    side, batch = predictor.config.window, min(predictor.config.batch_size, count)
+    image = torch.zeros(batch, 3, side, side, device=predictor.device)
+    predictor.model.parts(image)
+    begin = time.perf_counter()
+    predictor.model.parts(image)
+    return (time.perf_counter() - begin) / batch * count
+
+
+def _graph_seconds(predictor: GraphPredictor, nodes: int, width: int) -> float:
+    """Quadratic in the nodes for the choice of neighbours, linear for the propagation."""
+    config, few = predictor.config, _PROBE**2
+    random = torch.Generator().manual_seed(0)
+    prior = torch.randn(few, width, generator=random).to(predictor.device)
+    labels = torch.randn(few, min(len(predictor.class_names), COLUMNS), generator=random).to(predictor.device)
+    begin = time.perf_counter()
+    graph = predictor.graph(prior, (_PROBE, _PROBE))
+    made = time.perf_counter()
+    float(smooth(graph, labels).sum())
+    step = time.perf_counter() - made
+    steps = _ITERATIONS if config.steps is None else config.steps
+    rounds = -(-len(predictor.class_names) // COLUMNS)
+    return (made - begin) * (nodes / few) ** 2 + step * steps * rounds * nodes / few
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min {rest % 60} s"

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A map from words: against the same in one piece and in float64, and what must not matter to it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import drseg_core as drseg
+from drseg_core.config.zero_shot import ZeroShotConfig, load_zero_shot, zero_shot_presets
+from drseg_core.errors import ConfigError, NumericalError
+from drseg_core.models.class_text import class_logits
+from drseg_core.scenes import scene_graph
+from drseg_core.scenes.enlarged import Enlarged
+from drseg_core.scenes.predict import predict_scene
+from drseg_core.scenes.scene_graph import GraphPredictor
+from drseg_core.scenes.synthetic import write_synthetic_scene
+from drseg_core.scenes.zero_shot import SceneZeroShot
+
+rasterio = pytest.importorskip("rasterio")
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+torch.set_num_threads(1)
+CELL, SIDE, OVERLAP = 8, 32, 16
+NAMES = ["building", "road", "tree"]
+H, W = 53, 90
+
+
+@pytest.fixture(scope="module")
+def mapper() -> SceneZeroShot:
+    found = drseg.zero_shot("tiny", k=6, decay=0.2, gamma=2.0, alpha=0.8, device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        # initial weights tell no two classes apart
+        for parameter in found.model.clip.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return found
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a collar of nodata, and a hole over a corner of several windows."""
+    path = write_synthetic_scene(tmp_path_factory.mktemp("scene") / "scene.tif", width=W, height=H, collar=3)
+    with rasterio.open(path, "r+") as file:
+        value = file.read()
+        value[:, 10:29, 20:61] = 0
+        file.write(value)
+    return path
+
+
+def changed(mapper: SceneZeroShot, **options: Any) -> SceneZeroShot:
+    return SceneZeroShot(mapper.model, dataclasses.replace(mapper.config, **options), mapper.facts, torch.device("cpu"))
+
+
+# the same in one piece
+
+
+def literal_cells(mapper: SceneZeroShot, image: np.ndarray, valid: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Logits (h, w, T) and prior (h, w, D) of all cells from the whole image in float64, and which are valid."""
+    model = copy.deepcopy(mapper.model).double()
+    h, w = math.ceil(H / CELL), math.ceil(W / CELL)
+    padded = np.pad(image, ((0, 0), (0, h * CELL - H), (0, w * CELL - W)), mode="reflect")
+    pixels = torch.from_numpy(padded).double() / 255
+    cells = np.zeros((h, w), bool)
+    for y, x in np.ndindex(H, W):
+        cells[y // CELL, x // CELL] |= valid[y, x]
+    n, shared = SIDE // CELL, OVERLAP // CELL
+    line = [math.sin(math.pi / 2 * min((min(i, n - 1 - i) + 0.5) / shared, 1)) ** 2 for i in range(n)]
+    weight = torch.tensor([[a * b for b in line] for a in line], dtype=torch.float64)
+    feature = prior = None
+    total = torch.zeros(h, w, dtype=torch.float64)
+    for y in sorted({*range(0, h - n, n - shared), h - n}):
+        for x in sorted({*range(0, w - n, n - shared), w - n}):
+            if not cells[y : y + n, x : x + n].any():
+                continue
+            maps = model.maps(pixels[None, :, y * CELL : y * CELL + SIDE, x * CELL : x * CELL + SIDE])
+            if feature is None:
+                feature, prior = (torch.zeros(m.shape[1], h, w, dtype=torch.float64) for m in maps)
+            feature[:, y : y + n, x : x + n] += maps.features[0] * weight
+            prior[:, y : y + n, x : x + n] += maps.prior[0] * weight
+            total[y : y + n, x : x + n] += weight
+    text = model.encode(NAMES)
+    logits = class_logits((feature / total)[None], text)[0]
+    return logits.permute(1, 2, 0), (prior / total).permute(1, 2, 0), cells
+
+
+def literal_spread(logits: Tensor, prior: Tensor, cells: np.ndarray, config: ZeroShotConfig) -> Tensor:
+    """Dense matrices over the valid cells; the others keep 0."""
+    place = np.argwhere(cells)
+    unit = prior[cells] / prior[cells].norm(dim=1, keepdim=True)
+    cosine = (unit @ unit.T).clamp(min=0) ** config.gamma
+    distance = np.linalg.norm(place[:, None] - place[None], axis=-1)
+    affinity = cosine * torch.from_numpy(np.exp(-config.decay * distance))
+    affinity.fill_diagonal_(0)
+    best = affinity.topk(config.k, dim=1).indices
+    kept = torch.zeros_like(affinity).scatter(1, best, affinity.gather(1, best))
+    both = kept + kept.T
+    scale = both.sum(1) ** -0.5
+    operator = scale[:, None] * both * scale
+    y = logits[cells]
+    if config.steps is None:
+        spread = torch.linalg.solve(torch.eye(len(y), dtype=y.dtype) - config.alpha * operator, (1 - config.alpha) * y)
+    else:
+        spread = y
+        for _ in range(config.steps):
+            spread = config.alpha * operator @ spread + (1 - config.alpha) * y
+    found = torch.zeros_like(logits)
+    found[cells] = spread
+    return found
+
+
+def literal_pixels(logits: Tensor, cells: np.ndarray) -> Tensor:
+    """(T, H, W): each pixel between the up to four cells around it that are valid."""
+    h, w = cells.shape
+    found = torch.zeros(logits.shape[-1], H, W, dtype=torch.float64)
+    for y, x in np.ndindex(H, W):
+        a, b = (min(max((v + 0.5) / CELL - 0.5, 0), n - 1) for v, n in ((y, h), (x, w)))
+        total = 0.0
+        for i in {int(a), min(int(a) + 1, h - 1)}:
+            for j in {int(b), min(int(b) + 1, w - 1)}:
+                share = (1 - abs(a - i)) * (1 - abs(b - j)) * cells[i, j]
+                total += share
+                found[:, y, x] += share * logits[i, j]
+        found[:, y, x] /= total or 1
+    return found
+
+
+def read(scene: Path) -> tuple[np.ndarray, np.ndarray]:
+    with rasterio.open(scene) as file:
+        return file.read(), file.dataset_mask() != 0
+
+
+@pytest.mark.parametrize("steps", [None, 3, 0])
+def test_a_map_is_that_of_the_scene_in_one_piece(mapper: SceneZeroShot, scene: Path, steps: int | None) -> None:
+    mine = changed(mapper, steps=steps)
+    image, valid = read(scene)
+    logits, prior, cells = literal_cells(mine, image, valid)
+    assert not cells.all() and not cells[2, 4]
+    if steps != 0:
+        logits = literal_spread(logits, prior, cells, mine.config)
+    score = (literal_pixels(logits, cells) * mine.config.logit_scale).softmax(0)
+    found = mine.predict(scene, NAMES)
+    best = score.sort(0, descending=True).values
+    sure = valid & (best[0] - best[1] > 1e-3).numpy()
+    assert sure.mean() > 0.5 and len(np.unique(found.class_index)) > 2
+    assert np.array_equal(found.class_index[sure], score.argmax(0).numpy()[sure])
+    assert (found.class_index[~valid] == 255).all() and (found.class_index[valid] < 3).all()
+    np.testing.assert_allclose(found.score[valid], best[0].numpy()[valid], atol=2e-3)
+    entropy = -(score * score.log()).sum(0) / math.log(3)
+    np.testing.assert_allclose(found.uncertainty[valid], entropy.numpy()[valid], atol=5e-3)
+
+
+def predictor(mapper: SceneZeroShot, **options: Any) -> GraphPredictor:
+    config = mapper.config
+    text = mapper.model.encode(NAMES)
+    return GraphPredictor(
+        mapper.model, text, tuple(NAMES), config, decay=config.decay, device=torch.device("cpu"), **options
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 3, 50])
+@pytest.mark.parametrize("block", [7, 32, 200])
+def test_batches_and_blocks_do_not_matter(mapper: SceneZeroShot, scene: Path, tmp_path, batch: int, block: int) -> None:
+    expected = mapper.predict(scene, NAMES)
+    mine = changed(mapper, batch_size=batch)
+    files = predict_scene(predictor(mine, block=block), scene, tmp_path / "map.tif", progress=False)
+    with rasterio.open(files.classes) as file:
+        found = file.read(1)
+    unsure = expected.score < 0.34
+    assert ((found == expected.class_index) | unsure).all() and (found == expected.class_index).mean() > 0.999
+
+
+def test_blocks_have_the_same_bits() -> None:
+    torch.manual_seed(0)
+    valid = torch.rand(5, 7) > 0.3
+    enlarged = Enlarged(torch.randn(35, 4), valid, 6)
+    whole = enlarged.block(0, 30, 0, 42)
+    for top, bottom, left, right in ((0, 1, 0, 1), (3, 17, 5, 42), (29, 30, 0, 42)):
+        assert torch.equal(enlarged.block(top, bottom, left, right), whole[:, top:bottom, left:right])
+    full = Enlarged(enlarged.logits.view(35, 4), torch.ones(5, 7, dtype=torch.bool), 6).block(0, 30, 0, 42)
+    image = enlarged.logits.permute(2, 0, 1)[None]
+    torch.testing.assert_close(full, torch.nn.functional.interpolate(image, scale_factor=6, mode="bilinear")[0])
+
+
+# one graph
+
+
+def collected(mapper: SceneZeroShot, scene: Path, **options: Any) -> tuple[GraphPredictor, Any]:
+    image, valid = read(scene)
+    mine = predictor(mapper, **options)
+    part = lambda a, b, c, d: (torch.from_numpy(image[:, a:b, c:d].copy()), valid[a:b, c:d])  # noqa: E731
+    return mine, mine.collect(part, H, W)
+
+
+def test_the_graph_crosses_the_borders_of_windows(mapper: SceneZeroShot, scene: Path) -> None:
+    """A label in one corner reaches windows that share no cell with its own, which graphs of windows cannot."""
+    mine, cells = collected(changed(mapper, steps=6, decay=0.0), scene)
+    label = torch.zeros_like(cells.logits)
+    label[0, 0] = 1
+    reached = (mine.spread(cells._replace(logits=label))[:, 0] > 0).view(cells.valid.shape)
+    n = SIDE // CELL
+    assert reached[:, 2 * n :].any() and reached[n:].any()
+    # planted fault: each window by itself
+    assert cells.prior is not None
+    grid = cells.valid.shape
+    near = torch.zeros(grid, dtype=torch.bool)
+    near[:n, :n] = True
+    alone = cells.prior.clone()
+    alone[~near.flatten()] = torch.nan
+    apart = (mine.spread(cells._replace(logits=label, prior=alone))[:, 0] > 0).view(grid)
+    assert apart.any() and not apart[:, n:].any() and not apart[n:].any()
+
+
+def test_cells_without_data_take_no_part(mapper: SceneZeroShot, scene: Path) -> None:
+    mine, cells = collected(changed(mapper, steps=3), scene)
+    assert cells.prior is not None and not cells.valid.all()
+    absent = ~cells.valid.flatten()
+    assert cells.prior[absent].isnan().all() and cells.prior[~absent].isfinite().all()
+    assert (cells.logits[absent] == 0).all()
+    graph = mine.graph(cells.prior, tuple(cells.valid.shape))
+    rows = torch.arange(len(absent))[:, None].expand_as(graph.index)
+    used = graph.coefficient > 0
+    assert not absent[graph.index[used].long()].any() and not absent[rows[used]].any()
+    # whatever stands there
+    hidden = cells.logits.clone()
+    hidden[absent] = 1000.0
+    spread, plain = mine.spread(cells._replace(logits=hidden)), mine.spread(cells)
+    assert torch.equal(spread[~absent], plain[~absent])
+
+
+def test_a_large_prior_lies_in_a_file(mapper: SceneZeroShot, scene: Path, tmp_path: Path, monkeypatch) -> None:
+    plain, cells = collected(mapper, scene)
+    monkeypatch.setattr(scene_graph, "PRIOR_BYTES", 1000)
+    _, stored = collected(mapper, scene, folder=tmp_path)
+    assert stored.prior.dtype == torch.float16 and cells.prior.dtype == torch.float32
+    torch.testing.assert_close(stored.prior.float(), cells.prior, atol=1e-3, rtol=1e-3, equal_nan=True)
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(stored.logits, cells.logits)
+    found = plain.spread(stored)
+    # a few neighbours are others: nearly tied ones
+    assert (found.argmax(1) == plain.spread(cells).argmax(1)).float().mean() > 0.95
+
+
+def test_decay_per_metre_is_that_of_a_cell(mapper: SceneZeroShot, scene: Path, tmp_path: Path) -> None:
+    # pixels of half a metre, cells of 8: 0.05 a metre is 0.2 a cell, but for the scale of the projection
+    metres = changed(mapper, decay_per_metre=0.05).predict(scene, NAMES)
+    cells = mapper.predict(scene, NAMES)
+    assert (metres.class_index == cells.class_index).mean() > 0.99
+    far = changed(mapper, decay_per_metre=50.0).predict(scene, NAMES)
+    assert np.abs(far.score - cells.score).max() > 10 * np.abs(metres.score - cells.score).max()
+    from PIL import Image
+
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "plain.png")
+    with pytest.raises(ConfigError, match="decay_per_metre needs a place"):
+        changed(mapper, decay_per_metre=0.05).predict(tmp_path / "plain.png", NAMES)
+
+
+# files
+
+
+def test_the_files_of_a_map(mapper: SceneZeroShot, scene: Path, tmp_path: Path) -> None:
+    out = tmp_path / "map.tif"
+    found = mapper.predict(
+        scene, "roof, building#ff0000; road", out=out, background=["sky"], scores=True, probabilities=True
+    )
+    assert found.files is not None and found.class_names == ("roof", "road", "background")
+    with rasterio.open(scene) as source, rasterio.open(out) as result:
+        assert (result.crs, result.transform, result.shape) == (source.crs, source.transform, source.shape)
+        assert np.array_equal(result.read(1), found.class_index) and result.nodata == 255
+        assert result.colormap(1)[0][:3] == (255, 0, 0)
+        tags = result.tags()
+    assert json.loads(tags["class_names"]) == ["roof", "road", "background"]
+    options = json.loads(tags["zero_shot"])
+    assert options["words"] == [["roof", "building"], ["road"], ["sky"]] and options["k"] == 6
+    assert options["variant"] == "segearth" and len(options["templates"]) > 5
+    assert tags["clip"] == "drseg-tiny, random weights" and "means nothing" in tags["warning"]
+    with rasterio.open(found.files.probabilities) as result:
+        assert result.count == 3
+    with rasterio.open(found.files.scores) as result:
+        score = result.read(1)
+        valid = score != 255
+        np.testing.assert_allclose(score[valid] * result.scales[0], found.score[valid], atol=0.0021)
+    assert len(found.files.present()) == 8 and "background" in found.files.areas.read_text()
+
+
+def test_hashes_of_weight_files_stand_in_the_map(scene: Path, tmp_path: Path) -> None:
+    import hashlib
+
+    from open_clip.model import CLIP
+    from safetensors.torch import save_file
+
+    from drseg_core.models.clip import ARCHITECTURES
+
+    torch.manual_seed(0)
+    state = CLIP(**ARCHITECTURES["drseg-tiny"]).state_dict()
+    file = tmp_path / "clip.safetensors"
+    save_file({name: value.contiguous() for name, value in state.items()}, file)
+    found = drseg.zero_shot("tiny", clip=str(file), prior="none").predict(scene, NAMES, out=tmp_path / "map.tif")
+    assert found.files is not None
+    with rasterio.open(found.files.classes) as result:
+        tags = result.tags()
+    assert tags["clip"] == "drseg-tiny, clip.safetensors" and "prior" not in tags and "warning" not in tags
+    assert tags["clip_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_thresholds_and_parts(mapper: SceneZeroShot, scene: Path, tmp_path: Path) -> None:
+    found = mapper.predict(scene, NAMES, out=tmp_path / "map.tif", threshold=0.6, gsd=1.0)
+    assert found.files is not None and found.class_names == (*NAMES, "other") and found.class_index.shape == (27, 45)
+    with rasterio.open(found.files.classes) as result:
+        assert np.array_equal(result.read(1), found.class_index)
+    assert (found.class_index == 3).any() and (found.score[found.class_index == 3] < 0.6).all()
+
+
+@pytest.mark.parametrize("size", [(5, 90), (33, 32), (1, 1), (40, 7)])
+def test_any_size(mapper: SceneZeroShot, tmp_path: Path, size: tuple[int, int]) -> None:
+    from PIL import Image
+
+    path = tmp_path / "scene.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3)).astype(np.uint8)).save(path)
+    found = mapper.predict(path, NAMES)
+    assert found.class_index.shape == size and (found.class_index < 3).all()
+
+
+def test_a_scene_without_data(mapper: SceneZeroShot, tmp_path: Path) -> None:
+    path = write_synthetic_scene(tmp_path / "scene.tif", height=40, width=40, collar=19)
+    with rasterio.open(path, "r+") as file:
+        file.write(np.zeros_like(file.read()))
+    assert (mapper.predict(path, NAMES).class_index == 255).all()
+
+
+# refusals
+
+
+def test_a_scene_with_too_many_cells_is_refused_before_the_work(mapper, scene, tmp_path, monkeypatch) -> None:
+    small = changed(mapper, max_cells=50)
+    monkeypatch.setattr(GraphPredictor, "collect", None)
+    with pytest.raises(ConfigError, match=r"expected at most 50 \(--max-cells\), got 12 x 7 = 84, which take about"):
+        small.predict(scene, NAMES, out=tmp_path / "map.tif")
+    assert list(tmp_path.iterdir()) == []
+    plan = small.plan(scene, NAMES)
+    assert plan.cells == 84 and plan.memory_mb > 64 and plan.model_seconds > 0 and "12 x 7 = 84 cells" in plan.text()
+
+
+def test_features_that_are_not_finite(scene: Path) -> None:
+    broken = drseg.zero_shot("tiny")
+    with torch.no_grad():
+        broken.model.clip.visual.proj.fill_(torch.nan)
+    with pytest.raises(NumericalError, match="zero_shot: logits are not finite"):
+        broken.predict(scene, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"alpha": 1.0}, "alpha is out of range"),
+        ({"k": 0}, "k is out of range"),
+        ({"steps": -1}, "steps is out of range"),
+        ({"rotations": 2}, "rotations is out of range; expected 1 or 4"),
+        ({"variant": "odd"}, "variant is unknown"),
+        ({"window": 33}, "image_size does not fit"),
+        ({"window": 8}, "expected at least 16 pixels, got 8"),
+        ({"overlap": 32}, "overlap does not fit"),
+        ({"colour": 1}, "option colour is unknown; expected one of variant"),
+        ({"prior": "none", "variant": "proxyclip"}, "prior is missing"),
+        ({"prior": "odd"}, "prior odd has no published weights"),
+        ({"prior_layer": 7}, "layer is out of range"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        drseg.zero_shot("tiny", **options)
+
+
+def test_presets() -> None:
+    assert zero_shot_presets() == ("b", "l", "tiny")
+    for name, window in (("b", 224), ("l", 336), ("tiny", 32)):
+        config = load_zero_shot(name)
+        assert config.window == window and config.overlap == window // 2
+    with pytest.raises(ConfigError, match="preset odd not found; expected a YAML file or one of b, l, tiny"):
+        load_zero_shot("odd")
+
+
+def test_a_preset_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("clip: {name: drseg-tiny, weights: null}\nprior: {name: none}\nwindow: 64\noverlap: 0\n")
+    found = drseg.zero_shot(path, rotations=4)
+    assert found.config.window == 64 and found.model.prior is None and found.model.rotations == 4
+    path.write_text("windows: 64\n")
+    with pytest.raises(ConfigError, match="own.yaml:1: windows is unknown"):
+        drseg.zero_shot(path)
