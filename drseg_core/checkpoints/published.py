@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class Published(NamedTuple):
-    """Weights of one encoder: ``files``, any of which will do, of ``place``, a repository on the hub or an address.
+    """Weights of one encoder: ``files``, any of which will do, of ``place``, a repository on the Hugging Face hub.
 
     ``option`` names a file of one's own in their stead.
     """
@@ -35,14 +35,14 @@ class Published(NamedTuple):
 
     @property
     def address(self) -> str:
-        return self.place if "://" in self.place else f"https://huggingface.co/{self.place}"
+        return f"https://huggingface.co/{self.place}"
 
 
 def published_clip(config: ClipConfig) -> Published | None:
     """What a CLIP's configuration names; None for random weights and for files.
 
     Raises:
-        ConfigError: ``hub:`` without repository or file.
+        ConfigError: ``hub:`` without repository or file, or weights that are not on the hub.
     """
     if config.weights is None or Path(config.weights).exists():
         return None
@@ -59,7 +59,7 @@ def published_clip(config: ClipConfig) -> Published | None:
     if repository:
         files = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
         return Published("CLIP", described, "--clip", repository, files, clip_licence(config))
-    return Published("CLIP", described, "--clip", tag["url"], (tag["url"].rpartition("/")[2],), clip_licence(config))
+    raise ConfigError(f"zero_shot: {described} is not on the hub; expected a file with --clip {config.name}:FILE")
 
 
 def published_prior(config: DinoConfig) -> Published | None:
@@ -94,9 +94,6 @@ def _on_hub(part: str, name: str, option: str, value: str, licence: str) -> Publ
 
 def located(source: Published) -> Path | None:
     """Where the weights are, without asking any network; None where they are not."""
-    if "://" in source.place:
-        path = Path.home() / ".cache" / "clip" / source.files[0]
-        return path if path.is_file() else None
     require("zero_shot", "huggingface_hub")
     import huggingface_hub
 
@@ -140,10 +137,6 @@ def fetched(sources: Sequence[Published], *, offline: bool = False) -> list[Path
 
 
 def _download(source: Published) -> Path:
-    if "://" in source.place:
-        from open_clip.pretrained import download_pretrained
-
-        return Path(download_pretrained({"url": source.place}))
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from drseg_core.cli import zero_shot
 from drseg_core.cli.evaluate import add_tile_arguments
 from drseg_core.cli.parsers import Parser, add_reading_arguments, check_output, given_reading
 from drseg_core.config.reading import parse_bands
@@ -21,6 +22,9 @@ examples:
   drseg predict run scene.tif --classes @classes.txt --out map.tif
   drseg predict run scene.tif --out map.tif --scores --polygons map.gpkg --min-area 20
   drseg predict run photo.jpg --out map.tif --tile-size 256 --overlap 64
+  drseg predict zero-shot scene.tif --classes "building; road; tree" --out map.tif
+
+The last maps without a trained run; drseg predict zero-shot --help has its options.
 
 Written: the class raster --out (Cloud Optimized GeoTIFF) with colour table, category names and attribute table
 (map.tif.aux.xml) and a style for QGIS (map.qml); the area of each class (map_areas.csv); an overlay with a legend
@@ -30,6 +34,9 @@ metadata of the file.
 
 
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
+    if zero_shot.asked_for(argv):
+        zero_shot.add_arguments(parser, argv)
+        return
     parser.usage, parser.epilog = USAGE, EPILOG
     parser.add_argument("run", type=str, metavar="RUN", help="run, checkpoint or model folder, or a name on the hub")
     parser.add_argument("image", type=str, metavar="IMAGE", help="GeoTIFF, PNG or JPEG of any size")
@@ -44,6 +51,20 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     classes.add_argument(
         "--threshold", type=float | None, metavar="T", help='pixels whose best score is below T become "other"'
     )
+    add_map_arguments(parser, default="what the run was trained with by default")
+    running = parser.add_argument_group("how it runs")
+    running.add_argument(
+        "--mode", type=Literal["whole", "tile"], default="tile", help="tiles at native resolution, or the whole image"
+    )
+    add_tile_arguments(running)
+    running.add_argument(
+        "--dry-run", action="store_true", help="say size, tiles, bands, memory and time, and write nothing"
+    )
+    running.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
+
+
+def add_map_arguments(parser: Parser, *, default: str) -> None:
+    """What is written, and how scenes are read; ``default`` says where the scale comes from."""
     output = parser.add_argument_group("output")
     output.add_argument("--out", required=True, type=str, metavar="FILE", help="class raster to write (.tif)")
     output.add_argument(
@@ -57,23 +78,17 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     output.add_argument(
         "--min-area", type=float, default=0.0, metavar="M2", help="smaller areas join a neighbour in the polygons"
     )
-    reading = add_reading_arguments(parser, default="what the run was trained with by default")
+    reading = add_reading_arguments(parser, default=default)
     reading.add_argument(
         "--gsd", type=float | None, metavar="M", help="side of a pixel in metres to read and map in; its own by default"
     )
     reading.add_argument("--aoi", type=str | None, metavar="FILE", help="map the part inside these polygons alone")
-    running = parser.add_argument_group("how it runs")
-    running.add_argument(
-        "--mode", type=Literal["whole", "tile"], default="tile", help="tiles at native resolution, or the whole image"
-    )
-    add_tile_arguments(running)
-    running.add_argument(
-        "--dry-run", action="store_true", help="say size, tiles, bands, memory and time, and write nothing"
-    )
-    running.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
 
 
 def run(args: Any) -> None:
+    if zero_shot.asked_for([args.run]):
+        zero_shot.run(args)
+        return
     out, image = Path(args.out), Path(args.image)
     reading = given_reading(args)
     wanted = {"scores": args.scores, "probabilities": args.probabilities, "polygons": args.polygons}
@@ -115,12 +130,12 @@ def run(args: Any) -> None:
         min_area=args.min_area,
         **options,
     )
-    print(_areas(files.areas.read_text(encoding="utf-8")))
+    print(areas_text(files.areas.read_text(encoding="utf-8")))
     for path in files.present():
         print(f"written: {path}")
 
 
-def _areas(table: str) -> str:
+def areas_text(table: str) -> str:
     """The table of areas as text."""
     rows = list(csv.DictReader(io.StringIO(table)))
     present = [row for row in rows if int(row["pixels"])]
