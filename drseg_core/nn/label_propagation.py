@@ -7,6 +7,7 @@ import math
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drseg_core.errors import NumericalError
@@ -24,6 +25,9 @@ LPOSS_GRAPH: dict[str, Any] = {"k": 399, "gamma": 3.0, "decay": 0.16, "select": 
 
 # weights may be as small as a decay makes them, and what is added to their sums must be smaller still
 _EPS = 1e-20
+
+# float32 values in the widest register
+_LANES = 16
 
 
 def propagation_graph(
@@ -157,6 +161,12 @@ def _start(name: str, labels: Tensor, graph: Graph, alpha: float) -> Tensor:
     return labels.to(torch.promote_types(labels.dtype, torch.float32))
 
 
+def _widened(labels: Tensor) -> Tensor:
+    """With columns of zeros up to one vector register: fewer are added one by one on a CPU, several times as slow."""
+    missing = _LANES - labels.shape[-1]
+    return F.pad(labels, (0, missing)) if labels.device.type == "cpu" and 0 < missing < _LANES else labels
+
+
 @torch.no_grad()
 def propagate_labels(
     labels: Tensor, graph: Graph, steps: int, *, alpha: float = 0.95, backend: str | None = None
@@ -188,12 +198,12 @@ def propagate_labels(
         >>> propagate_labels(torch.tensor([[1.0], [0.0], [5.0]]), graph, 1, alpha=0.5).flatten().tolist()
         [0.5, 0.5, 2.5]
     """
-    y = _start("propagate_labels", labels, graph, alpha)
+    y = _widened(_start("propagate_labels", labels, graph, alpha))
     check_count("propagate_labels", "steps", steps)
     x = y
     for _ in range(steps):
         x = alpha * smooth(graph, x, backend=backend) + (1 - alpha) * y
-    return x.to(labels.dtype)
+    return x[..., : labels.shape[-1]].to(labels.dtype)
 
 
 @torch.no_grad()
@@ -258,6 +268,7 @@ def solve_labels(
     if y.numel() == 0:
         return labels.clone()
 
+    y = _widened(y)
     # squares of very small or very large labels would leave the range of float32
     size = y.abs().amax(-2, keepdim=True)
     size = torch.where(size > 0, size, 1)
@@ -280,13 +291,13 @@ def solve_labels(
         length = reached
     left = length > limit
     if must_converge and left.any():
-        worst = float((length / limit).amax().sqrt()) * tolerance
+        worst = float(torch.where(left, length / limit, 0).amax().sqrt()) * tolerance
         raise NumericalError(
             f"{name}: conjugate gradients did not converge; expected a relative residual of at most {tolerance:g} "
-            f"within max_iterations = {max_iterations}, got up to {worst:.2g} in {int(left.sum())} of {left.numel()} "
-            "columns: raise max_iterations or tolerance, or lower alpha"
+            f"within max_iterations = {max_iterations}, got up to {worst:.2g} in {int(left.sum())} of "
+            f"{left[..., : labels.shape[-1]].numel()} columns: raise max_iterations or tolerance, or lower alpha"
         )
-    return (x * size * (1 - alpha if scaled else 1)).to(labels.dtype)
+    return (x * size * (1 - alpha if scaled else 1))[..., : labels.shape[-1]].to(labels.dtype)
 
 
 class LabelPropagation(nn.Module):
