@@ -12,7 +12,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.
 _MEMORY_HINT = {
     "train": "lower --train.batch_size or --train.crop_size",
     "evaluate": "lower --batch-size, or use --mode tile",
-    "predict": "lower --tile-size",
+    "predict": "lower --tile-size (with zero-shot --batch-size)",
     "rank": "use smaller images",
     "data": "use smaller images",
 }

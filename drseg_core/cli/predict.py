@@ -52,15 +52,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         "--threshold", type=float | None, metavar="T", help='pixels whose best score is below T become "other"'
     )
     add_map_arguments(parser, default="what the run was trained with by default")
-    running = parser.add_argument_group("how it runs")
-    running.add_argument(
-        "--mode", type=Literal["whole", "tile"], default="tile", help="tiles at native resolution, or the whole image"
-    )
-    add_tile_arguments(running)
-    running.add_argument(
-        "--dry-run", action="store_true", help="say size, tiles, bands, memory and time, and write nothing"
-    )
-    running.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
+    _add_running_arguments(parser)
 
 
 def add_map_arguments(parser: Parser, *, default: str) -> None:
@@ -83,6 +75,18 @@ def add_map_arguments(parser: Parser, *, default: str) -> None:
         "--gsd", type=float | None, metavar="M", help="side of a pixel in metres to read and map in; its own by default"
     )
     reading.add_argument("--aoi", type=str | None, metavar="FILE", help="map the part inside these polygons alone")
+
+
+def _add_running_arguments(parser: Parser) -> None:
+    running = parser.add_argument_group("how it runs")
+    running.add_argument(
+        "--mode", type=Literal["whole", "tile"], default="tile", help="tiles at native resolution, or the whole image"
+    )
+    add_tile_arguments(running)
+    running.add_argument(
+        "--dry-run", action="store_true", help="say size, tiles, bands, memory and time, and write nothing"
+    )
+    running.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
 
 
 def run(args: Any) -> None:

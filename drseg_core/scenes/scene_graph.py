@@ -107,7 +107,7 @@ class GraphPredictor:
         grid = self.windows.grid(height, width)
         nodes = grid[0] * grid[1]
         logits = torch.zeros(nodes, len(self.class_names))
-        prior = None if self.model.prior is None or self.config.steps == 0 else self._room(nodes)
+        prior: Tensor | None = None
         valid = torch.zeros(grid, dtype=torch.bool)
 
         def pixels(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -139,21 +139,26 @@ class GraphPredictor:
                 if not found[known].isfinite().all():
                     raise NumericalError("zero_shot: logits are not finite; expected finite values from CLIP")
                 logits[rows] = torch.where(known[:, None], found, 0)
-                if prior is not None:
+                if self.has_graph:
+                    if prior is None:
+                        prior = self._room(nodes, band.parts[1].shape[1])
                     unit = F.normalize(band.parts[1][0].flatten(1).T.float(), dim=1).cpu()
                     prior[rows] = torch.where(known[:, None], unit, torch.nan).to(prior.dtype)
             # windows without a valid pixel are left out
             bar.update(len(down) * len(across) - bar.n)
         return SceneCells(logits, prior, valid)
 
-    def _room(self, nodes: int) -> Tensor:
+    @property
+    def has_graph(self) -> bool:
+        return self.model.prior is not None and self.config.steps != 0
+
+    def _room(self, nodes: int, width: int) -> Tensor:
         """(N, D) of NaN, for the prior."""
-        assert self.model.prior is not None
-        shape = nodes, self.model.prior.width
-        if nodes * shape[1] * 4 <= PRIOR_BYTES:
+        shape = nodes, width
+        if nodes * width * 4 <= PRIOR_BYTES:
             return torch.full(shape, torch.nan)
         folder = self.folder or Path(tempfile.gettempdir())
-        check_room(folder, nodes * shape[1] * 2, "zero_shot")
+        check_room(folder, nodes * width * 2, "zero_shot")
         try:
             # without a name: nothing is left of it, however this ends
             with tempfile.TemporaryFile(dir=folder) as file:
@@ -170,7 +175,7 @@ class GraphPredictor:
     def spread(self, cells: SceneCells) -> Tensor:
         """Logits (N, T) after the propagation over the graph of the whole scene."""
         config = self.config
-        if cells.prior is None or not cells.valid.any():
+        if cells.prior is None:
             return cells.logits
         grid = (cells.valid.shape[0], cells.valid.shape[1])
         _log.info("one graph of %d x %d cells, %d neighbours each", *grid, config.k)

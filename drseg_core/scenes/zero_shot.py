@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from drseg_core.checkpoints.encoders import choose_clip, choose_prior, load_encoders
+from drseg_core.config.load import config_from_dict
 from drseg_core.config.reading import Reading, parse_reading
 from drseg_core.config.schema import ReadingConfig
-from drseg_core.config.zero_shot import ZeroShotConfig, load_zero_shot
+from drseg_core.config.zero_shot import NO_PRIOR, ZeroShotConfig, load_zero_shot
 from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.vocabulary import OTHER_COLOR, Vocabulary, parse_classes, plain_classes
 from drseg_core.device import select_device
@@ -28,18 +29,19 @@ from drseg_core.models.prompts import AERIAL_TEMPLATES
 from drseg_core.models.zero_shot import ZeroShot
 from drseg_core.scenes.files import SceneFiles, check_outputs
 from drseg_core.scenes.predict import predict_scene
-from drseg_core.scenes.reader import SceneReader, open_scene
+from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.scene_graph import GraphPredictor, scene_windows
 from drseg_core.scenes.zero_shot_plan import ZeroShotPlan, check_cells, plan_cells
 
 __all__ = ["SceneZeroShot", "ZeroShotMap", "zero_shot"]
 
 BACKGROUND = "background"
+_READING = ("bands", "nodata", "scale", "gsd", "aoi")
 
 
 class ZeroShotMap(NamedTuple):
     """``class_index`` (H, W) uint8, 255 where the scene has no data; ``score`` of that class and ``uncertainty``
-    (H, W) float32, from 0 to 1; the ``class_names``; and the ``files`` where some were written.
+    (H, W) float32, from 0 to 1, NaN there; the ``class_names``; and the ``files`` where some were written.
 
     Example:
         >>> import drseg_core as drseg
@@ -97,7 +99,7 @@ class SceneZeroShot:
             classes: names, or one text such as ``"building; road, street; tree#00ff00"``.
             out: class raster to write, ``.tif``.
             progress: show progress bars.
-            options: those of :meth:`write`; of files only with ``out``.
+            options: those of :meth:`write`; what is of files alone goes with ``out``.
 
         Raises:
             ConfigError: an option does not fit, too many cells, or an output exists.
@@ -115,13 +117,15 @@ class SceneZeroShot:
             arrays: list[_Arrays] = []
             files = self.write(image, classes, out, progress=progress, arrays=arrays, **options)
             return arrays[0].result(files)
-        names = {"background", "templates", "bands", "nodata", "scale", "gsd", "aoi"}
-        if unknown := sorted(options.keys() - names):
-            raise ConfigError(f"zero_shot: {unknown[0]} goes with out; expected a path in out, or without it")
-        reading = {name: options.pop(name) for name in sorted(options.keys() & (names - {"background", "templates"}))}
+        threshold = options.pop("threshold", None)
+        words = {name: options.pop(name) for name in ("background", "templates") if name in options}
+        reading = {name: options.pop(name) for name in _READING if name in options}
+        if options:
+            raise ConfigError(f"zero_shot: {next(iter(options))} is unknown without out; expected a path in out")
         with self._open(image, reading) as scene:
-            predictor, _ = self._predictor(scene, classes, progress=progress, **options)
-            found = _Arrays(predictor)
+            describe(scene)
+            predictor, _ = self._predictor(scene, classes, **words, progress=progress)
+            found = _Arrays(predictor, threshold)
             for _ in found.pieces(scene.window, scene.height, scene.width):
                 pass
         return found.result(None)
@@ -243,13 +247,9 @@ class SceneZeroShot:
             progress=progress,
         )
         height, width = predictor.windows.grid(scene.height, scene.width)
-        if limited and height * width > self.config.max_cells and self._has_graph:
+        if limited and height * width > self.config.max_cells and predictor.has_graph:
             check_cells(plan_cells(predictor, scene, time_model=False), self.config.max_cells)
         return predictor, legend
-
-    @property
-    def _has_graph(self) -> bool:
-        return self.model.prior is not None and self.config.steps != 0
 
     def _decay(self, scene: SceneReader) -> float:
         """Of a cell of this scene."""
@@ -318,11 +318,14 @@ def zero_shot(
     if unknown := sorted(given.keys() - known):
         raise ConfigError(f"zero_shot: option {unknown[0]} is unknown; expected one of {', '.join(known)}")
     share = config.overlap / config.window
-    config = dataclasses.replace(config, **given)
+    config = config_from_dict({**dataclasses.asdict(config), **given}, ZeroShotConfig, "zero_shot")
     towers = dataclasses.replace(choose_clip(config.clip, clip), image_size=config.window)
     structure = dataclasses.replace(choose_prior(config.prior, prior), image_size=config.window)
     if layer is not None:
         structure = dataclasses.replace(structure, layer=layer)
+    if config.steps == 0 and config.variant != "proxyclip":
+        # nothing asks for it
+        structure = dataclasses.replace(structure, name=NO_PRIOR)
     encoders = load_encoders(towers, structure, offline=offline)
     config = dataclasses.replace(config, clip=towers, prior=structure)
     if "overlap" not in given and (clip is not None or "window" in given):
@@ -360,8 +363,9 @@ class _Arrays:
             index = found.class_index.numpy()
             if self._threshold is not None:
                 index = np.where(found.score.numpy() < self._threshold, self._other, index)
-            self.index[place] = index if known is None else np.where(known, index, IGNORE)
-            self.score[place], self.uncertainty[place] = found.score.numpy(), found.uncertainty.numpy()
+            self.index[place] = np.where(known, index, IGNORE)
+            for target, value in ((self.score, found.score), (self.uncertainty, found.uncertainty)):
+                target[place] = np.where(known, value.numpy(), np.float32("nan"))
             yield piece
 
     @property
@@ -384,6 +388,8 @@ def _vocabulary(classes: Vocabulary | str | Sequence[str]) -> Vocabulary:
 
 
 def _reading(options: dict[str, Any]) -> Reading:
+    if unknown := sorted(options.keys() - set(_READING)):
+        raise ConfigError(f"zero_shot: option {unknown[0]} is unknown; expected one of {', '.join(_READING)}")
     bands = options.get("bands")
     given = ReadingConfig(
         options.get("scale"), options.get("nodata"), None if bands is None else ",".join(map(str, bands))

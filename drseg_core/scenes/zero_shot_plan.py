@@ -74,7 +74,7 @@ def plan_cells(predictor: GraphPredictor, scene: SceneReader, *, time_model: boo
     nodes = grid[0] * grid[1]
     down, across = windows.starts(scene.height, scene.width)
     count = len(down) * len(across)
-    prior = None if config.steps == 0 else predictor.model.prior
+    prior = predictor.model.prior if predictor.has_graph else None
     channels = predictor.model.clip.embed_dim + (0 if predictor.model.prior is None else predictor.model.prior.width)
     # sums, the next ones and the quotient of a row of windows; logits twice, and the solver's own
     memory = 12.0 * channels * windows.cells * max(grid[1], windows.cells)

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ def test_decay_per_metre_is_that_of_a_cell(mapper: SceneZeroShot, scene: Path, t
     cells = mapper.predict(scene, NAMES)
     assert (metres.class_index == cells.class_index).mean() > 0.99
     far = changed(mapper, decay_per_metre=50.0).predict(scene, NAMES)
-    assert np.abs(far.score - cells.score).max() > 10 * np.abs(metres.score - cells.score).max()
+    assert np.nanmax(abs(far.score - cells.score)) > 10 * np.nanmax(abs(metres.score - cells.score))
     from PIL import Image
 
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "plain.png")
@@ -373,11 +374,35 @@ def test_features_that_are_not_finite(scene: Path) -> None:
         ({"prior": "none", "variant": "proxyclip"}, "prior is missing"),
         ({"prior": "odd"}, "prior odd has no published weights"),
         ({"prior_layer": 7}, "layer is out of range"),
+        ({"steps": 1.5}, "steps has a wrong type; expected int, got float 1.5"),
+        ({"select": "odd"}, "select is not a choice; expected affinity, cosine"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         drseg.zero_shot("tiny", **options)
+
+
+def test_options_of_files_go_with_files(mapper: SceneZeroShot, scene: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="scores is unknown without out"):
+        mapper.predict(scene, NAMES, scores=True)
+    with pytest.raises(ConfigError, match="option colour is unknown; expected one of bands"):
+        mapper.write(scene, NAMES, tmp_path / "map.tif", colour=1)
+    assert list(tmp_path.iterdir()) == []
+    found = mapper.predict(scene, NAMES, threshold=0.6)
+    assert found.class_names == (*NAMES, "other")
+    assert ((found.class_index == 3) == (found.score < 0.6)).all() and np.isnan(found.score[0, 0])
+
+
+def test_a_prior_without_patches(scene: Path) -> None:
+    """A convolutional one has fewer channels in its maps than it counts."""
+    found = drseg.zero_shot("tiny", prior="tf_efficientnet_lite0:random", window=64).predict(scene, NAMES)
+    assert (found.class_index < 3).any()
+
+
+def test_no_prior_is_asked_for_where_none_is_used() -> None:
+    assert drseg.zero_shot("tiny", steps=0).model.prior is None
+    assert drseg.zero_shot("tiny", steps=0, variant="proxyclip").model.prior is not None
 
 
 def test_presets() -> None:
@@ -397,3 +422,42 @@ def test_a_preset_of_ones_own(tmp_path: Path) -> None:
     path.write_text("windows: 64\n")
     with pytest.raises(ConfigError, match="own.yaml:1: windows is unknown"):
         drseg.zero_shot(path)
+
+
+# what is real, where it is
+
+
+def test_a_real_image_with_a_real_prior(tmp_path: Path) -> None:
+    """CLIP stays random: it says nothing of the map, only that the way to it works."""
+    image = Path(__file__).parents[2].parent / "shared" / "data" / "oem_koeln_50.tif"
+    weights = os.environ.get("DRSEG_DINOV2_VITS14", "")
+    if not image.exists() or not Path(weights).is_file():
+        pytest.skip("oem_koeln_50.tif or DINOv2 ViT-S/14 (DRSEG_DINOV2_VITS14) is not here: no part of this project")
+    with rasterio.open(image) as source:
+        profile = {**source.profile, "width": 500, "height": 300, "driver": "GTiff"}
+        with rasterio.open(tmp_path / "part.tif", "w", **profile) as target:
+            target.write(source.read(window=((0, 300), (0, 500))))
+    prior = f"vit_small_patch14_dinov2:{weights}"
+    options = {"prior_layer": 8, "window": 224, "k": 20, "offline": True}
+    mapper = drseg.zero_shot("tiny", prior=prior, **options)
+    found = mapper.predict(tmp_path / "part.tif", NAMES, out=tmp_path / "map.tif")
+    assert found.class_index.shape == (300, 500) and (found.class_index < 3).all() and found.files is not None
+    with rasterio.open(found.files.classes) as result:
+        assert len(result.tags()["prior_sha256"]) == 64
+    # neighbours by a real prior lie closer together than those of noise would, with no spatial decay to make them
+    plain = predictor(mapper)
+    image_bytes, valid = read(tmp_path / "part.tif")
+    cells = plain.collect(
+        lambda a, b, c, d: (torch.from_numpy(image_bytes[:, a:b, c:d].copy()), valid[a:b, c:d]), 300, 500
+    )
+    assert cells.prior is not None
+    plain.decay = 0.0
+    grid = (cells.valid.shape[0], cells.valid.shape[1])
+    index = plain.graph(cells.prior, grid).index.long()
+    noise = plain.graph(torch.randn_like(cells.prior), grid).index.long()
+    own = torch.arange(len(index))[:, None]
+    mean = [
+        torch.hypot((some // grid[1] - own // grid[1]).float(), (some % grid[1] - own % grid[1]).float()).mean()
+        for some in (index, noise)
+    ]
+    assert mean[0] < 0.7 * mean[1]
