@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,8 +31,6 @@ COLUMNS = 32
 """Classes whose logits are spread at a time."""
 
 _BLOCK_BYTES = 64 * 2**20
-
-_log = logging.getLogger(__name__)
 
 
 class SceneCells(NamedTuple):
@@ -178,7 +175,6 @@ class GraphPredictor:
         if cells.prior is None:
             return cells.logits
         grid = (cells.valid.shape[0], cells.valid.shape[1])
-        _log.info("one graph of %d x %d cells, %d neighbours each", *grid, config.k)
         graph = self.graph(cells.prior.to(self.device), grid)
         spread = torch.empty_like(cells.logits)
         for first in range(0, spread.shape[1], COLUMNS):

@@ -246,8 +246,7 @@ class SceneZeroShot:
             folder=folder,
             progress=progress,
         )
-        height, width = predictor.windows.grid(scene.height, scene.width)
-        if limited and height * width > self.config.max_cells and predictor.has_graph:
+        if limited and predictor.has_graph:
             check_cells(plan_cells(predictor, scene, time_model=False), self.config.max_cells)
         return predictor, legend
 

@@ -53,7 +53,7 @@ def test_a_map_and_what_is_said_of_it(drseg: Command, scene: Path, tmp_path: Pat
     assert empty == []
     assert "classes: building; road (or street); tree\n" in text and "clip: drseg-tiny, random weights" in text
     assert text.endswith("CLIP has random weights: this map means nothing\n") and "the map means nothing" in errors
-    assert "one graph of 7 x 9 cells, 9 neighbours each" in errors and text.count("written: ") == 9
+    assert "one graph of 9 x 7 = 63 cells: about " in errors and text.count("written: ") == 9
     present = sorted(path.name for path in tmp_path.iterdir())
     assert present == sorted([*WRITTEN, "map.gpkg", "map_probabilities.tif", "map_scores.tif"])
     with rasterio.open(scene) as source, rasterio.open(tmp_path / "map.tif") as result:
@@ -152,14 +152,14 @@ def test_without_a_network_too_and_licences_come_first(drseg, scene, tmp_path, e
         (["--templates", "no place"], 2, "exactly one {}"),
         (["--background", ";"], 2, "--background is empty"),
         (["--background", "@absent.txt"], 2, "--background names no file"),
-        (["--bands", "7,8,9"], 2, "bands are not usable"),
+        (["--bands", "7,8,9"], 2, "expected one or three numbers from 1 to 3"),
         (["--clip", "absent.safetensors"], 4, "--clip absent.safetensors not found"),
         (["--prior", "folder/absent.pt"], 4, "--prior folder/absent.pt not found"),
         (["--clip", "ViT-B-32"], 2, "ViT-B-32 has no weights None"),
         (["--clip", "hub:owner/file.pt"], 2, "expected hub:owner/name/file"),
         (["--prior", "odd"], 2, "prior odd has no published weights"),
         (["--device", "gpu"], 2, "device: name is unknown"),
-        (["--classes", "road; road"], 2, "--classes has a name twice"),
+        (["--classes", "road; road"], 2, "twice; expected every"),
     ],
 )
 def test_refusals(drseg, scene, tmp_path, empty, words: list[str], code: int, said: str) -> None:

@@ -344,7 +344,9 @@ def test_a_scene_without_data(mapper: SceneZeroShot, tmp_path: Path) -> None:
 def test_a_scene_with_too_many_cells_is_refused_before_the_work(mapper, scene, tmp_path, monkeypatch) -> None:
     small = changed(mapper, max_cells=50)
     monkeypatch.setattr(GraphPredictor, "collect", None)
-    with pytest.raises(ConfigError, match=r"expected at most 50 \(--max-cells\), got 12 x 7 = 84, which take about"):
+    with pytest.raises(
+        ConfigError, match=r"expected at most 50 \(--max-cells\), got 12 x 7 = 84, which take about .* MB, and 0 h"
+    ):
         small.predict(scene, NAMES, out=tmp_path / "map.tif")
     assert list(tmp_path.iterdir()) == []
     plan = small.plan(scene, NAMES)
