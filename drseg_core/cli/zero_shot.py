@@ -123,7 +123,7 @@ def run(args: Any) -> None:
         raise ConfigError(f"predict: PRESET comes first; expected zero-shot, :b, :l or :FILE, got {args.run!r}")
     wanted = {"scores": args.scores, "probabilities": args.probabilities, "polygons": args.polygons}
     from drseg_core.cli.predict import areas_text
-    from drseg_core.data.vocabulary import parse_classes
+    from drseg_core.data.vocabulary import class_files, parse_classes
     from drseg_core.models.prompts import AERIAL_TEMPLATES
     from drseg_core.scenes.files import check_outputs
     from drseg_core.scenes.reader import open_scene
@@ -132,7 +132,8 @@ def run(args: Any) -> None:
     if not args.dry_run:
         check_output(out, overwrite=args.overwrite, inputs=[image])
         # before gigabytes are fetched for nothing
-        check_outputs(image, out, overwrite=args.overwrite, **wanted)
+        inputs = [args.aoi, *class_files(args.classes)]
+        check_outputs(image, out, overwrite=args.overwrite, inputs=inputs, **wanted)
     classes = parse_classes(args.classes)
     print(f"classes: {classes.text()}")
     options: dict[str, Any] = {

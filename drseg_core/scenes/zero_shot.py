@@ -20,7 +20,7 @@ from drseg_core.config.reading import Reading, parse_reading
 from drseg_core.config.schema import ReadingConfig
 from drseg_core.config.zero_shot import NO_PRIOR, ZeroShotConfig, load_zero_shot
 from drseg_core.data.dataset import IGNORE, check_class_names
-from drseg_core.data.vocabulary import OTHER_COLOR, Vocabulary, parse_classes, plain_classes
+from drseg_core.data.vocabulary import OTHER_COLOR, Vocabulary, class_files, parse_classes, plain_classes
 from drseg_core.device import select_device
 from drseg_core.errors import ConfigError
 from drseg_core.evaluation.inference import Piece, PredictsPieces, ReadWindow
@@ -169,7 +169,8 @@ class SceneZeroShot:
             'map_areas.csv'
         """
         wanted: dict[str, Any] = {"scores": scores, "probabilities": probabilities, "polygons": polygons}
-        check_outputs(image, out, overwrite=overwrite, **wanted)
+        inputs = [reading.get("aoi"), *(class_files(classes) if isinstance(classes, str) else ())]
+        check_outputs(image, out, overwrite=overwrite, inputs=inputs, **wanted)
         if polygons is not None:
             require("predict", "vectors")
         with self._open(image, reading) as scene:
