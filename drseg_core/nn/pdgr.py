@@ -47,6 +47,13 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x, weight.t().expand(x.shape[0], -1, -1))
 
 
+def _size(name: str, value: int) -> int:
+    count = check_count("PDGR", name, value)
+    if count == 0:
+        raise ValueError(f"PDGR: {name} is out of range; expected {name} >= 1, got 0")
+    return count
+
+
 class PDGR(nn.Module):
     """Rectifies a feature map by message passing on a graph that a frozen prior lays over it.
 
@@ -119,24 +126,15 @@ class PDGR(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {
-            "channels": channels,
-            "prior_dim": prior_dim,
-            "edge_hidden": edge_hidden,
-            "layers": layers,
-            "hidden": channels if hidden is None else hidden,
-        }.items():
-            check_count("PDGR", name, value)
-            if value == 0:
-                raise ValueError(f"PDGR: {name} is out of range; expected {name} >= 1, got 0")
-        check_count("PDGR", "k", k)
+        channels, prior_dim = _size("channels", channels), _size("prior_dim", prior_dim)
+        edge_hidden, layers = _size("edge_hidden", edge_hidden), _size("layers", layers)
+        hidden = channels if hidden is None else _size("hidden", hidden)
+        k = check_count("PDGR", "k", k)
         check_choice("PDGR", "affinity", affinity, get_args(Affinity))
         check_choice("PDGR", "self_loop", self_loop, get_args(SelfLoop))
         check_choice("PDGR", "norm", norm, get_args(Norm))
-        check_number("PDGR", "gamma", gamma, positive=True)
-        check_number("PDGR", "decay", decay)
-        check_number("PDGR", "dropout", dropout)
-        check_number("PDGR", "norm_scale", norm_scale)
+        gamma, decay = check_number("PDGR", "gamma", gamma, positive=True), check_number("PDGR", "decay", decay)
+        dropout, norm_scale = check_number("PDGR", "dropout", dropout), check_number("PDGR", "norm_scale", norm_scale)
         for name, flag in {
             "normalize_prior": normalize_prior,
             "bias": bias,
@@ -158,7 +156,7 @@ class PDGR(nn.Module):
         self.edge_target = nn.Linear(prior_dim, edge_hidden, bias=False)
         self.edge_vector = nn.Parameter(torch.empty(edge_hidden))
         self.edge_bias = nn.Parameter(torch.empty(1))
-        widths = [channels] + [channels if hidden is None else hidden] * (layers - 1) + [channels]
+        widths = [channels] + [hidden] * (layers - 1) + [channels]
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(out, into)) for into, out in zip(widths[:-1], widths[1:], strict=True)
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,20 +123,43 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> N
         raise ValueError(f"{op}: {name} is unknown; expected one of {', '.join(choices)}, got {value!r}")
 
 
-def check_count(op: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be an integer; expected int, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{op}: {name} must not be negative; expected {name} >= 0, got {value}")
+def number(value: Any) -> Any:
+    """The Python number that a scalar of numpy is, or a tensor of no dimensions; everything else as it is.
+
+    A tensor that waits on a GPU, or for a gradient, is none: the one would be waited for, the other be lost.
+    """
+    if type(value) is int or type(value) is float or getattr(value, "ndim", None) != 0:
+        return value
+    if isinstance(value, Tensor) and (value.device.type != "cpu" or value.requires_grad):
+        return value
+    return value.item()
 
 
-def check_number(op: str, name: str, value: object, *, positive: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name} must be a number; expected float, got {type(value).__name__}")
+def numbers(values: Any) -> Any:
+    """The same for each of a tuple or list; everything else as it is."""
+    return tuple(map(number, values)) if isinstance(values, (tuple, list)) else values
+
+
+def check_count(op: str, name: str, value: object) -> int:
+    """An integer >= 0 as Python's, or as the symbol that a compiler has for it."""
+    count = number(value)
+    if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an integer; expected int, got {type(count).__name__}")
+    if count < 0:
+        raise ValueError(f"{op}: {name} must not be negative; expected {name} >= 0, got {count}")
+    return count  # type: ignore[return-value]
+
+
+def check_number(op: str, name: str, value: object, *, positive: bool = False) -> float:
+    """A finite number >= 0 as Python's."""
+    found = number(value)
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number; expected float, got {type(found).__name__}")
     # comparisons only: torch.compile traces no math.isfinite of a symbolic number
-    if not 0 <= value < math.inf or (positive and value == 0):
+    if not 0 <= found < math.inf or (positive and found == 0):
         rule = "> 0" if positive else ">= 0"
-        raise ValueError(f"{op}: {name} is out of range; expected a finite number {rule}, got {value}")
+        raise ValueError(f"{op}: {name} is out of range; expected a finite number {rule}, got {found}")
+    return found
 
 
 def check_edges(

@@ -226,8 +226,9 @@ TABLE: list[tuple[str, str, str, Any, type[Exception], str]] = [
         ValueError,
         r"no channels; expected D >= 1, got shape \(2, 6, 0\)",
     ),
-    *(("9", "knn_graph", "k", k, TypeError, "expected int") for k in (2.5, "8", torch.tensor(3), True, None, [3])),
-    ("9", "knn_graph", "k", np.int64(3), TypeError, "expected int, got int64"),
+    *(("9", "knn_graph", "k", k, TypeError, "expected int") for k in (2.5, "8", torch.tensor([3]), True, None, [3])),
+    *(("9", "knn_graph", "k", k, TypeError, "expected int") for k in (np.float32(3), np.bool_(True), np.array([3]))),
+    ("9", "knn_graph", "k", torch.tensor(3.0), TypeError, "expected int, got float$"),
     ("10", "knn_graph", "k", -1, ValueError, "expected k >= 0, got -1$"),
     ("12", "knn_graph", "k", 32, ValueError, r"expected k <= 6 \(N = 6\), got 32: pass pad=True or lower k$"),
     ("24", "knn_graph", "grid", (2, 4), ValueError, "expected h . w = N = 6, got 2 x 4$"),
@@ -240,7 +241,9 @@ TABLE: list[tuple[str, str, str, Any, type[Exception], str]] = [
     ("24", "knn_graph", "grid", (2, True), TypeError, "width must be an integer; expected int, got bool$"),
     ("24", "knn_graph", "grid", (-2, -3), ValueError, "height must not be negative"),
     *(("30", "knn_graph", "decay", x, ValueError, "finite number >= 0") for x in (-1, float("nan"), float("inf"))),
-    *(("30", "knn_graph", "decay", x, TypeError, "must be a number") for x in ("1", None, torch.tensor(1.0), True)),
+    *(("30", "knn_graph", "decay", x, TypeError, "must be a number") for x in ("1", None, torch.ones(1), True)),
+    ("30", "knn_graph", "decay", torch.ones((), requires_grad=True), TypeError, "expected float, got Tensor$"),
+    ("30", "knn_graph", "decay", np.complex64(1), TypeError, "expected float, got complex$"),
     ("40", "knn_graph", "form", "cubic", ValueError, "one of additive, gauss, multiplicative, product, got 'cubic'$"),
     ("40", "knn_graph", "form", ["additive"], ValueError, "is unknown"),
     ("40", "knn_graph", "precision", "tf32", ValueError, "expected one of exact, got 'tf32'$"),
@@ -371,6 +374,40 @@ def test_unknown_option_of_pdgr_and_too_much_dropout():
         PDGR(C, D, neighbours=3)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="dropout probability"):
         PDGR(C, D, dropout=1.5)
+
+
+SCALARS = [np.int8, np.uint8, np.int64, np.array, torch.tensor]
+
+
+@pytest.mark.parametrize("integer", SCALARS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("real", [np.float16, np.float32, np.float64, np.array, torch.tensor], ids=lambda f: f.__name__)
+def test_rows_9_and_30_numbers_of_other_libraries_are_numbers(integer, real):
+    prior = good("knn_graph")["prior"]
+    expected = ops.knn_graph(prior, GRID, K, decay=0.5, return_score=True)
+    for grid in ((integer(2), integer(3)), [integer(2), 3]):
+        found = ops.knn_graph(prior, grid, integer(K), decay=real(0.5), return_score=True)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    # a product of two of them would not fit into eight bits
+    assert ops.knn_graph(torch.ones(144, 2), (integer(12), integer(12)), integer(1)).shape == (144, 1)
+    given = good("degree_normalize")
+    assert torch.equal(ops.degree_normalize(**given, eps=real(0.5)), ops.degree_normalize(**given, eps=0.5))
+    given = good("graph_propagate")
+    weight = {"activation": "layer_norm", "norm_weight": torch.ones(C), "norm_bias": torch.zeros(C)}
+    assert torch.equal(ops.graph_layer(**given, **weight, eps=real(0.5)), ops.graph_layer(**given, **weight, eps=0.5))
+
+
+def test_options_of_pdgr_are_plain_numbers_whoever_they_came_from():
+    torch.manual_seed(0)
+    counts = {"k": np.int64(K), "edge_hidden": np.int32(E), "layers": np.uint8(2), "hidden": np.array(C)}
+    reals = {"gamma": np.float32(0.5), "decay": np.float64(2), "dropout": np.float32(0.5), "norm_scale": np.float16(1)}
+    module = PDGR(np.int64(C), torch.tensor(D), **counts, **reals)
+    torch.manual_seed(0)
+    plain = PDGR(C, D, k=K, edge_hidden=E, gamma=0.5, decay=2.0, dropout=0.5)
+    assert torch.equal(module.eval()(**good("PDGR")), plain.eval()(**good("PDGR")))
+    # as a stored option or a name in a log they are to be what they look like
+    assert repr(module) == repr(plain) and type(module.k) is int and type(module.dropout.p) is float
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(**good("PDGR")), plain(**good("PDGR")))
 
 
 def test_rows_8_11_empties_and_no_neighbours():

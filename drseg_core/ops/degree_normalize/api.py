@@ -74,7 +74,7 @@ def degree_normalize(
     _checks.check_no_tangent(op, weight=weight)
     _checks.check_shape(op, "index", index, tuple(weight.shape), "the shape of weight")
     _checks.check_choice(op, "norm", norm, NORMS)
-    _checks.check_number(op, "eps", eps, positive=True)
+    eps = _checks.check_number(op, "eps", eps, positive=True)
     if eps < SMALLEST_EPS:
         raise ValueError(f"{op}: eps is too small; expected eps >= {SMALLEST_EPS}, got {eps}")
     _checks.check_flag(op, "validate", validate)

@@ -120,7 +120,7 @@ def edge_coefficient(
     op = "edge_coefficient"
     _checks.check_edges(op, source, target, index, vector, bias, inverse_norm, source_bias, mask, score)
     _checks.check_choice(op, "norm", norm, NORMS)
-    _checks.check_number(op, "eps", eps, positive=True)
+    eps = _checks.check_number(op, "eps", eps, positive=True)
     if eps < SMALLEST_EPS:
         raise ValueError(f"{op}: eps is too small; expected eps >= {SMALLEST_EPS}, got {eps}")
     _checks.check_flag(op, "apart", apart)

@@ -26,14 +26,12 @@ def _check(
     scale: Tensor | None,
     parameters: dict[str, Tensor | None],
     activation: str,
-    eps: float,
 ) -> None:
     op = "graph_layer"
     _checks.check_tensor(op, "x", x, ("B", "N", "C"))
     _checks.check_tensor(op, "index", index, ("B", "N", "K"), _checks.INDEX_DTYPES)
     _checks.check_tensor(op, "coefficient", coefficient, ("B", "N", "K"))
     _checks.check_choice(op, "activation", activation, ACTIVATIONS)
-    _checks.check_number(op, "eps", eps, positive=True)
     given = {name: value for name, value in parameters.items() if value is not None}
     for name, value in given.items():
         _checks.check_tensor(op, name, value, ("C",))
@@ -158,7 +156,8 @@ def graph_layer(
     """
     op = "graph_layer"
     parameters = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    _check(x, index, coefficient, scale, parameters, activation, eps)
+    _check(x, index, coefficient, scale, parameters, activation)
+    eps = _checks.check_number(op, "eps", eps, positive=True)
     _checks.check_flag(op, "undirected", undirected)
     _checks.check_flag(op, "hand_on", hand_on)
     _checks.check_flag(op, "validate", validate)

@@ -163,6 +163,7 @@ def knn_graph(
         [[0, 1], [0, 1], [2, 3], [2, 3]]
     """
     nodes = prior.scaled if isinstance(prior, PreparedPrior) else prior
+    grid, k, decay = _checks.numbers(grid), _checks.number(k), _checks.number(decay)
     _check(nodes, grid, k, decay, form, include_self, return_score, pad, precision, check_finite)
     requested = requested_backend("knn_graph", backend)
     if not torch.compiler.is_compiling():
@@ -174,7 +175,7 @@ def knn_graph(
     if return_score is True:
         given = given._replace(rounded=None, residual=None)
     arguments = given if nodes.dim() == 3 else [None if value is None else value[None] for value in given]
-    options = (int(grid[0]), int(grid[1]), k, float(decay), form, include_self, requested)
+    options = (*grid, k, float(decay), form, include_self, requested)
     index, score = registration.knn_graph(*arguments, *options)
     if nodes.dim() == 2:
         index, score = index[0], score[0]
