@@ -173,8 +173,11 @@ def check_edges(
     source_bias: Tensor | None,
     mask: Tensor | None,
     score: Tensor | None,
-) -> None:
-    """The arguments of the ops that weigh edges."""
+) -> Tensor:
+    """The arguments of the ops that weigh edges; the vector (E,), also of a (1, E)."""
+    if isinstance(vector, Tensor) and vector.dim() == 2 and not vector.is_nested and vector.shape[0] == 1:
+        # the weight of a linear layer with one output
+        vector = vector[0]
     check_tensor(op, "source", source, ("B", "N", "E" if target is not None else "2E"))
     check_tensor(op, "index", index, ("B", "N", "K"), INDEX_DTYPES)
     check_tensor(op, "vector", vector, ("E",))
@@ -212,6 +215,7 @@ def check_edges(
     for name, value in (("mask", mask), ("score", score)):
         if value is not None:
             check_shape(op, name, value, tuple(index.shape), "the shape of index")
+    return vector
 
 
 def check_index_values(op: str, index: Tensor, nodes: int) -> None:

@@ -63,6 +63,19 @@ class RawHalves:
             assert error < SLACK[dtype], f"{name} is off by {float(error):.1e} of the largest"
             assert torch.equal(gradients(name)[0], value), f"{name} depends on what else is asked for"
 
+    def test_the_weight_of_a_linear_layer_is_a_vector(self, variant, call):
+        inputs = self.inputs(variant)
+        layer = torch.nn.Linear(inputs["vector"].shape[0], 1)
+        output = call(**{**inputs, "vector": layer.weight, "bias": layer.bias})
+        vector = layer.weight[0].detach().requires_grad_()
+        assert torch.equal(output, call(**{**inputs, "vector": vector, "bias": layer.bias}))
+        (to_layer,) = torch.autograd.grad(output.square().sum(), layer.weight)
+        expected = call(**{**inputs, "vector": vector, "bias": layer.bias.detach()})
+        assert to_layer.shape == layer.weight.shape
+        assert torch.equal(to_layer[0], torch.autograd.grad(expected.square().sum(), vector)[0])
+        with pytest.raises(ValueError, match="vector has the wrong rank"):
+            call(**{**inputs, "vector": layer.weight.expand(2, -1)})
+
 
 # changes to inputs of 2 x 12 nodes and 4 hidden units that are refused, and how
 REFUSED = [

@@ -89,7 +89,7 @@ def edge_coefficient(
         source: (B, N, E) or (N, E), half of the edge MLP's first layer for the node itself; float32, float64, float16
             or bfloat16. target: same shape, half for the neighbour; None where ``source`` (..., 2E) is both.
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
-        vector: (E,) second layer. bias: () or (1,), its bias.
+        vector: (E,) second layer, or (1, E), the weight of ``nn.Linear(E, 1)``. bias: () or (1,), its bias.
         inverse_norm, source_bias: as in ``edge_weight``.
         mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
         score: in place of a mask the scores of ``knn_graph``, shape of ``index``: where ``-inf`` the slot is padding.
@@ -118,7 +118,7 @@ def edge_coefficient(
         [0.5, 0.5]
     """
     op = "edge_coefficient"
-    _checks.check_edges(op, source, target, index, vector, bias, inverse_norm, source_bias, mask, score)
+    vector = _checks.check_edges(op, source, target, index, vector, bias, inverse_norm, source_bias, mask, score)
     _checks.check_choice(op, "norm", norm, NORMS)
     eps = _checks.check_number(op, "eps", eps, positive=True)
     if eps < SMALLEST_EPS:

@@ -36,7 +36,7 @@ def edge_weight(
         source: (B, N, E) or (N, E), half of the first layer for the node itself; float32, float64, float16, bfloat16.
         target: same shape, half for the neighbour; None where ``source`` (..., 2E) is both, one behind the other.
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
-        vector: (E,) second layer.
+        vector: (E,) second layer, or (1, E), the weight of ``nn.Linear(E, 1)``.
         bias: () or (1,), its bias.
         inverse_norm: (B, N) or (N,), float32 or float64; both halves of a node are multiplied by it. So the halves of
             normalised features are those of the features as they are. It gets no gradient.
@@ -63,7 +63,7 @@ def edge_weight(
         [0.6931471824645996, 0.6931471824645996]
     """
     op = "edge_weight"
-    _checks.check_edges(op, source, target, index, vector, bias, inverse_norm, source_bias, mask, score)
+    vector = _checks.check_edges(op, source, target, index, vector, bias, inverse_norm, source_bias, mask, score)
     _checks.check_flag(op, "validate", validate)
     requested = requested_backend(op, backend)
     if validate:
