@@ -19,6 +19,7 @@ from drseg_core.errors import CheckpointError
 from drseg_core.extras import require
 from drseg_core.models.clip import PIXEL_DEVIATION, PIXEL_MEAN
 from drseg_core.models.weights import difference, read_foreign_state
+from drseg_core.nn.resample import resample
 
 if TYPE_CHECKING:
     from drseg_core.models.prior_cache import PriorCache
@@ -178,16 +179,6 @@ def _patch_size(encoder: Any) -> int | None:
     patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
     side = patch[0] if isinstance(patch, (tuple, list)) else patch
     return side if isinstance(side, int) else None
-
-
-def resample(features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, D, h', w') to (B, D, h, w): average pooling where the sizes divide, otherwise bilinear."""
-    height, width = features.shape[2:]
-    if (height, width) == grid:
-        return features
-    if height % grid[0] == 0 and width % grid[1] == 0:
-        return F.avg_pool2d(features, (height // grid[0], width // grid[1]))
-    return F.interpolate(features, size=grid, mode="bilinear", align_corners=False)
 
 
 @contextlib.contextmanager

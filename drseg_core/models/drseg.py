@@ -12,9 +12,10 @@ from drseg_core.models.aggregator import Aggregator
 from drseg_core.models.baselines.remote import RemoteGuidance
 from drseg_core.models.correlation import correlation, cosine
 from drseg_core.models.decoder import Decoder
-from drseg_core.models.dino import DinoPrior, PriorMaps, resample
+from drseg_core.models.dino import DinoPrior, PriorMaps
 from drseg_core.models.segmenter import Segmenter, SegmenterOutput
 from drseg_core.nn.pdgr import PDGR
+from drseg_core.nn.resample import resample
 from drseg_core.nn.spsd import SPSD
 from drseg_core.nn.ugaf import build_fusion, uncertainty
 

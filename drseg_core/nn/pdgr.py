@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from drseg_core.nn.resample import resample
 from drseg_core.ops import (
     Graph,
     backend_names,
@@ -20,7 +21,7 @@ from drseg_core.ops import (
     knn_graph,
     prepare_prior,
 )
-from drseg_core.ops._checks import check_choice, check_count, check_flag, check_number, check_tensor
+from drseg_core.ops._checks import check_choice, check_count, check_flag, check_grid, check_number, check_tensor
 from drseg_core.ops.csc.api import Csc, columns_of
 
 Affinity = Literal["exp", "linear", "power", "product", "gauss"]
@@ -45,6 +46,23 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
         # autocast, which leaves float64 alone, would make a copy for every image
         weight = weight.to(torch.get_autocast_dtype(x.device.type))
     return torch.bmm(x, weight.t().expand(x.shape[0], -1, -1))
+
+
+def _nodes(name: str, value: Tensor, width: int, grid: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
+    """The nodes (B, N, C) of a map (B, C, h, w), or of tokens on ``grid``, and the grid."""
+    check_tensor("PDGR", name, value, None)
+    if value.dim() == 4 and value.shape[1] == width:
+        own = (value.shape[2], value.shape[3])
+        if grid is not None and own != grid:
+            raise ValueError(f"PDGR: grid does not match {name}; expected {own} or None for a map, got {grid}")
+        return value.flatten(2).transpose(1, 2), own
+    if grid is None:
+        forms = f"(B, {width}, h, w)"
+    elif value.dim() == 3 and value.shape[1] == grid[0] * grid[1] and value.shape[2] == width:
+        return value, grid
+    else:
+        forms = f"(B, {width}, h, w) or (B, {grid[0] * grid[1]}, {width})"
+    raise ValueError(f"PDGR: {name} has the wrong shape; expected {forms}, got {tuple(value.shape)}")
 
 
 def _size(name: str, value: int) -> int:
@@ -85,11 +103,16 @@ class PDGR(nn.Module):
         residual: add the input to the output.
         use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity (negative affinities count as 0).
         norm_scale: initial weight of the final LayerNorm.
+        resample_prior: bring a prior map on another grid to that of the features: by means where the sizes divide,
+            otherwise bilinearly. By default it is refused.
+        keep_format: return a map in the memory format of the features. By default it lies channels last for contiguous
+            features too, because a contiguous one would be a copy.
         backend: kernel backend of all ops, one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
 
     Shape:
         features (B, C, h, w) and prior (B, D, h, w) to (B, C, h, w), in the dtype of the features (under autocast: of
-        the linear maps). The prior may have any floating-point dtype. B, h and w may be 0.
+        the linear maps). The prior may have any floating-point dtype. B, h and w may be 0. Either may be tokens,
+        (B, N, C) or (B, N, D) with N = h * w, row by row; features that are need ``grid=(h, w)`` and come back as such.
 
     Note:
         A cell whose prior is not finite gets a NaN output and influences no other cell.
@@ -101,6 +124,9 @@ class PDGR(nn.Module):
         >>> features, prior = torch.randn(2, 8, 6, 6), torch.randn(2, 16, 6, 6)
         >>> tuple(pdgr(features, prior).shape)
         (2, 8, 6, 6)
+        >>> tokens, graph = torch.randn(2, 36, 8), pdgr.graph(prior)
+        >>> tuple(pdgr(tokens, graph=graph, grid=(6, 6)).shape)
+        (2, 36, 8)
     """
 
     def __init__(
@@ -123,6 +149,8 @@ class PDGR(nn.Module):
         residual: bool = False,
         use_affinity_as_weight: bool = False,
         norm_scale: float = 1.0,
+        resample_prior: bool = False,
+        keep_format: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -140,6 +168,8 @@ class PDGR(nn.Module):
             "bias": bias,
             "residual": residual,
             "use_affinity_as_weight": use_affinity_as_weight,
+            "resample_prior": resample_prior,
+            "keep_format": keep_format,
         }.items():
             check_flag("PDGR", name, flag)
         if backend is not None:
@@ -149,6 +179,7 @@ class PDGR(nn.Module):
         self.self_loop, self.norm = self_loop, norm
         self.normalize_prior, self.residual = normalize_prior, residual
         self.use_affinity_as_weight = use_affinity_as_weight
+        self.resample_prior, self.keep_format = resample_prior, keep_format
         self.backend = backend
 
         # the two halves of the edge MLP's first layer, so that [d_i || d_j] never exists
@@ -195,25 +226,41 @@ class PDGR(nn.Module):
             f"decay={self.decay}, self_loop={self.self_loop!r}, norm={self.norm!r}"
         )
 
-    def _check(self, features: Tensor, prior: Tensor) -> None:
-        for name, value, width in (("features", features, self.channels), ("prior", prior, self.prior_dim)):
-            check_tensor("PDGR", name, value, None)
-            if value.dim() != 4 or value.shape[1] != width:
-                raise ValueError(
-                    f"PDGR: {name} has the wrong shape; expected (B, {width}, h, w), got {tuple(value.shape)}"
-                )
-        if features.shape[0] != prior.shape[0] or features.shape[2:] != prior.shape[2:]:
-            raise ValueError(
-                "PDGR: prior does not match features; expected the same B, h, w as "
-                f"{tuple(features.shape)}, got {tuple(prior.shape)}"
-            )
-        if features.device != prior.device:
-            raise ValueError(f"PDGR: prior is on another device; expected {features.device}, got {prior.device}")
+    def _check_dtype(self, features: Tensor) -> None:
         own = self.output_norm.weight.dtype
         if features.dtype != own and not torch.is_autocast_enabled(features.device.type):
             raise TypeError(
                 f"PDGR: features have another dtype than the module; expected {own} or autocast, got {features.dtype}"
             )
+
+    def _nodes_of_prior(self, prior: Any, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The nodes of a prior that lies on the grid of the features, or is brought to it."""
+        tokens = isinstance(prior, Tensor) and prior.dim() == 3
+        nodes, own = _nodes("prior", prior, self.prior_dim, grid if tokens else None)
+        if own != grid and self.resample_prior:
+            nodes, own = resample(prior.detach(), grid).flatten(2).transpose(1, 2), grid
+        if features.shape[0] != nodes.shape[0] or own != grid:
+            wanted = (
+                f"same B, h, w as {tuple(features.shape)}" if features.dim() == 4 else f"B and grid {grid} of features"
+            )
+            raise ValueError(f"PDGR: prior does not match features; expected the {wanted}, got {tuple(prior.shape)}")
+        if features.device != prior.device:
+            raise ValueError(f"PDGR: prior is on another device; expected {features.device}, got {prior.device}")
+        return nodes
+
+    def _for_batch(self, graph: Graph, batch: int, nodes: int, columns: bool) -> tuple[Tensor, Tensor, Csc | None]:
+        """Index, coefficients and columns of a given graph, the only one of a batch as that of each sample."""
+        if not isinstance(graph, Graph):
+            raise TypeError(f"PDGR: graph is no graph; expected drseg_core.ops.Graph, got {type(graph).__name__}")
+        index, coefficient, lists = graph
+        if index.dim() != 3 or index.shape[0] not in (1, batch) or index.shape[1] != nodes:
+            raise ValueError(
+                "PDGR: graph does not match features; "
+                f"expected index ({batch} or 1, {nodes}, K), got {tuple(index.shape)}"
+            )
+        if index.shape[0] != batch:
+            index, coefficient, lists = index.expand(batch, -1, -1), coefficient.expand(batch, -1, -1), None
+        return index, coefficient, columns_of(index, self.backend) if columns and lists is None else lists
 
     def _affinity(self, score: Tensor) -> Tensor:
         """Eq. 7 from the score that orders the candidates."""
@@ -222,11 +269,14 @@ class PDGR(nn.Module):
         positive = score.clamp_min(0)
         return positive**self.gamma if self.affinity == "power" else self.gamma * positive
 
-    def graph(self, prior: Tensor, *, columns: bool = True) -> Graph:
-        """Neighbours and propagation coefficients for a prior map.
+    def graph(self, prior: Tensor, *, grid: tuple[int, int] | None = None, columns: bool = True) -> Graph:
+        """Neighbours and propagation coefficients for a prior, which several calls may share: ``pdgr(x, graph=graph)``.
+
+        Its coefficients carry gradients to the parameters of the edge MLP.
 
         Args:
-            prior: (B, D, h, w).
+            prior: (B, D, h, w), or tokens (B, N, D) on ``grid``.
+            grid: (h, w) of tokens.
             columns: list the edges by the nodes in which they end, too; whatever goes against the edges, a gradient
                 among it, takes longer without.
 
@@ -234,14 +284,19 @@ class PDGR(nn.Module):
             ``index`` (B, N, K) int32, ``coefficient`` (B, N, K) and ``csc``, where N = h * w and K is ``k``, plus one
             slot with ``self_loop="extra"``. With ``norm="sym_undirected"`` it is half of the operator, and
             ``propagate_transposed`` the other.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, dtype or shape.
         """
-        index, coefficient, _, lists = self._graph(prior, columns, apart=False)
+        nodes, grid = _nodes("prior", prior, self.prior_dim, None if grid is None else check_grid("PDGR", grid))
+        index, coefficient, _, lists = self._graph(nodes, grid, columns, apart=False)
         return Graph(index, coefficient, lists)
 
-    def _graph(self, prior: Tensor, columns: bool, apart: bool) -> tuple[Tensor, Tensor, Tensor | None, Csc | None]:
+    def _graph(
+        self, nodes: Tensor, grid: tuple[int, int], columns: bool, apart: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Csc | None]:
         """Index, coefficients, the scales that ``apart`` may leave to ``graph_layer``, and columns of a graph."""
-        grid = (prior.shape[2], prior.shape[3])
-        nodes = prior.detach().flatten(2).transpose(1, 2)
+        nodes = nodes.detach()
         count = nodes.shape[1]
         include_self = self.self_loop == "in_topk"
         decay = self.decay if self.affinity == "product" else self.decay / self.gamma
@@ -291,14 +346,41 @@ class PDGR(nn.Module):
         coefficient = degree_normalize(weight, index, norm=self.norm, csc=lists, backend=self.backend)
         return index, coefficient, None, lists
 
-    def forward(self, features: Tensor, prior: Tensor) -> Tensor:
-        """Rectify ``features`` (B, C, h, w) along the graph of ``prior`` (B, D, h, w)."""
-        self._check(features, prior)
+    def forward(
+        self,
+        features: Tensor,
+        prior: Tensor | None = None,
+        *,
+        grid: tuple[int, int] | None = None,
+        graph: Graph | None = None,
+    ) -> Tensor:
+        """Rectify features along the graph of a prior.
+
+        Args:
+            features: (B, C, h, w), or tokens (B, N, C) on ``grid``.
+            prior: (B, D, h, w), or tokens (B, N, D) on the grid of the features.
+            grid: (h, w) of tokens.
+            graph: in place of a prior what ``graph`` made of it, of the same batch or of one sample for all.
+
+        Returns:
+            In the shape of ``features``.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or is missing.
+        """
+        x, grid = _nodes("features", features, self.channels, None if grid is None else check_grid("PDGR", grid))
+        self._check_dtype(features)
         undirected, norm = self.norm == "sym_undirected", self.output_norm
         # what goes against the edges more than once: gradients, and the layers of an undirected graph
-        columns = self.norm == "sym_undirected" or torch.is_grad_enabled()
-        index, coefficient, scale, lists = self._graph(prior, columns, apart=True)
-        x = features.flatten(2).transpose(1, 2)
+        columns = undirected or torch.is_grad_enabled()
+        scale: Tensor | None = None
+        if graph is None:
+            nodes = self._nodes_of_prior(prior, features, grid)
+            index, coefficient, scale, lists = self._graph(nodes, grid, columns, apart=True)
+        elif prior is None:
+            index, coefficient, lists = self._for_batch(graph, x.shape[0], x.shape[1], columns)
+        else:
+            raise ValueError("PDGR: prior and graph say the same; expected one of them, got both")
         for layer, weight in enumerate(self.weights):
             last = layer == len(self.weights) - 1
             x = _linear(x, weight)
@@ -319,5 +401,8 @@ class PDGR(nn.Module):
             )
             if not last:
                 x = self.dropout(x)
-        x = x.transpose(1, 2).unflatten(2, features.shape[2:])
-        return features + x if self.residual else x
+        if features.dim() == 4:
+            x = x.transpose(1, 2).unflatten(2, grid)
+        if self.residual:
+            x = features + x
+        return x.contiguous() if self.keep_format and features.is_contiguous() else x

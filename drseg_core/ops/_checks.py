@@ -150,6 +150,13 @@ def check_count(op: str, name: str, value: object) -> int:
     return count  # type: ignore[return-value]
 
 
+def check_grid(op: str, grid: object) -> tuple[int, int]:
+    """A pair (h, w) of integers >= 0 as Python's."""
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise ValueError(f"{op}: grid is not a pair; expected (h, w), got {' '.join(repr(grid).split())}")
+    return check_count(op, "grid height", grid[0]), check_count(op, "grid width", grid[1])
+
+
 def check_number(op: str, name: str, value: object, *, positive: bool = False) -> float:
     """A finite number >= 0 as Python's."""
     found = number(value)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from drseg_core.data import IGNORE
 from drseg_core.device import select_device
-from drseg_core.models.dino import DinoPrior, resample
+from drseg_core.models.dino import DinoPrior
+from drseg_core.nn.resample import resample
 from drseg_core.ops import knn_graph, prepare_prior
 from drseg_core.studies.output import mean_text, write_study
 from drseg_core.studies.plan import PlannedVariant, plan

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from drseg_core.config.schema import DinoConfig
 from drseg_core.errors import CheckpointError
-from drseg_core.models.dino import TINY, DinoPrior, resample
+from drseg_core.models.dino import TINY, DinoPrior
+from drseg_core.nn.resample import resample
 
 CONFIG = DinoConfig(name="drseg-tiny", weights=None, image_size=128)
 

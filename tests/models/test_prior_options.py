@@ -13,7 +13,8 @@ from torch import nn
 from drseg_core.config.schema import DinoConfig
 from drseg_core.models.build import build_model
 from drseg_core.models.decoder import Decoder
-from drseg_core.models.dino import DinoPrior, resample
+from drseg_core.models.dino import DinoPrior
+from drseg_core.nn.resample import resample
 
 V3 = DinoConfig(name="drseg-tiny", weights=None, image_size=64)
 V1 = DinoConfig(name="test_vit", weights=None, image_size=96, normalization="imagenet")

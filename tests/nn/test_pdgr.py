@@ -570,6 +570,137 @@ def test_float64_under_autocast(normalize_prior):
         assert torch.equal(wide(features.double(), prior.double()), right)
 
 
+def _tokens(value: Tensor) -> Tensor:
+    return value.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("norm", ["sym_row", "sym_undirected"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_tokens_give_what_their_maps_give(residual, norm):
+    features, prior = maps()
+    module = make(residual=residual, norm=norm)
+    leaf = features.requires_grad_()
+    expected = module(leaf, prior)
+    exact = gradients(module, expected, leaf)
+    given = _tokens(leaf).contiguous()
+    for tokens, seen, grid in (
+        (given, _tokens(prior), (3, 4)),
+        (_tokens(leaf), _tokens(prior).contiguous(), [3, 4]),
+        (given, prior, torch.Size([3, 4])),
+    ):
+        output = module(tokens, seen, grid=grid)
+        assert output.shape == given.shape
+        torch.testing.assert_close(output, _tokens(expected), rtol=1e-12, atol=1e-12)
+        for name, got in gradients(module, output.transpose(1, 2).unflatten(2, (3, 4)), leaf).items():
+            torch.testing.assert_close(got, exact[name], rtol=1e-9, atol=1e-11)
+    assert torch.equal(module(leaf, _tokens(prior)), expected)
+    assert torch.equal(module.graph(_tokens(prior), grid=(3, 4)).index, module.graph(prior).index)
+    turned = module(given, _tokens(prior), grid=(4, 3))
+    assert not torch.allclose(turned, _tokens(expected))
+
+
+@pytest.mark.parametrize("self_loop", ["in_topk", "extra"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_prior_for_several_calls(norm, self_loop):
+    features, prior = maps()
+    others = torch.randn(features.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    module = make(norm=norm, self_loop=self_loop)
+    expected = module(features, prior).square().sum() + module(others, prior).sin().sum()
+    exact = torch.autograd.grad(expected, list(module.parameters()))
+    for columns in (True, False):
+        graph = module.graph(prior, columns=columns)
+        assert torch.equal(module(features, graph=graph), module(features, prior))
+        assert torch.equal(module(_tokens(others), graph=graph, grid=(3, 4)), _tokens(module(others, prior)))
+        found = module(features, graph=graph).square().sum() + module(others, graph=graph).sin().sum()
+        for got, right in zip(torch.autograd.grad(found, list(module.parameters())), exact, strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-12)
+        with torch.no_grad():
+            assert torch.equal(module(features, graph=graph), module(features, prior))
+
+
+def test_the_graph_of_one_sample_for_all():
+    features, prior = maps(batch=3)
+    alone = prior[:1].expand_as(prior)
+    for norm in ("sym_row", "sym_undirected"):
+        module = make(norm=norm)
+        leaf = features.requires_grad_()
+        expected, found = module(leaf, alone), module(leaf, graph=module.graph(prior[:1]))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        exact = gradients(module, expected, leaf)
+        for name, got in gradients(module, found, leaf).items():
+            torch.testing.assert_close(got, exact[name], rtol=1e-9, atol=1e-11)
+
+
+def test_a_prior_on_another_grid_is_resampled_when_asked():
+    features, _ = maps(3, 4)
+    module = make(resample_prior=True)
+    _, finer = maps(6, 8)
+    assert torch.equal(module(features, finer), make()(features, F.avg_pool2d(finer, 2)))
+    for height, width in ((5, 9), (2, 2)):
+        _, other = maps(height, width)
+        given = other.requires_grad_()
+        brought = F.interpolate(other, size=(3, 4), mode="bilinear", align_corners=False)
+        output = module(features, given)
+        assert torch.equal(output, make()(features, brought.detach()))
+        assert torch.equal(module(_tokens(features), given, grid=(3, 4)), _tokens(output))
+        output.sum().backward()
+        assert given.grad is None
+        with pytest.raises(ValueError, match="^PDGR: prior does not match features; expected the same B, h, w as"):
+            make()(features, other)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_format_of_the_result(dtype, residual):
+    features, prior = maps(dtype=torch.float32)
+    for keep_format in (False, True):
+        module = make(dtype=torch.float32, residual=residual, keep_format=keep_format)
+        with torch.autocast("cpu", enabled=dtype == torch.bfloat16):
+            expected = module(features, prior)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                for seen in (prior, prior.contiguous(memory_format=torch.channels_last)):
+                    output = module(features.contiguous(memory_format=layout), seen)
+                    torch.testing.assert_close(output, expected)
+                    if keep_format or layout == torch.channels_last:
+                        assert output.is_contiguous(memory_format=layout)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "tokens without a grid": (
+        lambda m, x, p: m(_tokens(x), p),
+        r"features has .*; expected \(B, 6, h, w\), got \(2, 12, 6",
+    ),
+    "another grid": (
+        lambda m, x, p: m(_tokens(x), p, grid=(3, 5)),
+        r"features has the wrong shape; expected \(B, 6, h, w\) or \(B, 15, 6\), got \(2, 12, 6\)$",
+    ),
+    "a map on another grid": (lambda m, x, p: m(x, p, grid=(4, 3)), r"grid does not match features; expected \(3, 4\)"),
+    "tokens and a map": (
+        lambda m, x, p: m(_tokens(x), p.mT, grid=(3, 4)),
+        r"prior does not match features; expected the B and grid \(3, 4\) of features, got \(2, 5, 4, 3\)$",
+    ),
+    "no pair": (lambda m, x, p: m(_tokens(x), p, grid=12), r"grid is not a pair; expected \(h, w\), got 12$"),
+    "prior and graph": (lambda m, x, p: m(x, p, graph=m.graph(p)), r"prior and graph say the same; .*, got both$"),
+    "a graph of another grid": (
+        lambda m, x, p: m(x, graph=m.graph(p[..., 1:])),
+        r"graph does not match features; expected index \(2 or 1, 12, K\), got \(2, 9, 5\)$",
+    ),
+    "a graph of another batch": (
+        lambda m, x, p: m(x, graph=m.graph(p.repeat(2, 1, 1, 1))),
+        r"graph does not match features; expected index \(2 or 1, 12, K\), got \(4, 12, 5\)$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_layouts_that_do_not_fit_are_refused(case):
+    call, message = REFUSED[case]
+    with pytest.raises(ValueError, match=f"^PDGR: {message}"):
+        call(make(), *maps())
+    with pytest.raises(TypeError, match="^PDGR: graph is no graph; expected drseg_core.ops.Graph, got tuple$"):
+        make()(maps()[0], graph=tuple(make().graph(maps()[1])))
+
+
 def test_parameters_have_memory_of_their_own():
     module = make(dtype=torch.float32)
     storages = [parameter.untyped_storage().data_ptr() for parameter in module.parameters()]

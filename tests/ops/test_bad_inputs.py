@@ -346,7 +346,14 @@ CONSTRUCTOR: list[tuple[str, Any, type[Exception], str]] = [
     ("norm", None, ValueError, "got None$"),
     *(
         (name, value, TypeError, f"must be a flag; expected bool, got {type(value).__name__}$")
-        for name in ("normalize_prior", "bias", "residual", "use_affinity_as_weight")
+        for name in (
+            "normalize_prior",
+            "bias",
+            "residual",
+            "use_affinity_as_weight",
+            "resample_prior",
+            "keep_format",
+        )
         for value in ("no", 0, None)
     ),
     ("gamma", 0.0, ValueError, "finite number > 0, got 0.0$"),
