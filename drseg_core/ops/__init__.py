@@ -14,11 +14,13 @@ from drseg_core.ops.graph_layer.api import graph_layer
 from drseg_core.ops.graph_propagate.api import graph_propagate
 from drseg_core.ops.knn_graph.api import knn_graph, padding_mask
 from drseg_core.ops.prepare_prior.api import PreparedPrior, prepare_prior
+from drseg_core.ops.scores import ScoreParts, score_parts, sort_by_score
 
 __all__ = [
     "Csc",
     "Graph",
     "PreparedPrior",
+    "ScoreParts",
     "backend_names",
     "backend_report",
     "csc",
@@ -32,6 +34,8 @@ __all__ = [
     "padding_mask",
     "prepare_prior",
     "register_backend",
+    "score_parts",
+    "sort_by_score",
     "use_backend",
 ]
 
