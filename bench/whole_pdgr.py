@@ -303,6 +303,7 @@ def measure(
         "engine", partial(step, problem.engine, problem, backward), repeats if case.nodes <= 16384 else slow, fields
     )
     contenders = [engine, *_others(case, problem, index, mode, repeats, slow, beside, refused)]
+    named = _dispatch.requested_backend("pdgr", None)
     for contender in contenders if with_memory else ():
         if device == "cuda":
             contender.fields["peak_mb"] = memory.rise(contender.run, device)
@@ -315,7 +316,7 @@ def measure(
                     data,
                     contender.name,
                     backward,
-                    _dispatch._override,
+                    None if named == "auto" else named,
                     dtype,
                 )  # fmt: skip
             )

@@ -11,12 +11,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import source
 
 from drseg_core.errors import BackendDtypeError, BackendUnavailableError
 from drseg_core.ops._checks import FLOAT_DTYPES
@@ -24,8 +28,31 @@ from drseg_core.ops._checks import FLOAT_DTYPES
 Run = Callable[..., Any]
 WhyNot = Callable[[str], str | None]
 
-_override: str | None = None
-_last: dict[str, str] = {}
+
+class _Last(threading.local):
+    """The backend that ran last in this thread, by op."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, str] = {}
+
+    def clear(self) -> None:
+        self.of.clear()
+
+
+# whether torch.compile reads context variables; it writes none
+_COMPILES_CONTEXTS = hasattr(source, "ContextVarGetSource")
+
+
+class _Compiled(threading.local):
+    """What compiled code is to know of blocks: of those in it, and of those around it where it reads no context."""
+
+    def __init__(self) -> None:
+        self.override: str | None | EllipsisType = ... if _COMPILES_CONTEXTS else None
+
+
+_last = _Last()
+_override: ContextVar[str | None] = ContextVar("drseg_core.ops.use_backend", default=None)
+_compiled = _Compiled()
 
 
 @dataclass(frozen=True)
@@ -157,7 +184,7 @@ def _composed(parts: Sequence[str], compose: Compose, widens: bool, backends: Se
     def noted(run: Run) -> Run:
         @functools.wraps(run)
         def runs(*arguments: Any) -> Any:
-            _last.update(dict.fromkeys(parts, name))
+            _last.of.update(dict.fromkeys(parts, name))
             return run(*arguments)
 
         return runs
@@ -234,7 +261,7 @@ def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) ->
                         f"expected one of {', '.join(map(str, backend.dtypes))}, got {dtype}"
                     )
         if reason is None:
-            _last[op] = backend.name
+            _last.of[op] = backend.name
             return backend
         reasons[backend.name] = reason
     able = [b.name for b in table(op) if b.why_not(device) is None and set(dtypes.values()) <= {*b.dtypes}]
@@ -280,7 +307,8 @@ def gradients(op: str, chosen: Backend, *arguments: Any) -> Any:
 def requested_backend(op: str, backend: str | None) -> str:
     """What a public function's ``backend`` argument asks for: the argument, then ``use_backend``, then ``auto``."""
     if backend is None:
-        backend = _override
+        known = _compiled.override if torch.compiler.is_compiling() else ...
+        backend = _override.get() if known is ... else known
     if backend is None:
         return "auto"
     if backend not in backend_names():
@@ -290,7 +318,12 @@ def requested_backend(op: str, backend: str | None) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block every op whose ``backend`` is None uses this one (process-wide, not per thread).
+    """Within the block every op whose ``backend`` is None uses this one.
+
+    The block counts for the thread or the asyncio task that is in it, and for tasks that begin there; a thread that is
+    started in it begins without. A backward runs on the backend of its forward wherever it runs, but what
+    ``torch.utils.checkpoint`` computes again asks anew: on a GPU in a thread of autograd's, outside of every block. The
+    ``backend`` of an op or of a module is the same everywhere.
 
     Example:
         >>> import torch
@@ -300,24 +333,30 @@ def use_backend(name: str | None) -> Iterator[None]:
         >>> ops.last_backend("graph_propagate")
         'reference'
     """
-    global _override
     requested_backend("use_backend", name)
-    previous, _override = _override, name
+    compiling, previous = torch.compiler.is_compiling(), _compiled.override
+    if compiling or previous is not ...:
+        _compiled.override = name
+    token = None if compiling else _override.set(name)
     try:
         yield
     finally:
-        _override = previous
+        if token is not None:
+            _override.reset(token)
+        _compiled.override = previous
 
 
 def last_backend(op: str) -> str | None:
-    """Name of the backend that computed ``op`` last in this process.
+    """Name of the backend that computed ``op`` last in this thread; None where none did.
+
+    What autograd computes in a thread of its own, on a GPU, is not seen from here; it is the backend of the forward.
 
     Example:
         >>> from drseg_core import ops
         >>> ops.last_backend("no such op") is None
         True
     """
-    return _last.get(op)
+    return _last.of.get(op)
 
 
 def backend_report() -> list[dict[str, Any]]:

@@ -47,8 +47,8 @@ def run(module: PDGR, features: Tensor, prior: Tensor, backend: str) -> dict[str
     random = torch.Generator().manual_seed(1)
     weight = torch.randn(output.shape, generator=random, dtype=torch.float64).to(output)
     grads = torch.autograd.grad((output * weight).sum(), [features, *module.parameters()])
-    assert set(_dispatch._last.values()) == {backend}
-    assert set(_dispatch._last) <= {*OPS, *FUSED}
+    assert set(_dispatch._last.of.values()) == {backend}
+    assert set(_dispatch._last.of) <= {*OPS, *FUSED}
     names = ("features", *(name for name, _ in module.named_parameters()))
     return {"output": output.detach(), **dict(zip(names, grads, strict=True))}
 
@@ -95,10 +95,10 @@ def test_autocast_in_half_precision():
 def test_the_fused_ops_run_where_they_can(options, expected):
     module, features, prior = make(**options)
     run(module, features, prior, "triton")
-    assert set(_dispatch._last) == set(expected)
+    assert set(_dispatch._last.of) == set(expected)
     # where there is no kernel for all of it, its parts run
     run(module, features, prior, "reference")
-    assert set(_dispatch._last) == {*OPS, *expected}
+    assert set(_dispatch._last.of) == {*OPS, *expected}
 
 
 @pytest.mark.parametrize("norm", ["sym_row", "sym_undirected"])

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from drseg_core import ops
 from drseg_core.nn import PDGR
+from drseg_core.ops import _dispatch
 from drseg_core.testing import dense_affinity, dense_neighbours, dense_pdgr
 
 C, D, E = 6, 5, 4
@@ -475,7 +476,12 @@ def test_few_recompilations_over_shapes(fresh_compiler):
     assert counter.frame_count <= 1 + 2
 
 
-def test_compiled_code_asks_for_the_backend_of_its_block(fresh_compiler):
+@pytest.mark.parametrize("reads_contexts", [True, False])
+def test_compiled_code_asks_for_the_backend_of_its_block(reads_contexts, fresh_compiler, monkeypatch):
+    if not reads_contexts:
+        monkeypatch.setattr(_dispatch._compiled, "override", None)
+    elif not _dispatch._COMPILES_CONTEXTS:
+        pytest.skip("this torch.compile reads no context variables")
     features, prior = maps(dtype=torch.float32)
     module = make(dtype=torch.float32)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -483,6 +489,22 @@ def test_compiled_code_asks_for_the_backend_of_its_block(fresh_compiler):
         with ops.use_backend(name):
             compiled(features, prior)
         assert ops.last_backend("graph_propagate") == expected
+
+
+def test_a_block_inside_of_compiled_code(fresh_compiler):
+    features, prior = maps(dtype=torch.float32)
+    module = make(dtype=torch.float32)
+
+    def call(features: Tensor, prior: Tensor) -> Tensor:
+        with ops.use_backend("reference"):
+            return module(features, prior)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        compiled(features, prior)
+        assert ops.last_backend("graph_propagate") == "reference"
+        module(features, prior)
+        assert ops.last_backend("graph_propagate") == "native"
 
 
 def test_dropout_acts_in_training_only():

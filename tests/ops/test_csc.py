@@ -173,7 +173,7 @@ def test_a_graph_is_what_its_matrix_is():
 def test_a_graph_is_listed_once():
     index, coefficient = INDEX[None], torch.ones(1, 3, 2, requires_grad=True)
     graph, x = ops.Graph.of(index, coefficient), torch.ones(1, 3, 2, requires_grad=True)
-    before, ops._dispatch._last["csc"] = ops.last_backend("csc"), "none"
+    before, ops._dispatch._last.of["csc"] = ops.last_backend("csc"), "none"
     assert before is not None
     for _ in range(3):
         x = graph.propagate_transposed(graph.propagate(x))

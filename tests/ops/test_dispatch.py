@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,85 @@ def test_use_backend_nests_and_ends():
     assert chosen() == "native"
 
 
+def _ran() -> str | None:
+    call("graph_propagate")
+    return ops.last_backend("graph_propagate")
+
+
+def test_blocks_that_overlap_in_two_threads_are_each_threads_own():
+    turns = [threading.Event() for _ in range(4)]
+    found: dict[str, list[str | None]] = {}
+
+    def work(name: str, mine: int) -> None:
+        found[name] = [ops.last_backend("graph_propagate"), _ran()]
+        with ops.use_backend(name):
+            # in at the same time as the other, and out in the order in which they came
+            turns[mine].set()
+            turns[1 - mine].wait(10)
+            found[name].append(_ran())
+            if mine == 1:
+                turns[2].wait(10)
+        found[name].append(_ran())
+        turns[2 + mine].set()
+
+    with ops.use_backend("reference"):
+        assert _ran() == "reference"
+        threads = [threading.Thread(target=work, args=given) for given in (("reference", 0), ("native", 1))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        # what others ran is not what ran here
+        assert ops.last_backend("graph_propagate") == "reference"
+    # a thread that is started in a block begins outside of it, and has computed nothing
+    assert found == {
+        "reference": [None, "native", "reference", "native"],
+        "native": [None, "native", "native", "native"],
+    }
+    assert _ran() == "native"
+
+
+def test_blocks_that_overlap_in_two_tasks_are_each_tasks_own():
+    async def work(name: str, pause: float) -> list[str | None]:
+        found = [_ran()]
+        with ops.use_backend(name):
+            await asyncio.sleep(pause)
+            found.append(_ran())
+            with ops.use_backend("native"):
+                await asyncio.sleep(pause)
+                found.append(_ran())
+            # a task begins with the block of its beginning
+            found.append(await asyncio.create_task(inner()))
+        return [*found, _ran()]
+
+    async def inner() -> str | None:
+        return _ran()
+
+    async def both() -> list[list[str | None]]:
+        return await asyncio.gather(work("reference", 0.01), work("native", 0.015))
+
+    first, second = asyncio.run(both())
+    assert first == ["native", "reference", "native", "reference", "native"] and set(second) == {"native"}
+    assert _ran() == "native"
+
+
+def test_a_backward_in_another_thread_uses_the_backend_of_the_forward():
+    given = arguments("graph_propagate")
+    x = given["x"].requires_grad_()
+    with ops.use_backend("reference"):
+        output = ops.graph_propagate(**given)
+    found: list[str | None] = []
+
+    def work() -> None:
+        output.sum().backward()
+        found.append(ops.last_backend("graph_propagate"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(30)
+    assert found == ["reference"] and x.grad is not None
+
+
 @pytest.mark.parametrize("inside,outside", [("reference", "native"), ("native", "reference")])
 def test_the_backward_uses_the_backend_of_the_forward(inside, outside):
     given = arguments("graph_propagate")
@@ -200,7 +281,7 @@ def test_a_dtype_that_a_backend_lacks():
         with pytest.raises(BackendUnavailableError, match="expected one of none, got auto"):
             _dispatch.resolve("made_up", single.half(), "auto")
     finally:
-        del _dispatch._tables["made_up"], _dispatch._last["made_up"]
+        del _dispatch._tables["made_up"], _dispatch._last.of["made_up"]
 
 
 def test_the_report_is_what_the_calls_do():
