@@ -220,6 +220,10 @@ class PDGR(nn.Module):
             state_dict[f"{prefix}edge_bias"] = bias.view(1)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
+    def __prepare_scriptable__(self) -> None:
+        # torch.jit.script asks every module for it first, and its own error has a dozen lines
+        raise TypeError("PDGR: TorchScript cannot compile it; expected torch.export, got torch.jit.script")
+
     def extra_repr(self) -> str:
         return (
             f"{self.channels}, {self.prior_dim}, k={self.k}, affinity={self.affinity!r}, gamma={self.gamma}, "
@@ -301,11 +305,14 @@ class PDGR(nn.Module):
         include_self = self.self_loop == "in_topk"
         decay = self.decay if self.affinity == "product" else self.decay / self.gamma
         prepared = prepare_prior(nodes, backend=self.backend)
+        # without itself a node has one candidate less; where it is alone, one padded slot shows a prior that is NaN
+        # which of both is less, a program for every size does not know yet
+        lesser, greater = (min, max) if isinstance(count, int) else (torch.sym_min, torch.sym_max)
+        k: Any = lesser(self.k, count if include_self else greater(count - 1, 1))
         index, score = knn_graph(
             prepared,
             grid,
-            # without itself a node has one candidate less; where it is alone, one padded slot shows a prior that is NaN
-            min(self.k, count if include_self else max(count - 1, 1)),
+            k,
             decay=decay,
             form=_FORM[self.affinity],
             include_self=include_self,

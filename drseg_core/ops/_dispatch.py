@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import source
 
 from drseg_core.errors import BackendDtypeError, BackendUnavailableError
 from drseg_core.ops._checks import FLOAT_DTYPES
@@ -40,7 +39,7 @@ class _Last(threading.local):
 
 
 # whether torch.compile reads context variables; it writes none
-_COMPILES_CONTEXTS = hasattr(source, "ContextVarGetSource")
+_COMPILES_CONTEXTS = torch.__version__ >= "2.14"
 
 
 class _Compiled(threading.local):
@@ -272,13 +271,19 @@ def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) ->
     )
 
 
+def asked_once(function: Run) -> Run:
+    """What ``torch.compiler.assume_constant_result`` makes of a function: a compiler calls it and keeps the result.
+
+    That one imports the compiler, and with it triton, which takes as long again as torch itself.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@asked_once
 def _takes_raw(op: str, device: str, requested: str, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
     first, *others = (torch.empty(0, dtype=dtype, device=device) for dtype in dtypes)
     return resolve(op, first, requested, **dict(zip(names, others, strict=True))).raw
-
-
-# as ``torch.compiler.assume_constant_result`` marks it, which would import the compiler
-_takes_raw._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def takes_raw(op: str, tensor: Tensor, requested: str, **others: Tensor | None) -> bool:
@@ -304,10 +309,23 @@ def gradients(op: str, chosen: Backend, *arguments: Any) -> Any:
     return chosen.run_backward(*arguments)
 
 
+@asked_once
+def _for_onnx() -> bool:
+    # a trace takes torch's own function for False
+    return torch.onnx.is_in_onnx_export()
+
+
 def requested_backend(op: str, backend: str | None) -> str:
-    """What a public function's ``backend`` argument asks for: the argument, then ``use_backend``, then ``auto``."""
+    """What a public function's ``backend`` argument asks for: the argument, then ``use_backend``, then ``auto``.
+
+    Whoever cannot follow a call of ours is refused here, where every one of them passes.
+    """
+    compiling = torch.compiler.is_compiling()
+    if torch._C._get_tracing_state() is not None or (compiling and _for_onnx()):
+        asked = "ONNX" if _for_onnx() else "torch.jit.trace"
+        raise TypeError(f"{op}: {asked} has no form for this op; expected torch.export or torch.compile, got {asked}")
     if backend is None:
-        known = _compiled.override if torch.compiler.is_compiling() else ...
+        known = _compiled.override if compiling else ...
         backend = _override.get() if known is ... else known
     if backend is None:
         return "auto"

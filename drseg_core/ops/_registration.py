@@ -21,7 +21,7 @@ _USUAL = frozenset([Tensor, torch.nn.Parameter, bool, int, float, str, type(None
 
 
 def usual(arguments: Sequence[Any]) -> bool:
-    """Whether nobody but torch's eager mode looks at a call: no compiler, transform, tracer or dispatch mode.
+    """Whether nobody but torch's eager mode looks at a call: no compiler, transform or dispatch mode.
 
     Nor may a tensor be the lazy negative of another, which the dispatcher would make of it first.
     """
@@ -31,7 +31,6 @@ def usual(arguments: Sequence[Any]) -> bool:
         or torch._C._are_functorch_transforms_active()
         # of batched gradients, which are no transform
         or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
-        or torch._C._get_tracing_state() is not None
         or not _USUAL.issuperset(map(type, arguments))
         or any(value.is_neg() for value in arguments if isinstance(value, Tensor))
     )

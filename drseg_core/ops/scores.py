@@ -117,8 +117,8 @@ def score_parts(
     decay = _checks.check_number(op, "decay", decay)
     _checks.check_choice(op, "form", form, FORMS)
     requested = requested_backend("graph_propagate", backend)
-    scaled, inverse_norm = prior if isinstance(prior, PreparedPrior) else prepare_prior(prior, backend=backend)
-    unit = scaled.to(inverse_norm.dtype) * inverse_norm.unsqueeze(-1)
+    prepared = prior if isinstance(prior, PreparedPrior) else prepare_prior(prior, backend=backend)
+    unit = prepared.scaled.to(prepared.inverse_norm.dtype) * prepared.inverse_norm.unsqueeze(-1)
     batched = (unit, index) if index.dim() == 3 else (unit[None], index[None])
     # a sum along edges has these products for the gradient of its coefficients
     none = unit.new_zeros(batched[1].shape)

@@ -58,7 +58,7 @@ def _check(
         _checks.check_flag(op, "return_score", return_score)
     _checks.check_choice(op, "precision", precision, PRECISIONS)
     candidates = nodes if include_self else nodes - 1
-    if k > candidates and nodes > 0 and not pad:
+    if not pad and k > candidates and nodes > 0:
         raise ValueError(
             f"{op}: k exceeds the candidates; expected k <= {candidates} (N = {nodes}), got {k}: "
             "pass pad=True or lower k"
