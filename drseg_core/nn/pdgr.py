@@ -51,18 +51,19 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 def _nodes(name: str, value: Tensor, width: int, grid: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
     """The nodes (B, N, C) of a map (B, C, h, w), or of tokens on ``grid``, and the grid."""
     check_tensor("PDGR", name, value, None)
-    if value.dim() == 4 and value.shape[1] == width:
-        own = (value.shape[2], value.shape[3])
+    shape = value.shape
+    if len(shape) == 4 and shape[1] == width:
+        own = (shape[2], shape[3])
         if grid is not None and own != grid:
             raise ValueError(f"PDGR: grid does not match {name}; expected {own} or None for a map, got {grid}")
         return value.flatten(2).transpose(1, 2), own
     if grid is None:
         forms = f"(B, {width}, h, w)"
-    elif value.dim() == 3 and value.shape[1] == grid[0] * grid[1] and value.shape[2] == width:
+    elif len(shape) == 3 and shape[1] == grid[0] * grid[1] and shape[2] == width:
         return value, grid
     else:
         forms = f"(B, {width}, h, w) or (B, {grid[0] * grid[1]}, {width})"
-    raise ValueError(f"PDGR: {name} has the wrong shape; expected {forms}, got {tuple(value.shape)}")
+    raise ValueError(f"PDGR: {name} has the wrong shape; expected {forms}, got {tuple(shape)}")
 
 
 def _size(name: str, value: int) -> int:

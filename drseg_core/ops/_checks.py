@@ -137,7 +137,9 @@ def number(value: Any) -> Any:
 
 def numbers(values: Any) -> Any:
     """The same for each of a tuple or list; everything else as it is."""
-    return tuple(map(number, values)) if isinstance(values, (tuple, list)) else values
+    if not isinstance(values, (tuple, list)):
+        return values
+    return tuple([value if type(value) is int else number(value) for value in values])
 
 
 def check_count(op: str, name: str, value: object) -> int:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state
+from torch.compiler import is_compiling
 
 from drseg_core.errors import BackendDtypeError, BackendUnavailableError
 from drseg_core.ops._checks import FLOAT_DTYPES
@@ -320,8 +322,8 @@ def requested_backend(op: str, backend: str | None) -> str:
 
     Whoever cannot follow a call of ours is refused here, where every one of them passes.
     """
-    compiling = torch.compiler.is_compiling()
-    if torch._C._get_tracing_state() is not None or (compiling and _for_onnx()):
+    compiling = is_compiling()
+    if _get_tracing_state() is not None or (compiling and _for_onnx()):
         asked = "ONNX" if _for_onnx() else "torch.jit.trace"
         raise TypeError(f"{op}: {asked} has no form for this op; expected torch.export or torch.compile, got {asked}")
     if backend is None:
@@ -352,7 +354,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         'reference'
     """
     requested_backend("use_backend", name)
-    compiling, previous = torch.compiler.is_compiling(), _compiled.override
+    compiling, previous = is_compiling(), _compiled.override
     if compiling or previous is not ...:
         _compiled.override = name
     token = None if compiling else _override.set(name)

@@ -133,8 +133,9 @@ def knn_graph(
         decay: strength of the spatial decay (lambda / gamma of Eq. 7), >= 0 and in the range of the scores' dtype.
         form: how cosine and distance are joined, see above.
         include_self: every node is one of its own k neighbours; otherwise never.
-        return_score: return the scores too; with ``rough`` they tell only which slots are padding, and may be off by a
-            thousandth: a kernel that chooses by rounded features need not compute them (the choice is the same).
+        return_score: return the scores too (``sort_by_score`` orders by them, ``score_parts`` takes them apart); with
+            ``rough`` they tell only which slots are padding, and may be off by a thousandth: a kernel that chooses by
+            rounded features need not compute them (the choice is the same).
         pad: where there are fewer than k candidates, fill up with the row's own index (see ``padding_mask``).
         precision: ``exact`` ranks float32 affinities; nothing less is offered yet.
         check_finite: refuse non-finite features (synchronises a GPU) instead of containing them.
