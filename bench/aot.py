@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,6 +207,31 @@ def growth_problems(figures: dict[str, int], before: dict[str, int]) -> list[str
     ]
 
 
+@functools.cache
+def _variants(arch: int) -> dict[str, Variant]:
+    target = next(target for target in TARGETS if target.arch == arch)
+    return {variant.name: variant for variant in variants(target)}
+
+
+def report(arch: int, name: str) -> tuple[dict[str, int], list[str], float]:
+    """Figures of a variant, what is beyond a device's limits or wrong in its PTX, and the seconds that it took."""
+    begin = time.perf_counter()
+    target, variant = next(target for target in TARGETS if target.arch == arch), _variants(arch)[name]
+    ptx, figures = build(variant, target)
+    problems = limit_problems(figures, target, variant.options["num_warps"], variant.shared_bytes)
+    problems += ptx_problems(ptx, variant.options["enable_fp_fusion"])
+    return figures, problems, time.perf_counter() - begin
+
+
+def _reports(asked: Sequence[tuple[int, str]], stack: contextlib.ExitStack) -> Iterator[Any]:
+    """``report`` of each, in order. Triton compiles in Python, one kernel at a time: of many, a process per core."""
+    workers = min(os.cpu_count() or 1, len(asked) // 8)
+    if workers < 2:
+        return (report(*one) for one in asked)
+    pool = stack.enter_context(ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")))
+    return pool.map(report, *zip(*asked, strict=True))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -221,17 +250,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("aot: Triton has no nvdisasm here: issued instructions are not counted")
     rows: dict[str, dict[str, int]] = {}
     failed = 0
-    for target in TARGETS:
-        if args.arch and target.arch not in args.arch:
-            continue
-        for variant in variants(target):
-            if args.only not in variant.name:
-                continue
-            begin = time.perf_counter()
-            key = f"sm_{target.arch} {variant.name}"
-            ptx, figures = build(variant, target)
-            problems = limit_problems(figures, target, variant.options["num_warps"], variant.shared_bytes)
-            problems += ptx_problems(ptx, variant.options["enable_fp_fusion"])
+    asked = [
+        (target.arch, name)
+        for target in TARGETS
+        if not args.arch or target.arch in args.arch
+        for name in _variants(target.arch)
+        if args.only in name
+    ]
+    with contextlib.ExitStack() as stack:
+        for (arch, name), (figures, problems, seconds) in zip(asked, _reports(asked, stack), strict=True):
+            key = f"sm_{arch} {name}"
             if before and not args.update:
                 if key in before:
                     problems += growth_problems(figures, before[key])
@@ -241,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     problems.append("not in the baseline; expected a row, got none: run python -m bench aot --update")
             rows[key] = figures
             words = " ".join(f"{name}={value}" for name, value in figures.items())
-            print(f"{key}: {words} ({time.perf_counter() - begin:.1f} s)", flush=True)
+            print(f"{key}: {words} ({seconds:.1f} s)", flush=True)
             for problem in problems:
                 print(f"  FAILED {problem}", flush=True)
             failed += bool(problems)

@@ -120,10 +120,10 @@ def _knn_graph(device: Any) -> Iterator[Variant]:
         if first or nodes > sizes.block_n:
             yield _merge(op.constants(nodes, k, form, include_self, first, sizes), sizes)
         if nodes <= sizes.block_n:
-            yield _rounded(knn_rounded.constants(nodes, k, form, include_self, False, sizes), sizes.num_warps)
+            yield _rounded(knn_rounded.constants(nodes, k, form, include_self, False, sizes))
         elif k <= knn_rounded.LARGEST_LISTED:
             yield _merge(op.constants(nodes, knn_rounded.list_size(k), form, include_self, first, sizes), sizes)
-            yield _rounded(knn_rounded.list_constants(k, form, include_self, False), 1)
+            yield _rounded(knn_rounded.list_constants(k, form, include_self, False))
             yield _whole_rows(k, form, include_self)
 
 
@@ -132,16 +132,17 @@ def _product() -> Variant:
 
     constants = {name: value for name, value in op.SIZES.items() if name.isupper()}
     types = {f"{name}_ptr": "*fp32" for name in ("left", "right", "out")}
-    options = {"num_warps": op.SIZES["num_warps"], **op.FMA}
+    options = {**op.FMA, **{name: value for name, value in op.SIZES.items() if name.islower()}}
     name = _name("knn_graph product", constants, op.SIZES["num_warps"])
     return Variant(name, op._product_kernel, types, constants, options, 65_536, ("channels",))
 
 
-def _rounded(constants: dict[str, Any], warps: int) -> Variant:
+def _rounded(sizes: dict[str, Any]) -> Variant:
     from drseg_kernels import knn_rounded as op
 
-    name = _name("knn_graph rounded", constants, warps)
-    options = {"num_warps": warps, **op.OPTIONS}
+    constants = {name: value for name, value in sizes.items() if name.isupper()}
+    options = {**op.OPTIONS, **{name: value for name, value in sizes.items() if name.islower()}}
+    name = _name("knn_graph rounded", constants, options["num_warps"])
     return Variant(name, op._knn_graph_fwd_kernel_rounded, _ROUNDED, constants, options, 16_384, ("channels",))
 
 
@@ -335,17 +336,12 @@ def _graph_layer(device: Any) -> Iterator[Variant]:
             needs = {"NEED_X": True, "NEED_DOT": True, "ADDED": added, "SCALED": scaled, "BIAS": True}
             yield variant(op._graph_layer_bwd_kernel_edges, tile, dtype, needs)
     for tile in _tiles("graph_layer_rows", device, (576, 75, 384), (576, 75, 2048)):
-        for activation, planes, scaled in (
-            ("relu", False, True),
-            ("layer_norm", False, True),
-            ("layer_norm", True, True),
-            ("layer_norm", False, False),
-        ):
+        for activation, planes in (("relu", False), ("layer_norm", False), ("layer_norm", True)):
             whole = tile.block_n < 1024
             if planes and not whole:
                 continue
             everything = {"NEED_INNER": True, "NEED_PARAMETERS": True}
-            constants = {"ACTIVATION": activation, "SCALED": scaled, "PLANES": planes, "WHOLE": whole, **everything}
+            constants = {"ACTIVATION": activation, "PLANES": planes, "WHOLE": whole, **everything}
             sizes = op.rows_of_planes(tile) if planes else tile
             yield variant(op._graph_layer_bwd_kernel_activation, sizes, "fp32", constants)
         yield variant(op._graph_layer_bwd_kernel_sum, tile, "fp32", {"BIAS": True})

@@ -28,12 +28,12 @@ def _launched_knn_graph(device: Any, case: Case, sizes: Any, dtype: str) -> list
 
     given = ("additive", True)
     if dtype == "fp32" and case.nodes <= sizes.block_n:
-        return [_rounded(rounded.constants(case.nodes, case.neighbours, *given, False, sizes), sizes.num_warps)]
+        return [_rounded(rounded.constants(case.nodes, case.neighbours, *given, False, sizes))]
     lists = dtype == "fp32" and case.neighbours <= rounded.LARGEST_LISTED
     k = rounded.list_size(case.neighbours) if lists else case.neighbours
     tiles = (True, False) if sizes.block_n < case.nodes else (True,)
     found = [_merge(op.constants(case.nodes, k, *given, first, sizes), sizes) for first in tiles]
-    return [*found, _rounded(rounded.list_constants(case.neighbours, *given, False), 1)] if lists else found
+    return [*found, _rounded(rounded.list_constants(case.neighbours, *given, False))] if lists else found
 
 
 def _launched_edge_weight(device: Any, case: Case, tile: Any, dtype: str) -> list[Variant]:
@@ -119,7 +119,7 @@ def _launched_graph_layer_rows(device: Any, case: Case, tile: Any, dtype: str) -
 
     even, options = case.channels % 16 == 0, tile.options(limit_registers=True)
     whole = case.channels <= tile.block_n
-    everything = {"ACTIVATION": "layer_norm", "SCALED": False, "PLANES": False, "WHOLE": whole}
+    everything = {"ACTIVATION": "layer_norm", "PLANES": False, "WHOLE": whole}
     everything |= {"NEED_INNER": True, "NEED_PARAMETERS": True}
     rows: tuple[tuple[Any, dict[str, Any]], ...] = (
         *(() if whole else ((op._graph_layer_bwd_kernel_moments, {}),)),

@@ -285,7 +285,11 @@ def asked_once(function: Run) -> Run:
 @asked_once
 def _takes_raw(op: str, device: str, requested: str, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
     first, *others = (torch.empty(0, dtype=dtype, device=device) for dtype in dtypes)
-    return resolve(op, first, requested, **dict(zip(names, others, strict=True))).raw
+    try:
+        return resolve(op, first, requested, **dict(zip(names, others, strict=True))).raw
+    except (BackendUnavailableError, BackendDtypeError):
+        # the op itself says so, in words that the compiler lets through
+        return False
 
 
 def takes_raw(op: str, tensor: Tensor, requested: str, **others: Tensor | None) -> bool:

@@ -190,7 +190,6 @@ def _graph_layer_bwd_kernel_activation(
     rstd_ptr,
     moment_ptr,
     norm_weight_ptr,
-    scale_ptr,
     inner_ptr,
     part_ptr,
     rows,
@@ -200,7 +199,6 @@ def _graph_layer_bwd_kernel_activation(
     image_stride,
     plane_stride,
     ACTIVATION: tl.constexpr,
-    SCALED: tl.constexpr,
     PLANES: tl.constexpr,
     WHOLE: tl.constexpr,
     NEED_INNER: tl.constexpr,
@@ -211,9 +209,8 @@ def _graph_layer_bwd_kernel_activation(
     """Some channels of a chunk of rows: inner (rows, channels), the gradient before the activation; and in part
     (chunks, 3, channels) the chunk's contributions to the gradients of bias, norm_weight and norm_bias.
 
-    SCALED: inner times the row's scale (rows,), for what goes along its edges. WHOLE: a program holds whole rows;
-    otherwise LayerNorm takes their ``moment``. PLANES: grad lies as the map (B, channels, N) of which it is the
-    gradient.
+    WHOLE: a program holds whole rows; otherwise LayerNorm takes their ``moment``. PLANES: grad lies as the map (B,
+    channels, N) of which it is the gradient.
     """
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = c < channels
@@ -255,11 +252,9 @@ def _graph_layer_bwd_kernel_activation(
             grad = (grad - plain[:, None] - normed * along[:, None]) * rstd[:, None]
             # a row's mean is no gradient of channels beyond the last
             grad = tl.where(both, grad, 0.0)
-        to_bias += grad
         if NEED_INNER:
-            if SCALED:
-                grad *= tl.load(scale_ptr + node, mask=row, other=0.0)[:, None]
             tl.store(inner_ptr + at, grad, mask=both)
+        to_bias += grad
     if NEED_PARAMETERS:
         part = part_ptr + tl.program_id(0).to(tl.int64) * 3 * channels
         tl.store(part + c, tl.sum(to_bias, axis=0), mask=channel)
@@ -500,19 +495,17 @@ def _through_activation(
     y: Tensor,
     saved: tuple[Tensor, Tensor, Tensor],
     norm_weight: Tensor | None,
-    scale: Tensor | None,
     activation: str,
     wants_inner: bool,
     wants_parameters: bool,
     tile: Tile | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient before the activation, by ``scale`` if there is one, and sums of its chunks of rows (chunks, 3, C)
-    without it; empty where not needed."""
+    """The gradient before the activation, and sums of its chunks of rows (chunks, 3, C); empty where not needed."""
     nodes, channels = grad.shape[1:]
     rows = grad.numel() // channels
     norm = activation == "layer_norm"
-    # ReLU passes a gradient as it is or not at all; LayerNorm's, and one that is scaled, could leave float16's range
-    wide = (norm or scale is not None) and grad.dtype != torch.bfloat16
+    # ReLU passes a gradient as it is or not at all; LayerNorm's could leave the range of float16
+    wide = norm and grad.dtype != torch.bfloat16
     inner = torch.empty(grad.shape, dtype=torch.float32 if wide else grad.dtype, device=grad.device)
     chosen = tile or sizes_of("graph_layer_rows", grad.device, grad.dtype, nodes, 1, channels)
     whole = channels <= chosen.block_n
@@ -539,7 +532,6 @@ def _through_activation(
             *saved,
             moment,
             weight,
-            weight if scale is None else scale,
             inner,
             part,
             rows,
@@ -549,7 +541,6 @@ def _through_activation(
             grad.stride(0),
             grad.stride(2),
             ACTIVATION=activation,
-            SCALED=scale is not None,
             PLANES=planes,
             WHOLE=whole,
             NEED_INNER=wants_inner,
@@ -609,11 +600,10 @@ def graph_layer_backward(
     channels, count = grad.shape[-1], grad.numel() // grad.shape[-1]
     chosen = tile or sizes_of("graph_gradients", x.device, x.dtype, nodes, slots, channels)
     together = wants_inner and not undirected and channels <= chosen.block_n
-    near_scale = scale if together else None
-    through = wants_inner and (activation != "none" or near_scale is not None)
+    through = wants_inner and activation != "none"
     inner, part = grad, grad
     if wants_parameters or through:
-        before = (grad, y, (given, mean, rstd), norm_weight, near_scale)
+        before = (grad, y, (given, mean, rstd), norm_weight)
         inner, part = _through_activation(*before, activation, through, wants_parameters, rows)
     if not through:
         inner = grad.contiguous()

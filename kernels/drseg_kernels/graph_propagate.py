@@ -137,7 +137,7 @@ def gathered_gradients(
     """grad_x (B * N, channels) of one node, and dot (B * N, slots) for its edges, along its columns or its slots.
 
     ``dot`` is the product of the node's row of ``x`` with the row of ``grad`` at the other end; ADDED (B * N, slots)
-    is added to it. SCALED: both are as large as the node's scale (B * N,) says. BLOCK_N holds a row.
+    is added to it. SCALED: a coefficient is multiplied by the scales (B * N,) of both ends. BLOCK_N holds a row.
     """
     sample = (node // nodes).to(tl.int64) * nodes
     node = node.to(tl.int64)
@@ -163,13 +163,17 @@ def gathered_gradients(
             row = (edge // slots).to(tl.int64)
         both = used[:, None] & channel[None, :]
         grad = tl.load(grad_ptr + (row * channels)[:, None] + c[None, :], mask=both, other=0.0).to(tl.float32)
+        if SCALED:
+            far = tl.load(scale_ptr + row, mask=used, other=0.0)
         if NEED_X:
             share = tl.load(coefficient_ptr + edge, mask=used, other=0.0).to(tl.float32)
+            if SCALED:
+                share *= far
             total += share[:, None] * grad
         if NEED_DOT:
             dot = tl.sum(grad * own[None, :], axis=1)
             if SCALED:
-                dot *= scale
+                dot *= far * scale
             if ADDED:
                 dot += tl.load(added_ptr + edge, mask=used, other=0.0).to(tl.float32)
             tl.store(dot_ptr + edge, dot, mask=used)

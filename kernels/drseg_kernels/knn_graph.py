@@ -228,7 +228,8 @@ def knn_graph(
     chosen = sizes or sizes_of("knn_graph", prior.device, prior.dtype, nodes, k)
     prior, inverse_norm, table = prior.contiguous(), inverse_norm.contiguous(), table.contiguous()
     whole = nodes <= chosen.block_n
-    if rounded is None or residual is None or not products_are_wide() or not (whole or k <= LARGEST_LISTED):
+    fits = (whole or k <= LARGEST_LISTED) and JOIN_OF[form] == "subtract"
+    if rounded is None or residual is None or not fits or not products_are_wide():
         _merge_tiles(prior, inverse_norm, table, form, include_self, chosen, index, score)
         return index, score
     rounded, residual = rounded.contiguous(), residual.contiguous()

@@ -5,11 +5,12 @@ What rounding makes of a score is bounded. With ``r`` the length of a row's roun
 
     | <x_i, x_j> - <h_i, h_j> |  <=  |x_i - h_i| |x_j| + |h_i| |x_j - h_j|  <=  |x_i| |x_j| (r_i + r_j + r_i r_j),
 
-so that a cosine is off by at most ``e = r_i + max_j r_j (1 + r_i) + slack``, and a score by no more, because decay only
-lessens a cosine. Take any border from the k-th best of the rounded scores down to the next. The k that reach it are in
-truth above ``border - e``, so what was found more than ``2 e`` below it is not chosen; the others are in truth below
-``border + e``, so what was found more than ``2 e`` above it is. The scores between, two or three in a row, are computed
-once more from the float32 rows. Ties are among those, so the lowest index wins them as ever.
+so that a cosine, and a score from which decay is subtracted, is off by at most ``e = r_i + max_j r_j (1 + r_i) +
+slack``, and by nothing in a row of zeros. (Where decay is a factor, scores are small and close together, and the bound
+is neither: those forms have float32 products.) Take any border from the k-th best of the rounded scores down to the
+next. The k that reach it are in truth above ``border - e``, so what was found more than ``2 e`` below it is not chosen;
+the others are in truth below ``border + e``, so what was found more than ``2 e`` above it is. The scores between, two
+or three in a row, are computed once more from the float32 rows. Ties are among those, so the lowest index wins them.
 
 ``slack`` is for the sums. A tensor core adds 16 products to a sum at a time; it brings all 17 to the exponent of the
 largest and cuts off what does not fit in 24 bits. Each of the 17 loses less than ``2**-23`` of the largest, which is at
@@ -196,7 +197,8 @@ def _knn_graph_fwd_kernel_rounded(
         loss = tl.maximum(loss, tl.max(tl.load(residual_ptr + sample + c, mask=c < nodes, other=0.0), axis=0))
 
     border = score_at(kth_key(key, head_key, tl.full(row.shape, NONE, tl.int32), k, TAIL > 0))
-    margin = 2.0 * (own_loss + loss * (1.0 + own_loss) + slack) + tl.abs(border) * _OF_SCORE
+    off = own_loss + loss * (1.0 + own_loss) + slack
+    margin = tl.where(inverse_own == 0.0, 0.0, 2.0 * off + tl.abs(border) * _OF_SCORE)
     if LISTED:
         # what is not in a full list is no higher than the lowest that is, but for the row itself
         lowest = tl.min(tl.where((key > NONE) & (key < FORCED), value, float("inf")), axis=1)
@@ -204,12 +206,15 @@ def _knn_graph_fwd_kernel_rounded(
         unknown = full & (lowest >= border - margin)
         tl.store(open_ptr + node, unknown.to(tl.int32), mask=row)
     key, between = sorted_out(key, value, border, margin)
+    # the scores of a row of zeros are exact
+    between = between & (inverse_own != 0.0)[:, None]
     if LISTED:
         # a kernel of its own computes all of these
         between = between & (unknown == 0)[:, None]
     remaining = tl.sum((key > NONE).to(tl.int32), axis=1)
     if TAIL > 0:
         head_key, head_between = sorted_out(head_key, head_value, border, margin)
+        head_between = head_between & (inverse_own != 0.0)[:, None]
         remaining += tl.sum((head_key > NONE).to(tl.int32), axis=1)
     # where there is room for all that remain, nothing is left to decide
     between = between & (remaining > k)[:, None]
@@ -403,8 +408,10 @@ def _knn_graph_fwd_kernel_whole_rows(
 
 
 def constants(nodes: int, k: int, form: str, include_self: bool, counts: bool, chosen: Selection) -> dict[str, Any]:
-    """Compile-time arguments of the kernel: what is compiled ahead of time and what is launched are one thing."""
+    """Compile-time arguments and options: what is compiled ahead of time and what is launched are one thing."""
     head, tail = head_and_tail(nodes, chosen)
+    # no more than eight columns of a thread, whose keys and scores stay in registers
+    warps = max(chosen.num_warps, head // 256)
     return {
         "JOIN": JOIN_OF[form],
         "INCLUDE_SELF": include_self,
@@ -414,8 +421,10 @@ def constants(nodes: int, k: int, form: str, include_self: bool, counts: bool, c
         "BLOCK_M": chosen.block_m,
         "BLOCK_N": head,
         "BLOCK_K": max(16, triton.next_power_of_2(k)),
-        # four channels of a thread
-        "BLOCK_D": 128 * chosen.num_warps,
+        "BLOCK_D": 256,
+        "num_warps": warps,
+        # left alone, the compiler keeps to 64 there, and spills
+        **({"maxnreg": 128} if warps > 2 else {}),
     }
 
 
@@ -468,7 +477,6 @@ def knn_rounded(
                 channels,
                 slack_of(channels),
                 **constants(nodes, k, form, include_self, counts is not None, chosen),
-                num_warps=chosen.num_warps,
                 **OPTIONS,
             )
 
@@ -496,6 +504,7 @@ def list_constants(k: int, form: str, include_self: bool, counts: bool) -> dict[
         "BLOCK_N": size,
         "BLOCK_K": max(16, triton.next_power_of_2(k)),
         "BLOCK_D": 128,
+        "num_warps": 1,
     }
 
 
@@ -546,7 +555,6 @@ def knn_from_lists(
                 channels,
                 slack_of(channels),
                 **list_constants(k, form, include_self, counts is not None),
-                num_warps=1,
                 **OPTIONS,
             )
             part = slice(image, image + images)

@@ -95,7 +95,7 @@ def test_slower_code_fails_the_gate(compiled, tmp_path, monkeypatch, capsys):
     figures = {"shared": 0, "registers": 32, "stack": 0, "spill_stores": 0, "spill_loads": 0}
     built = {**figures, "issue": right}
     monkeypatch.setattr(aot, "BASELINE", tmp_path / "baseline.json")
-    monkeypatch.setattr(aot, "variants", lambda target: [variant])
+    monkeypatch.setattr(aot, "_variants", lambda arch: {variant.name: variant})
     monkeypatch.setattr(aot, "build", lambda variant, target: ("", dict(built)))
     assert aot.main(["--arch", "90", "--update"]) == 0 and aot.main(["--arch", "90"]) == 0
     capsys.readouterr()

@@ -36,6 +36,7 @@ for _name in (
     "test_float16_norms_that_overflow",
     "test_empty",
     "test_layouts",
+    "test_gap_rule_at_the_paper_size",
     "test_map_seen_as_tokens",
     "test_samples_are_independent_and_runs_repeat",
     "test_prior_is_not_written_and_gets_no_gradient",
@@ -123,7 +124,9 @@ def test_residuals_are_bounds(channels, rows, device):
 def test_few_scores_are_computed_again(kind, device):
     """A bound that is too loose, or products that are wrong, would hide behind the second computation."""
     random = torch.Generator().manual_seed(0)
-    for grid, channels, k in (((10, 12), 128, 20), ((24, 24), 256, 75)):
+    sizes_of_graphs = (((8, 10), 128, 20), ((24, 24), 256, 75))
+    # the interpreter takes half a minute for one of 576 nodes
+    for grid, channels, k in sizes_of_graphs[: 1 if kind == "random" and device == "cpu" else 2]:
         nodes = grid[0] * grid[1]
         prior = (
             dino_like_prior(1, *grid, channels, random)
@@ -149,16 +152,15 @@ def test_rows_that_no_list_decides(kind, include_self, device):
     if kind == "not finite":
         prior[0, 3] = torch.inf
     scores = oracle.scores(prior, (6, 10), 0.0, "additive")
-    for k in (5, 16):
-        options = {"include_self": include_self, "sizes": CONFIGURATIONS[1]}
-        found, expected, _ = choose(prior, (6, 10), k, 0.0, device, **options)
-        if kind != "half alike":
-            assert torch.equal(found, expected)
-            continue
-        picked = scores.gather(2, found.long())
-        for given in zip(found, picked, scores, strict=True):
-            problem = numerics.compare_selection(*given, 2e-6, include_self=include_self)
-            assert problem is None, problem
+    options = {"include_self": include_self, "sizes": CONFIGURATIONS[1]}
+    found, expected, _ = choose(prior, (6, 10), 5 if include_self else 16, 0.0, device, **options)
+    if kind != "half alike":
+        assert torch.equal(found, expected)
+        return
+    problem = numerics.compare_selection(
+        found[0], scores[0].gather(1, found[0].long()), scores[0], 2e-6, include_self=include_self
+    )
+    assert problem is None, problem
 
 
 def against_each_other(whose: str) -> Tensor:
@@ -247,6 +249,36 @@ def truncating(left: Tensor, right: Tensor, out: Tensor) -> None:
     out.copy_(total)
 
 
+def test_sums_that_are_off_by_all_they_may_be_change_nothing(device, monkeypatch):
+    """Rows that rounding leaves alone, so that the slack is all there is; every sum is off, away from the truth."""
+    channels = 64
+    prior = torch.full((1, 6, channels), 0.5)
+    prior[0, 4:, ::2] *= -1
+    off = torch.zeros(1, 6, 6)
+    # the second is the best neighbour of the first, by a decay that float32 shows; it seems the worst of its kind
+    off[0, 0, 1], off[0, 0, 2:4] = -1, 1
+    wrong = 0.25 * channels * (1 + off * 17 / 16 * channels * 2.0**-23)
+    exact = prior.double() @ prior.double().mT
+    wrong = torch.where(exact == exact[0, 0, 0], wrong.double(), exact).float()
+    monkeypatch.setattr(knn_rounded, "multiply", functools.partial(given_as, wrong))
+    found, expected, _ = choose(prior, (1, 6), 1, 2.5e-6, device, include_self=False)
+    assert torch.equal(found, expected) and expected[0, 0] == 1
+
+
+def test_a_row_of_zeros_has_exact_scores(device):
+    prior = torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(0))
+    prior[0, 3] = prior[0, 30] = 0
+    for sizes in (CONFIGURATIONS[2], CONFIGURATIONS[1]):
+        found, expected, counts = choose(prior, (5, 8), 6, 1.0, device, sizes=sizes)
+        assert torch.equal(found, expected) and counts[0, 3] == counts[0, 30] == 0
+
+
+def test_decay_as_a_factor_has_products_of_float32(device, monkeypatch):
+    monkeypatch.setattr(kernels, "knn_rounded", None)
+    found, expected, counts = choose(torch.randn(1, 30, 8), (5, 6), 4, 20.0, device, form="product")
+    assert torch.equal(found, expected) and (counts == -1).all()
+
+
 def given_as(product: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
     out.copy_(product)
 
@@ -262,7 +294,7 @@ def test_sums_of_a_tensor_core_are_within_the_slack(sums, device, monkeypatch):
         sums(short, short, product)
         exact = short.double() @ short.double().mT
         off = (product - exact).abs() * inverse[:, :, None] * inverse[:, None]
-        assert off.max() <= (channels + 8) * 2.0**-22
+        assert off.max() <= knn_rounded.slack_of(channels) / 2
         with monkeypatch.context() as patched:
             patched.setattr(knn_rounded, "multiply", functools.partial(given_as, product))
             found, expected, counts = choose(prior, (5, 6), 9, 0.5, device)

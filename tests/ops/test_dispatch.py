@@ -26,7 +26,7 @@ import drseg_core
 from drseg_core import ops
 from drseg_core.errors import BackendDtypeError, BackendUnavailableError
 from drseg_core.nn import PDGR
-from drseg_core.ops import _dispatch, _native
+from drseg_core.ops import _dispatch, _native, _triton
 from drseg_core.ops.graph_propagate import reference as propagate
 from drseg_core.testing import CASES
 
@@ -802,3 +802,13 @@ def test_no_precision_setting_reaches_an_op_and_all_are_left_alone(way, monkeypa
     finally:
         _default_precision()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_compiler_lets_the_error_of_a_backend_that_cannot_run_through():
+    reason = _triton.why_not("cpu")
+    if reason is None:
+        pytest.skip("the kernels are interpreted")
+    torch.compiler.reset()
+    compiled = torch.compile(lambda prior: ops.knn_graph(prior, (2, 3), 3, backend="triton"), backend="aot_eager")
+    with pytest.raises(BackendUnavailableError, match="backend triton cannot run on cpu"):
+        compiled(torch.randn(1, 6, 4))

@@ -175,6 +175,10 @@ def knn_graph(
     given = prior if isinstance(prior, PreparedPrior) else prepare_prior(prior, backend=backend)
     if return_score is True:
         given = given._replace(rounded=None, residual=None)
+    elif given.rounded is not None:
+        _checks.check_shape(
+            "knn_graph", "prior.rounded", given.rounded, tuple(given.scaled.shape), "that of prior.scaled"
+        )
     arguments = given if nodes.dim() == 3 else [None if value is None else value[None] for value in given]
     options = (*grid, k, float(decay), form, include_self, requested)
     index, score = registration.knn_graph(*arguments, *options)
