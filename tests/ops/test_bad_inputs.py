@@ -244,6 +244,8 @@ TABLE: list[tuple[str, str, str, Any, type[Exception], str]] = [
     *(("30", "knn_graph", "decay", x, TypeError, "must be a number") for x in ("1", None, torch.ones(1), True)),
     ("30", "knn_graph", "decay", torch.ones((), requires_grad=True), TypeError, "expected float, got Tensor$"),
     ("30", "knn_graph", "decay", np.complex64(1), TypeError, "expected float, got complex$"),
+    *(("40", "knn_graph", "return_score", x, TypeError, "must be a flag") for x in (1, None, torch.tensor(True))),
+    ("40", "knn_graph", "return_score", "no", ValueError, "is unknown; expected True, False or 'rough', got 'no'$"),
     ("40", "knn_graph", "form", "cubic", ValueError, "one of additive, gauss, multiplicative, product, got 'cubic'$"),
     ("40", "knn_graph", "form", ["additive"], ValueError, "is unknown"),
     ("40", "knn_graph", "precision", "tf32", ValueError, "expected one of exact, got 'tf32'$"),
@@ -251,7 +253,7 @@ TABLE: list[tuple[str, str, str, Any, type[Exception], str]] = [
     *(
         ("40", op, name, value, TypeError, f"must be a flag; expected bool, got {type(value).__name__}$")
         for op, names in {
-            "knn_graph": ("include_self", "return_score", "pad", "check_finite"),
+            "knn_graph": ("include_self", "pad", "check_finite"),
             "edge_weight": ("validate",),
             "degree_normalize": ("validate",),
             "graph_propagate": ("transpose", "validate"),

@@ -38,6 +38,7 @@ def _check(
     if scale is not None:
         _checks.check_tensor(op, "scale", scale, ("B", "N"), (torch.float32, torch.float64))
         _checks.check_same_device(op, x=x, scale=scale)
+        _checks.check_no_tangent(op, scale=scale)
         _checks.check_shape(op, "scale", scale, tuple(x.shape[:-1]), "the shape of x without C")
         if scale.requires_grad:
             raise ValueError(f"{op}: scale has no gradient; expected a tensor that requires none, got one that does")

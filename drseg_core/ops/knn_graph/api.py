@@ -54,7 +54,10 @@ def _check(
         ("check_finite", check_finite),
     ):
         _checks.check_flag(op, name, flag)
-    if return_score != "rough":
+    if isinstance(return_score, str):
+        if return_score != "rough":
+            raise ValueError(f"{op}: return_score is unknown; expected True, False or 'rough', got {return_score!r}")
+    else:
         _checks.check_flag(op, "return_score", return_score)
     _checks.check_choice(op, "precision", precision, PRECISIONS)
     candidates = nodes if include_self else nodes - 1
