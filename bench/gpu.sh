@@ -81,7 +81,10 @@ if [ -z "$DRY" ]; then
     LARGE=vitl_256x256_e256
     TUNE_CASES=${TUNE_CASES:-paper_vitl_24x24 paper_vitl_24x24_e256 grid_64x64}
     TESTS=${TESTS:-$(echo tests/kernels/contract_*.py) tests/nn/test_cuda.py}
-    TESTS_K=${TESTS_K:-tiny or paper or prepare_prior or csc or cuda or halves or as_it_lies or handed_on}
+    ASKED="tiny or paper or prepare_prior or csc or cuda or halves or as_it_lies or handed_on or scales_are"
+    # neighbours by rounded rows, what the library's products lose, and products of our own
+    ASKED="$ASKED or left_to_a_layer or slack or computed_again or no_list or it_must_be or in_lists or our_own or than_float32"
+    TESTS_K=${TESTS_K:-$ASKED}
     SANITIZED=${SANITIZED:-test_agrees_with_the_oracle and tiny_3x4 and float32 or test_gap_rule and tiny and float32 or test_in_small_pieces}
     REPEATS=7
     PROBE_REPEATS=11

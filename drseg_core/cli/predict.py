@@ -7,12 +7,15 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from drseg_core.cli import zero_shot
 from drseg_core.cli.evaluate import add_tile_arguments
 from drseg_core.cli.parsers import Parser, add_reading_arguments, check_output, given_reading
 from drseg_core.config.reading import parse_bands
+
+if TYPE_CHECKING:
+    from drseg_core.scenes.files import SceneFiles
 
 USAGE = 'drseg predict RUN IMAGE --out map.tif [--classes "building; field"] [options]'
 EPILOG = """\
@@ -134,6 +137,11 @@ def run(args: Any) -> None:
         min_area=args.min_area,
         **options,
     )
+    say_written(files)
+
+
+def say_written(files: SceneFiles) -> None:
+    """The areas of a map and the files of it."""
     print(areas_text(files.areas.read_text(encoding="utf-8")))
     for path in files.present():
         print(f"written: {path}")

@@ -122,7 +122,7 @@ def run(args: Any) -> None:
     if args.run != NAME and not args.run.startswith(f"{NAME}:"):
         raise ConfigError(f"predict: PRESET comes first; expected zero-shot, :b, :l or :FILE, got {args.run!r}")
     wanted = {"scores": args.scores, "probabilities": args.probabilities, "polygons": args.polygons}
-    from drseg_core.cli.predict import areas_text
+    from drseg_core.cli.predict import say_written
     from drseg_core.data.vocabulary import class_files, parse_classes
     from drseg_core.models.prompts import AERIAL_TEMPLATES
     from drseg_core.scenes.files import check_outputs
@@ -172,9 +172,7 @@ def run(args: Any) -> None:
         **wanted,
         **options,
     )
-    print(areas_text(files.areas.read_text(encoding="utf-8")))
-    for path in files.present():
-        print(f"written: {path}")
+    say_written(files)
     if "random weights" in mapper.facts["clip"]:
         print("CLIP has random weights: this map means nothing")
 
