@@ -95,8 +95,10 @@ def test_every_kernel_pins_the_fusion_and_is_compiled():
     names = set()
     for target in aot.TARGETS:
         for variant in aot.variants(target):
-            assert variant.options["enable_fp_fusion"] is (variant.kernel.__name__ != "_knn_graph_fwd_kernel_merge")
             names.add(variant.kernel.__name__)
+            # a selection's scores keep their last bits in every version of Triton, or ties would fall otherwise
+            selects = variant.kernel.__name__.startswith("_knn_graph_fwd_kernel")
+            assert variant.options["enable_fp_fusion"] is not selects
     kernels = set()
     for path in (ROOT / "kernels" / "drseg_kernels").glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
