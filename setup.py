@@ -2,7 +2,8 @@
 """Builds the native library (csrc, by CMake) into the package; everything else is in pyproject.toml.
 
 No C++ compiler: the package installs without it, and says so here and in ``drseg doctor``. A compiler that fails:
-the install fails with the compiler's own message. ``DRSEG_NATIVE=0`` leaves the library out by choice.
+the install fails with the compiler's own message. ``DRSEG_NATIVE=0`` leaves the library out by choice. The CUDA kernels
+come in a second library where nvcc is found and torch has CUDA; ``DRSEG_CUDA=0`` leaves that one out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-LIBRARY = "libdrseg_native" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+LIBRARY, CUDA_LIBRARY = f"libdrseg_native{SUFFIX}", f"libdrseg_native_cuda{SUFFIX}"
 
 
 def native_wanted() -> bool:
@@ -42,6 +44,9 @@ class BuildNative(build_ext):
         # an editable install copies into the checkout, where the folder of built files is not tracked
         (ROOT / "drseg_core" / "_lib").mkdir(exist_ok=True)
         super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "drseg_core" / "_lib" / CUDA_LIBRARY
+        if built.is_file():
+            shutil.copy2(built, ROOT / "drseg_core" / "_lib")
 
     def build_extension(self, ext: Extension) -> None:
         import torch
@@ -53,7 +58,8 @@ class BuildNative(build_ext):
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         subprocess.run(
             ["cmake", *generator, "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release"]
-            + [f"-DDRSEG_TORCH_DIR={Path(torch.__file__).parent}", f"-DDRSEG_OUTPUT_DIR={output}"],
+            + [f"-DDRSEG_TORCH_DIR={Path(torch.__file__).parent}", f"-DDRSEG_OUTPUT_DIR={output}"]
+            + [f"-DDRSEG_CUDA={'OFF' if os.environ.get('DRSEG_CUDA') == '0' else 'AUTO'}"],
             check=True,
         )
         subprocess.run(["cmake", "--build", build, "--config", "Release"], check=True)

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import EllipsisType
@@ -28,6 +28,8 @@ from drseg_core.ops._checks import FLOAT_DTYPES
 
 Run = Callable[..., Any]
 WhyNot = Callable[[str], str | None]
+# of sizes and options by name: why a backend does not take them, or None
+Refusal = Callable[[Mapping[str, Any]], str | None]
 
 
 class _Last(threading.local):
@@ -70,6 +72,7 @@ class Backend:
         raw: whether it takes, or gives, what others have no use for: of the ops that weigh edges see ``_edges.py``; of
             ``graph_layer``, last, what the gradient to coefficients is added to, and scales; rounded rows from
             ``prepare_prior`` for ``knn_graph``.
+        refuses: given sizes and options of a call, says why they are not for this backend, or returns None.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     by_name_only: tuple[str, ...] = ()
     raw: bool = False
+    refuses: Refusal | None = None
 
 
 def reference_backend(run: Run, run_backward: Run | None = None) -> Backend:
@@ -90,8 +94,8 @@ def reference_backend(run: Run, run_backward: Run | None = None) -> Backend:
 Compose = Callable[..., tuple[Run, Run]]
 
 _tables: dict[str, tuple[Backend, ...]] = {}
-# every backend that some op has
-_names: tuple[str, ...] = ()
+# every backend that some op has: ours, and those that others add
+_names: tuple[str, ...] = ("native", "cuda", "triton", "reference")
 _fusions: dict[str, tuple[tuple[str, ...], Compose, bool]] = {}
 
 
@@ -224,18 +228,21 @@ def backend_names() -> tuple[str, ...]:
     Example:
         >>> from drseg_core.ops import backend_names
         >>> backend_names()[:3]
-        ('native', 'triton', 'reference')
+        ('native', 'cuda', 'triton')
     """
     return _names
 
 
-def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) -> Backend:
+def resolve(
+    op: str, tensor: Tensor, requested: str, case: Mapping[str, Any] | None = None, **others: Tensor | None
+) -> Backend:
     """The backend that computes ``op`` on ``tensor``.
 
     Args:
         op: name of the op.
         tensor: its first tensor; device and dtype decide.
         requested: a backend's name, or ``"auto"`` for the most preferred one that can run.
+        case: sizes and options that some backend may refuse.
         others: its other floating-point tensors by name, whose dtypes decide as well: of a wider one the result would
             have the dtype and not the precision.
 
@@ -253,6 +260,8 @@ def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) ->
         if requested != backend.name and not (requested == "auto" and device not in backend.by_name_only):
             continue
         reason = backend.why_not(device)
+        if reason is None and case is not None and backend.refuses is not None:
+            reason = backend.refuses(case)
         for name, dtype in dtypes.items():
             if reason is None and dtype not in backend.dtypes:
                 reason = f"it does not compute in {dtype}"
@@ -265,7 +274,13 @@ def resolve(op: str, tensor: Tensor, requested: str, **others: Tensor | None) ->
             _last.of[op] = backend.name
             return backend
         reasons[backend.name] = reason
-    able = [b.name for b in table(op) if b.why_not(device) is None and set(dtypes.values()) <= {*b.dtypes}]
+    able = [
+        b.name
+        for b in table(op)
+        if b.why_not(device) is None
+        and set(dtypes.values()) <= {*b.dtypes}
+        and not (case is not None and b.refuses is not None and b.refuses(case))
+    ]
     reason = reasons.get(requested, f"{op} has no {requested} kernel")
     raise BackendUnavailableError(
         f"{op}: backend {requested} cannot run on {tensor.device}: {reason}; "

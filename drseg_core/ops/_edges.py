@@ -7,7 +7,7 @@ Our kernels read projections as they leave a product, and scores in place of a m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +46,11 @@ def _others(halves: Halves, vector: Tensor, bias: Tensor) -> dict[str, Tensor | 
     return {"vector": vector, "bias": bias, **dict(zip(names, halves[1:], strict=True))}
 
 
-def resolve(op: str, halves: Halves, vector: Tensor, bias: Tensor, backend: str) -> _dispatch.Backend:
-    """The backend that computes ``op`` on all of these dtypes."""
-    return _dispatch.resolve(op, halves[0], backend, **_others(halves, vector, bias))
+def resolve(
+    op: str, halves: Halves, vector: Tensor, bias: Tensor, backend: str, case: Mapping[str, Any] | None = None
+) -> _dispatch.Backend:
+    """The backend that computes ``op`` on all of these dtypes, and takes the ``case``."""
+    return _dispatch.resolve(op, halves[0], backend, case, **_others(halves, vector, bias))
 
 
 def takes_raw(op: str, halves: Halves, vector: Tensor, bias: Tensor, backend: str) -> bool:

@@ -44,19 +44,19 @@ def _why_not(device: str, interpreted: bool) -> str | None:
     return None
 
 
-def _lazy(op: str, function: str) -> Run:
-    """A launcher of ``drseg_kernels.<op>``, imported when it is first called: that imports triton."""
+def launcher(op: str, function: str) -> Run:
+    """A function of ``drseg_kernels.<op>``, imported when it is first called: that imports triton."""
 
     @functools.cache
     def found() -> Run:
-        launcher: Run = getattr(importlib.import_module(f"drseg_kernels.{op}"), function)
-        return launcher
+        function_of_it: Run = getattr(importlib.import_module(f"drseg_kernels.{op}"), function)
+        return function_of_it
 
     return lambda *arguments: found()(*arguments)
 
 
 def backend(op: str, backward: bool = True, **traits: bool) -> Backend:
     """The launchers ``<op>`` and ``<op>_backward`` of ``drseg_kernels.<op>``; ``traits`` as in ``Backend``."""
-    run_backward = _lazy(op, f"{op}_backward") if backward else None
+    run_backward = launcher(op, f"{op}_backward") if backward else None
     # on a CPU they are interpreted, for tests
-    return Backend("triton", _lazy(op, op), run_backward, why_not, DTYPES, ("cpu",), **traits)
+    return Backend("triton", launcher(op, op), run_backward, why_not, DTYPES, ("cpu",), **traits)

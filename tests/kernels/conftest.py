@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 # the contract of an op lies with the op's own tests
-sys.path[:0] = [str(HERE), str(ROOT / "tests" / "ops")]
+sys.path[:0] = [str(HERE), str(ROOT / "tests" / "ops"), str(ROOT / "tests" / "emulator")]
 from interpreted import INTERPRETED, Interpreted, patch_once  # noqa: E402 - beside this file
 
 pytest.register_assert_rewrite("contract", "oracle", "edges", "test_csc", "test_knn_graph")
@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.cls is None or not hasattr(metafunc.cls, "subject"):
         return
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", ["triton"])
+        metafunc.parametrize("backend", [metafunc.cls.which])
     if "variant" in metafunc.fixturenames:
         variants = metafunc.cls.subject.variants
         metafunc.parametrize("variant", variants, ids=["-".join(map(str, v.values())) or "plain" for v in variants])
@@ -47,8 +47,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     first: dict[str, dict[str, object]] = {}
     kept, dropped = [], []
     for item in items:
-        # the hook sees the tests of every folder
-        if not item.path.name.startswith("contract_"):
+        # the hook sees the tests of every folder; the emulator of CUDA takes them all
+        if not item.path.name.startswith("contract_") or item.path.name.startswith("contract_cuda"):
             kept.append(item)
             continue
         callspec = getattr(item, "callspec", None)

@@ -53,18 +53,20 @@ def on_kernels(subject: Subject) -> Subject:
 
 
 class KernelContract(OpContract):
-    """The contract on ``backend="triton"``; what asks for float64 is left out."""
+    """The contract on the kernels ``which``; what asks for float64 is left out."""
 
     test_gradcheck = None
     device = DEVICE
+    which = "triton"
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
 
     @pytest.fixture(autouse=True)
     def leave_out(self, request: pytest.FixtureRequest) -> None:
         if not INTERPRETED and not request.config.getoption("--gpu"):
             pytest.fail("set TRITON_INTERPRET=1, or pass --gpu")
         given = getattr(getattr(request.node, "callspec", None), "params", {})
-        if given.get("dtype") == torch.float64:
-            pytest.skip("the kernels leave float64 to other backends")
+        if given.get("dtype", torch.float32) not in self.dtypes:
+            pytest.skip(f"the kernels leave {given['dtype']} to other backends")
         if INTERPRETED and given.get("dtype") == torch.bfloat16 and "oracle" in request.node.name:
             pytest.skip("the interpreter cuts the last digit of bfloat16 off")
 
@@ -98,10 +100,10 @@ class KernelContract(OpContract):
         inputs = {**self.subject.make_inputs(TINY, torch.float64), **variant}
         for name in self.subject.differentiable:
             mixed = {**self.subject.make_inputs(TINY, torch.float32), **variant, name: inputs[name]}
-            with pytest.raises(BackendDtypeError, match="expected one of torch.float32, torch.float16, torch.bfloat16"):
-                self.subject.function(**mixed, backend="triton")
+            with pytest.raises(BackendDtypeError, match=f"expected one of {', '.join(map(str, self.dtypes))}, got"):
+                self.subject.function(**mixed, backend=self.which)
         getattr(ops, self.subject.name)(**inputs)
-        assert ops.last_backend(self.subject.name) != "triton"
+        assert ops.last_backend(self.subject.name) != self.which
 
     def test_opcheck(self, variant):
         inputs = {**self.subject.make_inputs(TINY, torch.float32), **variant}
@@ -109,7 +111,7 @@ class KernelContract(OpContract):
         first = self.subject.differentiable[0]
         position = next(n for n, value in enumerate(self.subject.registered(inputs)) if value is inputs[first])
         given[position] = given[position].requires_grad_()
-        opcheck(getattr(torch.ops.drseg, self.subject.name).default, (*given[:-1], "triton"))
+        opcheck(getattr(torch.ops.drseg, self.subject.name).default, (*given[:-1], self.which))
 
 
 def check_sizes(subject: Subject, inputs: Inputs, call: Call) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels' contracts under Triton's interpreter, beside the other tests."""
+"""The kernels' contracts under Triton's interpreter and on the emulator of CUDA, beside the other tests."""
 
 from __future__ import annotations
 
@@ -60,6 +60,11 @@ class Interpreted:
         names.sort(key=lambda name: ("degree_normalize" not in name, -(HERE / name).stat().st_size))
         self._found = {name: self._pool.submit(self._run, name) for name in names}
 
+    def _needs(self, name: str) -> dict[str, str]:
+        import emulated
+
+        return {emulated.VARIABLE: str(emulated.library())} if name.startswith("contract_cuda") else {}
+
     def _run(self, name: str) -> subprocess.CompletedProcess[str]:
         # the tests that somebody waits for come first
         polite = ["nice", "-n", "5"] if shutil.which("nice") else []
@@ -77,7 +82,7 @@ class Interpreted:
         process = subprocess.Popen(
             command,
             cwd=HERE.parents[1],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **self._needs(name)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -26,7 +26,7 @@ import drseg_core
 from drseg_core import ops
 from drseg_core.errors import BackendDtypeError, BackendUnavailableError
 from drseg_core.nn import PDGR
-from drseg_core.ops import _dispatch, _native, _triton
+from drseg_core.ops import _dispatch, _library, _native, _triton
 from drseg_core.ops.graph_propagate import reference as propagate
 from drseg_core.testing import CASES
 
@@ -87,15 +87,17 @@ def test_another_device_takes_what_can_run_there():
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_named_backend_runs_or_says_why_not(op):
+    kernels = {row["backend"]: row["reason"] for row in ops.backend_report() if row["op"] == op}
+    assert kernels["triton"] == NO_TRITON
     for name in ops.backend_names():
-        if name != "triton":
+        if name not in ("triton", "cuda"):
             call(op, backend=name)
             assert ops.last_backend(op) == name
             continue
         with pytest.raises(BackendUnavailableError) as caught:
             call(op, backend=name)
         assert str(caught.value) == (
-            f"{op}: backend triton cannot run on cpu: {NO_TRITON}; expected one of native, reference, got triton"
+            f"{op}: backend {name} cannot run on cpu: {kernels[name]}; expected one of native, reference, got {name}"
         )
         assert caught.value.exit_code == 5
 
@@ -103,13 +105,15 @@ def test_a_named_backend_runs_or_says_why_not(op):
 @pytest.mark.parametrize("op", OPS)
 def test_an_unknown_backend_lists_the_choices(op):
     before = ops.last_backend(op)
-    for name in ("cuda", "", "NATIVE", 3):
+    for name in ("gpu", "", "NATIVE", 3):
         with pytest.raises(
-            ValueError, match=rf"^{op}: backend is unknown; expected one of native, triton, reference, got "
+            ValueError, match=rf"^{op}: backend is unknown; expected one of native, cuda, triton, reference, got "
         ):
             call(op, backend=name)
-    with pytest.raises(ValueError, match="^use_backend: backend is unknown; expected one of native, triton, reference"):
-        with ops.use_backend("cuda"):
+    with pytest.raises(
+        ValueError, match="^use_backend: backend is unknown; expected one of native, cuda, triton, reference"
+    ):
+        with ops.use_backend("gpu"):
             pytest.fail("entered the block")
     assert ops.last_backend(op) == before
     call(op)
@@ -512,7 +516,7 @@ def test_a_file_that_is_no_library(another_library, tmp_path, content):
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.99])
 def test_a_library_cut_short_does_not_kill_the_process(another_library, tmp_path, share):
     path = tmp_path / "libdrseg_native.so"
-    content = _native.library_path().read_bytes()
+    content = _native.LIBRARY.path().read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     another_library(path)
     check_library_refused("native library does not load: libdrseg_native.so is cut short")
@@ -520,8 +524,8 @@ def test_a_library_cut_short_does_not_kill_the_process(another_library, tmp_path
 
 def test_a_whole_copy_of_the_library_loads(another_library, tmp_path):
     path = tmp_path / "libdrseg_native.so"
-    shutil.copy(_native.library_path(), path)
-    assert not _native._cut_short(path)
+    shutil.copy(_native.LIBRARY.path(), path)
+    assert not _library.is_cut_short(path)
 
 
 def test_an_older_library_names_what_it_lacks():

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from drseg_core.ops import _dispatch, _edges, _triton
+from drseg_core.ops import _cuda, _dispatch, _edges, _native, _triton
 from drseg_core.ops._registration import (
     Differentiable,
     backward_of,
@@ -20,12 +22,88 @@ from drseg_core.ops._registration import (
 )
 from drseg_core.ops.edge_coefficient import reference
 
+# the norms of the CUDA kernels, as the library counts them: their degrees are sums over a row's own edges
+_CUDA_NORMS = {"sym_row": 0, "row": 1, "sym_count": 2}
+_MOST_NODES, _MOST_SLOTS = 1024, 128
+
+
+def _refused_by_cuda(case: Mapping[str, Any]) -> str | None:
+    if case["norm"] not in _CUDA_NORMS:
+        return f"its kernel has no norm {case['norm']}"
+    if case["nodes"] > _MOST_NODES or case["slots"] > _MOST_SLOTS:
+        got = f"{case['nodes']} and {case['slots']}"
+        return f"its kernel takes at most {_MOST_NODES} nodes and {_MOST_SLOTS} slots, got {got}"
+    return None
+
+
+def _in_pieces(values: Tensor, widths: Sequence[int], width: int) -> Tensor:
+    """Parts of rows that lie one behind the other, each filled up with zeros to ``width``."""
+    return torch.cat([pad(part, (0, width - part.shape[-1])) for part in values.split(list(widths), -1)], -1)
+
+
+def _run_cuda(
+    halves: _edges.Halves,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    norm: str,
+    eps: float,
+    apart: bool = False,
+    csc: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as those of the Triton launcher; ``csc`` is not used."""
+    like: dict[str, Any] = {"dtype": torch.float32, "device": index.device}
+    if index.numel() == 0:
+        scale = torch.full((reference.ENDS[norm], *index.shape[:2]), eps**-0.5, **like)
+        weight = torch.empty(index.shape, **like)
+        return (weight, weight.new_empty(0), scale) if apart else (weight.clone(), weight, scale)
+    source, target, inverse_norm, shift = (None if value is None else value.contiguous() for value in halves)
+    if target is not None and target.dtype != source.dtype:
+        source, target = source.float(), target.float()
+    width = source.shape[-1] if target is not None else source.shape[-1] // 2
+    # rows are read 16 bytes at a time
+    piece = 16 // source.element_size()
+    whole = max(1, -(-width // piece)) * piece
+    if whole != width:
+        source = _in_pieces(source, [width] if target is not None else [width, width], whole)
+        target = None if target is None else pad(target, (0, whole - width))
+        vector = pad(vector, (0, whole - width))
+        shift = None if shift is None else pad(shift, (0, whole - width))
+    if mask is not None and mask.dtype != torch.float32:
+        mask = torch.zeros(mask.shape, **like).masked_fill_(~_edges.plain_mask(mask), -torch.inf)
+    given = (
+        *(value if value is None or value.data_ptr() % 16 == 0 else value.clone() for value in (source, target)),
+        inverse_norm,
+        shift,
+        _native.neighbours(index),
+        vector.contiguous(),
+        bias,
+        None if mask is None else mask.contiguous(),
+    )
+    weight, coefficient, scale = torch.ops.drseg_native_cuda.edge_coefficient(*given, _CUDA_NORMS[norm], eps, apart)
+    return (weight, coefficient.view(0), scale) if apart else (coefficient, weight, scale)
+
+
 _dispatch.add_fusion(
     "edge_coefficient",
     ("edge_weight", "degree_normalize"),
     reference.compose,
+    # what it keeps is what the other kernels keep, whose backward it has
+    _cuda.backend(
+        _run_cuda,
+        _triton.launcher("edge_coefficient", "edge_coefficient_backward"),
+        "edge_coefficient",
+        refuses=_refused_by_cuda,
+        dtypes=(torch.float32, torch.bfloat16),
+        raw=True,
+    ),
     _triton.backend("edge_coefficient", raw=True),
 )
+
+
+def _case(norm: str, index: Tensor) -> dict[str, Any]:
+    return {"norm": norm, "nodes": index.shape[1], "slots": index.shape[2]}
 
 
 def _run(
@@ -45,7 +123,7 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     halves = (source, target, inverse_norm, source_bias)
-    chosen = _edges.resolve("edge_coefficient", halves, vector, bias, backend)
+    chosen = _edges.resolve("edge_coefficient", halves, vector, bias, backend, _case(norm, index))
     options = (norm, eps, apart) if chosen.raw else (norm, eps)
     with _dispatch.without_autocast(source):
         found: tuple[Tensor, Tensor, Tensor] = _edges.run(
@@ -74,7 +152,7 @@ def _run_backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     halves = (source, target, inverse_norm, source_bias)
-    chosen = _edges.resolve("edge_coefficient", halves, vector, bias, backend)
+    chosen = _edges.resolve("edge_coefficient", halves, vector, bias, backend, _case(norm, index))
     options = (norm, eps, apart) if chosen.raw else (norm, eps)
     given = ((grad, weight, scale), halves, (index, vector, bias), options, output_mask, columns(indptr, perm))
     with _dispatch.without_autocast(source):

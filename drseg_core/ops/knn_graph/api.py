@@ -172,7 +172,7 @@ def knn_graph(
     requested = requested_backend("knn_graph", backend)
     if not torch.compiler.is_compiling():
         # the error of a backend named in vain is about this op, not about the preparation
-        _dispatch.resolve("knn_graph", nodes, requested)
+        _dispatch.resolve("knn_graph", nodes, requested, {"nodes": nodes.shape[-2]})
     if check_finite:
         _checks.check_finite_rows("knn_graph", "prior", nodes)
     given = prior if isinstance(prior, PreparedPrior) else prepare_prior(prior, backend=backend)

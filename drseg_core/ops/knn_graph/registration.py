@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drseg_core.ops import _dispatch, _native, _triton
+from drseg_core.ops import _cuda, _dispatch, _native, _triton
 from drseg_core.ops._registration import define, widest
 from drseg_core.ops.knn_graph import reference
 
@@ -24,9 +25,71 @@ def _run_native(
     return torch.ops.drseg_native.knn_graph(*given, k, _FORMS.index(form), include_self)
 
 
+# products of so many bytes at a time stay in a GPU's second cache
+_TILE_BYTES = 2**25
+# columns of a row that a warp's registers hold
+_MOST_NODES = 1024
+# how cosine and decay are joined, as the library counts it
+_JOINS = {"additive": 0, "gauss": 0, "multiplicative": 1, "product": 2}
+
+
+_multiply = _triton.launcher("_products", "multiply")
+_products_are_wide = _triton.launcher("_products", "products_are_wide")
+_slack_of = _triton.launcher("knn_rounded", "slack_of")
+
+
+def _refused_by_cuda(case: Mapping[str, Any]) -> str | None:
+    nodes = case["nodes"]
+    return f"its kernel takes at most {_MOST_NODES} nodes, got {nodes}" if nodes > _MOST_NODES else None
+
+
+def _run_cuda(
+    prior: Tensor,
+    inverse_norm: Tensor,
+    table: Tensor,
+    k: int,
+    form: str,
+    include_self: bool,
+    rounded: Tensor | None = None,
+    residual: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Products by the library, and what is selected from them; arguments as those of the Triton launcher.
+
+    ``counts`` (B, N) int32 is filled with how many scores of a row were computed again, if it is given.
+    """
+    batch, nodes, channels = prior.shape
+    like: dict[str, Any] = {"device": prior.device}
+    index = torch.empty(batch, nodes, k, dtype=torch.int32, **like)
+    score = torch.empty(batch, nodes, k, dtype=torch.float32, **like)
+    if index.numel() == 0:
+        return index, score
+    join = _JOINS[form]
+    rounds = rounded is not None and residual is not None and join == 0 and _products_are_wide()
+    rows = (rounded if rounds else prior).contiguous()
+    given = (
+        prior.contiguous(),
+        inverse_norm.contiguous(),
+        residual.contiguous() if rounds else None,
+        table.contiguous(),
+        join,
+        include_self,
+        _slack_of(channels),
+    )
+    # the library may sum in another order for another number of images
+    most = 1 if torch.are_deterministic_algorithms_enabled() else max(1, _TILE_BYTES // (4 * nodes * nodes))
+    buffer = torch.empty(min(batch, most), nodes, nodes, dtype=torch.float32, **like)
+    for first in range(0, batch, most):
+        part = rows[first : first + most]
+        _multiply(part, part, buffer[: len(part)])
+        torch.ops.drseg_native_cuda.select(buffer[: len(part)], *given, first, index, score, counts)
+    return index, score
+
+
 _dispatch.add_table(
     "knn_graph",
     _native.backend(_run_native, None, "knn_graph"),
+    _cuda.backend(_run_cuda, None, "select", refuses=_refused_by_cuda, raw=True),
     _triton.backend("knn_graph", backward=False, raw=True),
     _dispatch.reference_backend(reference.knn_graph),
 )
@@ -76,7 +139,7 @@ def _run(
     include_self: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    chosen = _dispatch.resolve("knn_graph", prior, backend)
+    chosen = _dispatch.resolve("knn_graph", prior, backend, {"nodes": prior.shape[1]})
     table = decay_table((height, width), decay, form, inverse_norm)
     raw = (rounded, residual) if chosen.raw else ()
     with _dispatch.without_autocast(prior):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drseg_core.ops import _dispatch, _native, _triton
+from drseg_core.ops import _cuda, _dispatch, _native, _triton
 from drseg_core.ops._registration import define, widest
 from drseg_core.ops.prepare_prior import reference
 
@@ -18,10 +18,18 @@ def _run_native(prior: Tensor) -> tuple[Tensor, Tensor]:
     return scaled.view(prior.shape).to(prior.dtype), inverse_norm.view(prior.shape[:-1])
 
 
+def _run_cuda(prior: Tensor, rounds: bool) -> tuple[Tensor, ...]:
+    several = prior if prior.dim() == 3 else prior[None]
+    found: tuple[Tensor, ...] = torch.ops.drseg_native_cuda.prepare_prior(several.contiguous(), rounds)
+    return found if prior.dim() == 3 else tuple(value[0] if value.numel() else value for value in found)
+
+
 _dispatch.add_table(
     "prepare_prior",
     _native.backend(_run_native, None, "prepare_prior"),
     _triton.backend("prepare_prior", backward=False, raw=True),
+    # it reads rows, and a map would have to be transposed first
+    _cuda.backend(_run_cuda, None, "prepare_prior", raw=True),
     _dispatch.reference_backend(reference.prepare_prior),
 )
 
