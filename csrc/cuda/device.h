@@ -21,7 +21,8 @@
 #include <type_traits>
 #include <utility>
 
-#define DRSEG_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// threads of a block, and how many blocks a multiprocessor should hold at least
+#define DRSEG_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define DRSEG_DEVICE __device__ __forceinline__
 #define DRSEG_UNROLL _Pragma("unroll")
 

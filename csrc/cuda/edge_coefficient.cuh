@@ -55,35 +55,35 @@ struct Edges {
   int stages;
 };
 
-template <int GROUP, int ROWS, int SLOTS>
+template <int GROUP, int WARPS, int ROWS, int SLOTS>
 struct EdgeSizes {
-  static constexpr int WARPS = 9;
+  static constexpr int THREADS = WARPS * LANES;
   static constexpr int BLOCK_ROWS = WARPS * ROWS;
   // edges that a warp looks at in one step, and room for those of a row
   static constexpr int EDGES = LANES / GROUP, ROOM = EDGES * SLOTS;
-  static constexpr size_t edge_bytes() { return BLOCK_ROWS * ROOM * sizeof(Edge); }
-  static constexpr size_t tile_bytes(int64_t nodes) { return size_t(nodes) * GROUP * 16; }
+  // shared memory: of the edges of a block, and of a node's part of a row
+  static constexpr size_t EDGE_BYTES = BLOCK_ROWS * ROOM * sizeof(Edge), NODE_BYTES = GROUP * 16;
 };
 
 // weight (B, N, K); start (B, N): the scale of a row, of sym_row and row; coefficient (B, N, K) of sym_count.
-template <class T, int GROUP, int ROWS, int SLOTS>
-DRSEG_KERNEL(288)
+template <class T, int GROUP, int WARPS, int ROWS, int SLOTS>
+DRSEG_KERNEL(WARPS * LANES, 1)
 weigh_edges(
     Global<const T> source, Global<const T> target, Global<const float> inverse_norm, Parameter shift,
     Global<const int> index, Parameter vector, Parameter bias, Global<const float> scores, Global<float> weight, Global<float> start, Global<float> coefficient, Edges how) {
-  using Sizes = EdgeSizes<GROUP, ROWS, SLOTS>;
-  constexpr int PER = Piece<T>::SIZE, CHANNELS = GROUP * PER, THREADS = Sizes::WARPS * LANES;
+  using Sizes = EdgeSizes<GROUP, WARPS, ROWS, SLOTS>;
+  constexpr int PER = Piece<T>::SIZE, CHANNELS = GROUP * PER;
   const int lane = lane_index(), part = lane % GROUP, group = lane / GROUP;
   const int64_t sample = int64_t(block_index().y) * how.nodes;
   const int first = int(block_index().x) * Sizes::BLOCK_ROWS + warp_index() * ROWS;
   const int tile_size = how.nodes * CHANNELS;
   const Shared<T> tile(0, int64_t(how.stages) * tile_size);
-  const Shared<Edge> edges(how.stages * Sizes::tile_bytes(how.nodes), Sizes::BLOCK_ROWS * Sizes::ROOM);
-  const Shared<float> logits(how.stages * Sizes::tile_bytes(how.nodes), 2 * Sizes::BLOCK_ROWS * Sizes::ROOM);
+  const Shared<Edge> edges(how.stages * how.nodes * Sizes::NODE_BYTES, Sizes::BLOCK_ROWS * Sizes::ROOM);
+  const Shared<float> logits(how.stages * how.nodes * Sizes::NODE_BYTES, 2 * Sizes::BLOCK_ROWS * Sizes::ROOM);
 
   const auto load = [&](int slice) {
     if (slice * CHANNELS < how.width)
-      for (int n = thread_index(); n < how.nodes * GROUP; n += THREADS) {
+      for (int n = thread_index(); n < how.nodes * GROUP; n += Sizes::THREADS) {
         const int row = n / GROUP, channel = slice * CHANNELS + n % GROUP * PER;
         copy_async(tile, slice % how.stages * tile_size + n * PER, target, (sample + row) * how.stride + channel,
                    channel < how.width);
@@ -116,32 +116,32 @@ weigh_edges(
     }
     sync_block();
     const int channel = slice * CHANNELS + part * PER, at = slice % how.stages * tile_size + part * PER;
-    if (channel < how.width) {
-      float factor[PER], own[ROWS][PER];
-      DRSEG_UNROLL
-      for (int c = 0; c < PER; ++c) factor[c] = vector.get(channel + c);
-      DRSEG_UNROLL
-      for (int r = 0; r < ROWS; ++r) {
-        const int row = first + r < how.nodes ? first + r : how.nodes - 1;
-        const Piece<T> given = source.template get_as<Piece<T>>((sample + row) * how.stride + channel);
-        const float norm = how.normed ? inverse_norm.get(sample + row) : 1.0f;
+    // beyond the last channel everything is zero, and no lane stays behind
+    const bool inside = channel < how.width;
+    float factor[PER];
+    DRSEG_UNROLL
+    for (int c = 0; c < PER; ++c) factor[c] = inside ? vector.get(channel + c) : 0.0f;
+    DRSEG_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      float own[PER] = {};
+      const int64_t row = sample + (first + r < how.nodes ? first + r : how.nodes - 1);
+      if (inside) {
+        const Piece<T> given = source.template get_as<Piece<T>>(row * how.stride + channel);
+        const float norm = how.normed ? inverse_norm.get(row) : 1.0f;
         DRSEG_UNROLL
-        for (int c = 0; c < PER; ++c) {
-          const float more = how.shifted ? shift.get(channel + c) : 0.0f;
-          own[r][c] = widen(given.value[c]) * norm + more;
-        }
+        for (int c = 0; c < PER; ++c)
+          own[c] = widen(given.value[c]) * norm + (how.shifted ? shift.get(channel + c) : 0.0f);
       }
       DRSEG_UNROLL
-      for (int r = 0; r < ROWS; ++r)
+      for (int s = 0; s < SLOTS; ++s) {
+        // keeps the compiler from reading so many targets ahead that the sums lose their registers
+        if (s % 4 == 0) sync_warp();
+        const Edge edge = edges.get(own_edges + r * Sizes::ROOM + s * Sizes::EDGES + group);
+        const Piece<T> other = tile.template get_as<Piece<T>>(at + edge.node * CHANNELS);
         DRSEG_UNROLL
-        for (int s = 0; s < SLOTS; ++s) {
-          const Edge edge = edges.get(own_edges + r * Sizes::ROOM + s * Sizes::EDGES + group);
-          const Piece<T> other = tile.template get_as<Piece<T>>(at + edge.node * CHANNELS);
-          DRSEG_UNROLL
-          for (int c = 0; c < PER; ++c)
-            total[r][s] = fma(
-                factor[c], positive(fma(widen(other.value[c]), edge.inverse_norm, own[r][c])), total[r][s]);
-        }
+        for (int c = 0; c < PER; ++c)
+          total[r][s] = fma(factor[c], positive(fma(widen(other.value[c]), edge.inverse_norm, own[c])), total[r][s]);
+      }
     }
     // the next part takes the place of this one, or of the one before
     sync_block();
@@ -186,7 +186,7 @@ weigh_edges(
 }
 
 // coefficient (B, N, K) from weights and the scales of their rows: of sym_row those of both ends, of row that of its own.
-DRSEG_KERNEL(256)
+DRSEG_KERNEL(256, 4)
 scale_edges(
     Global<const float> weight, Global<const int> index, Global<const float> scale, Global<float> coefficient,
     int nodes, int slots, Norm norm) {

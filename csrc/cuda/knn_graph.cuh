@@ -65,7 +65,7 @@ struct Selection {
 // index and score (B, N, k) of an image's rows from product (images, N, N), which begins with image `first`. In `count`
 // (B, N), if it is asked for, stands how many scores of a row were computed again.
 template <int ITEMS>
-DRSEG_KERNEL(128)
+DRSEG_KERNEL(128, 3)
 select_rows(
     Global<const float> product, Global<const float> prior, Global<const float> inverse_norm,
     Global<const float> residual, Global<const float> table, Global<int> index, Global<float> score, Global<int> count,

@@ -107,6 +107,9 @@ Parameter parameter(const Tensor& tensor) {
   return {read<float>(tensor), read<device::bfloat16>(tensor), is_half};
 }
 
+template <int N>
+using Size = std::integral_constant<int, N>;
+
 // Both halves of the rows, one behind the other, or of two tensors.
 struct Halves {
   const Tensor& source;
@@ -123,12 +126,12 @@ void weigh(Kernel kernel, const Halves& halves, const std::optional<Tensor>& inv
   const auto target = halves.target ? read<T>(*halves.target)
                                     : device::Global<const T>(static_cast<const T*>(rows.data_ptr()) + how.width,
                                                               rows.numel() - how.width);
-  const size_t tile = Sizes::tile_bytes(how.nodes);
-  how.stages = 2 * tile + Sizes::edge_bytes() <= device::most_shared_bytes() ? 2 : 1;
+  const size_t tile = how.nodes * Sizes::NODE_BYTES;
+  how.stages = 2 * tile + Sizes::EDGE_BYTES <= device::most_shared_bytes() ? 2 : 1;
   device::launch(
       kernel,
-      Launch{blocks(how.nodes, Sizes::BLOCK_ROWS), unsigned(index.size(0)), Sizes::WARPS * 32,
-             how.stages * tile + Sizes::edge_bytes(), here.stream()},
+      Launch{blocks(how.nodes, Sizes::BLOCK_ROWS), unsigned(index.size(0)), Sizes::THREADS,
+             how.stages * tile + Sizes::EDGE_BYTES, here.stream()},
       source, target, read<float>(inverse_norm ? *inverse_norm : weight), parameter(shift ? *shift : vector),
       read<int>(index), parameter(vector), parameter(bias), read<float>(scores ? *scores : weight),
       write<float>(weight), write<float>(start), write<float>(coefficient), how);
@@ -180,24 +183,26 @@ std::tuple<Tensor, Tensor, Tensor> edge_coefficient(
   Edges how{int(nodes), int(slots), int(width), stride, inverse_norm.has_value(), shift.has_value(),
             scores.has_value(), Norm(norm), float(eps), 1};
   const Halves halves{source, target};
-  const auto run = [&](auto group, auto rows, auto most) {
-    constexpr int GROUP = decltype(group)::value, ROWS = decltype(rows)::value, SLOTS = decltype(most)::value;
-    using Sizes = EdgeSizes<GROUP, ROWS, SLOTS>;
-    if (slots > Sizes::ROOM || Sizes::tile_bytes(nodes) + Sizes::edge_bytes() > (99 << 10)) return false;
-    const auto with = [&](auto kernel, auto type) {
-      weigh<decltype(type), Sizes>(
-          kernel, halves, inverse_norm, shift, index, vector, bias, scores, weight, start, coefficient, how);
-    };
-    if (is_half)
-      with(weigh_edges<device::bfloat16, GROUP, ROWS, SLOTS>, device::bfloat16());
-    else
-      with(weigh_edges<float, GROUP, ROWS, SLOTS>, float());
+  const auto run = [&](auto type, auto group, auto warps, auto rows, auto most) {
+    using T = decltype(type);
+    constexpr int GROUP = decltype(group)::value, WARPS = decltype(warps)::value, ROWS = decltype(rows)::value;
+    constexpr int SLOTS = decltype(most)::value;
+    using Sizes = EdgeSizes<GROUP, WARPS, ROWS, SLOTS>;
+    if (dtype != dtype_of<T>() || slots > Sizes::ROOM || nodes * Sizes::NODE_BYTES + Sizes::EDGE_BYTES > (99 << 10)) return false;
+    weigh<T, Sizes>(
+        weigh_edges<T, GROUP, WARPS, ROWS, SLOTS>, halves, inverse_norm, shift, index, vector, bias, scores, weight,
+        start, coefficient, how);
     return true;
   };
-  using std::integral_constant;
-  const bool done = run(integral_constant<int, 8>(), integral_constant<int, 4>(), integral_constant<int, 19>()) ||
-                    run(integral_constant<int, 8>(), integral_constant<int, 2>(), integral_constant<int, 32>()) ||
-                    run(integral_constant<int, 4>(), integral_constant<int, 2>(), integral_constant<int, 16>());
+  const float single = 0;
+  const device::bfloat16 half_wide{};
+  // 36 rows of 24 x 24 nodes, so that eight images fill the multiprocessors once; then what has room for more
+  const bool done = run(single, Size<8>(), Size<12>(), Size<3>(), Size<19>()) ||
+                    run(half_wide, Size<8>(), Size<12>(), Size<3>(), Size<19>()) ||
+                    run(single, Size<8>(), Size<8>(), Size<2>(), Size<32>()) ||
+                    run(half_wide, Size<8>(), Size<8>(), Size<2>(), Size<32>()) ||
+                    run(single, Size<4>(), Size<8>(), Size<2>(), Size<16>()) ||
+                    run(half_wide, Size<4>(), Size<8>(), Size<2>(), Size<16>());
   STD_TORCH_CHECK(done, op, ": more than 1024 nodes or 128 slots, got ", nodes, " and ", slots);
   if (!apart && Norm(norm) != Norm::sym_count) {
     const OnDevice here(index);

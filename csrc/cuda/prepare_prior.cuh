@@ -16,7 +16,7 @@ DRSEG_DEVICE float power_below(float top, bool broken) {
 
 // A row by a warp: (B * N, D), read twice, the second time from the cache. `rounds` is of float32.
 template <class T, bool SCALES, bool ROUNDS>
-DRSEG_KERNEL(128)
+DRSEG_KERNEL(128, 8)
 prepare_rows(
     Global<const T> prior, Global<T> scaled, Global<float> inverse_norm, Global<half> rounded, Global<float> residual,
     int rows, int channels) {

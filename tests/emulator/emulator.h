@@ -12,7 +12,7 @@
 
 #include "memory.h"
 
-#define DRSEG_KERNEL(threads) inline void
+#define DRSEG_KERNEL(threads, blocks) inline void
 #define DRSEG_DEVICE inline
 #define DRSEG_UNROLL
 

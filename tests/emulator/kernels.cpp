@@ -24,7 +24,7 @@ void expect(bool right, const char* what) {
 
 // ------------------------------------------------------------------ barriers and races
 
-DRSEG_KERNEL(64) reverse(Global<const float> in, Global<float> out, bool barrier) {
+DRSEG_KERNEL(64, 1) reverse(Global<const float> in, Global<float> out, bool barrier) {
   Shared<float> kept(0, 64);
   const int t = thread_index();
   kept.set(t, in.get(t));
@@ -33,7 +33,7 @@ DRSEG_KERNEL(64) reverse(Global<const float> in, Global<float> out, bool barrier
 }
 
 // Every thread reads, then one writes: a race with the reads, which only a barrier between them orders.
-DRSEG_KERNEL(64) overwrite(Global<const float> in, Global<float> out, bool barrier) {
+DRSEG_KERNEL(64, 1) overwrite(Global<const float> in, Global<float> out, bool barrier) {
   Shared<float> kept(0, 1);
   const int t = thread_index();
   if (t == 0) kept.set(0, in.get(0));
@@ -44,7 +44,7 @@ DRSEG_KERNEL(64) overwrite(Global<const float> in, Global<float> out, bool barri
 }
 
 // Lanes of one warp are ordered by sync_warp, and by nothing less.
-DRSEG_KERNEL(32) within_a_warp(Global<float> out, bool barrier) {
+DRSEG_KERNEL(32, 1) within_a_warp(Global<float> out, bool barrier) {
   Shared<float> kept(0, 32);
   const int t = thread_index();
   kept.set(t, float(t));
@@ -56,7 +56,7 @@ DRSEG_KERNEL(32) within_a_warp(Global<float> out, bool barrier) {
 }
 
 // Two halves of a word by two threads are no race.
-DRSEG_KERNEL(32) halves(Global<float> out) {
+DRSEG_KERNEL(32, 1) halves(Global<float> out) {
   Shared<half> kept(0, 32);
   const int t = thread_index();
   kept.set(t, half(t));
@@ -65,7 +65,7 @@ DRSEG_KERNEL(32) halves(Global<float> out) {
 }
 
 // Warps 0 and 1 exchange by a barrier of their own, while warp 2 stays out of it.
-DRSEG_KERNEL(96) named(Global<float> out, bool all) {
+DRSEG_KERNEL(96, 1) named(Global<float> out, bool all) {
   Shared<float> kept(0, 96);
   const int t = thread_index();
   if (t < 64) {
@@ -78,7 +78,7 @@ DRSEG_KERNEL(96) named(Global<float> out, bool all) {
 }
 
 // Warp 0 makes, warp 1 takes, eight times over in one place.
-DRSEG_KERNEL(64) produce(Global<float> out, bool waits) {
+DRSEG_KERNEL(64, 1) produce(Global<float> out, bool waits) {
   Shared<uint64_t> places(0, 2);
   Shared<float> kept(64, 32);
   MemoryBarrier full(Shared<uint64_t>(0, 1)), empty(Shared<uint64_t>(8, 1));
@@ -99,13 +99,13 @@ DRSEG_KERNEL(64) produce(Global<float> out, bool waits) {
   }
 }
 
-DRSEG_KERNEL(64) leaves(Global<float> out) {
+DRSEG_KERNEL(64, 1) leaves(Global<float> out) {
   const int t = thread_index();
   if (t == 5) return;
   sync_block();
   out.set(t, 1.0f);
 }
-DRSEG_KERNEL(64) other_barrier(Global<float> out) {
+DRSEG_KERNEL(64, 1) other_barrier(Global<float> out) {
   const int t = thread_index();
   if (t < 32)
     sync_block();
@@ -113,18 +113,18 @@ DRSEG_KERNEL(64) other_barrier(Global<float> out) {
     sync_block();
   out.set(t, 1.0f);
 }
-DRSEG_KERNEL(32) other_collective(Global<int> out) {
+DRSEG_KERNEL(32, 1) other_collective(Global<int> out) {
   const int t = thread_index();
   if (t < 16)
     out.set(t, warp_sum(1));
   else
     out.set(t, warp_max(1));
 }
-DRSEG_KERNEL(32) lane_is_missing(Global<int> out) {
+DRSEG_KERNEL(32, 1) lane_is_missing(Global<int> out) {
   const int t = thread_index();
   if (t != 7) out.set(t, warp_sum(1));
 }
-DRSEG_KERNEL(64) named_of_too_many(Global<float> out) {
+DRSEG_KERNEL(64, 1) named_of_too_many(Global<float> out) {
   const int t = thread_index();
   if (t < 32) sync_named(2, 64);
   out.set(t, 1.0f);
@@ -132,33 +132,33 @@ DRSEG_KERNEL(64) named_of_too_many(Global<float> out) {
 
 // ------------------------------------------------------------------ memory
 
-DRSEG_KERNEL(32) unset(Global<float> out) {
+DRSEG_KERNEL(32, 1) unset(Global<float> out) {
   Shared<float> kept(0, 64);
   const int t = thread_index();
   kept.set(t, 1.0f);
   sync_warp();
   out.set(t, kept.get(t + 1));
 }
-DRSEG_KERNEL(32) outside_global(Global<const float> in, Global<float> out) { out.set(thread_index(), in.get(thread_index() + 1)); }
-DRSEG_KERNEL(32) outside_shared(Global<float> out) {
+DRSEG_KERNEL(32, 1) outside_global(Global<const float> in, Global<float> out) { out.set(thread_index(), in.get(thread_index() + 1)); }
+DRSEG_KERNEL(32, 1) outside_shared(Global<float> out) {
   Shared<float> kept(0, 31);
   kept.set(thread_index(), 1.0f);
 }
-DRSEG_KERNEL(32) too_much_shared(Global<float> out) { Shared<float> kept(64, 32); }
-DRSEG_KERNEL(32) misaligned(Global<const float> in, Global<float> out) {
+DRSEG_KERNEL(32, 1) too_much_shared(Global<float> out) { Shared<float> kept(64, 32); }
+DRSEG_KERNEL(32, 1) misaligned(Global<const float> in, Global<float> out) {
   struct alignas(16) Four {
     float value[4];
   };
   out.set(thread_index(), in.get_as<Four>(thread_index() == 3 ? 2 : 0).value[0]);
 }
-DRSEG_KERNEL(32) two_blocks_write(Global<int> out, bool atomic) {
+DRSEG_KERNEL(32, 1) two_blocks_write(Global<int> out, bool atomic) {
   const int t = thread_index();
   if (atomic)
     out.add(t, 1);
   else
     out.set(t, int(block_index().x));
 }
-DRSEG_KERNEL(64) count(Global<int> out, bool atomic) {
+DRSEG_KERNEL(64, 1) count(Global<int> out, bool atomic) {
   Shared<int> counted(0, 1);
   const int t = thread_index();
   if (t == 0) counted.set(0, 0);
@@ -175,7 +175,7 @@ DRSEG_KERNEL(64) count(Global<int> out, bool atomic) {
 
 // Sums of eight rows, copied three at a time. LOOSE waits for one group too few.
 template <int GROUPS>
-DRSEG_KERNEL(64) staged(Global<const float> in, Global<float> out, bool barrier, bool early) {
+DRSEG_KERNEL(64, 1) staged(Global<const float> in, Global<float> out, bool barrier, bool early) {
   const int t = thread_index();
   Shared<float> rows(0, 3 * 256);
   const auto load = [&](int n) {
@@ -195,7 +195,7 @@ DRSEG_KERNEL(64) staged(Global<const float> in, Global<float> out, bool barrier,
   copies_wait<0>();
   out.set(t, total);
 }
-DRSEG_KERNEL(32) unwaited(Global<const float> in, Global<float> out) {
+DRSEG_KERNEL(32, 1) unwaited(Global<const float> in, Global<float> out) {
   Shared<float> kept(0, 128);
   copy_async(kept, 4 * thread_index(), in, 4 * thread_index());
   copies_end_group();
@@ -205,7 +205,7 @@ DRSEG_KERNEL(32) unwaited(Global<const float> in, Global<float> out) {
 // ------------------------------------------------------------------ tensor cores
 
 template <class T>
-DRSEG_KERNEL(32) product(Global<const T> left, Global<const T> right, Global<float> out, bool transposed) {
+DRSEG_KERNEL(32, 1) product(Global<const T> left, Global<const T> right, Global<float> out, bool transposed) {
   // (16, 16) times (16, 8), given by columns, or by rows where it is transposed
   Shared<T> a(0, 256), b(512, 256);
   const int t = thread_index();
@@ -222,7 +222,7 @@ DRSEG_KERNEL(32) product(Global<const T> left, Global<const T> right, Global<flo
   multiply_add<T>(sums, fa, fb[0], fb[1]);
   for (int n = 0; n < 4; ++n) out.set((t / 4 + n / 2 * 8) * 8 + t % 4 * 2 + n % 2, sums[n]);
 }
-DRSEG_KERNEL(32) product_tf32(Global<const float> left, Global<const float> right, Global<float> out) {
+DRSEG_KERNEL(32, 1) product_tf32(Global<const float> left, Global<const float> right, Global<float> out) {
   const int g = lane_index() / 4, q = lane_index() % 4;
   const auto bits = [](float value) { return std::bit_cast<uint32_t>(value); };
   uint32_t a[4];
@@ -232,7 +232,7 @@ DRSEG_KERNEL(32) product_tf32(Global<const float> left, Global<const float> righ
   for (int n = 0; n < 4; ++n) out.set((g + n / 2 * 8) * 8 + q * 2 + n % 2, sums[n]);
 }
 // One product of two and a sum that it does not fit into: 2^24 + 1.5 is cut to 2^24, where rounding gives 2^24 + 2.
-DRSEG_KERNEL(32) cut_off(Global<float> out) {
+DRSEG_KERNEL(32, 1) cut_off(Global<float> out) {
   float sums[4] = {16777216.0f, 16777216.0f, 16777216.0f, 16777216.0f};
   const auto pair = [](float low) { return uint32_t(std::bit_cast<uint16_t>(half(low))); };
   const uint32_t a[4] = {pair(lane_index() % 4 == 0 ? 1.5f : 0.0f), 0, 0, 0};
