@@ -6,7 +6,7 @@
 #
 #     bench/gpu.sh [--dry] [--from STEP] FOLDER [STEP...]
 #
-# Steps: place profile probe contracts rows tune sanitize large compiled model. Each is a process of its own with a
+# Steps: place build profile probe contracts rows tune sanitize large compiled model. Each is a process of its own with a
 # time-out and a log in FOLDER; summary.txt has a line for each. Beside the logs: environment.json,
 # profile.jsonl, probe.jsonl, pdgr.jsonl and knn_graph.jsonl (rows), tuned/ (the tables of launch sizes), large.jsonl,
 # compiled.jsonl, model.jsonl.
@@ -29,9 +29,9 @@
 # shellcheck disable=SC2046,SC2086,SC2329
 set -uo pipefail
 
-ORDER="place profile probe contracts rows tune sanitize large compiled model"
+ORDER="place build profile probe contracts rows tune sanitize large compiled model"
 # seconds that a step may take
-declare -A MOST=([place]=20 [profile]=45 [probe]=60 [contracts]=90 [rows]=120 [tune]=90 [sanitize]=45 [large]=40
+declare -A MOST=([place]=20 [build]=60 [profile]=45 [probe]=60 [contracts]=90 [rows]=120 [tune]=90 [sanitize]=45 [large]=40
     [compiled]=60 [model]=240)
 
 usage() {
@@ -95,7 +95,7 @@ else
     KNN_CASES=${KNN_CASES:-image_24x24}
     LARGE=image_24x24
     TUNE_CASES=${TUNE_CASES:-paper_vitl_24x24}
-    TESTS=${TESTS:-tests/kernels/contract_prepare_prior.py}
+    TESTS=${TESTS:-tests/kernels/contract_prepare_prior.py tests/kernels/contract_cuda_knn_graph.py}
     TESTS_K=${TESTS_K:-layouts}
     SANITIZED=$TESTS_K
     REPEATS=1
@@ -117,6 +117,19 @@ each() { # option, words...
 }
 
 step_place() { bench place --device $DEVICE --out "$OUT/environment.json"; }
+
+step_build() {
+    local how="-DDRSEG_CUDA=ON"
+    [ -z "$DRY" ] || how="-DDRSEG_EMULATE=ON"
+    if [ -z "$DRY" ] && "$PYTHON" -c "$CUDA_RUNS"; then
+        echo "the library is there"
+        return
+    fi
+    [ -n "$DRY" ] || how="$how -DCMAKE_CUDA_ARCHITECTURES=$("$PYTHON" -c "$ARCHITECTURE")"
+    cmake -S . -B build/cuda -DCMAKE_BUILD_TYPE=Release -DDRSEG_OUTPUT_DIR="$PWD/build/cuda" $how \
+        -DDRSEG_TORCH_DIR="$("$PYTHON" -c 'import torch; print(torch.__path__[0])')" &&
+        cmake --build build/cuda --target drseg_native_cuda && echo "built in build/cuda"
+}
 
 step_profile() {
     bench profile --device $DEVICE $(each --case $CASES) $(each --dtype $DTYPES) --out "$OUT/profile.jsonl"
@@ -145,6 +158,9 @@ step_rows() {
         # autocast is a matter of the whole module
         [ "$dtype" = autocast ] || bench run --op knn_graph $(each --case $KNN_CASES) --beside matmul_lower_bound $how \
             --out "$OUT/knn_graph.jsonl" || failed=1
+        # the same by Triton, where CUDA C++ goes first
+        [ "$dtype" = autocast ] || [ -n "$DRY" ] || bench run --op knn_graph --case ${KNN_CASES%% *} --backend triton \
+            --beside nothing $how --out "$OUT/knn_graph.jsonl" || failed=1
     done
     return $failed
 }
@@ -199,6 +215,10 @@ step_model() {
 # why a step cannot run here; silent where it can
 why_not() { # step
     case $1 in
+    build)
+        [ -n "$(command -v cmake)" ] || echo "cmake is not on the path"
+        [ -n "$DRY" ] || [ -n "$(command -v nvcc)" ] || echo "nvcc is not on the path"
+        ;;
     contracts) "$PYTHON" -c 'import pytest' 2>/dev/null || echo "$PYTHON has no pytest" ;;
     sanitize)
         if [ -n "$DRY" ]; then
@@ -218,7 +238,12 @@ report() { # step, outcome, words
 }
 
 export -f $(compgen -A function)
-[ -d csrc/cuda ] || echo "gpu.sh: csrc/cuda is not there: nothing of it is tested or sanitized" | tee -a "$OUT/summary.txt"
+# what the step builds is what the others run, if the package has none of its own
+CUDA_RUNS='from drseg_core.ops._cuda import why_not; raise SystemExit(why_not("cuda"))'
+ARCHITECTURE='import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}{chr(97) * (major > 8)}-real")'
+export CUDA_RUNS ARCHITECTURE
+[ -f drseg_core/_lib/libdrseg_native_cuda.so ] && [ -z "$DRY" ] ||
+    export DRSEG_NATIVE_CUDA_LIBRARY="$PWD/build/cuda/libdrseg_native_cuda.so"
 failed=0
 for step in $STEPS; do
     reason=$(why_not "$step" | head -1)

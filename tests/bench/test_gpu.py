@@ -17,7 +17,7 @@ from bench import carry, model, place, probe, run, tune
 from bench.precision import PRECISIONS
 
 ROOT = Path(__file__).parents[2]
-STEPS = ["place", "profile", "probe", "contracts", "rows", "tune", "sanitize", "large", "compiled", "model"]
+STEPS = ["place", "build", "profile", "probe", "contracts", "rows", "tune", "sanitize", "large", "compiled", "model"]
 
 # writes down what it is asked, and fails at one word
 STUB = """#!/bin/sh
@@ -34,12 +34,18 @@ class Script:
 
     def run(self, *arguments: str, fails: str = "no such word", **variables: str) -> subprocess.CompletedProcess[str]:
         self.log.write_text("")
-        python = self.folder / "python"
-        python.write_text(STUB.format(log=self.log, fails=fails))
-        python.chmod(0o755)
+        for name in ("python", "cmake"):
+            program = self.folder / name
+            program.write_text(STUB.format(log=self.log, fails=fails))
+            program.chmod(0o755)
         return subprocess.run(
             ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments],
-            env={**os.environ, "PYTHON": str(python), **variables},
+            env={
+                **os.environ,
+                "PATH": f"{self.folder}{os.pathsep}{os.environ['PATH']}",
+                "PYTHON": str(self.folder / "python"),
+                **variables,
+            },
             capture_output=True,
             text=True,
         )
@@ -68,6 +74,21 @@ def test_every_step_in_its_order(script: Script):
     (line,) = (line for line in script.asked() if "bench profile" in line)
     dtypes = [part.split()[0] for part in line.split("--dtype ")[1:]]
     assert dtypes == ["float32", "bfloat16", "autocast"] and set(dtypes) == set(PRECISIONS)
+    log = script.log.read_text()
+    assert "-DDRSEG_EMULATE=ON" in log and "--build build/cuda --target drseg_native_cuda" in log
+
+
+@needs_bash
+def test_on_a_card_the_cuda_kernels_are_built_for_it_once(script: Script):
+    # without nvcc it is skipped, so there is one
+    (script.folder / "nvcc").write_text("#!/bin/sh\n")
+    (script.folder / "nvcc").chmod(0o755)
+    script.run(str(script.folder / "out"), "build")
+    assert script.summary() == [["build", "passed"]]
+    # the stub says that the library runs
+    assert "the library is there" in (script.folder / "out" / "build.log").read_text()
+    script.run(str(script.folder / "out"), "build", fails="why_not")
+    assert "-DDRSEG_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=" in script.log.read_text()
 
 
 @needs_bash
@@ -92,7 +113,7 @@ def test_the_commands_are_such_as_the_programs_take(script: Script, capsys: pyte
 def test_from_a_step_on_and_what_is_unknown(script: Script):
     out = str(script.folder / "out")
     assert script.run("--dry", "--from", "sanitize", out).returncode == 0
-    assert script.summary() == [[step, "passed"] for step in STEPS[6:]]
+    assert script.summary() == [[step, "passed"] for step in STEPS[STEPS.index("sanitize") :]]
     for wrong in (["--from", "sanitise", out], [out, "nothing"], []):
         assert script.run(*wrong).returncode == 2
 
