@@ -103,7 +103,6 @@ weigh_edges(
     }
     edges.set(own_edges + n, edge);
   }
-  sync_warp();
 
   float total[ROWS][SLOTS] = {};
   const int slices = (how.width + CHANNELS - 1) / CHANNELS;
@@ -156,8 +155,7 @@ weigh_edges(
       DRSEG_UNROLL
       for (int mask = GROUP / 2; mask > 0; mask /= 2) total[r][s] += shuffle_xor(total[r][s], mask);
     }
-  // every edge has been read; where they lay their logits follow
-  sync_warp();
+  // where the edges lay, all of which have been read, their logits follow
   DRSEG_UNROLL
   for (int r = 0; r < ROWS; ++r)
     DRSEG_UNROLL

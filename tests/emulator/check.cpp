@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA kernels beside a restatement in float64, on small graphs that lie awkwardly: sizes that fill no block, ties,
+// nodes that are not finite, channels that fill no piece. Exits with 1 and one line where something is wrong.
+#include <cstdio>
+
+#include "cuda/edge_coefficient.cuh"
+#include "cuda/knn_graph.cuh"
+#include "cuda/prepare_prior.cuh"
+
+using namespace drseg::cuda;
+
+namespace {
+
+template <class T>
+Global<T> view(std::vector<T>& values) {
+  return {values.data(), int64_t(values.size())};
+}
+template <class T>
+Global<const T> constant(const std::vector<T>& values, int64_t from = 0) {
+  return {values.data() + from, int64_t(values.size()) - from};
+}
+
+void expect(bool right, const std::string& what) {
+  if (!right) throw std::runtime_error("wrong: " + what);
+}
+
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+
+// ------------------------------------------------------------------ selection
+
+enum class Data { random, integers, close };
+
+// Features (images, N, D): close ones lie so near to each other that rounding to float16 changes their order.
+std::vector<float> features(Data data, int count, int channels, std::minstd_rand& random) {
+  std::normal_distribution<float> normal;
+  std::vector<float> made(size_t(count) * channels), base(channels);
+  for (float& value : base) value = normal(random);
+  for (size_t n = 0; n < made.size(); ++n)
+    made[n] = data == Data::integers ? float(int(random() % 3) - 1)
+              : data == Data::close  ? base[n % channels] + 0.03f * normal(random)
+                                     : normal(random);
+  return made;
+}
+
+void check_selection(Data data, bool include_self, int k) {
+  constexpr int IMAGES = 2, HEIGHT = 5, WIDTH = 9, NODES = HEIGHT * WIDTH, CHANNELS = 40;
+  std::minstd_rand random(11);
+  const bool rounds = data != Data::integers;
+  std::vector<float> prior = features(data, IMAGES * NODES, CHANNELS, random);
+  for (int c = 0; c < CHANNELS; ++c) prior[(NODES + 3) * CHANNELS + c] = 0;
+  prior[7 * CHANNELS + 1] = NOT_A_NUMBER;
+  std::vector<float> scaled(prior.size()), inverse(IMAGES * NODES), residual(IMAGES * NODES);
+  std::vector<half> rounded(prior.size());
+  launch(prepare_rows<float, true, true>, {(IMAGES * NODES + 3) / 4, 1, 128, 0}, constant(prior), view(scaled),
+         view(inverse), view(rounded), view(residual), IMAGES * NODES, CHANNELS);
+  if (!rounds) {
+    // scores that are exact in any order
+    scaled = prior;
+    for (int i = 0; i < IMAGES * NODES; ++i) inverse[i] = i == 7 ? NOT_A_NUMBER : i == NODES + 3 ? 0.0f : 1.0f;
+  }
+  for (int i = 0; i < IMAGES * NODES && rounds; ++i) {
+    double total = 0, lost = 0, largest = 0;
+    for (int c = 0; c < CHANNELS; ++c) {
+      largest = std::max(largest, std::abs(double(scaled[i * CHANNELS + c])));
+      const double value = scaled[i * CHANNELS + c], left = value - double(rounded[i * CHANNELS + c]);
+      expect(i == 7 || std::ldexp(prior[i * CHANNELS + c], std::ilogb(value) - std::ilogb(prior[i * CHANNELS + c])) ==
+                           value || value == 0, "a row is not scaled by a power of two");
+      total += value * value;
+      lost += left * left;
+    }
+    expect(i == 7 || total == 0 || (largest >= 0.5 && largest < 1), "a row is not scaled to one");
+    if (i == 7) {
+      expect(inverse[i] != inverse[i] && residual[i] == 0, "a row that is not finite");
+    } else if (total == 0) {
+      expect(inverse[i] == 0 && residual[i] == 0, "a row of zeros");
+    } else {
+      expect(std::abs(inverse[i] * std::sqrt(total) - 1) < 1e-6, "an inverse norm");
+      const double bound = std::sqrt(lost / total);
+      expect(residual[i] >= bound && residual[i] <= bound * 1.01, "a residual");
+    }
+  }
+  std::vector<float> table(NODES), product(IMAGES * NODES * NODES);
+  for (int n = 0; n < NODES; ++n)
+    table[n] = rounds ? float(std::hypot(n / WIDTH, n % WIDTH) / 40) : float(random() % 2);
+  for (int b = 0; b < IMAGES; ++b)
+    for (int i = 0; i < NODES; ++i)
+      for (int j = 0; j < NODES; ++j) {
+        double sum = 0;
+        for (int c = 0; c < CHANNELS; ++c) {
+          const size_t one = size_t(b * NODES + i) * CHANNELS + c, other = size_t(b * NODES + j) * CHANNELS + c;
+          sum += rounds ? double(rounded[one]) * double(rounded[other]) : double(scaled[one]) * double(scaled[other]);
+        }
+        product[(b * NODES + i) * NODES + j] = float(sum);
+      }
+  std::vector<int> index(IMAGES * NODES * k, -1), count(IMAGES * NODES, -1);
+  std::vector<float> score(index.size(), 7);
+  const Selection how{NODES, CHANNELS, WIDTH, k, Join::subtract, include_self, rounds, (CHANNELS + 8) * 0x1p-22f, true};
+  // the second image first: a launch may begin at any
+  for (int b = IMAGES - 1; b >= 0; --b)
+    launch(select_rows<8>, {(NODES + 3) / 4, 1, 128, 0}, constant(product, int64_t(b) * NODES * NODES), constant(scaled),
+           constant(inverse), constant(residual), constant(table), view(index), view(score), view(count), how, b);
+  double again = 0;
+  for (int b = 0; b < IMAGES; ++b)
+    for (int i = 0; i < NODES; ++i) {
+      std::vector<std::pair<double, int>> best;
+      for (int j = 0; j < NODES; ++j) {
+        if (b == 0 && (i == 7 || j == 7)) continue;
+        if (i == j && !include_self) continue;
+        double sum = 0;
+        for (int c = 0; c < CHANNELS; ++c)
+          sum += double(scaled[(b * NODES + i) * CHANNELS + c]) * scaled[(b * NODES + j) * CHANNELS + c];
+        sum *= double(inverse[b * NODES + i]) * inverse[b * NODES + j];
+        sum -= table[std::abs(i / WIDTH - j / WIDTH) * WIDTH + std::abs(i % WIDTH - j % WIDTH)];
+        best.push_back({i == j ? -1e9 : -sum, j});
+      }
+      std::sort(best.begin(), best.end());
+      std::vector<int> right;
+      for (int n = 0; n < std::min(k, int(best.size())); ++n) right.push_back(best[n].second);
+      std::sort(right.begin(), right.end());
+      right.resize(k, i);
+      for (int n = 0; n < k; ++n)
+        expect(index[(b * NODES + i) * k + n] == right[n], "neighbours of row " + std::to_string(i));
+      again += count[b * NODES + i];
+    }
+  // what is computed again hides a bound that is too large, and products that are wrong
+  expect(again / (IMAGES * NODES) < (data == Data::close ? 12 : 4), "too much is computed again");
+}
+
+// ------------------------------------------------------------------ edges
+
+template <class T, int GROUP>
+void check_edges(int nodes, int slots, int width, int stages) {
+  constexpr int IMAGES = 2;
+  std::minstd_rand random(nodes + slots);
+  std::normal_distribution<float> normal;
+  const int stride = 2 * width;
+  std::vector<T> rows(size_t(IMAGES) * nodes * stride);
+  for (T& value : rows) value = narrow<T>(normal(random));
+  std::vector<float> inverse(IMAGES * nodes), shift(width), vector(width), bias{0.3f};
+  for (float& value : inverse) value = 0.5f + std::abs(normal(random));
+  for (auto* values : {&shift, &vector})
+    for (float& value : *values) value = normal(random);
+  std::vector<int> index(IMAGES * nodes * slots);
+  std::vector<float> scores(index.size());
+  for (size_t n = 0; n < index.size(); ++n) {
+    index[n] = int(random() % nodes);
+    scores[n] = random() % 5 == 0 ? -INFINITE : 0.0f;
+  }
+  index[3] = -2;
+  index[4] = nodes + 5;
+  std::vector<float> weight(index.size(), NOT_A_NUMBER), start(IMAGES * nodes, NOT_A_NUMBER), coefficient(weight);
+  using Sizes = EdgeSizes<GROUP, 2, 2, 6>;
+  const Edges how{nodes, slots, width, stride, true, true, true, Norm::sym_row, 1e-6f, stages};
+  const auto parameter = [](const std::vector<float>& values) {
+    return Parameter{constant(values), Global<const bfloat16>(nullptr, 0), false};
+  };
+  const unsigned blocks = unsigned((nodes + Sizes::BLOCK_ROWS - 1) / Sizes::BLOCK_ROWS);
+  launch(weigh_edges<T, GROUP, 2, 2, 6>,
+         {blocks, IMAGES, Sizes::THREADS, stages * nodes * Sizes::NODE_BYTES + Sizes::EDGE_BYTES}, constant(rows),
+         constant(rows, width), constant(inverse), parameter(shift), constant(index), parameter(vector),
+         parameter(bias), constant(scores), view(weight), view(start), view(coefficient), how);
+  launch(scale_edges, {unsigned(nodes), IMAGES, 256, 0}, constant(weight), constant(index), constant(start),
+         view(coefficient), nodes, slots, Norm::sym_row);
+  const auto near = [&](size_t edge) { return std::clamp(index[edge], 0, nodes - 1); };
+  std::vector<double> right(index.size()), scale(IMAGES * nodes);
+  for (int i = 0; i < IMAGES * nodes; ++i) {
+    double degree = 0;
+    for (int k = 0; k < slots; ++k) {
+      const size_t edge = size_t(i) * slots + k, j = size_t(i / nodes) * nodes + near(edge);
+      double logit = bias[0];
+      for (int c = 0; c < width; ++c)
+        logit += vector[c] * std::max(0.0, double(widen(rows[i * stride + c])) * inverse[i] + shift[c] +
+                                               double(widen(rows[j * stride + width + c])) * inverse[j]);
+      right[edge] = scores[edge] < 0 ? 0 : std::max(logit, 0.0) + std::log1p(std::exp(-std::abs(logit)));
+      degree += right[edge];
+    }
+    scale[i] = 1 / std::sqrt(degree + 1e-6);
+  }
+  for (size_t edge = 0; edge < right.size(); ++edge) {
+    const size_t i = edge / slots, j = i / nodes * nodes + near(edge);
+    expect(std::abs(weight[edge] - right[edge]) <= 3e-6 * (1 + right[edge]), "a weight");
+    expect(std::abs(start[i] - scale[i]) <= 3e-6 * scale[i], "a scale");
+    expect(std::abs(coefficient[edge] - right[edge] * scale[i] * scale[j]) <= 1e-5 * right[edge] * scale[i] * scale[j] + 1e-6, "a coefficient");
+  }
+}
+
+}  // namespace
+
+int main() {
+  try {
+    for (const bool include_self : {true, false})
+      for (const int k : {1, 9}) {
+        check_selection(Data::random, include_self, k);
+        check_selection(Data::integers, include_self, k);
+        check_selection(Data::close, include_self, k);
+      }
+    check_selection(Data::random, true, 50);
+    for (const int stages : {1, 2}) {
+      check_edges<float, 8>(21, 11, 76, stages);
+      check_edges<bfloat16, 8>(21, 11, 136, stages);
+      check_edges<float, 4>(9, 24, 4, stages);
+    }
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 1;
+  }
+  std::printf("right\n");
+  return 0;
+}

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels are right in any order of threads, and each planted fault is found in one of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "csrc"
+SEEDS = (1, 2, 3, 4, 5)
+
+# file, what stands there, what stands there instead, and what the fault is
+FAULTS = (
+    ("prepare_prior", "exponent > 126 ? 126 : exponent", "exponent > 126 ? 126 : exponent & ~1", "of no row its power"),
+    ("prepare_prior", "sqrt(lost) * inverse", "lost * inverse", "a residual that is none"),
+    ("prepare_prior", "broken |= !(size < INFINITE)", "broken |= size == INFINITE", "NaN taken for a number"),
+    ("knn_graph", "tied + count_bits(equal & before) < room", "tied + count_bits(equal) <= room", "tie rule"),
+    ("knn_graph", "if (j < nodes) {", "if (true) {", "missing mask"),
+    ("knn_graph", "+ row) * nodes;", "+ row) * how.k;", "wrong stride"),
+    ("knn_graph", "border + margin : key[n] > threshold", "border + margin : key[n] >= threshold", "strict threshold"),
+    ("knn_graph", "m == n ? ordered_bits(value) : key[m]", "m == n ? key[n] : key[m]", "nothing computed again"),
+    ("knn_graph", "how.rounded && own != 0", "how.rounded && own == 0", "no bound"),
+    ("knn_graph", "lost + loss * (1 + lost)", "0.05f * lost", "residual of one row only"),
+    ("knn_graph", "margin = 2 *", "margin = 60 *", "a bound that is too loose"),
+    ("knn_graph", "+ j) * how.channels + d), total", "+ j) * how.channels + lane), total", "a row read in part"),
+    (
+        "knn_graph",
+        "const bool allowed = finite && is_number(inverse);",
+        "const bool allowed = finite;",
+        "NaN is chosen",
+    ),
+    ("knn_graph", "x -= how.width;\n      ++y;", "x -= how.width;", "wrong place on the grid"),
+    ("edge_coefficient", "copies_wait<1>();", "copies_wait<2>();", "too loose a wait"),
+    ("edge_coefficient", "copies_wait<0>();\n    }\n    sync_block();", "copies_wait<0>();\n    }", "removed barrier"),
+    ("edge_coefficient", "sync_block();\n    if (how.stages == 1)", "if (how.stages == 1)", "removed barrier after"),
+    ("edge_coefficient", "sync_warp();\n\n  const float constant", "const float constant", "removed barrier of a warp"),
+    ("edge_coefficient", "inside = channel < how.width;", "inside = true;", "missing mask"),
+    ("edge_coefficient", "edge.node * CHANNELS", "edge.node * PER", "wrong stride"),
+    ("edge_coefficient", "mask = GROUP / 2; mask > 0", "mask = GROUP / 2; mask > 1", "lanes left out of a sum"),
+    ("edge_coefficient", "near < 0 ? 0 : near >= how.nodes ? how.nodes - 1 : near;", "near;", "an index not clamped"),
+    ("edge_coefficient", "if (how.masked) value", "if (how.masked && slot > 0) value", "missing mask of slots"),
+    ("edge_coefficient", "degree += value;", "degree += slot < LANES / 4 ? value : 0;", "slots left out of a degree"),
+)
+
+
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+def build(program: Path, sources: Path) -> None:
+    command = [compiler(), "-std=c++20", "-O1", "-DDRSEG_EMULATE", f"-I{sources}", f"-I{HERE}", str(HERE / "check.cpp")]
+    done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def run(program: Path, seed: int) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DRSEG_EMULATOR_SEED": str(seed)}
+    return subprocess.run([str(program)], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_kernels_are_right_in_any_order(tmp_path):
+    build(tmp_path / "check", SOURCES)
+    for seed in SEEDS:
+        done = run(tmp_path / "check", seed)
+        assert done.returncode == 0 and done.stdout == "right\n", f"seed {seed}: {done.stdout}"
+
+
+def survives(folder: Path, fault: tuple[str, str, str, str]) -> str | None:
+    """The fault, if no seed finds it."""
+    name, old, new, what = fault
+    shutil.copytree(SOURCES / "cuda", folder / "cuda")
+    path = folder / "cuda" / f"{name}.cuh"
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{name}.cuh has {text.count(old)} times: {old!r}; expected it once"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    build(folder / "check", folder)
+    for seed in SEEDS:
+        done = run(folder / "check", seed)
+        assert done.returncode in (0, 1), done
+        if done.returncode:
+            return None
+    return f"{name}: {what}"
+
+
+def test_each_planted_fault_is_found(tmp_path):
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+        left = pool.map(lambda n: survives(tmp_path / str(n), FAULTS[n]), range(len(FAULTS)))
+        assert [what for what in left if what is not None] == []
