@@ -122,23 +122,23 @@ extern __shared__ __align__(128) unsigned char shared_memory[];
 template <class T>
 class Shared {
  public:
-  DRSEG_DEVICE Shared(size_t offset, int64_t) : start_(reinterpret_cast<T*>(shared_memory + offset)) {}
+  DRSEG_DEVICE Shared(size_t offset, int) : start_(reinterpret_cast<T*>(shared_memory + offset)) {}
 
-  DRSEG_DEVICE T get(int64_t i) const { return start_[i]; }
-  DRSEG_DEVICE void set(int64_t i, T value) const { start_[i] = value; }
+  DRSEG_DEVICE T get(int i) const { return start_[i]; }
+  DRSEG_DEVICE void set(int i, T value) const { start_[i] = value; }
   template <class V>
-  DRSEG_DEVICE V get_as(int64_t i) const {
+  DRSEG_DEVICE V get_as(int i) const {
     return *reinterpret_cast<const V*>(start_ + i);
   }
   template <class V>
-  DRSEG_DEVICE void set_as(int64_t i, V value) const {
+  DRSEG_DEVICE void set_as(int i, V value) const {
     *reinterpret_cast<V*>(start_ + i) = value;
   }
-  DRSEG_DEVICE T add(int64_t i, T value) const {
+  DRSEG_DEVICE T add(int i, T value) const {
     static_assert(std::is_integral_v<T>);
     return atomicAdd(start_ + i, value);
   }
-  DRSEG_DEVICE unsigned address(int64_t i) const { return unsigned(__cvta_generic_to_shared(start_ + i)); }
+  DRSEG_DEVICE unsigned address(int i) const { return unsigned(__cvta_generic_to_shared(start_ + i)); }
 
  private:
   T* start_;
@@ -147,7 +147,7 @@ class Shared {
 // 16 bytes from `from[j]` to `to[i]`, or zeros; both aligned. They have arrived when this thread has waited for their
 // group, for the others at the barrier after that.
 template <class T>
-DRSEG_DEVICE void copy_async(const Shared<T>& to, int64_t i, const Global<const T>& from, int64_t j, bool on = true) {
+DRSEG_DEVICE void copy_async(const Shared<T>& to, int i, const Global<const T>& from, int64_t j, bool on = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address(i)), "l"(from.address(on ? j : 0)),
                "r"(on ? 16 : 0)
                : "memory");
@@ -160,7 +160,7 @@ DRSEG_DEVICE void copies_wait() {
 
 // Four 8 x 8 matrices of 16-bit elements, whose rows begin where the lanes say: lane l those of matrix l / 8, row l % 8.
 template <bool TRANSPOSED = false, class T>
-DRSEG_DEVICE void load_matrices(uint32_t (&to)[4], const Shared<T>& from, int64_t i) {
+DRSEG_DEVICE void load_matrices(uint32_t (&to)[4], const Shared<T>& from, int i) {
   const unsigned row = from.address(i);
   if constexpr (TRANSPOSED)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"

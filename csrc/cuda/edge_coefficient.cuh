@@ -29,9 +29,9 @@ struct alignas(16) Piece {
   T value[SIZE];
 };
 
-// An edge: where it ends, and the inverse norm there.
+// An edge: where its end lies in a part of the targets, and the inverse norm there.
 struct alignas(8) Edge {
-  int node;
+  int place;
   float inverse_norm;
 };
 
@@ -63,6 +63,11 @@ struct EdgeSizes {
   static constexpr int EDGES = LANES / GROUP, ROOM = EDGES * SLOTS;
   // shared memory: of the edges of a block, and of a node's part of a row
   static constexpr size_t EDGE_BYTES = BLOCK_ROWS * ROOM * sizeof(Edge), NODE_BYTES = GROUP * 16;
+  template <class T>
+  static size_t bytes(int nodes, int width, int stages) {
+    const int channels = GROUP * Piece<T>::SIZE, whole = (width + channels - 1) / channels * channels;
+    return stages * nodes * NODE_BYTES + EDGE_BYTES + 2 * sizeof(float) * whole;
+  }
 };
 
 // weight (B, N, K); start (B, N): the scale of a row, of sym_row and row; coefficient (B, N, K) of sym_count.
@@ -80,6 +85,9 @@ weigh_edges(
   const Shared<T> tile(0, int64_t(how.stages) * tile_size);
   const Shared<Edge> edges(how.stages * how.nodes * Sizes::NODE_BYTES, Sizes::BLOCK_ROWS * Sizes::ROOM);
   const Shared<float> logits(how.stages * how.nodes * Sizes::NODE_BYTES, 2 * Sizes::BLOCK_ROWS * Sizes::ROOM);
+  // the vector, then the bias of the first layer, with zeros up to a whole part
+  const int slices = (how.width + CHANNELS - 1) / CHANNELS, whole = slices * CHANNELS;
+  const Shared<float> parameters(how.stages * how.nodes * Sizes::NODE_BYTES + Sizes::EDGE_BYTES, 2 * whole);
 
   const auto load = [&](int slice) {
     if (slice * CHANNELS < how.width)
@@ -91,6 +99,10 @@ weigh_edges(
     copies_end_group();
   };
   load(0);
+  for (int c = thread_index(); c < whole; c += Sizes::THREADS) {
+    parameters.set(c, c < how.width ? vector.get(c) : 0.0f);
+    parameters.set(whole + c, c < how.width && how.shifted ? shift.get(c) : 0.0f);
+  }
 
   const int own_edges = warp_index() * ROWS * Sizes::ROOM;
   for (int n = lane; n < ROWS * Sizes::ROOM; n += LANES) {
@@ -98,14 +110,14 @@ weigh_edges(
     Edge edge{0, 0.0f};
     if (row < how.nodes && slot < how.slots) {
       const int near = index.get((sample + row) * how.slots + slot);
-      edge.node = near < 0 ? 0 : near >= how.nodes ? how.nodes - 1 : near;
-      edge.inverse_norm = how.normed ? inverse_norm.get(sample + edge.node) : 1.0f;
+      const int node = near < 0 ? 0 : near >= how.nodes ? how.nodes - 1 : near;
+      edge.place = node * CHANNELS;
+      edge.inverse_norm = how.normed ? inverse_norm.get(sample + node) : 1.0f;
     }
     edges.set(own_edges + n, edge);
   }
 
   float total[ROWS][SLOTS] = {};
-  const int slices = (how.width + CHANNELS - 1) / CHANNELS;
   for (int slice = 0; slice < slices; ++slice) {
     if (how.stages == 2) {
       load(slice + 1);
@@ -117,9 +129,17 @@ weigh_edges(
     const int channel = slice * CHANNELS + part * PER, at = slice % how.stages * tile_size + part * PER;
     // beyond the last channel everything is zero, and no lane stays behind
     const bool inside = channel < how.width;
-    float factor[PER];
+    float factor[PER], more[PER];
     DRSEG_UNROLL
-    for (int c = 0; c < PER; ++c) factor[c] = inside ? vector.get(channel + c) : 0.0f;
+    for (int c = 0; c < PER; c += 4) {
+      const Piece<float> a = parameters.get_as<Piece<float>>(channel + c);
+      const Piece<float> b = parameters.get_as<Piece<float>>(whole + channel + c);
+      DRSEG_UNROLL
+      for (int n = 0; n < 4; ++n) {
+        factor[c + n] = a.value[n];
+        more[c + n] = b.value[n];
+      }
+    }
     DRSEG_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       float own[PER] = {};
@@ -129,14 +149,14 @@ weigh_edges(
         const float norm = how.normed ? inverse_norm.get(row) : 1.0f;
         DRSEG_UNROLL
         for (int c = 0; c < PER; ++c)
-          own[c] = widen(given.value[c]) * norm + (how.shifted ? shift.get(channel + c) : 0.0f);
+          own[c] = fma(widen(given.value[c]), norm, more[c]);
       }
       DRSEG_UNROLL
       for (int s = 0; s < SLOTS; ++s) {
         // keeps the compiler from reading so many targets ahead that the sums lose their registers
         if (s % 4 == 0) sync_warp();
         const Edge edge = edges.get(own_edges + r * Sizes::ROOM + s * Sizes::EDGES + group);
-        const Piece<T> other = tile.template get_as<Piece<T>>(at + edge.node * CHANNELS);
+        const Piece<T> other = tile.template get_as<Piece<T>>(at + edge.place);
         DRSEG_UNROLL
         for (int c = 0; c < PER; ++c)
           total[r][s] = fma(factor[c], positive(fma(widen(other.value[c]), edge.inverse_norm, own[c])), total[r][s]);

@@ -126,12 +126,11 @@ void weigh(Kernel kernel, const Halves& halves, const std::optional<Tensor>& inv
   const auto target = halves.target ? read<T>(*halves.target)
                                     : device::Global<const T>(static_cast<const T*>(rows.data_ptr()) + how.width,
                                                               rows.numel() - how.width);
-  const size_t tile = how.nodes * Sizes::NODE_BYTES;
-  how.stages = 2 * tile + Sizes::EDGE_BYTES <= device::most_shared_bytes() ? 2 : 1;
+  how.stages = Sizes::template bytes<T>(how.nodes, how.width, 2) <= device::most_shared_bytes() ? 2 : 1;
   device::launch(
       kernel,
       Launch{blocks(how.nodes, Sizes::BLOCK_ROWS), unsigned(index.size(0)), Sizes::THREADS,
-             how.stages * tile + Sizes::EDGE_BYTES, here.stream()},
+             Sizes::template bytes<T>(how.nodes, how.width, how.stages), here.stream()},
       source, target, read<float>(inverse_norm ? *inverse_norm : weight), parameter(shift ? *shift : vector),
       read<int>(index), parameter(vector), parameter(bias), read<float>(scores ? *scores : weight),
       write<float>(weight), write<float>(start), write<float>(coefficient), how);
@@ -188,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> edge_coefficient(
     constexpr int GROUP = decltype(group)::value, WARPS = decltype(warps)::value, ROWS = decltype(rows)::value;
     constexpr int SLOTS = decltype(most)::value;
     using Sizes = EdgeSizes<GROUP, WARPS, ROWS, SLOTS>;
-    if (dtype != dtype_of<T>() || slots > Sizes::ROOM || nodes * Sizes::NODE_BYTES + Sizes::EDGE_BYTES > (99 << 10)) return false;
+    if (dtype != dtype_of<T>() || slots > Sizes::ROOM || Sizes::template bytes<T>(nodes, width, 1) > (99 << 10)) return false;
     weigh<T, Sizes>(
         weigh_edges<T, GROUP, WARPS, ROWS, SLOTS>, halves, inverse_norm, shift, index, vector, bias, scores, weight,
         start, coefficient, how);
@@ -203,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> edge_coefficient(
                     run(half_wide, Size<8>(), Size<8>(), Size<2>(), Size<32>()) ||
                     run(single, Size<4>(), Size<8>(), Size<2>(), Size<16>()) ||
                     run(half_wide, Size<4>(), Size<8>(), Size<2>(), Size<16>());
-  STD_TORCH_CHECK(done, op, ": more than 1024 nodes or 128 slots, got ", nodes, " and ", slots);
+  STD_TORCH_CHECK(done, op, ": more than 1024 nodes, 128 slots or 2048 channels, got ", nodes, ", ", slots, " and ", width);
   if (!apart && Norm(norm) != Norm::sym_count) {
     const OnDevice here(index);
     device::launch(

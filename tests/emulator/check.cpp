@@ -156,7 +156,7 @@ void check_edges(int nodes, int slots, int width, int stages) {
   };
   const unsigned blocks = unsigned((nodes + Sizes::BLOCK_ROWS - 1) / Sizes::BLOCK_ROWS);
   launch(weigh_edges<T, GROUP, 2, 2, 6>,
-         {blocks, IMAGES, Sizes::THREADS, stages * nodes * Sizes::NODE_BYTES + Sizes::EDGE_BYTES}, constant(rows),
+         {blocks, IMAGES, Sizes::THREADS, Sizes::template bytes<T>(nodes, width, stages)}, constant(rows),
          constant(rows, width), constant(inverse), parameter(shift), constant(index), parameter(vector),
          parameter(bias), constant(scores), view(weight), view(start), view(coefficient), how);
   launch(scale_edges, {unsigned(nodes), IMAGES, 256, 0}, constant(weight), constant(index), constant(start),

@@ -41,9 +41,14 @@ FAULTS = (
     ("edge_coefficient", "sync_block();\n    if (how.stages == 1)", "if (how.stages == 1)", "removed barrier after"),
     ("edge_coefficient", "sync_warp();\n\n  const float constant", "const float constant", "removed barrier of a warp"),
     ("edge_coefficient", "inside = channel < how.width;", "inside = true;", "missing mask"),
-    ("edge_coefficient", "edge.node * CHANNELS", "edge.node * PER", "wrong stride"),
+    ("edge_coefficient", "edge.place = node * CHANNELS", "edge.place = node * PER", "wrong stride"),
     ("edge_coefficient", "mask = GROUP / 2; mask > 0", "mask = GROUP / 2; mask > 1", "lanes left out of a sum"),
-    ("edge_coefficient", "near < 0 ? 0 : near >= how.nodes ? how.nodes - 1 : near;", "near;", "an index not clamped"),
+    (
+        "edge_coefficient",
+        "const int node = near < 0 ? 0 : near >= how.nodes ? how.nodes - 1 : near;",
+        "const int node = near;",
+        "an index not clamped",
+    ),
     ("edge_coefficient", "if (how.masked) value", "if (how.masked && slot > 0) value", "missing mask of slots"),
     ("edge_coefficient", "degree += value;", "degree += slot < LANES / 4 ? value : 0;", "slots left out of a degree"),
 )
