@@ -77,7 +77,7 @@ def propagation(setting: Setting, out: Path, *, jobs: int = 1, command: str = ""
     ``setting`` gives the pieces, the device and the seeds of the random prior; ``jobs`` has nothing to divide.
     """
     start, revision = time.monotonic(), git_revision()
-    pieces = synthetic_pieces() if setting.quick and setting.pieces is None else read_pieces(setting.pieces)
+    pieces = synthetic_pieces() if setting.quick else read_pieces(setting.pieces)
     parted = folds(pieces)
     device = select_device(setting.device)
     encoders, windows = _encoders(setting.seeds, setting.quick)
