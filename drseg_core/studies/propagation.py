@@ -8,6 +8,7 @@ fitted on other pieces stand for it. Windows, cells, graph and solver are those 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import statistics
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drseg_core.checkpoints.checkpoint import file_hash
 from drseg_core.checkpoints.packaged import DINOV2, EFFICIENTNET, packaged_prior
 from drseg_core.checkpoints.versions import device_name, git_revision, library_versions
 from drseg_core.config.schema import DinoConfig
@@ -30,6 +32,7 @@ from drseg_core.evaluation.metrics import ConfusionMatrix
 from drseg_core.evaluation.report import markdown_table
 from drseg_core.files import write_text_atomic
 from drseg_core.models.dino import DinoPrior
+from drseg_core.models.weights import load_weights, save_weights
 from drseg_core.models.window_maps import Windows, blended_bands, mirrored
 from drseg_core.nn.label_propagation import propagation_graph, solve_labels
 from drseg_core.nn.resample import resample
@@ -48,24 +51,35 @@ CLASSIFIERS = {
     f"linear probe of {CNN}": (CNN, "probe"),
     f"linear probe of {DINO}": (DINO, "probe"),
 }
-GAMMA, ALPHA = 3.0, 0.95
+GAMMA = 3.0
+# raised when features of the same piece and encoders would come out differently
+VERSION = 1
 METRICS = {"mIoU": "mIoU", "boundary": "boundary IoU"}
 
 _log = logging.getLogger(__name__)
 
 
 class GraphSetting(NamedTuple):
-    """Neighbours, and the spatial decay for each cell of distance."""
+    """Neighbours, the spatial decay for each cell of distance, and the share of the neighbours."""
 
     k: int
     decay: float
+    alpha: float
 
     def __str__(self) -> str:
-        return f"K {self.k}, decay {self.decay:g}"
+        return f"K {self.k}, decay {self.decay:g}, alpha {self.alpha:g}"
 
 
 # the command's first; 0.02 for a cell is a decay of 1 over the longest distance of 37 x 37 cells
-SETTINGS = (GraphSetting(75, 0.16), GraphSetting(75, 0.02), GraphSetting(8, 0.16), GraphSetting(8, 0.02))
+SETTINGS = (
+    GraphSetting(75, 0.16, 0.95),
+    GraphSetting(75, 0.16, 0.8),
+    GraphSetting(75, 0.16, 0.5),
+    GraphSetting(75, 0.02, 0.8),
+    GraphSetting(8, 0.16, 0.95),
+    GraphSetting(8, 0.16, 0.8),
+    GraphSetting(8, 0.02, 0.8),
+)
 
 Scores = dict[str, dict[str, float]]
 """Of one row: ``{piece or data set: {metric: percent}}``."""
@@ -81,8 +95,7 @@ def propagation(setting: Setting, out: Path, *, jobs: int = 1, command: str = ""
     parted = folds(pieces)
     device = select_device(setting.device)
     encoders, windows = _encoders(setting.seeds, setting.quick)
-    with torch.no_grad():
-        features = {id(piece): _features(piece, encoders, windows, device) for piece in _each(parted)}
+    features = {id(piece): _kept_features(piece, encoders, windows, device, out / "runs") for piece in _each(parted)}
     found = _measure(parted, features, windows.cell, setting.seeds)
     facts: dict[str, Any] = {
         "pieces": {dataset: [piece.name for piece in own] for dataset, own in pieces.items()},
@@ -127,6 +140,23 @@ def _each(parted: Sequence[Fold]) -> Iterator[Piece]:
     return (fold.test for fold in parted)
 
 
+def _kept_features(
+    piece: Piece, encoders: Mapping[str, DinoPrior], windows: Windows, device: torch.device, folder: Path
+) -> dict[str, Tensor]:
+    """:func:`_features`, out of a file where they were computed before: that takes most of the time."""
+    digest = hashlib.sha256(repr((VERSION, windows, tuple(piece.image.shape))).encode())
+    digest.update(piece.image.numpy().tobytes())
+    for name, encoder in encoders.items():
+        weights = encoder.config.weights
+        config = dataclasses.replace(encoder.config, weights=weights and file_hash(Path(weights)))
+        digest.update(repr((name, config)).encode())
+    path = folder / f"propagation-{digest.hexdigest()[:12]}.safetensors"
+    if not path.is_file():
+        save_weights(path, _features(piece, encoders, windows, device), {"piece": piece.name})
+    return load_weights(path)[0]
+
+
+@torch.no_grad()
 def _features(
     piece: Piece, encoders: Mapping[str, DinoPrior], windows: Windows, device: torch.device
 ) -> dict[str, Tensor]:
@@ -220,17 +250,19 @@ def _regression(rows: Tensor, label: Tensor, classes: int, decay: float = 0.01) 
 
 
 class _Counts:
-    """What pieces add up to: by piece, and over a data set."""
+    """What pieces add up to: by piece, and over a data set; outlines, which take longer, where they are shown."""
 
-    def __init__(self, classes: int) -> None:
-        self.regions, self.outlines = ConfusionMatrix(classes), BoundaryCounts(classes)
+    def __init__(self, classes: int, outlines: bool) -> None:
+        self.regions, self.outlines = ConfusionMatrix(classes), BoundaryCounts(classes) if outlines else None
 
     def add(self, guess: Tensor, mask: Tensor) -> None:
         self.regions.update(guess, mask)
-        self.outlines.update(guess, mask)
+        if self.outlines is not None:
+            self.outlines.update(guess, mask)
 
     def scores(self) -> dict[str, float]:
-        return {"mIoU": self.regions.mean_iou(), "boundary": self.outlines.mean_iou()}
+        found = {"mIoU": self.regions.mean_iou()}
+        return found if self.outlines is None else found | {"boundary": self.outlines.mean_iou()}
 
 
 def _measure(
@@ -241,9 +273,9 @@ def _measure(
     pooled: dict[tuple[str, str, str, str], _Counts] = {}
 
     def count(fold: Fold, row: tuple[str, str, str], logits: Tensor, grid: tuple[int, int]) -> None:
-        guess = to_pixels(logits, grid, cell, fold.test.mask)
-        own = _Counts(fold.classes)
-        for counts in (own, pooled.setdefault((*row, fold.dataset), _Counts(fold.classes))):
+        guess, shown = to_pixels(logits, grid, cell, fold.test.mask), row[1] in ("", str(SETTINGS[0]))
+        own = _Counts(fold.classes, shown)
+        for counts in (own, pooled.setdefault((*row, fold.dataset), _Counts(fold.classes, shown))):
             counts.add(guess, fold.test.mask)
         rows.setdefault(row, {})[f"{fold.dataset} {fold.test.name}"] = own.scores()
 
@@ -301,7 +333,7 @@ def cell_labels(mask: Tensor, cell: int) -> Tensor:
 
 def _spread(logits: Tensor, prior: Tensor, kind: GraphSetting) -> Tensor:
     graph = propagation_graph(_nodes(prior), (prior.shape[1], prior.shape[2]), kind.k, gamma=GAMMA, decay=kind.decay)
-    return solve_labels(logits, graph, alpha=ALPHA)
+    return solve_labels(logits, graph, alpha=kind.alpha)
 
 
 def to_pixels(logits: Tensor, grid: tuple[int, int], cell: int, mask: Tensor) -> Tensor:
@@ -342,7 +374,7 @@ def page(content: Mapping[str, Any]) -> str:
         f"Real pieces: {_listed(content['pieces'])}. Of several images each is scored once, with a classifier that was "
         "fitted on the others; a single one is cut into halves, each an image of its own, so no edge, window or "
         f"encoder reaches what the classifier saw. Cells of {cell} pixels in windows of {side}, the graph of "
-        f"`drseg predict zero-shot` (gamma {GAMMA:g}, alpha {ALPHA:g}, solved to the end), logits bilinear to pixels. "
+        f"`drseg predict zero-shot` (gamma {GAMMA:g}, solved to the end), logits bilinear to pixels. "
         "A classifier stands for CLIP, whose weights are not at hand: prototypes are cosines to the mean direction of "
         "each class, a probe is multinomial regression on standardised features.\n",
         "*Graph*: whose cosines join the cells. *none*: the classifier alone. *colour*: mean and deviation of RGB in a "
@@ -366,10 +398,10 @@ def page(content: Mapping[str, Any]) -> str:
         f"*Real less it*: {DINO} less the row, piece by piece: mean ± deviation over {len(pieces)} pieces, and in how "
         "many it is higher. Other columns are of whole data sets, so they differ by a little more or less.\n",
         "## Other graphs\n",
-        "mIoU, mean over the data sets.\n",
+        "mIoU, mean over the data sets, then piece by piece; the first graph of each classifier is that above.\n",
         _other_settings(content),
         f"Seeds {', '.join(map(str, seeds))} of the random prior; all else has no chance in it. {content['machine']}; "
-        f"{content['seconds'] / 60:.0f} minutes.\n",
+        f"{content['seconds'] / 60:.0f} minutes, without features that were kept from before.\n",
         f"`{content['command']}`, commit {', '.join(content['commits']) or '-'}\n",
     ]
     return "\n".join(parts)
@@ -397,14 +429,15 @@ def _in_words(rows: Mapping[str, Scores], pieces: Sequence[str], seeds: Sequence
 
 
 def _other_settings(content: Mapping[str, Any]) -> str:
-    seeds, datasets, table = content["seeds"], list(content["pieces"]), []
+    seeds, pieces, datasets, table = content["seeds"], content["scored"], list(content["pieces"]), []
     for classifier, by_kind in content["found"].items():
         for kind, rows in by_kind.items():
-            means = {
-                graph: mean_text([_mean([row], datasets, "mIoU") for row in _row(rows, graph, seeds)])
-                for graph in GRAPHS
-            }
-            table.append({"classifier": classifier, "graph": kind, **means})
+            line: dict[str, Any] = {"classifier": classifier, "graph": kind}
+            for graph in GRAPHS:
+                line[graph] = mean_text([_mean([row], datasets, "mIoU") for row in _row(rows, graph, seeds)])
+            for graph in (NONE, COLOUR, DISTANCE, RANDOM):
+                line[f"real less {graph}"] = _signed(differences(rows, graph, pieces, seeds, "mIoU"))
+            table.append(line)
     return markdown_table(table)
 
 

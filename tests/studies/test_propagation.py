@@ -162,11 +162,14 @@ def measured() -> tuple[list[Fold], dict]:
 def test_a_graph_of_the_labels_is_best_and_rows_are_right(measured: tuple[list[Fold], dict]) -> None:
     _, found = measured
     assert set(found) == set(CLASSIFIERS) and set(next(iter(found.values()))) == {str(kind) for kind in SETTINGS}
-    rows = found[f"prototypes of {CNN}"][str(SETTINGS[2])]
+    rows = found[f"prototypes of {CNN}"][str(SETTINGS[5])]
     assert set(rows) == {NONE, COLOUR, DISTANCE, CNN, DINO, study._seeded(0), study._seeded(1)}
     assert set(rows[DINO]) == {"set 0", "set 1", "set"}
     score = {graph: rows[graph]["set"]["mIoU"] for graph in rows}
     assert score[DINO] > score[NONE] + 3 and score[DINO] == max(score.values())
+    assert "boundary" not in rows[DINO]["set"]
+    first = found[f"prototypes of {CNN}"][str(SETTINGS[0])]
+    assert all(0 <= row["set"]["boundary"] <= 100 for row in first.values())
     # of no graph all settings are the same, and it is the classifier itself
     assert all(by[NONE] == rows[NONE] for by in found[f"prototypes of {CNN}"].values())
     assert differences(rows, NONE, ["set 0", "set 1"], (0, 1), "mIoU") == pytest.approx(
