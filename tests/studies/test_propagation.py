@@ -214,6 +214,30 @@ def test_the_halves_of_an_image_see_nothing_of_each_other() -> None:
         assert value.shape[1:] == (8, 4) and torch.equal(value, maps[1][name]), name
 
 
+def test_features_are_kept_for_the_same_image_and_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    piece = synthetic_pieces()["single"][0]
+    encoders, windows = study._encoders((0,), quick=True)
+    rest = (windows, torch.device("cpu"), tmp_path)
+    first = study._kept_features(piece, encoders, *rest)
+    made = list(tmp_path.iterdir())
+
+    def again(*given: object) -> None:
+        raise AssertionError("computed again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(study, "_features", again)
+        kept = study._kept_features(piece, encoders, *rest)
+        assert first.keys() == kept.keys() and all(torch.equal(first[name], kept[name]) for name in first)
+        # the mask decides nothing of them, all else does
+        study._kept_features(piece._replace(mask=piece.mask.flip(0)), encoders, *rest)
+        other = piece._replace(image=piece.image.flip(2))
+        others = {name: encoder for name, encoder in encoders.items() if name != CNN}
+        for given in ((other, encoders, *rest), (piece, others, *rest), (piece, encoders, Windows(4, 8, 2), *rest[1:])):
+            with pytest.raises(AssertionError, match="computed again"):
+                study._kept_features(*given)
+    assert list(tmp_path.iterdir()) == made and len(made) == 1
+
+
 def test_the_page_says_what_was_found(measured: tuple[list[Fold], dict]) -> None:
     content = {
         "pieces": {"set": ["0", "1"]},
