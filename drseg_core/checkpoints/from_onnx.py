@@ -55,7 +55,7 @@ def dinov2_from_onnx(path: str | Path) -> dict[str, Tensor]:
 
     Example:
         >>> from drseg_core.checkpoints.from_onnx import dinov2_from_onnx
-        >>> dinov2_from_onnx("absent.onnx")  # doctest: +IGNORE_EXCEPTION_DETAIL
+        >>> dinov2_from_onnx("absent.onnx")
         Traceback (most recent call last):
         drseg_core.errors.CheckpointError: dinov2_from_onnx: absent.onnx cannot be read; ...
     """
@@ -98,7 +98,7 @@ def disagreement(path: str | Path, encoder: Any) -> float:
 
     Example:
         >>> from drseg_core.checkpoints.from_onnx import disagreement
-        >>> disagreement("absent.onnx", None)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        >>> disagreement("absent.onnx", None)
         Traceback (most recent call last):
         drseg_core.errors.CheckpointError: dinov2_from_onnx: absent.onnx cannot be read; ...
     """
@@ -117,6 +117,8 @@ class _OnnxFile:
     """Tensors of an ONNX file by the names that transformers gives them, each of which can be taken once."""
 
     def __init__(self, path: str | Path) -> None:
+        if not Path(path).is_file():
+            raise CheckpointError(f"dinov2_from_onnx: {path} cannot be read; expected an ONNX file, got none")
         require("dinov2_from_onnx", "convert")
         import onnx
         from google.protobuf.message import DecodeError
