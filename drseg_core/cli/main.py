@@ -2,8 +2,8 @@
 """Entry point of the ``drseg`` command.
 
 Exit codes: 0 done, 1 internal error, 2 usage or configuration, 3 input data, 4 checkpoint, 5 environment or backend
-(a library that is not installed, too), 6 numerical failure, 7 out of memory or disk, 130 / 143 stopped by SIGINT /
-SIGTERM or SIGHUP, 141 output closed.
+(a library that is not installed, too), 6 numerical failure, 7 out of memory or disk, 8 finished with listed failures,
+130 / 143 stopped by SIGINT / SIGTERM or SIGHUP, 141 output closed.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "predict": ("map an image or GeoTIFF by class names you choose", ("cli", "model", "maps")),
     "study": ("run one of the paper's studies, or list them", ("cli", "model")),
     "data": ("prepare a benchmark set, look for faults in a data set, or cut a scene into one", ("cli", "maps")),
+    "check-weights": ("say whether published weights are what they should be", ("cli", "model")),
     "doctor": ("say what is installed and which kernels run here", ()),
 }
 EPILOG = """\
@@ -50,7 +51,7 @@ drseg COMMAND --help tells more about one command.
 
 exit codes: 0 done, 1 internal error, 2 usage or configuration, 3 input data,
 4 checkpoint, 5 environment (a library, a backend), 6 numerical failure,
-7 out of memory or disk, 130 and 143 stopped
+7 out of memory or disk, 8 finished with listed failures, 130 and 143 stopped
 """
 
 
@@ -132,7 +133,7 @@ def _parser(extras: tuple[str, ...]) -> Any:
 
 
 def _module(name: str) -> str:
-    return "demo_command" if name == "demo" else name
+    return "demo_command" if name == "demo" else name.replace("-", "_")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,12 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         metavar="N",
         help="teach the random prior for N steps on labelled scenes of its own; files are then named NAME-taught",
     )
+    parser.add_argument(
+        "--pieces",
+        type=str | None,
+        metavar="DIR",
+        help="folder of real labelled pieces, for propagation; DRSEG_PIECES in the environment by default",
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="variants that are trained at a time")
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
     parser.add_argument("--quick", action="store_true", help="a few scenes and steps: shows that it runs, nothing else")
@@ -88,6 +95,7 @@ def run(args: Any) -> None:
         prior_v1=args.prior_v1,
         prior_steps=args.prior_steps,
         device=args.device,
+        pieces=args.pieces or os.environ.get("DRSEG_PIECES"),
         quick=args.quick,
     )
     for test in setting.tests:

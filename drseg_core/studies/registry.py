@@ -11,6 +11,7 @@ from drseg_core.errors import ConfigError
 from drseg_core.studies.channels import activation_sparsity, channel_masking, retention
 from drseg_core.studies.graph import neighbour_purity
 from drseg_core.studies.maps import correlation_maps
+from drseg_core.studies.propagation import propagation
 from drseg_core.studies.setting import make_setting
 from drseg_core.studies.tables import training_study_names, training_study_title
 from drseg_core.studies.training import run_training_study
@@ -41,6 +42,7 @@ def studies() -> dict[str, Study]:
         Study("activation-sparsity", "How sparse semantic and structural channels are", activation_sparsity),
         Study("correlation-maps", "Original and refined correlation, and logits (Fig. 7)", correlation_maps),
         Study("neighbour-purity", "What the graph of a prior connects", neighbour_purity),
+        Study("propagation", "Labels spread over the graph of a real prior, on real images", propagation),
     ]
     setting = make_setting()
     for name in training_study_names():

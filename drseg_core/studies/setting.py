@@ -60,6 +60,8 @@ class Setting:
         prior_v1: weight file of RS-DINOv1, for Table 3.
         prior_steps: steps for which a random prior is taught first (see :mod:`drseg_core.studies.prior`).
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
+        pieces: folder of real labelled pieces (see :mod:`drseg_core.studies.pieces`).
+        quick: whether it was asked for what only shows that a study runs.
     """
 
     config: Config
@@ -71,6 +73,8 @@ class Setting:
     prior_v1: str | None = None
     prior_steps: int = 0
     device: str | None = None
+    pieces: str | None = None
+    quick: bool = False
 
     @property
     def needs_start(self) -> bool:
@@ -145,6 +149,7 @@ def make_setting(
     prior_v1: str | None = None,
     prior_steps: int = 0,
     device: str | None = None,
+    pieces: str | None = None,
     quick: bool = False,
 ) -> Setting:
     """A setting from what the command line has.
@@ -160,6 +165,7 @@ def make_setting(
         prior_v1: see :class:`Setting`.
         prior_steps: see :class:`Setting`; for the landscapes and a random prior only.
         device: see :class:`Setting`.
+        pieces: see :class:`Setting`.
         quick: a few tiny scenes, and a few steps and one seed where nothing else is asked for: shows that a study runs,
             and nothing else.
 
@@ -209,6 +215,8 @@ def make_setting(
         prior_v1=prior_v1,
         prior_steps=prior_steps,
         device=device,
+        pieces=pieces,
+        quick=quick,
     )
 
 

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from drseg_core.scenes.predict import predict_scene
 from drseg_core.scenes.scene_graph import GraphPredictor
 from drseg_core.scenes.synthetic import write_synthetic_scene
 from drseg_core.scenes.zero_shot import SceneZeroShot
+from tests.checkpoints.real import real_prior
 
 rasterio = pytest.importorskip("rasterio")
 
@@ -432,15 +432,15 @@ def test_a_preset_of_ones_own(tmp_path: Path) -> None:
 def test_a_real_image_with_a_real_prior(tmp_path: Path) -> None:
     """CLIP stays random: it says nothing of the map, only that the way to it works."""
     image = Path(__file__).parents[2].parent / "shared" / "data" / "oem_koeln_50.tif"
-    weights = os.environ.get("DRSEG_DINOV2_VITS14", "")
-    if not image.exists() or not Path(weights).is_file():
-        pytest.skip("oem_koeln_50.tif or DINOv2 ViT-S/14 (DRSEG_DINOV2_VITS14) is not here: no part of this project")
+    if not image.exists():
+        pytest.skip("oem_koeln_50.tif is not here: no part of this project")
+    real = real_prior(image_size=224)
     with rasterio.open(image) as source:
         profile = {**source.profile, "width": 500, "height": 300, "driver": "GTiff"}
         with rasterio.open(tmp_path / "part.tif", "w", **profile) as target:
             target.write(source.read(window=((0, 300), (0, 500))))
-    prior = f"vit_small_patch14_dinov2:{weights}"
-    options = {"prior_layer": 8, "window": 224, "k": 20, "offline": True}
+    prior = f"{real.name}:{real.weights}"
+    options = {"prior_layer": real.layer, "window": 224, "k": 20, "offline": True}
     mapper = drseg.zero_shot("tiny", prior=prior, **options)
     found = mapper.predict(tmp_path / "part.tif", NAMES, out=tmp_path / "map.tif")
     assert found.class_index.shape == (300, 500) and (found.class_index < 3).all() and found.files is not None
