@@ -28,7 +28,8 @@ files. Written is what drseg predict RUN writes; hashes of the weights and all o
 # options of the configuration by the same name
 _OPTIONS = (
     *("variant", "rotations", "window", "overlap", "batch_size"),
-    *("k", "gamma", "decay", "decay_per_metre", "select", "alpha", "steps", "logit_scale", "max_cells"),
+    *("k", "gamma", "decay", "decay_per_metre", "radius", "radius_metres", "select", "alpha", "steps", "logit_scale"),
+    *("max_cells", "super_tile"),
 )
 
 
@@ -99,6 +100,8 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     graph.add_argument("--gamma", type=float | None, metavar="V", help="exponent of the prior's cosine")
     graph.add_argument("--decay", type=float | None, metavar="V", help="spatial decay for each cell of distance")
     graph.add_argument("--decay-per-metre", type=float | None, metavar="V", help="the same for each metre")
+    graph.add_argument("--radius", type=float | None, metavar="V", help="no neighbours are farther away, in cells")
+    graph.add_argument("--radius-metres", type=float | None, metavar="V", help="the same in metres")
     graph.add_argument(
         "--select",
         type=Literal["affinity", "cosine"] | None,
@@ -113,7 +116,14 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         help="steps of propagation; 0 for no graph; solved to the end if absent",
     )
     graph.add_argument("--logit-scale", type=float | None, metavar="V", help="factor of the cosines in scores")
-    graph.add_argument("--max-cells", type=int | None, metavar="N", help="a scene of more cells is refused")
+    graph.add_argument("--max-cells", type=int | None, metavar="N", help="one graph of more cells is refused")
+    graph.add_argument(
+        "--super-tile",
+        type=int | None,
+        metavar="CELLS",
+        help="with a radius and steps, a larger scene goes in overlapping parts of at most CELLS, with the same map; "
+        "262144 by default, about 2 GB",
+    )
 
 
 def run(args: Any) -> None:

@@ -20,9 +20,10 @@ from drseg_core.files import check_room
 from drseg_core.models.class_text import ClassText, class_logits
 from drseg_core.models.window_maps import Windows, blended_bands
 from drseg_core.models.zero_shot import ZeroShot
-from drseg_core.nn.label_propagation import propagate_labels, propagation_graph, solve_labels
+from drseg_core.nn.label_propagation import propagate_labels, propagation_graph, reach_of_steps, solve_labels
 from drseg_core.ops import Graph
 from drseg_core.scenes.enlarged import Enlarged
+from drseg_core.scenes.super_tiles import SuperTile, super_tiles
 
 PRIOR_BYTES = 2**30
 """A prior of more bytes in float32 is kept in float16, in a file."""
@@ -58,6 +59,7 @@ class GraphPredictor:
         class_names: one for each class of ``text``.
         config: windows, graph and propagation.
         decay: for each cell of distance.
+        radius: cells farther apart are no neighbours; None is no limit.
         device: where the model is and the graph is made.
         folder: where a large prior is kept.
         block: side in pixels of the blocks; by default what a bound on memory gives.
@@ -75,13 +77,14 @@ class GraphPredictor:
         config: ZeroShotConfig,
         *,
         decay: float,
+        radius: float | None = None,
         device: torch.device,
         folder: Path | None = None,
         block: int | None = None,
         progress: bool = False,
     ) -> None:
         self.model, self.text, self.class_names, self.config = model, text, class_names, config
-        self.decay, self.device, self.folder, self.progress = decay, device, folder, progress
+        self.decay, self.radius, self.device, self.folder, self.progress = decay, radius, device, folder, progress
         self.windows = scene_windows(model, config)
         fitting = int((_BLOCK_BYTES / (8 * (len(class_names) + 1))) ** 0.5)
         # whole blocks of the rasters that are written
@@ -167,24 +170,43 @@ class GraphPredictor:
     def graph(self, prior: Tensor, grid: tuple[int, int]) -> Graph:
         """The graph of a prior (N, D)."""
         config = self.config
-        return propagation_graph(prior, grid, config.k, gamma=config.gamma, decay=self.decay, select=config.select)
+        return propagation_graph(
+            prior,
+            grid,
+            config.k,
+            gamma=config.gamma,
+            decay=self.decay,
+            select=config.select,
+            radius=self.radius,
+        )
+
+    def tiles(self, grid: tuple[int, int]) -> list[SuperTile]:
+        """The parts of a scene that are graphs of their own.
+
+        Raises:
+            ConfigError: a part of ``super_tile`` cells has no room for what decides what becomes of one.
+        """
+        halo = reach_of_steps(self.radius or 0.0, self.config.steps or 0) if self.config.has_reach else None
+        return super_tiles(grid, halo, self.config.super_tile)
 
     def spread(self, cells: SceneCells) -> Tensor:
         """Logits (N, T) after the propagation over the graph of the whole scene."""
-        config = self.config
         if cells.prior is None:
             return cells.logits
         grid = (cells.valid.shape[0], cells.valid.shape[1])
-        graph = self.graph(cells.prior.to(self.device), grid)
         spread = torch.empty_like(cells.logits)
-        for first in range(0, spread.shape[1], COLUMNS):
-            some = cells.logits[:, first : first + COLUMNS].to(self.device)
-            if config.steps is None:
-                found = solve_labels(some, graph, alpha=config.alpha)
-            else:
-                found = propagate_labels(some, graph, config.steps, alpha=config.alpha)
-            spread[:, first : first + COLUMNS] = found.cpu()
+        for tile in self.tiles(grid):
+            graph = self.graph(tile.outer(cells.prior, grid[1]).to(self.device), tile.grid)
+            for first in range(0, spread.shape[1], COLUMNS):
+                some = tile.outer(cells.logits[:, first : first + COLUMNS], grid[1]).to(self.device)
+                tile.put(spread[:, first : first + COLUMNS], self._spread(some, graph).cpu(), grid[1])
         return spread
+
+    def _spread(self, labels: Tensor, graph: Graph) -> Tensor:
+        config = self.config
+        if config.steps is None:
+            return solve_labels(labels, graph, alpha=config.alpha)
+        return propagate_labels(labels, graph, config.steps, alpha=config.alpha)
 
     @torch.no_grad()
     def pieces(self, read: ReadWindow, height: int, width: int) -> Iterator[Piece]:
