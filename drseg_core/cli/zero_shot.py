@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ files. Written is what drseg predict RUN writes; hashes of the weights and all o
 _OPTIONS = (
     *("variant", "rotations", "window", "overlap", "batch_size"),
     *("k", "gamma", "decay", "decay_per_metre", "radius", "radius_metres", "select", "alpha", "steps", "logit_scale"),
-    *("max_cells", "super_tile"),
+    *("max_cells", "super_tile", "refine"),
 )
 
 
@@ -114,6 +115,12 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         type=int | None,
         metavar="N",
         help="steps of propagation; 0 for no graph; solved to the end if absent",
+    )
+    graph.add_argument(
+        "--refine",
+        action=BooleanOptionalAction,
+        default=None,
+        help="spread the logits over pixels of like colour too; off by default",
     )
     graph.add_argument("--logit-scale", type=float | None, metavar="V", help="factor of the cosines in scores")
     graph.add_argument("--max-cells", type=int | None, metavar="N", help="one graph of more cells is refused")

@@ -46,6 +46,8 @@ class ZeroShotConfig:
         select: neighbours by the whole weight (``affinity``), or by the ``cosine`` alone.
         alpha: share of the neighbours, in [0, 1).
         steps: that many steps of propagation; null solves to the end, 0 leaves the graph out.
+        refine: spread the logits over pixels of like colour too (:mod:`drseg_core.nn.pixel_propagation`). On real
+            labelled pieces it moved few outlines (``docs/zero_shot.md``), so it is off by default.
         logit_scale: factor of the cosines before the softmax that gives scores; CLIP's own came to 100.
         max_cells: one graph of more cells is refused.
         super_tile: with a radius and steps, a scene of more cells goes in overlapping parts of at most so many, and
@@ -76,6 +78,7 @@ class ZeroShotConfig:
     select: Literal["affinity", "cosine"] = "affinity"
     alpha: float = 0.95
     steps: int | None = None
+    refine: bool = False
     logit_scale: float = 100.0
     max_cells: int = 262144
     super_tile: int = 262144

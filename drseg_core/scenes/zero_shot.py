@@ -306,8 +306,8 @@ def zero_shot(
         offline: never connect to a network.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
         options: any option of the configuration, such as ``variant``, ``rotations``, ``window``, ``overlap``, ``k``,
-            ``alpha``, ``steps``, ``decay``, ``decay_per_metre``, ``radius``, ``radius_metres``, ``super_tile``; and
-            ``prior_layer``, the block whose features are taken.
+            ``alpha``, ``steps``, ``decay``, ``decay_per_metre``, ``radius``, ``radius_metres``, ``super_tile``,
+            ``refine``; and ``prior_layer``, the block whose features are taken.
 
     Raises:
         ConfigError: an option is unknown or does not fit.

@@ -14,8 +14,9 @@ from drseg_core.config.zero_shot import ZeroShotConfig
 from drseg_core.data.raster import CACHE_MB
 from drseg_core.errors import ConfigError
 from drseg_core.nn.label_propagation import smooth
+from drseg_core.nn.pixel_propagation import propagate_pixels, reach_of_pixels
 from drseg_core.scenes.reader import SceneReader
-from drseg_core.scenes.scene_graph import COLUMNS, PRIOR_BYTES, GraphPredictor
+from drseg_core.scenes.scene_graph import COLUMNS, PRIOR_BYTES, REFINING, GraphPredictor, pixel_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _ITERATIONS = 30
 class ZeroShotPlan(NamedTuple):
     """Size in pixels, side of a pixel in metres, windows to compute at most, bands, size of the grid in cells, sizes of
     its super-tiles with what they share (one for a scene that is one graph), memory above the model in MB, MB on the
-    disk, and the seconds that the model and the graph take.
+    disk, and the seconds that the model, the graph and the refined pixels take.
 
     The time of the graph is drawn on from small ones of noise; that of a scene, which is smoother, is shorter.
     """
@@ -45,6 +46,7 @@ class ZeroShotPlan(NamedTuple):
     disk_mb: float
     model_seconds: float
     graph_seconds: float
+    pixel_seconds: float
 
     @property
     def cells(self) -> int:
@@ -75,6 +77,7 @@ class ZeroShotPlan(NamedTuple):
                 f"memory above the model: {self.memory_mb:.0f} MB{disk}",
                 f"time of the model: {_duration(self.model_seconds)}",
                 f"time of the graph: about {_duration(self.graph_seconds)}",
+                *((f"time of the pixels: about {_duration(self.pixel_seconds)}",) if self.pixel_seconds else ()),
             )
         )
 
@@ -99,6 +102,9 @@ def plan_cells(predictor: GraphPredictor, scene: SceneReader, *, time_model: boo
     # sums, the next ones and the quotient of a row of windows; logits twice, and the solver's own
     memory = 12.0 * channels * windows.cells * max(grid[1], windows.cells)
     memory += 4.0 * (nodes * 2 * classes + most * 5 * min(classes, COLUMNS))
+    if config.refine:
+        side = predictor.block + 2 * reach_of_pixels(REFINING["radius"], REFINING["steps"])
+        memory += float(pixel_bytes(classes)) * min(side, scene.height) * min(side, scene.width)
     disk = 0.0
     if prior is not None:
         large = nodes * prior.width * 4 > PRIOR_BYTES
@@ -118,6 +124,7 @@ def plan_cells(predictor: GraphPredictor, scene: SceneReader, *, time_model: boo
         disk / 2**20,
         _model_seconds(predictor, count) if time_model else 0.0,
         0.0 if prior is None else _graph_seconds(predictor, [h * w for h, w in tiles], prior.width),
+        _pixel_seconds(predictor, scene.height, scene.width) if config.refine and time_model else 0.0,
     )
 
 
@@ -171,6 +178,20 @@ def _graph_seconds(predictor: GraphPredictor, parts: list[int], width: int) -> f
     steps = _ITERATIONS if config.steps is None else config.steps
     rounds = -(-len(predictor.class_names) // COLUMNS)
     return sum(made[2] * (nodes / many) ** power + step * steps * rounds * nodes / many for nodes in parts)
+
+
+def _pixel_seconds(predictor: GraphPredictor, height: int, width: int) -> float:
+    """As a block of noise takes, and what is around it."""
+    side, classes = predictor.block, len(predictor.class_names)
+    some = min(side, 256)
+    logits = torch.randn(classes, some, some, device=predictor.device)
+    image = torch.randint(0, 256, (3, some, some), device=predictor.device).to(torch.uint8)
+    begin = time.perf_counter()
+    float(propagate_pixels(logits, image, **REFINING).sum())
+    each = (time.perf_counter() - begin) / some**2
+    halo = 2 * reach_of_pixels(REFINING["radius"], REFINING["steps"])
+    rows, columns = (sum(min(side + halo, n) for _ in range(0, n, side)) for n in (height, width))
+    return each * rows * columns
 
 
 def _duration(seconds: float) -> str:

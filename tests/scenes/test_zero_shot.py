@@ -20,12 +20,14 @@ import drseg_core as drseg
 from drseg_core.config.zero_shot import ZeroShotConfig, load_zero_shot, zero_shot_presets
 from drseg_core.errors import ConfigError, NumericalError
 from drseg_core.models.class_text import class_logits
+from drseg_core.nn.pixel_propagation import propagate_pixels
 from drseg_core.scenes import scene_graph
 from drseg_core.scenes.enlarged import Enlarged
 from drseg_core.scenes.predict import predict_scene
-from drseg_core.scenes.scene_graph import GraphPredictor
+from drseg_core.scenes.reader import open_scene
+from drseg_core.scenes.scene_graph import REFINING, GraphPredictor
 from drseg_core.scenes.synthetic import write_synthetic_scene
-from drseg_core.scenes.zero_shot import SceneZeroShot
+from drseg_core.scenes.zero_shot import SceneZeroShot, _Arrays
 
 rasterio = pytest.importorskip("rasterio")
 
@@ -201,6 +203,40 @@ def test_blocks_have_the_same_bits() -> None:
     full = Enlarged(enlarged.logits.view(35, 4), torch.ones(5, 7, dtype=torch.bool), 6).block(0, 30, 0, 42)
     image = enlarged.logits.permute(2, 0, 1)[None]
     torch.testing.assert_close(full, torch.nn.functional.interpolate(image, scale_factor=6, mode="bilinear")[0])
+
+
+def test_refined_pixels_are_those_of_the_whole_scene(mapper: SceneZeroShot, scene: Path) -> None:
+    """In blocks of any size; the logits are spread over all pixels at once, and those without data have no part."""
+    mine, found = changed(mapper, refine=True), {}
+    image, valid = read(scene)
+    plain, cells = collected(mapper, scene)
+    logits = Enlarged(plain.spread(cells), cells.valid, CELL).block(0, H, 0, W)
+    refined = propagate_pixels(logits, torch.from_numpy(image), torch.from_numpy(valid), **REFINING)
+    score = (refined * mine.config.logit_scale).softmax(0).max(0).values.numpy()
+    for block in (7, 32, 200):
+        arrays = _Arrays(predictor(mine, block=block))
+        with open_scene(scene) as opened:
+            for _ in arrays.pieces(opened.window, H, W):
+                pass
+        found[block] = arrays.result(None)
+        np.testing.assert_allclose(found[block].score[valid], score[valid], atol=1e-5)
+        assert np.isnan(found[block].score[~valid]).all()
+    unrefined = mapper.predict(scene, NAMES)
+    assert np.nanmax(abs(unrefined.score - found[7].score)) > 1e-2
+    for name in ("score", "uncertainty"):
+        np.testing.assert_allclose(getattr(mine.predict(scene, NAMES), name), getattr(found[7], name), atol=1e-5)
+    # planted fault: a block that knows nothing of what is around it
+    monkeyed = propagate_pixels(
+        logits[:, :, :32], torch.from_numpy(image[:, :, :32]), torch.from_numpy(valid[:, :32]), **REFINING
+    )
+    assert (monkeyed - refined[:, :, :32]).abs().max() > 1e-4
+
+
+def test_a_plan_knows_of_refined_pixels(mapper: SceneZeroShot, scene: Path) -> None:
+    plain, refined = mapper.plan(scene, NAMES), changed(mapper, refine=True).plan(scene, NAMES)
+    assert plain.pixel_seconds == 0 and "time of the pixels" not in plain.text()
+    assert refined.pixel_seconds > 0 and "time of the pixels: about 0 h 0 min" in refined.text()
+    assert refined.memory_mb - plain.memory_mb == pytest.approx(H * W * 4 * (24 + 5 * 3 + 8) / 2**20)
 
 
 # one graph
