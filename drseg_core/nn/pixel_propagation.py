@@ -13,6 +13,9 @@ from drseg_core.ops._checks import check_count, check_number, check_tensor
 
 __all__ = ["propagate_pixels", "reach_of_pixels"]
 
+# logits of so many classes are spread at a time: those of all would leave the caches
+_CLASSES = 4
+
 
 @torch.no_grad()
 def propagate_pixels(
@@ -50,7 +53,7 @@ def propagate_pixels(
         NumericalError: a logit is not finite.
 
     Note:
-        Memory: ``2 radius (radius + 1)`` values for each pixel, and three times the logits.
+        Memory: ``2 radius (radius + 1)`` values for each pixel, the result, and four times the logits of four classes.
 
     Example:
         >>> import torch
@@ -91,15 +94,19 @@ def propagate_pixels(
         edges.append((here, there, weight))
     # where there is nobody to hear from, all of its own
     alone = degree == 0
-    scale, own = alpha / torch.where(alone, 1, degree), torch.where(alone, 1, 1 - alpha) * y
-    x = y
-    for _ in range(steps):
-        heard = torch.zeros_like(x)
-        for here, there, weight in edges:
-            heard[here] += weight * x[there]
-            heard[there] += weight * x[here]
-        x = heard.mul_(scale).add_(own)
-    return x.to(logits.dtype)
+    scale, kept = alpha / torch.where(alone, 1, degree), torch.where(alone, 1, 1 - alpha)
+    found = torch.empty_like(logits)
+    for first in range(0, len(y), _CLASSES):
+        own = y[first : first + _CLASSES]
+        x = own
+        for _ in range(steps):
+            heard = torch.zeros_like(x)
+            for here, there, weight in edges:
+                heard[here] += weight * x[there]
+                heard[there] += weight * x[here]
+            x = heard.mul_(scale).add_(kept * own)
+        found[first : first + _CLASSES] = x
+    return found
 
 
 def reach_of_pixels(radius: int, steps: int) -> int:

@@ -241,10 +241,10 @@ class GraphPredictor:
 
 
 def pixel_bytes(classes: int) -> int:
-    """Of each pixel of a block that is refined: weights of its edges; logits as they were, are, are sent and heard; and
-    scores."""
+    """Of each pixel of a block that is refined: weights of its edges; logits before and after, and scores; and what is
+    worked on."""
     radius = REFINING["radius"]
-    return 4 * (2 * radius * (radius + 1) + 5 * classes + 8)
+    return 4 * (2 * radius * (radius + 1) + 3 * classes + 24)
 
 
 def refined_block(

@@ -142,7 +142,7 @@ def check_cells(plan: ZeroShotPlan, config: ZeroShotConfig) -> None:
             "(--radius with --steps, which makes super-tiles), read it coarser (--gsd), map parts of it (--aoi), leave "
             "the graph out (--steps 0), or raise the limit"
         )
-    _log.info("%s: %s", plan.graphs, cost)
+    _log.info("%s, %s", plan.graphs, cost)
 
 
 def _model_seconds(predictor: GraphPredictor, count: int) -> float:

@@ -53,7 +53,7 @@ def test_a_map_and_what_is_said_of_it(drseg: Command, scene: Path, tmp_path: Pat
     assert empty == []
     assert "classes: building; road (or street); tree\n" in text and "clip: drseg-tiny, random weights" in text
     assert text.endswith("CLIP has random weights: this map means nothing\n") and "the map means nothing" in errors
-    assert "one graph of 9 x 7 = 63 cells: about " in errors and text.count("written: ") == 9
+    assert "one graph: 9 x 7 = 63 cells, about " in errors and text.count("written: ") == 9
     present = sorted(path.name for path in tmp_path.iterdir())
     assert present == sorted([*WRITTEN, "map.gpkg", "map_probabilities.tif", "map_scores.tif"])
     with rasterio.open(scene) as source, rasterio.open(tmp_path / "map.tif") as result:

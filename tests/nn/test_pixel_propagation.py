@@ -104,6 +104,16 @@ def test_a_mean_keeps_the_scale() -> None:
     assert found[1:].min() >= logits[1:].min() and found[1:].max() <= logits[1:].max()
 
 
+def test_classes_do_not_know_of_each_other() -> None:
+    """More than are worked on at a time."""
+    _, image, valid = given()
+    logits = torch.randn(10, H, W, generator=torch.Generator().manual_seed(4))
+    whole = propagate_pixels(logits, image, valid)
+    for place in range(10):
+        assert torch.equal(propagate_pixels(logits[place : place + 1], image, valid), whole[place : place + 1])
+    assert propagate_pixels(logits[:0], image, valid).shape == (0, H, W)
+
+
 def test_labels_stop_where_the_colour_changes() -> None:
     """A step of colour beside one of labels that lies two pixels off: the labels move to it."""
     image = torch.zeros(3, 20, 20, dtype=torch.uint8)

@@ -236,7 +236,7 @@ def test_a_plan_knows_of_refined_pixels(mapper: SceneZeroShot, scene: Path) -> N
     plain, refined = mapper.plan(scene, NAMES), changed(mapper, refine=True).plan(scene, NAMES)
     assert plain.pixel_seconds == 0 and "time of the pixels" not in plain.text()
     assert refined.pixel_seconds > 0 and "time of the pixels: about 0 h 0 min" in refined.text()
-    assert refined.memory_mb - plain.memory_mb == pytest.approx(H * W * 4 * (24 + 5 * 3 + 8) / 2**20)
+    assert refined.memory_mb - plain.memory_mb == pytest.approx(H * W * 4 * (24 + 3 * 3 + 24) / 2**20)
 
 
 # one graph
