@@ -22,11 +22,12 @@ namespace drseg {
 constexpr int64_t kMostCounted = 256;
 
 // The best decay between any two cells of two blocks so many blocks apart, and the largest norm (as scaled) of each
-// block: together they bound every score between the blocks.
+// block: together they bound every score between the blocks. NaN is no decay, and its cells are no neighbours: blocks
+// that see nothing else of each other are never multiplied.
 template <class T>
 struct Bounds {
   int64_t columns;
-  std::vector<T> best;     // by blocks apart
+  std::vector<T> best;     // by blocks apart; NaN where no cells may be neighbours
   std::vector<T> longest;  // by block, set by who knows the rows
   bool ascending = true;  // whether a larger cosine is nowhere a lower score, or none
 
@@ -37,24 +38,28 @@ struct Bounds {
     columns = (w + bw - 1) / bw;
     best.resize(down * columns);
     for (int64_t n = 0; n < grid.nodes(); ++n)
-      ascending &= problem.subtract || (table[n] >= 0 && table[n] <= std::numeric_limits<T>::max());
+      ascending &= problem.subtract || std::isnan(table[n]) ||
+                   (table[n] >= 0 && table[n] <= std::numeric_limits<T>::max());
     for (int64_t v = 0; v < down; ++v)
       for (int64_t u = 0; u < columns; ++u) {
-        T value = problem.subtract ? std::numeric_limits<T>::infinity() : T(0);
+        T value = std::numeric_limits<T>::quiet_NaN();
         for (int64_t y = std::max<int64_t>(0, (v - 1) * bh + 1); y < std::min(h, (v + 1) * bh); ++y)
           for (int64_t x = std::max<int64_t>(0, (u - 1) * bw + 1); x < std::min(w, (u + 1) * bw); ++x) {
             const T entry = table[y * w + x];
-            value = problem.subtract ? std::min(value, entry) : std::max(value, std::abs(entry));
+            value = problem.subtract ? std::fmin(value, entry) : std::fmax(value, std::abs(entry));
           }
         best[v * columns + u] = value;
       }
   }
 
+  T decay(const Block& one, const Block& other) const {
+    return best[std::abs(one.top - other.top) * columns + std::abs(one.left - other.left)];
+  }
+
   T bound(const Problem<T>& problem, const Block& one, const Block& other, T one_length, T other_length) const {
     // a computed dot exceeds the product of the norms by less than this
     const T slack = 1 + T(problem.channels + 8) * 4 * std::numeric_limits<T>::epsilon();
-    const T value = best[std::abs(one.top - other.top) * columns + std::abs(one.left - other.left)];
-    return join(one_length * other_length * slack, value, problem.subtract, false);
+    return join(one_length * other_length * slack, decay(one, other), problem.subtract, false);
   }
 };
 
@@ -125,6 +130,7 @@ void order_blocks(const Problem<T>& problem, const Bounds<T>& bounds, int64_t wh
   const std::vector<Block>& blocks = problem.grid.blocks;
   scratch.order.clear();
   for (size_t b = 0; b < blocks.size(); ++b) {
+    if (std::isnan(bounds.decay(blocks[which], blocks[b]))) continue;
     const T bound = bounds.bound(problem, blocks[which], blocks[b], bounds.longest[which], bounds.longest[b]);
     scratch.order.emplace_back(-bound, static_cast<int32_t>(b));
   }

@@ -97,8 +97,8 @@ select_rows(
         loss = lost > loss ? lost : loss;
       }
       key[n] = ordered_bits(value);
-      // a node that is not finite neither chooses nor is chosen; beyond a radius the table has no number
-      const bool allowed = finite && is_number(inverse) && is_number(decay);
+      // a node that is not finite neither chooses nor is chosen; beyond a radius the table has no number, nor the score
+      const bool allowed = finite && is_number(inverse) && is_number(value);
       if (j == row) {
         self = allowed && how.include_self;
         own_score = value;

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,8 @@ files. Written is what drseg predict RUN writes; hashes of the weights and all o
 # options of the configuration by the same name
 _OPTIONS = (
     *("variant", "rotations", "window", "overlap", "batch_size"),
-    *("k", "gamma", "decay", "decay_per_metre", "select", "alpha", "steps", "logit_scale", "max_cells"),
+    *("k", "gamma", "decay", "decay_per_metre", "radius", "radius_metres", "select", "alpha", "steps", "logit_scale"),
+    *("max_cells", "super_tile", "refine"),
 )
 
 
@@ -99,6 +101,8 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     graph.add_argument("--gamma", type=float | None, metavar="V", help="exponent of the prior's cosine")
     graph.add_argument("--decay", type=float | None, metavar="V", help="spatial decay for each cell of distance")
     graph.add_argument("--decay-per-metre", type=float | None, metavar="V", help="the same for each metre")
+    graph.add_argument("--radius", type=float | None, metavar="V", help="no neighbours are farther away, in cells")
+    graph.add_argument("--radius-metres", type=float | None, metavar="V", help="the same in metres")
     graph.add_argument(
         "--select",
         type=Literal["affinity", "cosine"] | None,
@@ -112,8 +116,21 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         metavar="N",
         help="steps of propagation; 0 for no graph; solved to the end if absent",
     )
+    graph.add_argument(
+        "--refine",
+        action=BooleanOptionalAction,
+        default=None,
+        help="spread the logits over pixels of like colour too; off by default",
+    )
     graph.add_argument("--logit-scale", type=float | None, metavar="V", help="factor of the cosines in scores")
-    graph.add_argument("--max-cells", type=int | None, metavar="N", help="a scene of more cells is refused")
+    graph.add_argument("--max-cells", type=int | None, metavar="N", help="one graph of more cells is refused")
+    graph.add_argument(
+        "--super-tile",
+        type=int | None,
+        metavar="CELLS",
+        help="with a radius and steps, a larger scene goes in overlapping parts of at most CELLS, with the same map; "
+        "262144 by default, about 2 GB",
+    )
 
 
 def run(args: Any) -> None:

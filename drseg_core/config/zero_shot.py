@@ -41,11 +41,17 @@ class ZeroShotConfig:
         gamma: exponent of the prior's cosine.
         decay: spatial decay for each cell of distance.
         decay_per_metre: the same for each metre on the ground, in the place of ``decay``.
+        radius: cells farther apart than so many are no neighbours; null is no limit.
+        radius_metres: the same in metres on the ground, in the place of ``radius``.
         select: neighbours by the whole weight (``affinity``), or by the ``cosine`` alone.
         alpha: share of the neighbours, in [0, 1).
         steps: that many steps of propagation; null solves to the end, 0 leaves the graph out.
+        refine: spread the logits over pixels of like colour too (:mod:`drseg_core.nn.pixel_propagation`). On real
+            labelled pieces it moved few outlines (``docs/zero_shot.md``), so it is off by default.
         logit_scale: factor of the cosines before the softmax that gives scores; CLIP's own came to 100.
-        max_cells: a scene of more cells is refused.
+        max_cells: one graph of more cells is refused.
+        super_tile: with a radius and steps, a scene of more cells goes in overlapping parts of at most so many, and
+            the map is the same. The default takes about 2 GB with a prior of 768 channels.
 
     Raises:
         ConfigError: a number is out of range.
@@ -67,14 +73,19 @@ class ZeroShotConfig:
     gamma: float = 3.0
     decay: float = 0.16
     decay_per_metre: float | None = None
+    radius: float | None = None
+    radius_metres: float | None = None
     select: Literal["affinity", "cosine"] = "affinity"
     alpha: float = 0.95
     steps: int | None = None
+    refine: bool = False
     logit_scale: float = 100.0
     max_cells: int = 262144
+    super_tile: int = 262144
 
     def __post_init__(self) -> None:
         steps, decay = self.steps or 0, self.decay_per_metre or 0.0
+        radius, metres = self.radius or 0.0, self.radius_metres or 0.0
         for name, good, rule in (
             ("rotations", self.rotations in (1, 4), "1 or 4"),
             ("batch_size", self.batch_size >= 1, ">= 1"),
@@ -82,13 +93,21 @@ class ZeroShotConfig:
             ("gamma", 0 < self.gamma < math.inf, "> 0"),
             ("decay", 0 <= self.decay < math.inf, ">= 0"),
             ("decay_per_metre", 0 <= decay < math.inf, ">= 0"),
+            ("radius", 0 <= radius < math.inf, ">= 0"),
+            ("radius_metres", 0 <= metres < math.inf, ">= 0"),
             ("alpha", 0 <= self.alpha < 1, "0 <= alpha < 1"),
             ("steps", steps >= 0, ">= 0"),
             ("logit_scale", 0 < self.logit_scale < math.inf, "> 0"),
             ("max_cells", self.max_cells >= 1, ">= 1"),
+            ("super_tile", self.super_tile >= 1, ">= 1"),
         ):
             if not good:
                 raise ConfigError(f"zero_shot: {name} is out of range; expected {rule}, got {getattr(self, name)}")
+
+    @property
+    def has_reach(self) -> bool:
+        """Whether what becomes of a cell depends on cells within a reach alone, so that a scene can go in parts."""
+        return self.steps is not None and (self.radius is not None or self.radius_metres is not None)
 
 
 def zero_shot_presets() -> tuple[str, ...]:

@@ -15,7 +15,15 @@ from drseg_core.nn.spsd import SPSD
 from drseg_core.ops import Graph, PreparedPrior, degree_normalize, knn_graph
 from drseg_core.ops._checks import check_choice, check_count, check_flag, check_number, check_tensor
 
-__all__ = ["LPOSS_GRAPH", "LabelPropagation", "propagate_labels", "propagation_graph", "smooth", "solve_labels"]
+__all__ = [
+    "LPOSS_GRAPH",
+    "LabelPropagation",
+    "propagate_labels",
+    "propagation_graph",
+    "reach_of_steps",
+    "smooth",
+    "solve_labels",
+]
 
 Select = Literal["affinity", "cosine"]
 
@@ -38,6 +46,7 @@ def propagation_graph(
     gamma: float = 1.0,
     decay: float = 0.0,
     select: Select = "affinity",
+    radius: float | None = None,
     backend: str | None = None,
 ) -> Graph:
     """The symmetric, normalised k-NN graph on which labels are propagated.
@@ -62,6 +71,8 @@ def propagation_graph(
         gamma: exponent of the cosine, > 0.
         decay: spatial decay for each cell of distance, >= 0; LPOSS's sigma times the pixels of a patch.
         select: neighbours are the largest by ``affinity``, all of the weight, or by ``cosine``.
+        radius: cells farther apart than so many are no neighbours, >= 0; None is no limit. With one, what a node
+            depends on has a reach (:func:`reach_of_steps`).
         backend: one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
 
     Returns:
@@ -90,6 +101,8 @@ def propagation_graph(
     check_number(name, "gamma", gamma, positive=True)
     check_number(name, "decay", decay)
     check_choice(name, "select", select, get_args(Select))
+    if radius is not None:
+        check_number(name, "radius", radius)
     nodes = prior.scaled if isinstance(prior, PreparedPrior) else prior
     check_tensor(name, "prior", nodes, ("B", "N", "D"))
     by_cosine = select == "cosine"
@@ -105,6 +118,7 @@ def propagation_graph(
         include_self=False,
         return_score=True,
         pad=True,
+        radius=radius,
         backend=backend,
     )
     # padded slots have score -inf, and those of a prior that is not finite NaN: neither is an edge
@@ -167,6 +181,21 @@ def _widened(labels: Tensor) -> Tensor:
     return F.pad(labels, (0, missing)) if labels.device.type == "cpu" and 0 < missing < _LANES else labels
 
 
+def reach_of_steps(radius: float, steps: int) -> int:
+    """Cells, down or across, within which is all that decides what a node becomes in ``propagate_labels``.
+
+    A step brings labels along one edge, or against it. The degrees that divide the last edge count what ends in its
+    nodes, so they depend on the choices of nodes one edge further, and those on the priors of all that these could have
+    chosen, one edge further still: ``steps + 2`` edges, none of which spans more than ``radius`` whole cells.
+
+    Example:
+        >>> from drseg_core.nn.label_propagation import reach_of_steps
+        >>> reach_of_steps(4.5, 3)
+        20
+    """
+    return int(radius) * (steps + 2) if steps else 0
+
+
 @torch.no_grad()
 def propagate_labels(
     labels: Tensor, graph: Graph, steps: int, *, alpha: float = 0.95, backend: str | None = None
@@ -174,7 +203,8 @@ def propagate_labels(
     """``steps`` times ``F <- alpha S F + (1 - alpha) Y`` from ``F = Y`` (Zhou et al. 2004, step 3 of their algorithm).
 
     What a node becomes depends on labels at most ``steps`` edges away, and on priors at most two edges further: a
-    neighbour's degree counts the edges that end in it, and those depend on all that could have been chosen instead.
+    neighbour's degree counts the edges that end in it, and those depend on all that could have been chosen instead
+    (:func:`reach_of_steps`).
     After many steps it is what :func:`solve_labels` gives with ``scaled=True``.
 
     Args:
@@ -304,7 +334,7 @@ class LabelPropagation(nn.Module):
     """Graph, labels and solver in one, on maps: what :class:`drseg_core.nn.PDGR` is to a training, without one.
 
     Args:
-        k, gamma, decay, select: of :func:`propagation_graph`.
+        k, gamma, decay, select, radius: of :func:`propagation_graph`.
         alpha: share of the neighbours, in [0, 1).
         steps: that many of :func:`propagate_labels`; None solves to the end by :func:`solve_labels`.
         scaled, tolerance, max_iterations, must_converge: of :func:`solve_labels`.
@@ -328,6 +358,7 @@ class LabelPropagation(nn.Module):
         gamma: float = 1.0,
         decay: float = 0.0,
         select: Select = "affinity",
+        radius: float | None = None,
         alpha: float = 0.95,
         steps: int | None = None,
         scaled: bool = True,
@@ -337,7 +368,13 @@ class LabelPropagation(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.graph_options: dict[str, Any] = {"k": k, "gamma": gamma, "decay": decay, "select": select}
+        self.graph_options: dict[str, Any] = {
+            "k": k,
+            "gamma": gamma,
+            "decay": decay,
+            "select": select,
+            "radius": radius,
+        }
         self.alpha, self.steps, self.backend = alpha, steps, backend
         self.solver_options: dict[str, Any] = {
             "scaled": scaled,

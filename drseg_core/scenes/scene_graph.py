@@ -6,7 +6,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ from drseg_core.files import check_room
 from drseg_core.models.class_text import ClassText, class_logits
 from drseg_core.models.window_maps import Windows, blended_bands
 from drseg_core.models.zero_shot import ZeroShot
-from drseg_core.nn.label_propagation import propagate_labels, propagation_graph, solve_labels
+from drseg_core.nn.label_propagation import propagate_labels, propagation_graph, reach_of_steps, solve_labels
+from drseg_core.nn.pixel_propagation import propagate_pixels, reach_of_pixels
 from drseg_core.ops import Graph
 from drseg_core.scenes.enlarged import Enlarged
+from drseg_core.scenes.super_tiles import SuperTile, super_tiles
 
 PRIOR_BYTES = 2**30
 """A prior of more bytes in float32 is kept in float16, in a file."""
@@ -30,7 +32,12 @@ PRIOR_BYTES = 2**30
 COLUMNS = 32
 """Classes whose logits are spread at a time."""
 
+REFINING: dict[str, Any] = {"radius": 3, "colour": 0.03, "steps": 10, "alpha": 0.95}
+"""What ``refine`` asks of ``propagate_pixels``; ``docs/zero_shot.md`` has what was measured of it."""
+
 _BLOCK_BYTES = 64 * 2**20
+# what is around a smaller block would be worked on more than once
+_REFINED_BYTES = 256 * 2**20
 
 
 class SceneCells(NamedTuple):
@@ -46,8 +53,8 @@ class GraphPredictor:
     """Maps a scene by words: :class:`drseg_core.models.zero_shot.ZeroShot` in windows, one graph over all of them.
 
     The scene is read twice: in windows, whose maps are blended into cells (:meth:`collect`), and in blocks, for
-    which the spread logits are enlarged (:meth:`pieces`). A cell without a valid pixel has no edges, and no share in
-    any pixel.
+    which the spread logits are enlarged (:meth:`pieces`), and with ``refine`` spread over the pixels of the block and
+    around it. A cell without a valid pixel has no edges, and no share in any pixel.
 
     A pixel's score is the softmax of its logits times ``logit_scale``, and its uncertainty the entropy of the softmax,
     divided by its largest.
@@ -58,6 +65,7 @@ class GraphPredictor:
         class_names: one for each class of ``text``.
         config: windows, graph and propagation.
         decay: for each cell of distance.
+        radius: cells farther apart are no neighbours; None is no limit.
         device: where the model is and the graph is made.
         folder: where a large prior is kept.
         block: side in pixels of the blocks; by default what a bound on memory gives.
@@ -75,17 +83,22 @@ class GraphPredictor:
         config: ZeroShotConfig,
         *,
         decay: float,
+        radius: float | None = None,
         device: torch.device,
         folder: Path | None = None,
         block: int | None = None,
         progress: bool = False,
     ) -> None:
         self.model, self.text, self.class_names, self.config = model, text, class_names, config
-        self.decay, self.device, self.folder, self.progress = decay, device, folder, progress
+        self.decay, self.radius, self.device, self.folder, self.progress = decay, radius, device, folder, progress
         self.windows = scene_windows(model, config)
-        fitting = int((_BLOCK_BYTES / (8 * (len(class_names) + 1))) ** 0.5)
+        bound = (
+            _REFINED_BYTES / pixel_bytes(len(class_names))
+            if config.refine
+            else _BLOCK_BYTES / 8 / (len(class_names) + 1)
+        )
         # whole blocks of the rasters that are written
-        self.block = block or min(max(fitting // 256 * 256, 256), 1024)
+        self.block = block or min(max(int(bound**0.5) // 256 * 256, 256), 1024)
 
     def collect(self, read: ReadWindow, height: int, width: int) -> SceneCells:
         """The cells of a scene. Memory: one row of windows besides the result.
@@ -167,24 +180,43 @@ class GraphPredictor:
     def graph(self, prior: Tensor, grid: tuple[int, int]) -> Graph:
         """The graph of a prior (N, D)."""
         config = self.config
-        return propagation_graph(prior, grid, config.k, gamma=config.gamma, decay=self.decay, select=config.select)
+        return propagation_graph(
+            prior,
+            grid,
+            config.k,
+            gamma=config.gamma,
+            decay=self.decay,
+            select=config.select,
+            radius=self.radius,
+        )
+
+    def tiles(self, grid: tuple[int, int]) -> list[SuperTile]:
+        """The parts of a scene that are graphs of their own.
+
+        Raises:
+            ConfigError: a part of ``super_tile`` cells has no room for what decides what becomes of one.
+        """
+        halo = reach_of_steps(self.radius or 0.0, self.config.steps or 0) if self.config.has_reach else None
+        return super_tiles(grid, halo, self.config.super_tile)
 
     def spread(self, cells: SceneCells) -> Tensor:
         """Logits (N, T) after the propagation over the graph of the whole scene."""
-        config = self.config
         if cells.prior is None:
             return cells.logits
         grid = (cells.valid.shape[0], cells.valid.shape[1])
-        graph = self.graph(cells.prior.to(self.device), grid)
         spread = torch.empty_like(cells.logits)
-        for first in range(0, spread.shape[1], COLUMNS):
-            some = cells.logits[:, first : first + COLUMNS].to(self.device)
-            if config.steps is None:
-                found = solve_labels(some, graph, alpha=config.alpha)
-            else:
-                found = propagate_labels(some, graph, config.steps, alpha=config.alpha)
-            spread[:, first : first + COLUMNS] = found.cpu()
+        for tile in self.tiles(grid):
+            graph = self.graph(tile.outer(cells.prior, grid[1]).to(self.device), tile.grid)
+            for first in range(0, spread.shape[1], COLUMNS):
+                some = tile.outer(cells.logits[:, first : first + COLUMNS], grid[1]).to(self.device)
+                tile.put(spread[:, first : first + COLUMNS], self._spread(some, graph).cpu(), grid[1])
         return spread
+
+    def _spread(self, labels: Tensor, graph: Graph) -> Tensor:
+        config = self.config
+        if config.steps is None:
+            return solve_labels(labels, graph, alpha=config.alpha)
+        return propagate_labels(labels, graph, config.steps, alpha=config.alpha)
 
     @torch.no_grad()
     def pieces(self, read: ReadWindow, height: int, width: int) -> Iterator[Piece]:
@@ -196,11 +228,48 @@ class GraphPredictor:
         for top in range(0, height, self.block):
             for left in range(0, width, self.block):
                 bottom, right = min(top + self.block, height), min(left + self.block, width)
+                if self.config.refine:
+                    logits = refined_block(enlarged, read, (height, width), (top, bottom, left, right), self.device)
+                else:
+                    logits = enlarged.block(top, bottom, left, right)
+                # a piece lies within what was read last
                 read(top, bottom, left, right)
-                score = (enlarged.block(top, bottom, left, right) * self.config.logit_scale).softmax(dim=0)
+                score = (logits * self.config.logit_scale).softmax(dim=0)
                 best, index = score.max(dim=0)
                 entropy = torch.special.entr(score).sum(dim=0) / most
                 yield Piece(top, left, Prediction(index.to(torch.uint8), best, entropy), score.__getitem__)
+
+
+def pixel_bytes(classes: int) -> int:
+    """Of each pixel of a block that is refined: weights of its edges; logits before and after, and scores; and what is
+    worked on."""
+    radius = REFINING["radius"]
+    return 4 * (2 * radius * (radius + 1) + 3 * classes + 24)
+
+
+def refined_block(
+    enlarged: Enlarged,
+    read: ReadWindow,
+    size: tuple[int, int],
+    block: tuple[int, int, int, int],
+    device: torch.device,
+) -> Tensor:
+    """Logits (T, n, m) of a block's pixels after ``propagate_pixels``, as all pixels of the scene at once would give.
+
+    Args:
+        enlarged: the logits of any block.
+        read: gives a part of the scene and its valid pixels.
+        size: (H, W) of the scene.
+        block: top, bottom, left and right.
+        device: where the pixels are worked on.
+    """
+    top, bottom, left, right = block
+    reach = reach_of_pixels(REFINING["radius"], REFINING["steps"])
+    outer = max(top - reach, 0), min(bottom + reach, size[0]), max(left - reach, 0), min(right + reach, size[1])
+    image, known = read(*outer)
+    valid = None if known is None else torch.from_numpy(known).to(device)
+    found = propagate_pixels(enlarged.block(*outer).to(device), image.to(device), valid, **REFINING)
+    return found[:, top - outer[0] : bottom - outer[0], left - outer[2] : right - outer[2]].cpu()
 
 
 def scene_windows(model: ZeroShot, config: ZeroShotConfig) -> Windows:

@@ -192,7 +192,7 @@ class SceneZeroShot:
             reading=_reading(reading),
             gsd=reading.get("gsd"),
             aoi=reading.get("aoi"),
-            tags=self._tags(legend, templates, predictor.decay),
+            tags=self._tags(legend, templates, predictor),
             progress=progress,
             **wanted,
         )
@@ -237,38 +237,48 @@ class SceneZeroShot:
             legend = Vocabulary(
                 (*legend.names, BACKGROUND), (*legend.synonyms, tuple(background)), (*legend.colors, OTHER_COLOR)
             )
+        decay, radius = self._distances(scene)
         predictor = GraphPredictor(
             self.model,
             text,
             check_class_names(legend.names, "zero_shot"),
             self.config,
-            decay=self._decay(scene),
+            decay=decay,
+            radius=radius,
             device=self.device,
             folder=folder,
             progress=progress,
         )
         if limited and predictor.has_graph:
-            check_cells(plan_cells(predictor, scene, time_model=False), self.config.max_cells)
+            check_cells(plan_cells(predictor, scene, time_model=False), self.config)
         return predictor, legend
 
-    def _decay(self, scene: SceneReader) -> float:
-        """Of a cell of this scene."""
-        if self.config.decay_per_metre is None:
-            return self.config.decay
-        if scene.gsd is None:
-            raise ConfigError(
-                f"zero_shot: decay_per_metre needs a place; expected a CRS and a transform in {scene.path}, or decay"
-            )
-        return self.config.decay_per_metre * scene.gsd * scene_windows(self.model, self.config).cell
+    def _distances(self, scene: SceneReader) -> tuple[float, float | None]:
+        """Decay for each cell of this scene, and the radius in cells."""
+        config = self.config
+        for metres, cells in (("decay_per_metre", "decay"), ("radius_metres", "radius")):
+            if getattr(config, metres) is not None and scene.gsd is None:
+                raise ConfigError(
+                    f"zero_shot: {metres} needs a place; expected a CRS and a transform in {scene.path}, or {cells}"
+                )
+        side = (scene.gsd or 0.0) * scene_windows(self.model, config).cell
+        decay = config.decay if config.decay_per_metre is None else config.decay_per_metre * side
+        return decay, config.radius if config.radius_metres is None else config.radius_metres / side
 
-    def _tags(self, legend: Vocabulary, templates: Sequence[str], decay: float) -> dict[str, str]:
+    def _tags(self, legend: Vocabulary, templates: Sequence[str], predictor: GraphPredictor) -> dict[str, str]:
         """What made a map, for its metadata."""
         options = {
             field.name: getattr(self.config, field.name)
             for field in dataclasses.fields(self.config)
-            if field.name not in ("clip", "prior", "batch_size", "max_cells")
+            # the others change nothing in a map
+            if field.name not in ("clip", "prior", "batch_size", "max_cells", "super_tile")
         }
-        options |= {"decay": decay, "words": legend.synonyms, "templates": list(templates)}
+        options |= {
+            "decay": predictor.decay,
+            "radius": predictor.radius,
+            "words": legend.synonyms,
+            "templates": list(templates),
+        }
         tags = {**self.facts, "zero_shot": json.dumps(options, ensure_ascii=False)}
         if "random weights" in self.facts["clip"]:
             tags["warning"] = "CLIP has random weights: this map means nothing"
@@ -296,8 +306,8 @@ def zero_shot(
         offline: never connect to a network.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
         options: any option of the configuration, such as ``variant``, ``rotations``, ``window``, ``overlap``, ``k``,
-            ``alpha``, ``steps``, ``decay``, ``decay_per_metre``; and ``prior_layer``, the block whose features are
-            taken.
+            ``alpha``, ``steps``, ``decay``, ``decay_per_metre``, ``radius``, ``radius_metres``, ``super_tile``,
+            ``refine``; and ``prior_layer``, the block whose features are taken.
 
     Raises:
         ConfigError: an option is unknown or does not fit.

@@ -52,7 +52,8 @@ def allowed_pairs(both, inverse_own, inverse, own, INCLUDE_SELF: tl.constexpr):
 
 @triton.jit
 def keys_of(value, allowed, own, INCLUDE_SELF: tl.constexpr):
-    key = tl.where(allowed, ordered_bits(value), NONE)
+    # of cells too far apart the decay is NaN, and with it the score
+    key = tl.where(allowed & (value == value), ordered_bits(value), NONE)
     if INCLUDE_SELF:
         key = tl.where(allowed & own, FORCED, key)
     return key

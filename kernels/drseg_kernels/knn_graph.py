@@ -207,7 +207,7 @@ def knn_graph(
     Args:
         prior: (B, N, D) float32, float16 or bfloat16.
         inverse_norm: (B, N) float32, NaN for a node that no other may choose.
-        table: (h, w) float32 decay table, h * w = N.
+        table: (h, w) float32 decay table, h * w = N, NaN where a pair is no candidate.
         k: neighbours per node.
         form: ``additive``, ``gauss`` (both subtract the table), ``multiplicative`` or ``product``.
         include_self: the node itself is always, or never, among its neighbours.

@@ -53,7 +53,7 @@ def test_a_map_and_what_is_said_of_it(drseg: Command, scene: Path, tmp_path: Pat
     assert empty == []
     assert "classes: building; road (or street); tree\n" in text and "clip: drseg-tiny, random weights" in text
     assert text.endswith("CLIP has random weights: this map means nothing\n") and "the map means nothing" in errors
-    assert "one graph of 9 x 7 = 63 cells: about " in errors and text.count("written: ") == 9
+    assert "one graph: 9 x 7 = 63 cells, about " in errors and text.count("written: ") == 9
     present = sorted(path.name for path in tmp_path.iterdir())
     assert present == sorted([*WRITTEN, "map.gpkg", "map_probabilities.tif", "map_scores.tif"])
     with rasterio.open(scene) as source, rasterio.open(tmp_path / "map.tif") as result:
@@ -65,9 +65,11 @@ def test_a_map_and_what_is_said_of_it(drseg: Command, scene: Path, tmp_path: Pat
 
 def test_the_door_gives_the_files_of_the_command(drseg: Command, scene: Path, tmp_path: Path) -> None:
     words = ["--variant", "clearclip", "--rotations", 4, "--steps", 3, "--window", 48, "--k", 5, "--decay", 0.1]
+    words += ["--radius", 2, "--super-tile", 500, "--refine"]
     out = tmp_path / "command" / "map.tif"
     assert drseg("predict", "zero-shot:tiny", scene, *WORDS, "--out", out, *words)[0] == 0
     options = {"variant": "clearclip", "rotations": 4, "steps": 3, "window": 48, "k": 5, "decay": 0.1}
+    options |= {"radius": 2.0, "super_tile": 500, "refine": True}
     mapper = drseg_core.zero_shot("tiny", **options)
     found = mapper.predict(scene, WORDS[1], out=tmp_path / "door" / "map.tif")
     assert found.files is not None and mapper.config.overlap == 24
@@ -81,6 +83,7 @@ def test_the_door_gives_the_files_of_the_command(drseg: Command, scene: Path, tm
         ["--prior", "none"],
         ["--clip", "random", "--prior", "random", "--prior-layer", 0],
         ["--prior", "none", "--variant", "naclip", "--templates", "a photo of a {}; {}", "--threshold", 0.4],
+        ["--radius-metres", 12, "--steps", 2, "--super-tile", 700, "--refine"],
         ["--decay-per-metre", 0.1, "--select", "cosine", "--alpha", 0.5, "--gsd", 1],
         ["--variant", "proxyclip", "--overlap", 0, "--batch-size", 1, "--logit-scale", 40],
     ],

@@ -81,7 +81,9 @@ void check_selection(Data data, bool include_self, int k) {
   }
   std::vector<float> table(NODES), product(IMAGES * NODES * NODES);
   for (int n = 0; n < NODES; ++n)
-    table[n] = rounds ? float(std::hypot(n / WIDTH, n % WIDTH) / 40) : float(random() % 2);
+    table[n] = data == Data::close && std::hypot(n / WIDTH, n % WIDTH) > 6 ? NOT_A_NUMBER  // beyond a radius
+               : rounds ? float(std::hypot(n / WIDTH, n % WIDTH) / 40)
+                        : float(random() % 2);
   for (int b = 0; b < IMAGES; ++b)
     for (int i = 0; i < NODES; ++i)
       for (int j = 0; j < NODES; ++j) {
@@ -111,6 +113,7 @@ void check_selection(Data data, bool include_self, int k) {
           sum += double(scaled[(b * NODES + i) * CHANNELS + c]) * scaled[(b * NODES + j) * CHANNELS + c];
         sum *= double(inverse[b * NODES + i]) * inverse[b * NODES + j];
         sum -= table[std::abs(i / WIDTH - j / WIDTH) * WIDTH + std::abs(i % WIDTH - j % WIDTH)];
+        if (sum != sum) continue;
         best.push_back({i == j ? -1e9 : -sum, j});
       }
       std::sort(best.begin(), best.end());

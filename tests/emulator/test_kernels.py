@@ -31,9 +31,9 @@ FAULTS = (
     ("knn_graph", "+ j) * how.channels + d), total", "+ j) * how.channels + lane), total", "a row read in part"),
     (
         "knn_graph",
-        "const bool allowed = finite && is_number(inverse);",
-        "const bool allowed = finite;",
-        "NaN is chosen",
+        "is_number(inverse) && is_number(value);",
+        "is_number(inverse);",
+        "a neighbour beyond the radius",
     ),
     ("knn_graph", "x -= how.width;\n      ++y;", "x -= how.width;", "wrong place on the grid"),
     ("edge_coefficient", "copies_wait<1>();", "copies_wait<2>();", "too loose a wait"),

@@ -50,7 +50,9 @@ def distance(i: int, j: int, width: int) -> float:
     return math.hypot(i // width - j // width, i % width - j % width)
 
 
-def literal_weights(prior: NDArray, width: int, k: int, gamma: float, decay: float, select: str) -> NDArray:
+def literal_weights(
+    prior: NDArray, width: int, k: int, gamma: float, decay: float, select: str, radius: float = math.inf
+) -> NDArray:
     """W of the docstring, pair by pair."""
     nodes = len(prior)
     weight, cosine = np.zeros((nodes, nodes)), np.zeros((nodes, nodes))
@@ -61,7 +63,8 @@ def literal_weights(prior: NDArray, width: int, k: int, gamma: float, decay: flo
     key = cosine if select == "cosine" else weight
     kept = np.zeros_like(weight)
     for i in range(nodes):
-        others = sorted((j for j in range(nodes) if j != i), key=lambda j: (-key[i, j], j))
+        near = (j for j in range(nodes) if j != i and distance(i, j, width) <= radius)
+        others = sorted(near, key=lambda j: (-key[i, j], j))
         for j in others[:k]:
             kept[i, j] = weight[i, j]
     return kept
@@ -89,6 +92,26 @@ def test_the_operator_is_the_formula(select: Any, k: int, gamma: float, decay: f
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(found, found.T, atol=1e-15)
     assert np.abs(np.linalg.eigvalsh(found)).max() < 1 + 1e-9
+
+
+@pytest.mark.parametrize("select", ["affinity", "cosine"])
+@pytest.mark.parametrize("radius", [0.5, 1.0, 2.5, 100.0])
+def test_no_edge_is_longer_than_the_radius(select: Any, radius: float) -> None:
+    prior = priors()
+    options: dict[str, Any] = {"gamma": 2.0, "decay": 0.3, "select": select}
+    found = operator(propagation_graph(prior, (H, W), 6, **options, radius=radius))
+    expected = literal_operator(literal_weights(prior.numpy(), W, 6, **options, radius=radius))
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    edges = [distance(i, j, W) for i, j in np.argwhere(found > 0)]
+    assert max(edges, default=0.0) <= radius and (radius < 1) == (not edges)
+    module = LabelPropagation(6, **options, radius=radius, steps=2)
+    label = targets(3)
+    maps = module(label.T.reshape(1, 3, H, W), prior.T.reshape(1, D, H, W))
+    once = 0.95 * expected @ label.numpy() + 0.05 * label.numpy()
+    twice = 0.95 * expected @ once + 0.05 * label.numpy()
+    np.testing.assert_allclose(maps[0].flatten(1).T.numpy(), twice, rtol=1e-9)
+    with pytest.raises(ValueError, match="propagation_graph: radius is out of range; expected a finite number >= 0"):
+        propagation_graph(prior, (H, W), 6, radius=-1.0)
 
 
 def test_planted_faults_of_the_graph_are_seen() -> None:

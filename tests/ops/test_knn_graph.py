@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
+import time
 
 import oracle
 import pytest
@@ -480,6 +483,7 @@ def test_opcheck(dtype):
     options = (*inputs["grid"], 3, 1.0, "additive", True, "auto")
     for form in (prior, prior.mT.contiguous().mT, prior.repeat(1, 1, 2)[..., ::2], prior[:1].expand(prior.shape)):
         opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, None, None, *options))
+        opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, None, None, *options, 2.5))
 
 
 def test_the_decay_table_is_made_once(monkeypatch):
@@ -497,11 +501,12 @@ def test_the_decay_table_is_made_once(monkeypatch):
     ops.knn_graph(prior, (3, 2), 3)
     ops.knn_graph(prior, (2, 3), 3, decay=2.0)
     ops.knn_graph(prior, (2, 3), 3, form="gauss")
-    assert len(made) == 5
-    monkeypatch.setattr(registration, "_MOST_KEPT", 5)
+    ops.knn_graph(prior, (2, 3), 3, radius=1.5)
+    assert len(made) == 6
+    monkeypatch.setattr(registration, "_MOST_KEPT", 6)
     for decay in (3.0, 4.0, 5.0):
         ops.knn_graph(prior, (2, 3), 3, decay=decay)
-    assert len(registration._kept) == 5
+    assert len(registration._kept) == 6
 
 
 def test_reference_gives_the_same_for_any_block():
@@ -617,3 +622,91 @@ def test_the_spatial_part_is_the_distance_on_the_grid():
     with pytest.raises(ValueError, match="^score_parts: index has the wrong shape; .* = .12, 3., got .11, 3.$"):
         ops.score_parts(torch.ones(12, 1), (3, 4), index[:11, :3])
     assert ops.score_parts(torch.ones(0, 1), (0, 4), index[:0]).spatial.shape == (0, 12)
+
+
+@functools.cache
+def within(grid: tuple[int, int], radius: float) -> Tensor:
+    """(N, N) bool: pairs of cells no farther apart than the radius, each by itself."""
+    y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    squares = (y.flatten()[:, None] - y.flatten()).square() + (x.flatten()[:, None] - x.flatten()).square()
+    nearest = torch.tensor([value for value in range(int(squares.max()) + 1) if math.sqrt(value) <= radius])
+    return torch.isin(squares, nearest)
+
+
+# below and beyond the size up to which the native backend keeps all scores; and one it searches coarsely first
+@pytest.mark.parametrize(
+    ("grid", "k", "channels", "radius"),
+    [
+        ((7, 9), 20, 5, 2.3),
+        ((6, 8), 3, 16, 13**0.5),
+        ((1, 50), 4, 4, 0.0),
+        ((33, 35), 20, 6, 5.0),
+        ((3, 401), 30, 6, 9.5),
+        ((43, 50), 30, 100, 9.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_radius_is_a_limit(form, include_self, grid, k, channels, radius, backend):
+    random = torch.Generator().manual_seed(channels)
+    prior = torch.randn(1, grid[0] * grid[1], channels, generator=random)
+    near = within(grid, radius)
+    index, score = ops.knn_graph(
+        prior, grid, k, decay=0.5, form=form, include_self=include_self, radius=radius, pad=True, return_score=True
+    )
+    truth = oracle.scores(prior, grid, 0.5, form)[0].masked_fill(~near, -torch.inf)
+    problem = numerics.compare_selection(
+        index[0], score[0], truth, numerics.affinity_tolerance(prior.dtype), include_self=include_self
+    )
+    assert problem is None, problem
+    real = score[0] > -torch.inf
+    assert torch.equal(real.sum(1), (near.sum(1) - int(not include_self)).clamp(max=k))
+
+
+def test_a_radius_across_all_is_none(backend):
+    inputs = make_inputs(CASES[2])
+    expected = ops.knn_graph(**inputs, return_score=True)
+    for radius in (36.0, 1e30):
+        got = ops.knn_graph(**inputs, radius=radius, return_score=True)
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_a_node_that_is_not_finite_within_a_radius(backend):
+    prior = torch.randn(1, 30, 4, generator=torch.Generator().manual_seed(0))
+    prior[0, 8] = torch.nan
+    index, score = ops.knn_graph(prior, (5, 6), 3, radius=1.0, return_score=True)
+    # the node above it has itself and two others left
+    assert index[0, 2].tolist() == [1, 2, 3] and score[0, 2].isfinite().all()
+    assert not (index[0, torch.arange(30) != 8] == 8).any()
+    assert (index[0, 8] == 8).all() and score[0, 8].isnan().all()
+
+
+def test_a_radius_with_fewer_candidates_than_k():
+    prior = torch.ones(1, 12, 2)
+    # a corner of a grid sees itself, two neighbours and one across
+    assert ops.knn_graph(prior, (3, 4), 4, radius=1.5)[0, 0].tolist() == [0, 1, 4, 5]
+    with pytest.raises(
+        ValueError, match=r"^knn_graph: k exceeds the candidates; expected k <= 4 \(of a corner within radius 1.5\), "
+    ):
+        ops.knn_graph(prior, (3, 4), 5, radius=1.5)
+    with pytest.raises(ValueError, match=r"expected k <= 2 \(of a corner within radius 1\), got 3"):
+        ops.knn_graph(prior, (3, 4), 3, radius=1, include_self=False)
+    assert ops.knn_graph(prior, (3, 4), 4, radius=1, pad=True)[0, 0].tolist() == [0, 1, 4, 0]
+    for wrong in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="radius is out of range; expected a finite number >= 0"):
+            ops.knn_graph(prior, (3, 4), 2, radius=wrong)
+    with pytest.raises(TypeError, match="radius must be a number; expected float, got str"):
+        ops.knn_graph(prior, (3, 4), 2, radius="far")
+
+
+def test_a_radius_leaves_out_what_is_far():
+    """Noise without decay: nothing but the radius keeps a row from seeing every other."""
+    prior = torch.randn(1, 96 * 96, 128, generator=torch.Generator().manual_seed(0))
+    seconds: dict[float | None, float] = {}
+    for _ in range(3):
+        for radius in (None, 6.0):
+            begin = time.perf_counter()
+            ops.knn_graph(prior, (96, 96), 20, decay=0.0, radius=radius, pad=True, backend="native")
+            seconds[radius] = min(seconds.get(radius, math.inf), time.perf_counter() - begin)
+    assert seconds[6.0] < seconds[None] / 4

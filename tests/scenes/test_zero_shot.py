@@ -19,12 +19,14 @@ import drseg_core as drseg
 from drseg_core.config.zero_shot import ZeroShotConfig, load_zero_shot, zero_shot_presets
 from drseg_core.errors import ConfigError, NumericalError
 from drseg_core.models.class_text import class_logits
+from drseg_core.nn.pixel_propagation import propagate_pixels
 from drseg_core.scenes import scene_graph
 from drseg_core.scenes.enlarged import Enlarged
 from drseg_core.scenes.predict import predict_scene
-from drseg_core.scenes.scene_graph import GraphPredictor
+from drseg_core.scenes.reader import open_scene
+from drseg_core.scenes.scene_graph import REFINING, GraphPredictor
 from drseg_core.scenes.synthetic import write_synthetic_scene
-from drseg_core.scenes.zero_shot import SceneZeroShot
+from drseg_core.scenes.zero_shot import SceneZeroShot, _Arrays
 from tests.checkpoints.real import real_prior
 
 rasterio = pytest.importorskip("rasterio")
@@ -102,6 +104,8 @@ def literal_spread(logits: Tensor, prior: Tensor, cells: np.ndarray, config: Zer
     distance = np.linalg.norm(place[:, None] - place[None], axis=-1)
     affinity = cosine * torch.from_numpy(np.exp(-config.decay * distance))
     affinity.fill_diagonal_(0)
+    if config.radius is not None:
+        affinity[torch.from_numpy(distance > config.radius)] = 0
     best = affinity.topk(config.k, dim=1).indices
     kept = torch.zeros_like(affinity).scatter(1, best, affinity.gather(1, best))
     both = kept + kept.T
@@ -140,9 +144,11 @@ def read(scene: Path) -> tuple[np.ndarray, np.ndarray]:
         return file.read(), file.dataset_mask() != 0
 
 
-@pytest.mark.parametrize("steps", [None, 3, 0])
-def test_a_map_is_that_of_the_scene_in_one_piece(mapper: SceneZeroShot, scene: Path, steps: int | None) -> None:
-    mine = changed(mapper, steps=steps)
+@pytest.mark.parametrize(("steps", "radius"), [(None, None), (3, None), (0, None), (None, 1.5), (3, 2.0)])
+def test_a_map_is_that_of_the_scene_in_one_piece(
+    mapper: SceneZeroShot, scene: Path, steps: int | None, radius: float | None
+) -> None:
+    mine = changed(mapper, steps=steps, radius=radius)
     image, valid = read(scene)
     logits, prior, cells = literal_cells(mine, image, valid)
     assert not cells.all() and not cells[2, 4]
@@ -164,7 +170,14 @@ def predictor(mapper: SceneZeroShot, **options: Any) -> GraphPredictor:
     config = mapper.config
     text = mapper.model.encode(NAMES)
     return GraphPredictor(
-        mapper.model, text, tuple(NAMES), config, decay=config.decay, device=torch.device("cpu"), **options
+        mapper.model,
+        text,
+        tuple(NAMES),
+        config,
+        decay=config.decay,
+        radius=config.radius,
+        device=torch.device("cpu"),
+        **options,
     )
 
 
@@ -190,6 +203,40 @@ def test_blocks_have_the_same_bits() -> None:
     full = Enlarged(enlarged.logits.view(35, 4), torch.ones(5, 7, dtype=torch.bool), 6).block(0, 30, 0, 42)
     image = enlarged.logits.permute(2, 0, 1)[None]
     torch.testing.assert_close(full, torch.nn.functional.interpolate(image, scale_factor=6, mode="bilinear")[0])
+
+
+def test_refined_pixels_are_those_of_the_whole_scene(mapper: SceneZeroShot, scene: Path) -> None:
+    """In blocks of any size; the logits are spread over all pixels at once, and those without data have no part."""
+    mine, found = changed(mapper, refine=True), {}
+    image, valid = read(scene)
+    plain, cells = collected(mapper, scene)
+    logits = Enlarged(plain.spread(cells), cells.valid, CELL).block(0, H, 0, W)
+    refined = propagate_pixels(logits, torch.from_numpy(image), torch.from_numpy(valid), **REFINING)
+    score = (refined * mine.config.logit_scale).softmax(0).max(0).values.numpy()
+    for block in (7, 32, 200):
+        arrays = _Arrays(predictor(mine, block=block))
+        with open_scene(scene) as opened:
+            for _ in arrays.pieces(opened.window, H, W):
+                pass
+        found[block] = arrays.result(None)
+        np.testing.assert_allclose(found[block].score[valid], score[valid], atol=1e-5)
+        assert np.isnan(found[block].score[~valid]).all()
+    unrefined = mapper.predict(scene, NAMES)
+    assert np.nanmax(abs(unrefined.score - found[7].score)) > 1e-2
+    for name in ("score", "uncertainty"):
+        np.testing.assert_allclose(getattr(mine.predict(scene, NAMES), name), getattr(found[7], name), atol=1e-5)
+    # planted fault: a block that knows nothing of what is around it
+    monkeyed = propagate_pixels(
+        logits[:, :, :32], torch.from_numpy(image[:, :, :32]), torch.from_numpy(valid[:, :32]), **REFINING
+    )
+    assert (monkeyed - refined[:, :, :32]).abs().max() > 1e-4
+
+
+def test_a_plan_knows_of_refined_pixels(mapper: SceneZeroShot, scene: Path) -> None:
+    plain, refined = mapper.plan(scene, NAMES), changed(mapper, refine=True).plan(scene, NAMES)
+    assert plain.pixel_seconds == 0 and "time of the pixels" not in plain.text()
+    assert refined.pixel_seconds > 0 and "time of the pixels: about 0 h 0 min" in refined.text()
+    assert refined.memory_mb - plain.memory_mb == pytest.approx(H * W * 4 * (24 + 3 * 3 + 24) / 2**20)
 
 
 # one graph
@@ -263,6 +310,44 @@ def test_decay_per_metre_is_that_of_a_cell(mapper: SceneZeroShot, scene: Path, t
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "plain.png")
     with pytest.raises(ConfigError, match="decay_per_metre needs a place"):
         changed(mapper, decay_per_metre=0.05).predict(tmp_path / "plain.png", NAMES)
+    with pytest.raises(ConfigError, match="radius_metres needs a place; .*, or radius"):
+        changed(mapper, radius_metres=5.0).predict(tmp_path / "plain.png", NAMES)
+
+
+def test_a_radius_in_metres_is_that_of_cells(mapper: SceneZeroShot, scene: Path) -> None:
+    # cells of 8 pixels of half a metre, as in the test before; neither is the length of an edge between cells
+    metres = changed(mapper, radius_metres=4 * 1.2).predict(scene, NAMES)
+    cells = changed(mapper, radius=1.2).predict(scene, NAMES)
+    assert np.array_equal(metres.score, cells.score, equal_nan=True)
+    assert np.nanmax(abs(cells.score - changed(mapper, radius=1.5).predict(scene, NAMES).score)) > 1e-3
+
+
+def test_a_map_in_super_tiles_is_that_of_one_graph(mapper: SceneZeroShot, tmp_path: Path, caplog) -> None:
+    path = write_synthetic_scene(tmp_path / "scene.tif", width=300, height=280)
+    local = changed(mapper, steps=2, radius=1.5)
+    whole = local.predict(path, NAMES)
+    assert local.plan(path, NAMES).tiles == ((35, 38),)
+    parts = changed(local, super_tile=900)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        found = parts.predict(path, NAMES, out=tmp_path / "map.tif")
+    np.testing.assert_allclose(found.score, whole.score, atol=1e-5)
+    assert (found.class_index == whole.class_index).mean() > 0.9999
+    plan = parts.plan(path, NAMES)
+    assert plan.tiles == ((35, 23), (35, 23)) and plan.graphs in plan.text() and plan.graphs in caplog.text
+    assert plan.graphs == (
+        "2 overlapping super-tiles: 38 x 35 = 1330 cells, at most 805 at a time, 1610 with what they share"
+    )
+    # neither is limited by what one graph may have, but where the whole scene is one
+    assert changed(parts, max_cells=50).plan(path, NAMES).tiles == plan.tiles
+    changed(local, max_cells=50).predict(path, NAMES)
+    for whole_scene in ({"steps": None}, {"radius": None}):
+        with pytest.raises(
+            ConfigError, match=r"at most 50 \(--max-cells\).* \(--radius with --steps, which makes super-"
+        ):
+            changed(parts, max_cells=50, **whole_scene).predict(path, NAMES)
+    with pytest.raises(ConfigError, match="super_tile is too small for radius and steps"):
+        changed(parts, super_tile=300).predict(path, NAMES)
 
 
 # files
@@ -367,6 +452,9 @@ def test_features_that_are_not_finite(scene: Path) -> None:
         ({"alpha": 1.0}, "alpha is out of range"),
         ({"k": 0}, "k is out of range"),
         ({"steps": -1}, "steps is out of range"),
+        ({"radius": -1.0}, "radius is out of range"),
+        ({"radius_metres": -0.5}, "radius_metres is out of range"),
+        ({"super_tile": 0}, "super_tile is out of range"),
         ({"rotations": 2}, "rotations is out of range; expected 1 or 4"),
         ({"variant": "odd"}, "variant is unknown"),
         ({"window": 33}, "image_size does not fit"),

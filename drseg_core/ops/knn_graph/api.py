@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -29,6 +30,7 @@ def _check(
     return_score: bool | str,
     pad: bool,
     precision: str,
+    radius: float | None,
     check_finite: bool,
 ) -> None:
     op = "knn_graph"
@@ -60,12 +62,25 @@ def _check(
     else:
         _checks.check_flag(op, "return_score", return_score)
     _checks.check_choice(op, "precision", precision, PRECISIONS)
+    if radius is not None:
+        _checks.check_number(op, "radius", radius)
+    if pad or nodes == 0:
+        return
     candidates = nodes if include_self else nodes - 1
-    if not pad and k > candidates and nodes > 0:
+    if radius is not None and not torch.compiler.is_compiling():
+        candidates = _in_corner(grid, radius) - (not include_self)
+    if k > candidates:
+        # a compiler traces no text of a size that may differ
+        which = f"N = {nodes}" if radius is None else f"of a corner within radius {radius}"
         raise ValueError(
-            f"{op}: k exceeds the candidates; expected k <= {candidates} (N = {nodes}), got {k}: "
-            "pass pad=True or lower k"
+            f"{op}: k exceeds the candidates; expected k <= {candidates} ({which}), got {k}: pass pad=True or lower k"
         )
+
+
+def _in_corner(grid: tuple[int, int], radius: float) -> int:
+    """Cells within reach of a corner of the grid, which has the fewest."""
+    height, width = (min(side, int(min(radius, side)) + 1) for side in grid)
+    return sum(math.sqrt(y * y + x * x) <= radius for y in range(height) for x in range(width))
 
 
 @overload
@@ -80,6 +95,7 @@ def knn_graph(
     return_score: Literal[False] = ...,
     pad: bool = ...,
     precision: Literal["exact"] = ...,
+    radius: float | None = ...,
     check_finite: bool = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -97,6 +113,7 @@ def knn_graph(
     return_score: Literal[True, "rough"],
     pad: bool = ...,
     precision: Literal["exact"] = ...,
+    radius: float | None = ...,
     check_finite: bool = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -113,6 +130,7 @@ def knn_graph(
     return_score: bool | Literal["rough"] = False,
     pad: bool = False,
     precision: Literal["exact"] = "exact",
+    radius: float | None = None,
     check_finite: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -141,6 +159,8 @@ def knn_graph(
             rounded features need not compute them (the choice is the same).
         pad: where there are fewer than k candidates, fill up with the row's own index (see ``padding_mask``).
         precision: ``exact`` ranks float32 affinities; nothing less is offered yet.
+        radius: cells farther apart than so many cells are no candidates, >= 0; None is no limit. Where it leaves a node
+            fewer than k, it takes ``pad``.
         check_finite: refuse non-finite features (synchronises a GPU) instead of containing them.
         backend: one of ``backend_names()``; None takes the best that can run.
 
@@ -168,7 +188,7 @@ def knn_graph(
     """
     nodes = prior.scaled if isinstance(prior, PreparedPrior) else prior
     grid, k, decay = _checks.numbers(grid), _checks.number(k), _checks.number(decay)
-    _check(nodes, grid, k, decay, form, include_self, return_score, pad, precision, check_finite)
+    _check(nodes, grid, k, decay, form, include_self, return_score, pad, precision, radius, check_finite)
     requested = requested_backend("knn_graph", backend)
     if not torch.compiler.is_compiling():
         # the error of a backend named in vain is about this op, not about the preparation
@@ -183,7 +203,8 @@ def knn_graph(
             "knn_graph", "prior.rounded", given.rounded, tuple(given.scaled.shape), "that of prior.scaled"
         )
     arguments = given if nodes.dim() == 3 else [None if value is None else value[None] for value in given]
-    options = (*grid, k, float(decay), form, include_self, requested)
+    reach = None if radius is None else float(_checks.number(radius))
+    options = (*grid, k, float(decay), form, include_self, requested, reach)
     index, score = registration.knn_graph(*arguments, *options)
     if nodes.dim() == 2:
         index, score = index[0], score[0]

@@ -10,20 +10,30 @@ from torch import Tensor
 _BLOCK_BYTES = 32 << 20
 
 
-def decay_table(grid: tuple[int, int], decay: float, form: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+def decay_table(
+    grid: tuple[int, int],
+    decay: float,
+    form: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    radius: float | None = None,
+) -> Tensor:
     """Spatial term of Eq. 7 over (|dy|, |dx|), shape (h, w): subtracted (additive, gauss) or multiplied.
 
-    Computed in float64 and rounded once, so that every backend reads the same numbers.
+    NaN beyond ``radius`` cells: such a score is NaN, and such a pair is no candidate. Computed in float64 and rounded
+    once, so that every backend reads the same numbers.
     """
     h, w = grid
     dy = torch.arange(h, dtype=torch.float64, device=device)[:, None]
     dx = torch.arange(w, dtype=torch.float64, device=device)[None, :]
     longest = ((h - 1) ** 2 + (w - 1) ** 2) ** 0.5
-    relative = (dy.square() + dx.square()).sqrt() / max(longest, 1.0)
+    distance = (dy.square() + dx.square()).sqrt()
+    relative = distance / max(longest, 1.0)
     if form == "gauss":
         relative = relative.square()
     table = decay * relative
-    return (torch.exp(-table) if form in ("multiplicative", "product") else table).to(dtype)
+    table = (torch.exp(-table) if form in ("multiplicative", "product") else table).to(dtype)
+    return table if radius is None else table.masked_fill(distance > radius, torch.nan)
 
 
 def combine(cosine: Tensor, decay: Tensor, form: str) -> Tensor:
@@ -73,7 +83,7 @@ def knn_graph(
     Args:
         prior: (B, N, D).
         inverse_norm: (B, N), NaN for a node that no other may choose.
-        table: (h, w) decay table, h * w = N.
+        table: (h, w) decay table, h * w = N, NaN where a pair is no candidate.
         k: neighbours per node.
         form: ``additive``, ``gauss`` (both subtract the table), ``multiplicative`` or ``product``.
         include_self: the node itself is always, or never, among its neighbours.
@@ -101,7 +111,8 @@ def knn_graph(
             cosine = (rows[own] @ rows.T).to(wide) * inverse[own, None] * inverse
             decay = table[(y[own, None] - y).abs(), (x[own, None] - x).abs()]
             value = combine(cosine, decay, form)
-            key = value.masked_fill(bad | bad[own, None], -torch.inf)
+            # NaN of cells that are too far apart
+            key = value.masked_fill(bad | bad[own, None] | value.isnan(), -torch.inf)
             diagonal = own[:, None] == everyone
             key = key.masked_fill(diagonal, torch.inf if include_self else -torch.inf)
             # a bad node keeps to itself: it has no neighbour but its own index in every slot

@@ -101,18 +101,18 @@ _recorded: dict[Any, Tensor] = {}
 _MOST_KEPT = 64
 
 
-def decay_table(grid: tuple[int, int], decay: float, form: str, like: Tensor) -> Tensor:
+def decay_table(grid: tuple[int, int], decay: float, form: str, like: Tensor, radius: float | None = None) -> Tensor:
     """The spatial term of Eq. 7 in the dtype and on the device of ``like``, made once and kept.
 
     On a GPU only what is made on the default stream is kept, and the host waits for it once: other streams may read it
     at any time. The memory of another stream may be the pool of a CUDA graph, which must not outlive it.
     """
-    key = (grid, decay, form, like.dtype, like.device)
+    key = (grid, decay, form, radius, like.dtype, like.device)
     recording = like.is_cuda and torch.cuda.is_current_stream_capturing()
     table = _kept.get(key)
     if table is None:
         with torch.inference_mode(False):
-            table = reference.decay_table(grid, decay, form, like.dtype, like.device)
+            table = reference.decay_table(grid, decay, form, like.dtype, like.device, radius)
         if like.is_cuda:
             stream = torch.cuda.current_stream(like.device)
             if recording or stream != torch.cuda.default_stream(like.device):
@@ -138,9 +138,10 @@ def _run(
     form: str,
     include_self: bool,
     backend: str,
+    radius: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     chosen = _dispatch.resolve("knn_graph", prior, backend, {"nodes": prior.shape[1]})
-    table = decay_table((height, width), decay, form, inverse_norm)
+    table = decay_table((height, width), decay, form, inverse_norm, radius)
     raw = (rounded, residual) if chosen.raw else ()
     with _dispatch.without_autocast(prior):
         return chosen.run(prior, inverse_norm, table, k, form, include_self, *raw)
@@ -163,7 +164,7 @@ def _fake(
 knn_graph = define(
     "knn_graph",
     "(Tensor prior, Tensor inverse_norm, Tensor? rounded, Tensor? residual, SymInt height, SymInt width, SymInt k, "
-    "float decay, str form, bool include_self, str backend) -> (Tensor, Tensor)",
+    "float decay, str form, bool include_self, str backend, float? radius=None) -> (Tensor, Tensor)",
     _run,
     _fake,
 )

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels of pixels spread to those beside them of a like colour: after the second propagation of LPOSS+ (2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from drseg_core.errors import NumericalError
+from drseg_core.ops._checks import check_count, check_number, check_tensor
+
+__all__ = ["propagate_pixels", "reach_of_pixels"]
+
+# logits of so many classes are spread at a time: those of all would leave the caches
+_CLASSES = 4
+
+
+@torch.no_grad()
+def propagate_pixels(
+    logits: Tensor,
+    image: Tensor,
+    valid: Tensor | None = None,
+    *,
+    radius: int = 3,
+    colour: float = 0.03,
+    steps: int = 10,
+    alpha: float = 0.95,
+) -> Tensor:
+    """``steps`` times ``F <- alpha D^-1 W F + (1 - alpha) Y`` from ``F = Y``, over the pixels of an image.
+
+    Neighbours of a pixel are the others of a square of ``2 radius + 1`` pixels around it, with weights ``w_ij =
+    exp(-|c_i - c_j| / colour)`` of their colours c, the channels over 255; ``D`` are the row sums of ``W``. Those are
+    the edges of LPOSS+ (arXiv 2503.19777). Differences: it has the colours in CIELAB and a square of 13 pixels, divides
+    by ``D^-1/2`` from both sides, and solves to the end by conjugate gradients. Here what a pixel hears is a mean, so
+    logits keep their scale, and it has a reach (:func:`reach_of_pixels`), so a scene can be done in parts.
+
+    Args:
+        logits: Y, (T, H, W), floating-point, finite.
+        image: (C, H, W) uint8.
+        valid: (H, W) bool; what is not has no neighbours and is none. None means all.
+        radius: pixels, >= 1.
+        colour: distance at which a weight has fallen to 1 / e, > 0; between black and white it is ``sqrt(C)``.
+        steps: how often, >= 0.
+        alpha: share of the neighbours, in [0, 1).
+
+    Returns:
+        F, (T, H, W) in the dtype of ``logits``, without gradient; a pixel without neighbours keeps its own.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
+        NumericalError: a logit is not finite.
+
+    Note:
+        Memory: ``2 radius (radius + 1)`` values for each pixel, the result, and four times the logits of four classes.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.nn.pixel_propagation import propagate_pixels
+        >>> image = torch.tensor([[[0, 0, 255]]], dtype=torch.uint8)
+        >>> propagate_pixels(torch.tensor([[[1.0, 0.0, 0.0]]]), image, radius=1, steps=1, alpha=0.5).flatten().tolist()
+        [0.5, 0.5, 0.0]
+    """
+    name = "propagate_pixels"
+    check_tensor(name, "logits", logits, ("T", "H", "W"))
+    size = logits.shape[1], logits.shape[2]
+    if image.dtype != torch.uint8:
+        raise TypeError(f"{name}: image has a wrong dtype; expected torch.uint8, got {image.dtype}")
+    if image.dim() != 3 or tuple(image.shape[1:]) != size:
+        raise ValueError(f"{name}: image does not match logits; expected (C, *{size}), got {tuple(image.shape)}")
+    if valid is not None and (valid.dtype != torch.bool or tuple(valid.shape) != size):
+        raise ValueError(
+            f"{name}: valid does not match logits; expected bool of shape {size}, got {valid.dtype} of "
+            f"{tuple(valid.shape)}"
+        )
+    check_count(name, "radius", radius)
+    check_number(name, "colour", colour, positive=True)
+    check_count(name, "steps", steps)
+    check_number(name, "alpha", alpha)
+    if not alpha < 1:
+        raise ValueError(f"{name}: alpha is out of range; expected 0 <= alpha < 1, got {alpha}")
+    if not logits.isfinite().all():
+        raise NumericalError(f"{name}: logits are not finite; expected finite values, got NaN or Inf")
+    y = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    tone = image.to(y.dtype) / 255
+    edges, degree = [], torch.zeros(size, dtype=y.dtype, device=y.device)
+    for here, there in _pairs(size, radius):
+        weight = (tone[here] - tone[there]).square().sum(dim=0).sqrt().div_(-colour).exp_()
+        if valid is not None:
+            weight *= valid[here[1:]] & valid[there[1:]]
+        degree[here[1:]] += weight
+        degree[there[1:]] += weight
+        edges.append((here, there, weight))
+    # where there is nobody to hear from, all of its own
+    alone = degree == 0
+    scale, kept = alpha / torch.where(alone, 1, degree), torch.where(alone, 1, 1 - alpha)
+    found = torch.empty_like(logits)
+    for first in range(0, len(y), _CLASSES):
+        own = y[first : first + _CLASSES]
+        x = own
+        for _ in range(steps):
+            heard = torch.zeros_like(x)
+            for here, there, weight in edges:
+                heard[here] += weight * x[there]
+                heard[there] += weight * x[here]
+            x = heard.mul_(scale).add_(kept * own)
+        found[first : first + _CLASSES] = x
+    return found
+
+
+def reach_of_pixels(radius: int, steps: int) -> int:
+    """Pixels, down or across, within which is all that decides what :func:`propagate_pixels` makes of one: an edge for
+    each step. The sum that divides a mean is of edges that it counts itself.
+
+    Example:
+        >>> from drseg_core.nn.pixel_propagation import reach_of_pixels
+        >>> reach_of_pixels(3, 10)
+        30
+    """
+    return radius * steps
+
+
+_Place = tuple[slice, slice, slice]
+
+
+def _pairs(size: tuple[int, int], radius: int) -> Iterator[tuple[_Place, _Place]]:
+    """Every pair of neighbours once: the pixels that have one so far below or to the right, and those."""
+    for down in range(radius + 1):
+        for across in range(-radius, radius + 1):
+            if (down or across > 0) and down < size[0] and abs(across) < size[1]:
+                one, other = _shifted(size[0], down), _shifted(size[1], across)
+                yield (slice(None), one[0], other[0]), (slice(None), one[1], other[1])
+
+
+def _shifted(length: int, by: int) -> tuple[slice, slice]:
+    first, second = slice(max(-by, 0), length - max(by, 0)), slice(max(by, 0), length - max(-by, 0))
+    return first, second
