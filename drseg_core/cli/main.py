@@ -24,6 +24,7 @@ from drseg_core import __version__
 from drseg_core.cli.failures import Terminated, UsageError, failure
 from drseg_core.cli.front import PlainParser
 from drseg_core.extras import installed, require
+from drseg_core.processor import prepare
 
 # of each command: what it does, and the extras that it needs
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -39,6 +40,8 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": ("prepare a benchmark set, look for faults in a data set, or cut a scene into one", ("cli", "maps")),
     "doctor": ("say what is installed and which kernels run here", ()),
 }
+# these compute nothing that takes long; the doctor shows what is there
+_IDLE = ("data", "doctor")
 EPILOG = """\
 begin with:
   drseg doctor
@@ -103,6 +106,10 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parsed = parser.parse_args(arguments[1:])
     require(name, *extras)
+    # before torch is imported, and said once by processes that torchrun starts together
+    words = None if name in _IDLE else prepare()
+    if words is not None and os.environ.get("RANK", "0") == "0":
+        logging.getLogger("drseg_core").info("%s", words)
     module.run(parsed)
     return 0
 
