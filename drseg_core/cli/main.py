@@ -106,8 +106,10 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parsed = parser.parse_args(arguments[1:])
     require(name, *extras)
+    # what only prints has nothing to share out
+    idle = name in _IDLE or getattr(parsed, "print_config", False) or getattr(parsed, "name", None) == "list"
     # before torch is imported, and said once by processes that torchrun starts together
-    words = None if name in _IDLE else prepare()
+    words = None if idle else prepare()
     if words is not None and os.environ.get("RANK", "0") == "0":
         logging.getLogger("drseg_core").info("%s", words)
     module.run(parsed)
