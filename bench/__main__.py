@@ -15,6 +15,8 @@ COMMANDS = {
     "report": "the README's tables, from stored rows",
     "plot": "pictures of stored rows",
     "model": "the whole model, and what each of its parts takes",
+    "lposs": "label propagation on a k-NN graph beside faiss and scipy",
+    "busy": "the tiny model alone and beside a busy process, by how threads wait",
     "presets": "a training step and a scored image of every set under both presets",
     "tune": "find the fastest launch sizes on a GPU and write its tables",
     "host": "host time and launches of PDGR on the Triton backend, without a card",

@@ -21,6 +21,7 @@ STABLE_TORCH_LIBRARY(drseg_native, m) {
   m.def(
       "graph_propagate(Tensor x, Tensor index, Tensor coefficient, bool transpose, Tensor? indptr, Tensor? perm) "
       "-> Tensor");
+  m.def("graph_propagate_listed(Tensor x, Tensor indptr, Tensor start, Tensor coefficient) -> Tensor");
   m.def("graph_edge_dot(Tensor start, Tensor end, Tensor index) -> Tensor");
 }
 
@@ -33,5 +34,6 @@ STABLE_TORCH_LIBRARY_IMPL(drseg_native, CPU, m) {
   m.impl("degree_normalize", TORCH_BOX(&drseg::degree_normalize));
   m.impl("degree_normalize_backward", TORCH_BOX(&drseg::degree_normalize_backward));
   m.impl("graph_propagate", TORCH_BOX(&drseg::graph_propagate));
+  m.impl("graph_propagate_listed", TORCH_BOX(&drseg::graph_propagate_listed));
   m.impl("graph_edge_dot", TORCH_BOX(&drseg::graph_edge_dot));
 }

@@ -45,6 +45,11 @@ Tensor graph_propagate(
     const Tensor& x, const Tensor& index, const Tensor& coefficient, bool transpose, std::optional<Tensor> indptr,
     std::optional<Tensor> perm);
 
+// The same along edges that are listed by the node that receives: y_j = sum of coefficient_e x_start(e) over its list.
+// (B,N,C), (B*N+1,) int32, (edges,) int32, (edges,) -> (B,N,C)
+Tensor graph_propagate_listed(
+    const Tensor& x, const Tensor& indptr, const Tensor& start, const Tensor& coefficient);
+
 // <start_i, end_j> for every edge. (B,N,C), (B,N,C), (B,N,K) int32 -> (B,N,K)
 Tensor graph_edge_dot(const Tensor& start, const Tensor& end, const Tensor& index);
 

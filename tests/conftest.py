@@ -14,6 +14,10 @@ from typing import Any
 import pytest
 
 from drseg_core.checkpoints import versions
+from drseg_core.processor import prepare
+
+# before torch is loaded: beside other processes threads that spin make tests many times as long
+prepare()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

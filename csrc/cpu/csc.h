@@ -37,20 +37,25 @@ struct Columns {
   const int32_t* perm = nullptr;
 };
 
+// Where the lists of `rows` nodes begin that hold `edges` edges together.
+inline const int32_t* check_counts(
+    const char* op, const torch::stable::Tensor& indptr, int64_t rows, int64_t edges) {
+  check_operand(op, "indptr", indptr, 1, ScalarType::Int);
+  STD_TORCH_CHECK(indptr.numel() == rows + 1, op, ": indptr does not match the nodes");
+  const int32_t* begin = indptr.const_data_ptr<int32_t>();
+  bool counts = begin[0] == 0 && begin[rows] == edges;
+  for (int64_t n = 0; n < rows; ++n) counts &= begin[n] <= begin[n + 1];
+  STD_TORCH_CHECK(counts, op, ": indptr does not count the edges from 0 to their number");
+  return begin;
+}
+
 inline Columns check_columns(
     const char* op, const std::optional<torch::stable::Tensor>& indptr,
     const std::optional<torch::stable::Tensor>& perm, const torch::stable::Tensor& index) {
   if (!indptr.has_value() || !perm.has_value()) return {};
-  check_operand(op, "indptr", *indptr, 1, ScalarType::Int);
   check_operand(op, "perm", *perm, 1, ScalarType::Int);
-  STD_TORCH_CHECK(
-      indptr->numel() == index.size(0) * index.size(1) + 1 && perm->numel() == index.numel(),
-      op, ": indptr or perm does not match index");
-  const int32_t* begin = indptr->const_data_ptr<int32_t>();
-  const int64_t rows = indptr->numel() - 1;
-  bool counts = begin[0] == 0 && begin[rows] == perm->numel();
-  for (int64_t n = 0; n < rows; ++n) counts &= begin[n] <= begin[n + 1];
-  STD_TORCH_CHECK(counts, op, ": indptr does not count the edges from 0 to their number");
+  STD_TORCH_CHECK(perm->numel() == index.numel(), op, ": perm does not match index");
+  const int32_t* begin = check_counts(op, *indptr, index.size(0) * index.size(1), perm->numel());
   return {begin, perm->const_data_ptr<int32_t>()};
 }
 

@@ -43,19 +43,22 @@ struct Received {
   }
 };
 
-// kCount registers of channels.
+// The first `width` channels, in kCount registers; they overlap where that is not so many, and write the same bits.
 template <class T, int kBytes, int kCount>
-DRSEG_INLINE void gather_tile(const Received<T>& received, const T* x, T* y, int64_t first, int64_t last) {
+DRSEG_INLINE void gather_tile(
+    const Received<T>& received, const T* x, T* y, int64_t width, int64_t first, int64_t last) {
   typedef Register<T, kBytes> R;
+  int64_t at[kCount];
+  for (int n = 0; n < kCount; ++n) at[n] = std::min<int64_t>(n * R::lanes, width - R::lanes);
   for (int64_t node = first; node < last; ++node) {
     typename R::type sum[kCount] = {};
     const int64_t end = received.start_of(node + 1);
     for (int64_t e = received.start_of(node); e < end; ++e) {
       const T* source = x + clamp_index(received.from[e], received.nodes) * received.channels;
       const T share = received.share[e];
-      for (int n = 0; n < kCount; ++n) sum[n] += share * R::load(source + n * R::lanes);
+      for (int n = 0; n < kCount; ++n) sum[n] += share * R::load(source + at[n]);
     }
-    for (int n = 0; n < kCount; ++n) R::store(y + node * received.channels + n * R::lanes, sum[n]);
+    for (int n = 0; n < kCount; ++n) R::store(y + node * received.channels + at[n], sum[n]);
   }
 }
 
@@ -69,23 +72,23 @@ DRSEG_INLINE void gather_channel(const Received<T>& received, const T* x, T* y, 
   }
 }
 
-// All channels in tiles of kCount registers; the last tile overlaps the one before and writes the same bits again.
+// All channels in tiles of kCount registers, in as few as hold them where one tile does; the last tile overlaps the one
+// before and writes the same bits again.
 template <class T, int kBytes, int kCount>
 DRSEG_INLINE void gather_nodes(const Received<T>& received, const T* x, T* y, int64_t first, int64_t last) {
-  constexpr int64_t width = kCount * Register<T, kBytes>::lanes;
-  if (received.channels < width) {
-    if constexpr (kCount > 1) {
-      gather_nodes<T, kBytes, kCount / 2>(received, x, y, first, last);
-    } else {
-      for (int64_t c = 0; c < received.channels; ++c)
-        gather_channel(received, x + c, y + c, first, last);
-    }
+  constexpr int64_t lanes = Register<T, kBytes>::lanes;
+  if constexpr (kCount > 1) {
+    if (received.channels <= kCount / 2 * lanes)
+      return gather_nodes<T, kBytes, kCount / 2>(received, x, y, first, last);
+  } else if (received.channels < lanes) {
+    for (int64_t c = 0; c < received.channels; ++c) gather_channel(received, x + c, y + c, first, last);
     return;
   }
+  const int64_t width = std::min(received.channels, kCount * lanes);
   for (int64_t node = first; node < last; node += kNodes) {
     for (int64_t c = 0; c < received.channels; c += width) {
       const int64_t start = std::min(c, received.channels - width);
-      gather_tile<T, kBytes, kCount>(received, x + start, y + start, node, std::min(last, node + kNodes));
+      gather_tile<T, kBytes, kCount>(received, x + start, y + start, width, node, std::min(last, node + kNodes));
     }
   }
 }
@@ -104,6 +107,26 @@ DRSEG_INLINE void gather_along(Graph<T> graph, const T* x, T* y, int64_t first, 
   }
 }
 
+// `start` and `coefficient` in the order of `indptr`, which counts through the batch.
+template <class T>
+struct Lists {
+  const int32_t *indptr, *start;
+  const T* coefficient;
+  int64_t nodes, channels;
+};
+
+template <class T, int kBytes>
+DRSEG_INLINE void gather_listed(const Lists<T>* lists, const T* x, T* y, int64_t first, int64_t last) {
+  while (first < last) {
+    const int64_t begin = first / lists->nodes * lists->nodes, end = std::min(last, begin + lists->nodes);
+    const Received<T> received{
+        lists->start, lists->coefficient, lists->indptr + begin, 0, lists->nodes, lists->channels};
+    const int64_t offset = begin * lists->channels;
+    gather_nodes<T, kBytes, 8>(received, x + offset, y + offset, first - begin, end - begin);
+    first = end;
+  }
+}
+
 // `x`, `y` and `coefficient` of one sample.
 template <class T, int kBytes>
 DRSEG_INLINE void gather_against(
@@ -111,7 +134,10 @@ DRSEG_INLINE void gather_against(
   const int64_t begin = csc->indptr[first], count = csc->indptr[last] - begin;
   std::vector<T> share(count);
   std::vector<int32_t> from(count);
+  // edges that end in one node lie rows apart, each in a line of the cache of its own
+  constexpr int64_t kAhead = 32;
   for (int64_t n = 0; n < count; ++n) {
+    __builtin_prefetch(coefficient + csc->edge(begin + std::min(n + kAhead, count - 1)));
     const int64_t edge = csc->edge(begin + n);
     share[n] = coefficient[edge];
     from[n] = csc->start(edge);
@@ -160,6 +186,7 @@ DRSEG_INLINE void dot_rows(Graph<T> graph, const T* start, const T* end, T* dot,
 
 DRSEG_LEVELS(gather, gather_along)
 DRSEG_LEVELS(gather_transposed, gather_against)
+DRSEG_LEVELS(gather_lists, gather_listed)
 DRSEG_LEVELS(edge_dot, dot_rows)
 
 // Rows per task, so that a task is worth the hand-over to a thread.
@@ -210,6 +237,38 @@ Tensor graph_propagate(
     propagate<double>(x, index, coefficient, transpose, columns, y);
   } else {
     propagate<float>(x, index, coefficient, transpose, columns, y);
+  }
+  return y;
+}
+
+template <class T>
+static void propagate_listed(
+    const Tensor& x, const int32_t* indptr, const Tensor& start, const Tensor& coefficient, Tensor& y) {
+  const int64_t rows = x.size(0) * x.size(1), channels = x.size(2);
+  const Lists<T> lists{
+      indptr, start.const_data_ptr<int32_t>(), coefficient.const_data_ptr<T>(), x.size(1), channels};
+  const T* in = x.const_data_ptr<T>();
+  T* out = y.mutable_data_ptr<T>();
+  torch::stable::parallel_for(0, rows, grain(start.numel() / rows + 1, channels), [&](int64_t first, int64_t last) {
+    DRSEG_CALL(gather_lists, T, &lists, in, out, first, last);
+  });
+}
+
+Tensor graph_propagate_listed(
+    const Tensor& x, const Tensor& indptr, const Tensor& start, const Tensor& coefficient) {
+  constexpr const char* op = "drseg_native::graph_propagate_listed";
+  const ScalarType dtype = check_floating(op, x);
+  check_operand(op, "x", x, 3, dtype);
+  check_operand(op, "start", start, 1, ScalarType::Int);
+  check_operand(op, "coefficient", coefficient, 1, dtype);
+  STD_TORCH_CHECK(coefficient.numel() == start.numel(), op, ": coefficient and start differ in length");
+  const int32_t* begin = check_counts(op, indptr, x.size(0) * x.size(1), start.numel());
+  Tensor y = drseg::allocate_like(x);
+  if (y.numel() == 0) return y;
+  if (dtype == ScalarType::Double) {
+    propagate_listed<double>(x, begin, start, coefficient, y);
+  } else {
+    propagate_listed<float>(x, begin, start, coefficient, y);
   }
   return y;
 }

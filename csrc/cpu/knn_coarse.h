@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Large grids of many channels: as in knn_large.h, but a block's scores are bounded from both sides first (coarse.h).
-// What can reach a row's threshold waits, in bounds, until there is not room for another block; then it is computed,
-// and the best remain. Before a row has enough computed scores, the lower bounds give its threshold.
+// What can reach a row's threshold waits, in bounds, until there is not room for another block; then the lower bounds
+// raise the threshold, and only where that leaves too many is all of it computed, and the best remain.
 #pragma once
 
 #include <algorithm>
@@ -37,41 +37,58 @@ struct CoarseScratch : Scratch<float> {
       : Scratch<float>(room, k), column(room), dot(room), inverse(room), decay(room), flag(room + 8), place(room) {}
 };
 
-// Computes what the bounds of a row's candidates cannot rule out, and keeps the best.
+// Drops the candidates of a row that its bounds alone rule out: the k-th best lower bound is below no k-th best score.
+template <class T, int kBytes>
+DRSEG_INLINE void rule_out(const Problem<T>& problem, CoarseCandidates& candidates, CoarseScratch& scratch, int64_t r) {
+  const int64_t offset = r * candidates.room, count = candidates.count[r], exact = candidates.exact[r];
+  T *score = candidates.score.data() + offset, *lower = candidates.lower.data() + offset;
+  T* decay = candidates.decay.data() + offset;
+  int32_t *node = candidates.node.data() + offset, *place = scratch.place.data();
+  T threshold = candidates.threshold[r];
+  const int64_t most = select_best<T, kBytes>(lower, nullptr, count, problem.others(), scratch.selection);
+  T lowest = std::numeric_limits<T>::infinity();
+  for (int64_t n = 0; n < most; ++n) lowest = std::min(lowest, lower[scratch.selection.slot[n]]);
+  if (most == problem.others()) threshold = std::max(threshold, lowest);
+  uint8_t* flag = scratch.flag.data();
+  for (int64_t n = 0; n < count; ++n) flag[n] = score[n] >= threshold;
+  std::fill_n(flag + count, 8, uint8_t(0));
+  const int64_t left = set_places(flag, count, place);
+  int64_t computed = 0;
+  for (int64_t n = 0; n < left; ++n) {
+    // places ascend, so this overwrites nothing that is still to be read
+    const int64_t from = place[n];
+    score[n] = score[from];
+    lower[n] = lower[from];
+    decay[n] = decay[from];
+    node[n] = node[from];
+    computed += from < exact;
+  }
+  candidates.threshold[r] = threshold;
+  candidates.count[r] = left;
+  candidates.exact[r] = computed;
+}
+
+// Computes a row's candidates, and keeps the best.
 template <class T, int kBytes>
 DRSEG_INLINE void settle(
     const Problem<T>& problem, const Rows<T>& rows, int64_t position, CoarseCandidates& candidates,
     CoarseScratch& scratch, int64_t r) {
-  const int64_t offset = r * candidates.room, count = candidates.count[r], exact = candidates.exact[r];
+  const int64_t offset = r * candidates.room, exact = candidates.exact[r], waiting = candidates.count[r] - exact;
   T *score = candidates.score.data() + offset, *lower = candidates.lower.data() + offset;
-  T *decay = candidates.decay.data() + offset, threshold = candidates.threshold[r];
+  const T* decay = candidates.decay.data() + offset;
   int32_t* node = candidates.node.data() + offset;
-  if (exact < problem.others()) {
-    const int64_t most = select_best<T, kBytes>(lower, nullptr, count, problem.others(), scratch.selection);
-    T lowest = std::numeric_limits<T>::infinity();
-    for (int64_t n = 0; n < most; ++n) lowest = std::min(lowest, lower[scratch.selection.slot[n]]);
-    if (most == problem.others()) threshold = std::max(threshold, lowest);
-  }
-  const int64_t bounded = count - exact;
-  uint8_t* flag = scratch.flag.data();
-  for (int64_t n = 0; n < bounded; ++n) flag[n] = score[exact + n] >= threshold;
-  std::fill_n(flag + bounded, 8, uint8_t(0));
-  const int64_t waiting = set_places(flag, bounded, scratch.place.data());
   for (int64_t n = 0; n < waiting; ++n) {
-    // places ascend, so this overwrites nothing that is still to be read
-    const int64_t from = exact + scratch.place[n];
-    const int32_t position_of = node[from];
-    scratch.column[n] = rows.at(position_of);
-    scratch.inverse[n] = rows.inverse[position_of];
-    scratch.decay[n] = decay[from];
-    node[exact + n] = problem.grid.node[position_of];
+    const int32_t at = node[exact + n];
+    scratch.column[n] = rows.at(at);
+    scratch.inverse[n] = rows.inverse[at];
+    scratch.decay[n] = decay[exact + n];
+    node[exact + n] = problem.grid.node[at];
   }
   const T* own = rows.at(position);
   dot_block<T, kBytes>(&own, 1, scratch.column.data(), waiting, rows.width, scratch.dot.data(), candidates.room);
   finish_scores<T, kBytes>(
       problem, rows.inverse[position], scratch.inverse.data(), scratch.dot.data(), scratch.decay.data(), waiting,
       score + exact);
-  candidates.count[r] = exact + waiting;
   cut_back<T, kBytes>(problem, candidates, scratch, r);
   candidates.exact[r] = candidates.count[r];
   std::copy_n(score, candidates.count[r], lower);
@@ -114,7 +131,10 @@ DRSEG_INLINE void visit_coarsely(
         candidates.node[held + c] = static_cast<int32_t>(columns.first) + at;
       }
       candidates.count[r] += passing;
-      if (candidates.count[r] + kBlock > candidates.room)
+      if (candidates.count[r] + kBlock <= candidates.room) continue;
+      // rows of features come from memory, bounds are at hand: none is computed that later ones may rule out
+      rule_out<T, kBytes>(problem, candidates, scratch, r);
+      if (candidates.count[r] + 4 * kBlock > candidates.room)
         settle<T, kBytes>(problem, rows, position[n], candidates, scratch, r);
     }
   }
@@ -138,6 +158,7 @@ DRSEG_INLINE void search_block_coarsely(
   }
   for (int64_t r = 0; r < block.count; ++r) {
     const int64_t position = block.first + r;
+    rule_out<T, kBytes>(*problem, *candidates, *scratch, r);
     settle<T, kBytes>(*problem, *rows, position, *candidates, *scratch, r);
     const T* own = rows->at(position);
     T dot, decay = problem->decay.own();

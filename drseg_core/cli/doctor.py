@@ -6,13 +6,14 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 from drseg_core.cli.front import PlainParser
 from drseg_core.errors import BackendUnavailableError
 from drseg_core.extras import EXTRAS, installed, module_name
+from drseg_core.processor import THREADS, WAITING, WAITING_OF_USERS, allowed_cores, choice, quota
 
 USAGE = "drseg doctor"
 EPILOG = "Exit code 0: all that is installed can be used; 5: some of it cannot.\n\nexample:\n  drseg doctor\n"
@@ -32,6 +33,9 @@ def run(args: Any) -> None:
     problems = list(import_problems())
     print("devices")
     for line in device_lines():
+        print(f"  {line}")
+    print("threads")
+    for line in thread_lines():
         print(f"  {line}")
     print("kernels")
     for line in kernel_lines():
@@ -108,8 +112,7 @@ def device_lines() -> Iterator[str]:
     """The CPU, and every CUDA device or why there is none."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield f"cpu: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {cores} cores, " + (
+    yield f"cpu: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {allowed_cores()} cores, " + (
         f"{torch.get_num_threads()} threads"
     )
     if not torch.cuda.is_available():
@@ -120,6 +123,23 @@ def device_lines() -> Iterator[str]:
         facts = torch.cuda.get_device_properties(index)
         memory = facts.total_memory / 2**30
         yield f"cuda:{index}: {facts.name}, sm_{facts.major}{facts.minor}, {memory:.1f} GiB"
+
+
+def thread_lines(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """What the CPU has for a command, and the two settings that decide what its threads do there."""
+    granted = quota()
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    yield f"{allowed_cores()} cores allowed, {'no quota' if granted is None else f'{granted:g} granted'}{load}"
+    chosen = choice(environment)
+    whose = "as set" if environment.get(THREADS) else "set by commands" if THREADS in chosen else "not set"
+    number = environment.get(THREADS) or chosen.get(THREADS) or f"{allowed_cores()} threads"
+    yield f"{THREADS}: {number}, {whose}; how many threads share the work, of which sums round differently"
+    own = [f"{name}={environment[name]}" for name in WAITING_OF_USERS if environment.get(name)]
+    words = f"{', '.join(own)}, as set" if own else f"{WAITING['OMP_WAIT_POLICY']}, set by commands"
+    yield (
+        f"OMP_WAIT_POLICY: {words}; active: a thread without work spins, which stalls the others on a busy machine; "
+        + ("passive: it sleeps")
+    )
 
 
 def kernel_lines() -> Iterator[str]:

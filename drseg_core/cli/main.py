@@ -24,6 +24,7 @@ from drseg_core import __version__
 from drseg_core.cli.failures import Terminated, UsageError, failure
 from drseg_core.cli.front import PlainParser
 from drseg_core.extras import installed, require
+from drseg_core.processor import prepare
 
 # of each command: what it does, and the extras that it needs
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -40,6 +41,8 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "check-weights": ("say whether published weights are what they should be", ("cli", "model")),
     "doctor": ("say what is installed and which kernels run here", ()),
 }
+# these compute nothing that takes long; the doctor shows what is there
+_IDLE = ("data", "doctor")
 EPILOG = """\
 begin with:
   drseg doctor
@@ -104,6 +107,12 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parsed = parser.parse_args(arguments[1:])
     require(name, *extras)
+    # what only prints has nothing to share out
+    idle = name in _IDLE or getattr(parsed, "print_config", False) or getattr(parsed, "name", None) == "list"
+    # before torch is imported, and said once by processes that torchrun starts together
+    words = None if idle else prepare()
+    if words is not None and os.environ.get("RANK", "0") == "0":
+        logging.getLogger("drseg_core").info("%s", words)
     module.run(parsed)
     return 0
 

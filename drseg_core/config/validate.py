@@ -67,6 +67,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "train.clip_learning_rate_scale": _at_least(0),
     "train.weight_decay": _at_least(0),
     "train.gradient_clip": _POSITIVE,
+    "train.edge_eps": _POSITIVE,
     "train.alignment_weight": _at_least(0),
     "train.warmup_iterations": _at_least(0),
     "train.workers": _at_least(0),

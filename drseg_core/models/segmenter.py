@@ -20,6 +20,8 @@ __all__ = ["Segmenter", "SegmenterOutput"]
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
 EMBEDDINGS = ("class_embedding", "positional_embedding", "logit_scale", "logit_bias")
+EDGE = "pdgr.edge_"
+"""How the names of the parameters of Eq. 8's MLP begin."""
 
 
 class SegmenterOutput(NamedTuple):
@@ -103,7 +105,8 @@ class Segmenter(nn.Module):
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
         """AdamW groups of everything that is trained.
 
-        CLIP has its own rate; normalisation layers and embeddings have no weight decay.
+        CLIP has its own rate; normalisation layers and embeddings have no weight decay; Eq. 8's MLP has its own
+        epsilon.
         """
         exempt = {
             id(parameter)
@@ -115,13 +118,15 @@ class Segmenter(nn.Module):
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
-            part = "clip" if name.startswith("clip.") else "head"
+            part = "clip" if name.startswith("clip.") else "edge" if name.startswith(EDGE) else "head"
             plain = id(parameter) in exempt or name.endswith(EMBEDDINGS)
             key = f"{part}_{'no_decay' if plain else 'decay'}"
             rate = train.learning_rate * (train.clip_learning_rate_scale if part == "clip" else 1.0)
             group = groups.setdefault(
                 key, {"name": key, "params": [], "lr": rate, "weight_decay": 0.0 if plain else train.weight_decay}
             )
+            if part == "edge":
+                group["eps"] = train.edge_eps
             group["params"].append(parameter)
         return list(groups.values())
 

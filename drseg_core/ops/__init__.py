@@ -6,6 +6,7 @@ import os
 
 from drseg_core.ops._dispatch import backend_names, backend_report, last_backend, register_backend, use_backend
 from drseg_core.ops.csc.api import Csc, csc
+from drseg_core.ops.decompositions import decompositions
 from drseg_core.ops.degree_normalize.api import degree_normalize
 from drseg_core.ops.edge_coefficient.api import edge_coefficient
 from drseg_core.ops.edge_weight.api import edge_weight
@@ -24,6 +25,7 @@ __all__ = [
     "backend_names",
     "backend_report",
     "csc",
+    "decompositions",
     "degree_normalize",
     "edge_coefficient",
     "edge_weight",

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+PLAIN: dict[str, Callable[..., Any]] = {}
+"""Of every schema: what computes it by torch's own operators; its arguments are the schema's."""
+
 _VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 # what torch's own eager mode gives to an op; any subclass of Tensor may mean another
 _USUAL = frozenset([Tensor, torch.nn.Parameter, bool, int, float, str, type(None), list, tuple])
@@ -36,12 +39,15 @@ def usual(arguments: Sequence[Any]) -> bool:
     )
 
 
-def define(op: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    op: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], plain: Callable[..., Any] | None = None
+) -> Any:
     """Add ``drseg::op`` to torch's library.
 
     Args:
         op: name. schema: arguments and results, as torch writes them.
         run: computes it, on any device. fake: shapes and dtypes of its results.
+        plain: computes it by torch's own operators, for programs; None where ``run`` by the reference does.
 
     Returns:
         What calls it: through torch's dispatcher where somebody follows, who sees one operator; otherwise at once,
@@ -57,6 +63,7 @@ def define(op: str, schema: str, run: Callable[..., Any], fake: Callable[..., An
         # as the fake promises, however a backend lays out its result
         return found.contiguous() if isinstance(found, Tensor) else tuple(value.contiguous() for value in found)
 
+    PLAIN[op] = plain or (lambda *arguments: run(*arguments[:-1], "reference"))
     name = f"drseg::{op}"
     torch.library.define(name, schema)
     torch.library.impl(name, "default", without_autograd)

@@ -22,8 +22,13 @@ from drseg_core.data import IGNORE
 from drseg_core.files import write_text_atomic
 from drseg_core.training.distributed import ProcessGroup
 from drseg_core.training.loss import labelled
+from drseg_core.training.optim import movement
 
-FIELDS = ("step", "loss", "miou", "learning_rate", "gradient_norm", "skipped", "unlabelled", "samples", "seconds")
+# of each part of the model, where it is trained: CLIP, the MLP of Eq. 8, all else
+MOVEMENTS = ("movement_clip", "movement_edge", "movement_head")
+FIELDS = (
+    "step", "loss", "miou", "learning_rate", "gradient_norm", *MOVEMENTS, "skipped", "unlabelled", "samples", "seconds",
+)  # fmt: skip
 
 
 class RunLog:
@@ -55,7 +60,7 @@ class RunLog:
         self._lines.flush()
         self._table.flush()
         if self._board is not None:
-            for name in ("loss", "miou", "learning_rate", "gradient_norm"):
+            for name in ("loss", "miou", "learning_rate", "gradient_norm", *MOVEMENTS):
                 if record[name] is not None:
                     self._board.add_scalar(f"train/{name}", record[name], record["step"])
 
@@ -123,7 +128,8 @@ class Window:
     ) -> dict[str, Any]:
         """The record of the steps since the last one.
 
-        ``miou`` is the mean over classes that occur, in percent; ``unlabelled`` counts the images without any label.
+        ``miou`` is the mean over classes that occur, in percent; ``unlabelled`` counts the images without any label;
+        see :func:`drseg_core.training.optim.movement`.
         """
         counts = self._group.sum(self._counts).cpu()
         confusion = counts[:-1].view(self._classes, self._classes).double()
@@ -136,6 +142,8 @@ class Window:
             "miou": miou,
             "learning_rate": max(group["lr"] for group in optimizer.param_groups),
             "gradient_norm": self._norm,
+            **dict.fromkeys(MOVEMENTS),
+            **{f"movement_{part}": value for part, value in movement(optimizer).items()},
             "skipped": skipped,
             "unlabelled": int(counts[-1]),
             "samples": position,

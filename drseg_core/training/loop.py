@@ -54,7 +54,13 @@ from drseg_core.training.diagnose import first_nonfinite
 from drseg_core.training.distributed import ProcessGroup, process_group
 from drseg_core.training.logs import Clock, Progress, RunLog, Window
 from drseg_core.training.loss import training_loss
-from drseg_core.training.optim import build_optimizer, learning_rate_factor, set_learning_rate, training_progress
+from drseg_core.training.optim import (
+    build_optimizer,
+    learning_rate_factor,
+    load_optimizer,
+    set_learning_rate,
+    training_progress,
+)
 from drseg_core.training.randomness import random_state, restore_random_state, seed_everything
 from drseg_core.training.rank_channels import rank_channels
 from drseg_core.training.signals import StopSignals, TrainingStopped
@@ -263,7 +269,7 @@ class Trainer:
             )
         load_into(self.model, checkpoint.weights(), name=str(checkpoint.path / WEIGHTS))
         check_left_out(self.model, checkpoint.left_out, name=str(checkpoint.path))
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"], self.model.parameters())
         for parameter, kept in self.optimizer.state.items():
             # a parameter that was a single number in an older version; the count of steps is one in every version
             if parameter.numel() == 1:

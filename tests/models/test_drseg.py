@@ -172,7 +172,14 @@ def test_parameter_groups_follow_the_protocol(variant) -> None:
     model = build_model(variant("clip", trainable="all"))
     train = TrainConfig()
     groups = {group["name"]: group for group in model.parameter_groups(train)}
-    assert sorted(groups) == ["clip_decay", "clip_no_decay", "head_decay", "head_no_decay"]
+    assert sorted(groups) == ["clip_decay", "clip_no_decay", "edge_decay", "head_decay", "head_no_decay"]
+    edge = {name for name, p in model.named_parameters() if any(p is each for each in groups["edge_decay"]["params"])}
+    words = ("vector", "bias", "source.weight", "source.bias", "target.weight")
+    assert edge == {f"pdgr.edge_{word}" for word in words}
+    assert [name for name, group in groups.items() if "eps" in group] == ["edge_decay"]
+    assert groups["edge_decay"] | {"params": None} == {
+        "name": "edge_decay", "params": None, "lr": 2e-4, "weight_decay": 1e-4, "eps": train.edge_eps
+    }  # fmt: skip
     assert groups["clip_decay"]["lr"] == pytest.approx(2e-6) and groups["head_decay"]["lr"] == 2e-4
     assert groups["clip_decay"]["weight_decay"] == 1e-4 and groups["head_no_decay"]["weight_decay"] == 0
     listed = [id(p) for group in groups.values() for p in group["params"]]

@@ -138,6 +138,57 @@ def test_a_saved_program_runs_in_another_process(tmp_path):
     run_elsewhere(tmp_path / "program.pt2", module)
 
 
+PLAIN = """
+import sys
+import torch
+
+given, expected = torch.load(sys.argv[2], weights_only=True)
+torch.testing.assert_close(torch.export.load(sys.argv[1]).module()(*given), expected)
+assert not any(name.startswith("drseg") for name in sys.modules), "drseg is imported"
+"""
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_decomposed_program_needs_no_drseg(options, tmp_path):
+    module, given = pdgr(**options), maps(*SIZES[0])
+    with torch.no_grad():
+        program = torch.export.export(module, given)
+        plain = program.run_decompositions(torch.export.default_decompositions() | ops.decompositions())
+    assert any("drseg" in str(node.target) for node in program.graph.nodes)
+    assert not any("drseg" in str(node.target) for node in plain.graph.nodes)
+    torch.export.save(plain, tmp_path / "plain.pt2")
+    torch.save((given, module(*given).detach()), tmp_path / "data.pt")
+    result = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(tmp_path / "plain.pt2"), str(tmp_path / "data.pt")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    # other sizes are refused, not computed wrongly
+    with pytest.raises(AssertionError, match="Guard failed"):
+        plain.module()(*maps(*SIZES[3]))
+
+
+@pytest.mark.parametrize("form", ["additive", "gauss", "multiplicative", "product"])
+def test_the_decomposed_selection_is_the_selection(form):
+    class One(nn.Module):
+        def forward(self, prior: Tensor) -> tuple[Tensor, Tensor]:
+            return ops.knn_graph(prior, (4, 5), 6, decay=0.7, form=form, include_self=False, return_score=True)
+
+    random = torch.Generator().manual_seed(0)
+    prior = torch.randint(-3, 4, (2, 20, 7), generator=random).float()
+    prior[0, 3], prior[1, 4] = torch.nan, 0
+    plain = torch.export.export(One(), (prior,)).run_decompositions(ops.decompositions()).module()
+    with ops.use_backend("reference"):
+        index, score = One()(prior)
+    found, value = plain(prior)
+    assert torch.equal(found, index)
+    torch.testing.assert_close(value, score, equal_nan=True, rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_aot_inductor_compiles_a_program(tmp_path):
     module = pdgr()

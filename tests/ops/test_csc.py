@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from drseg_core import ops
+from drseg_core.ops import Graph
 from drseg_core.ops.csc.cases import make_inputs
+from drseg_core.ops.graph_propagate import registration as propagate_registration
 from drseg_core.testing import CASES
 
 Make = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -179,3 +181,51 @@ def test_a_graph_is_listed_once():
         x = graph.propagate_transposed(graph.propagate(x))
     x.sum().backward()
     assert ops.last_backend("csc") == "none"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "channels"), [((3, 7, 5), 4), ((1, 97, 33), 21), ((2, 300, 9), 40)], ids=str)
+def test_an_undirected_operator_is_both_directions_bit_for_bit(shape, channels, dtype):
+    index = crowded(*shape)
+    random = torch.Generator().manual_seed(1)
+    coefficient = torch.rand(shape, generator=random, dtype=torch.float64).to(dtype)
+    x = torch.randn(*shape[:2], channels, generator=random, dtype=torch.float64).to(dtype)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for graph, value in ((Graph.of(index, coefficient), x), (Graph.of(index[0], coefficient[0]), x[0])):
+                operator = graph.undirected()
+                assert operator.incoming is not None
+                for backend in (None, "reference"):
+                    wanted = graph.propagate(value, backend=backend) + graph.propagate_transposed(
+                        value, backend=backend
+                    )
+                    assert torch.equal(operator.propagate(value, backend=backend), wanted)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_an_undirected_operator_takes_its_lists_where_it_can(monkeypatch):
+    taken = []
+    run = propagate_registration.propagate_incoming
+    monkeypatch.setattr(propagate_registration, "propagate_incoming", lambda *given: taken.append(1) or run(*given))
+    operator = Graph.of(crowded(1, 9, 3), torch.rand(1, 9, 3)).undirected()
+    x = torch.rand(1, 9, 2)
+    operator.propagate(x)
+    assert len(taken) == (ops.last_backend("graph_propagate") == "native")
+    # who asks for gradients, names another backend, or has no lists, gets the op itself
+    leaf = x.clone().requires_grad_()
+    operator.propagate(leaf).sum().backward()
+    assert leaf.grad is not None
+    operator.propagate(x, backend="reference")
+    operator._replace(incoming=None).propagate(x)
+    assert torch.func.vmap(operator.graph.undirected().propagate)(x[None]).shape == (1, 1, 9, 2)
+    assert len(taken) <= 1
+
+
+def test_nothing_undirected():
+    for shape in ((0, 3, 2), (2, 3, 0), (2, 0, 4)):
+        graph = Graph.of(torch.zeros(shape, dtype=torch.int32), torch.zeros(shape))
+        x = torch.ones(*shape[:2], 5)
+        assert torch.equal(graph.undirected().propagate(x), torch.zeros_like(x))

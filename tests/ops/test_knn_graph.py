@@ -423,6 +423,33 @@ def test_permuting_nodes_permutes_neighbours(backend):
         assert set(order[moved[position]].tolist()) == set(plain[node].tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_features_that_differ_by_a_power_of_two_are_ties(backend, dtype):
+    # whole numbers, so that no sum rounds; every direction six times, in lengths from 2**-20 to 2**30
+    random = torch.Generator().manual_seed(0)
+    direction = torch.randint(-3, 4, (8, 12), generator=random)
+    which = torch.randint(0, 8, (48,), generator=random)
+    power = torch.randint(-20, 31, (48, 1), generator=random)
+    alike = direction[which].to(dtype)
+    prior = alike * torch.exp2(power.double()).to(dtype)
+    index, score = ops.knn_graph(prior, (6, 8), 5, decay=0.0, return_score=True)
+    same, equal = ops.knn_graph(alike, (6, 8), 5, decay=0.0, return_score=True)
+    assert torch.equal(index, same) and torch.equal(score, equal)
+    # the node itself, and of those that point where it does the first
+    for node in range(48):
+        others = [other for other in range(48) if which[other] == which[node] and other != node]
+        chosen = set(index[node].tolist())
+        assert chosen >= {node, *others[:4]}
+
+
+def test_parallel_features_of_other_lengths_have_the_same_cosine_but_for_the_last_bits(backend):
+    random = torch.Generator().manual_seed(0)
+    direction = torch.randn(8, 12, generator=random)
+    prior = direction[torch.arange(48) % 8] * (0.1 + torch.rand(48, 1, generator=random))
+    _, score = ops.knn_graph(prior, (6, 8), 6, decay=0.0, return_score=True)
+    assert torch.allclose(score, torch.ones(48, 6), atol=4e-7, rtol=0)
+
+
 def test_neither_autocast_nor_matmul_precision_reaches_the_affinities(backend):
     inputs = {"prior": vit_like_prior(CASES[5], torch.Generator().manual_seed(0)), "grid": (6, 7), "k": 9}
     expected = ops.knn_graph(**inputs, return_score=True)

@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "extras": {"errors"},
     "files": {"errors"},
     "device": {"errors"},
+    "processor": set(),
     "config": {"errors", "extras", "files"},
     "ops": {"errors"},
     "nn": {"ops", "errors"},
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": _PARTS,
     "scenes": _PARTS | {"checkpoints", "evaluation"},
     "studies": _PARTS | {"checkpoints", "training", "evaluation", "scenes", "testing"},
-    "cli": _PARTS | {"checkpoints", "training", "evaluation", "scenes", "studies", ""},
+    "cli": _PARTS | {"checkpoints", "training", "evaluation", "scenes", "studies", "processor", ""},
 }
 # imported inside the function that needs them: importing the package stays quick, builds nothing, and works without the
 # extras

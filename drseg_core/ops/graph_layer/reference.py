@@ -65,8 +65,7 @@ def compose(propagate: tuple[Callable[..., Tensor], Run]) -> tuple[Run, Run]:
             y = y + bias.to(y.dtype)
         given, mean, rstd = (y.new_empty(0) for _ in range(3))
         if activation == "relu":
-            # in place where the sum is ours
-            y = y.relu() if bias is None and not undirected else y.relu_()
+            y = y.relu()
         elif activation == "layer_norm":
             weight, bias = _to(y.dtype, norm_weight, norm_bias)
             normed, *moments = torch.native_layer_norm(y, y.shape[-1:], weight, bias, eps)

@@ -3,12 +3,55 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from drseg_core.ops import _checks
 from drseg_core.ops._dispatch import requested_backend
 from drseg_core.ops.csc.api import Csc, csc_of
 from drseg_core.ops.graph_propagate import registration
+
+
+class Incoming(NamedTuple):
+    """The edges of a graph by the node in which they end, with the node that each leaves and its coefficient.
+
+    Args:
+        indptr: (B * N + 1,) int32, as that of ``csc``.
+        start: (B * N * K,) int32, counted within its sample.
+        coefficient: (B * N * K,), float32 or float64.
+    """
+
+    indptr: Tensor
+    start: Tensor
+    coefficient: Tensor
+
+
+def incoming(index: Tensor, coefficient: Tensor, csc: Csc) -> Incoming | None:
+    """What every ``graph_propagate(..., transpose=True)`` on a CPU gathers anew, once; None where it is of no use.
+
+    The coefficients are copied: with others it is another list.
+    """
+    if index.device.type != "cpu" or index.numel() >= 2**31:
+        return None
+    # int32 throughout, which is half the time
+    perm = csc.perm.int()
+    start = torch.div(perm, max(index.shape[-1], 1), rounding_mode="floor").remainder_(max(index.shape[-2], 1))
+    share = coefficient.detach().flatten().index_select(0, perm)
+    return Incoming(csc.indptr.int(), start, share.to(torch.promote_types(share.dtype, torch.float32)))
+
+
+def propagate_incoming(x: Tensor, lists: Incoming | None, *, backend: str | None = None) -> Tensor | None:
+    """``graph_propagate(..., transpose=True)``, the same bits, along lists; None where its backend does not take them.
+
+    Only the native one does, and only where nobody asks for gradients.
+    """
+    requested = requested_backend("graph_propagate", backend)
+    if lists is None or not registration.takes_incoming(x, lists.coefficient, requested):
+        return None
+    batched = x if x.dim() == 3 else x[None]
+    return registration.propagate_incoming(batched, *lists).view_as(x)
 
 
 def graph_propagate(

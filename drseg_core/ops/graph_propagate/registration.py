@@ -49,9 +49,23 @@ def _run_native_backward(
     return grad_x, grad_coefficient
 
 
+def takes_incoming(x: Tensor, coefficient: Tensor, backend: str) -> bool:
+    """Whether the backend that runs for ``x`` gathers from listed edges, and nobody asks for gradients."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or differentiated(x, coefficient):
+        return False
+    return _dispatch.resolve("graph_propagate", x, backend, coefficient=coefficient).run is _run_native
+
+
+def propagate_incoming(x: Tensor, indptr: Tensor, start: Tensor, coefficient: Tensor) -> Tensor:
+    features, share = _native.operands(x, coefficient)
+    return torch.ops.drseg_native.graph_propagate_listed(features, indptr, start, share).to(x.dtype)
+
+
 _dispatch.add_table(
     "graph_propagate",
-    _native.backend(_run_native, _run_native_backward, "graph_propagate", "graph_edge_dot", "csc"),
+    _native.backend(
+        _run_native, _run_native_backward, "graph_propagate", "graph_propagate_listed", "graph_edge_dot", "csc"
+    ),
     _triton.backend("graph_propagate"),
     _dispatch.reference_backend(reference.graph_propagate, reference.graph_propagate_backward),
 )

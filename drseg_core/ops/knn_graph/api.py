@@ -174,10 +174,13 @@ def knn_graph(
         BackendUnavailableError: the named backend cannot run here.
 
     Note:
-        A zero feature has cosine 0 with every node. A node with a non-finite feature is chosen by no other node; all
-        its own slots hold its own index with score NaN, and the other rows are as if it were not there: if that
-        leaves them fewer than k candidates, they are padded. On a GPU the library multiplies, whose last bits may
-        depend on the number of images in the batch; not under ``torch.use_deterministic_algorithms``.
+        A zero feature has cosine 0 with every node. Scores are equal where they are as computed. Features that differ
+        by a power of two are one feature to every backend; those that are parallel and of other lengths have cosines
+        that round apart by a last bit, so which of them comes first may differ between backends. A node with a
+        non-finite feature is chosen by no other node; all its own slots hold its own index with score NaN, and the
+        other rows are as if it were not there: if that leaves them fewer than k candidates, they are padded. On a GPU
+        the library multiplies, whose last bits may depend on the number of images in the batch; not under
+        ``torch.use_deterministic_algorithms``.
 
     Example:
         >>> import torch

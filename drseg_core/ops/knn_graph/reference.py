@@ -55,7 +55,7 @@ def select(score: Tensor, own: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ``index`` (rows, k) int64 and ``found`` (rows, k) bool, False in the slots without a candidate (the last ones).
     """
     columns = torch.arange(score.shape[1], device=score.device)
-    threshold = score.topk(min(k, score.shape[1]), dim=1).values[:, -1:]
+    threshold = score.topk(torch.sym_min(k, score.shape[1]), dim=1).values[:, -1:]
     above = score > threshold
     tied = (score == threshold) & (score > -torch.inf)
     room = k - above.sum(1, keepdim=True)
@@ -63,7 +63,7 @@ def select(score: Tensor, own: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # slot number of every chosen column; the others go to a spare last slot
     slot = torch.where(chosen, chosen.cumsum(1) - 1, k)
     index = own[:, None].repeat(1, k + 1)
-    index.scatter_(1, slot, columns.expand_as(slot))
+    index = index.scatter(1, slot, columns.expand_as(slot))
     found = torch.arange(k, device=score.device) < chosen.sum(1, keepdim=True)
     return torch.where(found, index[:, :k], own[:, None]), found
 
@@ -122,3 +122,39 @@ def knn_graph(
             picked = value.gather(1, chosen).masked_fill(~found, -torch.inf)
             score[b, own] = picked.masked_fill(bad[own, None], torch.nan)
     return index, score
+
+
+def knn_graph_at_once(
+    prior: Tensor,
+    inverse_norm: Tensor,
+    height: int,
+    width: int,
+    k: int,
+    decay: float,
+    form: str,
+    include_self: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same without a loop or a question about sizes, all N x N scores at once: what a traced program is given."""
+    batch, nodes, _ = prior.shape
+    wide = torch.float64 if prior.dtype == torch.float64 else torch.float32
+    everyone = torch.arange(nodes, device=prior.device)
+    y, x = everyone // width, everyone % width
+    down, right = (y[:, None] - y).abs().double(), (x[:, None] - x).abs().double()
+    relative = (down.square() + right.square()).sqrt()
+    relative = relative / relative.amax().clamp_min(1.0)
+    if form == "gauss":
+        relative = relative.square()
+    term = decay * relative
+    term = (torch.exp(-term) if form in ("multiplicative", "product") else term).to(wide)
+    rows, bad = prior.double(), inverse_norm.isnan()
+    cosine = (rows @ rows.mT).to(wide) * inverse_norm[:, :, None] * inverse_norm[:, None]
+    value = combine(cosine, term, form)
+    diagonal = everyone[:, None] == everyone
+    key = value.masked_fill(bad[:, None] | bad[:, :, None], -torch.inf)
+    key = key.masked_fill(diagonal, torch.inf if include_self else -torch.inf)
+    key = key.masked_fill(bad[:, :, None] & ~diagonal, -torch.inf)
+    own = everyone.repeat(batch)
+    chosen, found = select(key.flatten(0, 1), own, k)
+    picked = value.flatten(0, 1).gather(1, chosen).masked_fill(~found, -torch.inf)
+    picked = picked.masked_fill(bad.flatten()[:, None], torch.nan)
+    return chosen.int().view(batch, nodes, k), picked.view(batch, nodes, k)

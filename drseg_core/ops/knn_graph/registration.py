@@ -147,6 +147,22 @@ def _run(
         return chosen.run(prior, inverse_norm, table, k, form, include_self, *raw)
 
 
+def _plain(
+    prior: Tensor,
+    inverse_norm: Tensor,
+    rounded: Tensor | None,
+    residual: Tensor | None,
+    height: int,
+    width: int,
+    k: int,
+    decay: float,
+    form: str,
+    include_self: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return reference.knn_graph_at_once(prior, inverse_norm, height, width, k, decay, form, include_self)
+
+
 def _fake(
     prior: Tensor,
     inverse_norm: Tensor,
@@ -167,4 +183,5 @@ knn_graph = define(
     "float decay, str form, bool include_self, str backend, float? radius=None) -> (Tensor, Tensor)",
     _run,
     _fake,
+    _plain,
 )
