@@ -234,7 +234,7 @@ def backend_names() -> tuple[str, ...]:
 
 
 def resolve(
-    op: str, tensor: Tensor, requested: str, case: Mapping[str, Any] | None = None, **others: Tensor | None
+    op: str, tensor: Tensor, requested: str, case: Mapping[str, Any] | None = None, /, **others: Tensor | None
 ) -> Backend:
     """The backend that computes ``op`` on ``tensor``.
 

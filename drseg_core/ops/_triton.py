@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def launcher(op: str, function: str) -> Run:
     return lambda *arguments: found()(*arguments)
 
 
-def backend(op: str, backward: bool = True, **traits: bool) -> Backend:
+def backend(op: str, backward: bool = True, **traits: Any) -> Backend:
     """The launchers ``<op>`` and ``<op>_backward`` of ``drseg_kernels.<op>``; ``traits`` as in ``Backend``."""
     run_backward = launcher(op, f"{op}_backward") if backward else None
     # on a CPU they are interpreted, for tests

@@ -41,6 +41,11 @@ def _in_pieces(values: Tensor, widths: Sequence[int], width: int) -> Tensor:
     return torch.cat([pad(part, (0, width - part.shape[-1])) for part in values.split(list(widths), -1)], -1)
 
 
+def _aligned(rows: Tensor) -> Tensor:
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
 def _run_cuda(
     halves: _edges.Halves,
     index: Tensor,
@@ -58,7 +63,7 @@ def _run_cuda(
         scale = torch.full((reference.ENDS[norm], *index.shape[:2]), eps**-0.5, **like)
         weight = torch.empty(index.shape, **like)
         return (weight, weight.new_empty(0), scale) if apart else (weight.clone(), weight, scale)
-    source, target, inverse_norm, shift = (None if value is None else value.contiguous() for value in halves)
+    source, target, inverse_norm, shift = halves
     if target is not None and target.dtype != source.dtype:
         source, target = source.float(), target.float()
     width = source.shape[-1] if target is not None else source.shape[-1] // 2
@@ -70,16 +75,17 @@ def _run_cuda(
         target = None if target is None else pad(target, (0, whole - width))
         vector = pad(vector, (0, whole - width))
         shift = None if shift is None else pad(shift, (0, whole - width))
-    if mask is not None and mask.dtype != torch.float32:
-        mask = torch.zeros(mask.shape, **like).masked_fill_(~_edges.plain_mask(mask), -torch.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, **like).masked_fill_(mask.logical_not(), -torch.inf)
     given = (
-        *(value if value is None or value.data_ptr() % 16 == 0 else value.clone() for value in (source, target)),
-        inverse_norm,
-        shift,
+        _aligned(source),
+        None if target is None else _aligned(target),
+        None if inverse_norm is None else inverse_norm.float().contiguous(),
+        None if shift is None else shift.contiguous(),
         _native.neighbours(index),
         vector.contiguous(),
         bias,
-        None if mask is None else mask.contiguous(),
+        None if mask is None else mask.float().contiguous(),
     )
     weight, coefficient, scale = torch.ops.drseg_native_cuda.edge_coefficient(*given, _CUDA_NORMS[norm], eps, apart)
     return (weight, coefficient.view(0), scale) if apart else (coefficient, weight, scale)

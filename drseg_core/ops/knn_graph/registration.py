@@ -65,12 +65,13 @@ def _run_cuda(
     if index.numel() == 0:
         return index, score
     join = _JOINS[form]
-    rounds = rounded is not None and residual is not None and join == 0 and _products_are_wide()
-    rows = (rounded if rounds else prior).contiguous()
+    if rounded is None or residual is None or join != 0 or not _products_are_wide():
+        rounded = residual = None
+    rows = (prior if rounded is None else rounded).contiguous()
     given = (
         prior.contiguous(),
         inverse_norm.contiguous(),
-        residual.contiguous() if rounds else None,
+        None if residual is None else residual.contiguous(),
         table.contiguous(),
         join,
         include_self,
