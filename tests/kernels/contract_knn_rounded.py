@@ -36,6 +36,7 @@ for _name in (
     "test_float16_norms_that_overflow",
     "test_empty",
     "test_layouts",
+    "test_storage_offsets",
     "test_gap_rule_at_the_paper_size",
     "test_map_seen_as_tokens",
     "test_samples_are_independent_and_runs_repeat",
