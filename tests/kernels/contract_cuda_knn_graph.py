@@ -18,6 +18,7 @@ from drseg_core import ops
 from drseg_core.errors import BackendDtypeError, BackendUnavailableError
 from drseg_core.ops import _cuda, _dispatch
 from drseg_core.ops.knn_graph import reference, registration
+from drseg_core.ops.knn_graph.api import knn_graph
 from drseg_core.ops.prepare_prior import reference as prepare_reference
 from drseg_core.testing import dino_like_prior
 
@@ -84,7 +85,7 @@ def test_what_the_kernels_do_not_take_is_refused_by_name_and_left_to_others(devi
     with pytest.raises(
         BackendUnavailableError, match=f"its kernel takes at most {MOST_NODES} nodes, got 1025; expected"
     ):
-        test_knn_graph.ops.knn_graph.__wrapped__(large, grid, 2, backend="cuda")
+        knn_graph(large, grid, 2, backend="cuda")
     table = reference.decay_table(grid, 1.0, "additive", torch.float32, large.device)
     given = (large, large.norm(dim=-1).reciprocal(), None, None, *grid, 2, 1.0, "additive", True, "auto")
     index, _ = registration.knn_graph(*given)
@@ -156,10 +157,8 @@ def test_the_bound_is_no_larger_than_it_must_be(whose, tenth, device):
 
 @pytest.mark.parametrize("sums", [truncating, lambda left, right, out: out.copy_(left.double() @ right.double().mT)])
 def test_sums_of_a_tensor_core_are_within_the_slack(sums, device, monkeypatch):
-    from drseg_kernels import _products
-
     random = torch.Generator().manual_seed(5)
-    monkeypatch.setattr(_products, "multiply", sums)
+    monkeypatch.setattr(registration, "_multiply", sums)
     # the worst for what is cut off: terms of one sign, of one size
     for prior in (torch.rand(1, 30, 256, generator=random) + 1, dino_like_prior(1, 5, 6, 256, random)):
         found, expected, counts = choose(prior, (5, 6), 9, 0.5, device)
