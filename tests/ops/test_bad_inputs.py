@@ -288,9 +288,9 @@ TABLE: list[tuple[str, str, str, Any, type[Exception], str]] = [
     ("24", "graph_propagate", "x", torch.ones(3, N, C), ValueError, r"expected \(3, 6\) before K, got \(2, 6, 3\)$"),
     ("24", "graph_propagate", "x", torch.ones(N, C), ValueError, r"does not match x"),
     *(
-        ("40", op, "backend", name, ValueError, "one of native, triton, reference, got ")
+        ("40", op, "backend", name, ValueError, "one of native, cuda, triton, reference, got ")
         for op in ("knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
-        for name in ("cuda", "", 1, "Native")
+        for name in ("gpu", "", 1, "Native")
     ),
     *(
         (
@@ -368,7 +368,7 @@ CONSTRUCTOR: list[tuple[str, Any, type[Exception], str]] = [
     ("dropout", "0.1", TypeError, "expected float, got str$"),
     ("norm_scale", float("nan"), ValueError, "finite number >= 0, got nan$"),
     ("norm_scale", "x", TypeError, "expected float, got str$"),
-    ("backend", "cuda", ValueError, "one of native, triton, reference, got 'cuda'$"),
+    ("backend", "gpu", ValueError, "one of native, cuda, triton, reference, got 'gpu'$"),
 ]
 
 
@@ -637,7 +637,7 @@ def test_row_32_the_native_kernels_stay_inside_columns_of_another_graph():
     for wrong in (indptr + 1, indptr.flip(0), torch.zeros_like(indptr), indptr * 2):
         with pytest.raises(RuntimeError, match="drseg_native::graph_propagate: indptr does not count"):
             torch.ops.drseg.graph_propagate(x, index, coefficient, True, wrong, perm, "native")
-    with pytest.raises(RuntimeError, match="drseg_native::graph_propagate: indptr or perm does not match"):
+    with pytest.raises(RuntimeError, match="drseg_native::graph_propagate: perm does not match index"):
         torch.ops.drseg.graph_propagate(x, index, coefficient, True, indptr, perm[1:], "native")
 
 
