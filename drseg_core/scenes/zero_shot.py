@@ -18,7 +18,7 @@ from drseg_core.checkpoints.encoders import choose_clip, choose_prior, load_enco
 from drseg_core.config.load import config_from_dict
 from drseg_core.config.reading import Reading, parse_reading
 from drseg_core.config.schema import ReadingConfig
-from drseg_core.config.zero_shot import NO_PRIOR, ZeroShotConfig, load_zero_shot
+from drseg_core.config.zero_shot import IN_METRES, NO_PRIOR, ZeroShotConfig, load_zero_shot
 from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.vocabulary import OTHER_COLOR, Vocabulary, class_files, parse_classes, plain_classes
 from drseg_core.device import select_device
@@ -36,6 +36,8 @@ from drseg_core.scenes.zero_shot_plan import ZeroShotPlan, check_cells, plan_cel
 __all__ = ["SceneZeroShot", "ZeroShotMap", "zero_shot"]
 
 BACKGROUND = "background"
+_SQUARE = 0.05
+"""By what share the sides of a pixel may differ where distances are in metres."""
 _READING = ("bands", "nodata", "scale", "gsd", "aoi")
 
 
@@ -256,11 +258,7 @@ class SceneZeroShot:
     def _distances(self, scene: SceneReader) -> tuple[float, float | None]:
         """Decay for each cell of this scene, and the radius in cells."""
         config = self.config
-        for metres, cells in (("decay_per_metre", "decay"), ("radius_metres", "radius")):
-            if getattr(config, metres) is not None and scene.gsd is None:
-                raise ConfigError(
-                    f"zero_shot: {metres} needs a place; expected a CRS and a transform in {scene.path}, or {cells}"
-                )
+        check_metres(config, scene)
         side = (scene.gsd or 0.0) * scene_windows(self.model, config).cell
         decay = config.decay if config.decay_per_metre is None else config.decay_per_metre * side
         return decay, config.radius if config.radius_metres is None else config.radius_metres / side
@@ -347,6 +345,27 @@ def zero_shot(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return SceneZeroShot(model, config, encoders.facts, place)
+
+
+def check_metres(config: ZeroShotConfig, scene: SceneReader) -> None:
+    """Metres have one meaning in a scene, if any is asked for.
+
+    Raises:
+        ConfigError: it has no place, or pixels that are no squares on the ground.
+    """
+    for cells, metres in IN_METRES.items():
+        if getattr(config, metres) is None:
+            continue
+        sides = scene.sides
+        if sides is None:
+            raise ConfigError(
+                f"zero_shot: {metres} needs a place; expected a CRS and a transform in {scene.path}, or {cells}"
+            )
+        if max(sides) > (1 + _SQUARE) * min(sides):
+            raise ConfigError(
+                f"zero_shot: {metres} does not fit the scene; expected pixels that are square on the ground, got "
+                f"{sides[0]:.3g} m across and {sides[1]:.3g} m down: reproject {scene.path}, or give {cells}"
+            )
 
 
 class _Arrays:

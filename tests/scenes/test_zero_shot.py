@@ -322,6 +322,35 @@ def test_a_radius_in_metres_is_that_of_cells(mapper: SceneZeroShot, scene: Path)
     assert np.nanmax(abs(cells.score - changed(mapper, radius=1.5).predict(scene, NAMES).score)) > 1e-3
 
 
+def test_metres_need_pixels_that_are_square_on_the_ground(mapper: SceneZeroShot, tmp_path: Path) -> None:
+    def placed(crs: str, x: float, y: float, side: float, down: float | None = None) -> Path:
+        path = write_synthetic_scene(tmp_path / "scene.tif", width=40, height=40)
+        with rasterio.open(path, "r+") as file:
+            file.crs = crs
+            file.transform = rasterio.Affine(side, 0, x, 0, -(down or side), y)
+        return path
+
+    in_metres = changed(mapper, radius_metres=4.0), changed(mapper, decay_per_metre=0.05)
+    # a degree at 60 degrees north: 55.80 km across, 111.41 km down
+    path = placed("EPSG:4326", 10, 60, 1e-5)
+    for mine, option in zip(in_metres, ("radius_metres", "decay_per_metre"), strict=True):
+        with pytest.raises(
+            ConfigError,
+            match=rf"zero_shot: {option} does not fit the scene; expected pixels that are square on the ground, got "
+            rf"0.558 m across and 1.11 m down: reproject .*scene.tif, or give {option.partition('_')[0]}$",
+        ):
+            mine.predict(path, NAMES)
+    mapper.predict(path, NAMES)
+    placed("EPSG:32632", 500000, 5600000, 0.5, 0.6)
+    with pytest.raises(ConfigError, match=r"got 0.5 m across and 0.6 m down"):
+        in_metres[0].predict(path, NAMES)
+    # near the equator a degree is as long either way, and Web Mercator has squares everywhere
+    for crs, x, y, side in (("EPSG:4326", 10, 5, 1e-5), ("EPSG:3857", 1e6, 8e6, 0.6), ("EPSG:32632", 5e5, 5.6e6, 0.5)):
+        placed(crs, x, y, side)
+        for mine in in_metres:
+            mine.predict(path, NAMES)
+
+
 def test_a_map_in_super_tiles_is_that_of_one_graph(mapper: SceneZeroShot, tmp_path: Path, caplog) -> None:
     path = write_synthetic_scene(tmp_path / "scene.tif", width=300, height=280)
     local = changed(mapper, steps=2, radius=1.5)
