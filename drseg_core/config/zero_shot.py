@@ -43,8 +43,8 @@ class ZeroShotConfig:
         k: neighbours of a cell in the graph of the scene.
         gamma: exponent of the prior's cosine.
         decay: spatial decay for each cell of distance.
-        decay_per_metre: the same for each metre on the ground, in the place of ``decay``; the sides of a pixel in the middle
-            of the scene may differ by at most 5 %.
+        decay_per_metre: the same for each metre on the ground, in the place of ``decay``; the sides of a pixel in the
+            middle of the scene may differ by at most 5 %.
         radius: cells farther apart than so many are no neighbours; null is no limit.
         radius_metres: the same in metres on the ground, in the place of ``radius``.
         select: neighbours by the whole weight (``affinity``), or by the ``cosine`` alone.

@@ -380,8 +380,8 @@ def _weights(
             return None, mean, deviation
         if offline and file is None:
             raise CheckpointError(
-                f"ClipEncoder: weights {config.weights!r} of {config.name} are not here; expected a file, as offline is "
-                "set"
+                f"ClipEncoder: weights {config.weights!r} of {config.name} are not here; "
+                "expected a file, as offline is set"
             )
         try:
             path = file or download_pretrained(tag)
