@@ -18,7 +18,7 @@ from drseg_core.checkpoints.encoders import choose_clip, choose_prior, load_enco
 from drseg_core.config.load import config_from_dict
 from drseg_core.config.reading import Reading, parse_reading
 from drseg_core.config.schema import ReadingConfig
-from drseg_core.config.zero_shot import IN_METRES, NO_PRIOR, ZeroShotConfig, load_zero_shot
+from drseg_core.config.zero_shot import DECAY, IN_METRES, NO_PRIOR, ZeroShotConfig, load_zero_shot
 from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.vocabulary import OTHER_COLOR, Vocabulary, class_files, parse_classes, plain_classes
 from drseg_core.device import select_device
@@ -260,7 +260,9 @@ class SceneZeroShot:
         config = self.config
         check_metres(config, scene)
         side = (scene.gsd or 0.0) * scene_windows(self.model, config).cell
-        decay = config.decay if config.decay_per_metre is None else config.decay_per_metre * side
+        decay = DECAY if config.decay is None else config.decay
+        if config.decay_per_metre is not None:
+            decay = config.decay_per_metre * side
         return decay, config.radius if config.radius_metres is None else config.radius_metres / side
 
     def _tags(self, legend: Vocabulary, templates: Sequence[str], predictor: GraphPredictor) -> dict[str, str]:
@@ -326,7 +328,9 @@ def zero_shot(
     if unknown := sorted(given.keys() - known):
         raise ConfigError(f"zero_shot: option {unknown[0]} is unknown; expected one of {', '.join(known)}")
     share = config.overlap / config.window
-    config = config_from_dict({**dataclasses.asdict(config), **given}, ZeroShotConfig, "zero_shot")
+    # one of a pair takes the place of the preset's other
+    replaced = {b: None for pair in IN_METRES.items() for a, b in (pair, pair[::-1]) if a in given}
+    config = config_from_dict({**dataclasses.asdict(config), **replaced, **given}, ZeroShotConfig, "zero_shot")
     towers = dataclasses.replace(choose_clip(config.clip, clip), image_size=config.window)
     structure = dataclasses.replace(choose_prior(config.prior, prior), image_size=config.window)
     if layer is not None:

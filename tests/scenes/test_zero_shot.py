@@ -300,16 +300,16 @@ def test_a_large_prior_lies_in_a_file(mapper: SceneZeroShot, scene: Path, tmp_pa
 
 def test_decay_per_metre_is_that_of_a_cell(mapper: SceneZeroShot, scene: Path, tmp_path: Path) -> None:
     # pixels of half a metre, cells of 8: 0.05 a metre is 0.2 a cell, but for the scale of the projection
-    metres = changed(mapper, decay_per_metre=0.05).predict(scene, NAMES)
+    metres = changed(mapper, decay=None, decay_per_metre=0.05).predict(scene, NAMES)
     cells = mapper.predict(scene, NAMES)
     assert (metres.class_index == cells.class_index).mean() > 0.99
-    far = changed(mapper, decay_per_metre=50.0).predict(scene, NAMES)
+    far = changed(mapper, decay=None, decay_per_metre=50.0).predict(scene, NAMES)
     assert np.nanmax(abs(far.score - cells.score)) > 10 * np.nanmax(abs(metres.score - cells.score))
     from PIL import Image
 
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "plain.png")
     with pytest.raises(ConfigError, match="decay_per_metre needs a place"):
-        changed(mapper, decay_per_metre=0.05).predict(tmp_path / "plain.png", NAMES)
+        changed(mapper, decay=None, decay_per_metre=0.05).predict(tmp_path / "plain.png", NAMES)
     with pytest.raises(ConfigError, match="radius_metres needs a place; .*, or radius"):
         changed(mapper, radius_metres=5.0).predict(tmp_path / "plain.png", NAMES)
 
@@ -330,7 +330,7 @@ def test_metres_need_pixels_that_are_square_on_the_ground(mapper: SceneZeroShot,
             file.transform = rasterio.Affine(side, 0, x, 0, -(down or side), y)
         return path
 
-    in_metres = changed(mapper, radius_metres=4.0), changed(mapper, decay_per_metre=0.05)
+    in_metres = changed(mapper, radius_metres=4.0), changed(mapper, decay=None, decay_per_metre=0.05)
     # a degree at 60 degrees north: 55.80 km across, 111.41 km down
     path = placed("EPSG:4326", 10, 60, 1e-5)
     for mine, option in zip(in_metres, ("radius_metres", "decay_per_metre"), strict=True):
@@ -484,6 +484,11 @@ def test_features_that_are_not_finite(scene: Path) -> None:
         ({"radius": -1.0}, "radius is out of range"),
         ({"radius_metres": -0.5}, "radius_metres is out of range"),
         ({"super_tile": 0}, "super_tile is out of range"),
+        (
+            {"radius": 3.0, "radius_metres": 4.0},
+            "zero_shot: radius and radius_metres are both given; expected one, got 3.0 and 4.0",
+        ),
+        ({"decay": 0.0, "decay_per_metre": 0.1}, "decay and decay_per_metre are both given; expected one"),
         ({"rotations": 2}, "rotations is out of range; expected 1 or 4"),
         ({"variant": "odd"}, "variant is unknown"),
         ({"window": 33}, "image_size does not fit"),
@@ -531,6 +536,18 @@ def test_presets() -> None:
         assert config.window == window and config.overlap == window // 2
     with pytest.raises(ConfigError, match="preset odd not found; expected a YAML file or one of b, l, tiny"):
         load_zero_shot("odd")
+
+
+def test_an_option_takes_the_place_of_the_other_of_a_preset(scene: Path, tmp_path: Path) -> None:
+    path, tiny = tmp_path / "own.yaml", "clip: {name: drseg-tiny, weights: null}\nprior: {name: none}\nwindow: 64\n"
+    path.write_text(f"{tiny}overlap: 0\nradius: 2.0\ndecay_per_metre: 0.3\n")
+    config = drseg.zero_shot(path, radius_metres=5.0, decay=0.1).config
+    assert (config.radius, config.radius_metres, config.decay, config.decay_per_metre) == (None, 5.0, 0.1, None)
+    path.write_text(f"{tiny}overlap: 0\nradius: 2.0\nradius_metres: 5.0\n")
+    with pytest.raises(ConfigError, match="radius and radius_metres are both given"):
+        drseg.zero_shot(path)
+    with open_scene(scene) as opened:
+        assert drseg.zero_shot("tiny")._distances(opened) == (0.16, None)
 
 
 def test_a_preset_of_ones_own(tmp_path: Path) -> None:
