@@ -28,7 +28,7 @@ from drseg_core.extras import require
 from drseg_core.models.prompts import AERIAL_TEMPLATES
 from drseg_core.models.zero_shot import ZeroShot
 from drseg_core.scenes.files import SceneFiles, check_outputs
-from drseg_core.scenes.predict import predict_scene
+from drseg_core.scenes.predict import check_threshold, predict_scene
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.scene_graph import GraphPredictor, scene_windows
 from drseg_core.scenes.zero_shot_plan import ZeroShotPlan, check_cells, plan_cells
@@ -120,6 +120,7 @@ class SceneZeroShot:
             files = self.write(image, classes, out, progress=progress, arrays=arrays, **options)
             return arrays[0].result(files)
         threshold = options.pop("threshold", None)
+        check_threshold("zero_shot", threshold)
         words = {name: options.pop(name) for name in ("background", "templates") if name in options}
         reading = {name: options.pop(name) for name in _READING if name in options}
         if options:

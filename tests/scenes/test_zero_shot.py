@@ -507,6 +507,14 @@ def test_options_that_do_not_fit(options: dict[str, Any], said: str) -> None:
         drseg.zero_shot("tiny", **options)
 
 
+@pytest.mark.parametrize("threshold", [2, -1, math.nan])
+def test_a_threshold_is_a_score(mapper: SceneZeroShot, scene: Path, tmp_path: Path, threshold: float) -> None:
+    for more in ({}, {"out": tmp_path / "map.tif"}):
+        with pytest.raises(ConfigError, match=f"threshold is out of range; expected 0 to 1, got {threshold}"):
+            mapper.predict(scene, NAMES, threshold=threshold, **more)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_options_of_files_go_with_files(mapper: SceneZeroShot, scene: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="scores is unknown without out"):
         mapper.predict(scene, NAMES, scores=True)
