@@ -196,7 +196,10 @@ class GraphPredictor:
         Raises:
             ConfigError: a part of ``super_tile`` cells has no room for what decides what becomes of one.
         """
-        halo = reach_of_steps(self.radius or 0.0, self.config.steps or 0) if self.config.has_reach else None
+        halo = None
+        if self.config.has_reach:
+            # no farther than the grid goes
+            halo = min(reach_of_steps(self.radius or 0.0, self.config.steps or 0), max(grid))
         return super_tiles(grid, halo, self.config.super_tile)
 
     def spread(self, cells: SceneCells) -> Tensor:

@@ -376,7 +376,7 @@ def test_a_map_in_super_tiles_is_that_of_one_graph(mapper: SceneZeroShot, tmp_pa
         ):
             changed(parts, max_cells=50, **whole_scene).predict(path, NAMES)
     with pytest.raises(ConfigError, match="super_tile is too small for radius and steps"):
-        changed(parts, super_tile=300).predict(path, NAMES)
+        changed(parts, super_tile=80).predict(path, NAMES)
 
 
 # files
