@@ -333,6 +333,16 @@ def _architecture(name: str) -> dict[str, Any]:
     return open_clip.get_model_config(name)
 
 
+def patch_side(name: str) -> int | None:
+    """Side in pixels of a patch of an architecture; None for what is no transformer of open_clip.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    side = _architecture(name)["vision_cfg"].get("patch_size")
+    return side if isinstance(side, int) else None
+
+
 def open_clip_model(
     config: ClipConfig, read_weights: bool, file: Path | None = None, offline: bool = False
 ) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:

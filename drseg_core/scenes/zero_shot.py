@@ -25,8 +25,9 @@ from drseg_core.device import select_device
 from drseg_core.errors import ConfigError
 from drseg_core.evaluation.inference import Piece, PredictsPieces, ReadWindow
 from drseg_core.extras import require
-from drseg_core.models.prompts import AERIAL_TEMPLATES
-from drseg_core.models.zero_shot import ZeroShot
+from drseg_core.models.clip import patch_side
+from drseg_core.models.prompts import AERIAL_TEMPLATES, class_prompt
+from drseg_core.models.zero_shot import ZeroShot, check_choices
 from drseg_core.scenes.files import SceneFiles, check_outputs
 from drseg_core.scenes.predict import check_threshold, predict_scene
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
@@ -234,7 +235,7 @@ class SceneZeroShot:
         limited: bool = True,
         progress: bool = False,
     ) -> tuple[GraphPredictor, Vocabulary]:
-        legend = _vocabulary(classes)
+        legend = check_words(classes, background, templates)
         text = self.model.encode(legend.synonyms, templates, background)
         if background:
             legend = Vocabulary(
@@ -322,6 +323,19 @@ def zero_shot(
         ((40, 60), True)
     """
     place = select_device(device)
+    config = configured(preset, clip=clip, prior=prior, **options)
+    encoders = load_encoders(config.clip, config.prior, offline=offline)
+    try:
+        model = ZeroShot(encoders.clip, encoders.prior, variant=config.variant, rotations=config.rotations)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return SceneZeroShot(model, config, encoders.facts, place)
+
+
+def configured(
+    preset: str | os.PathLike[str], *, clip: str | None = None, prior: str | None = None, **options: Any
+) -> ZeroShotConfig:
+    """A preset with options, all that can be known of them without any weights checked. See :func:`zero_shot`."""
     config = load_zero_shot(preset)
     layer = options.pop("prior_layer", None)
     known = [field.name for field in dataclasses.fields(config) if field.name not in ("clip", "prior")]
@@ -339,17 +353,49 @@ def zero_shot(
     if config.steps == 0 and config.variant != "proxyclip":
         # nothing asks for it
         structure = dataclasses.replace(structure, name=NO_PRIOR)
-    encoders = load_encoders(towers, structure, offline=offline)
-    config = dataclasses.replace(config, clip=towers, prior=structure)
-    if "overlap" not in given and (clip is not None or "window" in given):
-        # as much of a window as in the preset, in whole cells of another CLIP too
-        patch = encoders.clip.visual.patch_size[0]
-        config = dataclasses.replace(config, overlap=int(share * (config.window // patch)) * patch)
     try:
-        model = ZeroShot(encoders.clip, encoders.prior, variant=config.variant, rotations=config.rotations)
+        check_choices(config.variant, config.rotations, has_prior=structure.name != NO_PRIOR)
+        patch = patch_side(towers.name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return SceneZeroShot(model, config, encoders.facts, place)
+    if patch is not None and "overlap" not in given and (clip is not None or "window" in given):
+        # as much of a window as in the preset, in whole cells of another CLIP too
+        config = dataclasses.replace(config, overlap=int(share * (config.window // patch)) * patch)
+    if patch is not None:
+        _check_windows(config.window, config.overlap, patch)
+    return dataclasses.replace(config, clip=towers, prior=structure)
+
+
+def _check_windows(window: int, overlap: int, patch: int) -> None:
+    if window < 2 * patch or window % patch:
+        raise ConfigError(
+            f"zero_shot: window does not fit CLIP; expected a multiple of {patch}, at least {2 * patch} pixels, "
+            f"got {window}"
+        )
+    if not 0 <= overlap < window or overlap % patch:
+        raise ConfigError(
+            f"zero_shot: overlap does not fit; expected a multiple of {patch} pixels below {window}, got {overlap}"
+        )
+
+
+def check_words(
+    classes: Vocabulary | str | Sequence[str], background: Sequence[str] = (), templates: Sequence[str] = ()
+) -> Vocabulary:
+    """The classes, as far as words can be checked without a text encoder.
+
+    Raises:
+        ConfigError: a template without exactly one ``{}``, or a class that has the name of the background.
+        DatasetError: names that are no class names.
+    """
+    legend = _vocabulary(classes)
+    for template in templates:
+        class_prompt(BACKGROUND, template)
+    if background and BACKGROUND in legend.names:
+        raise ConfigError(
+            f"zero_shot: a class is called {BACKGROUND}, as that of the prompts of the background; "
+            "expected another name, or no such prompts"
+        )
+    return legend
 
 
 def check_metres(config: ZeroShotConfig, scene: SceneReader) -> None:
