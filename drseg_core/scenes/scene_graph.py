@@ -218,7 +218,14 @@ class GraphPredictor:
     def _spread(self, labels: Tensor, graph: Graph) -> Tensor:
         config = self.config
         if config.steps is None:
-            return solve_labels(labels, graph, alpha=config.alpha)
+            try:
+                return solve_labels(labels, graph, alpha=config.alpha)
+            except NumericalError as error:
+                # the options that it names are none of a map
+                raise NumericalError(
+                    "zero_shot: the propagation did not converge; expected an alpha further below 1, or steps, "
+                    f"got alpha {config.alpha}"
+                ) from error
         return propagate_labels(labels, graph, config.steps, alpha=config.alpha)
 
     @torch.no_grad()

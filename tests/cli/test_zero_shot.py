@@ -175,6 +175,19 @@ def test_refusals(drseg, scene, tmp_path, empty, words: list[str], code: int, sa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--radius", "nan"], "--radius has a wrong value; expected a number, got nan"),
+        (["--steps", "1.5"], "--steps has a wrong value; expected a whole number, got 1.5"),
+        (["--batch-size", "odd"], "--batch-size has a wrong value; expected a whole number, got odd"),
+    ],
+)
+def test_what_is_no_number(drseg, scene, tmp_path, words: list[str], said: str) -> None:
+    code, _, errors = drseg("predict", "zero-shot:tiny", scene, *WORDS, "--out", tmp_path / "map.tif", *words)
+    assert code == 2 and errors.splitlines()[0] == f"drseg predict: error: {said}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         (["--templates", "no braces"], "expected exactly one {}, got 'no braces'"),
         (["--variant", "foo"], "variant is unknown"),
         (["--threshold", 2], "threshold is out of range; expected 0 to 1, got 2"),

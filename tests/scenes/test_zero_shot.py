@@ -475,6 +475,15 @@ def test_features_that_are_not_finite(scene: Path) -> None:
         broken.predict(scene, NAMES)
 
 
+def test_a_solution_that_is_not_reached(mapper: SceneZeroShot, scene: Path) -> None:
+    with pytest.raises(
+        NumericalError,
+        match="zero_shot: the propagation did not converge; expected an alpha further below 1, or steps, got alpha "
+        "0.999999999$",
+    ):
+        changed(mapper, alpha=0.999999999).predict(scene, NAMES)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
