@@ -37,7 +37,7 @@ TOLERANCE = 1e-3
 """Of such a value: half precision changes 5e-4, an exchange of two matrices a hundred times that."""
 SCALE = 100.0
 MARGIN = 0.5
-"""By how much the probability of a picture's own words must be above the next, to be seen: chance gives no such one."""
+"""By how much the probability of a picture's own words must be above the next, to be seen."""
 
 
 class Finding(NamedTuple):
@@ -210,7 +210,8 @@ def _same(found: Any, expected: Any, tolerance: float = TOLERANCE) -> bool:
 def _what_to_see(encoders: Encoders, clip: ClipConfig) -> list[Finding]:
     """Each drawn picture is best described by its own prompt, by a margin: any CLIP that was trained should find that.
 
-    A guess would be right for one picture in four, so to be first is not enough."""
+    To be first is not enough, as a guess is for one picture in four.
+    """
     if clip.weights is None:
         return []
     findings = []

@@ -285,6 +285,27 @@ def test_cells_without_data_take_no_part(mapper: SceneZeroShot, scene: Path) -> 
     assert torch.equal(spread[~absent], plain[~absent])
 
 
+def test_what_comes_is_said_before_it_is_done(mapper, scene, caplog, capsys, monkeypatch) -> None:
+    """The size of the graph before it is made, that of the propagation before it begins; steps have a bar."""
+    said: list[str] = []
+    for method in ("graph", "_spread"):
+        before = getattr(GraphPredictor, method)
+
+        def noted(*given: Any, before: Any = before, method: str = method) -> Any:
+            said.append(f"{method} after {caplog.messages[-1]}")
+            return before(*given)
+
+        monkeypatch.setattr(GraphPredictor, method, noted)
+    for steps, how in ((4, "4 steps"), (None, "solved to the end, mostly within a few dozen iterations")):
+        mine, cells = collected(changed(mapper, steps=steps), scene, progress=True)
+        said.clear()
+        capsys.readouterr()
+        with caplog.at_level("INFO", "drseg_core"):
+            mine.spread(cells)
+        assert said == ["graph after graph 1 of 1: 12 x 7 = 84 cells", f"_spread after 3 classes over 504 edges: {how}"]
+        assert ("4/4" in capsys.readouterr().err) == (steps == 4)
+
+
 def test_a_large_prior_lies_in_a_file(mapper: SceneZeroShot, scene: Path, tmp_path: Path, monkeypatch) -> None:
     plain, cells = collected(mapper, scene)
     monkeypatch.setattr(scene_graph, "PRIOR_BYTES", 1000)
