@@ -109,19 +109,22 @@ def load_encoders(clip: ClipConfig, prior: DinoConfig, *, offline: bool = False)
     files = dict(zip(sources, fetched(list(sources.values()), offline=offline), strict=True))
     facts = _facts("clip", clip.name, clip.weights, files.get("clip"))
     try:
-        encoder = _clip(clip, files.get("clip"))
+        encoder = _clip(clip, files.get("clip"), offline)
         found = None
         if with_prior:
             if prior.weights is None:
                 _log.warning("the prior has random weights (%s): its graph is little better than none", prior.name)
             facts |= _facts("prior", prior.name, prior.weights, files.get("prior"))
-            found = DinoPrior(dataclasses.replace(prior, weights=str(files["prior"])) if "prior" in files else prior)
+            if "prior" in files:
+                prior = dataclasses.replace(prior, weights=str(files["prior"]))
+            # nothing is left to be fetched, and they would not know of it
+            found = DinoPrior(prior, offline=offline)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return Encoders(encoder, found, facts)
 
 
-def _clip(config: ClipConfig, file: Path | None) -> ClipEncoder:
+def _clip(config: ClipConfig, file: Path | None, offline: bool) -> ClipEncoder:
     if file is not None and config.weights is not None and config.weights.startswith(HUB):
         config, file = dataclasses.replace(config, weights=str(file)), None
     if config.weights is None:
@@ -130,7 +133,7 @@ def _clip(config: ClipConfig, file: Path | None) -> ClipEncoder:
     config = dataclasses.replace(config, guidance_blocks=(0, 1), trainable="none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return ClipEncoder(config, file=file)
+        return ClipEncoder(config, file=file, offline=offline)
 
 
 def _facts(part: str, name: str, weights: str | None, file: Path | None) -> dict[str, str]:

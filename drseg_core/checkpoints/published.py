@@ -44,13 +44,14 @@ def published_clip(config: ClipConfig) -> Published | None:
     Raises:
         ConfigError: ``hub:`` without repository or file, or weights that are not on the hub.
     """
-    if config.weights is None or Path(config.weights).exists():
+    if config.weights is None:
         return None
     if config.weights.startswith(HUB):
         return _on_hub("CLIP", config.name, "--clip", config.weights, clip_licence(config))
     require("zero_shot", "model")
     from open_clip.pretrained import get_pretrained_cfg
 
+    # a tag is one whatever lies in the working folder, for the encoder too
     tag = get_pretrained_cfg(config.name, config.weights)
     if not tag:
         return None
@@ -68,7 +69,7 @@ def published_prior(config: DinoConfig) -> Published | None:
     Raises:
         ConfigError: ``hub:`` without repository or file, or an architecture without published weights.
     """
-    if config.weights is None or Path(config.weights).exists():
+    if config.weights is None:
         return None
     if config.weights.startswith(HUB):
         return _on_hub("the prior", config.name, "--prior", config.weights, prior_licence(config))

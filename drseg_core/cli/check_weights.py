@@ -21,9 +21,9 @@ examples:
   drseg check-weights b --expected values.json
 
 Each line is one value: same as what is known, DIFFERS from it, or unknown, where nothing is committed. Then what a
-person should see: "seen" where a drawn picture is best described by its own words, else "ODD". CLIP.png is the picture
-of github.com/openai/CLIP, for whose scores its README gives values. --out keeps what was found, so that another machine
-can be compared with it.
+person should see: "seen" where a drawn picture is best described by its own words, with a probability of at least
+0.5 more than the next of four prompts, else "ODD". CLIP.png is the picture of github.com/openai/CLIP, for whose scores
+its README gives values. --out keeps what was found, so that another machine can be compared with it.
 
 exit codes: 0 nothing differs, 4 a value differs or weights are missing, 8 nothing differs, but something is odd
 """
@@ -78,8 +78,8 @@ def run(args: Any) -> None:
         )
     if counts["ODD"]:
         error = DRSegError(
-            f"check-weights: {counts['ODD']} pictures are not best described by their own words; expected that of any "
-            "CLIP that was trained"
+            f"check-weights: {counts['ODD']} pictures are not best described by their own words; expected that by "
+            "far (0.5 more than the next) of any CLIP that was trained"
         )
         error.exit_code = 8
         raise error

@@ -22,6 +22,7 @@ from drseg_core.config.validate import validate
 from drseg_core.errors import ConfigError
 
 DATA_HELP = "folder:PATH, synthetic:seed=0,... or a benchmark set such as dlrsd:ROOT"
+_not_a_number = re.compile(r'Parser key "([^"]+)": .* Expected a <class \'(int|float)\'> .*Given value: (.+)$')
 _required = re.compile(r"arguments are required: (.+)$")
 
 
@@ -59,16 +60,22 @@ class Parser(ArgumentParser):
         while parser.chosen is not None:
             parser = parser.chosen
         text = _required.sub(lambda match: parser.named(match.group(1)), " ".join(message.split()))
-        refuse(parser, text)
+        refuse(parser, _not_a_number.sub(lambda match: parser.not_a_number(*match.groups()), text))
+
+    def not_a_number(self, destination: str, kind: str, value: str) -> str:
+        """What the library says in terms of its types, in one of options."""
+        expected = "a whole number" if kind == "int" else "a number"
+        return f"{self.option(destination)} has a wrong value; expected {expected}, got {value}"
 
     def named(self, destinations: str) -> str:
         """``"train.data, train.out"`` of the library's message as what is typed: ``"--data, --out"``."""
-        shown = []
-        for destination in destinations.split(", "):
-            name = destination.rpartition(".")[2]
-            found = next((action for action in self._actions if action.dest == name), None)
-            shown.append(name if found is None else (found.option_strings or [str(found.metavar)])[0])
-        return f"arguments are required: {', '.join(shown)}"
+        return f"arguments are required: {', '.join(map(self.option, destinations.split(', ')))}"
+
+    def option(self, destination: str) -> str:
+        """``"train.data"`` of the library's messages as what is typed: ``"--data"``."""
+        name = destination.rpartition(".")[2]
+        found = next((action for action in self._actions if action.dest in (destination, name)), None)
+        return name if found is None else (found.option_strings or [str(found.metavar)])[0]
 
 
 def add_config_arguments(parser: Parser, argv: Sequence[str], *, fallback: Path | None = None) -> None:

@@ -143,8 +143,9 @@ def run(args: Any) -> None:
     from drseg_core.data.vocabulary import class_files, parse_classes
     from drseg_core.models.prompts import AERIAL_TEMPLATES
     from drseg_core.scenes.files import check_outputs
+    from drseg_core.scenes.predict import check_threshold
     from drseg_core.scenes.reader import open_scene
-    from drseg_core.scenes.zero_shot import zero_shot
+    from drseg_core.scenes.zero_shot import check_metres, check_words, configured, zero_shot
 
     if not args.dry_run:
         check_output(out, overwrite=args.overwrite, inputs=[image])
@@ -160,20 +161,16 @@ def run(args: Any) -> None:
         "gsd": args.gsd,
         "aoi": args.aoi,
     }
-    # a scene that cannot be read needs no weights
-    with open_scene(image, gsd=args.gsd, aoi=args.aoi):
-        pass
     options["background"] = listed("--background", args.background)
     options["templates"] = AERIAL_TEMPLATES if args.templates is None else listed("--templates", args.templates)
-    mapper = zero_shot(
-        args.run.partition(":")[2] or "b",
-        clip=args.clip,
-        prior=args.prior,
-        prior_layer=args.prior_layer,
-        offline=args.offline,
-        device=args.device,
-        **{name: getattr(args, name) for name in _OPTIONS},
-    )
+    preset = args.run.partition(":")[2] or "b"
+    chosen = {name: getattr(args, name) for name in ("clip", "prior", "prior_layer", *_OPTIONS)}
+    # what cannot be mapped needs no weights
+    check_threshold("predict", args.threshold)
+    check_words(classes, options["background"], options["templates"])
+    with open_scene(image, gsd=args.gsd, aoi=args.aoi) as scene:
+        check_metres(configured(preset, **chosen), scene)
+    mapper = zero_shot(preset, offline=args.offline, device=args.device, **chosen)
     for name, text in mapper.facts.items():
         print(f"{name}: {text}")
     if args.dry_run:

@@ -19,6 +19,12 @@ __all__ = ["ZeroShotConfig", "load_zero_shot"]
 NO_PRIOR = "none"
 """The name of a prior that is not there."""
 
+DECAY = 0.16
+"""LPOSS's, for each cell of 16 pixels."""
+
+IN_METRES = {"decay": "decay_per_metre", "radius": "radius_metres"}
+"""Options in cells, and those that take their place in metres."""
+
 
 @dataclass(frozen=True)
 class ZeroShotConfig:
@@ -39,8 +45,9 @@ class ZeroShotConfig:
         batch_size: windows per forward pass.
         k: neighbours of a cell in the graph of the scene.
         gamma: exponent of the prior's cosine.
-        decay: spatial decay for each cell of distance.
-        decay_per_metre: the same for each metre on the ground, in the place of ``decay``.
+        decay: spatial decay for each cell of distance; null is 0.16 where ``decay_per_metre`` is null too.
+        decay_per_metre: the same for each metre on the ground, in the place of ``decay``; the sides of a pixel in the
+            middle of the scene may differ by at most 5 %.
         radius: cells farther apart than so many are no neighbours; null is no limit.
         radius_metres: the same in metres on the ground, in the place of ``radius``.
         select: neighbours by the whole weight (``affinity``), or by the ``cosine`` alone.
@@ -71,7 +78,7 @@ class ZeroShotConfig:
     batch_size: int = 4
     k: int = 75
     gamma: float = 3.0
-    decay: float = 0.16
+    decay: float | None = None
     decay_per_metre: float | None = None
     radius: float | None = None
     radius_metres: float | None = None
@@ -84,15 +91,21 @@ class ZeroShotConfig:
     super_tile: int = 262144
 
     def __post_init__(self) -> None:
-        steps, decay = self.steps or 0, self.decay_per_metre or 0.0
+        steps, decay, decay_metres = self.steps or 0, self.decay or 0.0, self.decay_per_metre or 0.0
         radius, metres = self.radius or 0.0, self.radius_metres or 0.0
+        for cells, other in IN_METRES.items():
+            given = getattr(self, cells), getattr(self, other)
+            if None not in given:
+                raise ConfigError(
+                    f"zero_shot: {cells} and {other} are both given; expected one, got {given[0]} and {given[1]}"
+                )
         for name, good, rule in (
             ("rotations", self.rotations in (1, 4), "1 or 4"),
             ("batch_size", self.batch_size >= 1, ">= 1"),
             ("k", self.k >= 1, ">= 1"),
             ("gamma", 0 < self.gamma < math.inf, "> 0"),
-            ("decay", 0 <= self.decay < math.inf, ">= 0"),
-            ("decay_per_metre", 0 <= decay < math.inf, ">= 0"),
+            ("decay", 0 <= decay < math.inf, ">= 0"),
+            ("decay_per_metre", 0 <= decay_metres < math.inf, ">= 0"),
             ("radius", 0 <= radius < math.inf, ">= 0"),
             ("radius_metres", 0 <= metres < math.inf, ">= 0"),
             ("alpha", 0 <= self.alpha < 1, "0 <= alpha < 1"),

@@ -15,6 +15,9 @@ METHOD = f"equal-area projection {EQUAL_AREA}"
 _TURN = 2 * 17_367_530.445
 """Width of the whole Earth in that projection, in metres."""
 
+_EQUATOR, _ECCENTRICITY_SQUARED = 6_378_137.0, 6.694_379_990_14e-3
+"""Of the ellipsoid of WGS 84, in metres."""
+
 
 class PixelArea:
     """Area of the pixels of a grid in m2.
@@ -63,3 +66,25 @@ def pixel_side(crs: Any, transform: Any, height: int, width: int) -> float | Non
     if not pixel.known:
         return None
     return float(np.sqrt(pixel.of([(height // 2, width // 2, 1, 1)])[0]))
+
+
+def pixel_sides(crs: Any, transform: Any, height: int, width: int) -> tuple[float, float] | None:
+    """Sides in metres, across and down, of a pixel in the middle of a grid; None where it has no place.
+
+    Along the ellipsoid of WGS 84, by its radii of curvature at that latitude.
+    """
+    from rasterio.warp import transform as project
+
+    if not PixelArea(crs, transform).known:
+        return None
+    column, row = width // 2, height // 2
+    corners = [transform @ corner for corner in ((column, row), (column + 1, row), (column, row + 1))]
+    degrees = project(crs, "EPSG:4326", *zip(*corners, strict=True))
+    east, north = (np.radians(value) for value in degrees)
+    share = 1 - _ECCENTRICITY_SQUARED * np.sin(north[0]) ** 2
+    parallel = _EQUATOR / np.sqrt(share) * np.cos(north[0])
+    meridian = _EQUATOR * (1 - _ECCENTRICITY_SQUARED) / share**1.5
+    # over the date line is as far as it is, not as the way around
+    turned = (east[1:] - east[0] + np.pi) % (2 * np.pi) - np.pi
+    across, down = np.hypot(parallel * turned, meridian * (north[1:] - north[0]))
+    return float(across), float(down)

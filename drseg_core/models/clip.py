@@ -219,6 +219,7 @@ class ClipEncoder(nn.Module):
         config: architecture, weights and what is trained.
         read_weights: False leaves the initial weights random, for a checkpoint that holds all of them.
         file: where the published weights that ``config`` names already lie; by default they are fetched.
+        offline: never connect: published weights without ``file`` are refused.
 
     Raises:
         ValueError: unknown or unsupported architecture, or weights that need another activation.
@@ -228,10 +229,12 @@ class ClipEncoder(nn.Module):
     pixel_mean: Tensor
     pixel_deviation: Tensor
 
-    def __init__(self, config: ClipConfig, *, read_weights: bool = True, file: Path | None = None) -> None:
+    def __init__(
+        self, config: ClipConfig, *, read_weights: bool = True, file: Path | None = None, offline: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
-        model, mean, deviation = open_clip_model(config, read_weights, file)
+        model, mean, deviation = open_clip_model(config, read_weights, file, offline)
         self.visual = VisionTower(model.visual)
         self.text = TextTower(model)
         self.embed_dim = int(model.visual.proj.shape[1])
@@ -330,8 +333,18 @@ def _architecture(name: str) -> dict[str, Any]:
     return open_clip.get_model_config(name)
 
 
+def patch_side(name: str) -> int | None:
+    """Side in pixels of a patch of an architecture; None for what is no transformer of open_clip.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    side = _architecture(name)["vision_cfg"].get("patch_size")
+    return side if isinstance(side, int) else None
+
+
 def open_clip_model(
-    config: ClipConfig, read_weights: bool, file: Path | None = None
+    config: ClipConfig, read_weights: bool, file: Path | None = None, offline: bool = False
 ) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     """An open_clip model with its weights, and its pixel statistics. No registry of open_clip is touched."""
     require("ClipEncoder", "model")
@@ -354,7 +367,7 @@ def open_clip_model(
     if text.get("pool_type", "argmax") not in ("argmax", "eos"):
         raise ValueError(f"ClipEncoder: text pooling of {config.name} is not supported; expected the end token")
     vision["patch_dropout"] = 0.0
-    state, mean, deviation = _weights(config, bool(architecture.get("quick_gelu", False)), read_weights, file)
+    state, mean, deviation = _weights(config, bool(architecture.get("quick_gelu", False)), read_weights, file, offline)
     model = CLIP(**architecture)
     if state is not None:
         _load(model, state, f"{config.name} from {config.weights}")
@@ -362,7 +375,7 @@ def open_clip_model(
 
 
 def _weights(
-    config: ClipConfig, quick_gelu: bool, read_weights: bool, file: Path | None
+    config: ClipConfig, quick_gelu: bool, read_weights: bool, file: Path | None, offline: bool
 ) -> tuple[dict[str, Tensor] | None, Any, Any]:
     if config.weights is None:
         return None, PIXEL_MEAN, PIXEL_DEVIATION
@@ -375,6 +388,11 @@ def _weights(
         mean, deviation = tag.get("mean") or PIXEL_MEAN, tag.get("std") or PIXEL_DEVIATION
         if not read_weights:
             return None, mean, deviation
+        if offline and file is None:
+            raise CheckpointError(
+                f"ClipEncoder: weights {config.weights!r} of {config.name} are not here; "
+                "expected a file, as offline is set"
+            )
         try:
             path = file or download_pretrained(tag)
         except Exception as error:
@@ -385,7 +403,7 @@ def _weights(
         return read_foreign_state(path), mean, deviation
     if not read_weights:
         return None, PIXEL_MEAN, PIXEL_DEVIATION
-    if not Path(config.weights).exists():
+    if not Path(config.weights).is_file():
         tags = ", ".join(list_pretrained_tags_by_model(config.name)) or "none"
         raise CheckpointError(
             f"ClipEncoder: weights {config.weights!r} not found; expected a file or a tag of {config.name} ({tags})"

@@ -47,6 +47,7 @@ class DinoPrior(nn.Module):
     Args:
         config: architecture, weights, input size, pixel normalisation and which features.
         read_weights: False leaves the weights random, for a checkpoint that holds all of them.
+        offline: never connect: published weights, which are fetched here, are refused.
 
     Raises:
         ValueError: unknown architecture, one without feature maps or without the named block, or an image size that is
@@ -59,7 +60,7 @@ class DinoPrior(nn.Module):
     # set by drseg_core.models.prior_cache.prior_cache, for as long as it is open
     cache: PriorCache | None = None
 
-    def __init__(self, config: DinoConfig, *, read_weights: bool = True) -> None:
+    def __init__(self, config: DinoConfig, *, read_weights: bool = True, offline: bool = False) -> None:
         super().__init__()
         self.config = config
         if config.normalization not in NORMALIZATIONS:
@@ -68,7 +69,7 @@ class DinoPrior(nn.Module):
                 f"got {config.normalization!r}"
             )
         mean, deviation = NORMALIZATIONS[config.normalization]
-        self.encoder: Any = _build(config if read_weights else dataclasses.replace(config, weights=None))
+        self.encoder: Any = _build(config if read_weights else dataclasses.replace(config, weights=None), offline)
         blocks = getattr(self.encoder, "blocks", None)
         if config.layer is not None or config.features != "tokens":
             if blocks is None or not hasattr(blocks[0], "attn"):
@@ -192,7 +193,7 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.default_generator.set_state(state)
 
 
-def _build(config: DinoConfig) -> Any:
+def _build(config: DinoConfig, offline: bool) -> Any:
     require("DinoPrior", "model")
     import timm
 
@@ -206,6 +207,8 @@ def _build(config: DinoConfig) -> Any:
     pretrained = config.weights == "pretrained"
     if pretrained and config.name == "drseg-tiny":
         raise CheckpointError("DinoPrior: drseg-tiny has no published weights; expected null or a file, got pretrained")
+    if pretrained and offline:
+        raise CheckpointError(f"DinoPrior: weights of {config.name} are not here; expected a file, as offline is set")
     with _seeded(config.seed):
         try:
             encoder = _create(timm, name, pretrained, options, config.image_size)
@@ -243,7 +246,7 @@ def _create(timm: Any, name: str, pretrained: bool, options: dict[str, Any], ima
 
 
 def _load(encoder: Any, config: DinoConfig) -> None:
-    if not Path(str(config.weights)).exists():
+    if not Path(str(config.weights)).is_file():
         raise CheckpointError(
             f"DinoPrior: weights {config.weights!r} not found; expected pretrained, null or the path of a file"
         )

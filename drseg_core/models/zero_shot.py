@@ -55,6 +55,26 @@ class ZeroShotOutput(NamedTuple):
     prior: Tensor | None
 
 
+def check_choices(variant: str, rotations: int, grid: str = "clip", *, has_prior: bool) -> None:
+    """Whether :class:`ZeroShot` takes these, before there is any encoder.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for name, value, choices in (
+        ("variant", variant, VARIANTS),
+        ("rotations", rotations, (1, 4)),
+        ("grid", grid, ("clip", "prior")),
+    ):
+        if value not in choices:
+            listed = ", ".join(map(str, choices))
+            raise ValueError(f"ZeroShot: {name} is unknown; expected one of {listed}, got {value!r}")
+    if not has_prior and (variant == "proxyclip" or grid == "prior"):
+        raise ValueError(
+            f"ZeroShot: prior is missing; expected one for variant {variant} on the grid of {grid}, got None"
+        )
+
+
 class ZeroShot(nn.Module):
     """An image and class names to logits on a grid of patches, with nothing trained.
 
@@ -99,18 +119,7 @@ class ZeroShot(nn.Module):
         grid: Literal["clip", "prior"] = "clip",
     ) -> None:
         super().__init__()
-        for name, value, choices in (
-            ("variant", variant, VARIANTS),
-            ("rotations", rotations, (1, 4)),
-            ("grid", grid, ("clip", "prior")),
-        ):
-            if value not in choices:
-                listed = ", ".join(map(str, choices))
-                raise ValueError(f"ZeroShot: {name} is unknown; expected one of {listed}, got {value!r}")
-        if prior is None and (variant == "proxyclip" or grid == "prior"):
-            raise ValueError(
-                f"ZeroShot: prior is missing; expected one for variant {variant} on the grid of {grid}, got None"
-            )
+        check_choices(variant, rotations, grid, has_prior=prior is not None)
         self.clip, self.prior = clip, prior
         self.variant, self.options, self.rotations, self.grid = variant, options, rotations, grid
         self.requires_grad_(False)

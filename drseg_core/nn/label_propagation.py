@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -198,7 +199,13 @@ def reach_of_steps(radius: float, steps: int) -> int:
 
 @torch.no_grad()
 def propagate_labels(
-    labels: Tensor, graph: Graph, steps: int, *, alpha: float = 0.95, backend: str | None = None
+    labels: Tensor,
+    graph: Graph,
+    steps: int,
+    *,
+    alpha: float = 0.95,
+    backend: str | None = None,
+    stepped: Callable[[int], object] | None = None,
 ) -> Tensor:
     """``steps`` times ``F <- alpha S F + (1 - alpha) Y`` from ``F = Y`` (Zhou et al. 2004, step 3 of their algorithm).
 
@@ -213,6 +220,7 @@ def propagate_labels(
         steps: how often, >= 0.
         alpha: share of the neighbours, in [0, 1).
         backend: one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
+        stepped: is called with 1 after each step, for a progress bar.
 
     Returns:
         F, shape and dtype of ``labels``, computed in float32 (float64 for float64 labels), without gradient.
@@ -233,6 +241,8 @@ def propagate_labels(
     x, operator = y, graph.undirected()
     for _ in range(steps):
         x = alpha * operator.propagate(x, backend=backend) + (1 - alpha) * y
+        if stepped is not None:
+            stepped(1)
     return x[..., : labels.shape[-1]].to(labels.dtype)
 
 

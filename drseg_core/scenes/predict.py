@@ -210,6 +210,16 @@ def _prepared(
     return predictor, vocabulary, parse_reading(choose_reading(trained, given)), trained.gsd
 
 
+def check_threshold(name: str, threshold: float | None) -> None:
+    """A score below which pixels become "other" is one, or None.
+
+    Raises:
+        ConfigError: it is no number from 0 to 1.
+    """
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ConfigError(f"{name}: threshold is out of range; expected 0 to 1, got {threshold}")
+
+
 def predict_scene(
     predictor: PredictsPieces,
     image_path: str | Path,
@@ -294,8 +304,7 @@ def predict_scene(
         raise ConfigError(
             f"predict_scene: class_names do not fit; expected {len(predictor.class_names)} names, got {len(names)}"
         )
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ConfigError(f"predict_scene: threshold is out of range; expected 0 to 1, got {threshold}")
+    check_threshold("predict_scene", threshold)
     legend = plain_classes(names)._replace(colors=tuple(colors or (None,) * len(names)))
     if len(legend.colors) != len(names):
         raise ConfigError(f"predict_scene: colors do not fit; expected {len(names)}, got {len(legend.colors)}")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from drseg_core.config.reading import Reading, scale_text
-from drseg_core.data.ground import pixel_side
+from drseg_core.data.ground import pixel_side, pixel_sides
 from drseg_core.data.raster import RasterReader, open_raster
 from drseg_core.data.values import nodata_hint
 from drseg_core.data.vector import Shapes, read_shapes
@@ -47,6 +47,11 @@ class SceneReader(RasterReader):
     def gsd(self) -> float | None:
         """Side of a pixel in metres; None where the scene has no place."""
         return pixel_side(self.crs, self.transform, self.height, self.width)
+
+    @property
+    def sides(self) -> tuple[float, float] | None:
+        """Sides of a pixel in metres, across and down; None where the scene has no place."""
+        return pixel_sides(self.crs, self.transform, self.height, self.width)
 
     @property
     def transform(self) -> Any:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ COLUMNS = 32
 
 REFINING: dict[str, Any] = {"radius": 3, "colour": 0.03, "steps": 10, "alpha": 0.95}
 """What ``refine`` asks of ``propagate_pixels``; ``docs/zero_shot.md`` has what was measured of it."""
+
+_log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 64 * 2**20
 # what is around a smaller block would be worked on more than once
@@ -196,7 +199,10 @@ class GraphPredictor:
         Raises:
             ConfigError: a part of ``super_tile`` cells has no room for what decides what becomes of one.
         """
-        halo = reach_of_steps(self.radius or 0.0, self.config.steps or 0) if self.config.has_reach else None
+        halo = None
+        if self.config.has_reach:
+            # no farther than the grid goes
+            halo = min(reach_of_steps(self.radius or 0.0, self.config.steps or 0), max(grid))
         return super_tiles(grid, halo, self.config.super_tile)
 
     def spread(self, cells: SceneCells) -> Tensor:
@@ -204,19 +210,37 @@ class GraphPredictor:
         if cells.prior is None:
             return cells.logits
         grid = (cells.valid.shape[0], cells.valid.shape[1])
+        from tqdm import tqdm
+
         spread = torch.empty_like(cells.logits)
-        for tile in self.tiles(grid):
-            graph = self.graph(tile.outer(cells.prior, grid[1]).to(self.device), tile.grid)
-            for first in range(0, spread.shape[1], COLUMNS):
-                some = tile.outer(cells.logits[:, first : first + COLUMNS], grid[1]).to(self.device)
-                tile.put(spread[:, first : first + COLUMNS], self._spread(some, graph).cpu(), grid[1])
+        tiles, parts = self.tiles(grid), range(0, spread.shape[1], COLUMNS)
+        steps = self.config.steps
+        how = "solved to the end, mostly within a few dozen iterations" if steps is None else f"{steps} steps"
+        total = len(tiles) * len(parts) * (steps or 0)
+        with tqdm(total=total, desc="steps", disable=not self.progress or not total) as bar:
+            for number, tile in enumerate(tiles, 1):
+                h, w = tile.grid
+                _log.info("graph %d of %d: %d x %d = %d cells", number, len(tiles), w, h, w * h)
+                graph = self.graph(tile.outer(cells.prior, grid[1]).to(self.device), tile.grid)
+                _log.info("%d classes over %d edges: %s", spread.shape[1], graph.index.numel(), how)
+                for first in parts:
+                    some = tile.outer(cells.logits[:, first : first + COLUMNS], grid[1]).to(self.device)
+                    found = self._spread(some, graph, bar.update)
+                    tile.put(spread[:, first : first + COLUMNS], found.cpu(), grid[1])
         return spread
 
-    def _spread(self, labels: Tensor, graph: Graph) -> Tensor:
+    def _spread(self, labels: Tensor, graph: Graph, stepped: Callable[[int], object]) -> Tensor:
         config = self.config
         if config.steps is None:
-            return solve_labels(labels, graph, alpha=config.alpha)
-        return propagate_labels(labels, graph, config.steps, alpha=config.alpha)
+            try:
+                return solve_labels(labels, graph, alpha=config.alpha)
+            except NumericalError as error:
+                # the options that it names are none of a map
+                raise NumericalError(
+                    "zero_shot: the propagation did not converge; expected an alpha further below 1, or steps, "
+                    f"got alpha {config.alpha}"
+                ) from error
+        return propagate_labels(labels, graph, config.steps, alpha=config.alpha, stepped=stepped)
 
     @torch.no_grad()
     def pieces(self, read: ReadWindow, height: int, width: int) -> Iterator[Piece]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -60,7 +61,7 @@ def super_tiles(grid: tuple[int, int], halo: int | None, limit: int) -> list[Sup
         limit: cells.
 
     Raises:
-        ConfigError: the halo takes more than the limit, or nearly all of it.
+        ConfigError: a single cell and its halo take more than the limit.
 
     Example:
         >>> from drseg_core.scenes.super_tiles import super_tiles
@@ -70,13 +71,17 @@ def super_tiles(grid: tuple[int, int], halo: int | None, limit: int) -> list[Sup
     h, w = grid
     if halo is None or h * w <= limit:
         return [SuperTile(0, h, 0, w, 0, h, 0, w)]
-    rows, columns = ([_stretches(side, count, halo) for count in range(1, _most(side, halo) + 1)] for side in grid)
-    fitting = [(down, across) for down in rows for across in columns if down.longest * across.longest <= limit]
-    if not fitting:
+    # narrow parts, little else than halo, only where no others are small enough
+    for counts in (_ordinary, _any):
+        rows, columns = ([_stretches(side, count, halo) for count in counts(side, halo)] for side in grid)
+        fitting = [(down, across) for down in rows for across in columns if down.longest * across.longest <= limit]
+        if fitting:
+            break
+    else:
         least = min(down.longest for down in rows) * min(across.longest for across in columns)
         raise ConfigError(
-            f"zero_shot: super_tile is too small for radius and steps; expected at least {least} cells for a halo of "
-            f"{halo}, got {limit}"
+            f"zero_shot: super_tile is too small for radius and steps; expected at least {least} cells, one and the "
+            f"{halo} on each side that decide what becomes of it, got {limit}"
         )
     down, across = min(fitting, key=lambda pair: pair[0].total * pair[1].total)
     return [SuperTile(*y[:2], *x[:2], *y[2:], *x[2:]) for y in down.parts for x in across.parts]
@@ -93,9 +98,14 @@ class _Stretches(NamedTuple):
     total: int
 
 
-def _most(length: int, halo: int) -> int:
-    """The largest number of parts; those narrower than their halo would be little else than halo."""
-    return max(length // max(halo, _NARROWEST), 1)
+def _ordinary(length: int, halo: int) -> Iterable[int]:
+    """Numbers of parts that are no narrower than their halo."""
+    return range(1, max(length // max(halo, _NARROWEST), 1) + 1)
+
+
+def _any(length: int, halo: int) -> Iterable[int]:
+    """The least number for every width of a part, down to a single cell."""
+    return sorted({-(-length // width) for width in range(1, length + 1)})
 
 
 def _stretches(length: int, count: int, halo: int) -> _Stretches:

@@ -18,17 +18,18 @@ from drseg_core.checkpoints.encoders import choose_clip, choose_prior, load_enco
 from drseg_core.config.load import config_from_dict
 from drseg_core.config.reading import Reading, parse_reading
 from drseg_core.config.schema import ReadingConfig
-from drseg_core.config.zero_shot import NO_PRIOR, ZeroShotConfig, load_zero_shot
+from drseg_core.config.zero_shot import DECAY, IN_METRES, NO_PRIOR, ZeroShotConfig, load_zero_shot
 from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.vocabulary import OTHER_COLOR, Vocabulary, class_files, parse_classes, plain_classes
 from drseg_core.device import select_device
 from drseg_core.errors import ConfigError
 from drseg_core.evaluation.inference import Piece, PredictsPieces, ReadWindow
 from drseg_core.extras import require
-from drseg_core.models.prompts import AERIAL_TEMPLATES
-from drseg_core.models.zero_shot import ZeroShot
+from drseg_core.models.clip import patch_side
+from drseg_core.models.prompts import AERIAL_TEMPLATES, class_prompt
+from drseg_core.models.zero_shot import ZeroShot, check_choices
 from drseg_core.scenes.files import SceneFiles, check_outputs
-from drseg_core.scenes.predict import predict_scene
+from drseg_core.scenes.predict import check_threshold, predict_scene
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.scene_graph import GraphPredictor, scene_windows
 from drseg_core.scenes.zero_shot_plan import ZeroShotPlan, check_cells, plan_cells
@@ -36,6 +37,8 @@ from drseg_core.scenes.zero_shot_plan import ZeroShotPlan, check_cells, plan_cel
 __all__ = ["SceneZeroShot", "ZeroShotMap", "zero_shot"]
 
 BACKGROUND = "background"
+_SQUARE = 0.05
+"""By what share the sides of a pixel may differ where distances are in metres."""
 _READING = ("bands", "nodata", "scale", "gsd", "aoi")
 
 
@@ -118,6 +121,7 @@ class SceneZeroShot:
             files = self.write(image, classes, out, progress=progress, arrays=arrays, **options)
             return arrays[0].result(files)
         threshold = options.pop("threshold", None)
+        check_threshold("zero_shot", threshold)
         words = {name: options.pop(name) for name in ("background", "templates") if name in options}
         reading = {name: options.pop(name) for name in _READING if name in options}
         if options:
@@ -231,7 +235,7 @@ class SceneZeroShot:
         limited: bool = True,
         progress: bool = False,
     ) -> tuple[GraphPredictor, Vocabulary]:
-        legend = _vocabulary(classes)
+        legend = check_words(classes, background, templates)
         text = self.model.encode(legend.synonyms, templates, background)
         if background:
             legend = Vocabulary(
@@ -256,13 +260,11 @@ class SceneZeroShot:
     def _distances(self, scene: SceneReader) -> tuple[float, float | None]:
         """Decay for each cell of this scene, and the radius in cells."""
         config = self.config
-        for metres, cells in (("decay_per_metre", "decay"), ("radius_metres", "radius")):
-            if getattr(config, metres) is not None and scene.gsd is None:
-                raise ConfigError(
-                    f"zero_shot: {metres} needs a place; expected a CRS and a transform in {scene.path}, or {cells}"
-                )
+        check_metres(config, scene)
         side = (scene.gsd or 0.0) * scene_windows(self.model, config).cell
-        decay = config.decay if config.decay_per_metre is None else config.decay_per_metre * side
+        decay = DECAY if config.decay is None else config.decay
+        if config.decay_per_metre is not None:
+            decay = config.decay_per_metre * side
         return decay, config.radius if config.radius_metres is None else config.radius_metres / side
 
     def _tags(self, legend: Vocabulary, templates: Sequence[str], predictor: GraphPredictor) -> dict[str, str]:
@@ -321,6 +323,19 @@ def zero_shot(
         ((40, 60), True)
     """
     place = select_device(device)
+    config = configured(preset, clip=clip, prior=prior, **options)
+    encoders = load_encoders(config.clip, config.prior, offline=offline)
+    try:
+        model = ZeroShot(encoders.clip, encoders.prior, variant=config.variant, rotations=config.rotations)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return SceneZeroShot(model, config, encoders.facts, place)
+
+
+def configured(
+    preset: str | os.PathLike[str], *, clip: str | None = None, prior: str | None = None, **options: Any
+) -> ZeroShotConfig:
+    """A preset with options, all that can be known of them without any weights checked. See :func:`zero_shot`."""
     config = load_zero_shot(preset)
     layer = options.pop("prior_layer", None)
     known = [field.name for field in dataclasses.fields(config) if field.name not in ("clip", "prior")]
@@ -328,7 +343,9 @@ def zero_shot(
     if unknown := sorted(given.keys() - known):
         raise ConfigError(f"zero_shot: option {unknown[0]} is unknown; expected one of {', '.join(known)}")
     share = config.overlap / config.window
-    config = config_from_dict({**dataclasses.asdict(config), **given}, ZeroShotConfig, "zero_shot")
+    # one of a pair takes the place of the preset's other
+    replaced = {b: None for pair in IN_METRES.items() for a, b in (pair, pair[::-1]) if a in given}
+    config = config_from_dict({**dataclasses.asdict(config), **replaced, **given}, ZeroShotConfig, "zero_shot")
     towers = dataclasses.replace(choose_clip(config.clip, clip), image_size=config.window)
     structure = dataclasses.replace(choose_prior(config.prior, prior), image_size=config.window)
     if layer is not None:
@@ -336,17 +353,70 @@ def zero_shot(
     if config.steps == 0 and config.variant != "proxyclip":
         # nothing asks for it
         structure = dataclasses.replace(structure, name=NO_PRIOR)
-    encoders = load_encoders(towers, structure, offline=offline)
-    config = dataclasses.replace(config, clip=towers, prior=structure)
-    if "overlap" not in given and (clip is not None or "window" in given):
-        # as much of a window as in the preset, in whole cells of another CLIP too
-        patch = encoders.clip.visual.patch_size[0]
-        config = dataclasses.replace(config, overlap=int(share * (config.window // patch)) * patch)
     try:
-        model = ZeroShot(encoders.clip, encoders.prior, variant=config.variant, rotations=config.rotations)
+        check_choices(config.variant, config.rotations, has_prior=structure.name != NO_PRIOR)
+        patch = patch_side(towers.name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return SceneZeroShot(model, config, encoders.facts, place)
+    if patch is not None and "overlap" not in given and (clip is not None or "window" in given):
+        # as much of a window as in the preset, in whole cells of another CLIP too
+        config = dataclasses.replace(config, overlap=int(share * (config.window // patch)) * patch)
+    if patch is not None:
+        _check_windows(config.window, config.overlap, patch)
+    return dataclasses.replace(config, clip=towers, prior=structure)
+
+
+def _check_windows(window: int, overlap: int, patch: int) -> None:
+    if window < 2 * patch or window % patch:
+        raise ConfigError(
+            f"zero_shot: window does not fit CLIP; expected a multiple of {patch}, at least {2 * patch} pixels, "
+            f"got {window}"
+        )
+    if not 0 <= overlap < window or overlap % patch:
+        raise ConfigError(
+            f"zero_shot: overlap does not fit; expected a multiple of {patch} pixels below {window}, got {overlap}"
+        )
+
+
+def check_words(
+    classes: Vocabulary | str | Sequence[str], background: Sequence[str] = (), templates: Sequence[str] = ()
+) -> Vocabulary:
+    """The classes, as far as words can be checked without a text encoder.
+
+    Raises:
+        ConfigError: a template without exactly one ``{}``, or a class that has the name of the background.
+        DatasetError: names that are no class names.
+    """
+    legend = _vocabulary(classes)
+    for template in templates:
+        class_prompt(BACKGROUND, template)
+    if background and BACKGROUND in legend.names:
+        raise ConfigError(
+            f"zero_shot: a class is called {BACKGROUND}, as that of the prompts of the background; "
+            "expected another name, or no such prompts"
+        )
+    return legend
+
+
+def check_metres(config: ZeroShotConfig, scene: SceneReader) -> None:
+    """Metres have one meaning in a scene, if any is asked for.
+
+    Raises:
+        ConfigError: it has no place, or pixels that are no squares on the ground.
+    """
+    for cells, metres in IN_METRES.items():
+        if getattr(config, metres) is None:
+            continue
+        sides = scene.sides
+        if sides is None:
+            raise ConfigError(
+                f"zero_shot: {metres} needs a place; expected a CRS and a transform in {scene.path}, or {cells}"
+            )
+        if max(sides) > (1 + _SQUARE) * min(sides):
+            raise ConfigError(
+                f"zero_shot: {metres} does not fit the scene; expected pixels that are square on the ground, got "
+                f"{sides[0]:.3g} m across and {sides[1]:.3g} m down: reproject {scene.path}, or give {cells}"
+            )
 
 
 class _Arrays:

@@ -81,6 +81,18 @@ SETTINGS = (
     GraphSetting(8, 0.02, 0.8),
 )
 
+TRIAL = "A trial of the program, not a result: drawn pictures, and small encoders with random weights."
+_OF_A_TRIAL = {
+    "Real pieces": "Drawn pictures",
+    "Real less it": "First less it",
+    "real less": "first less",
+    "the real prior": "the first encoder",
+    DINO: "first small encoder, random",
+    CNN: "second small encoder, random",
+    RANDOM: "other small encoders, random",
+}
+"""What stands in the page of a trial in the place of what was not there."""
+
 Scores = dict[str, dict[str, float]]
 """Of one row: ``{piece or data set: {metric: percent}}``."""
 
@@ -98,6 +110,7 @@ def propagation(setting: Setting, out: Path, *, jobs: int = 1, command: str = ""
     features = {id(piece): _kept_features(piece, encoders, windows, device, out / "runs") for piece in _each(parted)}
     found = _measure(parted, features, windows.cell, setting.seeds)
     facts: dict[str, Any] = {
+        "quick": setting.quick,
         "pieces": {dataset: [piece.name for piece in own] for dataset, own in pieces.items()},
         "scored": [f"{fold.dataset} {fold.test.name}" for fold in parted],
         "seeds": list(setting.seeds),
@@ -108,7 +121,8 @@ def propagation(setting: Setting, out: Path, *, jobs: int = 1, command: str = ""
         "seconds": round(time.monotonic() - start),
         "versions": library_versions(),
     }
-    content = {"study": "propagation", "title": TITLE, **facts, "found": found}
+    title = f"{TITLE} (a trial)" if setting.quick else TITLE
+    content = {"study": "propagation", "title": title, **facts, "found": found}
     write_text_atomic(out / "propagation.json", json.dumps(content, indent=1) + "\n")
     write_text_atomic(out / "propagation.md", page(content))
     _draw(content, out / "propagation.png")
@@ -369,8 +383,10 @@ def page(content: Mapping[str, Any]) -> str:
     seeds, pieces, datasets = content["seeds"], content["scored"], list(content["pieces"])
     side, cell = content["window"]
     first = str(SETTINGS[0])
+    trial = bool(content.get("quick"))
     parts = [
         f"# {TITLE}\n",
+        *((f"**{TRIAL}**\n",) if trial else ()),
         f"Real pieces: {_listed(content['pieces'])}. Of several images each is scored once, with a classifier that was "
         "fitted on the others; a single one is cut into halves, each an image of its own, so no edge, window or "
         f"encoder reaches what the classifier saw. Cells of {cell} pixels in windows of {side}, the graph of "
@@ -393,7 +409,8 @@ def page(content: Mapping[str, Any]) -> str:
                 line[f"real less it, {title}"] = None if graph == DINO else _signed(apart)
             table.append(line)
         parts += [f"## {classifier[0].upper()}{classifier[1:]}, {first}\n", markdown_table(table)]
-        parts.append(_in_words(rows, pieces, seeds))
+        if not trial:
+            parts.append(_in_words(rows, pieces, seeds))
     parts += [
         f"*Real less it*: {DINO} less the row, piece by piece: mean ± deviation over {len(pieces)} pieces, and in how "
         "many it is higher. Other columns are of whole data sets, so they differ by a little more or less.\n",
@@ -404,7 +421,15 @@ def page(content: Mapping[str, Any]) -> str:
         f"{content['seconds'] / 60:.0f} minutes, without features that were kept from before.\n",
         f"`{content['command']}`, commit {', '.join(content['commits']) or '-'}\n",
     ]
-    return "\n".join(parts)
+    heading, *rest = parts
+    return "\n".join([heading, *(_named(part, trial) for part in rest)])
+
+
+def _named(text: str, trial: bool) -> str:
+    """A text with the names of what was there."""
+    for name, own in _OF_A_TRIAL.items() if trial else ():
+        text = text.replace(name, own)
+    return text
 
 
 def _listed(pieces: Mapping[str, Sequence[str]]) -> str:
@@ -446,7 +471,7 @@ def _draw(content: Mapping[str, Any], path: Path) -> None:
     if plt is None:
         return
     seeds, pieces = content["seeds"], content["scored"]
-    shown = GRAPHS[:-1]
+    shown, trial = GRAPHS[:-1], bool(content.get("quick"))
     figure, axes = plt.subplots(1, len(content["found"]), figsize=(4.2 * len(content["found"]), 2.8), sharey=True)
     for axis, (classifier, by_kind) in zip(axes, content["found"].items(), strict=True):
         for place, graph in enumerate(shown):
@@ -454,10 +479,12 @@ def _draw(content: Mapping[str, Any], path: Path) -> None:
             axis.barh(place, statistics.fmean(apart), color=figures.ACCENT, height=0.6)
             axis.plot(apart, [place] * len(apart), "o", color="white", markeredgecolor=figures.INK, markersize=4)
         axis.axvline(0, color=figures.INK, linewidth=0.8)
-        axis.set_yticks(range(len(shown)), [f"less {graph}" for graph in shown])
-        axis.set_title(classifier, fontsize=9)
-        axis.set_xlabel(f"mIoU of {DINO}'s graph less it, points")
+        axis.set_yticks(range(len(shown)), [_named(f"less {graph}", trial) for graph in shown])
+        axis.set_title(_named(classifier, trial), fontsize=9)
+        axis.set_xlabel(_named(f"mIoU of {DINO}'s graph less it, points", trial))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
+    if trial:
+        figure.suptitle(TRIAL, fontsize=9)
     figure.tight_layout()
     figures.save(figure, path)

@@ -9,10 +9,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from drseg_core.checkpoints.encoders import choose_clip, choose_prior
+from drseg_core.checkpoints.encoders import choose_clip, choose_prior, load_encoders
 from drseg_core.checkpoints.published import Published, fetched, published_clip, published_prior
 from drseg_core.config.schema import ClipConfig, DinoConfig
 from drseg_core.errors import CheckpointError, ConfigError
+from drseg_core.models.clip import ClipEncoder
+from drseg_core.models.dino import DinoPrior
 
 CLIP = ClipConfig(name="ViT-B-16-quickgelu")
 
@@ -67,6 +69,36 @@ def test_what_names_stand_for(tmp_path: Path) -> None:
     for weights in (None, str(own)):
         assert published_clip(ClipConfig(weights=weights)) is None
         assert published_prior(DinoConfig(weights=weights)) is None
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_name_is_no_path(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """What lies in the working folder under the name of a tag changes nothing, and nothing is asked of a network."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    expected = two()
+    for name in ("openai", "pretrained"):
+        Path(name).mkdir() if kind == "folder" else Path(name).touch()
+    assert two() == expected and len(expected) == 2
+    for clip, prior in ((CLIP, DinoConfig()), (ClipConfig(name="drseg-tiny", weights=None), DinoConfig())):
+        with pytest.raises(CheckpointError, match="--offline never connects"):
+            load_encoders(clip, prior, offline=True)
+    assert hub.asked == []
+
+
+def test_offline_reaches_the_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is asked of them, they never fetch."""
+    import open_clip.pretrained
+    import timm
+
+    def fetch(*given: object, **options: object) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained", fetch)
+    monkeypatch.setattr(timm, "create_model", fetch)
+    for encoder, config in ((ClipEncoder, CLIP), (DinoPrior, DinoConfig())):
+        with pytest.raises(CheckpointError, match="are not here; expected a file, as offline is set"):
+            encoder(config, offline=True)  # type: ignore[arg-type]
 
 
 def test_the_cache_comes_first(hub: Hub) -> None:

@@ -173,7 +173,7 @@ def test_scores_of_a_published_picture(
         monkeypatch.setitem(known_weights._CLIP, (clip.name, str(weights / FILES[0])), published)
         assert drseg(*words(weights, *more[:2]))[0] == wanted
     code, _, errors = drseg(*words(weights, "--picture", tmp_path / "absent.png"))
-    assert code == 3 and "absent.png" in errors
+    assert code == 3 and f"check_weights: picture {tmp_path / 'absent.png'} not found; expected an image file" in errors
 
 
 def test_what_is_committed() -> None:
@@ -191,6 +191,18 @@ def test_a_picture_best_described_by_its_own_words(
     monkeypatch.setattr(check_weights, "_scores", lambda model: torch.eye(4)[:2])
     code, text, _ = drseg(*words(weights))
     assert code == 0 and len(lines(text, "seen")) == 2 and not lines(text, "ODD")
+
+
+@pytest.mark.parametrize(("first", "second", "verdict"), [(0.74, 0.2, "seen"), (0.74, 0.26, "ODD"), (0.41, 0.4, "ODD")])
+def test_first_by_a_little_is_not_seen(
+    drseg: Command, weights: Path, monkeypatch: pytest.MonkeyPatch, first: float, second: float, verdict: str
+) -> None:
+    scores = torch.tensor([[first, second, 0, 0], [second, first, 0, 0]])
+    monkeypatch.setattr(check_weights, "_scores", lambda model: scores)
+    code, text, errors = drseg(*words(weights))
+    assert code == (0 if verdict == "seen" else 8) and len(lines(text, verdict)) == 2
+    assert f"({first:.2f}), then" in lines(text, verdict)[0] and f"({second:.2f}); expected" in lines(text, verdict)[0]
+    assert "by far: 0.5 more than the next" in text and ("0.5 more than the next" in errors) == (code == 8)
 
 
 def test_pictures_are_what_they_are_called() -> None:

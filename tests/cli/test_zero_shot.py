@@ -11,6 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from PIL import Image
 
 import drseg_core
 from drseg_core.scenes.synthetic import write_synthetic_scene
@@ -149,7 +150,7 @@ def test_without_a_network_too_and_licences_come_first(drseg, scene, tmp_path, e
     [
         (["--variant", "odd"], 2, "variant is unknown; expected one of value"),
         (["--alpha", "1"], 2, "alpha is out of range"),
-        (["--window", "33"], 2, "expected a multiple of 8, got 33"),
+        (["--window", "33"], 2, "expected a multiple of 8, at least 16 pixels, got 33"),
         (["--overlap", "9"], 2, "overlap does not fit"),
         (["--max-cells", "5"], 2, "which take about"),
         (["--templates", "no place"], 2, "exactly one {}"),
@@ -169,6 +170,49 @@ def test_refusals(drseg, scene, tmp_path, empty, words: list[str], code: int, sa
     found, _, errors = drseg("predict", "zero-shot:tiny", scene, *WORDS, "--out", tmp_path / "map.tif", *words)
     assert found == code, errors
     assert said in only_line(errors) and empty == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--radius", "nan"], "--radius has a wrong value; expected a number, got nan"),
+        (["--steps", "1.5"], "--steps has a wrong value; expected a whole number, got 1.5"),
+        (["--batch-size", "odd"], "--batch-size has a wrong value; expected a whole number, got odd"),
+    ],
+)
+def test_what_is_no_number(drseg, scene, tmp_path, words: list[str], said: str) -> None:
+    code, _, errors = drseg("predict", "zero-shot:tiny", scene, *WORDS, "--out", tmp_path / "map.tif", *words)
+    assert code == 2 and errors.splitlines()[0] == f"drseg predict: error: {said}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--templates", "no braces"], "expected exactly one {}, got 'no braces'"),
+        (["--variant", "foo"], "variant is unknown"),
+        (["--threshold", 2], "threshold is out of range; expected 0 to 1, got 2"),
+        (["--overlap", 9], "overlap does not fit; expected a multiple of 16 pixels below 224, got 9"),
+        (["--window", 100], "expected a multiple of 16, at least 32 pixels, got 100"),
+        (["--prior", "none", "--variant", "proxyclip"], "prior is missing"),
+        (["--radius-metres", 5, "--radius", 3], "radius and radius_metres are both given"),
+        (["--background", "sky", "--classes", "road; background"], "a class is called background, as that of"),
+    ],
+)
+def test_cheap_refusals_come_before_the_weights(drseg, scene, tmp_path, empty, words: list[Any], said: str) -> None:
+    """Nothing is asked of the hub, and all are errors of options."""
+    code, _, errors = drseg("predict", "zero-shot", scene, *WORDS, "--out", tmp_path / "map.tif", *words)
+    assert code == 2, errors
+    assert said in only_line(errors) and empty == []
+
+
+def test_metres_without_a_place_are_refused_before_the_weights(drseg, tmp_path, empty) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "plain.png")
+    for option in ("radius", "decay"):
+        words = ["--radius-metres" if option == "radius" else "--decay-per-metre", 5]
+        code, _, errors = drseg(
+            "predict", "zero-shot", tmp_path / "plain.png", *WORDS, "--out", tmp_path / "map.tif", *words
+        )
+        assert code == 2 and "needs a place; expected a CRS" in only_line(errors) and empty == []
 
 
 def test_other_refusals(drseg: Command, scene: Path, tmp_path: Path, empty: list[str]) -> None:

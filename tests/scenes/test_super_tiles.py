@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from typing import Any
 
 import pytest
@@ -20,10 +21,25 @@ from drseg_core.scenes.super_tiles import super_tiles
 
 GRID = 37, 52
 LIMITS = [1178, 1300, 1600, 1923]
+NARROW = {(2.9, 2): 300, (1.0, 4): 360, (2.0, 1): 200, (4.3, 1): 700}
 
 
 @pytest.mark.parametrize(
-    ("halo", "limit"), [(0, 342), (1, 400), (0, 1000), (1, 700), (5, 800), (5, 1923), (5, 1924), (30, 1924)]
+    ("halo", "limit"),
+    [
+        (0, 342),
+        (0, 1),
+        (0, 7),
+        (2, 30),
+        (5, 121),
+        (1, 400),
+        (0, 1000),
+        (1, 700),
+        (5, 800),
+        (5, 1923),
+        (5, 1924),
+        (30, 1924),
+    ],
 )
 def test_parts_cover_a_grid_once(halo: int, limit: int) -> None:
     seen = torch.zeros(GRID, dtype=torch.int)
@@ -55,15 +71,28 @@ def test_as_few_cells_as_can_be() -> None:
 
 
 def test_a_halo_that_does_not_fit() -> None:
-    # two parts of 18 or 19 cells down and three of 17 or 18 across, which reach over one border and over two
+    # a cell and five on each side of it
     with pytest.raises(
         ConfigError,
-        match="super_tile is too small for radius and steps; expected at least 648 cells for a halo of 5, got 647",
+        match="super_tile is too small for radius and steps; expected at least 121 cells, one and the 5 on each side "
+        "that decide what becomes of it, got 120",
     ):
-        super_tiles(GRID, 5, 647)
+        super_tiles(GRID, 5, 120)
+    assert max(tile.grid[0] * tile.grid[1] for tile in super_tiles(GRID, 5, 121)) == 121
+    # two parts of 18 or 19 cells down and three of 17 or 18 across, which reach over one border and over two: the
+    # smallest that are no narrower than 16 cells; smaller ones are narrower
     assert max(tile.grid[0] * tile.grid[1] for tile in super_tiles(GRID, 5, 648)) == 648
+    assert len(super_tiles(GRID, 5, 648)) == 6 < len(super_tiles(GRID, 5, 647))
     # nothing but the whole will do
     assert len(super_tiles(GRID, None, 5)) == 1
+    with pytest.raises(ConfigError, match="at least 1924 cells"):
+        super_tiles(GRID, 52, 1923)
+
+
+def test_narrow_parts_of_a_large_grid_are_found_soon() -> None:
+    begin = time.process_time()
+    assert max(tile.grid[0] * tile.grid[1] for tile in super_tiles((1500, 2000), 8, 340)) <= 340
+    assert time.process_time() - begin < 20
 
 
 def predictor(**options: Any) -> GraphPredictor:
@@ -95,7 +124,7 @@ def test_any_partition_is_one_graph(select: str, radius: float, steps: int) -> N
     found, given = predictor(radius=radius, steps=steps, select=select), cells()
     whole = spread(found, given, 10**6)
     counts = set()
-    for limit in LIMITS:
+    for limit in (*LIMITS, NARROW[radius, steps]):
         counts.add(len(super_tiles(GRID, reach_of_steps(radius, steps), limit)))
         torch.testing.assert_close(spread(found, given, limit), whole, rtol=1e-5, atol=1e-6)
     assert len(counts) > 1 and min(counts) > 1
@@ -117,6 +146,11 @@ def test_what_has_no_reach_is_one_graph() -> None:
         assert len(found.tiles(GRID)) == 1
         assert torch.equal(spread(found, given, 300), spread(found, given, 10**6))
     assert len(predictor(radius=2.0, steps=3, super_tile=1044).tiles(GRID)) > 1
+
+
+def test_a_radius_beyond_the_grid_is_a_halo_of_the_grid() -> None:
+    with pytest.raises(ConfigError, match="expected at least 1924 cells, one and the 52 on each side"):
+        predictor(radius=1e30, steps=3, super_tile=1000).tiles(GRID)
 
 
 def test_a_large_prior_in_a_file_goes_in_parts_too() -> None:

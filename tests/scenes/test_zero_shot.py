@@ -285,6 +285,27 @@ def test_cells_without_data_take_no_part(mapper: SceneZeroShot, scene: Path) -> 
     assert torch.equal(spread[~absent], plain[~absent])
 
 
+def test_what_comes_is_said_before_it_is_done(mapper, scene, caplog, capsys, monkeypatch) -> None:
+    """The size of the graph before it is made, that of the propagation before it begins; steps have a bar."""
+    said: list[str] = []
+    for method in ("graph", "_spread"):
+        before = getattr(GraphPredictor, method)
+
+        def noted(*given: Any, before: Any = before, method: str = method) -> Any:
+            said.append(f"{method} after {caplog.messages[-1]}")
+            return before(*given)
+
+        monkeypatch.setattr(GraphPredictor, method, noted)
+    for steps, how in ((4, "4 steps"), (None, "solved to the end, mostly within a few dozen iterations")):
+        mine, cells = collected(changed(mapper, steps=steps), scene, progress=True)
+        said.clear()
+        capsys.readouterr()
+        with caplog.at_level("INFO", "drseg_core"):
+            mine.spread(cells)
+        assert said == ["graph after graph 1 of 1: 12 x 7 = 84 cells", f"_spread after 3 classes over 504 edges: {how}"]
+        assert ("4/4" in capsys.readouterr().err) == (steps == 4)
+
+
 def test_a_large_prior_lies_in_a_file(mapper: SceneZeroShot, scene: Path, tmp_path: Path, monkeypatch) -> None:
     plain, cells = collected(mapper, scene)
     monkeypatch.setattr(scene_graph, "PRIOR_BYTES", 1000)
@@ -300,16 +321,16 @@ def test_a_large_prior_lies_in_a_file(mapper: SceneZeroShot, scene: Path, tmp_pa
 
 def test_decay_per_metre_is_that_of_a_cell(mapper: SceneZeroShot, scene: Path, tmp_path: Path) -> None:
     # pixels of half a metre, cells of 8: 0.05 a metre is 0.2 a cell, but for the scale of the projection
-    metres = changed(mapper, decay_per_metre=0.05).predict(scene, NAMES)
+    metres = changed(mapper, decay=None, decay_per_metre=0.05).predict(scene, NAMES)
     cells = mapper.predict(scene, NAMES)
     assert (metres.class_index == cells.class_index).mean() > 0.99
-    far = changed(mapper, decay_per_metre=50.0).predict(scene, NAMES)
+    far = changed(mapper, decay=None, decay_per_metre=50.0).predict(scene, NAMES)
     assert np.nanmax(abs(far.score - cells.score)) > 10 * np.nanmax(abs(metres.score - cells.score))
     from PIL import Image
 
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "plain.png")
     with pytest.raises(ConfigError, match="decay_per_metre needs a place"):
-        changed(mapper, decay_per_metre=0.05).predict(tmp_path / "plain.png", NAMES)
+        changed(mapper, decay=None, decay_per_metre=0.05).predict(tmp_path / "plain.png", NAMES)
     with pytest.raises(ConfigError, match="radius_metres needs a place; .*, or radius"):
         changed(mapper, radius_metres=5.0).predict(tmp_path / "plain.png", NAMES)
 
@@ -320,6 +341,35 @@ def test_a_radius_in_metres_is_that_of_cells(mapper: SceneZeroShot, scene: Path)
     cells = changed(mapper, radius=1.2).predict(scene, NAMES)
     assert np.array_equal(metres.score, cells.score, equal_nan=True)
     assert np.nanmax(abs(cells.score - changed(mapper, radius=1.5).predict(scene, NAMES).score)) > 1e-3
+
+
+def test_metres_need_pixels_that_are_square_on_the_ground(mapper: SceneZeroShot, tmp_path: Path) -> None:
+    def placed(crs: str, x: float, y: float, side: float, down: float | None = None) -> Path:
+        path = write_synthetic_scene(tmp_path / "scene.tif", width=40, height=40)
+        with rasterio.open(path, "r+") as file:
+            file.crs = crs
+            file.transform = rasterio.Affine(side, 0, x, 0, -(down or side), y)
+        return path
+
+    in_metres = changed(mapper, radius_metres=4.0), changed(mapper, decay=None, decay_per_metre=0.05)
+    # a degree at 60 degrees north: 55.80 km across, 111.41 km down
+    path = placed("EPSG:4326", 10, 60, 1e-5)
+    for mine, option in zip(in_metres, ("radius_metres", "decay_per_metre"), strict=True):
+        with pytest.raises(
+            ConfigError,
+            match=rf"zero_shot: {option} does not fit the scene; expected pixels that are square on the ground, got "
+            rf"0.558 m across and 1.11 m down: reproject .*scene.tif, or give {option.partition('_')[0]}$",
+        ):
+            mine.predict(path, NAMES)
+    mapper.predict(path, NAMES)
+    placed("EPSG:32632", 500000, 5600000, 0.5, 0.6)
+    with pytest.raises(ConfigError, match=r"got 0.5 m across and 0.6 m down"):
+        in_metres[0].predict(path, NAMES)
+    # near the equator a degree is as long either way, and Web Mercator has squares everywhere
+    for crs, x, y, side in (("EPSG:4326", 10, 5, 1e-5), ("EPSG:3857", 1e6, 8e6, 0.6), ("EPSG:32632", 5e5, 5.6e6, 0.5)):
+        placed(crs, x, y, side)
+        for mine in in_metres:
+            mine.predict(path, NAMES)
 
 
 def test_a_map_in_super_tiles_is_that_of_one_graph(mapper: SceneZeroShot, tmp_path: Path, caplog) -> None:
@@ -347,7 +397,7 @@ def test_a_map_in_super_tiles_is_that_of_one_graph(mapper: SceneZeroShot, tmp_pa
         ):
             changed(parts, max_cells=50, **whole_scene).predict(path, NAMES)
     with pytest.raises(ConfigError, match="super_tile is too small for radius and steps"):
-        changed(parts, super_tile=300).predict(path, NAMES)
+        changed(parts, super_tile=80).predict(path, NAMES)
 
 
 # files
@@ -446,6 +496,15 @@ def test_features_that_are_not_finite(scene: Path) -> None:
         broken.predict(scene, NAMES)
 
 
+def test_a_solution_that_is_not_reached(mapper: SceneZeroShot, scene: Path) -> None:
+    with pytest.raises(
+        NumericalError,
+        match="zero_shot: the propagation did not converge; expected an alpha further below 1, or steps, got alpha "
+        "0.999999999$",
+    ):
+        changed(mapper, alpha=0.999999999).predict(scene, NAMES)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -455,10 +514,15 @@ def test_features_that_are_not_finite(scene: Path) -> None:
         ({"radius": -1.0}, "radius is out of range"),
         ({"radius_metres": -0.5}, "radius_metres is out of range"),
         ({"super_tile": 0}, "super_tile is out of range"),
+        (
+            {"radius": 3.0, "radius_metres": 4.0},
+            "zero_shot: radius and radius_metres are both given; expected one, got 3.0 and 4.0",
+        ),
+        ({"decay": 0.0, "decay_per_metre": 0.1}, "decay and decay_per_metre are both given; expected one"),
         ({"rotations": 2}, "rotations is out of range; expected 1 or 4"),
         ({"variant": "odd"}, "variant is unknown"),
-        ({"window": 33}, "image_size does not fit"),
-        ({"window": 8}, "expected at least 16 pixels, got 8"),
+        ({"window": 33}, "window does not fit CLIP; expected a multiple of 8, at least 16 pixels, got 33"),
+        ({"window": 8}, "at least 16 pixels, got 8"),
         ({"overlap": 32}, "overlap does not fit"),
         ({"colour": 1}, "option colour is unknown; expected one of variant"),
         ({"prior": "none", "variant": "proxyclip"}, "prior is missing"),
@@ -471,6 +535,14 @@ def test_features_that_are_not_finite(scene: Path) -> None:
 def test_options_that_do_not_fit(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         drseg.zero_shot("tiny", **options)
+
+
+@pytest.mark.parametrize("threshold", [2, -1, math.nan])
+def test_a_threshold_is_a_score(mapper: SceneZeroShot, scene: Path, tmp_path: Path, threshold: float) -> None:
+    for more in ({}, {"out": tmp_path / "map.tif"}):
+        with pytest.raises(ConfigError, match=f"threshold is out of range; expected 0 to 1, got {threshold}"):
+            mapper.predict(scene, NAMES, threshold=threshold, **more)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_of_files_go_with_files(mapper: SceneZeroShot, scene: Path, tmp_path: Path) -> None:
@@ -502,6 +574,18 @@ def test_presets() -> None:
         assert config.window == window and config.overlap == window // 2
     with pytest.raises(ConfigError, match="preset odd not found; expected a YAML file or one of b, l, tiny"):
         load_zero_shot("odd")
+
+
+def test_an_option_takes_the_place_of_the_other_of_a_preset(scene: Path, tmp_path: Path) -> None:
+    path, tiny = tmp_path / "own.yaml", "clip: {name: drseg-tiny, weights: null}\nprior: {name: none}\nwindow: 64\n"
+    path.write_text(f"{tiny}overlap: 0\nradius: 2.0\ndecay_per_metre: 0.3\n")
+    config = drseg.zero_shot(path, radius_metres=5.0, decay=0.1).config
+    assert (config.radius, config.radius_metres, config.decay, config.decay_per_metre) == (None, 5.0, 0.1, None)
+    path.write_text(f"{tiny}overlap: 0\nradius: 2.0\nradius_metres: 5.0\n")
+    with pytest.raises(ConfigError, match="radius and radius_metres are both given"):
+        drseg.zero_shot(path)
+    with open_scene(scene) as opened:
+        assert drseg.zero_shot("tiny")._distances(opened) == (0.16, None)
 
 
 def test_a_preset_of_ones_own(tmp_path: Path) -> None:

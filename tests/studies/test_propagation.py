@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from drseg_core.config.load import load_config
 from drseg_core.data import IGNORE
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.models.window_maps import Windows
@@ -32,6 +34,7 @@ from drseg_core.studies.propagation import (
     page,
     to_pixels,
 )
+from drseg_core.studies.setting import Setting
 
 
 def write_piece(folder: Path, name: str, image: np.ndarray, mask: np.ndarray) -> None:
@@ -257,7 +260,25 @@ def test_the_page_says_what_was_found(measured: tuple[list[Fold], dict]) -> None
     apart = differences(rows, COLOUR, ["set 0", "set 1"], [0, 1], "mIoU")
     assert f"{rows[COLOUR]['set']['mIoU']:.1f}" in line
     assert f"{sum(apart) / 2:+.1f} ± {abs(apart[0] - apart[1]) / 2**0.5:.1f} ({sum(a > 0 for a in apart)} of 2)" in line
-    assert text.count("By mIoU the graph of the real prior is") == len(CLASSIFIERS)
+    assert text.count("By mIoU the graph of the real prior is") == len(CLASSIFIERS) and "trial" not in text
+
+
+def test_the_page_of_a_trial_says_so(tmp_path: Path) -> None:
+    """Drawn pictures and random encoders are called nothing else, in page, titles and values."""
+    study.propagation(
+        Setting(load_config("tiny"), "", (), quick=True, seeds=(0,)),
+        tmp_path,
+        command="drseg study propagation --quick",
+    )
+    heading, first, rest = (tmp_path / "propagation.md").read_text().split("\n\n", 2)
+    assert heading == f"# {study.TITLE}"
+    assert first == "**A trial of the program, not a result: drawn pictures, and small encoders with random weights.**"
+    assert rest.startswith("Drawn pictures: several (2 images)")
+    for name in ("eal piece", "eal prior", "eal less", "DINOv2", "EfficientNet", "ViT-S/14", "By mIoU"):
+        assert name not in rest, name
+    assert "| first small encoder, random |" in rest and "| second small encoder, random |" in rest
+    content = json.loads((tmp_path / "propagation.json").read_text())
+    assert content["quick"] is True and content["title"].endswith("(a trial)")
 
 
 @pytest.mark.parametrize(
