@@ -18,8 +18,9 @@ SANITIZE_TESTS ?= tests/ops tests/nn/test_pdgr.py -k "native or test_pdgr"
 SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
 
-# short tests of every part, for what depends on where they run
+# short tests of every part, for what depends on where they run; whole maps from words and memory do not
 ELSEWHERE_TESTS ?= tests/config tests/evaluation tests/scenes tests/repo/test_tree.py \
+	$(addprefix --ignore=tests/scenes/test_,zero_shot.py super_tiles.py memory.py) \
 	$(addprefix tests/data/test_,images.py folder.py check.py archives.py manifest.py) \
 	$(addprefix tests/cli/test_,commands.py exit_codes.py refusals.py) tests/ops/test_bad_inputs.py \
 	tests/ops/test_contract.py tests/checkpoints/test_versions.py tests/training/test_rank_channels.py \
