@@ -8,7 +8,7 @@
 #
 # Steps: place build profile probe contracts rows tune sanitize large compiled model. Each is a process of its own with a
 # time-out and a log in FOLDER; summary.txt has a line for each. Beside the logs: environment.json,
-# profile.jsonl, probe.jsonl, pdgr.jsonl and knn_graph.jsonl (rows), tuned/ (the tables of launch sizes), large.jsonl,
+# profile.jsonl, probe.jsonl, pdgr.jsonl, knn_graph.jsonl and edge_coefficient.jsonl (rows), tuned/ (the tables of launch sizes), large.jsonl,
 # compiled.jsonl, model.jsonl.
 # What cannot run here is skipped and says why. Where place or profile fails, nothing else is tried.
 #
@@ -151,16 +151,20 @@ step_contracts() {
 }
 
 step_rows() {
-    local dtype failed=0 how
+    local dtype backend op failed=0 how
     for dtype in $DTYPES; do
         how="--device $DEVICE --data dino --repeats $REPEATS --dtype $dtype"
         bench run --op pdgr $(each --case $CASES) --beside matmul_lower_bound $how --out "$OUT/pdgr.jsonl" || failed=1
         # autocast is a matter of the whole module
         [ "$dtype" = autocast ] || bench run --op knn_graph $(each --case $KNN_CASES) --beside matmul_lower_bound $how \
             --out "$OUT/knn_graph.jsonl" || failed=1
-        # the same by Triton, where CUDA C++ goes first
-        [ "$dtype" = autocast ] || [ -n "$DRY" ] || bench run --op knn_graph --case ${KNN_CASES%% *} --backend triton \
-            --beside nothing $how --out "$OUT/knn_graph.jsonl" || failed=1
+        # small graphs by CUDA C++, which goes first there, and by Triton
+        [ "$dtype" = autocast ] || [ -n "$DRY" ] || for backend in cuda triton; do
+            for op in knn_graph edge_coefficient; do
+                bench run --op $op --case ${KNN_CASES%% *} --mode fwd --backend $backend --beside nothing \
+                    ${how/dino/case} --out "$OUT/$op.jsonl" || failed=1
+            done
+        done
     done
     return $failed
 }

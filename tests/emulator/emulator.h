@@ -103,97 +103,22 @@ inline int warp_max(int value, Where where = Where::current()) {
 
 // Memory of the device, as a kernel is given it.
 template <class T>
-class Global : public emulator::View<T> {
-  using Base = emulator::View<T>;
-  using Value = typename Base::Value;
-
+class Global : public emulator::View<T, emulator::GlobalMemory> {
  public:
-  Global(T* start, int64_t size) : Base(start, size) {}
-
-  Value get(int64_t i, Where where = Where::current()) const {
-    const T* from = this->place("global", i, 1, sizeof(T), where);
-    emulator::touch_global(from, sizeof(T), Access::read, where);
-    return *from;
-  }
-  void set(int64_t i, Value value, Where where = Where::current()) const {
-    T* to = this->place("global", i, 1, sizeof(T), where);
-    emulator::touch_global(to, sizeof(T), Access::write, where);
-    *to = value;
-  }
-  // All of a V at once; the first element must lie where a V may.
-  template <class V>
-  V get_as(int64_t i, Where where = Where::current()) const {
-    const T* from = this->place("global", i, sizeof(V) / sizeof(T), sizeof(V), where);
-    emulator::touch_global(from, sizeof(V), Access::read, where);
-    V value;
-    std::memcpy(&value, from, sizeof(V));
-    return value;
-  }
-  template <class V>
-  void set_as(int64_t i, V value, Where where = Where::current()) const {
-    T* to = this->place("global", i, sizeof(V) / sizeof(T), sizeof(V), where);
-    emulator::touch_global(to, sizeof(V), Access::write, where);
-    std::memcpy(to, &value, sizeof(V));
-  }
-  // Returns what was there. Of integers, whose sums have no order.
-  Value add(int64_t i, Value value, Where where = Where::current()) const {
-    static_assert(std::is_integral_v<Value>);
-    T* to = this->place("global", i, 1, sizeof(T), where);
-    emulator::touch_global(to, sizeof(T), Access::atomic, where);
-    return std::exchange(*to, Value(*to + value));
-  }
-  const T* address(int64_t i, int64_t count, size_t bytes, const Where& where) const {
-    return this->place("global", i, count, bytes, where);
-  }
+  using emulator::View<T, emulator::GlobalMemory>::View;
 };
 
 // Memory of a block: `count` elements that begin so many bytes into what the launch gives it.
 template <class T>
-class Shared : public emulator::View<T> {
-  using Base = emulator::View<T>;
-
+class Shared : public emulator::View<T, emulator::SharedMemory> {
  public:
   Shared(size_t offset, int64_t count, Where where = Where::current())
-      : Base(reinterpret_cast<T*>(emulator::arena().start() + offset), count) {
+      : emulator::View<T, emulator::SharedMemory>(reinterpret_cast<T*>(emulator::arena().start() + offset), count) {
     if (offset + count * sizeof(T) > emulator::arena().size())
       block().fault("shared memory out of bounds: " + std::to_string(offset + count * sizeof(T)) + " bytes of " +
                         std::to_string(emulator::arena().size()),
                     where);
     if (offset % alignof(T)) block().fault("shared memory is not aligned: byte " + std::to_string(offset), where);
-  }
-
-  T get(int64_t i, Where where = Where::current()) const {
-    const T* from = this->place("shared", i, 1, sizeof(T), where);
-    emulator::touch_shared(from, sizeof(T), Access::read, where);
-    return *from;
-  }
-  void set(int64_t i, T value, Where where = Where::current()) const {
-    T* to = this->place("shared", i, 1, sizeof(T), where);
-    emulator::touch_shared(to, sizeof(T), Access::write, where);
-    *to = value;
-  }
-  template <class V>
-  V get_as(int64_t i, Where where = Where::current()) const {
-    const T* from = this->place("shared", i, sizeof(V) / sizeof(T), sizeof(V), where);
-    emulator::touch_shared(from, sizeof(V), Access::read, where);
-    V value;
-    std::memcpy(&value, from, sizeof(V));
-    return value;
-  }
-  template <class V>
-  void set_as(int64_t i, V value, Where where = Where::current()) const {
-    T* to = this->place("shared", i, sizeof(V) / sizeof(T), sizeof(V), where);
-    emulator::touch_shared(to, sizeof(V), Access::write, where);
-    std::memcpy(to, &value, sizeof(V));
-  }
-  T add(int64_t i, T value, Where where = Where::current()) const {
-    static_assert(std::is_integral_v<T>);
-    T* to = this->place("shared", i, 1, sizeof(T), where);
-    emulator::touch_shared(to, sizeof(T), Access::atomic, where);
-    return std::exchange(*to, T(*to + value));
-  }
-  T* address(int64_t i, int64_t count, size_t bytes, const Where& where) const {
-    return this->place("shared", i, count, bytes, where);
   }
 };
 

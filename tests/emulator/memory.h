@@ -6,6 +6,7 @@
 #include <bit>
 #include <type_traits>
 #include <unordered_map>
+#include <utility>
 
 #include "block.h"
 
@@ -129,30 +130,62 @@ inline void touch_global(const void* from, size_t bytes, Access access, const Wh
 template <class T>
 concept Element = std::is_trivially_copyable_v<T> && sizeof(T) % 2 == 0 && sizeof(T) <= 16;
 
-template <class T>
+struct GlobalMemory {
+  static constexpr const char* NAME = "global";
+  static constexpr auto touch = touch_global;
+};
+struct SharedMemory {
+  static constexpr const char* NAME = "shared";
+  static constexpr auto touch = touch_shared;
+};
+
+// Elements of one memory, and all that a kernel may do with them.
+template <class T, class Memory>
 class View {
  public:
   using Value = std::remove_const_t<T>;
   static_assert(Element<Value>);
 
-  int64_t size() const { return size_; }
-
- protected:
   View(T* start, int64_t size) : start_(start), size_(size) {}
 
+  Value get(int64_t i, Where where = Where::current()) const { return get_as<Value>(i, where); }
+  void set(int64_t i, Value value, Where where = Where::current()) const { set_as(i, value, where); }
+  // All of a V at once; the first element must lie where a V may.
+  template <class V>
+  V get_as(int64_t i, Where where = Where::current()) const {
+    const T* from = address(i, sizeof(V) / sizeof(T), sizeof(V), where);
+    Memory::touch(from, sizeof(V), Access::read, where);
+    V value;
+    std::memcpy(&value, from, sizeof(V));
+    return value;
+  }
+  template <class V>
+  void set_as(int64_t i, V value, Where where = Where::current()) const {
+    T* to = address(i, sizeof(V) / sizeof(T), sizeof(V), where);
+    Memory::touch(to, sizeof(V), Access::write, where);
+    std::memcpy(to, &value, sizeof(V));
+  }
+  // Returns what was there. Of integers, whose sums have no order.
+  Value add(int64_t i, Value value, Where where = Where::current()) const {
+    static_assert(std::is_integral_v<Value>);
+    T* to = address(i, 1, sizeof(T), where);
+    Memory::touch(to, sizeof(T), Access::atomic, where);
+    return std::exchange(*to, Value(*to + value));
+  }
   // Where `count` elements from `i` on lie, which must be within bounds and aligned to `bytes`.
-  T* place(const char* kind, int64_t i, int64_t count, size_t bytes, const Where& where) const {
+  T* address(int64_t i, int64_t count, size_t bytes, const Where& where) const {
     if (i < 0 || i + count > size_)
-      block().fault(std::string(kind) + " memory out of bounds: element " + std::to_string(i) + (count > 1 ? " and on" : "") +
-                        " of " + std::to_string(size_),
+      block().fault(std::string(Memory::NAME) + " memory out of bounds: element " + std::to_string(i) +
+                        (count > 1 ? " and on" : "") + " of " + std::to_string(size_),
                     where);
     if (reinterpret_cast<uintptr_t>(start_ + i) % bytes)
-      block().fault(std::string(kind) + " memory is not aligned to " + std::to_string(bytes) + " bytes: element " +
-                        std::to_string(i),
+      block().fault(std::string(Memory::NAME) + " memory is not aligned to " + std::to_string(bytes) +
+                        " bytes: element " + std::to_string(i),
                     where);
     return start_ + i;
   }
 
+ private:
   T* start_;
   int64_t size_;
 };

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import oracle
 import pytest
 import test_knn_graph
 import torch
-from contract_knn_graph import on_device, prepared
+from contract_knn_graph import on_device, on_small_graphs, prepared
 from contract_knn_rounded import against_each_other, truncating
 from test_knn_graph import *  # noqa: F403
 from torch import Tensor
@@ -43,25 +41,13 @@ for _name in (
     del globals()[_name]
 
 
-def on_small_graphs(function):
-    """The same function, or a skipped test where the graph is none for these kernels."""
-
-    @functools.wraps(function)
-    def guarded(prior, *args, **options):
-        if prior.shape[-2] > MOST_NODES:
-            pytest.skip(f"the kernels take at most {MOST_NODES} nodes")
-        return function(prior, *args, **options)
-
-    return guarded
-
-
 @pytest.fixture(autouse=True)
 def device(request, monkeypatch):
     where = "cuda" if request.config.getoption("--gpu") else "cpu"
     if _cuda.why_not(where) is not None:
         pytest.skip(_cuda.why_not(where))
     for module, name in ((ops, "knn_graph"), (test_knn_graph, "select")):
-        function = on_small_graphs(getattr(module, name))
+        function = on_small_graphs(getattr(module, name), MOST_NODES, "the kernels")
         monkeypatch.setattr(module, name, on_device(function, "cuda") if where == "cuda" else function)
     return where
 

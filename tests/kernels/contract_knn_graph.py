@@ -54,13 +54,13 @@ def on_device(function, device: str):
     return moved
 
 
-def on_small_graphs(function):
-    """The same function, or a skipped test where the interpreter would take minutes."""
+def on_small_graphs(function, most: int = LARGEST_INTERPRETED, whom: str = "the interpreter"):
+    """The same function, or a skipped test where a graph is none for ``whom``."""
 
     @functools.wraps(function)
     def guarded(prior, *args, **options):
-        if prior.shape[-2] > LARGEST_INTERPRETED:
-            pytest.skip(f"more than {LARGEST_INTERPRETED} nodes are too many for the interpreter")
+        if prior.shape[-2] > most:
+            pytest.skip(f"more than {most} nodes are too many for {whom}")
         return function(prior, *args, **options)
 
     return guarded
