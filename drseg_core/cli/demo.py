@@ -42,7 +42,8 @@ def run(out: Path, *, seed: int = 0) -> None:
 
     Args:
         out: new or empty folder, or that of an earlier demo, which is replaced. Left there: ``results.json``,
-            ``results.md``, ``overlay.png``, ``scene.tif`` with its map, the scenes, both runs and the ranking.
+            ``results.md``, ``overlay.png``, ``scene.tif`` with its map and the page ``map.html``, the scenes, both runs
+            and the ranking.
         seed: decides the scenes, the initial weights and the order of the training.
 
     Raises:
@@ -72,7 +73,8 @@ def run(out: Path, *, seed: int = 0) -> None:
     save_png(out / "overlay.png", _overlays(dual_encoder, drseg, full))
 
     write_synthetic_scene(out / "scene.tif", seed=seed)
-    _command("predict", drseg, out / "scene.tif", "--classes", "; ".join(MAP_CLASSES), "--out", out / "map.tif")
+    scene, classes = out / "scene.tif", "; ".join(MAP_CLASSES)
+    _command("predict", drseg, scene, "--classes", classes, "--out", out / "map.tif", "--scores", "--view")
 
     speed = pdgr_speed.compare()
     result = {
@@ -87,7 +89,7 @@ def run(out: Path, *, seed: int = 0) -> None:
     write_text_atomic(out / "results.json", json.dumps(result, indent=1) + "\n")
     write_text_atomic(out / "results.md", table)
     print(f"\n{table}\nwritten to {out}: results.md, results.json, overlay.png, map.tif, map_overlay.png")
-    print(f"demo: {result['seconds']:.0f} seconds")
+    print(f"demo: {result['seconds']:.0f} seconds; open this in a browser: {out / 'map.html'}")
 
 
 def _make_room(out: Path) -> None:

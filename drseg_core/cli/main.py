@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "rank": ("rank CLIP's channels on a training set (SPSD, offline)", ("cli", "model")),
     "evaluate": ("score a trained model on images with masks", ("cli", "model")),
     "predict": ("map an image or GeoTIFF by class names you choose", ("cli", "model", "maps")),
+    "view": ("make one HTML page of a map, to look at without a server", ("cli", "maps")),
     "study": ("run one of the paper's studies, or list them", ("cli", "model")),
     "data": ("prepare a benchmark set, look for faults in a data set, or cut a scene into one", ("cli", "maps")),
     "check-weights": ("say whether published weights are what they should be", ("cli", "model")),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from drseg_core.cli import zero_shot
 from drseg_core.cli.evaluate import add_tile_arguments
 from drseg_core.cli.parsers import Parser, add_reading_arguments, check_output, given_reading
+from drseg_core.cli.view import check_page, write_view
 from drseg_core.config.reading import parse_bands
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ def add_map_arguments(parser: Parser, *, default: str) -> None:
     output.add_argument(
         "--min-area", type=float, default=0.0, metavar="M2", help="smaller areas join a neighbour in the polygons"
     )
+    output.add_argument(
+        "--view", action="store_true", help="also write a page to look at it (.html); takes about as long again"
+    )
     reading = add_reading_arguments(parser, default=default)
     reading.add_argument(
         "--gsd", type=float | None, metavar="M", help="side of a pixel in metres to read and map in; its own by default"
@@ -102,11 +106,14 @@ def run(args: Any) -> None:
     from drseg_core.data.vocabulary import class_files, parse_classes
     from drseg_core.scenes.files import check_outputs
     from drseg_core.scenes.predict import plan, predict
+    from drseg_core.view.page import page_path
 
     if not args.dry_run:
         check_output(out, overwrite=args.overwrite, inputs=[image])
         inputs = [args.aoi, *class_files(args.classes or "")]
         check_outputs(image, out, overwrite=args.overwrite, inputs=inputs, **wanted)
+        if args.view:
+            check_page(page_path(out), overwrite=args.overwrite, inputs=[image, *inputs])
     classes = None if args.classes is None else parse_classes(args.classes)
     if classes is not None:
         print(f"classes: {classes.text()}")
@@ -138,6 +145,12 @@ def run(args: Any) -> None:
         **options,
     )
     say_written(files)
+    if args.view:
+        tiles = {name: options[name] for name in ("mode", "tile_size", "overlap", "batch_size")}
+        words = None if classes is None else dict(zip(classes.names, classes.synonyms, strict=True))
+        write_view(
+            str(out), page_path(out), args.image, reading, run=args.run, tiles=tiles, device=args.device, words=words
+        )
 
 
 def say_written(files: SceneFiles) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from drseg_core.cli.parsers import Parser, check_output, given_reading
-from drseg_core.config.reading import parse_bands
+from drseg_core.cli.view import check_page, say_page
+from drseg_core.config.reading import parse_bands, parse_reading
 from drseg_core.errors import ConfigError
 
 NAME = "zero-shot"
@@ -146,12 +147,15 @@ def run(args: Any) -> None:
     from drseg_core.scenes.predict import check_threshold
     from drseg_core.scenes.reader import open_scene
     from drseg_core.scenes.zero_shot import check_metres, check_words, configured, zero_shot
+    from drseg_core.view.page import page_path, write_page
 
     if not args.dry_run:
         check_output(out, overwrite=args.overwrite, inputs=[image])
         # before gigabytes are fetched for nothing
         inputs = [args.aoi, *class_files(args.classes)]
         check_outputs(image, out, overwrite=args.overwrite, inputs=inputs, **wanted)
+        if args.view:
+            check_page(page_path(out), overwrite=args.overwrite, inputs=[image, *inputs])
     classes = parse_classes(args.classes)
     print(f"classes: {classes.text()}")
     options: dict[str, Any] = {
@@ -187,6 +191,13 @@ def run(args: Any) -> None:
         **options,
     )
     say_written(files)
+    if args.view:
+        from drseg_core.view.of_words import of_words
+
+        words = {"background": options.pop("background"), "templates": options.pop("templates")}
+        beneath = of_words(mapper, classes, **words, folder=out.absolute().parent)
+        place = {"gsd": args.gsd, "aoi": args.aoi}
+        say_page(write_page(out, image=image, reading=parse_reading(reading), beneath=beneath, **place))
     if "random weights" in mapper.facts["clip"]:
         print("CLIP has random weights: this map means nothing")
 

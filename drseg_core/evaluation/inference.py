@@ -178,9 +178,13 @@ class Predictor:
         logits = output.logits
         if not torch.isfinite(logits).all():
             raise NumericalError("Predictor: logits are not finite; expected finite values from the model")
-        if logits.shape[1] > len(self.class_names):
-            logits = torch.stack([part.amax(1) for part in logits.split(self._counts, dim=1)], dim=1)
-        return logits.float().sigmoid(), output.uncertainty.float()
+        return self.per_class(logits).float().sigmoid(), output.uncertainty.float()
+
+    def per_class(self, value: Tensor) -> Tensor:
+        """(B, T, h, w) of what the model has for every word (B, W, h, w): of each class the best."""
+        if value.shape[1] == len(self.class_names):
+            return value
+        return torch.stack([part.amax(1) for part in value.split(self._counts, dim=1)], dim=1)
 
     def _whole(self, image: Tensor) -> list[Prediction]:
         return _enlarged_best(*self._forward(image), image.shape[-2:])
@@ -266,7 +270,7 @@ class Predictor:
         reach = 0
         for number, top in enumerate(row_start):
             image, valid = read(top, min(top + side, height), begin, end)
-            band = _mirrored(image, side)
+            band = mirrored(image, side)
             used = [x for x in column_start if valid is None or valid[:, x - begin : x - begin + side].any()]
             for first in range(0, len(used), self.batch_size):
                 some = used[first : first + self.batch_size]
@@ -329,7 +333,7 @@ def _resize(value: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(value, size=list(size), mode="bilinear", align_corners=False)
 
 
-def _mirrored(band: Tensor, side: int) -> Tensor:
+def mirrored(band: Tensor, side: int) -> Tensor:
     """Extend a band below and to the right to at least ``side`` pixels, mirrored as often as it takes."""
     _, height, width = band.shape
     padding = ((0, 0), (0, max(0, side - height)), (0, max(0, side - width)))

@@ -95,6 +95,22 @@ def propagation_graph(
         >>> smooth(propagation_graph(prior, (2, 2), k=2), torch.eye(4)).round().tolist()[0]
         [0.0, 1.0, 0.0, 0.0]
     """
+    options: dict[str, Any] = {"gamma": gamma, "decay": decay, "select": select, "radius": radius}
+    return normalized_graph(weight_graph(prior, grid, k, **options, backend=backend), backend=backend)
+
+
+def weight_graph(
+    prior: Tensor | PreparedPrior,
+    grid: tuple[int, int],
+    k: int = 75,
+    *,
+    gamma: float = 1.0,
+    decay: float = 0.0,
+    select: Select = "affinity",
+    radius: float | None = None,
+    backend: str | None = None,
+) -> Graph:
+    """:func:`propagation_graph` with the weights ``w_ij`` for coefficients, as they are before degrees divide them."""
     name = "propagation_graph"
     check_count(name, "k", k)
     if k == 0:
@@ -126,8 +142,13 @@ def propagation_graph(
     weight = torch.where(score > 0, score, 0) ** gamma
     if by_cosine and decay:
         weight *= torch.exp(-decay * _distance(index, grid[1], weight.dtype))
-    graph = Graph.of(index, weight, backend=backend)
-    coefficient = degree_normalize(weight, index, norm="sym_undirected", eps=_EPS, csc=graph.csc, backend=backend)
+    return Graph.of(index, weight, backend=backend)
+
+
+def normalized_graph(graph: Graph, *, backend: str | None = None) -> Graph:
+    """What :func:`propagation_graph` makes of the weights of :func:`weight_graph`."""
+    index, weight, lists = graph
+    coefficient = degree_normalize(weight, index, norm="sym_undirected", eps=_EPS, csc=lists, backend=backend)
     return graph._replace(coefficient=coefficient)
 
 

@@ -19,6 +19,7 @@ from drseg_core.ops import (
     edge_weight,
     graph_layer,
     knn_graph,
+    padding_mask,
     prepare_prior,
 )
 from drseg_core.ops._checks import check_choice, check_count, check_flag, check_grid, check_number, check_tensor
@@ -297,11 +298,46 @@ class PDGR(nn.Module):
         index, coefficient, _, lists = self._graph(nodes, grid, columns, apart=False)
         return Graph(index, coefficient, lists)
 
+    @torch.no_grad()
+    def edges(self, prior: Tensor, *, grid: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Neighbours and the weights of Eq. 8, before Eq. 9 divides them by degrees: to look at, without gradient.
+
+        Args:
+            prior: (B, D, h, w), or tokens (B, N, D) on ``grid``.
+            grid: (h, w) of tokens.
+
+        Returns:
+            ``index`` (B, N, K) int32 as ``graph`` has it, ``weight`` (B, N, K), and ``real`` (B, N, K) bool, False in
+            padded slots.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, dtype or shape.
+        """
+        nodes, grid = _nodes("prior", prior, self.prior_dim, None if grid is None else check_grid("PDGR", grid))
+        index, edges, score = self._edges(nodes.detach(), grid)
+        real = padding_mask(index, include_self=self.self_loop == "in_topk")
+        index, weight, _ = self._weighted(index, edges, score, None)
+        if self.self_loop == "extra":
+            real = torch.cat([real, real.new_ones(*real.shape[:2], 1)], dim=2)
+        return index, weight, real
+
     def _graph(
         self, nodes: Tensor, grid: tuple[int, int], columns: bool, apart: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Csc | None]:
         """Index, coefficients, the scales that ``apart`` may leave to ``graph_layer``, and columns of a graph."""
-        nodes = nodes.detach()
+        index, edges, score = self._edges(nodes.detach(), grid)
+        lists = columns_of(index, self.backend) if columns else None
+        if not self.use_affinity_as_weight and self.self_loop != "extra":
+            options: dict[str, Any] = {"norm": self.norm, "csc": lists, "backend": self.backend}
+            if apart:
+                return index, *edge_coefficient(**edges, **options, apart=True), lists
+            return index, edge_coefficient(**edges, **options), None, lists
+        index, weight, lists = self._weighted(index, edges, score, lists)
+        coefficient = degree_normalize(weight, index, norm=self.norm, csc=lists, backend=self.backend)
+        return index, coefficient, None, lists
+
+    def _edges(self, nodes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, dict[str, Any], Tensor]:
+        """Neighbours, what the MLP of Eq. 8 takes of them, and their scores."""
         count = nodes.shape[1]
         include_self = self.self_loop == "in_topk"
         decay = self.decay if self.affinity == "product" else self.decay / self.gamma
@@ -337,22 +373,21 @@ class PDGR(nn.Module):
             "source_bias": self.edge_source.bias,
             "score": score,
         }
-        lists = columns_of(index, self.backend) if columns else None
-        if not self.use_affinity_as_weight and self.self_loop != "extra":
-            options: dict[str, Any] = {"norm": self.norm, "csc": lists, "backend": self.backend}
-            if apart:
-                return index, *edge_coefficient(**edges, **options, apart=True), lists
-            return index, edge_coefficient(**edges, **options), None, lists
+        return index, edges, score
+
+    def _weighted(
+        self, index: Tensor, edges: dict[str, Any], score: Tensor, lists: Csc | None
+    ) -> tuple[Tensor, Tensor, Csc | None]:
+        """Neighbours, with the node itself where it is an extra one, their weights and columns."""
         weight = edge_weight(**edges, csc=lists, backend=self.backend)
         if self.use_affinity_as_weight:
             weight = weight * self._affinity(score)
         if self.self_loop == "extra":
-            own = torch.arange(count, dtype=index.dtype, device=index.device)
-            index = torch.cat([index, own[:, None].expand(nodes.shape[0], -1, 1)], dim=2)
+            own = torch.arange(index.shape[1], dtype=index.dtype, device=index.device)
+            index = torch.cat([index, own[:, None].expand(index.shape[0], -1, 1)], dim=2)
             weight = torch.cat([weight, weight.new_ones(*weight.shape[:2], 1)], dim=2)
-            lists = columns_of(index, self.backend) if columns else None
-        coefficient = degree_normalize(weight, index, norm=self.norm, csc=lists, backend=self.backend)
-        return index, coefficient, None, lists
+            lists = None if lists is None else columns_of(index, self.backend)
+        return index, weight, lists
 
     def forward(
         self,

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,8 @@ class SceneReader(RasterReader):
     _factor = (1.0, 1.0)
     _corner = (0, 0)
     _area: Shapes | None = None
+    # what else a pixel must be in: of (top, bottom, left, right), those that are (n, m)
+    within: Callable[[int, int, int, int], NDArray[np.bool_]] | None = None
 
     @property
     def gsd(self) -> float | None:
@@ -94,6 +96,18 @@ class SceneReader(RasterReader):
         if aoi is not None:
             self._crop(read_shapes(Path(aoi), None, self), Path(aoi))
 
+    def part(self, grid: Any, size: tuple[int, int], factor: tuple[float, float], corner: tuple[int, int]) -> None:
+        """Take the grid of a map that was made of this scene.
+
+        Args:
+            grid: transform of the map.
+            size: (H, W) of the map.
+            factor: stored pixels along one of the map, down and across.
+            corner: row and column of the map's first pixel, in pixels of that size.
+        """
+        self._grid, self._factor, self._corner = grid, factor, corner
+        self.height, self.width = size
+
     def _crop(self, area: Shapes, path: Path) -> None:
         from affine import Affine
 
@@ -116,7 +130,8 @@ class SceneReader(RasterReader):
         row, column = self._corner
         whole = top + row, bottom + row, left + column, right + column
         image, valid = super().window(*whole) if self._factor == (1.0, 1.0) else self._resampled(*whole)
-        return image, valid & self._inside((top, left), (bottom - top, right - left))
+        valid = valid & self._inside((top, left), (bottom - top, right - left))
+        return image, valid if self.within is None else valid & self.within(top, bottom, left, right)
 
     def _resampled(self, top: int, bottom: int, left: int, right: int) -> tuple[Tensor, NDArray[np.bool_]]:
         """A part of the whole scene at the chosen resolution. Piece by piece, as it may cover many stored pixels."""

@@ -21,7 +21,13 @@ from drseg_core.files import check_room
 from drseg_core.models.class_text import ClassText, class_logits
 from drseg_core.models.window_maps import Windows, blended_bands
 from drseg_core.models.zero_shot import ZeroShot
-from drseg_core.nn.label_propagation import propagate_labels, propagation_graph, reach_of_steps, solve_labels
+from drseg_core.nn.label_propagation import (
+    normalized_graph,
+    propagate_labels,
+    reach_of_steps,
+    solve_labels,
+    weight_graph,
+)
 from drseg_core.nn.pixel_propagation import propagate_pixels, reach_of_pixels
 from drseg_core.ops import Graph
 from drseg_core.scenes.enlarged import Enlarged
@@ -77,6 +83,9 @@ class GraphPredictor:
     Raises:
         ValueError: windows that do not fit the model.
     """
+
+    # is given the weights of each graph, and the graph
+    watch: Callable[[Graph, Graph], object] | None = None
 
     def __init__(
         self,
@@ -183,7 +192,7 @@ class GraphPredictor:
     def graph(self, prior: Tensor, grid: tuple[int, int]) -> Graph:
         """The graph of a prior (N, D)."""
         config = self.config
-        return propagation_graph(
+        weights = weight_graph(
             prior,
             grid,
             config.k,
@@ -192,6 +201,10 @@ class GraphPredictor:
             select=config.select,
             radius=self.radius,
         )
+        graph = normalized_graph(weights)
+        if self.watch is not None:
+            self.watch(weights, graph)
+        return graph
 
     def tiles(self, grid: tuple[int, int]) -> list[SuperTile]:
         """The parts of a scene that are graphs of their own.

@@ -128,7 +128,7 @@ class SceneZeroShot:
             raise ConfigError(f"zero_shot: {next(iter(options))} is unknown without out; expected a path in out")
         with self._open(image, reading) as scene:
             describe(scene)
-            predictor, _ = self._predictor(scene, classes, **words, progress=progress)
+            predictor, _ = self.predictor(scene, classes, **words, progress=progress)
             found = _Arrays(predictor, threshold)
             for _ in found.pieces(scene.window, scene.height, scene.width):
                 pass
@@ -178,7 +178,7 @@ class SceneZeroShot:
         if polygons is not None:
             require("predict", "vectors")
         with self._open(image, reading) as scene:
-            predictor, legend = self._predictor(
+            predictor, legend = self.predictor(
                 scene, classes, background, templates, folder=Path(out).absolute().parent, progress=progress
             )
         kept: PredictsPieces = predictor
@@ -218,13 +218,13 @@ class SceneZeroShot:
             one graph: 8 x 5 = 40 cells
         """
         with self._open(image, reading) as scene:
-            return plan_cells(self._predictor(scene, classes, background, templates, limited=False)[0], scene)
+            return plan_cells(self.predictor(scene, classes, background, templates, limited=False)[0], scene)
 
     def _open(self, image: str | Path, reading: dict[str, Any]) -> Any:
         require("zero_shot", "maps")
         return open_scene(image, reading=_reading(reading), gsd=reading.get("gsd"), aoi=reading.get("aoi"))
 
-    def _predictor(
+    def predictor(
         self,
         scene: SceneReader,
         classes: Vocabulary | str | Sequence[str],
@@ -235,6 +235,12 @@ class SceneZeroShot:
         limited: bool = True,
         progress: bool = False,
     ) -> tuple[GraphPredictor, Vocabulary]:
+        """What maps an open scene, and the classes with that of ``background``; see :meth:`write`.
+
+        Args:
+            folder: where a large prior is kept.
+            limited: refuse more cells than the configuration allows.
+        """
         legend = check_words(classes, background, templates)
         text = self.model.encode(legend.synonyms, templates, background)
         if background:

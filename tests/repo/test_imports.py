@@ -44,8 +44,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": _PARTS | {"checkpoints"},
     "evaluation": _PARTS,
     "scenes": _PARTS | {"checkpoints", "evaluation"},
+    "view": _PARTS | {"checkpoints", "evaluation", "scenes"},
     "studies": _PARTS | {"checkpoints", "training", "evaluation", "scenes", "testing"},
-    "cli": _PARTS | {"checkpoints", "training", "evaluation", "scenes", "studies", "processor", ""},
+    "cli": _PARTS | {"checkpoints", "training", "evaluation", "scenes", "view", "studies", "processor", ""},
 }
 # imported inside the function that needs them: importing the package stays quick, builds nothing, and works without the
 # extras

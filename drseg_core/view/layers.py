@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies on top of each other on a page: the scene, its map, and what is known of every pixel or cell."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drseg_core.data.dataset import IGNORE
+from drseg_core.data.ground import PixelArea
+from drseg_core.data.raster import open_raster
+from drseg_core.errors import ConfigError, RasterError
+from drseg_core.scenes.areas import ClassAreas
+from drseg_core.scenes.reader import SceneReader
+from drseg_core.scenes.writer import LEVELS
+from drseg_core.view.pyramid import CELLS, CLASSES, PICTURE, VALUES, Level, Read, pyramid
+
+
+class Layer(NamedTuple):
+    """One thing to see.
+
+    ``key`` names it on the page and ``title`` for people; ``kind`` is ``picture`` (colours), ``classes`` (numbers of
+    classes) or ``values`` (0 to 250 are ``low`` to ``high``). ``scales`` has the tiles of one raster, or of one for
+    each class, of which the page shows the chosen one. ``step`` is how many pixels of the scene one of the raster is.
+    """
+
+    key: str
+    title: str
+    kind: str
+    scales: list[list[Level]]
+    low: float = 0.0
+    high: float = 1.0
+    step: int = 1
+
+    @property
+    def size(self) -> int:
+        return sum(level.size for levels in self.scales for level in levels)
+
+    @property
+    def finest(self) -> int:
+        """Pixels of the scene along the smallest pixel that is here."""
+        return self.scales[0][0].scale
+
+    @property
+    def can_be_coarser(self) -> bool:
+        return len(self.scales[0]) > 1
+
+    def coarser(self) -> Layer:
+        """Without the finest scale."""
+        return self._replace(scales=[levels[1:] for levels in self.scales])
+
+
+class MapReader(NamedTuple):
+    """An open class raster with its ``names`` and (T, 3) ``colors``."""
+
+    path: Path
+    source: Any
+    names: tuple[str, ...]
+    colors: NDArray[np.uint8]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.source.height), int(self.source.width)
+
+    def beside(self, word: str) -> Path:
+        """The raster of the same map that is called so, such as ``map_scores.tif``."""
+        return self.path.with_name(f"{self.path.stem}_{word}.tif")
+
+
+@contextlib.contextmanager
+def open_map(path: Path) -> Iterator[MapReader]:
+    """Open what ``drseg predict`` wrote.
+
+    Raises:
+        RasterError: no such file, or no class raster with names.
+    """
+    with open_raster(path, origin="view") as source:
+        try:
+            names = json.loads(source.tags().get("class_names", ""))
+            table = source.colormap(1)
+            names = tuple(str(name) for name in names)
+            colors = np.array([table[i][:3] for i in range(len(names))], np.uint8)
+        except (ValueError, KeyError, TypeError):
+            names = ()
+        if not names or source.count != 1 or source.dtypes[0] != "uint8":
+            raise RasterError(f"view: {path} is no map; expected a class raster with names as drseg predict writes it")
+        yield MapReader(path, source, names, colors)
+
+
+def class_layer(found: MapReader) -> tuple[Layer, ClassAreas]:
+    """The classes, and the area of each."""
+    areas = ClassAreas(len(found.names), PixelArea(found.source.crs, found.source.transform))
+
+    def read(top: int, bottom: int, left: int, right: int) -> NDArray[np.uint8]:
+        label = _read(found.path, found.source, 1, (top, bottom, left, right))
+        if not ((label < len(found.names)) | (label == IGNORE)).all():
+            raise RasterError(f"view: {found.path} has classes without a name; expected below {len(found.names)}")
+        areas.add(top, left, label)
+        return label[..., None]
+
+    return Layer("classes", "Classes", "classes", [pyramid(read, *found.shape, CLASSES)]), areas
+
+
+def value_layers(found: MapReader) -> list[Layer]:
+    """Uncertainty, scores and probabilities, as far as they lie beside the map."""
+    titles = {"uncertainty": "Uncertainty", "scores": "Score", "probabilities": "Score of the chosen class"}
+    layers = []
+    for word, title in titles.items():
+        path = found.beside(word)
+        if not path.is_file():
+            continue
+        with open_raster(path, origin="view") as source:
+            if (int(source.height), int(source.width)) != found.shape:
+                raise RasterError(
+                    f"view: {path} does not fit the map; expected {found.shape[1]} x {found.shape[0]} pixels, "
+                    f"got {source.width} x {source.height}"
+                )
+            low = float(source.offsets[0])
+            high = low + LEVELS * float(source.scales[0])
+            scales = [pyramid(_values(path, source, band), *found.shape, VALUES) for band in range(1, source.count + 1)]
+        layers.append(Layer(word, title, "values", scales, low, high))
+    return layers
+
+
+def _values(path: Path, source: Any, band: int) -> Read:
+    def read(*window: int) -> NDArray[np.uint8]:
+        value = _read(path, source, band, window)
+        return np.stack([value, np.where(value == IGNORE, 0, 255).astype(np.uint8)], axis=2)
+
+    return read
+
+
+def _read(path: Path, source: Any, band: int, window: tuple[int, ...]) -> NDArray[np.uint8]:
+    import rasterio
+    from rasterio.windows import Window
+
+    top, bottom, left, right = window
+    try:
+        return source.read(band, window=Window(left, top, right - left, bottom - top))
+    except rasterio.errors.RasterioError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise RasterError(f"view: {path} is damaged or incomplete; expected to read all of it: {reason}") from None
+
+
+def picture_layer(scene: SceneReader, found: MapReader) -> Layer:
+    """The scene, which is on the grid of the map."""
+
+    def read(*window: int) -> NDArray[np.uint8]:
+        image, valid = scene.window(*window)
+        known = np.where(valid, 255, 0).astype(np.uint8)
+        return np.concatenate([image.numpy().transpose(1, 2, 0), known[..., None]], axis=2)
+
+    return Layer("image", "Image", "picture", [pyramid(read, *found.shape, PICTURE)])
+
+
+def on_grid_of(scene: SceneReader, found: MapReader) -> None:
+    """Read a scene as it was when its map was made: with the map's size of pixels, and the part that it has.
+
+    Raises:
+        ConfigError: the map is not one of this scene.
+    """
+    elsewhere = ConfigError(
+        f"view: --image is not what the map was made of; expected the scene of {found.path} "
+        f"({found.shape[1]} x {found.shape[0]} pixels), got {scene.path} ({scene.width} x {scene.height})"
+    )
+    scene.within = lambda *window: _read(found.path, found.source, 1, window) != IGNORE
+    grid = found.source.transform
+    if found.source.crs != scene.crs:
+        raise elsewhere
+    if grid == scene.transform:
+        if found.shape != (scene.height, scene.width):
+            raise elsewhere
+        return
+    # (column, row) of the map to those of the scene
+    way = ~scene.transform @ grid
+    factor = way.e, way.a
+    corner = round(way.f / way.e) if way.e else 0, round(way.c / way.a) if way.a else 0
+    turned = max(abs(way.b), abs(way.d)) > 1e-6
+    between = turned or any(abs(c * f - o) > 0.01 for c, f, o in zip(corner, factor, (way.f, way.c), strict=True))
+    ends = [(c + n) * f for c, n, f in zip(corner, found.shape, factor, strict=True)]
+    # the last pixel of another size may reach over the edge
+    beyond = min(corner) < 0 or any(
+        e > n + f for e, n, f in zip(ends, (scene.height, scene.width), factor, strict=True)
+    )
+    if between or min(factor) <= 0 or beyond:
+        raise elsewhere
+    scene.part(grid, found.shape, factor, corner)
+
+
+def cell_layers(key: str, title: str, cells: NDArray[np.float32], step: int) -> Layer:
+    """Values of cells, such as correlations, one raster for each class.
+
+    Args:
+        key: name on the page.
+        title: for people.
+        cells: (T, h, w), NaN where nothing is known.
+        step: pixels along a cell.
+    """
+    known = np.isfinite(cells)
+    low, high = (float(cells[known].min()), float(cells[known].max())) if known.any() else (0.0, 1.0)
+    share = (np.where(known, cells, low) - low) / max(high - low, 1e-12)
+    value = np.stack([(share * LEVELS).round(), known * 255], axis=3).astype(np.uint8)
+
+    def read_of(part: NDArray[np.uint8]) -> Read:
+        return lambda top, bottom, left, right: part[top:bottom, left:right]
+
+    _, height, width = cells.shape
+    scales = [pyramid(read_of(part), height, width, CELLS, scale=step) for part in value]
+    return Layer(key, title, "values", scales, low, high, step)

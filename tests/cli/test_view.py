@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``drseg view`` and ``predict --view``: what they write, say and refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from drseg_core.scenes.synthetic import write_synthetic_scene
+from tests.cli.test_exit_codes import check
+
+
+def content(path: Path) -> dict:
+    (found,) = re.findall(r'id="data">(.*?)</script>', path.read_text(encoding="utf-8"), re.DOTALL)
+    return json.loads(found)
+
+
+@pytest.fixture
+def scene(tmp_path):
+    return write_synthetic_scene(tmp_path / "scene.tif", width=70, height=50)
+
+
+def test_predict_view_and_view_write_the_same_page(drseg, run, scene, tmp_path):
+    words = ["predict", run, scene, "--classes", "bare soil, ground; pond", "--device", "cpu", "--tile-size", 32]
+    code, said, _ = drseg(*words, "--overlap", 8, "--out", tmp_path / "map.tif", "--view")
+    page = tmp_path / "map.html"
+    assert code == 0 and re.search(rf"^written: {re.escape(str(page))} \(0\.\d MB\)$", said, re.MULTILINE)
+    found = content(page)
+    keys = [layer["key"] for layer in found["layers"]]
+    assert keys == ["image", "classes", "uncertainty", "original", "refined"]
+    assert len(found["graph"]["parts"]) > 2 and found["graph"]["parts"][0]["k"] == 3
+    # the map has no synonyms, so the class's own name asks for the correlations
+    shown = drseg("view", tmp_path / "map.tif", "--image", scene, "--run", run, "--out", tmp_path / "two.html")
+    assert shown[0] == 0 and shown[1].splitlines()[-1].startswith(f"written: {tmp_path / 'two.html'} (")
+    again = content(tmp_path / "two.html")
+    assert again["graph"] == found["graph"] and again["layers"][:3] == found["layers"][:3]
+    # refused before the model is read, and nothing is touched
+    check(drseg(*words, "--out", tmp_path / "other.tif", "--view", "--aoi", "nowhere"), 3, "nowhere")
+    (tmp_path / "third.html").write_text("mine")
+    check(drseg(*words, "--out", tmp_path / "third.tif", "--view"), 2, "third.html", "--overwrite")
+    assert (tmp_path / "third.html").read_text() == "mine" and not (tmp_path / "third.tif").exists()
+
+
+def test_zero_shot_view(drseg, scene, tmp_path):
+    out = tmp_path / "map.tif"
+    code, said, _ = drseg(
+        *("predict", "zero-shot:tiny", scene, "--classes", "roof; road", "--background", "sky", "--out", out),
+        *("--threshold", 0.1, "--device", "cpu", "--view"),
+    )
+    found = content(tmp_path / "map.html")
+    assert code == 0 and f"written: {tmp_path / 'map.html'} (" in said
+    assert found["names"] == ["roof", "road", "background", "other"] and len(found["graph"]["parts"]) == 1
+    assert len(found["layers"][-1]["scales"]) == 3 and found["layers"][-1]["key"] == "refined"
+
+
+def test_what_was_sampled_is_printed(drseg, run, scene, tmp_path):
+    drseg("predict", run, scene, "--out", tmp_path / "map.tif", "--device", "cpu")
+    code, said, _ = drseg("view", tmp_path / "map.tif")
+    assert code == 0 and said.splitlines() == [f"written: {tmp_path / 'map.html'} (0.0 MB)"]
+    check(drseg("view", tmp_path / "map.tif"), 2, "--out exists", "--overwrite")
+    assert drseg("view", tmp_path / "map.tif", "--overwrite")[0] == 0
+    check(drseg("view", tmp_path / "map.tif", "--overwrite", "--max-mb", 0.001), 2, "cannot be so small")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["view"], 2, "required: MAP"),
+        (["view", "absent.tif"], 3, "absent.tif is not a file"),
+        (["view", "scene.tif"], 3, "is no map; expected a class raster with names"),
+        (["view", "scene.tif", "--run", "run"], 2, "--run needs the scene; expected --image"),
+        (["view", "scene.tif", "--image", "scene.tif", "--run", "zero-shot:b"], 2, "drseg predict zero-shot:b --view"),
+        (["view", "scene.tif", "--image", "scene.tif", "--run", "nope"], 4, "nope"),
+        (["view", "scene.tif", "--out", "page.png"], 2, "expected a path ending in .html"),
+        (["view", "scene.tif", "--max-mb", "0"], 2, "--max-mb is out of range"),
+    ],
+)
+def test_refusals(drseg, scene, monkeypatch, tmp_path, words, code, said):
+    monkeypatch.chdir(tmp_path)
+    check(drseg(*words), code, said)
+    assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
+
+
+def test_help_names_what_is_written(drseg):
+    code, text, _ = drseg("view", "--help")
+    assert code == 0 and "opens without a server or a network" in text and "--max-mb" in text
