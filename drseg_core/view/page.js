@@ -314,7 +314,7 @@
     if (!part) return;
     const quantity = at("quantity").value;
     [at("least").textContent, at("most").textContent] = extent(edges.map((edge) => edge[quantity])).map(short);
-    const skipped = part.stride > 1 ? ` (the nearest of those kept: every ${part.stride}. row and column)` : "";
+    const skipped = part.stride > 1 ? ` (the nearest of those kept, one row and column in ${part.stride})` : "";
     at("neighbours-title").textContent =
       `Neighbours of node ${node}${skipped}, degree ${short(part.degree[node])}; ${data.graph.words}`;
     for (const edge of [...edges].sort((a, b) => b[quantity] - a[quantity])) {
@@ -481,7 +481,11 @@
     at("quantity").addEventListener("change", () => { sayGraph(); redraw(); });
     at("look").addEventListener("submit", (event) => {
       event.preventDefault();
-      pick(Number(at("column").value), Number(at("row").value));
+      const [x, y] = [Number(at("column").value), Number(at("row").value)];
+      const seen = sceneX(0) <= x && x < sceneX(canvas.clientWidth) && sceneY(0) <= y && y < sceneY(canvas.clientHeight);
+      if (!seen) Object.assign(view, { x: x + 0.5, y: y + 0.5 });
+      look();
+      pick(x, y);
     });
     [at("column").max, at("row").max] = [data.width - 1, data.height - 1];
     for (const [id, key] of [["closer", "+"], ["farther", "-"], ["native", "1"], ["fit", "0"]]) {

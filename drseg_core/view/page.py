@@ -138,7 +138,7 @@ def write_page(
     layers = fitted(layers, int(max_mb * 1e6) - len(_json(content)) - len(_template()) - _REST)
     notes = [_sampled(layer) for layer in layers if layer.finest > layer.step]
     if below.parts and below.parts[0].stride > 1:
-        notes.append(f"Graph: edges of every {below.parts[0].stride}th row and column of nodes")
+        notes.append(f"Graph: edges of the nodes of one row and column in {below.parts[0].stride}")
     content |= {"layers": [_described(layer) for layer in layers], "notes": notes}
     text = _filled(f"{path.stem}: {_listed(found)}", content)
     write_text_atomic(target, text)
@@ -146,7 +146,7 @@ def write_page(
 
 
 def fitted(layers: list[Layer], room: int) -> list[Layer]:
-    """The layers in at most ``room`` bytes: the largest loses its finest scale, until they fit.
+    """The layers in at most ``room`` bytes: the largest loses its finest scale, until they fit; values count threefold.
 
     Raises:
         ConfigError: the coarsest of all take more.
@@ -159,7 +159,8 @@ def fitted(layers: list[Layer], room: int) -> list[Layer]:
             raise ConfigError(
                 f"view: the page cannot be so small; expected room for layers of {least:.2f} MB, got {room / 1e6:.2f}"
             )
-        largest = max(able, key=lambda i: layers[i].size)
+        # values change little from pixel to pixel: they go first, unless they are small already
+        largest = max(able, key=lambda i: layers[i].size * (3 if layers[i].kind == "values" else 1))
         layers[largest] = layers[largest].coarser()
     return layers
 

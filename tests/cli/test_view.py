@@ -37,6 +37,7 @@ def test_predict_view_and_view_write_the_same_page(drseg, run, scene, tmp_path):
     assert shown[0] == 0 and shown[1].splitlines()[-1].startswith(f"written: {tmp_path / 'two.html'} (")
     again = content(tmp_path / "two.html")
     assert again["graph"] == found["graph"] and again["layers"][:3] == found["layers"][:3]
+    assert again["layers"][3:] != found["layers"][3:]
     # refused before the model is read, and nothing is touched
     check(drseg(*words, "--out", tmp_path / "other.tif", "--view", "--aoi", "nowhere"), 3, "nowhere")
     (tmp_path / "third.html").write_text("mine")

@@ -133,6 +133,21 @@ def test_native_pixels_are_those_of_the_map(opened, mapped):
     assert len(np.unique(label)) == 4 and np.array_equal(inside, colors)
 
 
+@pytest.mark.parametrize("key", ["+", "-"])
+def test_no_seam_and_no_class_between_two(opened, mapped, key):
+    """Also where a pixel of the map is no whole number of the screen's."""
+    opened.tick("image", False)
+    opened.slide("opacity", 100)
+    opened.press("1")
+    opened.press(key)
+    drawn = np.unique(opened.pixels(0, 0, *opened.size()).reshape(-1, 4), axis=0)
+    with rasterio.open(mapped.map) as file:
+        table = file.colormap(1)
+    # farther away the collar is in view
+    wanted = {table[0], table[1], table[2]} | ({(0, 0, 0, 0)} if key == "-" else set())
+    assert {tuple(color) for color in drawn.tolist()} == wanted
+
+
 def test_layers_toggle(opened, mapped):
     with rasterio.open(mapped.scene) as file:
         image = file.read()
@@ -243,6 +258,19 @@ def test_a_click_and_the_keys_choose_the_same_pixel(opened):
     assert opened.page.inner_text("#where").endswith(f"of {WIDTH} x {HEIGHT} pixels")
 
 
+def test_a_pixel_that_is_looked_up_comes_into_view(opened):
+    opened.press("1")
+    for _ in range(6):
+        opened.press("+")
+    before = opened.pixels(0, 0, *opened.size())
+    opened.look(350, 301)
+    opened.press("Escape")
+    assert np.array_equal(before, opened.pixels(0, 0, *opened.size()))
+    opened.look(60, 70)
+    opened.press("Enter")
+    assert opened.page.inner_text("#said").startswith("Column 60, row 70.")
+
+
 def test_what_is_drawn_can_be_chosen(opened):
     opened.look(350, 300)
     before = opened.pixels(0, 0, *opened.size())
@@ -306,7 +334,7 @@ def test_sampled_nodes_and_scales_are_said(browser: Any, mapped: Mapped, tmp_pat
     assert page.size <= 120_000 and len(page.notes) > 1
     opened = Opened(browser, page.path)
     assert opened.page.locator("#notes li").all_inner_texts() == page.notes
-    assert any(note.startswith("Graph: edges of every ") for note in page.notes)
+    assert any(note.startswith("Graph: edges of the nodes of one row and column in ") for note in page.notes)
     found = opened.look(350, 300)
     assert len(found) == 5 and "the nearest of those kept" in opened.page.inner_text("#neighbours-title")
     assert opened.said == []

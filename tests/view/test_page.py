@@ -18,6 +18,7 @@ from PIL import Image
 
 import drseg_core as drseg
 from drseg_core.errors import ConfigError, RasterError
+from drseg_core.models.tiling import blend_window, tile_starts
 from drseg_core.nn.label_propagation import propagation_graph, weight_graph
 from drseg_core.nn.pdgr import PDGR
 from drseg_core.ops import padding_mask
@@ -221,6 +222,26 @@ def test_correlations_of_one_piece_are_those_of_the_model(mapped):
     step = below.step
     assert below.refined.shape == (2, -(-HEIGHT // step), -(-WIDTH // step)) and len(below.parts) == 1
     middle = wanted[:, step // 2 :: step, step // 2 :: step]
+    assert np.allclose(below.refined[:, : middle.shape[1], : middle.shape[2]], middle, atol=1e-5)
+
+
+def test_correlations_of_tiles_are_blended_like_scores(mapped):
+    predictor, side = mapped.predictor, mapped.predictor.tile_size
+    with open_scene(mapped.scene) as scene:
+        below = beneath_run(predictor, scene)
+        image = scene.window(0, HEIGHT, 0, WIDTH)[0]
+    line = torch.from_numpy(blend_window(side, predictor.overlap))
+    total = torch.zeros(4, HEIGHT, WIDTH)
+    for top in tile_starts(HEIGHT, side, predictor.overlap):
+        for left in tile_starts(WIDTH, side, predictor.overlap):
+            tile = image[None, :, top : top + side, left : left + side].float() / 255
+            with torch.no_grad():
+                value = predictor.model(tile, predictor.text).refined
+            value = torch.nn.functional.interpolate(value, (side, side), mode="bilinear")[0]
+            part = torch.cat([value, torch.ones(1, side, side)]) * line[:, None] * line
+            total[:, top : top + side, left : left + side] += part
+    step = below.step
+    middle = (total[:-1] / total[-1])[:, step // 2 :: step, step // 2 :: step]
     assert np.allclose(below.refined[:, : middle.shape[1], : middle.shape[2]], middle, atol=1e-5)
 
 
