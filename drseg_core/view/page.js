@@ -342,7 +342,8 @@
     view.x = Math.min(Math.max(view.x, 0), data.width);
     view.y = Math.min(Math.max(view.y, 0), data.height);
     view.zoom = Math.min(Math.max(view.zoom, fitting() / 2), 40);
-    at("where").textContent = `${(100 * view.zoom).toPrecision(3)} % of ${data.width} x ${data.height} pixels`;
+    const percent = 100 * view.zoom;
+    at("where").textContent = `${percent < 100 ? percent.toPrecision(3) : Math.round(percent)} % of ${data.width} x ${data.height} pixels`;
     redraw();
   }
 
