@@ -41,11 +41,6 @@ def _in_pieces(values: Tensor, widths: Sequence[int], width: int) -> Tensor:
     return torch.cat([pad(part, (0, width - part.shape[-1])) for part in values.split(list(widths), -1)], -1)
 
 
-def _aligned(rows: Tensor) -> Tensor:
-    rows = rows.contiguous()
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
-
-
 def _run_cuda(
     halves: _edges.Halves,
     index: Tensor,
@@ -78,8 +73,8 @@ def _run_cuda(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, **like).masked_fill_(mask.logical_not(), -torch.inf)
     given = (
-        _aligned(source),
-        None if target is None else _aligned(target),
+        _cuda.aligned(source),
+        None if target is None else _cuda.aligned(target),
         None if inverse_norm is None else inverse_norm.float().contiguous(),
         None if shift is None else shift.contiguous(),
         _native.neighbours(index),
