@@ -99,7 +99,7 @@ DRSEG_DEVICE Shared<float> sum_edges(
       DRSEG_UNROLL
       for (int s = 0; s < SLOTS; ++s) {
         // keeps the compiler from reading so many rows ahead that the sums lose their registers
-        if (s % 8 == 0) sync_warp();
+        if (s % 10 == 0) sync_warp();
         const Edge edge = own_edges.get(r * Sizes::ROOM + s * Sizes::EDGES);
         float other[PER];
         widen_piece(here.template get_as<Piece<T>>(edge.place), other);
