@@ -25,7 +25,9 @@
 // threads of a block, and how many blocks a multiprocessor should hold at least
 #define DRSEG_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define DRSEG_DEVICE __device__ __forceinline__
-#define DRSEG_UNROLL _Pragma("unroll")
+#define DRSEG_PRAGMA(words) _Pragma(#words)
+#define DRSEG_UNROLL DRSEG_PRAGMA(unroll)
+#define DRSEG_UNROLL_BY(times) DRSEG_PRAGMA(unroll times)
 
 namespace drseg::device {
 

@@ -35,18 +35,16 @@ void weigh(Kernel kernel, const Halves& halves, const std::optional<Tensor>& inv
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> edge_coefficient(
-    const Tensor& source, std::optional<Tensor> target, std::optional<Tensor> inverse_norm, std::optional<Tensor> shift,
-    const Tensor& index, const Tensor& vector, const Tensor& bias, std::optional<Tensor> scores, int64_t norm,
-    double eps, bool apart) {
-  constexpr const char* op = "drseg_native_cuda::edge_coefficient";
+bool check_halves(
+    const char* op, const Tensor& source, const std::optional<Tensor>& target, const std::optional<Tensor>& inverse_norm,
+    const std::optional<Tensor>& shift, const Tensor& index, const Tensor& vector) {
   const ScalarType dtype = source.scalar_type();
   const bool is_half = dtype == ScalarType::BFloat16;
   STD_TORCH_CHECK(is_half || dtype == ScalarType::Float, op, ": source has an unexpected dtype");
   check_operand(op, "source", source, 3, dtype);
   check_operand(op, "index", index, 3, ScalarType::Int);
   check_leading(op, "index", index, source);
-  const int64_t batch = index.size(0), nodes = index.size(1), slots = index.size(2), stride = source.size(2);
+  const int64_t stride = source.size(2);
   const int64_t width = target ? stride : stride / 2, piece = is_half ? 8 : 4;
   if (target) {
     check_operand(op, "target", *target, 3, dtype);
@@ -64,6 +62,18 @@ std::tuple<Tensor, Tensor, Tensor> edge_coefficient(
     check_operand(op, "vector or bias of the first layer", *values, 1, values->scalar_type());
     STD_TORCH_CHECK(values->numel() == width, op, ": a vector has another width than the rows");
   }
+  return is_half;
+}
+
+std::tuple<Tensor, Tensor, Tensor> edge_coefficient(
+    const Tensor& source, std::optional<Tensor> target, std::optional<Tensor> inverse_norm, std::optional<Tensor> shift,
+    const Tensor& index, const Tensor& vector, const Tensor& bias, std::optional<Tensor> scores, int64_t norm,
+    double eps, bool apart) {
+  constexpr const char* op = "drseg_native_cuda::edge_coefficient";
+  const ScalarType dtype = source.scalar_type();
+  check_halves(op, source, target, inverse_norm, shift, index, vector);
+  const int64_t batch = index.size(0), nodes = index.size(1), slots = index.size(2), stride = source.size(2);
+  const int64_t width = target ? stride : stride / 2;
   STD_TORCH_CHECK(bias.numel() == 1, op, ": bias is not one number");
   if (scores) {
     check_operand(op, "scores", *scores, 3, ScalarType::Float);

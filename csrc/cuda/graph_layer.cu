@@ -21,21 +21,6 @@ device::Global<const T> read_or(const std::optional<Tensor>& tensor, const Tenso
   return read<T>(tensor ? *tensor : other);
 }
 
-// Into so many parts are an image's rows cut that the device is busy for the shortest time: every block reads the
-// image first, which takes as long as a sixteenth of its rows.
-int rows_of_block(int64_t nodes, int64_t others, int at_once) {
-  int64_t best = nodes, least = INT64_MAX;
-  for (int64_t parts = 1; parts <= std::min<int64_t>(nodes, 64); ++parts) {
-    const int64_t rows = (nodes + parts - 1) / parts, used = (nodes + rows - 1) / rows;
-    const int64_t time = (others * used + at_once - 1) / at_once * (16 * rows + nodes);
-    if (time < least) {
-      least = time;
-      best = rows;
-    }
-  }
-  return int(best);
-}
-
 template <class T, class Out, int GROUP, bool LISTED>
 void gather(const Tensor& x, const Terms& terms, const std::optional<Tensor>& bias, Tensor& y, bool relu) {
   constexpr int WARPS = 16;

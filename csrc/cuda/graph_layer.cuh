@@ -107,7 +107,7 @@ gather_rows(
       }
       sync_warp();
       const int steps = ((end - done < ROOM ? end - done : ROOM) + Sizes::STEP - 1) / Sizes::STEP;
-      _Pragma("unroll 2")
+      DRSEG_UNROLL_BY(2)
       for (int step = 0; step < steps; ++step) {
         const TwoTerms two = pairs.template get_as<TwoTerms>(step * Sizes::STEP);
         DRSEG_UNROLL

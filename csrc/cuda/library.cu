@@ -29,6 +29,9 @@ STABLE_TORCH_LIBRARY(drseg_native_cuda, m) {
       "edge_coefficient(Tensor source, Tensor? target, Tensor? inverse_norm, Tensor? shift, Tensor index, "
       "Tensor vector, Tensor bias, Tensor? scores, int norm, float eps, bool apart) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "edge_gradients(Tensor slope, Tensor source, Tensor? target, Tensor? inverse_norm, Tensor? shift, Tensor index, "
+      "Tensor vector, Tensor? indptr, Tensor? perm, bool need_rows) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "graph_layer(Tensor x, Tensor index, Tensor coefficient, Tensor? scale, Tensor? bias, Tensor? norm_weight, "
       "Tensor? norm_bias, int activation, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -45,6 +48,7 @@ STABLE_TORCH_LIBRARY_IMPL(drseg_native_cuda, DRSEG_WHERE, m) {
   m.impl("prepare_prior", TORCH_BOX(&drseg::cuda::prepare_prior));
   m.impl("select", TORCH_BOX(&drseg::cuda::select));
   m.impl("edge_coefficient", TORCH_BOX(&drseg::cuda::edge_coefficient));
+  m.impl("edge_gradients", TORCH_BOX(&drseg::cuda::edge_gradients));
   m.impl("graph_layer", TORCH_BOX(&drseg::cuda::graph_layer));
   m.impl("graph_layer_backward", TORCH_BOX(&drseg::cuda::graph_layer_backward));
 }

@@ -58,6 +58,21 @@ inline unsigned blocks(int64_t all, int64_t each) { return unsigned((all + each 
 // A block's shared memory on the smallest of the architectures.
 constexpr size_t LEAST_SHARED = 99 << 10;
 
+// Into so many parts are an image's rows cut that the device is busy for the shortest time: every block reads the
+// image first, which takes as long as a sixteenth of its rows.
+inline int rows_of_block(int64_t nodes, int64_t others, int at_once) {
+  int64_t best = nodes, least = INT64_MAX;
+  for (int64_t parts = 1; parts <= std::min<int64_t>(nodes, 64); ++parts) {
+    const int64_t rows = (nodes + parts - 1) / parts, used = (nodes + rows - 1) / rows;
+    const int64_t time = (others * used + at_once - 1) / at_once * (16 * rows + nodes);
+    if (time < least) {
+      least = time;
+      best = rows;
+    }
+  }
+  return int(best);
+}
+
 // A number that a template takes, handed on as a value.
 template <int N>
 using Size = std::integral_constant<int, N>;
@@ -87,6 +102,19 @@ std::tuple<Tensor, Tensor, Tensor> edge_coefficient(
     const Tensor& source, std::optional<Tensor> target, std::optional<Tensor> inverse_norm, std::optional<Tensor> shift,
     const Tensor& index, const Tensor& vector, const Tensor& bias, std::optional<Tensor> scores, int64_t norm,
     double eps, bool apart);
+
+// Whether the rows of an edge MLP are bfloat16, all of whose operands are right.
+bool check_halves(
+    const char* op, const Tensor& source, const std::optional<Tensor>& target, const std::optional<Tensor>& inverse_norm,
+    const std::optional<Tensor>& shift, const Tensor& index, const Tensor& vector);
+
+// From the gradients of the logits, `slope` (B, N, K), if `need_rows` those to source and, in one row (2 E + 1), to the
+// vector and both biases; and, along the columns (`indptr`, `perm`) if they are given, to target, which is the second half
+// of source where there is none.
+std::tuple<Tensor, Tensor, Tensor> edge_gradients(
+    const Tensor& slope, const Tensor& source, std::optional<Tensor> target, std::optional<Tensor> inverse_norm,
+    std::optional<Tensor> shift, const Tensor& index, const Tensor& vector, std::optional<Tensor> indptr,
+    std::optional<Tensor> perm, bool need_rows);
 
 // The layer (B, N, C) in the dtype of x, and what LayerNorm was given, in float32, with mean and rstd (B, N); empty for
 // the other activations, which count none, relu, layer_norm. Rows are multiples of 16 bytes.

@@ -109,7 +109,7 @@ def test_the_commands_are_such_as_the_programs_take(script: Script, capsys: pyte
     assert "knn_graph paper_vitl_24x24 fwd dino autocast" not in listed
     # what CUDA C++ has is timed beside Triton's
     for op in ("knn_graph", "edge_coefficient", "graph_layer"):
-        more = " --mode fwd+bwd" if op == "graph_layer" else ""
+        more = "" if op == "knn_graph" else " --mode fwd+bwd"
         for backend in ("cuda", "triton"):
             assert f"--op {op} --case paper_vitl_24x24 --mode fwd{more} --backend {backend} " in script.log.read_text()
 

@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA kernels beside a restatement in float64, on small graphs that lie awkwardly: sizes that fill no block, ties,
 // nodes that are not finite, channels that fill no piece. Exits with 1 and one line where something is wrong. With
-// DRSEG_SELECTION, DRSEG_EDGES or DRSEG_LAYER there is that part alone, which compiles in less time.
+// DRSEG_SELECTION, DRSEG_EDGES, DRSEG_GRADIENTS or DRSEG_LAYER there is that part alone, which compiles in less time.
 #include <cstdio>
 
-#if !defined(DRSEG_SELECTION) && !defined(DRSEG_EDGES) && !defined(DRSEG_LAYER)
+#if !defined(DRSEG_SELECTION) && !defined(DRSEG_EDGES) && !defined(DRSEG_GRADIENTS) && !defined(DRSEG_LAYER)
 #define DRSEG_SELECTION
 #define DRSEG_EDGES
+#define DRSEG_GRADIENTS
 #define DRSEG_LAYER
 #endif
 #ifdef DRSEG_EDGES
 #include "cuda/edge_coefficient.cuh"
+#endif
+#ifdef DRSEG_GRADIENTS
+#include "cuda/edge_gradients.cuh"
 #endif
 #ifdef DRSEG_LAYER
 #include "cuda/graph_layer.cuh"
@@ -204,6 +208,80 @@ void check_edges(int nodes, int slots, int width, int stages) {
 }
 
 #endif
+#ifdef DRSEG_GRADIENTS
+// ------------------------------------------------------------------ gradients of edges
+
+// Rows of integers and halves, of which every sum is exact, so that no unit is on here and off there.
+template <class T, int GROUP>
+void check_gradients(int nodes, int slots, int width, int rows) {
+  constexpr int IMAGES = 2, WARPS = 2;
+  std::minstd_rand random(nodes + slots);
+  const auto draw = [&] { return (int(random() % 17) - 8) * 0.25f; };
+  const int all = IMAGES * nodes, edges = all * slots, stride = 2 * width;
+  std::vector<T> halves(size_t(all) * stride);
+  for (T& value : halves) value = narrow<T>(draw());
+  std::vector<float> inverse(all), shift(width), vector(width), slope(edges);
+  for (float& value : inverse) value = random() % 2 ? 1.0f : 0.5f;
+  for (auto* values : {&shift, &vector, &slope})
+    for (float& value : *values) value = draw();
+  std::vector<int> index(edges), begin(all + 1), perm;
+  for (int& value : index) value = int(random() % nodes);
+  for (int e = 0; e < edges; e += slots) index[e] = 1;
+  index[3] = -2;
+  index[4] = nodes + 5;
+  const auto far = [&](int edge) { return edge / slots / nodes * nodes + std::clamp(index[edge], 0, nodes - 1); };
+  for (int node = 0; node < all; ++node) {
+    for (int e = 0; e < edges; ++e)
+      if (far(e) == node) perm.push_back(e);
+    begin[node + 1] = int(perm.size());
+  }
+  // what is infinite stays with its row, and makes no NaN of slots that are none
+  halves[0] = narrow<T>(INFINITE);
+  for (int e = 0; e < slots; ++e) slope[e] = 0.25f + std::abs(slope[e]);
+  const auto parameter = [](const std::vector<float>& values) {
+    return Parameter{constant(values), Global<const bfloat16>(nullptr, 0), false};
+  };
+  using Sizes = SlopeSizes<GROUP, WARPS>;
+  constexpr int CHANNELS = GROUP * Piece<T>::SIZE;
+  const int groups = (nodes + rows - 1) / rows, columns = 2 * width + 1;
+  const Launch launched{IMAGES, unsigned((width + CHANNELS - 1) / CHANNELS * groups), Sizes::THREADS, Sizes::bytes(nodes)};
+  const Slopes how{nodes, slots, width, stride, true, true, rows};
+  std::vector<T> gradient(halves.size(), narrow<T>(NOT_A_NUMBER));
+  std::vector<float> part(size_t(IMAGES) * groups * columns, NOT_A_NUMBER), sums(columns, NOT_A_NUMBER);
+  std::vector<Link> list(edges);
+  launch(slopes_to_rows<T, GROUP, WARPS, true>, launched, constant(halves), constant(halves, width), constant(inverse),
+         parameter(shift), parameter(vector), constant(index), constant(slope), constant(list), constant(begin),
+         view(gradient), view(part), how);
+  launch(add_parts, {unsigned(columns + 127) / 128, 1, 128, 0}, constant(part), view(sums), int64_t(IMAGES) * groups, columns);
+  launch(list_links, {unsigned(edges + 255) / 256, 1, 256, 0}, constant(slope), constant(inverse), constant(perm),
+         view(list), int64_t(edges), nodes, slots, true);
+  launch(slopes_to_rows<T, GROUP, WARPS, false>, launched, constant(halves, width), constant(halves), constant(inverse),
+         parameter(shift), parameter(vector), constant(index), constant(slope), constant(list), constant(begin),
+         Global<T>(gradient.data() + width, int64_t(gradient.size()) - width), view(part), how);
+  std::vector<double> right(halves.size()), total(columns);
+  for (int e = 0; e < edges; ++e) {
+    const int i = e / slots, j = far(e);
+    total[2 * width] += slope[e];
+    for (int c = 0; c < width; ++c) {
+      const double hidden = double(widen(halves[i * stride + c])) * inverse[i] + shift[c] +
+                            double(widen(halves[j * stride + width + c])) * inverse[j];
+      if (hidden <= 0) continue;
+      const double value = double(slope[e]) * vector[c];
+      right[i * stride + c] += value * inverse[i];
+      right[j * stride + width + c] += value * inverse[j];
+      total[c] += slope[e] * hidden;
+      total[width + c] += value;
+    }
+  }
+  const auto same = [](double got, double wanted, double unit) {
+    return got == wanted || std::abs(got - wanted) <= unit * (1 + std::abs(wanted));
+  };
+  for (size_t n = 0; n < right.size(); ++n)
+    expect(same(widen(gradient[n]), right[n], sizeof(T) == 4 ? 1e-5 : 0x1p-8), "a gradient of a row");
+  for (int n = 0; n < columns; ++n) expect(same(sums[n], total[n], 1e-5), "a gradient of a parameter");
+}
+
+#endif
 #ifdef DRSEG_LAYER
 // ------------------------------------------------------------------ layers
 
@@ -331,6 +409,11 @@ int main() {
       check_edges<bfloat16, 8>(21, 11, 136, stages);
       check_edges<float, 4>(9, 24, 4, stages);
     }
+#endif
+#ifdef DRSEG_GRADIENTS
+    check_gradients<float, 8>(17, 11, 44, 5);
+    check_gradients<bfloat16, 8>(9, 101, 72, 9);
+    check_gradients<float, 4>(23, 7, 12, 23);
 #endif
 #ifdef DRSEG_LAYER
     check_layer<float, 8>(17, 11, 44, 5, true);

@@ -15,6 +15,7 @@
 #define DRSEG_KERNEL(threads, blocks) inline void
 #define DRSEG_DEVICE inline
 #define DRSEG_UNROLL
+#define DRSEG_UNROLL_BY(times)
 
 namespace drseg::device {
 

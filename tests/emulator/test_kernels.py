@@ -49,6 +49,28 @@ FAULTS = (
     ("edge_sums", "edge.place = node * CHANNELS", "edge.place = node * PER", "wrong stride"),
     ("edge_sums", "mask = GROUP / 2; mask > 0", "mask = GROUP / 2; mask > 1", "lanes left out of a sum"),
     ("warp", "node >= nodes ? nodes - 1 : node;", "node;", "an index not clamped"),
+    ("edge_gradients", "copies_wait<0>();\n  sync_block();", "copies_wait<0>();", "removed barrier"),
+    ("edge_gradients", "// what was there has been read\n      sync_warp();", "", "removed barrier of a warp"),
+    ("edge_gradients", "to_bias = warp_total(to_bias);", "", "lanes left out of a sum"),
+    (
+        "edge_gradients",
+        "of each warp its channels of both, and the bias\n    sync_block();",
+        "",
+        "removed barrier before",
+    ),
+    ("edge_gradients", "if (!(hidden <= 0)) active", "if (!(hidden < 0)) active", "a unit at zero"),
+    ("edge_gradients", "if (ROWS && is_edge) to_vector", "if (ROWS) to_vector", "a slot that is none"),
+    ("edge_gradients", "narrow<T>(value * norm)", "narrow<T>(value)", "the norm of a row"),
+    ("edge_gradients", "how.normed ? norms.get(link.place) : 1.0f", "1.0f", "the norm of a far end"),
+    ("edge_gradients", "warp < WARPS; ++warp", "warp + 1 < WARPS; ++warp", "a warp left out of a sum"),
+    (
+        "edge_gradients",
+        "is_bias ? slice > 0 : c >= how.width",
+        "is_bias ? slice < 1 : c >= how.width",
+        "another block's bias",
+    ),
+    ("edge_gradients", "Link{node % nodes,", "Link{edge % nodes,", "an edge from another node"),
+    ("edge_gradients", "n < parts; ++n) sum", "n + 1 < parts; ++n) sum", "a block left out of a sum"),
     ("graph_layer", "copies_wait<0>();\n  sync_block();", "copies_wait<0>();", "removed barrier"),
     ("graph_layer", "copies_end_group();\n  copies_wait<0>();", "copies_end_group();", "removed wait"),
     ("graph_layer", "// what was there has been read\n      sync_warp();", "", "removed barrier of a warp"),
@@ -74,7 +96,8 @@ FAULTS = (
 )
 
 # the part of check.cpp that has a file's kernels
-PARTS = {"graph_layer": "-DDRSEG_LAYER", **dict.fromkeys(("edge_coefficient", "edge_sums", "warp"), "-DDRSEG_EDGES")}
+PARTS = {"graph_layer": "-DDRSEG_LAYER", "edge_gradients": "-DDRSEG_GRADIENTS"}
+PARTS |= dict.fromkeys(("edge_coefficient", "edge_sums", "warp"), "-DDRSEG_EDGES")
 
 
 def compiler() -> str:
