@@ -27,7 +27,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"norm": "sym_count"},
     {"norm": "sym_undirected", "self_loop": "extra", "residual": True},
-    {"self_loop": "exclude", "use_affinity_as_weight": True, "normalize_prior": False, "keep_format": True},
+    {"self_loop": "exclude", "use_affinity_as_weight": True, "normalize_prior": False, "keep_format": False},
 ]
 
 
