@@ -43,9 +43,9 @@ def degree_normalize(
     ``csc``, ``indptr`` and ``perm`` of the graph's columns, is needed by nobody here.
     """
     weight = _wide(weight)
-    neighbour = index.long().clamp(0, max(index.shape[1] - 1, 0))
+    neighbour = index.long().clamp(0, torch.sym_max(index.shape[1] - 1, 0))
     if norm == "sym_count":
-        return weight / max(index.shape[2], 1)
+        return weight / torch.sym_max(index.shape[2], 1)
     if norm == "row":
         return weight / (weight.sum(-1, keepdim=True) + eps)
     start, end = _scales(weight, neighbour, norm, eps)
@@ -59,9 +59,9 @@ def degree_normalize_backward(
     """Gradient to ``weight``, through the degrees of both ends."""
     dtype = weight.dtype
     grad, weight = _wide(grad), _wide(weight)
-    neighbour = index.long().clamp(0, max(index.shape[1] - 1, 0))
+    neighbour = index.long().clamp(0, torch.sym_max(index.shape[1] - 1, 0))
     if norm == "sym_count":
-        return (grad / max(index.shape[2], 1)).to(dtype)
+        return (grad / torch.sym_max(index.shape[2], 1)).to(dtype)
     if norm == "row":
         inverse = (weight.sum(-1, keepdim=True) + eps).reciprocal()
         return (inverse * (grad - inverse * (grad * weight).sum(-1, keepdim=True))).to(dtype)

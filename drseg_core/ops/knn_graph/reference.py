@@ -133,6 +133,7 @@ def knn_graph_at_once(
     decay: float,
     form: str,
     include_self: bool,
+    radius: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same without a loop or a question about sizes, all N x N scores at once: what a traced program is given."""
     batch, nodes, _ = prior.shape
@@ -140,8 +141,8 @@ def knn_graph_at_once(
     everyone = torch.arange(nodes, device=prior.device)
     y, x = everyone // width, everyone % width
     down, right = (y[:, None] - y).abs().double(), (x[:, None] - x).abs().double()
-    relative = (down.square() + right.square()).sqrt()
-    relative = relative / relative.amax().clamp_min(1.0)
+    distance = (down.square() + right.square()).sqrt()
+    relative = distance / distance.amax().clamp_min(1.0)
     if form == "gauss":
         relative = relative.square()
     term = decay * relative
@@ -149,8 +150,10 @@ def knn_graph_at_once(
     rows, bad = prior.double(), inverse_norm.isnan()
     cosine = (rows @ rows.mT).to(wide) * inverse_norm[:, :, None] * inverse_norm[:, None]
     value = combine(cosine, term, form)
+    if radius is not None:
+        value = value.masked_fill(distance > radius, torch.nan)
     diagonal = everyone[:, None] == everyone
-    key = value.masked_fill(bad[:, None] | bad[:, :, None], -torch.inf)
+    key = value.masked_fill(value.isnan(), -torch.inf).masked_fill(bad[:, None] | bad[:, :, None], -torch.inf)
     key = key.masked_fill(diagonal, torch.inf if include_self else -torch.inf)
     key = key.masked_fill(bad[:, :, None] & ~diagonal, -torch.inf)
     own = everyone.repeat(batch)

@@ -160,8 +160,9 @@ def _plain(
     form: str,
     include_self: bool,
     backend: str,
+    radius: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return reference.knn_graph_at_once(prior, inverse_norm, height, width, k, decay, form, include_self)
+    return reference.knn_graph_at_once(prior, inverse_norm, height, width, k, decay, form, include_self, radius)
 
 
 def _fake(
