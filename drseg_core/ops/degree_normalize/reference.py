@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _slots(index: Tensor) -> int:
+    """K, and one where there is none; also of a program whose K is not known yet."""
+    count: Any = torch.sym_max(index.shape[2], 1)
+    return count
 
 
 def _column_sum(value: Tensor, neighbour: Tensor) -> Tensor:
@@ -45,7 +53,7 @@ def degree_normalize(
     weight = _wide(weight)
     neighbour = index.long().clamp(0, torch.sym_max(index.shape[1] - 1, 0))
     if norm == "sym_count":
-        return weight / torch.sym_max(index.shape[2], 1)
+        return weight / _slots(index)
     if norm == "row":
         return weight / (weight.sum(-1, keepdim=True) + eps)
     start, end = _scales(weight, neighbour, norm, eps)
@@ -61,7 +69,7 @@ def degree_normalize_backward(
     grad, weight = _wide(grad), _wide(weight)
     neighbour = index.long().clamp(0, torch.sym_max(index.shape[1] - 1, 0))
     if norm == "sym_count":
-        return (grad / torch.sym_max(index.shape[2], 1)).to(dtype)
+        return (grad / _slots(index)).to(dtype)
     if norm == "row":
         inverse = (weight.sum(-1, keepdim=True) + eps).reciprocal()
         return (inverse * (grad - inverse * (grad * weight).sum(-1, keepdim=True))).to(dtype)

@@ -9,6 +9,11 @@ from torch import Tensor
 # Bytes of one block of scores; a few buffers of this size live at a time.
 _BLOCK_BYTES = 32 << 20
 
+ACROSS = "across"
+"""A form of a grid of two rows, for ``knn_between``: the cosine, less what puts a node's own row behind the other."""
+# cosines differ by two at most
+_BEHIND = 4.0
+
 
 def decay_table(
     grid: tuple[int, int],
@@ -24,6 +29,8 @@ def decay_table(
     once, so that every backend reads the same numbers.
     """
     h, w = grid
+    if form == ACROSS:
+        return torch.tensor([_BEHIND, 0.0], dtype=dtype, device=device)[:, None].repeat(1, w)
     dy = torch.arange(h, dtype=torch.float64, device=device)[:, None]
     dx = torch.arange(w, dtype=torch.float64, device=device)[None, :]
     longest = ((h - 1) ** 2 + (w - 1) ** 2) ** 0.5
@@ -145,7 +152,7 @@ def knn_graph_at_once(
     relative = distance / distance.amax().clamp_min(1.0)
     if form == "gauss":
         relative = relative.square()
-    term = decay * relative
+    term = _BEHIND * (down == 0) if form == ACROSS else decay * relative
     term = (torch.exp(-term) if form in ("multiplicative", "product") else term).to(wide)
     rows, bad = prior.double(), inverse_norm.isnan()
     cosine = (rows @ rows.mT).to(wide) * inverse_norm[:, :, None] * inverse_norm[:, None]
