@@ -121,13 +121,12 @@ def _side_by_side(query: PreparedPrior, prior: PreparedPrior) -> PreparedPrior:
     rows, candidates = query.scaled.shape[1], prior.scaled.shape[1]
     grids = -(-rows // candidates)
     fields: list[Tensor | None] = []
-    for name, above, below in zip(query._fields, query, prior, strict=True):
+    for above, below in zip(query, prior, strict=True):
         if above is None or below is None:
             fields.append(None)
             continue
-        # what fills the last grid up is nobody's neighbour
+        # what fills the last grid up lies in the query's row, where nobody looks, and what it chooses is dropped
         shape: Any = (above.shape[0], grids * candidates - rows, *above.shape[2:])
-        filler = above.new_full(shape, torch.nan if name == "inverse_norm" else 0)
-        above = torch.cat([above, filler], dim=1).unflatten(1, (grids, candidates)).flatten(0, 1)
+        above = torch.cat([above, above.new_zeros(shape)], dim=1).unflatten(1, (grids, candidates)).flatten(0, 1)
         fields.append(torch.cat([above, below.repeat_interleave(grids, dim=0)], dim=1))
     return PreparedPrior(*fields)  # type: ignore[arg-type]
