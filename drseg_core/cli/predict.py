@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from drseg_core.cli import zero_shot
-from drseg_core.cli.evaluate import add_tile_arguments
+from drseg_core.cli.evaluate import add_speed_arguments, add_tile_arguments
 from drseg_core.cli.parsers import Parser, add_reading_arguments, check_output, given_reading
 from drseg_core.config.reading import parse_bands
 
@@ -25,6 +25,7 @@ examples:
   drseg predict run scene.tif --classes @classes.txt --out map.tif
   drseg predict run scene.tif --out map.tif --scores --polygons map.gpkg --min-area 20
   drseg predict run photo.jpg --out map.tif --tile-size 256 --overlap 64
+  drseg predict run scene.tif --out map.tif --precision auto --compile
   drseg predict zero-shot scene.tif --classes "building; road; tree" --out map.tif
 
 The last maps without a trained run; drseg predict zero-shot --help has its options.
@@ -86,6 +87,7 @@ def _add_running_arguments(parser: Parser) -> None:
         "--mode", type=Literal["whole", "tile"], default="tile", help="tiles at native resolution, or the whole image"
     )
     add_tile_arguments(running)
+    add_speed_arguments(running)
     running.add_argument(
         "--dry-run", action="store_true", help="say size, tiles, bands, memory and time, and write nothing"
     )
@@ -123,6 +125,8 @@ def run(args: Any) -> None:
         "overlap": args.overlap,
         "batch_size": args.batch_size,
         "device": args.device,
+        "precision": args.precision,
+        "compiled": args.compile,
         **wanted,
     }
     if args.dry_run:

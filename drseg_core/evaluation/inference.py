@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drseg_core.data.dataset import check_class_names
+from drseg_core.device import PrecisionName, select_precision
 from drseg_core.errors import ConfigError, NumericalError
+from drseg_core.evaluation.compiled import compiled_network
 from drseg_core.models.tiling import blend_window, check_tiles, tile_starts
 
 __all__ = ["Prediction", "Predictor"]
@@ -89,12 +92,19 @@ class Predictor:
         overlap: pixels shared by neighbouring tiles.
         batch_size: images or tiles per forward pass.
         device: where to run; by default where the model's parameters are.
+        precision: of linear maps and convolutions: ``float32``, ``bfloat16``, or ``auto``, which takes bfloat16 where
+            the processor has units for it. Weights, correlations, selection and sums stay float32
+            (``docs/speed.md`` has what it changes).
+        compiled: run what ``torch.compile`` makes of the model: the first call takes minutes, and on a CPU a compiler
+            of C++. Its weights must not change from then on.
 
     Raises:
-        ConfigError: unknown mode, or tile sizes that cannot cover an image.
+        ConfigError: unknown mode or precision, or tile sizes that cannot cover an image.
         DatasetError: no class name, too many, or one twice.
+        BackendUnavailableError: bfloat16 on a device without.
 
-    Calls raise NumericalError where the model's logits are not finite.
+    Calls raise NumericalError where the model's logits are not finite, and BackendUnavailableError where the model
+    cannot be compiled.
 
     Example:
         >>> import torch, drseg_core as drseg
@@ -116,6 +126,8 @@ class Predictor:
         overlap: int = 128,
         batch_size: int = 4,
         device: torch.device | str | None = None,
+        precision: PrecisionName = "float32",
+        compiled: bool = False,
     ) -> None:
         if mode not in ("whole", "tile"):
             raise ConfigError(f"Predictor: mode is unknown; expected whole or tile, got {mode!r}")
@@ -135,11 +147,19 @@ class Predictor:
             parameter = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
             device = parameter.device if parameter is not None else "cpu"
         self.device = torch.device(device)
+        self.precision = select_precision(precision, self.device)
         network: Any = model.to(self.device).eval() if isinstance(model, torch.nn.Module) else model
         with torch.no_grad():
             tokens = network.tokenize([word for words in self.synonyms for word in words]).to(self.device)
             self.text: Tensor = network.encode_text(tokens)
         self.model = network
+        self.compiled = compiled
+        self._network: Any = compiled_network(network, self.device) if compiled else network
+
+    @property
+    def arithmetic(self) -> str:
+        """The precision, and whether the model is compiled, in words."""
+        return f"{str(self.precision).removeprefix('torch.')}{', compiled' if self.compiled else ''}"
 
     def __call__(self, image: Tensor) -> Prediction:
         """Predict one image (3, H, W) uint8."""
@@ -174,13 +194,20 @@ class Predictor:
     @torch.no_grad()
     def _forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (B, T, h', w') and uncertainty (B, 1, h, w) of images (B, 3, H, W) uint8, in float32."""
-        output = self.model(image.to(self.device).float() / 255, self.text)
+        pixels = image.to(self.device).float() / 255
+        with self._autocast():
+            output = self._network(pixels, self.text)
         logits = output.logits
         if not torch.isfinite(logits).all():
             raise NumericalError("Predictor: logits are not finite; expected finite values from the model")
         if logits.shape[1] > len(self.class_names):
             logits = torch.stack([part.amax(1) for part in logits.split(self._counts, dim=1)], dim=1)
         return logits.float().sigmoid(), output.uncertainty.float()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        # autocast around the caller's own code stays as it is where float32 is asked for
+        reduced = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision) if reduced else contextlib.nullcontext()
 
     def _whole(self, image: Tensor) -> list[Prediction]:
         return _enlarged_best(*self._forward(image), image.shape[-2:])

@@ -20,7 +20,7 @@ from drseg_core.config.schema import ReadingConfig
 from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.ground import PixelArea
 from drseg_core.data.vocabulary import OTHER, Color, Vocabulary, never_learned, plain_classes
-from drseg_core.device import select_device
+from drseg_core.device import PrecisionName, select_device
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.evaluation.inference import Piece, Predictor, PredictsPieces
 from drseg_core.extras import require
@@ -68,6 +68,8 @@ def predict(
     overlap: int | None = None,
     batch_size: int | None = None,
     device: str | None = None,
+    precision: PrecisionName = "float32",
+    compiled: bool = False,
     progress: bool = True,
 ) -> SceneFiles:
     """Map an image of any size by class names: what ``drseg predict`` does.
@@ -97,6 +99,8 @@ def predict(
         overlap: pixels shared by neighbouring tiles.
         batch_size: tiles per forward pass.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
+        precision: ``float32``, ``bfloat16`` or ``auto``, see :class:`drseg_core.evaluation.inference.Predictor`.
+        compiled: run the model compiled, see there.
         progress: show a progress bar.
 
     Returns:
@@ -106,7 +110,7 @@ def predict(
         ConfigError: an option does not fit, or an output exists.
         CheckpointError: the model cannot be read.
         RasterError: the image cannot be read in full.
-        BackendUnavailableError: the device is not here.
+        BackendUnavailableError: the device is not here, has no bfloat16, or the model cannot be compiled.
         ResourceError: an output cannot be written in full.
 
     Example:
@@ -126,6 +130,7 @@ def predict(
         classes,
         device,
         {"mode": mode, "tile_size": tile_size, "overlap": overlap, "batch_size": batch_size},
+        {"precision": precision, "compiled": compiled},
         ReadingConfig(scale, nodata, None if bands is None else ",".join(map(str, bands))),
     )
     return predict_scene(
@@ -159,6 +164,8 @@ def plan(
     probabilities: bool = False,
     polygons: str | Path | None = None,
     device: str | None = None,
+    precision: PrecisionName = "float32",
+    compiled: bool = False,
     **tiles: Any,
 ) -> Plan:
     """What :func:`predict` would take: size, tiles, bands, memory and time. Nothing is written.
@@ -177,6 +184,7 @@ def plan(
         classes,
         device,
         {"mode": "tile", **tiles},
+        {"precision": precision, "compiled": compiled},
         ReadingConfig(scale, nodata, None if bands is None else ",".join(map(str, bands))),
     )
     with open_scene(image, reading=reading, gsd=gsd, aoi=aoi) as scene:
@@ -192,6 +200,7 @@ def _prepared(
     classes: Vocabulary | Sequence[str] | None,
     device: str | None,
     tiles: Mapping[str, Any],
+    arithmetic: Mapping[str, Any],
     given: ReadingConfig,
 ) -> tuple[Predictor, Vocabulary, Reading, float | None]:
     """The model with its vocabulary, how scenes are read, and the pixels that it was trained on, in metres."""
@@ -205,7 +214,11 @@ def _prepared(
         _log.warning("%s", unknown)
     own = {name: getattr(run.config.evaluation, name) for name in ("tile_size", "overlap", "batch_size")}
     chosen = {**own, **{name: value for name, value in tiles.items() if value is not None}}
-    predictor = Predictor(run.model, vocabulary.names, synonyms=vocabulary.synonyms, device=place, **chosen)
+    predictor = Predictor(
+        run.model, vocabulary.names, synonyms=vocabulary.synonyms, device=place, **arithmetic, **chosen
+    )
+    if predictor.arithmetic != "float32" or arithmetic["precision"] == "auto":
+        _log.info("precision: %s", predictor.arithmetic)
     trained = run.config.reading
     return predictor, vocabulary, parse_reading(choose_reading(trained, given)), trained.gsd
 

@@ -27,7 +27,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"norm": "sym_count"},
     {"norm": "sym_undirected", "self_loop": "extra", "residual": True},
-    {"self_loop": "exclude", "use_affinity_as_weight": True, "normalize_prior": False, "keep_format": True},
+    {"self_loop": "exclude", "use_affinity_as_weight": True, "normalize_prior": False, "keep_format": False},
 ]
 
 
@@ -151,15 +151,14 @@ assert not any(name.startswith("drseg") for name in sys.modules), "drseg is impo
 
 def test_decomposed_programs_need_no_drseg(tmp_path):
     for number, options in enumerate(OPTIONS):
-        module, given = pdgr(**options), maps(*SIZES[0])
+        module, given = pdgr(**options), maps(*SIZES[2])
         with torch.no_grad():
-            program = torch.export.export(module, given)
+            program = exported(module)
             plain = program.run_decompositions(torch.export.default_decompositions() | ops.decompositions())
         assert any("drseg" in str(node.target) for node in program.graph.nodes)
         assert not any("drseg" in str(node.target) for node in plain.graph.nodes)
-        # other sizes are refused, not computed wrongly
-        with pytest.raises(AssertionError, match="Guard failed"):
-            plain.module()(*maps(*SIZES[3]))
+        for size in SIZES:
+            torch.testing.assert_close(plain.module()(*maps(*size)), module(*maps(*size)))
         torch.export.save(plain, tmp_path / f"plain{number}.pt2")
         torch.save((given, module(*given).detach()), tmp_path / f"data{number}.pt")
     result = subprocess.run(
@@ -173,11 +172,22 @@ def test_decomposed_programs_need_no_drseg(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_a_decomposed_program_of_one_size_refuses_others():
+    module, given = pdgr(), maps(*SIZES[0])
+    with torch.no_grad():
+        plain = torch.export.export(module, given).run_decompositions(ops.decompositions()).module()
+    torch.testing.assert_close(plain(*given), module(*given))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        plain(*maps(*SIZES[3]))
+
+
+@pytest.mark.parametrize("radius", [None, 2.3])
 @pytest.mark.parametrize("form", ["additive", "gauss", "multiplicative", "product"])
-def test_the_decomposed_selection_is_the_selection(form):
+def test_the_decomposed_selection_is_the_selection(form, radius):
     class One(nn.Module):
         def forward(self, prior: Tensor) -> tuple[Tensor, Tensor]:
-            return ops.knn_graph(prior, (4, 5), 6, decay=0.7, form=form, include_self=False, return_score=True)
+            options = {"decay": 0.7, "form": form, "include_self": False, "radius": radius}
+            return ops.knn_graph(prior, (4, 5), 6, return_score=True, pad=True, **options)
 
     random = torch.Generator().manual_seed(0)
     prior = torch.randint(-3, 4, (2, 20, 7), generator=random).float()
