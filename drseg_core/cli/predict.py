@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -132,7 +133,7 @@ def run(args: Any) -> None:
             print(plan(model, scene.image, polygons=scene.polygons, device=args.device, **options).text())
         return
     options |= {"threshold": args.threshold, "min_area": args.min_area}
-    map_and_say(args, scenes, lambda device: run_mapper(args.run, device=device, **options))
+    map_and_say(args, scenes, functools.partial(run_mapper, args.run, **options))
 
 
 def areas_text(table: str) -> str:

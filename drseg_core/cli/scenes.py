@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +37,12 @@ def add_many_arguments(parser: Any) -> None:
         type=str | None,
         metavar="I/N",
         help="make only the I-th of N parts of the blocks, for arrays of jobs; a call without it then writes the maps",
+    )
+    many.add_argument(
+        "--cluster",
+        type=str | None,
+        metavar="ADDRESS|N",
+        help="workers of a Dask scheduler (tcp://HOST:PORT), or N processes of this machine, make the blocks",
     )
     many.add_argument("--asset", type=str | None, metavar="KEY", help="of STAC items: the key of the image")
     many.add_argument(
@@ -69,6 +78,8 @@ def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path
     from drseg_core.scenes.files import check_outputs
 
     given_shard(args)
+    if args.cluster is not None and (args.shard is not None or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise ConfigError("--cluster makes all blocks; expected neither --shard nor torchrun beside it")
     report = None if args.report is None else Path(args.report)
     if report is not None:
         if report.is_dir() or not report.absolute().parent.is_dir():
@@ -93,16 +104,22 @@ def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path
         )
 
 
-def map_and_say(args: Any, scenes: Sequence[Scene], mapper: Callable[[str | None], Mapper]) -> None:
-    """Map the scenes with the mapper of a device, and say what became of them.
+def map_and_say(args: Any, scenes: Sequence[Scene], recipe: Callable[..., Mapper]) -> Mapper:
+    """Map the scenes with the mapper that ``recipe(device=)`` makes, say what became of them, and return it.
 
     Raises:
         DRSegError: some scenes failed (exit code 8).
     """
+    from drseg_core.scenes.cluster import open_cluster
     from drseg_core.scenes.many import map_scenes
     from drseg_core.training.distributed import process_group
 
-    with process_group(args.device, patient=True) as group:
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(process_group(args.device, patient=True))
+        cluster = None
+        if args.cluster is not None:
+            workers = functools.partial(recipe, device=args.device)
+            cluster = stack.enter_context(open_cluster(args.cluster, workers))
         together = group.world_size > 1
         many = len(scenes) > 1
 
@@ -110,12 +127,14 @@ def map_and_say(args: Any, scenes: Sequence[Scene], mapper: Callable[[str | None
             if many and not together:
                 _say(outcome)
 
+        mapper = recipe(device=str(group.device) if together else args.device)
         outcomes = map_scenes(
-            mapper(str(group.device) if together else args.device),
+            mapper,
             scenes,
             explain=lambda error: failure(error, "predict"),
             processes=group,
             shard=given_shard(args),
+            cluster=cluster,
             keep_going=args.keep_going,
             overwrite=args.overwrite,
             report=None if args.report is None else Path(args.report),
@@ -123,7 +142,7 @@ def map_and_say(args: Any, scenes: Sequence[Scene], mapper: Callable[[str | None
             progress=group.is_main,
         )
         if not group.is_main:
-            return
+            return mapper
     if many and together:
         for outcome in outcomes:
             _say(outcome)
@@ -141,6 +160,7 @@ def map_and_say(args: Any, scenes: Sequence[Scene], mapper: Callable[[str | None
         error = DRSegError(f"predict: {len(failed)} of {len(outcomes)} scenes failed: {failed[0].image}, ...")
         error.exit_code = 8
         raise error
+    return mapper
 
 
 def _say(outcome: Outcome) -> None:

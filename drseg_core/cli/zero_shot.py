@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from argparse import BooleanOptionalAction
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,14 +171,10 @@ def run(args: Any) -> None:
         with open_scene(scene.image, gsd=args.gsd, aoi=args.aoi) as opened:
             check_metres(config, opened)
 
-    def made(device: str | None) -> Any:
-        found = zero_shot(preset, offline=args.offline, device=device, **chosen)
-        for name, text in found.facts.items():
-            print(f"{name}: {text}")
-        return found
-
+    loaded = functools.partial(zero_shot, preset, offline=args.offline, **chosen)
     if args.dry_run:
-        mapper = made(args.device)
+        mapper = loaded(device=args.device)
+        _say_facts(mapper.facts)
         for scene in scenes:
             if len(scenes) > 1:
                 print(f"{scene.image}:")
@@ -184,16 +182,21 @@ def run(args: Any) -> None:
         return
     options |= {"scores": args.scores, "probabilities": args.probabilities}
     options |= {"threshold": args.threshold, "min_area": args.min_area}
-    random = []
-
-    def mapper_on(device: str | None) -> Any:
-        found = made(device)
-        random.append("random weights" in found.facts["clip"])
-        return found.mapper(classes, **options)
-
-    map_and_say(args, scenes, mapper_on)
-    if any(random):
+    facts = map_and_say(args, scenes, functools.partial(_words_mapper, loaded, classes, options)).facts
+    if "random weights" in facts["clip"]:
         print("CLIP has random weights: this map means nothing")
+
+
+def _words_mapper(loaded: Callable[..., Any], classes: Any, options: dict[str, Any], *, device: str | None) -> Any:
+    found = loaded(device=device)
+    if os.environ.get("RANK", "0") == "0":
+        _say_facts(found.facts)
+    return found.mapper(classes, **options)
+
+
+def _say_facts(facts: dict[str, str]) -> None:
+    for name, text in facts.items():
+        print(f"{name}: {text}")
 
 
 def listed(option: str, text: str | None) -> list[str]:

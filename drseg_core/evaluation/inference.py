@@ -344,7 +344,8 @@ class Predictor:
                 total.zero_()
             before = number
             image, valid = read(top, min(top + side, height), begin, end)
-            band = _mirrored(image, side)
+            # pinned where a thread has read it so: then the copy waits for nothing
+            band = _mirrored(image, side).to(self.device, non_blocking=True)
             used = [x for x in column_start if valid is None or valid[:, x - begin : x - begin + side].any()]
             for first in range(0, len(used), self.batch_size):
                 some = used[first : first + self.batch_size]

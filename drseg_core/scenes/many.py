@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from drseg_core.errors import ConfigError
 from drseg_core.files import write_text_atomic
 from drseg_core.scenes.block_store import BlockStore, work_folder
+from drseg_core.scenes.cluster import Cluster
 from drseg_core.scenes.predict import BLOCKS, OPEN, Mapper, Work
 from drseg_core.scenes.sources import Scene
 
@@ -84,6 +85,7 @@ def map_scenes(
     explain: Callable[[BaseException], tuple[str, int]],
     processes: Processes | None = None,
     shard: Shard | None = None,
+    cluster: Cluster | None = None,
     keep_going: bool = False,
     overwrite: bool = False,
     report: Path | None = None,
@@ -102,6 +104,7 @@ def map_scenes(
         explain: one line and an exit code for what a scene raised.
         processes: those that work together; this one alone by default.
         shard: make only a part of the blocks, and write no map: a call without it does, once all parts are made.
+        cluster: its workers make the blocks, and this process writes the maps.
         keep_going: a scene that fails is listed, and the others go on.
         overwrite: replace outputs.
         report: JSON file of the outcomes.
@@ -128,7 +131,9 @@ def map_scenes(
     call = _Call(mapper, scenes, explain, keep_going, overwrite, done, progress)
     begin = time.perf_counter()
     try:
-        if processes is None or processes.world_size == 1:
+        if cluster is not None:
+            call.by_cluster(cluster)
+        elif processes is None or processes.world_size == 1:
             call.alone() if shard is None else call.together(_Alone(), shard)
         else:
             call.together(processes, shard)
@@ -203,6 +208,25 @@ class _Call:
                 self._do(number, Work(self.mapper.facts, alone=False), "mapped")
         self._agree(processes)
 
+    def by_cluster(self, cluster: Cluster) -> None:
+        for number in self._left():
+            self._do(number, Work(self.mapper.facts, OPEN))
+        for step in (*self.mapper.steps, BLOCKS):
+            left = self._left()
+            errors = cluster.make([self.scenes[number] for number in left], step, overwrite=self.overwrite)
+            for number, error in zip(left, errors, strict=True):
+                if error is not None:
+                    self._failed(number, error)
+                    if not self.keep_going:
+                        raise error
+        for number in self._left():
+            self._do(number, Work(self.mapper.facts, alone=False), "mapped")
+
+    def _failed(self, number: int, error: Exception) -> None:
+        message, code = self.explain(error)
+        self.outcomes[number] = self.outcomes[number]._replace(state="failed", error=message, exit_code=code)
+        self.done(self.outcomes[number])
+
     def _left(self) -> list[int]:
         return [number for number, found in enumerate(self.outcomes) if found.state == "not reached"]
 
@@ -215,7 +239,6 @@ class _Call:
 
     def _do(self, number: int, work: Work, state: str | None = None) -> None:
         scene, begin = self.scenes[number], time.perf_counter()
-        found = self.outcomes[number]
         try:
             files = self.mapper.write(
                 scene.image,
@@ -225,18 +248,21 @@ class _Call:
                 work=work,
                 progress=self.progress,
             )
-            if state is not None:
-                found = found._replace(state=state, files=tuple(map(str, files.present())))
         except Exception as error:
-            message, code = self.explain(error)
-            found = found._replace(state="failed", error=message, exit_code=code)
+            self._took(number, begin)
+            self._failed(number, error)
             if not self.keep_going:
                 raise
-        finally:
-            seconds = round(found.seconds + time.perf_counter() - begin, 3)
-            self.outcomes[number] = found = found._replace(seconds=seconds)
-            if found.state != "not reached":
-                self.done(found)
+            return
+        self._took(number, begin)
+        if state is not None:
+            names = tuple(map(str, files.present()))
+            self.outcomes[number] = self.outcomes[number]._replace(state=state, files=names)
+            self.done(self.outcomes[number])
+
+    def _took(self, number: int, begin: float) -> None:
+        seconds = self.outcomes[number].seconds + time.perf_counter() - begin
+        self.outcomes[number] = self.outcomes[number]._replace(seconds=round(seconds, 3))
 
     def tidy(self, *, mapped: bool) -> None:
         """Remove what was kept where nothing is left to do, or say what is kept."""

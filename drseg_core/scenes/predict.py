@@ -254,7 +254,7 @@ def plan(
     device: str | None = None,
     **tiles: Any,
 ) -> Plan:
-    """What :func:`predict` would take: size, tiles, bands, memory and time. Nothing is written.
+    """What ``drseg predict`` takes: size, tiles, bands, memory, time, and disk with its blocks. Nothing is written.
 
     Args and errors are those of :func:`predict`; ``tiles`` are ``mode``, ``tile_size``, ``overlap`` and ``batch_size``.
 
@@ -276,7 +276,7 @@ def plan(
         describe(scene, trained_gsd)
         found = plan_scene(predictor, scene, probabilities=probabilities)
     wanted = {"scores": scores, "probabilities": probabilities, "polygons": polygons is not None}
-    disk = usual_bytes(found.height * found.width, len(vocabulary.names), **wanted)
+    disk = usual_bytes(found.height * found.width, len(vocabulary.names), **wanted, blocks=True)
     return found._replace(disk_mb=disk / 1e6, polygons=polygons is not None)
 
 
@@ -437,7 +437,7 @@ def predict_scene(
             # also what belongs to the scene, such as the members of a mosaic
             check_input_stays(path, scene.source.files, "an output is a file of the scene")
         check_place(scene)
-        check_disks(files, scene.height * scene.width, len(legend.names))
+        check_disks(files, scene.height * scene.width, len(legend.names), blocks=store is not None)
         if store is not None and work is not None:
             store.open(alone=work.alone)
             if work.alone:
@@ -570,12 +570,17 @@ class _Parts:
         return tqdm(total=total, desc="predict", unit="px", unit_scale=True, disable=not self.progress)
 
     def _read_in_thread(self, *box: int) -> Any:
-        return self._reader.submit(self.scene.window, *box).result()
+        return self._reader.submit(self._read, *box).result()
+
+    def _read(self, top: int, bottom: int, left: int, right: int) -> tuple[Tensor, NDArray[np.bool_]]:
+        image, valid = self.scene.window(top, bottom, left, right)
+        device = getattr(self.predictor, "device", None)
+        return (image.pin_memory() if device is not None and device.type == "cuda" else image), valid
 
     def _made(self, wanted: Collection[int] | None) -> Iterator[Part]:
         """What the model makes of some blocks, or of all."""
         size = self.scene.height, self.scene.width
-        read = ReadAhead(self.scene.window, self.predictor.reads(*size, wanted=wanted), self._reader)
+        read = ReadAhead(self._read, self.predictor.reads(*size, wanted=wanted), self._reader)
         origin, band = (0, 0), (np.empty(0, np.uint8), np.empty(0, np.bool_))
 
         def spied(top: int, bottom: int, left: int, right: int) -> tuple[Tensor, NDArray[np.bool_]]:

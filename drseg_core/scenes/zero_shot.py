@@ -220,7 +220,7 @@ class SceneZeroShot:
         def write(image: str | Path, out: str | Path, **how: Any) -> SceneFiles:
             return self.write(image, classes, out, **options, **how)
 
-        facts = {"weights": weights_hash(self.model), "config": dataclasses.asdict(self.config)}
+        facts = {"weights": weights_hash(self.model), "config": dataclasses.asdict(self.config), **self.facts}
         return Mapper(write, facts, GraphPredictor.steps)
 
     def plan(
