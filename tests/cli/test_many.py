@@ -97,6 +97,21 @@ def test_two_processes_write_the_bytes_of_one(run, scenes, whole, tmp_path):
     assert content(out) == content(whole)
 
 
+def test_workers_of_a_cluster_write_the_bytes_of_one(drseg, run, scenes, whole, tmp_path, monkeypatch):
+    pytest.importorskip("distributed", reason="the extra cluster is not installed")
+    # what the workers import
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "kernels"), *sys.path)))
+    bad = tmp_path / "bad.tif"
+    bad.write_text("no image")
+    words = ["predict", run, scenes, bad, "--out", tmp_path / "maps", "--device", "cpu", "--cluster", 2]
+    code, text, errors = drseg(*words, "--keep-going")
+    assert code == 8 and "mapped: 5 of 6 scenes" in text and f"failed: {bad}" in errors
+    kept = {name: data for name, data in content(tmp_path / "maps").items() if ".work" not in name}
+    assert kept == content(whole)
+    code, _, errors = drseg(*words, "--shard", "1/2")
+    assert code == 2 and "--cluster makes all blocks; expected neither --shard nor torchrun beside it" in errors
+
+
 def test_a_killed_call_goes_on(process, drseg, run, scenes, whole, tmp_path):
     out = tmp_path / "maps"
     words = ["predict", run, scenes, "--out", f"{out}/{{name}}.tif", "--device", "cpu"]
