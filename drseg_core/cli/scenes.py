@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from drseg_core.cli.failures import failure
 from drseg_core.cli.parsers import check_output
@@ -44,6 +44,12 @@ def add_many_arguments(parser: Any) -> None:
         metavar="ADDRESS|N",
         help="workers of a Dask scheduler (tcp://HOST:PORT), or N processes of this machine, make the blocks",
     )
+    many.add_argument(
+        "--mosaic",
+        type=Literal["blend", "apart"],
+        default="blend",
+        help="maps of scenes that overlap on one grid agree there, or each is left as it is",
+    )
     many.add_argument("--asset", type=str | None, metavar="KEY", help="of STAC items: the key of the image")
     many.add_argument(
         "--remote",
@@ -74,7 +80,7 @@ def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path
         ConfigError: an output exists or cannot be written.
         RasterError: one of several scenes is no file.
     """
-    from drseg_core.scenes.block_store import work_folder
+    from drseg_core.scenes.block_store import is_complete, work_folder
     from drseg_core.scenes.files import check_outputs
 
     given_shard(args)
@@ -91,7 +97,8 @@ def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path
             raise RasterError(f"predict: {scene.image} is not a file; expected an image (--keep-going maps the others)")
         out = Path(str(scene.out))
         # an interrupted call goes on; whether these are its files is looked at where its blocks are
-        overwrite = args.overwrite or work_folder(out).is_dir()
+        kept = work_folder(out).is_dir() or is_complete(work_folder(str(scenes[0].out)), out)
+        overwrite = args.overwrite or kept
         check_output(out, overwrite=overwrite, inputs=[Path(scene.image)])
         check_outputs(
             scene.image,
@@ -135,6 +142,7 @@ def map_and_say(args: Any, scenes: Sequence[Scene], recipe: Callable[..., Mapper
             processes=group,
             shard=given_shard(args),
             cluster=cluster,
+            mosaic=args.mosaic == "blend",
             keep_going=args.keep_going,
             overwrite=args.overwrite,
             report=None if args.report is None else Path(args.report),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.errors import ConfigError
-from drseg_core.files import atomic_path, write_text_atomic
+from drseg_core.files import atomic_path, own_prefix, write_text_atomic
 
 _log = logging.getLogger(__name__)
 
 __all__ = ["BlockStore", "share", "work_folder"]
 
 _DIGEST = 32
-_KEY, _DONE = "key.json", "done.json"
+_KEY, _DONE, _COMPLETE = "key.json", "done.json", "complete.json"
 
 
 def work_folder(out: str | Path) -> Path:
@@ -73,6 +74,15 @@ class BlockStore:
         self.folder = Path(folder)
         self._text = json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str, indent=1)
         self._key = hashlib.sha256(self._text.encode()).digest()
+
+    @classmethod
+    def at(cls, folder: str | Path) -> BlockStore:
+        """What lies in a folder, of whatever facts, to be read."""
+        store = cls(folder, {})
+        with contextlib.suppress(FileNotFoundError):
+            store._text = (store.folder / _KEY).read_text(encoding="utf-8")
+            store._key = hashlib.sha256(store._text.encode()).digest()
+        return store
 
     def open(self, *, alone: bool = True) -> None:
         """Begin, or go on where these facts left off.
@@ -141,24 +151,29 @@ class BlockStore:
         with np.load(io.BytesIO(content[_DIGEST:]), allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
 
-    def finishing(self, outputs: Mapping[Path, Path]) -> None:
+    def finishing(self, outputs: Mapping[Path, Path], blended: Sequence[str] = ()) -> None:
         """Note what the complete outputs are, before they are put in place.
 
         Args:
             outputs: each output with the complete file that becomes it.
+            blended: the neighbours that have a share in them.
         """
-        write_text_atomic(self.folder / _DONE, json.dumps({str(out.name): _mark(now) for out, now in outputs.items()}))
+        marks = {out.name: _mark(now) for out, now in outputs.items()}
+        write_text_atomic(self.folder / _DONE, json.dumps({"outputs": marks, "blended": sorted(blended)}))
 
-    def finished(self, outputs: Sequence[Path]) -> bool:
+    def finished(self, outputs: Sequence[Path], blended: Sequence[str] = ()) -> bool:
         """Whether the outputs are those of :meth:`finishing`, all in their place."""
-        return all(self.placed(path) for path in outputs) and bool(outputs)
+        return self._note().get("blended") == sorted(blended) and all(self.placed(path) for path in outputs)
 
     def placed(self, output: Path) -> bool:
         """Whether this file is one that this map put in its place."""
+        return output.exists() and self._note().get("outputs", {}).get(output.name) == _mark(output)
+
+    def _note(self) -> dict[str, Any]:
         try:
-            return self._is_own() and json.loads((self.folder / _DONE).read_text())[output.name] == _mark(output)
-        except (OSError, ValueError, KeyError):
-            return False
+            return json.loads((self.folder / _DONE).read_text(encoding="utf-8")) if self._is_own() else {}
+        except (OSError, ValueError):
+            return {}
 
     def remove_blocks(self) -> None:
         """Leave nothing but the note of what is complete."""
@@ -166,8 +181,27 @@ class BlockStore:
             path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Leave nothing."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Leave nothing. It is gone at once: what a killed process left of it is removed with its unfinished files."""
+        out = self.folder.with_suffix("")
+        gone = self.folder.with_name(f"{own_prefix(out)}work.part")
+        with contextlib.suppress(FileNotFoundError):
+            self.remove_blocks()
+            self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def note_complete(first: Path, outputs: Sequence[Path]) -> None:
+    """Note in the folder of a call's first scene that all outputs of the call are in place, so that the folders of the
+    others may go before it."""
+    write_text_atomic(first / _COMPLETE, json.dumps({str(path.absolute()): _mark(path) for path in outputs}))
+
+
+def is_complete(first: Path, output: Path) -> bool:
+    """Whether an output is still as :func:`note_complete` says."""
+    try:
+        return json.loads((first / _COMPLETE).read_text(encoding="utf-8"))[str(output.absolute())] == _mark(output)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _mark(path: Path) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 
 from drseg_core.errors import DRSegError
 from drseg_core.extras import require
+from drseg_core.scenes.mosaic import Neighbour
 from drseg_core.scenes.predict import Mapper, Work
 from drseg_core.scenes.sources import Scene
 
@@ -32,8 +33,10 @@ class Cluster:
         self._client, self._recipe, self._name = client, recipe, uuid.uuid4().hex
         self.parts = _PARTS * max(len(client.scheduler_info(n_workers=-1)["workers"]), 1)
 
-    def make(self, scenes: Sequence[Scene], step: str, *, overwrite: bool = False) -> list[Exception | None]:
-        """Let the workers make one step of the scenes; returns what went wrong with each."""
+    def make(
+        self, scenes: Sequence[tuple[Scene, tuple[Neighbour, ...]]], step: str, *, overwrite: bool = False
+    ) -> list[Exception | None]:
+        """Let the workers make one step of scenes with their neighbours; returns what went wrong with each."""
         futures = [
             [
                 self._client.submit(
@@ -41,14 +44,14 @@ class Cluster:
                     self._recipe,
                     self._name,
                     scene,
-                    (step, part, self.parts),
+                    Work({}, step, part, self.parts, alone=False, neighbours=others),
                     overwrite,
                     torch.get_num_threads(),
                     pure=False,
                 )
                 for part in range(self.parts)
             ]
-            for scene in scenes
+            for scene, others in scenes
         ]
         return [next(filter(None, map(_error, some)), None) for some in futures]
 
@@ -96,12 +99,12 @@ def _mapper(recipe: Callable[[], Mapper], name: str) -> Mapper:
 
 
 def _make(
-    recipe: Callable[[], Mapper], name: str, scene: Scene, share: tuple[str, int, int], overwrite: bool, threads: int
+    recipe: Callable[[], Mapper], name: str, scene: Scene, work: Work, overwrite: bool, threads: int
 ) -> Exception | None:
     # sums are rounded as they are where the call was made
     torch.set_num_threads(threads)
     mapper = _mapper(recipe, name)
-    work = Work(mapper.facts, *share, alone=False)
+    work = work._replace(facts=mapper.facts)
     try:
         mapper.write(scene.image, scene.out, polygons=scene.polygons, overwrite=overwrite, work=work, progress=False)
     except DRSegError as error:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -10,10 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from drseg_core.errors import ConfigError
+from drseg_core.errors import ConfigError, DRSegError
 from drseg_core.files import write_text_atomic
-from drseg_core.scenes.block_store import BlockStore, work_folder
+from drseg_core.scenes.block_store import BlockStore, is_complete, note_complete, work_folder
 from drseg_core.scenes.cluster import Cluster
+from drseg_core.scenes.mosaic import Grid, Neighbour, neighbours
 from drseg_core.scenes.predict import BLOCKS, OPEN, Mapper, Work
 from drseg_core.scenes.sources import Scene
 
@@ -86,6 +88,7 @@ def map_scenes(
     processes: Processes | None = None,
     shard: Shard | None = None,
     cluster: Cluster | None = None,
+    mosaic: bool = False,
     keep_going: bool = False,
     overwrite: bool = False,
     report: Path | None = None,
@@ -105,6 +108,8 @@ def map_scenes(
         processes: those that work together; this one alone by default.
         shard: make only a part of the blocks, and write no map: a call without it does, once all parts are made.
         cluster: its workers make the blocks, and this process writes the maps.
+        mosaic: maps of scenes that overlap on one grid agree there: their scores are blended. It takes the room of the
+            scores of all classes while the call runs.
         keep_going: a scene that fails is listed, and the others go on.
         overwrite: replace outputs.
         report: JSON file of the outcomes.
@@ -129,6 +134,8 @@ def map_scenes(
         ['mapped', 'failed']
     """
     call = _Call(mapper, scenes, explain, keep_going, overwrite, done, progress)
+    if mosaic and len(scenes) > 1:
+        call.find_neighbours()
     begin = time.perf_counter()
     try:
         if cluster is not None:
@@ -178,8 +185,23 @@ class _Call:
         self.mapper, self.scenes, self.explain, self.keep_going = mapper, scenes, explain, keep_going
         self.overwrite, self.done, self.progress = overwrite, done, progress
         self.outcomes = [Outcome(scene.image, str(scene.out), "not reached") for scene in scenes]
+        self.folders = [work_folder(str(scene.out)) for scene in scenes]
+        self.neighbours: list[tuple[Neighbour, ...]] = [() for _ in scenes]
+
+    def find_neighbours(self) -> None:
+        self.neighbours = neighbours([self._grid(scene.image) for scene in self.scenes], self.folders)
+
+    def _grid(self, image: str) -> Grid | None:
+        # what cannot be opened is said in its turn
+        with contextlib.suppress(DRSegError):
+            return self.mapper.grid(image)
+        return None
 
     def alone(self) -> None:
+        if any(self.neighbours):
+            # all blocks, then all maps
+            self.together(_Alone(), None)
+            return
         work = Work(self.mapper.facts)
         for number in range(len(self.scenes)):
             self._do(number, work, "mapped")
@@ -213,7 +235,8 @@ class _Call:
             self._do(number, Work(self.mapper.facts, OPEN))
         for step in (*self.mapper.steps, BLOCKS):
             left = self._left()
-            errors = cluster.make([self.scenes[number] for number in left], step, overwrite=self.overwrite)
+            given = [(self.scenes[number], self.neighbours[number]) for number in left]
+            errors = cluster.make(given, step, overwrite=self.overwrite)
             for number, error in zip(left, errors, strict=True):
                 if error is not None:
                     self._failed(number, error)
@@ -239,6 +262,12 @@ class _Call:
 
     def _do(self, number: int, work: Work, state: str | None = None) -> None:
         scene, begin = self.scenes[number], time.perf_counter()
+        # the first was found to be of the same model and options
+        if number and not self.folders[number].exists() and is_complete(self.folders[0], Path(str(scene.out))):
+            self._mapped(number, "mapped", (str(scene.out),))
+            return
+        failed = {str(self.folders[n]) for n, found in enumerate(self.outcomes) if found.state == "failed"}
+        work = work._replace(neighbours=self.neighbours[number], left_out=frozenset(failed))
         try:
             files = self.mapper.write(
                 scene.image,
@@ -256,9 +285,11 @@ class _Call:
             return
         self._took(number, begin)
         if state is not None:
-            names = tuple(map(str, files.present()))
-            self.outcomes[number] = self.outcomes[number]._replace(state=state, files=names)
-            self.done(self.outcomes[number])
+            self._mapped(number, state, tuple(map(str, files.present())))
+
+    def _mapped(self, number: int, state: str, names: tuple[str, ...]) -> None:
+        self.outcomes[number] = self.outcomes[number]._replace(state=state, files=names)
+        self.done(self.outcomes[number])
 
     def _took(self, number: int, begin: float) -> None:
         seconds = self.outcomes[number].seconds + time.perf_counter() - begin
@@ -267,10 +298,12 @@ class _Call:
     def tidy(self, *, mapped: bool) -> None:
         """Remove what was kept where nothing is left to do, or say what is kept."""
         if mapped and all(found.state == "mapped" for found in self.outcomes):
-            for scene in self.scenes:
-                BlockStore(work_folder(str(scene.out)), {}).remove()
+            # the first folder says so until the others are gone: killed in between, the call goes on from there
+            note_complete(self.folders[0], [Path(name) for found in self.outcomes for name in found.files])
+            for folder in reversed(self.folders):
+                BlockStore(folder, {}).remove()
             return
-        kept = [folder for scene in self.scenes if (folder := work_folder(str(scene.out))).is_dir()]
+        kept = [folder for folder in self.folders if folder.is_dir()]
         if kept:
             more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
             _log.info("what is finished is kept in %s%s: the same command goes on there", kept[0], more)

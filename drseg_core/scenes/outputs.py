@@ -21,7 +21,7 @@ class Part(NamedTuple):
 
     ``label`` (n, m) uint8, 255 where nothing is valid; ``uncertainty`` (n, m) float32, NaN there; ``picture`` what
     :meth:`Overlay.sampled` takes of the image; ``score`` (n, m) and ``probabilities`` (T, n, m) uint8 in steps, where
-    they were asked for.
+    they were asked for; ``class_scores`` (T, n, m) float32 of the predicted classes where a neighbour has a share.
     """
 
     top: int
@@ -31,6 +31,7 @@ class Part(NamedTuple):
     picture: NDArray[np.uint8]
     score: NDArray[np.uint8] | None = None
     probabilities: NDArray[np.uint8] | None = None
+    class_scores: NDArray[np.float32] | None = None
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """By name, for :meth:`drseg_core.scenes.block_store.BlockStore.save`."""

@@ -23,7 +23,7 @@ from drseg_core.data.ground import PixelArea
 from drseg_core.data.vocabulary import OTHER, Color, Vocabulary, never_learned, plain_classes
 from drseg_core.device import select_device
 from drseg_core.errors import ConfigError, RasterError
-from drseg_core.evaluation.inference import Piece, Predictor, PredictsPieces
+from drseg_core.evaluation.inference import Box, Piece, Predictor, PredictsPieces
 from drseg_core.extras import require
 from drseg_core.files import atomic_path
 from drseg_core.models.weights import weights_hash
@@ -38,6 +38,7 @@ from drseg_core.scenes.files import (
     leftovers,
     usual_bytes,
 )
+from drseg_core.scenes.mosaic import Grid, Mosaic, Neighbour
 from drseg_core.scenes.outputs import Overlay, Part, Rasters
 from drseg_core.scenes.plan import Plan, plan_scene
 from drseg_core.scenes.polygons import write_polygons
@@ -62,7 +63,9 @@ class Work(NamedTuple):
 
     ``facts`` are what makes the model; ``step`` is the only one to do, and of it one ``part`` among ``parts``, with
     nothing written but blocks (:data:`OPEN` makes none and only prepares the folder); ``alone`` says that no other
-    process is at this map, so blocks of another model or scene, or with other options, may be removed.
+    process is at this map, so blocks of another model or scene, or with other options, may be removed. ``neighbours``
+    have a share in the map where they overlap, but for those ``left_out``; all their blocks must be there before it is
+    written, and its own blocks stay.
 
     Example:
         >>> import drseg_core as drseg
@@ -84,6 +87,12 @@ class Work(NamedTuple):
     part: int = 0
     parts: int = 1
     alone: bool = True
+    neighbours: tuple[Neighbour, ...] = ()
+    left_out: frozenset[str] = frozenset()
+
+    @property
+    def blended(self) -> list[Neighbour]:
+        return [other for other in self.neighbours if other.folder not in self.left_out]
 
 
 def predict(
@@ -185,11 +194,12 @@ class Mapper(NamedTuple):
     """A model with its options, ready for any number of scenes.
 
     ``write(image, out, polygons=, overwrite=, work=, progress=)`` maps one as :func:`predict_scene` does; ``facts`` are
-    what makes the model, ``steps`` what is made of a scene before its blocks.
+    what makes the model, ``steps`` what is made of a scene before its blocks; ``grid(image)`` says where a scene lies.
     """
 
     write: Callable[..., SceneFiles]
     facts: Mapping[str, Any]
+    grid: Callable[[str | Path], Grid]
     steps: tuple[str, ...] = ()
 
 
@@ -235,7 +245,11 @@ def run_mapper(
             **how,
         )
 
-    return Mapper(write, facts)
+    def grid(image: str | Path) -> Grid:
+        with open_scene(image, reading=reading, gsd=options.get("gsd"), aoi=options.get("aoi")) as scene:
+            return Grid(scene.crs, scene.transform, scene.height, scene.width)
+
+    return Mapper(write, facts, grid)
 
 
 def plan(
@@ -408,7 +422,7 @@ def predict_scene(
     if threshold is not None:
         legend = legend.with_other()
         check_class_names(legend.names, "predict_scene")
-    options = {
+    options: dict[str, Any] = {
         "legend": legend,
         "threshold": threshold,
         "scores": scores,
@@ -425,9 +439,12 @@ def predict_scene(
         scene = stack.enter_context(open_scene(image_path, bands=bands, reading=reading, gsd=gsd, aoi=aoi))
         store = None
         if work is not None:
+            options["neighbours"] = sorted((Path(other.folder).name, *other[1:]) for other in work.neighbours)
             facts = {"model": work.facts, "options": options, **computing_facts(predictor), **scene_facts(scene, aoi)}
             store = BlockStore(work_folder(out_path), facts)
-            if store.finished(files.present()):
+            # blocks of one that has neighbours are still there, and may be wanted
+            done = store.finished(files.present(), [other.folder for other in work.blended])
+            if done and (work.step is None or not work.neighbours):
                 _log.info("%s is complete", files.classes)
                 return files
             _check_placed(files, store, overwrite=overwrite)
@@ -448,6 +465,8 @@ def predict_scene(
         parts = _Parts(
             stack, predictor, scene, store, legend, threshold, stored_scores, probabilities, overlay_side, progress
         )
+        if work is not None and work.neighbours:
+            parts.share(str(work_folder(out_path)), work)
         if work is not None and work.step is not None:
             parts.make(work)
             return files
@@ -464,8 +483,9 @@ def predict_scene(
         for path in leftovers(files):
             path.unlink(missing_ok=True)
         if store is not None:
-            store.finishing({path: now for path, now in zip(files, temporary, strict=True) if path and now})
-    if store is not None:
+            blended = [other.folder for other in work.blended] if work is not None else []
+            store.finishing({path: now for path, now in zip(files, temporary, strict=True) if path and now}, blended)
+    if store is not None and work is not None and not work.neighbours:
         store.remove_blocks()
     return files
 
@@ -507,8 +527,16 @@ class _Parts:
         self.predictor, self.scene, self.store, self.legend = predictor, scene, store, legend
         self.threshold, self.scores, self.probabilities, self.progress = threshold, scores, probabilities, progress
         self.picture = Overlay(scene.height, scene.width, overlay_side)
+        self.neighbours: tuple[Neighbour, ...] = ()
+        self.mosaic: Mosaic | None = None
         self._reader = stack.enter_context(gdal_thread("read"))
         self._writer = stack.enter_context(gdal_thread("write"))
+
+    def share(self, folder: str, work: Work) -> None:
+        """From now on keep what neighbours need, and blend with what they have."""
+        size = self.scene.height, self.scene.width
+        self.neighbours = work.neighbours
+        self.mosaic = Mosaic(folder, size, work.blended, self.predictor.blocks)
 
     def make(self, work: Work) -> None:
         """Keep what one process makes of one step."""
@@ -532,7 +560,7 @@ class _Parts:
         total = self.scene.height * self.scene.width
         with self._bar(total) as bar, WriteBehind(self._writer) as behind:
             for part in self._all(behind):
-                behind(add, part)
+                behind(add, self._blended(part))
                 bar.update(part.label.size)
 
     def _all(self, behind: WriteBehind) -> Iterator[Part]:
@@ -597,26 +625,55 @@ class _Parts:
 
     def _part(self, piece: Piece, image: NDArray[np.uint8], valid: NDArray[np.bool_]) -> Part:
         found = piece.prediction
-        label = np.where(valid, found.class_index.numpy(), np.uint8(IGNORE))
-        if self.threshold is not None:
-            label[valid & (found.score.numpy() < self.threshold)] = self.legend.names.index(OTHER)
-        probabilities = None
-        if self.probabilities:
-            # a class that was added for what has a low score has none itself
-            nothing = np.zeros(label.shape, np.float32)
-            classes = len(self.predictor.class_names)
-            bands = range(len(self.legend.names))
-            values = (piece.score_of(band).cpu().numpy() if band < classes else nothing for band in bands)
-            probabilities = np.stack([as_levels(value, valid) for value in values])
+        rows, columns = valid.shape
+        block = Box(piece.top, piece.top + rows, piece.left, piece.left + columns)
+        scores = None
+        if any(other.meets(block) for other in self.neighbours):
+            labels = range(len(self.predictor.class_names))
+            scores = np.stack([piece.score_of(label).cpu().numpy() for label in labels])
         return Part(
             piece.top,
             piece.left,
-            label,
+            self._label(found.class_index.numpy(), found.score.numpy(), valid),
             np.where(valid, found.uncertainty.numpy(), np.float32("nan")),
             self.picture.sampled(piece.top, piece.left, image).copy(),
             as_levels(found.score.numpy(), valid) if self.scores else None,
-            probabilities,
+            self._levels(lambda label: piece.score_of(label).cpu().numpy(), valid) if self.probabilities else None,
+            scores,
         )
+
+    def _label(
+        self, index: NDArray[np.uint8], score: NDArray[np.float32], valid: NDArray[np.bool_]
+    ) -> NDArray[np.uint8]:
+        label = np.where(valid, index, np.uint8(IGNORE))
+        if self.threshold is not None:
+            label[valid & (score < self.threshold)] = self.legend.names.index(OTHER)
+        return label
+
+    def _levels(self, score_of: Callable[[int], NDArray[np.float32]], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        """Steps of all bands. A class that was added for what has a low score has none itself."""
+        nothing = np.zeros(valid.shape, np.float32)
+        classes = len(self.predictor.class_names)
+        bands = range(len(self.legend.names))
+        return np.stack([as_levels(score_of(band) if band < classes else nothing, valid) for band in bands])
+
+    def _blended(self, part: Part) -> Part:
+        """A part with its share of the neighbours."""
+        found = None if self.mosaic is None else self.mosaic.blended(part)
+        if found is None:
+            return part
+        shared, scores, uncertainty = found
+        best = scores.max(0)
+        label = self._label(scores.argmax(0).astype(np.uint8), best, shared)
+        changed = part._replace(
+            label=np.where(shared, label, part.label), uncertainty=np.where(shared, uncertainty, part.uncertainty)
+        )
+        if part.score is not None:
+            changed = changed._replace(score=np.where(shared, as_levels(best, shared), part.score))
+        if part.probabilities is not None:
+            levels = self._levels(lambda label: scores[label], shared)
+            changed = changed._replace(probabilities=np.where(shared, levels, part.probabilities))
+        return changed
 
 
 def _name(number: int) -> str:

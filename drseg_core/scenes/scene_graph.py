@@ -223,7 +223,12 @@ class GraphPredictor:
             own = [n for n in share(range(len(down)), part, parts) if self.store.load(f"cells-{n}") is None]
             for _ in self._rows(read, height, width, own):
                 pass
-        elif part == 0:
+            return
+        tiles = self.tiles(self.windows.grid(height, width)) if self.has_graph else []
+        if len(tiles) > 1 and not self.store.has("spread"):
+            self.spread(self.collect(read, height, width), share(range(len(tiles)), part, parts))
+        elif len(tiles) <= 1 and part == 0:
+            # one graph is the work of one
             self._spread_cells(read, height, width)
 
     def _spread_cells(self, read: ReadWindow, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -281,8 +286,14 @@ class GraphPredictor:
             halo = min(reach_of_steps(self.radius or 0.0, self.config.steps or 0), max(grid))
         return super_tiles(grid, halo, self.config.super_tile)
 
-    def spread(self, cells: SceneCells) -> Tensor:
-        """Logits (N, T) after the propagation over the graph of the whole scene."""
+    def spread(self, cells: SceneCells, wanted: Collection[int] | None = None) -> Tensor:
+        """Logits (N, T) after the propagation over the graph of the whole scene.
+
+        Args:
+            cells: of the scene.
+            wanted: numbers of the super-tiles, of which several are kept each; all by default. Elsewhere nothing is
+                said.
+        """
         if cells.prior is None:
             return cells.logits
         grid = (cells.valid.shape[0], cells.valid.shape[1])
@@ -290,20 +301,37 @@ class GraphPredictor:
 
         spread = torch.empty_like(cells.logits)
         tiles, parts = self.tiles(grid), range(0, spread.shape[1], COLUMNS)
+        own = [number for number in range(len(tiles)) if wanted is None or number in wanted]
+        total = len(own) * len(parts) * (self.config.steps or 0)
+        store = self.store if len(tiles) > 1 else None
+        with tqdm(total=total, desc="steps", disable=not self.progress or not total) as bar:
+            for number in own:
+                kept = None if store is None else store.load(f"graph-{number}")
+                if kept is not None:
+                    tiles[number].put(spread, torch.from_numpy(kept["logits"]), grid[1])
+                    continue
+                h, w = tiles[number].grid
+                _log.info("graph %d of %d: %d x %d = %d cells", number + 1, len(tiles), w, h, w * h)
+                found = self._spread_tile(cells.logits, cells.prior, tiles[number], grid[1], bar.update)
+                if store is not None:
+                    store.save(f"graph-{number}", {"logits": found.numpy()})
+                tiles[number].put(spread, found, grid[1])
+        return spread
+
+    def _spread_tile(
+        self, logits: Tensor, prior: Tensor, tile: SuperTile, width: int, stepped: Callable[[int], object]
+    ) -> Tensor:
+        """Logits (N', T) of the larger part of a super-tile."""
         steps = self.config.steps
         how = "solved to the end, mostly within a few dozen iterations" if steps is None else f"{steps} steps"
-        total = len(tiles) * len(parts) * (steps or 0)
-        with tqdm(total=total, desc="steps", disable=not self.progress or not total) as bar:
-            for number, tile in enumerate(tiles, 1):
-                h, w = tile.grid
-                _log.info("graph %d of %d: %d x %d = %d cells", number, len(tiles), w, h, w * h)
-                graph = self.graph(tile.outer(cells.prior, grid[1]).to(self.device), tile.grid)
-                _log.info("%d classes over %d edges: %s", spread.shape[1], graph.index.numel(), how)
-                for first in parts:
-                    some = tile.outer(cells.logits[:, first : first + COLUMNS], grid[1]).to(self.device)
-                    found = self._spread(some, graph, bar.update)
-                    tile.put(spread[:, first : first + COLUMNS], found.cpu(), grid[1])
-        return spread
+        graph = self.graph(tile.outer(prior, width).to(self.device), tile.grid)
+        classes = logits.shape[1]
+        _log.info("%d classes over %d edges: %s", classes, graph.index.numel(), how)
+        found = []
+        for first in range(0, classes, COLUMNS):
+            some = tile.outer(logits[:, first : first + COLUMNS], width).to(self.device)
+            found.append(self._spread(some, graph, stepped).cpu())
+        return torch.cat(found, dim=1)
 
     def _spread(self, labels: Tensor, graph: Graph, stepped: Callable[[int], object]) -> Tensor:
         config = self.config

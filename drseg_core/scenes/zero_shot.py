@@ -31,6 +31,7 @@ from drseg_core.models.weights import weights_hash
 from drseg_core.models.zero_shot import ZeroShot, check_choices
 from drseg_core.scenes.block_store import work_folder
 from drseg_core.scenes.files import SceneFiles, check_outputs
+from drseg_core.scenes.mosaic import Grid
 from drseg_core.scenes.predict import Mapper, Work, check_threshold, predict_scene
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.scene_graph import GraphPredictor, scene_windows
@@ -221,7 +222,13 @@ class SceneZeroShot:
             return self.write(image, classes, out, **options, **how)
 
         facts = {"weights": weights_hash(self.model), "config": dataclasses.asdict(self.config), **self.facts}
-        return Mapper(write, facts, GraphPredictor.steps)
+        reading = {name: options[name] for name in _READING if name in options}
+
+        def grid(image: str | Path) -> Grid:
+            with self._open(image, reading) as scene:
+                return Grid(scene.crs, scene.transform, scene.height, scene.width)
+
+        return Mapper(write, facts, grid, GraphPredictor.steps)
 
     def plan(
         self,

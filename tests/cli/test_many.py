@@ -18,6 +18,8 @@ from tests.scenes.test_many import content
 from tests.scenes.test_predict import NORTH_UP, write
 
 rasterio = pytest.importorskip("rasterio")
+from rasterio.transform import Affine  # noqa: E402
+
 SIZES = ((150, 90), (40, 40), (60, 30), (33, 80), (50, 50))
 
 
@@ -27,7 +29,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = np.random.default_rng(0)
     for number, size in enumerate(SIZES):
         image = generator.integers(0, 256, (3, *size)).astype(np.uint8)
-        write(place / f"{number}.tif", image, crs="EPSG:32632", transform=NORTH_UP)
+        # none is a neighbour of another
+        place_of = NORTH_UP @ Affine.translation(1000 * number, 0)
+        write(place / f"{number}.tif", image, crs="EPSG:32632", transform=place_of)
     return place
 
 

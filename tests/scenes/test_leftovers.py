@@ -39,14 +39,15 @@ def test_unfinished_files_of_dead_processes_go(tmp_path):
     own = own_prefix(target)
     mine = str(os.getpid())
     dead = own.replace(mine, str(dead_process()))
-    gone = [f"{dead}abc.part.tif", f"{dead}abc.part.work.tif", f"{dead}x.part"]
+    nested = f".{dead}abc.part-{dead.removeprefix('.map-')}abc.part.tif"
+    gone = [f"{dead}abc.part.tif", f"{dead}abc.part.work.tif", f"{dead}x.part", nested]
     kept = [
         f"{own}abc.part.tif",
         f"{dead}abc.part.tif".replace(".map-", ".other-"),
         ".map-notours.part.tif",
         f".map-00000000-{dead.split('-')[2]}-abc.part.tif",
     ]
-    for name in (*gone[:2], *kept):
+    for name in (*gone[:2], nested, *kept):
         (tmp_path / name).write_text("x")
     (tmp_path / gone[2]).mkdir()
     (tmp_path / gone[2] / "inside").write_text("x")

@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from drseg_core.evaluation import inference
 from drseg_core.evaluation.inference import Predictor
 from drseg_core.scenes.block_store import BlockStore, work_folder
 from drseg_core.scenes.many import Outcome, Shard, map_scenes
+from drseg_core.scenes.mosaic import Grid
 from drseg_core.scenes.predict import Mapper, Work, predict_scene
+from drseg_core.scenes.reader import open_scene
 from drseg_core.scenes.sources import list_scenes, with_outputs
 from drseg_core.scenes.synthetic import write_synthetic_scene
 from tests.evaluation.fake import COLORS, ColorModel, color_image
@@ -63,7 +66,11 @@ def color_mapper(model: ColorModel | None = None, **options: Any) -> Mapper:
     def made(image: Any, out: Any, **how: Any) -> Any:
         return predict_scene(predictor, image, out, **{**OPTIONS, **options}, **how)
 
-    return Mapper(made, {"model": "color"})
+    def grid(image: Any) -> Grid:
+        with open_scene(image) as scene:
+            return Grid(scene.crs, scene.transform, scene.height, scene.width)
+
+    return Mapper(made, {"model": "color"}, grid)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -112,6 +119,8 @@ def killed(work: Callable[[], object], delay: float) -> bool:
         try:
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     end = time.monotonic() + delay
@@ -133,15 +142,47 @@ def test_killed_at_twenty_random_moments(folder, expected, tmp_path):
     assert not killed(lambda: mapped(color_mapper(), folder, tmp_path / "timed"), 60)
     whole = time.perf_counter() - begin
     draw, kills, number, resumed = random.Random(0), 0, 0, 0
+
+    def call() -> None:
+        try:
+            mapped(color_mapper(), folder, out)
+        except ConfigError as error:
+            # it was complete when it was killed
+            assert "exists; expected a new path" in str(error) and content(out) == expected
+
     while kills < 20:
         out = tmp_path / f"maps{number}"
         number += 1
-        while killed(lambda: mapped(color_mapper(), folder, out), draw.uniform(0.02, 0.8) * whole):  # noqa: B023
+        while killed(call, draw.uniform(0.02, 0.8) * whole):
             kills += 1
             resumed += any(out.glob("*.work/*.block"))
         assert content(out) == expected
     # most of them had something to go on with
     assert resumed >= 10
+
+
+@pytest.mark.parametrize("gone", (0, 3, 4))
+def test_killed_while_it_tidies(folder, expected, tmp_path, monkeypatch, gone):
+    """After any number of folders of a complete call."""
+    removed, own = 0, BlockStore.remove
+
+    def stopping(self: BlockStore) -> None:
+        nonlocal removed
+        if removed == gone:
+            raise Stop
+        removed += 1
+        own(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockStore, "remove", stopping)
+        with pytest.raises(Stop):
+            mapped(color_mapper(), folder, tmp_path)
+        assert len(list(tmp_path.glob("*.work"))) == 5 - gone
+        # with other options it is another map
+        with pytest.raises(ConfigError, match="0.tif exists"):
+            mapped(color_mapper(threshold=0.7), folder, tmp_path)
+    mapped(color_mapper(), folder, tmp_path)
+    assert content(tmp_path) == expected
 
 
 def test_what_is_finished_is_not_made_again(folder, expected, tmp_path):
@@ -423,6 +464,26 @@ def test_maps_from_words_are_resumed_and_shared(tmp_path, monkeypatch):
     assert any((tmp_path / "shards").glob("*.work/cells-*.block"))
     mapped(words, scenes, tmp_path / "shards")
     assert content(tmp_path / "shards") == expected
+
+
+def test_super_tiles_are_shared(tmp_path):
+    write_synthetic_scene(tmp_path / "scene.tif", width=200, height=120)
+    options = {"steps": 1, "radius": 1.0, "super_tile": 150}
+    words = drseg.zero_shot("tiny", **options).mapper("roof; road; tree")
+    expected = words.write(tmp_path / "scene.tif", tmp_path / "plain.tif", progress=False).classes.read_bytes()
+    made: list[int] = []
+    for step in ("cells", "graph", "blocks"):
+        for part in range(2):
+            work = Work(words.facts, step, part, 2, alone=False)
+            words.write(tmp_path / "scene.tif", tmp_path / "map.tif", work=work, progress=False)
+            made.append(len(list((tmp_path / "map.tif.work").glob("graph-*"))))
+    # each made a part of them
+    assert made[:2] == [0, 0] and 0 < made[2] < made[3]
+    last = Work(words.facts, alone=False)
+    assert (
+        words.write(tmp_path / "scene.tif", tmp_path / "map.tif", work=last, progress=False).classes.read_bytes()
+        == expected
+    )
 
 
 @pytest.mark.parametrize("overlap", [0, 8, 20, 28])
