@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from drseg_core.errors import ConfigError, DRSegError
-from drseg_core.files import write_text_atomic
+from drseg_core.files import remove_dead, write_text_atomic
 from drseg_core.scenes.block_store import BlockStore, is_complete, note_complete, work_folder
 from drseg_core.scenes.cluster import Cluster
 from drseg_core.scenes.mosaic import Grid, Neighbour, neighbours
@@ -302,7 +302,9 @@ class _Call:
             note_complete(self.folders[0], [Path(name) for found in self.outcomes for name in found.files])
             for folder in reversed(self.folders):
                 BlockStore(folder, {}).remove()
-            return
+        for scene in self.scenes:
+            # folders that a killed process was removing
+            remove_dead(Path(str(scene.out)))
         kept = [folder for folder in self.folders if folder.is_dir()]
         if kept:
             more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
