@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from drseg_core.data.dataset import check_class_names
 from drseg_core.device import PrecisionName, select_precision
 from drseg_core.errors import ConfigError, NumericalError
 from drseg_core.evaluation.compiled import compiled_network
-from drseg_core.models.tiling import blend_window, check_tiles, tile_starts
+from drseg_core.models.tiling import blend_window, check_tiles, tile_starts, tiles_of_bands
 
 __all__ = ["Prediction", "Predictor"]
 
@@ -49,6 +49,15 @@ class Piece(NamedTuple):
     score_of: Callable[[int], Tensor]
 
 
+class Box(NamedTuple):
+    """A part of an image: rows ``top`` to ``bottom`` and columns ``left`` to ``right``, both exclusive at their end."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
 class PredictsPieces(Protocol):
     """What maps a scene: a :class:`Predictor`, or what else gives its pieces.
 
@@ -57,7 +66,19 @@ class PredictsPieces(Protocol):
 
     class_names: tuple[str, ...]
 
-    def pieces(self, read: ReadWindow, height: int, width: int) -> Iterator[Piece]: ...
+    def blocks(self, height: int, width: int) -> list[Box]:
+        """Where the pieces lie, in their order. They cover every pixel once."""
+        ...
+
+    def reads(self, height: int, width: int, *, wanted: Collection[int] | None = None) -> Iterator[Box]:
+        """What :meth:`pieces` will read, in its order."""
+        ...
+
+    def pieces(
+        self, read: ReadWindow, height: int, width: int, *, wanted: Collection[int] | None = None
+    ) -> Iterator[Piece]:
+        """All pieces, or those with these numbers: each has the same bits, whichever others are asked for."""
+        ...
 
 
 SUMS_BYTES = 400 * 2**20
@@ -248,24 +269,67 @@ class Predictor:
             columns = max(STRIP_STEP, fitting // STRIP_STEP * STRIP_STEP)
         return [(left, min(left + columns, width)) for left in range(0, width, columns)]
 
-    def pieces(self, read: ReadWindow, height: int, width: int, *, columns: int | None = None) -> Iterator[Piece]:
+    def blocks(self, height: int, width: int) -> list[Box]:
+        """Where the pieces of an image lie, in the order of :meth:`pieces`."""
+        if self.mode == "whole":
+            return [Box(0, height, 0, width)]
+        starts = tile_starts(height, self.tile_size, self.overlap)
+        ends = [*starts[1:], height]
+        return [
+            Box(top, bottom, left, right)
+            for left, right in self.strips(width)
+            for top, bottom in zip(starts, ends, strict=True)
+        ]
+
+    def reads(self, height: int, width: int, *, wanted: Collection[int] | None = None) -> Iterator[Box]:
+        """What :meth:`pieces` will read, in its order."""
+        if self.mode == "whole":
+            yield Box(0, height, 0, width)
+            return
+        starts = tile_starts(height, self.tile_size, self.overlap)
+        for (left, right), bands in self._bands(height, width, wanted):
+            columns = self._columns(width, left, right)
+            for number in tiles_of_bands(starts, self.tile_size, bands):
+                top = starts[number]
+                yield Box(top, min(top + self.tile_size, height), columns[0], min(columns[-1] + self.tile_size, width))
+
+    def pieces(
+        self, read: ReadWindow, height: int, width: int, *, wanted: Collection[int] | None = None
+    ) -> Iterator[Piece]:
         """Predict an image that is read as it is needed; the pieces cover every pixel once.
 
         In ``tile`` mode strips of columns follow each other, each from top to bottom. Tiles on the border of two strips
         are computed for both, so strips do not depend on each other, and a pixel's sums have the same order however
-        wide they are. A tile without a valid pixel is not computed.
+        wide they are. A tile without a valid pixel is not computed. Which tiles share a forward pass depends on the
+        image alone, so a piece has the same bits whichever others are wanted.
 
         Args:
             read: gives a part of the image.
             height: H of the image.
             width: W of the image.
-            columns: width of a strip, see :meth:`strips`.
+            wanted: numbers of the pieces, as :meth:`blocks` has them; all by default.
         """
         if self.mode == "whole":
-            yield self._one_piece(read(0, height, 0, width)[0])
+            if wanted is None or 0 in wanted:
+                yield self._one_piece(read(0, height, 0, width)[0])
             return
-        for left, right in self.strips(width, columns):
-            yield from self.strip(read, height, width, left, right)
+        for (left, right), bands in self._bands(height, width, wanted):
+            yield from self.strip(read, height, width, left, right, bands=bands)
+
+    def _bands(
+        self, height: int, width: int, wanted: Collection[int] | None
+    ) -> Iterator[tuple[tuple[int, int], list[int]]]:
+        """The strips, each with the numbers of its bands that are wanted."""
+        count = len(tile_starts(height, self.tile_size, self.overlap))
+        for number, strip in enumerate(self.strips(width)):
+            bands = [band for band in range(count) if wanted is None or number * count + band in wanted]
+            if bands:
+                yield strip, bands
+
+    def _columns(self, width: int, left: int, right: int) -> list[int]:
+        """First columns of the tiles that have a share in a strip."""
+        starts = tile_starts(width, self.tile_size, self.overlap)
+        return [x for x in starts if x < right and x + self.tile_size > left]
 
     @torch.no_grad()
     def _one_piece(self, image: Tensor) -> Piece:
@@ -275,25 +339,40 @@ class Predictor:
         return Piece(0, 0, prediction, lambda label: _resize(score[:, label : label + 1], size)[0, 0])
 
     @torch.no_grad()
-    def strip(self, read: ReadWindow, height: int, width: int, left: int, right: int) -> Iterator[Piece]:
-        """Predict columns ``left`` to ``right`` (exclusive) in bands of rows from top to bottom.
+    def strip(
+        self,
+        read: ReadWindow,
+        height: int,
+        width: int,
+        left: int,
+        right: int,
+        *,
+        bands: Collection[int] | None = None,
+    ) -> Iterator[Piece]:
+        """Predict columns ``left`` to ``right`` (exclusive) in ``bands`` of rows from top to bottom, all or some.
 
         Each pixel's score is the weighted mean of the tiles that cover it, its weights summing to one. An image
         smaller than a tile is mirrored to the tile's size. Memory: (T + 2) x tile_size x (right - left) float32.
         """
         side, classes = self.tile_size, len(self.class_names)
         row_start = tile_starts(height, side, self.overlap)
-        column_start = [x for x in tile_starts(width, side, self.overlap) if x < right and x + side > left]
+        column_start = self._columns(width, left, right)
         begin, end = column_start[0], min(column_start[-1] + side, width)
         line = torch.from_numpy(blend_window(side, self.overlap)).to(self.device)
         weight = line[:, None] * line[None, :]
         # channels: T scores, the uncertainty, the weight
         total = torch.zeros(classes + 2, side, right - left, device=self.device)
         # row down to which something was added
-        reach = 0
-        for number, top in enumerate(row_start):
+        reach, before = 0, -1
+        for number in tiles_of_bands(row_start, side, bands):
+            top = row_start[number]
+            if number != before + 1:
+                # no tile above has a share in what follows
+                total.zero_()
+            before = number
             image, valid = read(top, min(top + side, height), begin, end)
-            band = _mirrored(image, side)
+            # pinned where a thread has read it so: then the copy waits for nothing
+            band = _mirrored(image, side).to(self.device, non_blocking=True)
             used = [x for x in column_start if valid is None or valid[:, x - begin : x - begin + side].any()]
             for first in range(0, len(used), self.batch_size):
                 some = used[first : first + self.batch_size]
@@ -307,15 +386,18 @@ class Predictor:
             reach = top + side if used else reach
             last = number + 1 == len(row_start)
             done = min(side, height) if last else row_start[number + 1] - top
+            asked = bands is None or number in bands
             if reach <= top:
-                blank = torch.zeros(done, right - left)
-                nothing = Prediction(blank.to(torch.uint8), blank, blank)
-                yield Piece(top, left, nothing, _constant(blank))
+                if asked:
+                    blank = torch.zeros(done, right - left)
+                    nothing = Prediction(blank.to(torch.uint8), blank, blank)
+                    yield Piece(top, left, nothing, _constant(blank))
                 continue
-            # where nothing was computed the weight is zero, and nothing is valid
-            mean = total[:-1, :done].div_(total[-1, :done].clamp_min(1e-12))
-            best, index = mean[:-1].amax(0), mean[:-1].argmax(0).to(torch.uint8)
-            yield Piece(top, left, Prediction(index.cpu(), best.cpu(), mean[-1].cpu()), mean.__getitem__)
+            if asked:
+                # where nothing was computed the weight is zero, and nothing is valid
+                mean = total[:-1, :done].div_(total[-1, :done].clamp_min(1e-12))
+                best, index = mean[:-1].amax(0), mean[:-1].argmax(0).to(torch.uint8)
+                yield Piece(top, left, Prediction(index.cpu(), best.cpu(), mean[-1].cpu()), mean.__getitem__)
             for channel in total:
                 channel[: side - done] = channel[done:].clone()
             total[:, side - done :] = 0
