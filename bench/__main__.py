@@ -18,6 +18,7 @@ COMMANDS = {
     "lposs": "label propagation on a k-NN graph beside faiss and scipy",
     "busy": "the tiny model alone and beside a busy process, by how threads wait",
     "presets": "a training step and a scored image of every set under both presets",
+    "scenes": "a whole map beside the model's own forward passes, with threads that read and write and without",
     "tune": "find the fastest launch sizes on a GPU and write its tables",
     "host": "host time and launches of PDGR on the Triton backend, without a card",
     "place": "what a machine has for measurements",

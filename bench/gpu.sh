@@ -160,9 +160,10 @@ step_rows() {
             --out "$OUT/knn_graph.jsonl" || failed=1
         # small graphs by CUDA C++, which goes first there, and by Triton
         [ "$dtype" = autocast ] || [ -n "$DRY" ] || for backend in cuda triton; do
-            for op in knn_graph edge_coefficient; do
-                bench run --op $op --case ${KNN_CASES%% *} --mode fwd --backend $backend --beside nothing \
-                    ${how/dino/case} --out "$OUT/$op.jsonl" || failed=1
+            # of what has kernels for the backward, that too
+            for op in knn_graph edge_coefficient graph_layer; do
+                bench run --op $op --case ${KNN_CASES%% *} --mode fwd $([ $op = knn_graph ] || echo --mode fwd+bwd) \
+                    --backend $backend --beside nothing ${how/dino/case} --out "$OUT/$op.jsonl" || failed=1
             done
         done
     done

@@ -44,7 +44,7 @@ def make(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], object]]:
     from drseg_core.nn import PDGR
 
     torch.manual_seed(0)
-    pdgr = PDGR(16, 16, k=4, edge_hidden=16, backend="triton")
+    pdgr = PDGR(16, 16, k=4, edge_hidden=16, keep_format=False, backend="triton")
     features, prior = (torch.randn(2, 16, 4, 4).to(dtype) for _ in range(2))
     leaves = [features.requires_grad_(), *pdgr.parameters()]
     grad = torch.ones_like(features)

@@ -3,6 +3,7 @@
 
     python -m bench model                             vitb and vitl; on a GPU in every precision, and compiled
     python -m bench model --config vitb --backend native --backend reference --out rows.jsonl
+    python -m bench model --config vitb --mode inference --precision autocast --compiled yes --kept-prior
     python -m bench model --config tiny --mode training --precision autocast --compiled yes --device cpu
 
 Random weights, random images, 17 classes; under ``autocast`` the products are bfloat16. Every row comes from a process
@@ -14,9 +15,11 @@ row has none; on a GPU they are times of kernels, and their sum over the step's 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -47,6 +50,7 @@ class Job:
         backend: of the ops; None takes what runs by default.
         channels_last: the convolutions' weights lie so.
         batch: images per call. repeats: timed calls.
+        kept_prior: the prior's features are read from files (``drseg evaluate --prior-cache``), inference alone.
     """
 
     config: str
@@ -60,13 +64,15 @@ class Job:
     batch: int
     repeats: int
     device: str
+    kept_prior: bool = False
 
     @property
     def name(self) -> str:
         """Of the row's contender."""
         words = [self.backend or "engine"]
         words += ["compiled"] if self.compiled else []
-        return ", ".join(words + (["channels_last"] if self.channels_last else []))
+        words += ["channels_last"] if self.channels_last else []
+        return ", ".join(words + (["prior kept"] if self.kept_prior else []))
 
     def __str__(self) -> str:
         return " ".join((self.config, self.mode, self.precision, self.name))
@@ -75,7 +81,9 @@ class Job:
 def measure(fields: dict[str, Any]) -> dict[str, Any]:
     """The figures of a job, given by its fields, in a process that does nothing else."""
     from drseg_core.config.load import load_config, override
+    from drseg_core.evaluation.compiled import compiled_network
     from drseg_core.models.build import build_model
+    from drseg_core.models.prior_cache import prior_cache
     from drseg_core.training.loss import training_loss
     from drseg_core.training.optim import build_optimizer
 
@@ -91,7 +99,12 @@ def measure(fields: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"model: {job.config} has no PDGR; expected a fusion.kind with a prior")
     if job.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    network: Callable[..., Any] = torch.compile(model, backend=job.compiler) if job.compiled else model
+    network: Callable[..., Any] = model
+    if job.compiled and job.mode == "inference" and job.compiler == "inductor":
+        # as ``drseg predict --compile`` does it
+        network = compiled_network(model, torch.device(job.device))
+    elif job.compiled:
+        network = torch.compile(model, backend=job.compiler)
     side, cuda = config.model.clip.image_size, job.device == "cuda"
     image = torch.rand(job.batch, 3, side, side, device=job.device)
     mask = torch.randint(0, _CLASSES, (job.batch, side, side), device=job.device)
@@ -104,7 +117,8 @@ def measure(fields: dict[str, Any]) -> dict[str, Any]:
 
     def call() -> None:
         if optimizer is None:
-            with torch.inference_mode(), precision.context(job.device):
+            # as Predictor calls it
+            with torch.no_grad(), precision.context(job.device):
                 network(image, text)
             return
         with precision.context(job.device):
@@ -121,7 +135,11 @@ def measure(fields: dict[str, Any]) -> dict[str, Any]:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    with use_backend(job.backend):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(use_backend(job.backend))
+        if job.kept_prior:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="drseg-model-"))
+            stack.enter_context(prior_cache(model, folder))
         # on a GPU the allocator and the libraries settle in the second and third
         for _ in range(3 if cuda else 1):
             call()
@@ -160,7 +178,7 @@ def jobs_of(args: argparse.Namespace, overrides: dict[str, Any]) -> list[Job]:
     return [
         Job(
             config, overrides, mode, precision, compiled == "yes", args.compiler, backend, args.channels_last,
-            args.batch or (4 if cuda else 1), args.repeats, args.device,
+            args.batch or (4 if cuda else 1), args.repeats, args.device, args.kept_prior and mode == "inference",
         )
         for compiled in args.compiled or (("no", "yes") if cuda else ("no",))
         for config in args.config or ("vitb", "vitl")
@@ -194,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compiled", choices=("no", "yes"), action="append", help="no by default, on a GPU both")
     parser.add_argument("--compiler", default="inductor", help="backend of torch.compile")
     parser.add_argument("--backend", choices=one_op.backends(), action="append", help="of the ops")
+    parser.add_argument("--kept-prior", action="store_true", help="inference reads the prior's features from files")
     parser.add_argument("--channels-last", action="store_true", help="weights of the convolutions too")
     parser.add_argument("--batch", type=int, help="images per call; 1 by default, on a GPU 4")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls")

@@ -120,7 +120,9 @@ def _returns(code: Sequence[Instruction], place: int) -> bool:
 
 
 def _next(code: Sequence[Instruction], labels: dict[str, int]) -> list[list[int]]:
-    """Positions at which control may go on after each instruction; what only a call leads to is left out."""
+    """Positions at which control may go on after each instruction; what only a call or divergence leads to is left
+    out.
+    """
     found: list[list[int]] = []
     for n, instruction in enumerate(code):
         after = [n + 1] if n + 1 < len(code) else []
@@ -129,7 +131,10 @@ def _next(code: Sequence[Instruction], labels: dict[str, int]) -> list[list[int]
         # a branch may name a second guard before its target
         conditional = not always or len(instruction.operands) > 1 and instruction.name == "BRA"
         target = [labels[name] for name in re.findall(r"\.L_x_\d+", ",".join(instruction.operands)) if name in labels]
-        if instruction.name in ("BRA", "BRX"):
+        if instruction.operation == "BRA.DIV":
+            # taken by a warp that has diverged before a collective
+            found.append(after)
+        elif instruction.name in ("BRA", "BRX"):
             found.append(target + (after if conditional else []))
         elif instruction.name == "CALL" and target and not _returns(code, target[0]):
             found.append(target + (after if conditional else []))

@@ -92,7 +92,7 @@ def make(case: Case, data: str, device: str = "cpu", dtype: str = "float32") -> 
     features, gradient = (torch.randn(case.batch, case.channels, *grid, generator=random) for _ in range(2))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        engine = PDGR(case.channels, case.prior, k=case.neighbours, edge_hidden=case.hidden)
+        engine = PDGR(case.channels, case.prior, k=case.neighbours, edge_hidden=case.hidden, keep_format=False)
     # a map at a time, so that the largest exists once
     like = PRECISIONS[dtype]
     features, prior = (value.to(device, like.maps) for value in (features, prior))

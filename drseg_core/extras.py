@@ -28,6 +28,7 @@ EXTRAS = {
     "cli": ("jsonargparse", "pyyaml"),
     "plots": ("matplotlib",),
     "convert": ("onnx",),
+    "cluster": ("distributed",),
 }
 _MODULE = {"open_clip_torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
 

@@ -43,7 +43,8 @@ def _machine() -> str:
 
 def remove_dead(target: Path) -> None:
     """Remove unfinished files for ``target`` of processes of this machine that are no more, such as killed ones."""
-    pattern = re.compile(re.escape(f".{target.stem}-{_machine()}-") + r"(\d+)-.*\.part")
+    # what is unfinished of an unfinished file has one dot more
+    pattern = re.compile(r"\.*" + re.escape(f".{target.stem}-{_machine()}-") + r"(\d+)-.*\.part")
     for path in target.parent.glob(".*.part*"):
         found = pattern.match(path.name)
         if found and not _alive(int(found[1])):

@@ -25,11 +25,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cpuinfo", type=Path, metavar="FILE", help="what is read in place of /proc/cpuinfo")
 
 
+def share_cores(workers: int) -> None:
+    """Let each of several workers of pytest-xdist compute on its part of the cores."""
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadfile`` the tests of a file stay with one worker, as its fixtures do; a kernel's contract, which
+    has a process of its own, is a file by itself. Files come in the order of the collection: contracts first."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadFiles(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "::test_contract[contract_" in nodeid else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return LoadFiles(config, log)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # what a shell starts in the background, or with nohup, ignores them, and so would every process that a test stops
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+    if hasattr(config, "workerinput"):
+        share_cores(config.workerinput["workercount"])
     if config.getoption("--cpuinfo"):
         versions.CPUINFO = config.getoption("--cpuinfo")
     if not config.getoption("--gpu"):

@@ -14,6 +14,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <stdexcept>
@@ -24,7 +25,9 @@
 // threads of a block, and how many blocks a multiprocessor should hold at least
 #define DRSEG_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define DRSEG_DEVICE __device__ __forceinline__
-#define DRSEG_UNROLL _Pragma("unroll")
+#define DRSEG_PRAGMA(words) _Pragma(#words)
+#define DRSEG_UNROLL DRSEG_PRAGMA(unroll)
+#define DRSEG_UNROLL_BY(times) DRSEG_PRAGMA(unroll times)
 
 namespace drseg::device {
 
@@ -90,10 +93,18 @@ class Global {
   using Value = std::remove_const_t<T>;
 
  public:
-  __host__ Global(T* start, int64_t) : start_(start) {}
+  __host__ __device__ Global(T* start, int64_t) : start_(start) {}
+
+  // What begins with element i. Places that are counted from it fit into 32 bits, and their address is one instruction;
+  // without the statement that hides it, the compiler would add up 64 bits in every use, to save the registers.
+  DRSEG_DEVICE Global from(int64_t i) const {
+    T* start = start_ + i;
+    asm volatile("" : "+l"(start));
+    return Global(start, 0);
+  }
 
   DRSEG_DEVICE Value get(int64_t i) const {
-    if constexpr (std::is_const_v<T>)
+    if constexpr (std::is_const_v<T> && requires { __ldg(start_); })
       return __ldg(start_ + i);
     else
       return start_[i];
@@ -123,6 +134,10 @@ template <class T>
 class Shared {
  public:
   DRSEG_DEVICE Shared(size_t offset, int) : start_(reinterpret_cast<T*>(shared_memory + offset)) {}
+  DRSEG_DEVICE explicit Shared(T* start) : start_(start) {}
+
+  // What begins with element i.
+  DRSEG_DEVICE Shared from(int i) const { return Shared(start_ + i); }
 
   DRSEG_DEVICE T get(int i) const { return start_[i]; }
   DRSEG_DEVICE void set(int i, T value) const { start_[i] = value; }
@@ -203,12 +218,20 @@ inline void expect(cudaError_t found, const char* what) {
   if (found != cudaSuccess) throw std::runtime_error(std::string("drseg_native_cuda: ") + what + ": " + cudaGetErrorString(found));
 }
 
-// The most that a block may have of it, on the current device.
-inline size_t most_shared_bytes() {
-  int device = 0, bytes = 0;
+inline int attribute_of_device(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   expect(cudaGetDevice(&device), "device");
-  expect(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-  return size_t(bytes);
+  expect(cudaDeviceGetAttribute(&value, which, device), "attribute");
+  return value;
+}
+// Of the current device: the most shared memory that a block may have, and how many blocks that take so much of it run
+// at once.
+inline size_t most_shared_bytes() { return size_t(attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin)); }
+inline int blocks_at_once(size_t shared_bytes, unsigned threads) {
+  // the driver takes 1024 bytes of each block for itself
+  const size_t by_memory = attribute_of_device(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (shared_bytes + 1024);
+  const size_t by_threads = attribute_of_device(cudaDevAttrMaxThreadsPerMultiProcessor) / threads;
+  return attribute_of_device(cudaDevAttrMultiProcessorCount) * int(std::max<size_t>(1, std::min(by_memory, by_threads)));
 }
 
 template <class... Parameters, class... Arguments>

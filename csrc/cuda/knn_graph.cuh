@@ -70,11 +70,12 @@ select_rows(
     Global<const float> product, Global<const float> prior, Global<const float> inverse_norm,
     Global<const float> residual, Global<const float> table, Global<int> index, Global<float> score, Global<int> count,
     Selection how, int first) {
-  const int row = int(block_index().x) * 4 + warp_index(), lane = lane_index(), nodes = how.nodes;
+  const int row = int(block_index().y) * 4 + warp_index(), lane = lane_index(), nodes = how.nodes;
   if (row >= nodes) return;
-  const int64_t image = first + block_index().y, sample = image * nodes, node = sample + row;
-  const int64_t scores = (int64_t(block_index().y) * nodes + row) * nodes;
-  const float own = inverse_norm.get(node);
+  const int64_t image = first + block_index().x, sample = image * nodes, node = sample + row;
+  const auto products = product.from((int64_t(block_index().x) * nodes + row) * nodes);
+  const auto inverses = inverse_norm.from(sample), residuals = residual.from(how.rounded ? sample : 0);
+  const float own = inverses.get(row);
   const int own_y = row / how.width, own_x = row % how.width;
   const bool finite = is_number(own);
 
@@ -89,11 +90,11 @@ select_rows(
     const int j = n * LANES + lane;
     key[n] = LOWEST;
     if (j < nodes) {
-      const float inverse = inverse_norm.get(sample + j);
+      const float inverse = inverses.get(j);
       const float decay = table.get(distance(own_y, y) * how.width + distance(own_x, x));
-      const float value = joined(product.get(scores + j) * own * inverse, decay, how.join);
+      const float value = joined(products.get(j) * own * inverse, decay, how.join);
       if (how.rounded) {
-        const float lost = residual.get(sample + j);
+        const float lost = residuals.get(j);
         loss = lost > loss ? lost : loss;
       }
       key[n] = ordered_bits(value);
@@ -128,7 +129,7 @@ select_rows(
     // the scores of a row of zeros are exact
     if (how.rounded && own != 0) {
       loss = warp_largest(loss);
-      const float lost = residual.get(node);
+      const float lost = residuals.get(row);
       margin = 2 * (lost + loss * (1 + lost) + how.slack) + magnitude(border) * 0x1p-21f;
     }
     sure = 0;
@@ -149,15 +150,16 @@ select_rows(
     } else if (margin > 0) {
       // two or three of a row: a loop of its own, for which the keys' code is not unrolled
       unsigned left = open;
+      const auto rows = prior.from(sample * how.channels);
       for (int one = 0; one < again; ++one) {
         const int n = warp_min(left != 0 ? first_bit(left) : ITEMS);
         const int l = first_bit(ballot(left >> n & 1)), j = n * LANES + l;
         float total = 0;
         for (int d = lane; d < how.channels; d += LANES)
-          total = fma(prior.get(node * how.channels + d), prior.get((sample + j) * how.channels + d), total);
+          total = fma(rows.get(row * how.channels + d), rows.get(j * how.channels + d), total);
         total = warp_total(total);
         const float decay = table.get(distance(own_y, j / how.width) * how.width + distance(own_x, j % how.width));
-        const float value = joined(total * own * inverse_norm.get(sample + j), decay, how.join);
+        const float value = joined(total * own * inverses.get(j), decay, how.join);
         if (lane == l) {
           left &= left - 1;
           DRSEG_UNROLL
@@ -180,7 +182,8 @@ select_rows(
 
   // in the order of their indices; of what is equal at the border, the first
   const unsigned before = (1u << lane) - 1u;
-  const int64_t slots = node * how.k;
+  const auto indices = index.from(node * how.k);
+  const auto values = score.from(node * how.k);
   int place = 0, tied = 0;
   DRSEG_UNROLL
   for (int n = 0; n < ITEMS; ++n) {
@@ -189,16 +192,16 @@ select_rows(
     const bool mine = (sure >> n & 1) || is_self || ((open >> n & 1) && tied + count_bits(equal & before) < room);
     const unsigned chosen = ballot(mine);
     if (mine) {
-      index.set(slots + place + count_bits(chosen & before), n * LANES + lane);
-      score.set(slots + place + count_bits(chosen & before), is_self ? own_score : ordered_float(key[n]));
+      indices.set(place + count_bits(chosen & before), n * LANES + lane);
+      values.set(place + count_bits(chosen & before), is_self ? own_score : ordered_float(key[n]));
     }
     place += count_bits(chosen);
     tied += count_bits(equal);
   }
   // slots without a candidate
   for (int s = place + lane; s < how.k; s += LANES) {
-    index.set(slots + s, row);
-    score.set(slots + s, finite ? -INFINITE : not_a_number());
+    indices.set(s, row);
+    values.set(s, finite ? -INFINITE : not_a_number());
   }
 }
 

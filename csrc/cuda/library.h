@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "check.h"
-#include "cuda/device.h"
+#include "cuda/warp.cuh"
 
 namespace drseg::cuda {
 
@@ -54,5 +54,79 @@ class OnDevice {
 };
 
 inline unsigned blocks(int64_t all, int64_t each) { return unsigned((all + each - 1) / each); }
+
+// A block's shared memory on the smallest of the architectures.
+constexpr size_t LEAST_SHARED = 99 << 10;
+
+// Into so many parts are an image's rows cut that the device is busy for the shortest time: every block reads the
+// image first, which takes as long as a sixteenth of its rows.
+inline int rows_of_block(int64_t nodes, int64_t others, int at_once) {
+  int64_t best = nodes, least = INT64_MAX;
+  for (int64_t parts = 1; parts <= std::min<int64_t>(nodes, 64); ++parts) {
+    const int64_t rows = (nodes + parts - 1) / parts, used = (nodes + rows - 1) / rows;
+    const int64_t time = (others * used + at_once - 1) / at_once * (16 * rows + nodes);
+    if (time < least) {
+      least = time;
+      best = rows;
+    }
+  }
+  return int(best);
+}
+
+// A number that a template takes, handed on as a value.
+template <int N>
+using Size = std::integral_constant<int, N>;
+
+inline Parameter parameter(const Tensor& tensor) {
+  const bool is_half = tensor.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(is_half || tensor.scalar_type() == ScalarType::Float, "drseg_native_cuda: a parameter has an unexpected dtype");
+  return {read<float>(tensor), read<device::bfloat16>(tensor), is_half};
+}
+
+// ------------------------------------------------------------------ operators
+
+// (B, N, D) -> scaled, inverse norms (B, N), and if `rounds` the scaled rows in float16 and a bound (B, N) on the length
+// of their rounding errors over their own; otherwise both are empty
+std::tuple<Tensor, Tensor, Tensor, Tensor> prepare_prior(const Tensor& prior, bool rounds);
+
+// Fills index (B, N, k) int32 and score (B, N, k) of the images from `first` on whose products (images, N, N) these are.
+// `join` counts subtract, clamped, product. Without `residual` the products are those of the rows themselves.
+void select(
+    const Tensor& product, const Tensor& prior, const Tensor& inverse_norm, std::optional<Tensor> residual,
+    const Tensor& table, int64_t join, bool include_self, double slack, int64_t first, Tensor index, Tensor score,
+    std::optional<Tensor> count);
+
+// Weights of edges, their coefficients unless they stay `apart`, and of sym_row the scales (1, B, N). Rows of source
+// (B, N, E), or of both halves (B, N, 2 E), are multiples of 16 bytes. `norm` counts sym_row, row, sym_count.
+std::tuple<Tensor, Tensor, Tensor> edge_coefficient(
+    const Tensor& source, std::optional<Tensor> target, std::optional<Tensor> inverse_norm, std::optional<Tensor> shift,
+    const Tensor& index, const Tensor& vector, const Tensor& bias, std::optional<Tensor> scores, int64_t norm,
+    double eps, bool apart);
+
+// Whether the rows of an edge MLP are bfloat16, all of whose operands are right.
+bool check_halves(
+    const char* op, const Tensor& source, const std::optional<Tensor>& target, const std::optional<Tensor>& inverse_norm,
+    const std::optional<Tensor>& shift, const Tensor& index, const Tensor& vector);
+
+// From the gradients of the logits, `slope` (B, N, K), if `need_rows` those to source and, in one row (2 E + 1), to the
+// vector and both biases; and, along the columns (`indptr`, `perm`) if they are given, to target, which is the second half
+// of source where there is none.
+std::tuple<Tensor, Tensor, Tensor> edge_gradients(
+    const Tensor& slope, const Tensor& source, std::optional<Tensor> target, std::optional<Tensor> inverse_norm,
+    std::optional<Tensor> shift, const Tensor& index, const Tensor& vector, std::optional<Tensor> indptr,
+    std::optional<Tensor> perm, bool need_rows);
+
+// The layer (B, N, C) in the dtype of x, and what LayerNorm was given, in float32, with mean and rstd (B, N); empty for
+// the other activations, which count none, relu, layer_norm. Rows are multiples of 16 bytes.
+std::tuple<Tensor, Tensor, Tensor, Tensor> graph_layer(
+    const Tensor& x, const Tensor& index, const Tensor& coefficient, std::optional<Tensor> scale,
+    std::optional<Tensor> bias, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, int64_t activation,
+    double eps);
+
+// From the gradient to the sums, those to x, along the columns (`indptr`, `perm`) if they are given, and, if
+// `need_coefficient`, to the coefficients, in float32 and with `added` on top; otherwise empty.
+std::tuple<Tensor, Tensor> graph_layer_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& index, const Tensor& coefficient, std::optional<Tensor> scale,
+    std::optional<Tensor> indptr, std::optional<Tensor> perm, std::optional<Tensor> added, bool need_coefficient);
 
 }  // namespace drseg::cuda

@@ -25,7 +25,15 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def library_versions() -> dict[str, str]:
-    """Installed versions by distribution name, without importing any of them; what is absent is left out."""
+    """Installed versions by distribution name, without importing any of them; what is absent is left out.
+
+    As they are when a process first asks.
+    """
+    return dict(_library_versions())
+
+
+@functools.cache
+def _library_versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

@@ -23,6 +23,7 @@ examples:
   drseg evaluate run --data folder:scenes --out metrics.json --mode tile --tile-size 384 --overlap 128
   drseg evaluate run --data loveda:datasets --protocol clean --out metrics.json
   drseg evaluate run --data folder:tiles --out metrics.json --prior-cache features
+  drseg evaluate run --data folder:tiles --out metrics.json --precision auto --compile
   torchrun --nproc-per-node 2 -m drseg_core evaluate run --data loveda:datasets --protocol rskt --out metrics.json
 
 The output says what gave the scores: hashes of weights, class names and data, protocol, options, command, versions.
@@ -56,7 +57,30 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         metavar="DIR",
         help="keep the frozen prior's features there, for other vocabularies and checkpoints; the scores are the same",
     )
+    parser.add_argument(
+        "--prior-cache-gb",
+        type=float | None,
+        metavar="GB",
+        help="bound on that folder, 20 by default; files that no longer serve go first",
+    )
+    add_speed_arguments(parser)
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
+
+
+def add_speed_arguments(parser: Any) -> None:
+    """In which precision the model computes, and whether it is compiled."""
+    parser.add_argument(
+        "--precision",
+        type=Literal["float32", "bfloat16", "auto"],
+        default="float32",
+        help="of linear maps and convolutions; bfloat16 takes 0.6 of the time on a CPU with units for it, where auto "
+        "takes it; docs/speed.md has what it changes",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the model first, which takes minutes and, on a CPU, a C++ compiler: for many tiles or images",
+    )
 
 
 def add_tile_arguments(parser: Any) -> None:
@@ -96,6 +120,11 @@ def chosen_protocol(args: Any) -> Any:
 def run(args: Any) -> None:
     out = Path(args.out)
     check_output(out, overwrite=args.overwrite)
+    if args.prior_cache_gb is not None:
+        if args.prior_cache is None:
+            raise ConfigError("--prior-cache-gb has no folder; expected --prior-cache DIR beside it")
+        if args.prior_cache_gb < 0:
+            raise ConfigError(f"--prior-cache-gb is out of range; expected a number >= 0, got {args.prior_cache_gb}")
     protocol = chosen_protocol(args)
     from drseg_core.training.distributed import process_group
 
@@ -171,6 +200,7 @@ def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
     # of the weights as they were read: also those of frozen parts that the run's folder does not hold
     weights = weights_hash(loaded.model)
     names = dataset.class_names
+    room = {} if args.prior_cache_gb is None else {"prior_cache_bytes": round(1e9 * args.prior_cache_gb)}
     scores = evaluate(
         loaded.model,
         names,
@@ -181,6 +211,9 @@ def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
         processes=group,
         boundary=args.boundary,
         prior_cache=args.prior_cache,
+        precision=args.precision,
+        compiled=args.compile,
+        **room,
     )
     convention = "present" if protocol is None else protocol.convention
     return {

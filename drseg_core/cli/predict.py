@@ -4,21 +4,18 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from drseg_core.cli import zero_shot
-from drseg_core.cli.evaluate import add_tile_arguments
-from drseg_core.cli.parsers import Parser, add_reading_arguments, check_output, given_reading
-from drseg_core.cli.view import check_page, write_view
+from drseg_core.cli.evaluate import add_speed_arguments, add_tile_arguments
+from drseg_core.cli.parsers import Parser, add_reading_arguments, given_reading
+from drseg_core.cli.scenes import IMAGE_HELP, OUT_HELP, add_many_arguments, check_scenes, given_scenes, map_and_say
 from drseg_core.config.reading import parse_bands
 
-if TYPE_CHECKING:
-    from drseg_core.scenes.files import SceneFiles
-
-USAGE = 'drseg predict RUN IMAGE --out map.tif [--classes "building; field"] [options]'
+USAGE = 'drseg predict RUN IMAGE [IMAGE ...] --out map.tif [--classes "building; field"] [options]'
 EPILOG = """\
 examples:
   drseg predict run scene.tif --classes "building; field; pavement" --out map.tif
@@ -26,6 +23,10 @@ examples:
   drseg predict run scene.tif --classes @classes.txt --out map.tif
   drseg predict run scene.tif --out map.tif --scores --polygons map.gpkg --min-area 20
   drseg predict run photo.jpg --out map.tif --tile-size 256 --overlap 64
+  drseg predict run scene.tif --out map.tif --precision auto --compile
+  drseg predict run scenes/ "more/*.tif" @list.txt --out maps/{name}.tif --keep-going --report report.json
+  torchrun --nproc-per-node 4 -m drseg_core predict run scenes/ --out maps/
+  drseg predict run scenes/ --out maps/ --shard 3/20        # in a job array; then once without --shard
   drseg predict zero-shot scene.tif --classes "building; road; tree" --out map.tif
 
 The last maps without a trained run; drseg predict zero-shot --help has its options.
@@ -33,7 +34,8 @@ The last maps without a trained run; drseg predict zero-shot --help has its opti
 Written: the class raster --out (Cloud Optimized GeoTIFF) with colour table, category names and attribute table
 (map.tif.aux.xml) and a style for QGIS (map.qml); the area of each class (map_areas.csv); an overlay with a legend
 (map_overlay.png); the uncertainty of each pixel (map_uncertainty.tif). Scale and offset of 8-bit values are in the
-metadata of the file.
+metadata of the file. A call that was interrupted goes on where it stopped: finished blocks are kept in map.tif.work
+until all is written.
 """
 
 
@@ -43,7 +45,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         return
     parser.usage, parser.epilog = USAGE, EPILOG
     parser.add_argument("run", type=str, metavar="RUN", help="run, checkpoint or model folder, or a name on the hub")
-    parser.add_argument("image", type=str, metavar="IMAGE", help="GeoTIFF, PNG or JPEG of any size")
+    parser.add_argument("image", type=str, nargs="+", metavar="IMAGE", help=IMAGE_HELP)
     classes = parser.add_argument_group("classes")
     classes.add_argument(
         "--classes",
@@ -62,7 +64,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
 def add_map_arguments(parser: Parser, *, default: str) -> None:
     """What is written, and how scenes are read; ``default`` says where the scale comes from."""
     output = parser.add_argument_group("output")
-    output.add_argument("--out", required=True, type=str, metavar="FILE", help="class raster to write (.tif)")
+    output.add_argument("--out", required=True, type=str, metavar="FILE", help=OUT_HELP)
     output.add_argument(
         "--overwrite", action="store_true", help="replace outputs that exist, remove others of that map"
     )
@@ -82,6 +84,7 @@ def add_map_arguments(parser: Parser, *, default: str) -> None:
         "--gsd", type=float | None, metavar="M", help="side of a pixel in metres to read and map in; its own by default"
     )
     reading.add_argument("--aoi", type=str | None, metavar="FILE", help="map the part inside these polygons alone")
+    add_many_arguments(parser)
 
 
 def _add_running_arguments(parser: Parser) -> None:
@@ -90,6 +93,7 @@ def _add_running_arguments(parser: Parser) -> None:
         "--mode", type=Literal["whole", "tile"], default="tile", help="tiles at native resolution, or the whole image"
     )
     add_tile_arguments(running)
+    add_speed_arguments(running)
     running.add_argument(
         "--dry-run", action="store_true", help="say size, tiles, bands, memory and time, and write nothing"
     )
@@ -100,20 +104,14 @@ def run(args: Any) -> None:
     if zero_shot.asked_for([args.run]):
         zero_shot.run(args)
         return
-    out, image = Path(args.out), Path(args.image)
     reading = given_reading(args)
-    wanted = {"scores": args.scores, "probabilities": args.probabilities, "polygons": args.polygons}
+    scenes = given_scenes(args)
+    from drseg_core.checkpoints.pretrained import load
     from drseg_core.data.vocabulary import class_files, parse_classes
-    from drseg_core.scenes.files import check_outputs
-    from drseg_core.scenes.predict import plan, predict
-    from drseg_core.view.page import page_path
+    from drseg_core.scenes.predict import plan, run_mapper
 
     if not args.dry_run:
-        check_output(out, overwrite=args.overwrite, inputs=[image])
-        inputs = [args.aoi, *class_files(args.classes or "")]
-        check_outputs(image, out, overwrite=args.overwrite, inputs=inputs, **wanted)
-        if args.view:
-            check_page(page_path(out), overwrite=args.overwrite, inputs=[image, *inputs])
+        check_scenes(args, scenes, [args.aoi, *class_files(args.classes or "")])
     classes = None if args.classes is None else parse_classes(args.classes)
     if classes is not None:
         print(f"classes: {classes.text()}")
@@ -129,35 +127,20 @@ def run(args: Any) -> None:
         "tile_size": args.tile_size,
         "overlap": args.overlap,
         "batch_size": args.batch_size,
-        "device": args.device,
-        **wanted,
+        "precision": args.precision,
+        "compiled": args.compile,
+        "scores": args.scores,
+        "probabilities": args.probabilities,
     }
     if args.dry_run:
-        print(plan(args.run, image, **options).text())
+        model = args.run if len(scenes) == 1 else load(args.run)
+        for scene in scenes:
+            if len(scenes) > 1:
+                print(f"{scene.image}:")
+            print(plan(model, scene.image, polygons=scene.polygons, device=args.device, **options).text())
         return
-    files = predict(
-        args.run,
-        image,
-        out=out,
-        threshold=args.threshold,
-        overwrite=args.overwrite,
-        min_area=args.min_area,
-        **options,
-    )
-    say_written(files)
-    if args.view:
-        tiles = {name: options[name] for name in ("mode", "tile_size", "overlap", "batch_size")}
-        words = None if classes is None else dict(zip(classes.names, classes.synonyms, strict=True))
-        write_view(
-            str(out), page_path(out), args.image, reading, run=args.run, tiles=tiles, device=args.device, words=words
-        )
-
-
-def say_written(files: SceneFiles) -> None:
-    """The areas of a map and the files of it."""
-    print(areas_text(files.areas.read_text(encoding="utf-8")))
-    for path in files.present():
-        print(f"written: {path}")
+    options |= {"threshold": args.threshold, "min_area": args.min_area}
+    map_and_say(args, scenes, functools.partial(run_mapper, args.run, **options))
 
 
 def areas_text(table: str) -> str:

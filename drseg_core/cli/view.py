@@ -5,13 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from drseg_core.cli.evaluate import add_tile_arguments
 from drseg_core.cli.parsers import Parser, add_reading_arguments, check_output, given_reading
 from drseg_core.config.reading import choose_reading, parse_reading
-from drseg_core.config.schema import ReadingConfig
 from drseg_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from drseg_core.scenes.many import Outcome
+    from drseg_core.scenes.predict import Mapper
+    from drseg_core.view.page import Page
 
 USAGE = "drseg view MAP [--image IMAGE] [--run RUN] [--out map.html] [options]"
 EPILOG = """\
@@ -62,9 +66,22 @@ def run(args: Any) -> None:
         )
     if args.max_mb <= 0:
         raise ConfigError(f"view: --max-mb is out of range; expected more than 0, got {args.max_mb}")
-    tiles = {name: getattr(args, name) for name in ("mode", "tile_size", "overlap", "batch_size")}
-    options = {"run": args.run, "tiles": tiles, "device": args.device, "max_mb": args.max_mb}
-    write_view(args.map, out, args.image, given_reading(args), **options)
+    given, beneath = given_reading(args), None
+    from drseg_core.view.page import write_page
+
+    if args.run is not None:
+        from drseg_core.extras import require
+
+        require("view", "model")
+        from drseg_core.checkpoints.pretrained import load
+        from drseg_core.view.of_run import of_run
+
+        loaded = load(args.run)
+        given = choose_reading(loaded.config.reading, given)
+        tiles = {name: getattr(args, name) for name in ("mode", "tile_size", "overlap", "batch_size")}
+        beneath = of_run(loaded, device=args.device, **tiles)
+    place = {"image": args.image, "reading": parse_reading(given)}
+    say_page(write_page(args.map, out, beneath=beneath, max_mb=args.max_mb, **place))
 
 
 def check_page(out: str | Path, *, overwrite: bool, inputs: Sequence[str | Path | None]) -> Path:
@@ -80,40 +97,16 @@ def check_page(out: str | Path, *, overwrite: bool, inputs: Sequence[str | Path 
     return path
 
 
-def write_view(
-    map_path: str,
-    out: Path,
-    image: str | None,
-    given: ReadingConfig,
-    *,
-    run: str | None = None,
-    tiles: dict[str, Any],
-    device: str | None = None,
-    words: dict[str, tuple[str, ...]] | None = None,
-    gsd: float | None = None,
-    aoi: str | None = None,
-    max_mb: float = 60.0,
-) -> None:
-    """Write the page of a map of a trained run, or of none, and say so."""
+def write_pages(mapper: Mapper, outcomes: Sequence[Outcome]) -> None:
+    """The page of each map that a call has made, beside it."""
+    from drseg_core.view.beneath import beneath_of
     from drseg_core.view.page import write_page
 
-    beneath = None
-    if run is not None:
-        from drseg_core.extras import require
-
-        require("view", "model")
-        from drseg_core.checkpoints.pretrained import load
-        from drseg_core.view.of_run import of_run
-
-        loaded = load(run)
-        given = choose_reading(loaded.config.reading, given)
-        beneath = of_run(loaded, device=device, words=words, **tiles)
-    place: dict[str, Any] = {"image": image, "reading": parse_reading(given), "gsd": gsd, "aoi": aoi}
-    page = write_page(map_path, out, beneath=beneath, max_mb=max_mb, **place)
-    say_page(page)
+    for outcome in outcomes:
+        say_page(write_page(outcome.out, image=outcome.image, beneath=beneath_of(mapper.predictor), **mapper.reading))
 
 
-def say_page(page: Any) -> None:
+def say_page(page: Page) -> None:
     """What was sampled, and where the page is."""
     for note in page.notes:
         print(note)

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from argparse import BooleanOptionalAction
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from drseg_core.cli.parsers import Parser, check_output, given_reading
-from drseg_core.cli.view import check_page, say_page
-from drseg_core.config.reading import parse_bands, parse_reading
+from drseg_core.cli.parsers import Parser, given_reading
+from drseg_core.cli.scenes import IMAGE_HELP, check_scenes, given_scenes, map_and_say
+from drseg_core.config.reading import parse_bands
 from drseg_core.errors import ConfigError
 
 NAME = "zero-shot"
-USAGE = 'drseg predict zero-shot[:b|:l|:FILE] IMAGE --classes "building; road" --out map.tif [options]'
+USAGE = 'drseg predict zero-shot[:b|:l|:FILE] IMAGE [IMAGE ...] --classes "building; road" --out map.tif [options]'
 EPILOG = """\
 examples:
   drseg predict zero-shot scene.tif --classes "building; road; tree" --out map.tif
@@ -46,7 +48,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
 
     parser.usage, parser.epilog = USAGE, EPILOG
     parser.add_argument("run", type=str, metavar="PRESET", help="zero-shot, zero-shot:b, zero-shot:l or zero-shot:FILE")
-    parser.add_argument("image", type=str, metavar="IMAGE", help="GeoTIFF, PNG or JPEG of any size")
+    parser.add_argument("image", type=str, nargs="+", metavar="IMAGE", help=IMAGE_HELP)
     classes = parser.add_argument_group("classes")
     classes.add_argument(
         "--classes",
@@ -135,27 +137,19 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
 
 
 def run(args: Any) -> None:
-    out, image = Path(args.out), Path(args.image)
     reading = given_reading(args)
     if args.run != NAME and not args.run.startswith(f"{NAME}:"):
         raise ConfigError(f"predict: PRESET comes first; expected zero-shot, :b, :l or :FILE, got {args.run!r}")
-    wanted = {"scores": args.scores, "probabilities": args.probabilities, "polygons": args.polygons}
-    from drseg_core.cli.predict import say_written
+    scenes = given_scenes(args)
     from drseg_core.data.vocabulary import class_files, parse_classes
     from drseg_core.models.prompts import AERIAL_TEMPLATES
-    from drseg_core.scenes.files import check_outputs
     from drseg_core.scenes.predict import check_threshold
     from drseg_core.scenes.reader import open_scene
     from drseg_core.scenes.zero_shot import check_metres, check_words, configured, zero_shot
-    from drseg_core.view.page import page_path, write_page
 
     if not args.dry_run:
-        check_output(out, overwrite=args.overwrite, inputs=[image])
         # before gigabytes are fetched for nothing
-        inputs = [args.aoi, *class_files(args.classes)]
-        check_outputs(image, out, overwrite=args.overwrite, inputs=inputs, **wanted)
-        if args.view:
-            check_page(page_path(out), overwrite=args.overwrite, inputs=[image, *inputs])
+        check_scenes(args, scenes, [args.aoi, *class_files(args.classes)])
     classes = parse_classes(args.classes)
     print(f"classes: {classes.text()}")
     options: dict[str, Any] = {
@@ -172,34 +166,37 @@ def run(args: Any) -> None:
     # what cannot be mapped needs no weights
     check_threshold("predict", args.threshold)
     check_words(classes, options["background"], options["templates"])
-    with open_scene(image, gsd=args.gsd, aoi=args.aoi) as scene:
-        check_metres(configured(preset, **chosen), scene)
-    mapper = zero_shot(preset, offline=args.offline, device=args.device, **chosen)
-    for name, text in mapper.facts.items():
-        print(f"{name}: {text}")
-    if args.dry_run:
-        print(mapper.plan(image, classes, **options).text())
-        return
-    files = mapper.write(
-        image,
-        classes,
-        out,
-        threshold=args.threshold,
-        min_area=args.min_area,
-        overwrite=args.overwrite,
-        **wanted,
-        **options,
-    )
-    say_written(files)
-    if args.view:
-        from drseg_core.view.of_words import of_words
+    config = configured(preset, **chosen)
+    for scene in () if args.keep_going else scenes:
+        with open_scene(scene.image, gsd=args.gsd, aoi=args.aoi) as opened:
+            check_metres(config, opened)
 
-        words = {"background": options.pop("background"), "templates": options.pop("templates")}
-        beneath = of_words(mapper, classes, **words, folder=out.absolute().parent)
-        place = {"gsd": args.gsd, "aoi": args.aoi}
-        say_page(write_page(out, image=image, reading=parse_reading(reading), beneath=beneath, **place))
-    if "random weights" in mapper.facts["clip"]:
+    loaded = functools.partial(zero_shot, preset, offline=args.offline, **chosen)
+    if args.dry_run:
+        mapper = loaded(device=args.device)
+        _say_facts(mapper.facts)
+        for scene in scenes:
+            if len(scenes) > 1:
+                print(f"{scene.image}:")
+            print(mapper.plan(scene.image, classes, **options).text())
+        return
+    options |= {"scores": args.scores, "probabilities": args.probabilities}
+    options |= {"threshold": args.threshold, "min_area": args.min_area}
+    facts = map_and_say(args, scenes, functools.partial(_words_mapper, loaded, classes, options)).facts
+    if "random weights" in facts["clip"]:
         print("CLIP has random weights: this map means nothing")
+
+
+def _words_mapper(loaded: Callable[..., Any], classes: Any, options: dict[str, Any], *, device: str | None) -> Any:
+    found = loaded(device=device)
+    if os.environ.get("RANK", "0") == "0":
+        _say_facts(found.facts)
+    return found.mapper(classes, **options)
+
+
+def _say_facts(facts: dict[str, str]) -> None:
+    for name, text in facts.items():
+        print(f"{name}: {text}")
 
 
 def listed(option: str, text: str | None) -> list[str]:

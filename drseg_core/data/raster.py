@@ -272,13 +272,14 @@ class RasterReader:
 
 
 @contextlib.contextmanager
-def open_raster(path: Path, *, origin: str, driver: str | None = None) -> Iterator[Any]:
+def open_raster(path: Path, *, origin: str, driver: str | None = None, address: str | None = None) -> Iterator[Any]:
     """An open rasterio data set; GDAL's cache stays small, and a file that is cut short is an error.
 
     Args:
         path: the file.
         origin: begins messages.
         driver: format that the file must have; any by default.
+        address: where it lies in one of GDAL's virtual file systems, if it is no file.
 
     Raises:
         RasterError: no such file, or no image.
@@ -290,19 +291,23 @@ def open_raster(path: Path, *, origin: str, driver: str | None = None) -> Iterat
         is_file = path.is_file()
     except OSError as error:
         raise RasterError(f"read_scene: {path} cannot be opened: {error.strerror}") from None
-    if not is_file:
+    if not is_file and address is None:
         raise RasterError(f"read_scene: {path} is not a file; expected an image")
     # libjpeg only warns of a file that is cut short, and GDAL would hand out gray
-    options = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "YES", "GDAL_CACHEMAX": CACHE_MB}
+    options: dict[str, Any] = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "YES", "GDAL_CACHEMAX": CACHE_MB}
+    if address is not None:
+        # what lies beside it is not asked for, and a server may be busy for a moment
+        options |= {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": 3}
     with rasterio.Env(**options), warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         try:
             # an absolute path is never taken for the address of something remote
-            source = rasterio.open(path.absolute(), driver=driver)
+            source = rasterio.open(address or path.absolute(), driver=driver)
         except (rasterio.errors.RasterioError, OSError) as error:
             raise RasterError(
-                f"read_scene: {path} is not an image that GDAL reads; expected for example GeoTIFF, PNG or JPEG, "
-                f"got first bytes {first_bytes(path)}: {' '.join(str(error).split())}"
+                f"read_scene: {address or path} is not an image that GDAL reads; expected for example GeoTIFF, PNG or "
+                f"JPEG, got {'an error' if address else f'first bytes {first_bytes(path)}'}: "
+                f"{' '.join(str(error).split())}"
             ) from None
         with source:
             yield source

@@ -17,6 +17,7 @@ from torch import Tensor
 from drseg_core.config.schema import EvaluationConfig
 from drseg_core.data.dataset import IGNORE, Sample, SegmentationDataset, class_names_hash
 from drseg_core.data.protocols import Views
+from drseg_core.device import PrecisionName
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.evaluation.boundary import BoundaryCounts
 from drseg_core.evaluation.calibration import Calibration
@@ -24,6 +25,7 @@ from drseg_core.evaluation.inference import Predictor
 from drseg_core.evaluation.metrics import CONVENTIONS, ConfusionMatrix
 from drseg_core.evaluation.views import ViewPredictor
 from drseg_core.extras import require
+from drseg_core.models.prior_cache import CACHE_BYTES
 from drseg_core.models.prior_cache import prior_cache as kept_features
 
 __all__ = ["evaluate"]
@@ -55,6 +57,9 @@ def evaluate(
     processes: Processes | None = None,
     boundary: bool = False,
     prior_cache: str | Path | None = None,
+    prior_cache_bytes: int = CACHE_BYTES,
+    precision: PrecisionName = "float32",
+    compiled: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Predict every image of a data set and score all pixels together.
@@ -75,6 +80,9 @@ def evaluate(
         boundary: also score the outlines (see :mod:`drseg_core.evaluation.boundary`), which takes its time.
         prior_cache: folder that keeps the features of the frozen prior for other vocabularies and other checkpoints
             (see :class:`drseg_core.models.prior_cache.PriorCache`); the scores are the same to the last bit.
+        prior_cache_bytes: bound on that folder.
+        precision: ``float32``, ``bfloat16`` or ``auto``, see :class:`Predictor`.
+        compiled: run the model compiled, see :class:`Predictor`.
         progress: show a progress bar, in the first process.
 
     Returns:
@@ -82,12 +90,12 @@ def evaluate(
         ``mACC``, ``fwIoU``, ``pACC``, ``mIoU_conventions``, ``per_class`` {name: iou, accuracy, pixels}, ``subsets``
         {name: mIoU, mACC, classes}; further ``confusion`` (rows = truth), ``images``, ``ignored_pixels``,
         ``images_all_ignored``, ``calibration`` {error, bins, error_auroc}, ``class_names_sha256`` (the names are part
-        of the model's input), and where asked
-        ``boundary`` {mIoU, share, per_class}.
+        of the model's input), ``precision`` and ``compiled``, and where asked ``boundary`` {mIoU, share, per_class}.
 
     Raises:
         ConfigError: fewer names than the data set has classes, an unknown id in ``subsets``, or a ``prior_cache`` that
             is no folder or for a model without a prior.
+        BackendUnavailableError: bfloat16 on a device without, or a model that cannot be compiled.
         DatasetError: the data set is empty or a sample cannot be read.
         ResourceError: ``prior_cache`` cannot be written.
 
@@ -114,8 +122,9 @@ def evaluate(
             raise ConfigError(f"evaluate: subset {name!r} holds unknown ids; expected 0 to {len(class_names) - 1}")
     if not len(dataset):
         raise DatasetError("evaluate: dataset is empty; expected at least one image")
+    how: dict[str, Any] = {"device": device, "precision": precision, "compiled": compiled}
     predictor = (
-        ViewPredictor(model, class_names, views, batch_size=evaluation.batch_size, device=device)
+        ViewPredictor(model, class_names, views, batch_size=evaluation.batch_size, **how)
         if views is not None
         else Predictor(
             model,
@@ -124,9 +133,11 @@ def evaluate(
             tile_size=evaluation.tile_size,
             overlap=evaluation.overlap,
             batch_size=evaluation.batch_size,
-            device=device,
+            **how,
         )
     )
+    if predictor.arithmetic != "float32" or precision == "auto":
+        _log.info("precision: %s", predictor.arithmetic)
     rank, world_size = (0, 1) if processes is None else (processes.rank, processes.world_size)
     confusion = ConfusionMatrix(len(class_names))
     outlines = BoundaryCounts(len(class_names)) if boundary else None
@@ -136,7 +147,9 @@ def evaluate(
     batches = [range(first, min(first + evaluation.batch_size, len(dataset))) for first in own]
     count = sum(map(len, batches))
     with contextlib.ExitStack() as stack:
-        cache = None if prior_cache is None else stack.enter_context(kept_features(predictor.model, prior_cache))
+        cache = None
+        if prior_cache is not None:
+            cache = stack.enter_context(kept_features(predictor.model, prior_cache, prior_cache_bytes))
         bar = stack.enter_context(tqdm(total=count, desc="evaluate", unit="image", disable=not progress or rank > 0))
         for batch in batches:
             large = [i for i in batch if outlines is None and predictor.mode == "tile" and dataset.large(i) is not None]
@@ -154,6 +167,8 @@ def evaluate(
         "images": len(dataset),
         "images_all_ignored": all_ignored,
         "calibration": calibration.as_dict(),
+        "precision": str(predictor.precision).removeprefix("torch."),
+        "compiled": compiled,
         **({} if outlines is None else {"boundary": _boundary_summary(outlines, class_names)}),
     }
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drseg_core.data.dataset import check_class_names
+from drseg_core.device import PrecisionName, select_precision
 from drseg_core.errors import ConfigError, NumericalError
-from drseg_core.models.tiling import blend_window, check_tiles, tile_starts
+from drseg_core.evaluation.compiled import compiled_network
+from drseg_core.models.tiling import blend_window, check_tiles, tile_starts, tiles_of_bands
 
 __all__ = ["Prediction", "Predictor"]
 
@@ -46,6 +49,15 @@ class Piece(NamedTuple):
     score_of: Callable[[int], Tensor]
 
 
+class Box(NamedTuple):
+    """A part of an image: rows ``top`` to ``bottom`` and columns ``left`` to ``right``, both exclusive at their end."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
 class PredictsPieces(Protocol):
     """What maps a scene: a :class:`Predictor`, or what else gives its pieces.
 
@@ -54,7 +66,19 @@ class PredictsPieces(Protocol):
 
     class_names: tuple[str, ...]
 
-    def pieces(self, read: ReadWindow, height: int, width: int) -> Iterator[Piece]: ...
+    def blocks(self, height: int, width: int) -> list[Box]:
+        """Where the pieces lie, in their order. They cover every pixel once."""
+        ...
+
+    def reads(self, height: int, width: int, *, wanted: Collection[int] | None = None) -> Iterator[Box]:
+        """What :meth:`pieces` will read, in its order."""
+        ...
+
+    def pieces(
+        self, read: ReadWindow, height: int, width: int, *, wanted: Collection[int] | None = None
+    ) -> Iterator[Piece]:
+        """All pieces, or those with these numbers: each has the same bits, whichever others are asked for."""
+        ...
 
 
 SUMS_BYTES = 400 * 2**20
@@ -89,12 +113,19 @@ class Predictor:
         overlap: pixels shared by neighbouring tiles.
         batch_size: images or tiles per forward pass.
         device: where to run; by default where the model's parameters are.
+        precision: of linear maps and convolutions: ``float32``, ``bfloat16``, or ``auto``, which takes bfloat16 where
+            the processor has units for it. Weights, correlations, selection and sums stay float32
+            (``docs/speed.md`` has what it changes).
+        compiled: run what ``torch.compile`` makes of the model: the first call takes minutes, and on a CPU a compiler
+            of C++. Its weights must not change from then on.
 
     Raises:
-        ConfigError: unknown mode, or tile sizes that cannot cover an image.
+        ConfigError: unknown mode or precision, or tile sizes that cannot cover an image.
         DatasetError: no class name, too many, or one twice.
+        BackendUnavailableError: bfloat16 on a device without.
 
-    Calls raise NumericalError where the model's logits are not finite.
+    Calls raise NumericalError where the model's logits are not finite, and BackendUnavailableError where the model
+    cannot be compiled.
 
     Example:
         >>> import torch, drseg_core as drseg
@@ -116,6 +147,8 @@ class Predictor:
         overlap: int = 128,
         batch_size: int = 4,
         device: torch.device | str | None = None,
+        precision: PrecisionName = "float32",
+        compiled: bool = False,
     ) -> None:
         if mode not in ("whole", "tile"):
             raise ConfigError(f"Predictor: mode is unknown; expected whole or tile, got {mode!r}")
@@ -135,11 +168,19 @@ class Predictor:
             parameter = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
             device = parameter.device if parameter is not None else "cpu"
         self.device = torch.device(device)
+        self.precision = select_precision(precision, self.device)
         network: Any = model.to(self.device).eval() if isinstance(model, torch.nn.Module) else model
         with torch.no_grad():
             tokens = network.tokenize([word for words in self.synonyms for word in words]).to(self.device)
             self.text: Tensor = network.encode_text(tokens)
         self.model = network
+        self.compiled = compiled
+        self._network: Any = compiled_network(network, self.device) if compiled else network
+
+    @property
+    def arithmetic(self) -> str:
+        """The precision, and whether the model is compiled, in words."""
+        return f"{str(self.precision).removeprefix('torch.')}{', compiled' if self.compiled else ''}"
 
     def __call__(self, image: Tensor) -> Prediction:
         """Predict one image (3, H, W) uint8."""
@@ -174,7 +215,9 @@ class Predictor:
     @torch.no_grad()
     def _forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (B, T, h', w') and uncertainty (B, 1, h, w) of images (B, 3, H, W) uint8, in float32."""
-        output = self.model(image.to(self.device).float() / 255, self.text)
+        pixels = image.to(self.device).float() / 255
+        with self.autocast():
+            output = self._network(pixels, self.text)
         logits = output.logits
         if not torch.isfinite(logits).all():
             raise NumericalError("Predictor: logits are not finite; expected finite values from the model")
@@ -185,6 +228,12 @@ class Predictor:
         if value.shape[1] == len(self.class_names):
             return value
         return torch.stack([part.amax(1) for part in value.split(self._counts, dim=1)], dim=1)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which the model computes with ``precision``."""
+        # autocast around the caller's own code stays as it is where float32 is asked for
+        reduced = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision) if reduced else contextlib.nullcontext()
 
     def _whole(self, image: Tensor) -> list[Prediction]:
         return _enlarged_best(*self._forward(image), image.shape[-2:])
@@ -225,24 +274,67 @@ class Predictor:
             columns = max(STRIP_STEP, fitting // STRIP_STEP * STRIP_STEP)
         return [(left, min(left + columns, width)) for left in range(0, width, columns)]
 
-    def pieces(self, read: ReadWindow, height: int, width: int, *, columns: int | None = None) -> Iterator[Piece]:
+    def blocks(self, height: int, width: int) -> list[Box]:
+        """Where the pieces of an image lie, in the order of :meth:`pieces`."""
+        if self.mode == "whole":
+            return [Box(0, height, 0, width)]
+        starts = tile_starts(height, self.tile_size, self.overlap)
+        ends = [*starts[1:], height]
+        return [
+            Box(top, bottom, left, right)
+            for left, right in self.strips(width)
+            for top, bottom in zip(starts, ends, strict=True)
+        ]
+
+    def reads(self, height: int, width: int, *, wanted: Collection[int] | None = None) -> Iterator[Box]:
+        """What :meth:`pieces` will read, in its order."""
+        if self.mode == "whole":
+            yield Box(0, height, 0, width)
+            return
+        starts = tile_starts(height, self.tile_size, self.overlap)
+        for (left, right), bands in self._bands(height, width, wanted):
+            columns = self._columns(width, left, right)
+            for number in tiles_of_bands(starts, self.tile_size, bands):
+                top = starts[number]
+                yield Box(top, min(top + self.tile_size, height), columns[0], min(columns[-1] + self.tile_size, width))
+
+    def pieces(
+        self, read: ReadWindow, height: int, width: int, *, wanted: Collection[int] | None = None
+    ) -> Iterator[Piece]:
         """Predict an image that is read as it is needed; the pieces cover every pixel once.
 
         In ``tile`` mode strips of columns follow each other, each from top to bottom. Tiles on the border of two strips
         are computed for both, so strips do not depend on each other, and a pixel's sums have the same order however
-        wide they are. A tile without a valid pixel is not computed.
+        wide they are. A tile without a valid pixel is not computed. Which tiles share a forward pass depends on the
+        image alone, so a piece has the same bits whichever others are wanted.
 
         Args:
             read: gives a part of the image.
             height: H of the image.
             width: W of the image.
-            columns: width of a strip, see :meth:`strips`.
+            wanted: numbers of the pieces, as :meth:`blocks` has them; all by default.
         """
         if self.mode == "whole":
-            yield self._one_piece(read(0, height, 0, width)[0])
+            if wanted is None or 0 in wanted:
+                yield self._one_piece(read(0, height, 0, width)[0])
             return
-        for left, right in self.strips(width, columns):
-            yield from self.strip(read, height, width, left, right)
+        for (left, right), bands in self._bands(height, width, wanted):
+            yield from self.strip(read, height, width, left, right, bands=bands)
+
+    def _bands(
+        self, height: int, width: int, wanted: Collection[int] | None
+    ) -> Iterator[tuple[tuple[int, int], list[int]]]:
+        """The strips, each with the numbers of its bands that are wanted."""
+        count = len(tile_starts(height, self.tile_size, self.overlap))
+        for number, strip in enumerate(self.strips(width)):
+            bands = [band for band in range(count) if wanted is None or number * count + band in wanted]
+            if bands:
+                yield strip, bands
+
+    def _columns(self, width: int, left: int, right: int) -> list[int]:
+        """First columns of the tiles that have a share in a strip."""
+        starts = tile_starts(width, self.tile_size, self.overlap)
+        return [x for x in starts if x < right and x + self.tile_size > left]
 
     @torch.no_grad()
     def _one_piece(self, image: Tensor) -> Piece:
@@ -252,25 +344,40 @@ class Predictor:
         return Piece(0, 0, prediction, lambda label: _resize(score[:, label : label + 1], size)[0, 0])
 
     @torch.no_grad()
-    def strip(self, read: ReadWindow, height: int, width: int, left: int, right: int) -> Iterator[Piece]:
-        """Predict columns ``left`` to ``right`` (exclusive) in bands of rows from top to bottom.
+    def strip(
+        self,
+        read: ReadWindow,
+        height: int,
+        width: int,
+        left: int,
+        right: int,
+        *,
+        bands: Collection[int] | None = None,
+    ) -> Iterator[Piece]:
+        """Predict columns ``left`` to ``right`` (exclusive) in ``bands`` of rows from top to bottom, all or some.
 
         Each pixel's score is the weighted mean of the tiles that cover it, its weights summing to one. An image
         smaller than a tile is mirrored to the tile's size. Memory: (T + 2) x tile_size x (right - left) float32.
         """
         side, classes = self.tile_size, len(self.class_names)
         row_start = tile_starts(height, side, self.overlap)
-        column_start = [x for x in tile_starts(width, side, self.overlap) if x < right and x + side > left]
+        column_start = self._columns(width, left, right)
         begin, end = column_start[0], min(column_start[-1] + side, width)
         line = torch.from_numpy(blend_window(side, self.overlap)).to(self.device)
         weight = line[:, None] * line[None, :]
         # channels: T scores, the uncertainty, the weight
         total = torch.zeros(classes + 2, side, right - left, device=self.device)
         # row down to which something was added
-        reach = 0
-        for number, top in enumerate(row_start):
+        reach, before = 0, -1
+        for number in tiles_of_bands(row_start, side, bands):
+            top = row_start[number]
+            if number != before + 1:
+                # no tile above has a share in what follows
+                total.zero_()
+            before = number
             image, valid = read(top, min(top + side, height), begin, end)
-            band = mirrored(image, side)
+            # pinned where a thread has read it so: then the copy waits for nothing
+            band = mirrored(image, side).to(self.device, non_blocking=True)
             used = [x for x in column_start if valid is None or valid[:, x - begin : x - begin + side].any()]
             for first in range(0, len(used), self.batch_size):
                 some = used[first : first + self.batch_size]
@@ -284,15 +391,18 @@ class Predictor:
             reach = top + side if used else reach
             last = number + 1 == len(row_start)
             done = min(side, height) if last else row_start[number + 1] - top
+            asked = bands is None or number in bands
             if reach <= top:
-                blank = torch.zeros(done, right - left)
-                nothing = Prediction(blank.to(torch.uint8), blank, blank)
-                yield Piece(top, left, nothing, _constant(blank))
+                if asked:
+                    blank = torch.zeros(done, right - left)
+                    nothing = Prediction(blank.to(torch.uint8), blank, blank)
+                    yield Piece(top, left, nothing, _constant(blank))
                 continue
-            # where nothing was computed the weight is zero, and nothing is valid
-            mean = total[:-1, :done].div_(total[-1, :done].clamp_min(1e-12))
-            best, index = mean[:-1].amax(0), mean[:-1].argmax(0).to(torch.uint8)
-            yield Piece(top, left, Prediction(index.cpu(), best.cpu(), mean[-1].cpu()), mean.__getitem__)
+            if asked:
+                # where nothing was computed the weight is zero, and nothing is valid
+                mean = total[:-1, :done].div_(total[-1, :done].clamp_min(1e-12))
+                best, index = mean[:-1].amax(0), mean[:-1].argmax(0).to(torch.uint8)
+                yield Piece(top, left, Prediction(index.cpu(), best.cpu(), mean[-1].cpu()), mean.__getitem__)
             for channel in total:
                 channel[: side - done] = channel[done:].clone()
             total[:, side - done :] = 0

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drseg_core.data.protocols import Views
+from drseg_core.device import PrecisionName
 from drseg_core.evaluation.inference import Prediction, Predictor
 from drseg_core.models.tiling import tile_starts
 
@@ -38,6 +39,8 @@ class ViewPredictor(Predictor):
         views: of the protocol.
         batch_size: windows per forward pass.
         device: where to run; by default where the model's parameters are.
+        precision: see :class:`Predictor`.
+        compiled: see :class:`Predictor`.
     """
 
     def __init__(
@@ -48,8 +51,12 @@ class ViewPredictor(Predictor):
         *,
         batch_size: int = 4,
         device: torch.device | str | None = None,
+        precision: PrecisionName = "float32",
+        compiled: bool = False,
     ) -> None:
-        super().__init__(model, class_names, batch_size=batch_size, device=device)
+        super().__init__(
+            model, class_names, batch_size=batch_size, device=device, precision=precision, compiled=compiled
+        )
         self.views = views
 
     def many(self, images: Sequence[Tensor]) -> list[Prediction]:

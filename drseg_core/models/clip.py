@@ -9,6 +9,7 @@ projections that can be trained apart.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,14 @@ ARCHITECTURES: Mapping[str, dict[str, Any]] = {"drseg-tiny": TINY}
 
 # what OpenAI's own state dicts carry beside weights
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    """One for all models: reading its vocabulary takes a quarter of a second."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
 
 
 class DenseFeatures(NamedTuple):
@@ -240,7 +249,6 @@ class ClipEncoder(nn.Module):
         self.embed_dim = int(model.visual.proj.shape[1])
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
-        self._tokenizer: Any = None
         inner = len(self.visual.blocks) - 1
         if len(config.guidance_blocks) != 2 or not all(0 <= index < inner for index in config.guidance_blocks):
             raise ValueError(
@@ -275,19 +283,16 @@ class ClipEncoder(nn.Module):
         Raises:
             ConfigError: an empty name, or one too long for the text encoder.
         """
-        if self._tokenizer is None:
-            from open_clip.tokenizer import SimpleTokenizer
-
-            self._tokenizer = SimpleTokenizer(context_length=self.text.context_length)
+        tokenizer = _tokenizer()
         prompts = class_prompts(class_names, self.config.template if template is None else template)
-        lengths = [len(self._tokenizer.encode(prompt)) + 2 for prompt in prompts]
+        lengths = [len(tokenizer.encode(prompt)) + 2 for prompt in prompts]
         for name, length in zip(class_names, lengths, strict=True):
             if length > self.text.context_length:
                 raise ConfigError(
                     f"ClipEncoder.tokenize: class name {name!r} is too long; expected a prompt of at most "
                     f"{self.text.context_length} tokens, got {length}"
                 )
-        tokens = self._tokenizer(prompts)
+        tokens = tokenizer(prompts, self.text.context_length)
         # padding after the end token cannot be seen under a causal mask, so it need not be computed
         return tokens[:, : max(lengths)].contiguous() if self.text.causal else tokens
 

@@ -97,6 +97,8 @@ class DRSeg(Segmenter):
                 residual=graph.residual,
                 use_affinity_as_weight=graph.use_affinity_as_weight,
                 norm_scale=graph.norm_scale,
+                # what follows reads tokens
+                keep_format=False,
                 backend=graph.backend,
             )
         fusion, aggregator, decoder = config.fusion, config.aggregator, config.decoder

@@ -13,6 +13,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +29,10 @@ from drseg_core.models.weights import load_weights, payload_hash, save_weights
 
 _log = logging.getLogger(__name__)
 
+CACHE_BYTES = 20 * 10**9
+"""Bound on a folder, unless another one is given: 8000 images with the default prior."""
+_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+
 
 class PriorCache:
     """A folder with one file per batch of images, named after all that decides its features.
@@ -36,17 +42,24 @@ class PriorCache:
     torch and timm. So what is read is what would be computed, to the last bit; with another batch size, or on another
     machine, it is computed again. A file takes 2.4 MB per image with the default prior.
 
+    A full folder loses files that were not used since this cache was opened, the oldest first. Where there are none,
+    nothing more is kept: an evaluation goes through its images in one order, and who gave up the oldest of them for the
+    newest would find none the next time.
+
     Args:
         folder: made where it is not there.
         prior: its weights must not change from here on.
+        limit: bound on the bytes of all its files.
 
     Raises:
-        ConfigError: the folder is a file.
+        ConfigError: the folder is a file, or the limit is negative.
         ResourceError: the folder cannot be made.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], prior: DinoPrior) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], prior: DinoPrior, limit: int = CACHE_BYTES) -> None:
+        if limit < 0:
+            raise ConfigError(f"PriorCache: limit is out of range; expected >= 0 bytes, got {limit}")
+        self.folder, self.limit = Path(folder), limit
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
@@ -59,11 +72,16 @@ class PriorCache:
         state = {name: value.detach().cpu() for name, value in prior.state_dict().items()}
         self._prior = {**options, "sha256": payload_hash(state)}
         self.found = self.computed = 0
+        self._opened = time.time()
+        self._bytes = sum(size for _, size, _ in self._files())
+        self._full = False
+        # what is read and written is nothing for a compiler: compiled models step out for it
+        self.maps: Callable[..., PriorMaps] = torch.compiler.disable(self._looked_up)
 
-    def maps(
+    def _looked_up(
         self, image: Tensor, blocks: tuple[int, ...], compute: Callable[[Tensor, tuple[int, ...]], PriorMaps]
     ) -> PriorMaps:
-        """What ``compute(image, blocks)`` gives, from its file where there is one.
+        """What ``compute(image, blocks)`` gives, from its file where there is one; see ``maps``.
 
         A file that is damaged or of something else is replaced, with a warning.
 
@@ -75,12 +93,43 @@ class PriorCache:
         held = _read(path, key)
         if held is not None:
             self.found += 1
+            with contextlib.suppress(OSError):
+                os.utime(path)
             features, *guidance = (held[name].to(image.device) for name in _names(blocks))
             return PriorMaps(features, tuple(guidance))
         self.computed += 1
         maps = compute(image, blocks)
-        save_weights(path, dict(zip(_names(blocks), (maps.features, *maps.guidance), strict=True)), key)
+        tensors = (maps.features, *maps.guidance)
+        if self._has_room(sum(value.nbytes for value in tensors)):
+            save_weights(path, dict(zip(_names(blocks), tensors, strict=True)), key)
+            self._bytes += path.stat().st_size
         return maps
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        """When each file was last used, its bytes, and where it is; others may remove some meanwhile."""
+        found = []
+        # no file of anybody else's, whatever folder this is
+        for path in (path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        return sorted(found)
+
+    def _has_room(self, more: int) -> bool:
+        """Whether so many bytes may be added, after files that were not used since this cache was opened are gone."""
+        if self._bytes + more <= self.limit or self._full:
+            return not self._full
+        files = self._files()
+        self._bytes = sum(size for _, size, _ in files)
+        for used, size, path in files:
+            if self._bytes + more <= self.limit or used >= self._opened:
+                break
+            path.unlink(missing_ok=True)
+            self._bytes -= size
+        self._full = self._bytes + more > self.limit
+        if self._full:
+            _log.warning("prior cache: %s is full (%.3g GB); no more is kept", self.folder, self.limit / 1e9)
+        return not self._full
 
     def _key(self, image: Tensor, blocks: tuple[int, ...]) -> dict[str, Any]:
         kind = image.device.type
@@ -97,17 +146,17 @@ class PriorCache:
 
 
 @contextlib.contextmanager
-def prior_cache(model: Any, folder: str | os.PathLike[str]) -> Iterator[PriorCache]:
+def prior_cache(model: Any, folder: str | os.PathLike[str], limit: int = CACHE_BYTES) -> Iterator[PriorCache]:
     """Inside, the prior of ``model`` reads its features from ``folder`` and keeps there what it computes.
 
     Raises:
-        ConfigError: the model has no prior, or the folder is a file.
+        ConfigError: the model has no prior, the folder is a file, or the limit is negative.
         ResourceError: the folder cannot be made.
     """
     prior = getattr(model, "dino", None)
     if not isinstance(prior, DinoPrior):
         raise ConfigError("prior_cache: model has no prior whose features could be kept; expected one with a DinoPrior")
-    prior.cache = PriorCache(folder, prior)
+    prior.cache = PriorCache(folder, prior, limit)
     try:
         yield prior.cache
     finally:

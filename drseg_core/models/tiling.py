@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +29,23 @@ def tile_starts(length: int, tile_size: int, overlap: int) -> list[int]:
         return [0]
     starts = list(range(0, length - tile_size, tile_size - overlap))
     return [*starts, length - tile_size]
+
+
+def tiles_of_bands(starts: Sequence[int], tile_size: int, bands: Collection[int] | None = None) -> list[int]:
+    """Numbers of the tiles along one axis that have a share in some bands; in all of them by default.
+
+    Band n goes from the start of tile n to that of the next, so it is complete once tile n was added. Where a number is
+    missing, no tile before it reaches a band after it.
+    """
+    if bands is None:
+        return list(range(len(starts)))
+    needed: set[int] = set()
+    for band in bands:
+        tile = band
+        while tile >= 0 and starts[tile] + tile_size > starts[band]:
+            needed.add(tile)
+            tile -= 1
+    return sorted(needed)
 
 
 def blend_window(tile_size: int, overlap: int) -> NDArray[np.float32]:

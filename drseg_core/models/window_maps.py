@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from drseg_core.models.tiling import blend_window, tile_starts
+from drseg_core.models.tiling import blend_window, tile_starts, tiles_of_bands
 
 Blend = Literal["smooth", "equal"]
 ReadPixels = Callable[[Tensor, Tensor], "tuple[Tensor, Tensor | None]"]
@@ -53,6 +53,7 @@ def blended_bands(
     batch_size: int = 4,
     blend: Blend = "smooth",
     computed: Callable[[int], object] = lambda count: None,
+    wanted: Collection[int] | None = None,
 ) -> Iterator[Band]:
     """The weighted mean of all windows that cover a cell, in bands from top to bottom that cover each row once.
 
@@ -69,6 +70,8 @@ def blended_bands(
         batch_size: windows for each call of ``maps``.
         blend: weights fall off smoothly over the overlap, or are all equal.
         computed: told the number of windows after each call of ``maps``.
+        wanted: numbers of the bands to yield, one for each row of windows; all by default. A band has the same bits,
+            whichever others are wanted.
 
     Yields:
         Bands in float32 or wider, where ``maps`` has its results; 0 where nothing was computed. Memory: one row of
@@ -79,15 +82,22 @@ def blended_bands(
     line = torch.from_numpy(blend_window(windows.cells, windows.overlap))
     weight = line[:, None] * line if blend == "smooth" else torch.ones(windows.cells, windows.cells)
     starts, across = windows.starts(height, width)
-    column = mirrored(width, wide * windows.cell)
+    pixel_columns = wide * windows.cell
     # row down to which cells were computed, sums of the parts, and of the weights
     sums: list[Tensor] = []
     total = torch.zeros(windows.cells, wide)
     valid = torch.zeros(windows.cells, wide, dtype=torch.bool)
-    for number, top in enumerate(starts):
+    before = -1
+    for number in tiles_of_bands(starts, windows.cells, wanted):
+        top = starts[number]
+        if number != before + 1:
+            # no window above has a share in what follows
+            for held in (total, valid, *sums):
+                held.zero_()
+        before = number
         place = torch.arange(top * windows.cell, top * windows.cell + side)
-        image, known = read(mirrored(height, int(place[-1]) + 1)[place], column)
-        inside = (place < height)[:, None] & (torch.arange(len(column)) < width)
+        image, known = read(*pixels_of_row(windows, height, width, top))
+        inside = (place < height)[:, None] & (torch.arange(pixel_columns) < width)
         seen = inside if known is None else inside & known.cpu()
         fresh = seen.view(windows.cells, windows.cell, wide, windows.cell).any(3).any(1)
         valid |= fresh
@@ -110,13 +120,22 @@ def blended_bands(
             computed(len(some))
         last = number + 1 == len(starts)
         done = rows - top if last else starts[number + 1] - top
-        share = total[:done, :columns].clamp_min(torch.finfo(total.dtype).tiny)
-        parts = [target[:, :, :done, :columns] / share.to(target.device) for target in sums]
-        yield Band(top, parts, valid[:done, :columns].clone())
+        if wanted is None or number in wanted:
+            share = total[:done, :columns].clamp_min(torch.finfo(total.dtype).tiny)
+            parts = [target[:, :, :done, :columns] / share.to(target.device) for target in sums]
+            yield Band(top, parts, valid[:done, :columns].clone())
         for held in (total, valid, *sums):
             kept = held[..., done:, :].clone()
             held.zero_()
             held[..., : windows.cells - done, :] = kept
+
+
+def pixels_of_row(windows: Windows, height: int, width: int, top: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns, as :data:`ReadPixels` takes them, of a row of windows that begins at cell ``top``."""
+    begin = top * windows.cell
+    end = begin + windows.cells * windows.cell
+    wide = max(windows.grid(height, width)[1], windows.cells)
+    return mirrored(height, end)[begin:], mirrored(width, wide * windows.cell)
 
 
 def mirrored(length: int, wanted: int) -> Tensor:

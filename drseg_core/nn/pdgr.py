@@ -107,8 +107,8 @@ class PDGR(nn.Module):
         norm_scale: initial weight of the final LayerNorm.
         resample_prior: bring a prior map on another grid to that of the features: by means where the sizes divide,
             otherwise bilinearly. By default it is refused.
-        keep_format: return a map in the memory format of the features. By default it lies channels last for contiguous
-            features too, because a contiguous one would be a copy.
+        keep_format: return a map in the memory format of the features: contiguous for contiguous ones, otherwise
+            channels last. False spares contiguous features a copy, and returns channels last always.
         backend: kernel backend of all ops, one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
 
     Shape:
@@ -152,7 +152,7 @@ class PDGR(nn.Module):
         use_affinity_as_weight: bool = False,
         norm_scale: float = 1.0,
         resample_prior: bool = False,
-        keep_format: bool = False,
+        keep_format: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__()

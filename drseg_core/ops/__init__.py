@@ -5,6 +5,7 @@ import importlib
 import os
 
 from drseg_core.ops._dispatch import backend_names, backend_report, last_backend, register_backend, use_backend
+from drseg_core.ops.between import knn_between
 from drseg_core.ops.csc.api import Csc, csc
 from drseg_core.ops.decompositions import decompositions
 from drseg_core.ops.degree_normalize.api import degree_normalize
@@ -31,6 +32,7 @@ __all__ = [
     "edge_weight",
     "graph_layer",
     "graph_propagate",
+    "knn_between",
     "knn_graph",
     "last_backend",
     "padding_mask",

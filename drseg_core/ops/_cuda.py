@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from drseg_core.ops._dispatch import Backend, Run
 from drseg_core.ops._library import Library
@@ -32,6 +33,28 @@ def _load() -> tuple[str | None, tuple[str, ...]]:
         return f"native CUDA library is another one: {error}", ()
     built_for.restype = ctypes.c_char_p
     return None, tuple(built_for().decode().split())
+
+
+@functools.cache
+def _versions() -> tuple[int, int]:
+    """The CUDA version of the library's own runtime, and the newest that the driver knows, as 13020."""
+    own, driver = ctypes.c_int(), ctypes.c_int()
+    try:
+        ctypes.CDLL(str(LIBRARY.path())).drseg_native_cuda_versions(ctypes.byref(own), ctypes.byref(driver))
+    except AttributeError:
+        # of an earlier build, which does not say it
+        return 0, 0
+    return own.value, driver.value
+
+
+def too_old(own: int, driver: int) -> str | None:
+    """Why a driver that knows CUDA ``driver`` does not run code of CUDA ``own``; a major version goes together.
+
+    torch may have been built for an older CUDA than this library, so that its own kernels run and these would not.
+    """
+    if driver // 1000 >= own // 1000:
+        return None
+    return f"the native CUDA library was built with CUDA {own // 1000}; the driver is for CUDA {driver // 1000}"
 
 
 def runs_on(capability: tuple[int, int], built_for: tuple[str, ...]) -> bool:
@@ -61,7 +84,15 @@ def why_not(device: str, *symbols: str) -> str | None:
         if not runs_on(own, built_for):
             names = ", ".join(built_for)
             return f"the native CUDA library was built for sm {names}; this device is sm {own[0]}{own[1]}"
+        if (reason := too_old(*_versions())) is not None:
+            return reason
     return LIBRARY.lacks(*symbols)
+
+
+def aligned(rows: Tensor) -> Tensor:
+    """Rows that the kernels read 16 bytes at a time: contiguous, from an address that is a multiple of 16."""
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
 def backend(run: Run, run_backward: Run | None, *symbols: str, **traits: Any) -> Backend:

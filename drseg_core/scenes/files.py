@@ -19,6 +19,9 @@ LEAST_BYTES = 0.01
 USUAL_BYTES, BAND_BYTES, POLYGON_BYTES = 2.5, 1.7, 0.5
 """What a map usually takes while it is written, and what each band of scores and polygons add."""
 
+BLOCK_BYTES = 5.0
+"""Of each pixel in a block that is kept: class and uncertainty; each band of scores adds one."""
+
 _log = logging.getLogger(__name__)
 
 __all__ = ["SceneFiles"]
@@ -149,14 +152,18 @@ def check_input_stays(path: Path, inputs: Sequence[str | Path | None], problem: 
             raise ConfigError(f"predict_scene: {problem}; expected another path than {path}")
 
 
-def usual_bytes(pixels: int, classes: int, *, scores: bool, probabilities: bool, polygons: bool) -> float:
-    """What a map takes on the disk while it is written, as measured on maps of aerial images."""
+def usual_bytes(
+    pixels: int, classes: int, *, scores: bool, probabilities: bool, polygons: bool, blocks: bool = False
+) -> float:
+    """What a map takes on the disk while it is written, as measured on maps of aerial images; with ``blocks`` that are
+    kept."""
     bands = (scores or polygons) + probabilities * classes
-    return pixels * (USUAL_BYTES + bands * BAND_BYTES + polygons * POLYGON_BYTES)
+    kept = blocks * (BLOCK_BYTES + bands)
+    return pixels * (USUAL_BYTES + bands * BAND_BYTES + polygons * POLYGON_BYTES + kept)
 
 
-def check_disks(files: SceneFiles, pixels: int, classes: int) -> None:
-    """Refuse a map that the disk is sure not to hold, and say where it may not.
+def check_disks(files: SceneFiles, pixels: int, classes: int, *, blocks: bool = False) -> None:
+    """Refuse a map that the disk is sure not to hold, and say where it may not; with ``blocks`` that are kept.
 
     Raises:
         ResourceError: there is too little room.
@@ -164,7 +171,7 @@ def check_disks(files: SceneFiles, pixels: int, classes: int) -> None:
     options = {name: getattr(files, name) is not None for name in ("scores", "probabilities", "polygons")}
     folder = files.classes.parent
     check_room(folder, int(pixels * LEAST_BYTES), "predict_scene")
-    usual, free = usual_bytes(pixels, classes, **options), free_bytes(folder)
+    usual, free = usual_bytes(pixels, classes, **options, blocks=blocks), free_bytes(folder)
     if free < usual:
         _log.warning(
             "%s: the disk may be too small; such a map usually takes %.0f MB while it is written, %.0f MB are free",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,35 @@ from numpy.typing import NDArray
 from drseg_core.data.dataset import IGNORE
 from drseg_core.data.palette import overlay, with_legend
 from drseg_core.data.vocabulary import Vocabulary
-from drseg_core.evaluation.inference import Piece
 from drseg_core.scenes.reader import SceneReader
-from drseg_core.scenes.writer import as_levels, describe_classes, describe_levels, raster_like, written
+from drseg_core.scenes.writer import describe_classes, describe_levels, raster_like, written
+
+
+class Part(NamedTuple):
+    """A block of a map whose first pixel is (``top``, ``left``), as it is written and kept.
+
+    ``label`` (n, m) uint8, 255 where nothing is valid; ``uncertainty`` (n, m) float32, NaN there; ``picture`` what
+    :meth:`Overlay.sampled` takes of the image; ``score`` (n, m) and ``probabilities`` (T, n, m) uint8 in steps, where
+    they were asked for; ``class_scores`` (T, n, m) float32 of the predicted classes where a neighbour has a share.
+    """
+
+    top: int
+    left: int
+    label: NDArray[np.uint8]
+    uncertainty: NDArray[np.float32]
+    picture: NDArray[np.uint8]
+    score: NDArray[np.uint8] | None = None
+    probabilities: NDArray[np.uint8] | None = None
+    class_scores: NDArray[np.float32] | None = None
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """By name, for :meth:`drseg_core.scenes.block_store.BlockStore.save`."""
+        return {name: np.asarray(value) for name, value in self._asdict().items() if value is not None}
+
+    @classmethod
+    def of(cls, arrays: dict[str, NDArray[Any]]) -> Part:
+        values: dict[str, Any] = {**arrays, "top": int(arrays["top"]), "left": int(arrays["left"])}
+        return cls(**values)
 
 
 class Overlay:
@@ -31,14 +57,17 @@ class Overlay:
     def pixels(self) -> int:
         return int(self.count.sum())
 
-    def add(self, top: int, left: int, image: NDArray[np.uint8], label: NDArray[np.uint8]) -> None:
-        first = -top % self.step, -left % self.step
-        part = label[first[0] :: self.step, first[1] :: self.step]
-        row, column = (top + first[0]) // self.step, (left + first[1]) // self.step
-        place = slice(row, row + part.shape[0]), slice(column, column + part.shape[1])
-        self.label[place] = part
-        self.image[:, place[0], place[1]] = image[:, first[0] :: self.step, first[1] :: self.step]
-        self.count += np.bincount(label.ravel(), minlength=256)
+    def sampled(self, top: int, left: int, value: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """What the picture takes of a part (..., n, m) whose first pixel is (top, left)."""
+        return value[..., -top % self.step :: self.step, -left % self.step :: self.step]
+
+    def add(self, part: Part) -> None:
+        label = self.sampled(part.top, part.left, part.label)
+        row, column = -(-part.top // self.step), -(-part.left // self.step)
+        place = slice(row, row + label.shape[0]), slice(column, column + label.shape[1])
+        self.label[place] = label
+        self.image[:, place[0], place[1]] = part.picture
+        self.count += np.bincount(part.label.ravel(), minlength=256)
 
     def picture(self, legend: Vocabulary) -> NDArray[np.uint8]:
         table = legend.table()
@@ -80,22 +109,18 @@ class Rasters:
             )
             describe_levels(self.probabilities, legend.names)
 
-    def add(self, piece: Piece, label: NDArray[np.uint8], valid: NDArray[np.bool_], classes: int) -> None:
-        """Write one piece; ``classes`` have a score, further ones have none."""
+    def add(self, part: Part) -> None:
+        """Write one part."""
         from rasterio.windows import Window
 
-        window = Window(piece.left, piece.top, label.shape[1], len(label))
-        prediction = piece.prediction
+        window = Window(part.left, part.top, part.label.shape[1], len(part.label))
         with written(self.files.classes):
-            self.classes.write(label, 1, window=window)
+            self.classes.write(part.label, 1, window=window)
         with written(self.files.uncertainty):
-            value = np.where(valid, prediction.uncertainty.numpy(), np.float32("nan"))
-            self.uncertainty.write(value, 1, window=window)
-        if self.scores is not None:
+            self.uncertainty.write(part.uncertainty, 1, window=window)
+        if self.scores is not None and part.score is not None:
             with written(self.files.scores or self.files.classes):
-                self.scores.write(as_levels(prediction.score.numpy(), valid), 1, window=window)
-        if self.probabilities is not None and self.files.probabilities is not None:
+                self.scores.write(part.score, 1, window=window)
+        if self.probabilities is not None and part.probabilities is not None:
             with written(self.files.probabilities):
-                for band in range(self.probabilities.count):
-                    score = piece.score_of(band).cpu().numpy() if band < classes else np.zeros(label.shape)
-                    self.probabilities.write(as_levels(score, valid), band + 1, window=window)
+                self.probabilities.write(part.probabilities, window=window)

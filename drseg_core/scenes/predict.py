@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +21,15 @@ from drseg_core.config.schema import ReadingConfig
 from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.ground import PixelArea
 from drseg_core.data.vocabulary import OTHER, Color, Vocabulary, never_learned, plain_classes
-from drseg_core.device import select_device
+from drseg_core.device import PrecisionName, select_device
 from drseg_core.errors import ConfigError, RasterError
-from drseg_core.evaluation.inference import Piece, Predictor, PredictsPieces
+from drseg_core.evaluation.inference import Box, Piece, Predictor, PredictsPieces
 from drseg_core.extras import require
 from drseg_core.files import atomic_path
+from drseg_core.models.weights import weights_hash
 from drseg_core.scenes.areas import ClassAreas
+from drseg_core.scenes.block_store import BlockStore, share, work_folder
+from drseg_core.scenes.facts import computing_facts, scene_facts
 from drseg_core.scenes.files import (
     SceneFiles,
     check_disks,
@@ -34,16 +38,61 @@ from drseg_core.scenes.files import (
     leftovers,
     usual_bytes,
 )
-from drseg_core.scenes.outputs import Overlay, Rasters
+from drseg_core.scenes.mosaic import Grid, Mosaic, Neighbour
+from drseg_core.scenes.outputs import Overlay, Part, Rasters
 from drseg_core.scenes.plan import Plan, plan_scene
 from drseg_core.scenes.polygons import write_polygons
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.style import write_attributes, write_style
-from drseg_core.scenes.writer import check_place, written
+from drseg_core.scenes.threads import ReadAhead, WriteBehind, gdal_thread
+from drseg_core.scenes.writer import as_levels, check_place, written
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["SceneFiles", "plan", "predict", "predict_scene"]
+__all__ = ["SceneFiles", "Work", "plan", "predict", "predict_scene"]
+
+OPEN, BLOCKS = "open", "blocks"
+"""The first and the last step of what is made of a scene; those of a ``GraphPredictor`` come between."""
+
+
+class Work(NamedTuple):
+    """How the blocks of a map are kept, and who makes them.
+
+    They lie in a folder beside the output (:func:`drseg_core.scenes.block_store.work_folder`) until the map is
+    complete, and whoever makes it takes those that are there.
+
+    ``facts`` are what makes the model; ``step`` is the only one to do, and of it one ``part`` among ``parts``, with
+    nothing written but blocks (:data:`OPEN` makes none and only prepares the folder); ``alone`` says that no other
+    process is at this map, so blocks of another model or scene, or with other options, may be removed. ``neighbours``
+    have a share in the map where they overlap, but for those ``left_out``; all their blocks must be there before it is
+    written, and its own blocks stay.
+
+    Example:
+        >>> import drseg_core as drseg
+        >>> from drseg_core.evaluation.inference import Predictor
+        >>> from drseg_core.scenes.predict import Work, predict_scene
+        >>> predictor = Predictor(drseg.load("run").model, ["roof", "pond"], mode="tile", tile_size=32, overlap=8)
+        >>> for part in range(2):
+        ...     half = Work({"model": "run"}, "blocks", part, 2)
+        ...     files = predict_scene(predictor, "scene.tif", "map.tif", work=half, progress=False)
+        >>> files.classes.exists()
+        False
+        >>> whole = Work({"model": "run"})
+        >>> predict_scene(predictor, "scene.tif", "map.tif", work=whole, progress=False).classes.exists()
+        True
+    """
+
+    facts: Mapping[str, Any]
+    step: str | None = None
+    part: int = 0
+    parts: int = 1
+    alone: bool = True
+    neighbours: tuple[Neighbour, ...] = ()
+    left_out: frozenset[str] = frozenset()
+
+    @property
+    def blended(self) -> list[Neighbour]:
+        return [other for other in self.neighbours if other.folder not in self.left_out]
 
 
 def predict(
@@ -68,6 +117,8 @@ def predict(
     overlap: int | None = None,
     batch_size: int | None = None,
     device: str | None = None,
+    precision: PrecisionName = "float32",
+    compiled: bool = False,
     progress: bool = True,
 ) -> SceneFiles:
     """Map an image of any size by class names: what ``drseg predict`` does.
@@ -97,6 +148,8 @@ def predict(
         overlap: pixels shared by neighbouring tiles.
         batch_size: tiles per forward pass.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
+        precision: ``float32``, ``bfloat16`` or ``auto``, see :class:`drseg_core.evaluation.inference.Predictor`.
+        compiled: run the model compiled, see there.
         progress: show a progress bar.
 
     Returns:
@@ -106,7 +159,7 @@ def predict(
         ConfigError: an option does not fit, or an output exists.
         CheckpointError: the model cannot be read.
         RasterError: the image cannot be read in full.
-        BackendUnavailableError: the device is not here.
+        BackendUnavailableError: the device is not here, has no bfloat16, or the model cannot be compiled.
         ResourceError: an output cannot be written in full.
 
     Example:
@@ -117,32 +170,101 @@ def predict(
         'map.tif'
     """
     # before the model is read: that may take a while
-    wanted: dict[str, Any] = {"scores": scores, "probabilities": probabilities, "polygons": polygons}
-    check_outputs(image, out, overwrite=overwrite, inputs=[aoi], **wanted)
+    wanted: dict[str, Any] = {"scores": scores, "probabilities": probabilities}
+    check_outputs(image, out, overwrite=overwrite, inputs=[aoi], polygons=polygons, **wanted)
     if polygons is not None:
         require("predict", "vectors")
-    predictor, vocabulary, reading, trained_gsd = _prepared(
+    mapper = run_mapper(
         model,
+        classes=classes,
+        threshold=threshold,
+        min_area=min_area,
+        bands=bands,
+        nodata=nodata,
+        scale=scale,
+        gsd=gsd,
+        aoi=aoi,
+        mode=mode,
+        tile_size=tile_size,
+        overlap=overlap,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        compiled=compiled,
+        **wanted,
+    )
+    return mapper.write(image, out, polygons=polygons, overwrite=overwrite, progress=progress)
+
+
+class Mapper(NamedTuple):
+    """A model with its options, ready for any number of scenes.
+
+    ``write(image, out, polygons=, overwrite=, work=, progress=)`` maps one as :func:`predict_scene` does; ``facts`` are
+    what makes the model, ``steps`` what is made of a scene before its blocks; ``grid(image)`` says where a scene lies.
+    ``reading`` are the options of ``open_scene`` for its scenes, and ``predictor(scene)`` maps one that is open.
+    """
+
+    write: Callable[..., SceneFiles]
+    facts: Mapping[str, Any]
+    grid: Callable[[str | Path], Grid]
+    reading: Mapping[str, Any]
+    predictor: Callable[[SceneReader], PredictsPieces]
+    steps: tuple[str, ...] = ()
+
+
+def run_mapper(
+    model: LoadedRun | str | Path,
+    *,
+    classes: Vocabulary | Sequence[str] | None = None,
+    bands: Sequence[int] | None = None,
+    nodata: float | None = None,
+    scale: str | None = None,
+    mode: str = "tile",
+    tile_size: int | None = None,
+    overlap: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    precision: PrecisionName = "float32",
+    compiled: bool = False,
+    **options: Any,
+) -> Mapper:
+    """The mapper of a trained run; args and errors are those of :func:`predict`."""
+    run = model if isinstance(model, LoadedRun) else load(model)
+    predictor, vocabulary, reading, trained_gsd = _prepared(
+        run,
         classes,
         device,
         {"mode": mode, "tile_size": tile_size, "overlap": overlap, "batch_size": batch_size},
+        {"precision": precision, "compiled": compiled},
         ReadingConfig(scale, nodata, None if bands is None else ",".join(map(str, bands))),
     )
-    return predict_scene(
-        predictor,
-        image,
-        out,
-        colors=vocabulary.colors,
-        threshold=threshold,
-        min_area=min_area,
-        overwrite=overwrite,
-        reading=reading,
-        gsd=gsd,
-        trained_gsd=trained_gsd,
-        aoi=aoi,
-        progress=progress,
-        **wanted,
-    )
+    facts = {
+        "weights": weights_hash(run.model),
+        "model": dataclasses.asdict(run.config.model),
+        "vocabulary": vocabulary,
+        "tiles": [mode, predictor.tile_size, predictor.overlap, predictor.batch_size],
+        "arithmetic": predictor.arithmetic,
+    }
+
+    def write(image: str | Path, out: str | Path, **how: Any) -> SceneFiles:
+        return predict_scene(
+            predictor,
+            image,
+            out,
+            colors=vocabulary.colors,
+            reading=reading,
+            trained_gsd=trained_gsd,
+            **options,
+            **how,
+        )
+
+    opening: dict[str, Any] = {"reading": reading, "gsd": options.get("gsd"), "aoi": options.get("aoi")}
+
+    def grid(image: str | Path) -> Grid:
+        with open_scene(image, **opening) as scene:
+            return Grid(scene.crs, scene.transform, scene.height, scene.width)
+
+    return Mapper(write, facts, grid, opening, lambda scene: predictor)
 
 
 def plan(
@@ -159,9 +281,11 @@ def plan(
     probabilities: bool = False,
     polygons: str | Path | None = None,
     device: str | None = None,
+    precision: PrecisionName = "float32",
+    compiled: bool = False,
     **tiles: Any,
 ) -> Plan:
-    """What :func:`predict` would take: size, tiles, bands, memory and time. Nothing is written.
+    """What ``drseg predict`` takes: size, tiles, bands, memory, time, and disk with its blocks. Nothing is written.
 
     Args and errors are those of :func:`predict`; ``tiles`` are ``mode``, ``tile_size``, ``overlap`` and ``batch_size``.
 
@@ -177,13 +301,14 @@ def plan(
         classes,
         device,
         {"mode": "tile", **tiles},
+        {"precision": precision, "compiled": compiled},
         ReadingConfig(scale, nodata, None if bands is None else ",".join(map(str, bands))),
     )
     with open_scene(image, reading=reading, gsd=gsd, aoi=aoi) as scene:
         describe(scene, trained_gsd)
         found = plan_scene(predictor, scene, probabilities=probabilities)
     wanted = {"scores": scores, "probabilities": probabilities, "polygons": polygons is not None}
-    disk = usual_bytes(found.height * found.width, len(vocabulary.names), **wanted)
+    disk = usual_bytes(found.height * found.width, len(vocabulary.names), **wanted, blocks=True)
     return found._replace(disk_mb=disk / 1e6, polygons=polygons is not None)
 
 
@@ -192,6 +317,7 @@ def _prepared(
     classes: Vocabulary | Sequence[str] | None,
     device: str | None,
     tiles: Mapping[str, Any],
+    arithmetic: Mapping[str, Any],
     given: ReadingConfig,
 ) -> tuple[Predictor, Vocabulary, Reading, float | None]:
     """The model with its vocabulary, how scenes are read, and the pixels that it was trained on, in metres."""
@@ -205,7 +331,11 @@ def _prepared(
         _log.warning("%s", unknown)
     own = {name: getattr(run.config.evaluation, name) for name in ("tile_size", "overlap", "batch_size")}
     chosen = {**own, **{name: value for name, value in tiles.items() if value is not None}}
-    predictor = Predictor(run.model, vocabulary.names, synonyms=vocabulary.synonyms, device=place, **chosen)
+    predictor = Predictor(
+        run.model, vocabulary.names, synonyms=vocabulary.synonyms, device=place, **arithmetic, **chosen
+    )
+    if predictor.arithmetic != "float32" or arithmetic["precision"] == "auto":
+        _log.info("precision: %s", predictor.arithmetic)
     trained = run.config.reading
     return predictor, vocabulary, parse_reading(choose_reading(trained, given)), trained.gsd
 
@@ -240,6 +370,7 @@ def predict_scene(
     aoi: str | Path | None = None,
     overlay_side: int = 2000,
     tags: Mapping[str, str] | None = None,
+    work: Work | None = None,
     progress: bool = True,
 ) -> SceneFiles:
     """Predict a scene of any size and write its map.
@@ -274,6 +405,8 @@ def predict_scene(
         aoi: vector file of the part that is mapped; the map covers its box.
         overlay_side: bound on the overlay's longer side in pixels.
         tags: further metadata of the class raster.
+        work: keep finished blocks beside the output, take those that are there, or make some of them alone. The
+            result has the same bits.
         progress: show a progress bar.
 
     Raises:
@@ -293,7 +426,8 @@ def predict_scene(
     files = check_outputs(
         image_path,
         out_path,
-        overwrite=overwrite,
+        # what was put in place before the work was interrupted is looked at below
+        overwrite=overwrite or work is not None and work_folder(out_path).is_dir(),
         inputs=[aoi],
         scores=scores,
         probabilities=probabilities,
@@ -308,44 +442,82 @@ def predict_scene(
     legend = plain_classes(names)._replace(colors=tuple(colors or (None,) * len(names)))
     if len(legend.colors) != len(names):
         raise ConfigError(f"predict_scene: colors do not fit; expected {len(names)}, got {len(legend.colors)}")
-    other = None
     if threshold is not None:
         legend = legend.with_other()
         check_class_names(legend.names, "predict_scene")
-        other = legend.names.index(OTHER)
-    with open_scene(image_path, bands=bands, reading=reading, gsd=gsd, aoi=aoi) as scene:
-        describe(scene, trained_gsd)
+    options: dict[str, Any] = {
+        "legend": legend,
+        "threshold": threshold,
+        "scores": scores,
+        "probabilities": probabilities,
+        "polygons": polygons,
+        "min_area": min_area,
+        "reading": reading,
+        "bands": bands,
+        "gsd": gsd,
+        "overlay_side": overlay_side,
+        "tags": tags,
+    }
+    with contextlib.ExitStack() as stack:
+        scene = stack.enter_context(open_scene(image_path, bands=bands, reading=reading, gsd=gsd, aoi=aoi))
+        store = None
+        if work is not None:
+            options["neighbours"] = sorted((Path(other.folder).name, *other[1:]) for other in work.neighbours)
+            facts = {"model": work.facts, "options": options, **computing_facts(predictor), **scene_facts(scene, aoi)}
+            store = BlockStore(work_folder(out_path), facts)
+            # blocks of one that has neighbours are still there, and may be wanted
+            done = store.finished(files.present(), [other.folder for other in work.blended])
+            if done and (work.step is None or not work.neighbours):
+                _log.info("%s is complete", files.classes)
+                return files
+            _check_placed(files, store, overwrite=overwrite)
+        if work is None or work.alone:
+            describe(scene, trained_gsd)
         for path in (*files.present(), *leftovers(files)):
             # also what belongs to the scene, such as the members of a mosaic
             check_input_stays(path, scene.source.files, "an output is a file of the scene")
         check_place(scene)
-        check_disks(files, scene.height * scene.width, len(legend.names))
-        with contextlib.ExitStack() as stack:
-            # the class raster is entered first, so it is put in place last: where it is, the others are
-            places: list[Any] = [path and stack.enter_context(_replaced(path)) for path in files]
-            temporary = SceneFiles(*places)
-            if files.polygons is not None and files.scores is None:
-                # for the mean score of each polygon
-                own = temporary.classes.with_name(f"{temporary.classes.stem}.scores.tif")
-                stack.callback(own.unlink, missing_ok=True)
-                own.touch()
-                temporary = temporary._replace(scores=own)
-            sieve = (threshold, other) if threshold is not None and other is not None else None
-            _write(
-                predictor,
-                scene,
-                files,
-                temporary,
-                legend,
-                sieve,
-                min_area=min_area,
-                overlay_side=overlay_side,
-                tags=tags or {},
-                progress=progress,
-            )
-            for path in leftovers(files):
-                path.unlink(missing_ok=True)
+        check_disks(files, scene.height * scene.width, len(legend.names), blocks=store is not None)
+        if store is not None and work is not None:
+            store.open(alone=work.alone)
+            if work.alone:
+                stack.callback(store.remove_empty)
+            if getattr(predictor, "steps", ()):
+                predictor.store = store  # type: ignore[attr-defined]
+        stored_scores = scores or polygons is not None
+        parts = _Parts(
+            stack, predictor, scene, store, legend, threshold, stored_scores, probabilities, overlay_side, progress
+        )
+        if work is not None and work.neighbours:
+            parts.share(str(work_folder(out_path)), work)
+        if work is not None and work.step is not None:
+            parts.make(work)
+            return files
+        # the class raster is entered first, so it is put in place last: where it is, the others are
+        places: list[Any] = [path and stack.enter_context(_replaced(path)) for path in files]
+        temporary = SceneFiles(*places)
+        if files.polygons is not None and files.scores is None:
+            # for the mean score of each polygon
+            own = temporary.classes.with_name(f"{temporary.classes.stem}.scores.tif")
+            stack.callback(own.unlink, missing_ok=True)
+            own.touch()
+            temporary = temporary._replace(scores=own)
+        _write(parts, files, temporary, min_area=min_area, tags=tags or {})
+        for path in leftovers(files):
+            path.unlink(missing_ok=True)
+        if store is not None:
+            blended = [other.folder for other in work.blended] if work is not None else []
+            store.finishing({path: now for path, now in zip(files, temporary, strict=True) if path and now}, blended)
+    if store is not None and work is not None and not work.neighbours:
+        store.remove_blocks()
     return files
+
+
+def _check_placed(files: SceneFiles, store: BlockStore, *, overwrite: bool) -> None:
+    """Refuse outputs that exist and were not put there by this map before it was interrupted."""
+    for path in files.present():
+        if not overwrite and path.exists() and not store.placed(path):
+            raise ConfigError(f"predict_scene: {path} exists; expected a new path, or overwrite")
 
 
 @contextlib.contextmanager
@@ -359,37 +531,201 @@ def _replaced(path: Path) -> Iterator[Path]:
             stack.close()
 
 
+class _Parts:
+    """The parts of a map, as they are written: kept ones, and those that are made while others are read and written."""
+
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        predictor: PredictsPieces,
+        scene: SceneReader,
+        store: BlockStore | None,
+        legend: Vocabulary,
+        threshold: float | None,
+        scores: bool,
+        probabilities: bool,
+        overlay_side: int,
+        progress: bool,
+    ) -> None:
+        self.predictor, self.scene, self.store, self.legend = predictor, scene, store, legend
+        self.threshold, self.scores, self.probabilities, self.progress = threshold, scores, probabilities, progress
+        self.picture = Overlay(scene.height, scene.width, overlay_side)
+        self.neighbours: tuple[Neighbour, ...] = ()
+        self.mosaic: Mosaic | None = None
+        self._reader = stack.enter_context(gdal_thread("read"))
+        self._writer = stack.enter_context(gdal_thread("write"))
+
+    def share(self, folder: str, work: Work) -> None:
+        """From now on keep what neighbours need, and blend with what they have."""
+        size = self.scene.height, self.scene.width
+        self.neighbours = work.neighbours
+        self.mosaic = Mosaic(folder, size, work.blended, self.predictor.blocks)
+
+    def make(self, work: Work) -> None:
+        """Keep what one process makes of one step."""
+        size = self.scene.height, self.scene.width
+        if work.step == OPEN:
+            return
+        if work.step != BLOCKS:
+            predictor: Any = self.predictor
+            predictor.make(work.step, self._read_in_thread, *size, work.part, work.parts)
+            return
+        own = share(range(len(self.predictor.blocks(*size))), work.part, work.parts)
+        missing = [number for number in own if not self._kept(number)]
+        total = sum(self._pixels(number) for number in missing)
+        with self._bar(total) as bar, WriteBehind(self._writer) as behind:
+            for number, part in zip(missing, self._made(missing), strict=True):
+                behind(self._keep, number, part)
+                bar.update(part.label.size)
+
+    def write(self, add: Callable[[Part], None]) -> None:
+        """Hand on all parts in their order, in a thread of its own."""
+        total = self.scene.height * self.scene.width
+        with self._bar(total) as bar, WriteBehind(self._writer) as behind:
+            for part in self._all(behind):
+                behind(add, self._blended(part))
+                bar.update(part.label.size)
+
+    def _all(self, behind: WriteBehind) -> Iterator[Part]:
+        if self.store is None:
+            yield from self._made(None)
+            return
+        numbers = range(len(self.predictor.blocks(self.scene.height, self.scene.width)))
+        missing = [number for number in numbers if not self.store.has(_name(number))]
+        made = self._made(missing) if missing else iter(())
+        absent = set(missing)
+        for number in numbers:
+            kept = None if number in absent else self.store.load(_name(number))
+            if kept is not None:
+                yield Part.of(kept)
+                continue
+            # one that is damaged was not foreseen
+            part = next(made) if number in absent else next(self._made([number]))
+            behind(self._keep, number, part)
+            yield part
+
+    def _kept(self, number: int) -> bool:
+        return self.store is not None and self.store.load(_name(number)) is not None
+
+    def _keep(self, number: int, part: Part) -> None:
+        if self.store is not None:
+            self.store.save(_name(number), part.arrays())
+
+    def _pixels(self, number: int) -> int:
+        block = self.predictor.blocks(self.scene.height, self.scene.width)[number]
+        return (block.bottom - block.top) * (block.right - block.left)
+
+    def _bar(self, total: int) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(total=total, desc="predict", unit="px", unit_scale=True, disable=not self.progress)
+
+    def _read_in_thread(self, *box: int) -> Any:
+        return self._reader.submit(self._read, *box).result()
+
+    def _read(self, top: int, bottom: int, left: int, right: int) -> tuple[Tensor, NDArray[np.bool_]]:
+        image, valid = self.scene.window(top, bottom, left, right)
+        device = getattr(self.predictor, "device", None)
+        return (image.pin_memory() if device is not None and device.type == "cuda" else image), valid
+
+    def _made(self, wanted: Collection[int] | None) -> Iterator[Part]:
+        """What the model makes of some blocks, or of all."""
+        size = self.scene.height, self.scene.width
+        read = ReadAhead(self._read, self.predictor.reads(*size, wanted=wanted), self._reader)
+        origin, band = (0, 0), (np.empty(0, np.uint8), np.empty(0, np.bool_))
+
+        def spied(top: int, bottom: int, left: int, right: int) -> tuple[Tensor, NDArray[np.bool_]]:
+            nonlocal origin, band
+            image, valid = read(top, bottom, left, right)
+            origin, band = (top, left), (image.numpy(), valid)
+            return image, valid
+
+        for piece in self.predictor.pieces(spied, *size, wanted=wanted):
+            rows, columns = piece.prediction.class_index.shape
+            top, left = piece.top - origin[0], piece.left - origin[1]
+            place = slice(top, top + rows), slice(left, left + columns)
+            yield self._part(piece, band[0][:, place[0], place[1]], band[1][place])
+
+    def _part(self, piece: Piece, image: NDArray[np.uint8], valid: NDArray[np.bool_]) -> Part:
+        found = piece.prediction
+        rows, columns = valid.shape
+        block = Box(piece.top, piece.top + rows, piece.left, piece.left + columns)
+        scores = None
+        if any(other.meets(block) for other in self.neighbours):
+            labels = range(len(self.predictor.class_names))
+            scores = np.stack([piece.score_of(label).cpu().numpy() for label in labels])
+        return Part(
+            piece.top,
+            piece.left,
+            self._label(found.class_index.numpy(), found.score.numpy(), valid),
+            np.where(valid, found.uncertainty.numpy(), np.float32("nan")),
+            self.picture.sampled(piece.top, piece.left, image).copy(),
+            as_levels(found.score.numpy(), valid) if self.scores else None,
+            self._levels(lambda label: piece.score_of(label).cpu().numpy(), valid) if self.probabilities else None,
+            scores,
+        )
+
+    def _label(
+        self, index: NDArray[np.uint8], score: NDArray[np.float32], valid: NDArray[np.bool_]
+    ) -> NDArray[np.uint8]:
+        label = np.where(valid, index, np.uint8(IGNORE))
+        if self.threshold is not None:
+            label[valid & (score < self.threshold)] = self.legend.names.index(OTHER)
+        return label
+
+    def _levels(self, score_of: Callable[[int], NDArray[np.float32]], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        """Steps of all bands. A class that was added for what has a low score has none itself."""
+        nothing = np.zeros(valid.shape, np.float32)
+        classes = len(self.predictor.class_names)
+        bands = range(len(self.legend.names))
+        return np.stack([as_levels(score_of(band) if band < classes else nothing, valid) for band in bands])
+
+    def _blended(self, part: Part) -> Part:
+        """A part with its share of the neighbours."""
+        found = None if self.mosaic is None else self.mosaic.blended(part)
+        if found is None:
+            return part
+        shared, scores, uncertainty = found
+        best = scores.max(0)
+        label = self._label(scores.argmax(0).astype(np.uint8), best, shared)
+        changed = part._replace(
+            label=np.where(shared, label, part.label), uncertainty=np.where(shared, uncertainty, part.uncertainty)
+        )
+        if part.score is not None:
+            changed = changed._replace(score=np.where(shared, as_levels(best, shared), part.score))
+        if part.probabilities is not None:
+            levels = self._levels(lambda label: scores[label], shared)
+            changed = changed._replace(probabilities=np.where(shared, levels, part.probabilities))
+        return changed
+
+
+def _name(number: int) -> str:
+    return f"block-{number}"
+
+
 def _write(
-    predictor: PredictsPieces,
-    scene: SceneReader,
+    parts: _Parts,
     files: SceneFiles,
     temporary: SceneFiles,
-    legend: Vocabulary,
-    sieve: tuple[float, int] | None,
     *,
     min_area: float,
-    overlay_side: int,
     tags: Mapping[str, str],
-    progress: bool,
 ) -> None:
     from PIL import Image
-    from tqdm import tqdm
 
-    picture = Overlay(scene.height, scene.width, overlay_side)
+    scene, legend, picture = parts.scene, parts.legend, parts.picture
     areas = ClassAreas(len(legend.names), PixelArea(scene.crs, scene.transform))
     size = scene.height * scene.width
     with contextlib.ExitStack() as stack:
         rasters = Rasters(stack, scene, files, temporary, legend)
         rasters.classes.update_tags(**tags)
-        bar = stack.enter_context(tqdm(total=size, desc="predict", unit="px", unit_scale=True, disable=not progress))
-        for piece, image, valid in _predicted(predictor, scene):
-            label = np.where(valid, piece.prediction.class_index.numpy(), np.uint8(IGNORE))
-            if sieve is not None:
-                label[valid & (piece.prediction.score.numpy() < sieve[0])] = sieve[1]
-            rasters.add(piece, label, valid, len(predictor.class_names))
-            picture.add(piece.top, piece.left, image, label)
-            areas.add(piece.top, piece.left, label)
-            bar.update(label.size)
+
+        def add(part: Part) -> None:
+            rasters.add(part)
+            picture.add(part)
+            areas.add(part.top, part.left, part.label)
+
+        parts.write(add)
         if picture.pixels != size:
             raise RasterError(f"predict_scene: pixels are missing; expected {size}, got {picture.pixels}")
     with written(files.overlay):
@@ -406,25 +742,5 @@ def _write(
             files.polygons,
             legend.names,
             min_area=min_area,
-            progress=progress,
+            progress=parts.progress,
         )
-
-
-def _predicted(
-    predictor: PredictsPieces, scene: SceneReader
-) -> Iterator[tuple[Piece, NDArray[np.uint8], NDArray[np.bool_]]]:
-    """The pieces of the map, with the image and the valid pixels of each."""
-    origin, band = (0, 0), (np.empty(0, np.uint8), np.empty(0, np.bool_))
-
-    def read(top: int, bottom: int, left: int, right: int) -> tuple[Tensor, NDArray[np.bool_]]:
-        nonlocal origin, band
-        image, valid = scene.window(top, bottom, left, right)
-        origin, band = (top, left), (image.numpy(), valid)
-        return image, valid
-
-    for piece in predictor.pieces(read, scene.height, scene.width):
-        # what was read last begins at the same row; it may reach further in every other direction
-        rows, columns = piece.prediction.class_index.shape
-        left = piece.left - origin[1]
-        place = slice(piece.top - origin[0], piece.top - origin[0] + rows), slice(left, left + columns)
-        yield piece, band[0][:, place[0], place[1]], band[1][place]

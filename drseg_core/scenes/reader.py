@@ -245,7 +245,8 @@ def open_scene(
     """Open a scene for reading.
 
     Args:
-        path: a raster file that GDAL reads, such as GeoTIFF, PNG, JPEG or VRT.
+        path: a raster file that GDAL reads, such as GeoTIFF, PNG, JPEG or VRT; or its address in one of GDAL's virtual
+            file systems, a text that begins with ``/vsi``.
         bands: one or three band numbers from 1, as red, green and blue; by default what the file says.
         reading: nodata, scale and bands.
         gsd: side in metres of the pixels it is read in; its own by default.
@@ -258,7 +259,9 @@ def open_scene(
     reading = reading or Reading()
     if bands is not None:
         reading = dataclasses.replace(reading, bands=tuple(bands))
-    with open_raster(Path(path), origin="open_scene") as source:
+    # a Path has no two slashes in a row
+    remote = str(path).startswith("/vsi")
+    with open_raster(Path(path), origin="open_scene", address=str(path) if remote else None) as source:
         scene = SceneReader(source, Path(path), reading)
         scene.place(gsd=gsd, aoi=aoi)
         yield scene

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from drseg_core.config.zero_shot import ZeroShotConfig
 from drseg_core.errors import NumericalError, ResourceError
-from drseg_core.evaluation.inference import Piece, Prediction, ReadWindow
+from drseg_core.evaluation.inference import Box, Piece, Prediction, ReadWindow
 from drseg_core.files import check_room
 from drseg_core.models.class_text import ClassText, class_logits
-from drseg_core.models.window_maps import Windows, blended_bands
+from drseg_core.models.tiling import tiles_of_bands
+from drseg_core.models.window_maps import Windows, blended_bands, pixels_of_row
 from drseg_core.models.zero_shot import ZeroShot
 from drseg_core.nn.label_propagation import (
     normalized_graph,
@@ -30,6 +31,7 @@ from drseg_core.nn.label_propagation import (
 )
 from drseg_core.nn.pixel_propagation import propagate_pixels, reach_of_pixels
 from drseg_core.ops import Graph
+from drseg_core.scenes.block_store import BlockStore, share
 from drseg_core.scenes.enlarged import Enlarged
 from drseg_core.scenes.super_tiles import SuperTile, super_tiles
 
@@ -58,12 +60,22 @@ class SceneCells(NamedTuple):
     valid: Tensor
 
 
+class CellRow(NamedTuple):
+    """What a row of windows makes of its cells: ``valid`` (n, w) bool; ``logits`` (n * w, T) and ``prior`` (n * w, D)
+    as :class:`SceneCells` has them, None where nothing was computed yet."""
+
+    valid: Tensor
+    logits: Tensor | None = None
+    prior: Tensor | None = None
+
+
 class GraphPredictor:
     """Maps a scene by words: :class:`drseg_core.models.zero_shot.ZeroShot` in windows, one graph over all of them.
 
     The scene is read twice: in windows, whose maps are blended into cells (:meth:`collect`), and in blocks, for
     which the spread logits are enlarged (:meth:`pieces`), and with ``refine`` spread over the pixels of the block and
-    around it. A cell without a valid pixel has no edges, and no share in any pixel.
+    around it. A cell without a valid pixel has no edges, and no share in any pixel. What was made of a scene is kept
+    where there is a ``store``.
 
     A pixel's score is the softmax of its logits times ``logit_scale``, and its uncertainty the entropy of the softmax,
     divided by its largest.
@@ -84,8 +96,14 @@ class GraphPredictor:
         ValueError: windows that do not fit the model.
     """
 
-    # is given the weights of each graph, and the graph
+    steps = ("cells", "graph")
+    """What is made before the pieces."""
+
+    store: BlockStore | None = None
+    """Keeps what was made of a scene, if there is one."""
+
     watch: Callable[[Graph, Graph], object] | None = None
+    """Is given the weights of each graph, and the graph."""
 
     def __init__(
         self,
@@ -113,7 +131,7 @@ class GraphPredictor:
         self.block = block or min(max(int(bound**0.5) // 256 * 256, 256), 1024)
 
     def collect(self, read: ReadWindow, height: int, width: int) -> SceneCells:
-        """The cells of a scene. Memory: one row of windows besides the result.
+        """The cells of a scene. Memory: one row of windows besides the result. Rows that are kept are not made again.
 
         Args:
             read: gives a part of the scene and its valid pixels.
@@ -124,13 +142,45 @@ class GraphPredictor:
             NumericalError: features are not finite.
             ResourceError: no room for the file of a large prior.
         """
-        from tqdm import tqdm
-
         grid = self.windows.grid(height, width)
         nodes = grid[0] * grid[1]
         logits = torch.zeros(nodes, len(self.class_names))
         prior: Tensor | None = None
         valid = torch.zeros(grid, dtype=torch.bool)
+
+        def put(top: int, row: CellRow) -> None:
+            nonlocal prior
+            valid[top : top + len(row.valid)] = row.valid
+            if row.logits is None:
+                return
+            place = slice(top * grid[1], top * grid[1] + len(row.logits))
+            logits[place] = row.logits
+            if row.prior is not None:
+                if prior is None:
+                    prior = self._room(nodes, row.prior.shape[1])
+                prior[place] = row.prior
+
+        starts = self.windows.starts(height, width)[0]
+        missing = []
+        for number, top in enumerate(starts):
+            kept = None if self.store is None else self.store.load(f"cells-{number}")
+            if kept is None:
+                missing.append(number)
+            else:
+                put(top, CellRow(**{name: torch.from_numpy(value) for name, value in kept.items()}))
+        for number, row in self._rows(read, height, width, missing):
+            put(starts[number], row)
+        return SceneCells(logits, prior, valid)
+
+    def _rows(
+        self, read: ReadWindow, height: int, width: int, wanted: Collection[int]
+    ) -> Iterator[tuple[int, CellRow]]:
+        """Rows of windows by number, each kept once it is made."""
+        from tqdm import tqdm
+
+        grid = self.windows.grid(height, width)
+        each_channel = grid[0] * grid[1] * 4
+        down, across = self.windows.starts(height, width)
 
         def pixels(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
             first = int(rows.min()), int(columns.min())
@@ -139,8 +189,10 @@ class GraphPredictor:
             seen = None if known is None else torch.from_numpy(known)[rows][:, columns]
             return image[:, rows][None, :, :, columns], seen
 
-        down, across = self.windows.starts(height, width)
-        with tqdm(total=len(down) * len(across), desc="windows", disable=not self.progress) as bar:
+        if not wanted:
+            return
+        total = len(wanted) * len(across)
+        with tqdm(total=total, desc="windows", disable=not self.progress) as bar:
             bands = blended_bands(
                 lambda image: self.model.parts(image.to(self.device).float() / 255),
                 pixels,
@@ -149,26 +201,55 @@ class GraphPredictor:
                 self.windows,
                 batch_size=self.config.batch_size,
                 computed=bar.update,
+                wanted=wanted,
             )
-            for band in bands:
-                rows = slice(band.top * grid[1], (band.top + len(band.valid)) * grid[1])
-                valid[band.top : band.top + len(band.valid)] = band.valid
+            for number, band in zip(sorted(wanted), bands, strict=True):
                 known = band.valid.flatten()
-                # nothing was computed yet
-                if not band.parts:
-                    continue
-                found = class_logits(band.parts[0], self.text)[0].flatten(1).T.cpu()
-                if not found[known].isfinite().all():
-                    raise NumericalError("zero_shot: logits are not finite; expected finite values from CLIP")
-                logits[rows] = torch.where(known[:, None], found, 0)
-                if self.has_graph:
-                    if prior is None:
-                        prior = self._room(nodes, band.parts[1].shape[1])
-                    unit = F.normalize(band.parts[1][0].flatten(1).T.float(), dim=1).cpu()
-                    prior[rows] = torch.where(known[:, None], unit, torch.nan).to(prior.dtype)
+                row = CellRow(band.valid)
+                # nothing was computed yet where there are none
+                if band.parts:
+                    found = class_logits(band.parts[0], self.text)[0].flatten(1).T.cpu()
+                    if not found[known].isfinite().all():
+                        raise NumericalError("zero_shot: logits are not finite; expected finite values from CLIP")
+                    row = row._replace(logits=torch.where(known[:, None], found, 0))
+                    if self.has_graph:
+                        unit = F.normalize(band.parts[1][0].flatten(1).T.float(), dim=1).cpu()
+                        kind = torch.float16 if each_channel * unit.shape[1] > PRIOR_BYTES else torch.float32
+                        row = row._replace(prior=torch.where(known[:, None], unit, torch.nan).to(kind))
+                if self.store is not None:
+                    arrays = {name: value.numpy() for name, value in row._asdict().items() if value is not None}
+                    self.store.save(f"cells-{number}", arrays)
+                yield number, row
             # windows without a valid pixel are left out
-            bar.update(len(down) * len(across) - bar.n)
-        return SceneCells(logits, prior, valid)
+            bar.update(max(total - bar.n, 0))
+
+    def make(self, step: str, read: ReadWindow, height: int, width: int, part: int, parts: int) -> None:
+        """Do and keep one part of one of :attr:`steps`, which follow each other."""
+        if self.store is None:
+            raise ValueError("GraphPredictor: make keeps what it makes; expected a store")
+        if step == "cells":
+            down = self.windows.starts(height, width)[0]
+            own = [n for n in share(range(len(down)), part, parts) if self.store.load(f"cells-{n}") is None]
+            for _ in self._rows(read, height, width, own):
+                pass
+            return
+        tiles = self.tiles(self.windows.grid(height, width)) if self.has_graph else []
+        if len(tiles) > 1 and not self.store.has("spread"):
+            self.spread(self.collect(read, height, width), share(range(len(tiles)), part, parts))
+        elif len(tiles) <= 1 and part == 0:
+            # one graph is the work of one
+            self._spread_cells(read, height, width)
+
+    def _spread_cells(self, read: ReadWindow, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """The spread logits (N, T) and the valid cells (h, w), kept once they are made."""
+        kept = None if self.store is None else self.store.load("spread")
+        if kept is not None:
+            return torch.from_numpy(kept["logits"]), torch.from_numpy(kept["valid"])
+        cells = self.collect(read, height, width)
+        spread = self.spread(cells)
+        if self.store is not None:
+            self.store.save("spread", {"logits": spread.numpy(), "valid": cells.valid.numpy()})
+        return spread, cells.valid
 
     @property
     def has_graph(self) -> bool:
@@ -218,8 +299,14 @@ class GraphPredictor:
             halo = min(reach_of_steps(self.radius or 0.0, self.config.steps or 0), max(grid))
         return super_tiles(grid, halo, self.config.super_tile)
 
-    def spread(self, cells: SceneCells) -> Tensor:
-        """Logits (N, T) after the propagation over the graph of the whole scene."""
+    def spread(self, cells: SceneCells, wanted: Collection[int] | None = None) -> Tensor:
+        """Logits (N, T) after the propagation over the graph of the whole scene.
+
+        Args:
+            cells: of the scene.
+            wanted: numbers of the super-tiles, of which several are kept each; all by default. Elsewhere nothing is
+                said.
+        """
         if cells.prior is None:
             return cells.logits
         grid = (cells.valid.shape[0], cells.valid.shape[1])
@@ -227,20 +314,37 @@ class GraphPredictor:
 
         spread = torch.empty_like(cells.logits)
         tiles, parts = self.tiles(grid), range(0, spread.shape[1], COLUMNS)
+        own = [number for number in range(len(tiles)) if wanted is None or number in wanted]
+        total = len(own) * len(parts) * (self.config.steps or 0)
+        store = self.store if len(tiles) > 1 else None
+        with tqdm(total=total, desc="steps", disable=not self.progress or not total) as bar:
+            for number in own:
+                kept = None if store is None else store.load(f"graph-{number}")
+                if kept is not None:
+                    tiles[number].put(spread, torch.from_numpy(kept["logits"]), grid[1])
+                    continue
+                h, w = tiles[number].grid
+                _log.info("graph %d of %d: %d x %d = %d cells", number + 1, len(tiles), w, h, w * h)
+                found = self._spread_tile(cells.logits, cells.prior, tiles[number], grid[1], bar.update)
+                if store is not None:
+                    store.save(f"graph-{number}", {"logits": found.numpy()})
+                tiles[number].put(spread, found, grid[1])
+        return spread
+
+    def _spread_tile(
+        self, logits: Tensor, prior: Tensor, tile: SuperTile, width: int, stepped: Callable[[int], object]
+    ) -> Tensor:
+        """Logits (N', T) of the larger part of a super-tile."""
         steps = self.config.steps
         how = "solved to the end, mostly within a few dozen iterations" if steps is None else f"{steps} steps"
-        total = len(tiles) * len(parts) * (steps or 0)
-        with tqdm(total=total, desc="steps", disable=not self.progress or not total) as bar:
-            for number, tile in enumerate(tiles, 1):
-                h, w = tile.grid
-                _log.info("graph %d of %d: %d x %d = %d cells", number, len(tiles), w, h, w * h)
-                graph = self.graph(tile.outer(cells.prior, grid[1]).to(self.device), tile.grid)
-                _log.info("%d classes over %d edges: %s", spread.shape[1], graph.index.numel(), how)
-                for first in parts:
-                    some = tile.outer(cells.logits[:, first : first + COLUMNS], grid[1]).to(self.device)
-                    found = self._spread(some, graph, bar.update)
-                    tile.put(spread[:, first : first + COLUMNS], found.cpu(), grid[1])
-        return spread
+        graph = self.graph(tile.outer(prior, width).to(self.device), tile.grid)
+        classes = logits.shape[1]
+        _log.info("%d classes over %d edges: %s", classes, graph.index.numel(), how)
+        found = []
+        for first in range(0, classes, COLUMNS):
+            some = tile.outer(logits[:, first : first + COLUMNS], width).to(self.device)
+            found.append(self._spread(some, graph, stepped).cpu())
+        return torch.cat(found, dim=1)
 
     def _spread(self, labels: Tensor, graph: Graph, stepped: Callable[[int], object]) -> Tensor:
         config = self.config
@@ -255,26 +359,57 @@ class GraphPredictor:
                 ) from error
         return propagate_labels(labels, graph, config.steps, alpha=config.alpha, stepped=stepped)
 
+    def blocks(self, height: int, width: int) -> list[Box]:
+        """Where the pieces of a scene lie, in the order of :meth:`pieces`."""
+        return [
+            Box(top, min(top + self.block, height), left, min(left + self.block, width))
+            for top in range(0, height, self.block)
+            for left in range(0, width, self.block)
+        ]
+
+    def reads(self, height: int, width: int, *, wanted: Collection[int] | None = None) -> Iterator[Box]:
+        """What :meth:`pieces` will read, in its order."""
+        if self.store is None or not self.store.has("spread"):
+            down = self.windows.starts(height, width)[0]
+            own = [n for n in range(len(down)) if self.store is None or not self.store.has(f"cells-{n}")]
+            for number in tiles_of_bands(down, self.windows.cells, own):
+                rows, columns = pixels_of_row(self.windows, height, width, down[number])
+                yield Box(*(int(n) for n in (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1)))
+        for number, block in enumerate(self.blocks(height, width)):
+            if wanted is None or number in wanted:
+                yield self._around(block, height, width)
+
+    def _around(self, block: Box, height: int, width: int) -> Box:
+        """What decides what becomes of a block's pixels."""
+        reach = reach_of_pixels(REFINING["radius"], REFINING["steps"]) if self.config.refine else 0
+        return Box(
+            max(block.top - reach, 0),
+            min(block.bottom + reach, height),
+            max(block.left - reach, 0),
+            min(block.right + reach, width),
+        )
+
     @torch.no_grad()
-    def pieces(self, read: ReadWindow, height: int, width: int) -> Iterator[Piece]:
+    def pieces(
+        self, read: ReadWindow, height: int, width: int, *, wanted: Collection[int] | None = None
+    ) -> Iterator[Piece]:
         """See :meth:`drseg_core.evaluation.inference.Predictor.pieces`: the blocks cover every pixel once."""
-        cells = self.collect(read, height, width)
-        enlarged = Enlarged(self.spread(cells), cells.valid, self.windows.cell)
-        del cells
+        spread, valid = self._spread_cells(read, height, width)
+        enlarged = Enlarged(spread, valid, self.windows.cell)
         most = max(np.log(len(self.class_names)), 1e-12)
-        for top in range(0, height, self.block):
-            for left in range(0, width, self.block):
-                bottom, right = min(top + self.block, height), min(left + self.block, width)
-                if self.config.refine:
-                    logits = refined_block(enlarged, read, (height, width), (top, bottom, left, right), self.device)
-                else:
-                    logits = enlarged.block(top, bottom, left, right)
-                # a piece lies within what was read last
-                read(top, bottom, left, right)
-                score = (logits * self.config.logit_scale).softmax(dim=0)
-                best, index = score.max(dim=0)
-                entropy = torch.special.entr(score).sum(dim=0) / most
-                yield Piece(top, left, Prediction(index.to(torch.uint8), best, entropy), score.__getitem__)
+        for number, block in enumerate(self.blocks(height, width)):
+            if wanted is not None and number not in wanted:
+                continue
+            outer = self._around(block, height, width)
+            image, known = read(*outer)
+            if self.config.refine:
+                logits = refined_block(enlarged, image, known, outer, block, self.device)
+            else:
+                logits = enlarged.block(*block)
+            score = (logits * self.config.logit_scale).softmax(dim=0)
+            best, index = score.max(dim=0)
+            entropy = torch.special.entr(score).sum(dim=0) / most
+            yield Piece(block.top, block.left, Prediction(index.to(torch.uint8), best, entropy), score.__getitem__)
 
 
 def pixel_bytes(classes: int) -> int:
@@ -285,28 +420,22 @@ def pixel_bytes(classes: int) -> int:
 
 
 def refined_block(
-    enlarged: Enlarged,
-    read: ReadWindow,
-    size: tuple[int, int],
-    block: tuple[int, int, int, int],
-    device: torch.device,
+    enlarged: Enlarged, image: Tensor, known: np.ndarray | None, outer: Box, block: Box, device: torch.device
 ) -> Tensor:
     """Logits (T, n, m) of a block's pixels after ``propagate_pixels``, as all pixels of the scene at once would give.
 
     Args:
         enlarged: the logits of any block.
-        read: gives a part of the scene and its valid pixels.
-        size: (H, W) of the scene.
-        block: top, bottom, left and right.
+        image: the pixels of ``outer``.
+        known: which of them are valid.
+        outer: the block and all that has a share in it.
+        block: within it.
         device: where the pixels are worked on.
     """
-    top, bottom, left, right = block
-    reach = reach_of_pixels(REFINING["radius"], REFINING["steps"])
-    outer = max(top - reach, 0), min(bottom + reach, size[0]), max(left - reach, 0), min(right + reach, size[1])
-    image, known = read(*outer)
     valid = None if known is None else torch.from_numpy(known).to(device)
     found = propagate_pixels(enlarged.block(*outer).to(device), image.to(device), valid, **REFINING)
-    return found[:, top - outer[0] : bottom - outer[0], left - outer[2] : right - outer[2]].cpu()
+    rows = slice(block.top - outer.top, block.bottom - outer.top)
+    return found[:, rows, block.left - outer.left : block.right - outer.left].cpu()
 
 
 def scene_windows(model: ZeroShot, config: ZeroShotConfig) -> Windows:

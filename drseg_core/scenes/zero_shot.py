@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,16 @@ from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.vocabulary import OTHER_COLOR, Vocabulary, class_files, parse_classes, plain_classes
 from drseg_core.device import select_device
 from drseg_core.errors import ConfigError
-from drseg_core.evaluation.inference import Piece, PredictsPieces, ReadWindow
+from drseg_core.evaluation.inference import Box, Piece, PredictsPieces, ReadWindow
 from drseg_core.extras import require
 from drseg_core.models.clip import patch_side
 from drseg_core.models.prompts import AERIAL_TEMPLATES, class_prompt
+from drseg_core.models.weights import weights_hash
 from drseg_core.models.zero_shot import ZeroShot, check_choices
+from drseg_core.scenes.block_store import work_folder
 from drseg_core.scenes.files import SceneFiles, check_outputs
-from drseg_core.scenes.predict import check_threshold, predict_scene
+from drseg_core.scenes.mosaic import Grid
+from drseg_core.scenes.predict import Mapper, Work, check_threshold, predict_scene
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.scene_graph import GraphPredictor, scene_windows
 from drseg_core.scenes.zero_shot_plan import ZeroShotPlan, check_cells, plan_cells
@@ -150,6 +153,7 @@ class SceneZeroShot:
         overwrite: bool = False,
         progress: bool = True,
         arrays: list[Any] | None = None,
+        work: Work | None = None,
         **reading: Any,
     ) -> SceneFiles:
         """Map a scene into files alone, in bounded memory: what ``drseg predict zero-shot`` does.
@@ -161,6 +165,7 @@ class SceneZeroShot:
             background: prompts of one more class, the last: what is there but is not asked for.
             templates: sentences with one ``{}``, over which the features of a word are averaged.
             arrays: is given what :meth:`predict` returns.
+            work: see :func:`drseg_core.scenes.predict.predict_scene`.
             reading: ``bands``, ``nodata``, ``scale``, ``gsd``, ``aoi``.
 
         Returns:
@@ -174,12 +179,20 @@ class SceneZeroShot:
         """
         wanted: dict[str, Any] = {"scores": scores, "probabilities": probabilities, "polygons": polygons}
         inputs = [reading.get("aoi"), *(class_files(classes) if isinstance(classes, str) else ())]
-        check_outputs(image, out, overwrite=overwrite, inputs=inputs, **wanted)
+        kept_blocks = work is not None and work_folder(out).is_dir()
+        check_outputs(image, out, overwrite=overwrite or kept_blocks, inputs=inputs, **wanted)
         if polygons is not None:
             require("predict", "vectors")
         with self._open(image, reading) as scene:
             predictor, legend = self.predictor(
-                scene, classes, background, templates, folder=Path(out).absolute().parent, progress=progress
+                scene,
+                classes,
+                background,
+                templates,
+                folder=Path(out).absolute().parent,
+                # what it takes is said once
+                limited=work is None or work.alone,
+                progress=progress,
             )
         kept: PredictsPieces = predictor
         if arrays is not None:
@@ -197,9 +210,30 @@ class SceneZeroShot:
             gsd=reading.get("gsd"),
             aoi=reading.get("aoi"),
             tags=self._tags(legend, templates, predictor),
+            work=work,
             progress=progress,
             **wanted,
         )
+
+    def mapper(self, classes: Vocabulary | str | Sequence[str], **options: Any) -> Mapper:
+        """For any number of scenes, with the options of :meth:`write`."""
+
+        def write(image: str | Path, out: str | Path, **how: Any) -> SceneFiles:
+            return self.write(image, classes, out, **options, **how)
+
+        facts = {"weights": weights_hash(self.model), "config": dataclasses.asdict(self.config), **self.facts}
+        reading = {name: options[name] for name in _READING if name in options}
+
+        def grid(image: str | Path) -> Grid:
+            with self._open(image, reading) as scene:
+                return Grid(scene.crs, scene.transform, scene.height, scene.width)
+
+        def predictor(scene: SceneReader) -> GraphPredictor:
+            words = {name: options[name] for name in ("background", "templates") if name in options}
+            return self.predictor(scene, classes, **words, progress=True)[0]
+
+        opening = {"reading": _reading(reading), "gsd": reading.get("gsd"), "aoi": reading.get("aoi")}
+        return Mapper(write, facts, grid, opening, predictor, GraphPredictor.steps)
 
     def plan(
         self,
@@ -432,19 +466,31 @@ class _Arrays:
         self.class_names, self._predictor, self._threshold = predictor.class_names, predictor, threshold
         self.index, self.score, self.uncertainty = np.empty((0, 0), np.uint8), *(np.empty((0, 0), np.float32),) * 2
 
-    def pieces(self, read: ReadWindow, height: int, width: int) -> Iterator[Piece]:
+    def blocks(self, height: int, width: int) -> list[Box]:
+        return self._predictor.blocks(height, width)
+
+    def reads(self, height: int, width: int, *, wanted: Collection[int] | None = None) -> Iterator[Box]:
+        return self._predictor.reads(height, width, wanted=wanted)
+
+    def pieces(
+        self, read: ReadWindow, height: int, width: int, *, wanted: Collection[int] | None = None
+    ) -> Iterator[Piece]:
         self.index = np.full((height, width), IGNORE, np.uint8)
         self.score, self.uncertainty = (np.zeros((height, width), np.float32) for _ in range(2))
-        known: Any = None
+        band: Any = None
+        origin = 0, 0
 
-        def spied(*part: int) -> Any:
-            nonlocal known
-            image, known = read(*part)
-            return image, known
+        def spied(top: int, bottom: int, left: int, right: int) -> Any:
+            nonlocal band, origin
+            image, band = read(top, bottom, left, right)
+            origin = top, left
+            return image, band
 
-        for piece in self._predictor.pieces(spied, height, width):
+        for piece in self._predictor.pieces(spied, height, width, wanted=wanted):
             found = piece.prediction
             rows, columns = found.class_index.shape
+            top, left = piece.top - origin[0], piece.left - origin[1]
+            known = band[top : top + rows, left : left + columns]
             place = slice(piece.top, piece.top + rows), slice(piece.left, piece.left + columns)
             index = found.class_index.numpy()
             if self._threshold is not None:

@@ -24,7 +24,7 @@ OPS = ("knn_graph", "edge_weight", "degree_normalize", "edge_coefficient", "grap
 
 def _setup(batch: int, side: int, prior_dim: int, channels: int) -> tuple[PDGR, Tensor, Tensor]:
     torch.manual_seed(0)
-    module = PDGR(channels, prior_dim)
+    module = PDGR(channels, prior_dim, keep_format=False)
     features = torch.randn(batch, channels, side, side).requires_grad_()
     return module, features, torch.randn(batch, prior_dim, side, side)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from drseg_core.device import select_device
 from drseg_core.training.loss import LossSum
+
+_PATIENCE = datetime.timedelta(days=30)
 
 
 class Agreed(NamedTuple):
@@ -88,8 +91,13 @@ class ProcessGroup:
 
 
 @contextlib.contextmanager
-def process_group(device: str | None) -> Iterator[ProcessGroup]:
-    """Join the processes that ``torchrun`` started (gloo on CPU, nccl on CUDA), or go alone."""
+def process_group(device: str | None, *, patient: bool = False) -> Iterator[ProcessGroup]:
+    """Join the processes that ``torchrun`` started (gloo on CPU, nccl on CUDA), or go alone.
+
+    Args:
+        device: the device; under CUDA each process takes one of its own.
+        patient: they exchange words alone, and one may wait for the others for as long as it takes.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         yield ProcessGroup(select_device(device))
@@ -97,7 +105,10 @@ def process_group(device: str | None) -> Iterator[ProcessGroup]:
     chosen = select_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if patient:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    else:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield ProcessGroup(chosen, dist.get_rank(), world_size)
     finally:

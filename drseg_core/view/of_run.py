@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ def of_run(
     run: LoadedRun,
     *,
     device: str | None = None,
-    words: Mapping[str, Sequence[str]] | None = None,
     progress: bool = True,
     **tiles: Any,
 ) -> Callable[[SceneReader, tuple[str, ...], int], Beneath]:
@@ -35,7 +34,6 @@ def of_run(
     Args:
         run: that made the map.
         device: where the model runs.
-        words: synonyms by the name of a class; the name alone by default.
         progress: show a progress bar.
         tiles: ``mode``, ``tile_size``, ``overlap`` and ``batch_size`` of the map; the run's by default.
     """
@@ -45,8 +43,7 @@ def of_run(
         asked = names[:-1] if names[-1] == OTHER and len(names) > 1 else names
         own = {name: getattr(run.config.evaluation, name) for name in ("tile_size", "overlap", "batch_size")}
         chosen = {"mode": "tile", **own, **{name: value for name, value in tiles.items() if value is not None}}
-        synonyms = [(words or {}).get(name, (name,)) for name in asked]
-        predictor = Predictor(run.model, asked, synonyms=synonyms, device=select_device(device), **chosen)
+        predictor = Predictor(run.model, asked, device=select_device(device), **chosen)
         return beneath_run(predictor, scene, room=room, progress=progress)
 
     return beneath
@@ -87,17 +84,17 @@ def beneath_run(
                 continue
             image = image if whole else mirrored(image, size[0])
             priors.clear()
-            output = model(image[None].to(predictor.device).float() / 255, predictor.text)
+            with predictor.autocast():
+                output = model(image[None].to(predictor.device).float() / 255, predictor.text)
+                if priors:
+                    parts.append(_part(pdgr, priors[0], (top, left), size, len(tiles), room))
             step = max(1, round(size[0] / output.original.shape[2]))
             for name in ("original", "refined"):
                 value = getattr(output, name)
                 if value is not None:
                     place = sums.setdefault(name, _Mosaic(len(predictor.class_names), scene, step))
-                    place.add(
-                        predictor.per_class(value)[0].float().cpu(), top, left, size, 0 if whole else predictor.overlap
-                    )
-            if priors:
-                parts.append(_part(pdgr, priors[0], (top, left), size, len(tiles), room))
+                    each = predictor.per_class(value)[0].float().cpu()
+                    place.add(each, top, left, size, 0 if whole else predictor.overlap)
     finally:
         if hook is not None:
             hook.remove()

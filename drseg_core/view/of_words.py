@@ -3,38 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from drseg_core.data.vocabulary import Vocabulary
 from drseg_core.ops import Graph, padding_mask
 from drseg_core.scenes.reader import SceneReader
 from drseg_core.scenes.scene_graph import GraphPredictor
-from drseg_core.scenes.zero_shot import SceneZeroShot
 from drseg_core.view.graph import GRAPH_BYTES, Beneath, Part, make_part, stride_for
-
-
-def of_words(
-    mapper: SceneZeroShot, classes: Vocabulary, background: Sequence[str], templates: Sequence[str], folder: Path
-) -> Callable[[SceneReader, tuple[str, ...], int], Beneath]:
-    """What :func:`drseg_core.view.page.write_page` asks for what is beneath a map from words.
-
-    Args:
-        mapper: that made the map.
-        classes, background, templates: see :meth:`drseg_core.scenes.zero_shot.SceneZeroShot.write`.
-        folder: where a large prior is kept meanwhile.
-    """
-
-    def beneath(scene: SceneReader, names: tuple[str, ...], room: int) -> Beneath:
-        predictor, _ = mapper.predictor(scene, classes, background, templates, folder=folder, progress=True)
-        return beneath_words(predictor, scene, room=room)
-
-    return beneath
 
 
 @torch.no_grad()

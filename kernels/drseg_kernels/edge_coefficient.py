@@ -226,6 +226,52 @@ def edge_coefficient(
     return coefficient, weight, scale
 
 
+def _slope_or_grad(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    index: Tensor,
+    norm: str,
+    eps: float,
+    apart: bool,
+    csc: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor | None, Tensor, tuple[Tensor, Tensor] | None]:
+    """The gradients of the logits, or None and those of the weights; and the columns where they were needed."""
+    if index.numel() and norm == "sym_row":
+        slope, near = torch.empty_like(weight), index.contiguous()
+        csc = csc or columns_of(index)
+        common = common_of(weight, index)
+        with on_device_of(index):
+            _edge_coefficient_bwd_kernel_slope[(index.shape[0] * index.shape[1],)](
+                grad.contiguous(), weight, near, *csc, scale, slope, *index.shape[1:], APART=apart, **common
+            )
+        return slope, grad, csc
+    if index.numel() and ENDS[norm]:
+        csc = csc or columns_of(index)
+        known = (scale[0].flatten(), scale[-1].flatten())
+        return None, degree_normalize_backward(grad, weight, index, norm, eps, csc, known=known), csc
+    return None, degree_normalize_backward(grad, weight, index, norm, eps), csc
+
+
+def logit_gradients(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    index: Tensor,
+    norm: str,
+    eps: float,
+    apart: bool,
+    csc: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Gradients (B, N, K) of what softplus is given, and the columns of the graph where they are known.
+
+    For a backend that has kernels for the edge MLP alone. Arguments as in ``edge_coefficient_backward``.
+    """
+    slope, grad, csc = _slope_or_grad(grad, weight, scale, index, norm, eps, apart, csc)
+    # softplus'(x) = 1 - exp(-softplus(x)); a masked slot has weight 0 and so slope 0
+    return -grad * torch.expm1(-weight) if slope is None else slope, csc
+
+
 def edge_coefficient_backward(
     grad: Tensor,
     weight: Tensor,
@@ -249,19 +295,5 @@ def edge_coefficient_backward(
             through the degrees in these. weight, scale: as the forward returned them. The other arguments as there.
         output_mask: as in ``edge_weight_backward``.
     """
-    slope = None
-    if index.numel() and norm == "sym_row":
-        slope, near = torch.empty_like(weight), index.contiguous()
-        csc = csc or columns_of(index)
-        common = common_of(weight, index)
-        with on_device_of(index):
-            _edge_coefficient_bwd_kernel_slope[(index.shape[0] * index.shape[1],)](
-                grad.contiguous(), weight, near, *csc, scale, slope, *index.shape[1:], APART=apart, **common
-            )
-    elif index.numel() and ENDS[norm]:
-        csc = csc or columns_of(index)
-        known = (scale[0].flatten(), scale[-1].flatten())
-        grad = degree_normalize_backward(grad, weight, index, norm, eps, csc, known=known)
-    else:
-        grad = degree_normalize_backward(grad, weight, index, norm, eps)
+    slope, grad, csc = _slope_or_grad(grad, weight, scale, index, norm, eps, apart, csc)
     return edge_weight_backward(grad, weight, halves, index, vector, bias, output_mask, csc, slope=slope, tile=tile)

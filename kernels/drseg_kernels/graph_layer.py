@@ -551,6 +551,76 @@ def _through_activation(
     return inner, part
 
 
+Parameters = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _before_activation(
+    grad: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    parameters: Parameters,
+    activation: str,
+    wants_inner: bool,
+    wants_parameters: bool,
+    rows: Tile | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient before the activation, contiguous, and contributions to those of the parameters (chunks, 3, C)."""
+    through = wants_inner and activation != "none"
+    inner, part = grad, grad.new_empty(0)
+    if wants_parameters or through:
+        given = (grad, saved[0], saved[1:], parameters[1])
+        inner, part = _through_activation(*given, activation, through, wants_parameters, rows)
+    return inner if through else grad.contiguous(), part
+
+
+def _like_parameters(grad: Tensor, parameters: Parameters, wanted: bool) -> list[Tensor]:
+    like: dict[str, Any] = {"memory_format": torch.contiguous_format}
+    return [
+        grad.new_empty(0) if value is None or not wanted else torch.empty_like(value, **like) for value in parameters
+    ]
+
+
+def _sums_of(part: Tensor, activation: str, sizes: Tile) -> int:
+    """How many programs add up the chunks of the parameters' gradients; none where they are not asked for."""
+    return 0 if len(part) == 0 else ceil_div(part.shape[-1], sizes.block_n) * (3 if activation == "layer_norm" else 1)
+
+
+def _add_up(part: Tensor, found: list[Tensor], bias: bool, activation: str, grad: Tensor, rows: Tile | None) -> None:
+    """The gradients of the parameters from the contributions of the chunks of ``grad``."""
+    if len(part) == 0:
+        return
+    nodes, channels = grad.shape[1:]
+    sizes = rows or sizes_of("graph_layer_rows", grad.device, grad.dtype, nodes, 1, channels)
+    with on_device_of(part):
+        _graph_layer_bwd_kernel_sum[(_sums_of(part, activation, sizes),)](
+            part,
+            *found,
+            len(part),
+            channels,
+            BIAS=bias,
+            **sizes.constants(),
+            **sizes.options(limit_registers=True),
+        )
+
+
+def before_activation(
+    grad: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    parameters: Parameters,
+    activation: str,
+    wants_inner: bool,
+    wants_parameters: bool,
+) -> tuple[Tensor, ...]:
+    """The gradient to the sums over edges, contiguous, and those to ``bias``, ``norm_weight`` and ``norm_bias``.
+
+    For a backend that has kernels for the edges alone. Arguments as in ``graph_layer_backward``, of which ``saved`` has
+    ``y``, ``given``, ``mean`` and ``rstd``; what is not wanted is empty, or not what it is called.
+    """
+    inner, part = _before_activation(grad, saved, parameters, activation, wants_inner, wants_parameters, None)
+    found = _like_parameters(grad, parameters, wants_parameters)
+    _add_up(part, found, parameters[0] is not None, activation, grad, None)
+    return inner, *found
+
+
 def graph_layer_backward(
     grad: Tensor,
     x: Tensor,
@@ -600,24 +670,13 @@ def graph_layer_backward(
     channels, count = grad.shape[-1], grad.numel() // grad.shape[-1]
     chosen = tile or sizes_of("graph_gradients", x.device, x.dtype, nodes, slots, channels)
     together = wants_inner and not undirected and channels <= chosen.block_n
-    through = wants_inner and activation != "none"
-    inner, part = grad, grad
-    if wants_parameters or through:
-        before = (grad, y, (given, mean, rstd), norm_weight)
-        inner, part = _through_activation(*before, activation, through, wants_parameters, rows)
-    if not through:
-        inner = grad.contiguous()
-    like: dict[str, Any] = {"memory_format": torch.contiguous_format}
-    found = [
-        grad.new_empty(0) if value is None or not wants_parameters else torch.empty_like(value, **like)
-        for value in parameters
-    ]
-    sizes = chosen if together else rows or sizes_of("graph_layer_rows", x.device, x.dtype, nodes, 1, channels)
-    common: dict[str, Any] = {"BIAS": bias is not None, **sizes.constants(), **sizes.options(limit_registers=True)}
-    sums = ceil_div(channels, sizes.block_n) * (3 if activation == "layer_norm" else 1) if wants_parameters else 0
+    saved = (y, given, mean, rstd)
+    inner, part = _before_activation(grad, saved, parameters, activation, wants_inner, wants_parameters, rows)
+    found = _like_parameters(grad, parameters, wants_parameters)
     grad_x, grad_coefficient = empty_gradients(x, coefficient, output_mask)
-    with on_device_of(x):
-        if together:
+    if together:
+        sums = _sums_of(part, activation, chosen)
+        with on_device_of(x):
             _graph_layer_bwd_kernel_edges[(sums + count,)](
                 inner,
                 x.contiguous(),
@@ -638,11 +697,12 @@ def graph_layer_backward(
                 NEED_DOT=wants_coefficient,
                 ADDED=added is not None,
                 SCALED=scale is not None,
-                **common,
+                BIAS=bias is not None,
+                **chosen.constants(),
+                **chosen.options(limit_registers=True),
             )
-            return grad_x, grad_coefficient, *found  # type: ignore[return-value]
-        if sums:
-            _graph_layer_bwd_kernel_sum[(sums,)](part, *found, len(part), channels, **common)
+        return grad_x, grad_coefficient, *found  # type: ignore[return-value]
+    _add_up(part, found, bias is not None, activation, grad, rows)
     complete = coefficient
     if scale is not None and wants_inner:
         complete = at_both_ends(coefficient, index, scale)

@@ -108,9 +108,10 @@ def test_the_commands_are_such_as_the_programs_take(script: Script, capsys: pyte
     assert "pdgr paper_vitl_24x24_e256 fwd dino autocast" in listed and "knn_graph grid_128x128 fwd dino bf" in listed
     assert "knn_graph paper_vitl_24x24 fwd dino autocast" not in listed
     # what CUDA C++ has is timed beside Triton's
-    for op in ("knn_graph", "edge_coefficient"):
+    for op in ("knn_graph", "edge_coefficient", "graph_layer"):
+        more = "" if op == "knn_graph" else " --mode fwd+bwd"
         for backend in ("cuda", "triton"):
-            assert f"--op {op} --case paper_vitl_24x24 --mode fwd --backend {backend} " in script.log.read_text()
+            assert f"--op {op} --case paper_vitl_24x24 --mode fwd{more} --backend {backend} " in script.log.read_text()
 
 
 @needs_bash

@@ -16,7 +16,9 @@ from torch import nn
 from torch.autograd import DeviceType
 
 from bench import memory, model, parts, report
+from drseg_core.evaluation import compiled
 from drseg_core.extras import installed
+from drseg_core.models.dino import DinoPrior
 
 SMALL = ["model.clip.image_size=32", "model.dino.image_size=32", "model.graph.k=5"]
 TINY = ["--config", "tiny", "--device", "cpu", "--repeats", "1", *(word for one in SMALL for word in ("--set", one))]
@@ -60,6 +62,27 @@ def test_rows_of_every_kind(here: None, tmp_path: Path, capsys: pytest.CaptureFi
     assert "CLIP image" in printed and "engine, compiled" in printed
     table = "\n".join(report._model_table(rows))
     assert "tiny, training, autocast | engine, compiled, channels_last" in table and "| - |" in table
+
+
+def test_kept_features_and_the_compiled_model_of_predict(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    out, made = tmp_path / "rows.jsonl", []
+    monkeypatch.setattr(compiled, "compiled_network", lambda network, device: made.append(device.type) or network)
+    assert model.main([*TINY, "--mode", "inference", "--kept-prior", "--compiled", "yes", "--out", str(out)]) == 0
+    (row,) = rows_of(out)
+    assert row["name"] == "engine, compiled, prior kept" and made == ["cpu"]
+    computed, real = [], DinoPrior._maps
+    monkeypatch.setattr(DinoPrior, "_maps", lambda self, *given: computed.append(1) or real(self, *given))
+    assert model.main([*TINY, "--mode", "inference", "--kept-prior"]) == 0
+    assert len(computed) == 1
+    assert model.main([*TINY, "--mode", "inference"]) == 0
+    assert len(computed) > 2
+    # a training sees no image twice
+    assert model.main([*TINY, "--kept-prior", "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "tiny inference float32 engine, prior kept", "tiny training float32 engine",
+    ]  # fmt: skip
 
 
 def test_frozen_text_is_no_part_of_a_training(here: None, tmp_path: Path):
@@ -111,7 +134,9 @@ def test_a_row_that_fails_is_told_and_the_others_are_made(
 
 def test_the_batch_is_larger_on_a_gpu():
     given = {"config": None, "mode": None, "precision": None, "compiled": None, "compiler": "inductor"}
-    args = argparse.Namespace(**given, backend=None, channels_last=False, batch=None, repeats=1, device="cuda")
+    args = argparse.Namespace(
+        **given, backend=None, channels_last=False, kept_prior=False, batch=None, repeats=1, device="cuda"
+    )
     assert {job.batch for job in model.jobs_of(args, {})} == {4}
     args.device = "cpu"
     assert {job.batch for job in model.jobs_of(args, {})} == {1}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,18 +87,24 @@ def drseg(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, s
 
 
 @pytest.fixture
-def process() -> Callable[..., subprocess.Popen[str]]:
-    """``process("train", ...)`` starts the command in a process of its own."""
+def process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """``process("train", ...)`` starts the command in a process of its own, which a test that fails does not leave."""
+    running: list[subprocess.Popen[str]] = []
 
     def start(*words: Any) -> subprocess.Popen[str]:
         path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
+        started = subprocess.Popen(
             [sys.executable, "-m", "drseg_core", *map(str, words)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        running.append(started)
+        return started
 
-    return start
+    yield start
+    for started in running:
+        with started:
+            started.kill()

@@ -115,6 +115,34 @@ def test_kept_features_change_nothing(drseg, run, data, tmp_path):
     assert cache.is_dir() and {path.suffix for path in cache.iterdir()} == {".safetensors"}
 
 
+def test_precision_is_said_and_kept_with_the_scores(drseg, run, data, tmp_path):
+    def scores(*words):
+        code, _, errors = drseg("evaluate", run, "--data", data, "--out", tmp_path / "m.json", "--overwrite", *words)
+        assert code == 0, errors
+        return json.loads((tmp_path / "m.json").read_text()), errors
+
+    plain, errors = scores()
+    assert (plain["precision"], plain["compiled"]) == ("float32", False) and "precision" not in errors
+    reduced, errors = scores("--precision", "bfloat16")
+    assert (reduced["precision"], reduced["compiled"]) == ("bfloat16", False) and "precision: bfloat16" in errors
+    # other sums, so other scores: the option reaches the model
+    assert reduced["calibration"] != plain["calibration"]
+    chosen, errors = scores("--precision", "auto")
+    assert f"precision: {chosen['precision']}" in errors
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_predict_passes_precision_and_compile_on(drseg, run, folder, tmp_path, monkeypatch, dry):
+    pytest.importorskip("rasterio")
+    from drseg_core.evaluation import inference
+
+    made = []
+    monkeypatch.setattr(inference, "compiled_network", lambda network, device: made.append(device) or network)
+    words = ["predict", run, folder / "val" / "images" / "0.png", "--out", tmp_path / "map.tif", "--compile"]
+    code, _, errors = drseg(*words, "--precision", "bfloat16", *(["--dry-run"] if dry else []))
+    assert code == 0 and len(made) == 1 and "precision: bfloat16, compiled" in errors
+
+
 def test_predict_maps_an_image(drseg, run, folder, tmp_path):
     rasterio = pytest.importorskip("rasterio")
     image = folder / "val" / "images" / "0.png"

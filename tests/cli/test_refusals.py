@@ -186,6 +186,9 @@ def test_features_that_cannot_be_kept(drseg, run, small, data, tmp_path, monkeyp
     words = ["--data", data, "--out", tmp_path / "m.json"]
     (tmp_path / "file").write_text("x")
     check(drseg("evaluate", run, *words, "--prior-cache", tmp_path / "file"), 2, "folder is a file")
+    check(drseg("evaluate", run, *words, "--prior-cache-gb", 1), 2, "expected --prior-cache DIR beside it")
+    size = ["--prior-cache", tmp_path / "features", "--prior-cache-gb=-1"]
+    check(drseg("evaluate", run, *words, *size), 2, "--prior-cache-gb is out of range; expected a number >= 0")
     baseline = tmp_path / "baseline"
     assert drseg("train", *small, "--model.fusion.kind", "none", "--data", data, "--out", baseline)[0] == 0
     check(drseg("evaluate", baseline, *words, "--prior-cache", tmp_path / "features"), 2, "no prior")

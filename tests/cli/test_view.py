@@ -45,6 +45,21 @@ def test_predict_view_and_view_write_the_same_page(drseg, run, scene, tmp_path):
     assert (tmp_path / "third.html").read_text() == "mine" and not (tmp_path / "third.tif").exists()
 
 
+def test_each_of_many_scenes_has_a_page(drseg, run, scene, tmp_path):
+    write_synthetic_scene(tmp_path / "other.tif", width=40, height=40, seed=1, origin=(1000.0, 1000.0))
+    (tmp_path / "broken.tif").write_text("none")
+    out = tmp_path / "maps"
+    code, said, _ = drseg("predict", run, tmp_path, "--out", out, "--device", "cpu", "--view", "--keep-going")
+    assert code == 8 and said.count(".html (") == 2
+    assert sorted(path.name for path in out.glob("*.html")) == ["other.html", "scene.html"]
+    assert content(out / "other.html")["width"] == 40 and content(out / "other.html")["graph"] is not None
+    # a page that is there is no file to list later
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "scene.html").write_text("mine")
+    words = ["predict", run, tmp_path / "scene.tif", tmp_path / "other.tif", "--out", tmp_path / "elsewhere"]
+    check(drseg(*words, "--view", "--keep-going"), 2, "scene.html", "--overwrite")
+
+
 def test_zero_shot_view(drseg, scene, tmp_path):
     out = tmp_path / "map.tif"
     code, said, _ = drseg(

@@ -15,6 +15,7 @@
 #define DRSEG_KERNEL(threads, blocks) inline void
 #define DRSEG_DEVICE inline
 #define DRSEG_UNROLL
+#define DRSEG_UNROLL_BY(times)
 
 namespace drseg::device {
 
@@ -106,6 +107,9 @@ template <class T>
 class Global : public emulator::View<T, emulator::GlobalMemory> {
  public:
   using emulator::View<T, emulator::GlobalMemory>::View;
+
+  // What begins with element i.
+  Global from(int64_t i) const { return {this->start_ + i, this->size_ - i}; }
 };
 
 // Memory of a block: `count` elements that begin so many bytes into what the launch gives it.
@@ -119,6 +123,14 @@ class Shared : public emulator::View<T, emulator::SharedMemory> {
                         std::to_string(emulator::arena().size()),
                     where);
     if (offset % alignof(T)) block().fault("shared memory is not aligned: byte " + std::to_string(offset), where);
+  }
+
+  // What begins with element i.
+  Shared from(int64_t i) const {
+    Shared found = *this;
+    found.start_ += i;
+    found.size_ -= i;
+    return found;
   }
 };
 
@@ -244,6 +256,7 @@ inline void multiply_add_tf32(float (&sums)[4], const uint32_t (&a)[4], uint32_t
 
 // What every architecture has that the kernels are built for.
 inline size_t most_shared_bytes() { return 99 << 10; }
+inline int blocks_at_once(size_t, unsigned) { return 8; }
 
 struct Launch {
   unsigned blocks_x, blocks_y, threads;

@@ -185,7 +185,7 @@ class View {
     return start_ + i;
   }
 
- private:
+ protected:
   T* start_;
   int64_t size_;
 };

@@ -30,12 +30,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", [metafunc.cls.which])
     if "variant" in metafunc.fixturenames:
-        variants = metafunc.cls.subject.variants
+        alone = hasattr(metafunc.function, "with_one_variant") and not metafunc.config.getoption("--gpu")
+        variants = metafunc.cls.subject.variants[: 1 if alone else None]
         metafunc.parametrize("variant", variants, ids=["-".join(map(str, v.values())) or "plain" for v in variants])
 
 
 def is_contract(item: pytest.Item) -> bool:
-    """Whether the test waits for a contract that runs beside the others."""
+    """Whether the test waits for a contract that runs in a process of its own."""
     return item.path.name == "test_interpreter.py" and getattr(item, "originalname", "") == "test_contract"
 
 
@@ -57,8 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         changed = sum(given[key] is not usual[key] and given[key] != usual[key] for key in given)
         (dropped if changed > 1 else kept).append(item)
     config.hook.pytest_deselected(items=dropped)
-    # asked for at the end: they run beside all other tests
-    items[:] = sorted(kept, key=is_contract)
+    # asked for at the end: they run beside all other tests; of several workers some run them, and begin with them
+    items[:] = sorted(kept, key=is_contract, reverse=hasattr(config, "workerinput"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

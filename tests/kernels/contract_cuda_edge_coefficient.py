@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of ``edge_coefficient`` on the CUDA kernels, emulated or on a device; its backward is Triton's."""
+"""The contract of ``edge_coefficient`` on the CUDA kernels, emulated or on a device.
+
+In the backward the way through the degrees and the columns of the graph are Triton's.
+"""
 
 from __future__ import annotations
 
@@ -108,6 +111,52 @@ def test_halves_as_a_product_leaves_them(shifted, normed, target, apart, dtype):
     torch.testing.assert_close(first.double(), right, rtol=3e-6, atol=1e-9)
     torch.testing.assert_close(scale[0].double(), degree_scale(degree), rtol=3e-6, atol=0)
     assert second.numel() == 0 if apart else torch.allclose(second.double(), weight, rtol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", [True, False])
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("size", [(9, 5, 40), (40, 100, 72), (650, 3, 8)], ids=str)
+def test_gradients_of_logits(size, shifted, normed, target, dtype):
+    """Of the operator itself, with all of what a step asks for."""
+    nodes, slots, width = size
+    random = torch.Generator().manual_seed(6)
+    source, other = torch.randn(2, 2, nodes, width, generator=random).to(dtype)
+    index = crowded_index(2, nodes, slots)
+    slope, vector = torch.randn(2, nodes, slots, generator=random), torch.randn(width, generator=random)
+    inverse = torch.rand(2, nodes, generator=random) + 0.5 if normed else None
+    shift = torch.randn(width, generator=random) if shifted else None
+    rows = source if target else torch.cat([source, other], -1)
+    indptr, perm = (value.int() for value in ops.csc(index))
+    given = (slope, rows, other if target else None, inverse, shift, index, vector, indptr, perm)
+    moved = [None if value is None else value.to(DEVICE) for value in given]
+    to_source, to_target, sums = (v.cpu().double() for v in torch.ops.drseg_native_cuda.edge_gradients(*moved, True))
+    if not target:
+        to_source, to_target = to_source.split(width, -1)
+
+    norm = torch.ones(2, nodes, 1).double() if inverse is None else inverse.double()[..., None]
+    near, end = source.double() * norm + (0 if shift is None else shift.double()), other.double() * norm
+    hidden = near[:, :, None] + torch.stack([end[b][index[b].long()] for b in range(2)])
+    # what may be on in one and off in the other
+    loose = (hidden.abs() < 1e-5) * (slope[..., None] * vector).double().abs()
+    slopes = slope.double()[..., None]
+    exact, size_of = (hidden > 0) * slopes * vector, (hidden > 0) * (slopes * vector).abs()
+
+    def at_ends(value: Tensor) -> Tensor:
+        flat = index.long().flatten(1)[..., None].expand(-1, -1, width)
+        return torch.zeros(2, nodes, width).double().scatter_add_(1, flat, value.flatten(1, 2))
+
+    def check(got: Tensor, right: Tensor, size: Tensor, loose: Tensor, unit: float = 3e-6) -> None:
+        assert ((got - right).abs() <= unit * size + loose + 1e-7).all()
+
+    unit = 3e-6 if dtype == torch.float32 else 2**-8
+    check(to_source, exact.sum(2) * norm, size_of.sum(2) * norm, loose.sum(2) * norm, unit)
+    check(to_target, at_ends(exact) * norm, at_ends(size_of) * norm, at_ends(loose) * norm, unit)
+    unit_of = hidden.relu() * slopes
+    check(sums[:width], unit_of.sum((0, 1, 2)), unit_of.abs().sum((0, 1, 2)), loose.sum((0, 1, 2)))
+    check(sums[width : 2 * width], exact.sum((0, 1, 2)), size_of.sum((0, 1, 2)), loose.sum((0, 1, 2)))
+    check(sums[-1], slope.double().sum(), slope.double().abs().sum(), torch.zeros(()))
 
 
 def degree_scale(degree: Tensor) -> Tensor:

@@ -70,6 +70,18 @@ def test_text_encoder_is_open_clips_with_and_without_padding(pair) -> None:
     torch.testing.assert_close(encoder.encode_text(tokens).norm(dim=1), torch.ones(3))
 
 
+def test_encoders_share_a_vocabulary_and_keep_their_lengths(monkeypatch) -> None:
+    first, second = (ClipEncoder(with_options()) for _ in range(2))
+    # padded to the length of the text tower
+    first.text.causal = second.text.causal = False
+    second.text.context_length = 20
+    tokens = first.tokenize(NAMES)
+    monkeypatch.setattr("open_clip.tokenizer.SimpleTokenizer", None)
+    longer = second.tokenize(NAMES)
+    assert tokens.shape == (3, 16) and longer.shape == (3, 20)
+    assert torch.equal(longer[:, :16], tokens) and not longer[:, 16:].any()
+
+
 def literal_value_path(model: nn.Module, pixels: Tensor) -> Tensor:
     """The dense feature of model.md 3.2 from open_clip's own modules, token by token."""
     visual = model.visual

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,35 @@ def test_other_images_batches_blocks_and_arithmetic_read_nothing(tmp_path: Path)
         assert cache.found == 1
 
 
+def test_a_full_folder_gives_up_what_no_longer_serves_and_nothing_else(tmp_path: Path, caplog: Any) -> None:
+    holder, images = Holder(), [torch.full((1, 3, 64, 64), value / 8) for value in range(5)]
+    others = [tmp_path / "weights.safetensors", tmp_path / f"{'0' * 64}.json"]
+    for path in others:
+        path.write_bytes(bytes(50_000))
+    with prior_cache(holder, tmp_path):
+        all_maps(holder.dino, images[0])
+        size = next(path.stat().st_size for path in files(tmp_path) if path not in others)
+        all_maps(holder.dino, images[1])
+    first, second = sorted({*files(tmp_path), *others} - set(others), key=lambda path: path.stat().st_mtime)
+    for age, path in ((2000, first), (1000, second)):
+        os.utime(path, (time.time() - age,) * 2)
+    # room for three: the first image is read, so the second goes when the fourth comes
+    with caplog.at_level(logging.WARNING), prior_cache(holder, tmp_path, 3 * size + size // 2) as cache:
+        for image in (images[0], images[2], images[3]):
+            all_maps(holder.dino, image)
+        assert first.exists() and not second.exists() and len(files(tmp_path)) == 5 and not caplog.records
+        # all three serve: an image more is computed and not kept, and that is said once
+        expected = all_maps(holder.dino, images[4])
+        assert same(expected, all_maps(holder.dino, images[4])) and len(files(tmp_path)) == 5
+        assert (cache.found, cache.computed) == (1, 4)
+    (record,) = caplog.records
+    assert "is full" in record.getMessage() and all(path.exists() for path in others)
+    with prior_cache(holder, tmp_path, 0) as cache:
+        all_maps(holder.dino, images[4])
+    # the bound is of the folder, whoever filled it
+    assert cache.computed == 1 and files(tmp_path) == sorted(others)
+
+
 def damaged(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
@@ -185,6 +216,8 @@ def test_what_cannot_be_a_cache(tmp_path: Path, variant: Any) -> None:
         PriorCache(tmp_path / "file", DinoPrior(CONFIG))
     with pytest.raises(ResourceError, match="folder cannot be made"):
         PriorCache(tmp_path / "file" / "cache", DinoPrior(CONFIG))
+    with pytest.raises(ConfigError, match="limit is out of range; expected >= 0 bytes, got -1"):
+        PriorCache(tmp_path / "cache", DinoPrior(CONFIG), -1)
     for kind in ("none", "cosine"):
         with (
             pytest.raises(ConfigError, match="no prior whose features"),

@@ -63,9 +63,11 @@ def normalised(clip: ClipEncoder, picture: Tensor) -> Tensor:
 
 def literal_word(clip: ClipEncoder, word: str, templates: Any) -> Tensor:
     """One prompt after the other through the text tower."""
+    import open_clip
+
     total = torch.zeros(clip.embed_dim, dtype=torch.float64)
     for template in templates:
-        tokens = clip._tokenizer([template.format(word)])
+        tokens = open_clip.tokenize([template.format(word)], clip.text.context_length)
         with torch.no_grad():
             feature = clip.text(tokens)[0]
         total += feature / feature.norm() / len(templates)

@@ -27,7 +27,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"norm": "sym_count"},
     {"norm": "sym_undirected", "self_loop": "extra", "residual": True},
-    {"self_loop": "exclude", "use_affinity_as_weight": True, "normalize_prior": False, "keep_format": True},
+    {"self_loop": "exclude", "use_affinity_as_weight": True, "normalize_prior": False, "keep_format": False},
 ]
 
 
@@ -142,24 +142,27 @@ PLAIN = """
 import sys
 import torch
 
-given, expected = torch.load(sys.argv[2], weights_only=True)
-torch.testing.assert_close(torch.export.load(sys.argv[1]).module()(*given), expected)
+for number in range(int(sys.argv[1])):
+    given, expected = torch.load(f"data{number}.pt", weights_only=True)
+    torch.testing.assert_close(torch.export.load(f"plain{number}.pt2").module()(*given), expected)
 assert not any(name.startswith("drseg") for name in sys.modules), "drseg is imported"
 """
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_decomposed_program_needs_no_drseg(options, tmp_path):
-    module, given = pdgr(**options), maps(*SIZES[0])
-    with torch.no_grad():
-        program = torch.export.export(module, given)
-        plain = program.run_decompositions(torch.export.default_decompositions() | ops.decompositions())
-    assert any("drseg" in str(node.target) for node in program.graph.nodes)
-    assert not any("drseg" in str(node.target) for node in plain.graph.nodes)
-    torch.export.save(plain, tmp_path / "plain.pt2")
-    torch.save((given, module(*given).detach()), tmp_path / "data.pt")
+def test_decomposed_programs_need_no_drseg(tmp_path):
+    for number, options in enumerate(OPTIONS):
+        module, given = pdgr(**options), maps(*SIZES[2])
+        with torch.no_grad():
+            program = exported(module)
+            plain = program.run_decompositions(torch.export.default_decompositions() | ops.decompositions())
+        assert any("drseg" in str(node.target) for node in program.graph.nodes)
+        assert not any("drseg" in str(node.target) for node in plain.graph.nodes)
+        for size in SIZES:
+            torch.testing.assert_close(plain.module()(*maps(*size)), module(*maps(*size)))
+        torch.export.save(plain, tmp_path / f"plain{number}.pt2")
+        torch.save((given, module(*given).detach()), tmp_path / f"data{number}.pt")
     result = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(tmp_path / "plain.pt2"), str(tmp_path / "data.pt")],
+        [sys.executable, "-c", PLAIN, str(len(OPTIONS))],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -167,16 +170,24 @@ def test_a_decomposed_program_needs_no_drseg(options, tmp_path):
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    # other sizes are refused, not computed wrongly
+
+
+def test_a_decomposed_program_of_one_size_refuses_others():
+    module, given = pdgr(), maps(*SIZES[0])
+    with torch.no_grad():
+        plain = torch.export.export(module, given).run_decompositions(ops.decompositions()).module()
+    torch.testing.assert_close(plain(*given), module(*given))
     with pytest.raises(AssertionError, match="Guard failed"):
-        plain.module()(*maps(*SIZES[3]))
+        plain(*maps(*SIZES[3]))
 
 
+@pytest.mark.parametrize("radius", [None, 2.3])
 @pytest.mark.parametrize("form", ["additive", "gauss", "multiplicative", "product"])
-def test_the_decomposed_selection_is_the_selection(form):
+def test_the_decomposed_selection_is_the_selection(form, radius):
     class One(nn.Module):
         def forward(self, prior: Tensor) -> tuple[Tensor, Tensor]:
-            return ops.knn_graph(prior, (4, 5), 6, decay=0.7, form=form, include_self=False, return_score=True)
+            options = {"decay": 0.7, "form": form, "include_self": False, "radius": radius}
+            return ops.knn_graph(prior, (4, 5), 6, return_score=True, pad=True, **options)
 
     random = torch.Generator().manual_seed(0)
     prior = torch.randint(-3, 4, (2, 20, 7), generator=random).float()

@@ -676,15 +676,17 @@ def test_a_prior_on_another_grid_is_resampled_when_asked():
 def test_memory_format_of_the_result(dtype, residual):
     features, prior = maps(dtype=torch.float32)
     for keep_format in (False, True):
-        module = make(dtype=torch.float32, residual=residual, keep_format=keep_format)
+        # as it comes in is the default
+        options = {} if keep_format else {"keep_format": False}
+        module = make(dtype=torch.float32, residual=residual, **options)
         with torch.autocast("cpu", enabled=dtype == torch.bfloat16):
             expected = module(features, prior)
             for layout in (torch.contiguous_format, torch.channels_last):
                 for seen in (prior, prior.contiguous(memory_format=torch.channels_last)):
                     output = module(features.contiguous(memory_format=layout), seen)
                     torch.testing.assert_close(output, expected)
-                    if keep_format or layout == torch.channels_last:
-                        assert output.is_contiguous(memory_format=layout)
+                    wanted = layout if keep_format or residual else torch.channels_last
+                    assert output.is_contiguous(memory_format=wanted)
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

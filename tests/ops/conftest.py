@@ -21,5 +21,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         rows = [row for row in backend_report() if row["op"] == cls.subject.name and row["device"] == "cpu"]
         metafunc.parametrize("backend", [row["backend"] for row in rows if row["available"]])
     if "variant" in metafunc.fixturenames:
-        variants = cls.subject.variants
+        variants = cls.subject.variants[: 1 if hasattr(metafunc.function, "with_one_variant") else None]
         metafunc.parametrize("variant", variants, ids=["-".join(map(str, v.values())) or "plain" for v in variants])

@@ -26,6 +26,12 @@ SMALL = tuple(case for case in CASES if not case.large)
 ORDINARY = next(case for case in CASES if case.name == "odd_37_nodes")
 
 
+def with_one_variant(test: Callable[..., None]) -> Callable[..., None]:
+    """A check that runs with the first of its subject's variants alone, and with all of them on a device."""
+    test.with_one_variant = True  # type: ignore[attr-defined]
+    return test
+
+
 def leaves(subject: Subject, inputs: Inputs) -> Inputs:
     """The same inputs, those that get a gradient as leaves."""
     return {
@@ -318,6 +324,8 @@ class OpContract:
             (grad,) = torch.autograd.grad(output, alone[name], everything["given"])
             assert torch.equal(grad, everything[f"grad_{name}"])
 
+    # a variant is a constant to the compiler; that each has its schema and its fake, opcheck tells
+    @with_one_variant
     def test_compiles_without_a_break(self, variant, call, backend):
         torch.compiler.reset()
         given = leaves(self.subject, self.inputs(variant))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,34 @@ BUILT = ("80+", "90a", "120a")
 )
 def test_where_a_build_runs(capability, built_for, runs):
     assert _cuda.runs_on(capability, built_for) is runs
+
+
+@pytest.mark.parametrize(
+    "own,driver,reason",
+    [
+        (13000, 13020, None),
+        # a newer minor version of the same major one runs too
+        (13020, 13000, None),
+        (12080, 13000, None),
+        (13000, 12090, "the native CUDA library was built with CUDA 13; the driver is for CUDA 12"),
+        (13000, 0, "the native CUDA library was built with CUDA 13; the driver is for CUDA 0"),
+        # emulated
+        (0, 0, None),
+    ],
+)
+def test_a_driver_of_an_older_cuda_is_left_to_others(own, driver, reason):
+    assert _cuda.too_old(own, driver) == reason
+
+
+def test_the_driver_is_asked_for_where_there_is_a_device(monkeypatch):
+    monkeypatch.setattr(_cuda, "_load", lambda: (None, ("80+",)))
+    monkeypatch.setattr(_cuda, "LIBRARY", SimpleNamespace(lacks=lambda *symbols: None))
+    monkeypatch.setattr(_cuda.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_cuda.torch.cuda, "get_device_capability", lambda: (9, 0))
+    for versions, reason in (((13000, 12090), "the driver is for CUDA 12"), ((13000, 13000), None)):
+        monkeypatch.setattr(_cuda, "_versions", lambda versions=versions: versions)
+        found = _cuda.why_not("cuda", "select")
+        assert found is None if reason is None else found.endswith(reason)
 
 
 def test_a_missing_library_is_said_by_name_alone(another_library, tmp_path, recwarn):

@@ -79,6 +79,6 @@ def test_opcheck(dtype, norm):
     for case in CASES[:3]:
         inputs = DEGREE_NORMALIZE.make_inputs(case, dtype)
         weight = inputs["weight"]
-        for form in (weight, weight.mT.contiguous().mT):
+        for form in (weight, weight.mT.contiguous().mT)[: 2 if case is CASES[0] else 1]:
             args = (form.detach().requires_grad_(), inputs["index"], norm, 1e-6, None, None, "auto")
             opcheck(torch.ops.drseg.degree_normalize.default, args)

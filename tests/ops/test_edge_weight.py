@@ -96,7 +96,8 @@ def test_opcheck(dtype, masked):
     for case in CASES[:3]:
         inputs = EDGE_WEIGHT.make_inputs(case, dtype)
         source = inputs["source"]
-        for form in (source, source.mT.contiguous().mT, source.repeat(1, 1, 2)[..., ::2]):
+        forms = (source, source.mT.contiguous().mT, source.repeat(1, 1, 2)[..., ::2])
+        for form in forms[: 3 if case is CASES[0] else 1]:
             args = [form, inputs["target"], inputs["index"], inputs["vector"], inputs["bias"]]
             args = [value.detach().requires_grad_() if value.is_floating_point() else value for value in args]
             mask = inputs["mask"] if masked else None

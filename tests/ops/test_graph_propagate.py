@@ -40,7 +40,8 @@ def test_opcheck(dtype, transpose):
         inputs = {**GRAPH_PROPAGATE.make_inputs(case, dtype), "transpose": transpose}
         x = inputs["x"].requires_grad_()
         coefficient = inputs["coefficient"].requires_grad_()
-        for form in (x, x.mT.contiguous().mT, x.repeat(1, 1, 2)[..., ::2], x[:1].expand(x.shape)):
+        forms = (x, x.mT.contiguous().mT, x.repeat(1, 1, 2)[..., ::2], x[:1].expand(x.shape))
+        for form in forms[: 4 if case is CASES[0] else 1]:
             args = (form.detach().requires_grad_(), inputs["index"], coefficient, transpose, None, None, "auto")
             opcheck(torch.ops.drseg.graph_propagate.default, args)
 

@@ -128,9 +128,9 @@ def _ops_problem(module: str, target: str) -> str | None:
     role, wanted = own[-1], inside[-1]
     if own == ["graph"]:
         return None if wanted == "api" else "a graph is made of the public ops"
-    if own == ["scores"]:
+    if own in (["scores"], ["between"]):
         known = wanted == "api" or inside == ["knn_graph", "reference"]
-        return None if known else "of the scores one knows by the public ops and the decay table"
+        return None if known else f"{own[0]} is made of the public ops and the decay table"
     if own[0] != inside[0]:
         # a fused op means the composition of others, and an op may call another
         return None if role == wanted in ("api", "reference", "cases") else "an op does not import another op"
@@ -237,6 +237,7 @@ FAULTS = [
     ("drseg_core.ops.knn_graph.registration", "def f():\n    import drseg_kernels.knn_graph"),
     ("drseg_core.ops.graph_layer.reference", "from drseg_core.ops.graph_propagate import registration"),
     ("drseg_core.ops.graph", "from drseg_core.ops.csc import registration"),
+    ("drseg_core.ops.between", "from drseg_core.ops.knn_graph import registration"),
     ("drseg_core.nn.pdgr", "from drseg_core.ops._dispatch import resolve"),
     ("drseg_core.ops.knn_graph.api", "def f():\n    import drseg_kernels.knn_graph"),
     ("drseg_core.ops.knn_graph.api", "import importlib\nimportlib.import_module('triton')"),

@@ -39,14 +39,15 @@ def test_unfinished_files_of_dead_processes_go(tmp_path):
     own = own_prefix(target)
     mine = str(os.getpid())
     dead = own.replace(mine, str(dead_process()))
-    gone = [f"{dead}abc.part.tif", f"{dead}abc.part.work.tif", f"{dead}x.part"]
+    nested = f".{dead}abc.part-{dead.removeprefix('.map-')}abc.part.tif"
+    gone = [f"{dead}abc.part.tif", f"{dead}abc.part.work.tif", f"{dead}x.part", nested]
     kept = [
         f"{own}abc.part.tif",
         f"{dead}abc.part.tif".replace(".map-", ".other-"),
         ".map-notours.part.tif",
         f".map-00000000-{dead.split('-')[2]}-abc.part.tif",
     ]
-    for name in (*gone[:2], *kept):
+    for name in (*gone[:2], nested, *kept):
         (tmp_path / name).write_text("x")
     (tmp_path / gone[2]).mkdir()
     (tmp_path / gone[2] / "inside").write_text("x")
@@ -94,7 +95,7 @@ def test_a_training_that_the_disk_cannot_hold_is_refused_before(tmp_path, drseg,
     assert code == 7 and "train: the disk of" in errors and not (tmp_path / "run").exists()
 
 
-def test_a_closed_terminal_leaves_nothing(process, run, tmp_path):
+def test_a_closed_terminal_leaves_nothing_but_finished_blocks(process, run, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 1500, 1500)).astype(np.uint8)
     image = write(tmp_path / "in.tif", pixels)
     started = process("predict", run, image, "--out", tmp_path / "map.tif", "--device", "cpu")
@@ -106,4 +107,5 @@ def test_a_closed_terminal_leaves_nothing(process, run, tmp_path):
     _, errors = started.communicate(timeout=30)
     # tqdm may say a word of its own where its bar was being made
     assert started.returncode == 143 and "drseg: terminated" in errors.splitlines()
-    assert [path.name for path in tmp_path.iterdir()] == ["in.tif"]
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in ("in.tif", "key.json")]
+    assert all(path.parent.name == "map.tif.work" and path.suffix == ".block" for path in left), left

@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _slots(index: Tensor) -> int:
+    """K, and one where there is none; also of a program whose K is not known yet."""
+    count: Any = torch.sym_max(index.shape[2], 1)
+    return count
 
 
 def _column_sum(value: Tensor, neighbour: Tensor) -> Tensor:
@@ -43,9 +51,9 @@ def degree_normalize(
     ``csc``, ``indptr`` and ``perm`` of the graph's columns, is needed by nobody here.
     """
     weight = _wide(weight)
-    neighbour = index.long().clamp(0, max(index.shape[1] - 1, 0))
+    neighbour = index.long().clamp(0, torch.sym_max(index.shape[1] - 1, 0))
     if norm == "sym_count":
-        return weight / max(index.shape[2], 1)
+        return weight / _slots(index)
     if norm == "row":
         return weight / (weight.sum(-1, keepdim=True) + eps)
     start, end = _scales(weight, neighbour, norm, eps)
@@ -59,9 +67,9 @@ def degree_normalize_backward(
     """Gradient to ``weight``, through the degrees of both ends."""
     dtype = weight.dtype
     grad, weight = _wide(grad), _wide(weight)
-    neighbour = index.long().clamp(0, max(index.shape[1] - 1, 0))
+    neighbour = index.long().clamp(0, torch.sym_max(index.shape[1] - 1, 0))
     if norm == "sym_count":
-        return (grad / max(index.shape[2], 1)).to(dtype)
+        return (grad / _slots(index)).to(dtype)
     if norm == "row":
         inverse = (weight.sum(-1, keepdim=True) + eps).reciprocal()
         return (inverse * (grad - inverse * (grad * weight).sum(-1, keepdim=True))).to(dtype)

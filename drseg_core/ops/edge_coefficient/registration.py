@@ -33,6 +33,8 @@ def _refused_by_cuda(case: Mapping[str, Any]) -> str | None:
     if case["nodes"] > _MOST_NODES or case["slots"] > _MOST_SLOTS:
         got = f"{case['nodes']} and {case['slots']}"
         return f"its kernel takes at most {_MOST_NODES} nodes and {_MOST_SLOTS} slots, got {got}"
+    if case["edges"] >= 2**31:
+        return f"its kernel counts edges in 32 bits, got {case['edges']} of them"
     return None
 
 
@@ -41,9 +43,29 @@ def _in_pieces(values: Tensor, widths: Sequence[int], width: int) -> Tensor:
     return torch.cat([pad(part, (0, width - part.shape[-1])) for part in values.split(list(widths), -1)], -1)
 
 
-def _aligned(rows: Tensor) -> Tensor:
-    rows = rows.contiguous()
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+def _rows_for_cuda(halves: _edges.Halves, vector: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor, int]:
+    """Source, target, inverse norm and bias of the first layer, and the vector, as the library takes them; and E.
+
+    It reads rows 16 bytes at a time: they are filled up with zeros.
+    """
+    source, target, inverse_norm, shift = halves
+    if target is not None and target.dtype != source.dtype:
+        source, target = source.float(), target.float()
+    width = source.shape[-1] if target is not None else source.shape[-1] // 2
+    piece = 16 // source.element_size()
+    whole = max(1, -(-width // piece)) * piece
+    if whole != width:
+        source = _in_pieces(source, [width] if target is not None else [width, width], whole)
+        target = None if target is None else pad(target, (0, whole - width))
+        vector = pad(vector, (0, whole - width))
+        shift = None if shift is None else pad(shift, (0, whole - width))
+    rows = (
+        _cuda.aligned(source),
+        None if target is None else _cuda.aligned(target),
+        None if inverse_norm is None else inverse_norm.float().contiguous(),
+        None if shift is None else shift.contiguous(),
+    )
+    return rows, vector.contiguous(), width
 
 
 def _run_cuda(
@@ -63,43 +85,72 @@ def _run_cuda(
         scale = torch.full((reference.ENDS[norm], *index.shape[:2]), eps**-0.5, **like)
         weight = torch.empty(index.shape, **like)
         return (weight, weight.new_empty(0), scale) if apart else (weight.clone(), weight, scale)
-    source, target, inverse_norm, shift = halves
-    if target is not None and target.dtype != source.dtype:
-        source, target = source.float(), target.float()
-    width = source.shape[-1] if target is not None else source.shape[-1] // 2
-    # rows are read 16 bytes at a time
-    piece = 16 // source.element_size()
-    whole = max(1, -(-width // piece)) * piece
-    if whole != width:
-        source = _in_pieces(source, [width] if target is not None else [width, width], whole)
-        target = None if target is None else pad(target, (0, whole - width))
-        vector = pad(vector, (0, whole - width))
-        shift = None if shift is None else pad(shift, (0, whole - width))
+    rows, wide_vector, _ = _rows_for_cuda(halves, vector)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, **like).masked_fill_(mask.logical_not(), -torch.inf)
-    given = (
-        _aligned(source),
-        None if target is None else _aligned(target),
-        None if inverse_norm is None else inverse_norm.float().contiguous(),
-        None if shift is None else shift.contiguous(),
-        _native.neighbours(index),
-        vector.contiguous(),
-        bias,
-        None if mask is None else mask.float().contiguous(),
-    )
+    scores = None if mask is None else mask.float().contiguous()
+    given = (*rows, _native.neighbours(index), wide_vector, bias, scores)
     weight, coefficient, scale = torch.ops.drseg_native_cuda.edge_coefficient(*given, _CUDA_NORMS[norm], eps, apart)
     return (weight, coefficient.view(0), scale) if apart else (coefficient, weight, scale)
+
+
+_logit_gradients = _triton.launcher("edge_coefficient", "logit_gradients")
+_triton_backward = _triton.launcher("edge_coefficient", "edge_coefficient_backward")
+_columns_of = _triton.launcher("csc", "csc")
+
+
+def _run_cuda_backward(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    halves: _edges.Halves,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    norm: str,
+    eps: float,
+    apart: bool,
+    output_mask: Sequence[bool],
+    csc: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """As the Triton launcher, whose kernels lead through softplus and the degrees and make the columns of the graph."""
+    stacked = halves[1] is None
+    wants_source, wants_target = output_mask[0], output_mask[0] if stacked else output_mask[1]
+    wants_parameters = any(output_mask[2:])
+    if index.numel() == 0:
+        return _triton_backward(grad, weight, scale, halves, index, vector, bias, norm, eps, apart, output_mask, csc)
+    slope, csc = _logit_gradients(grad, weight, scale, index, norm, eps, apart, csc)
+    near = _native.neighbours(index)
+    rows, wide_vector, width = _rows_for_cuda(halves, vector)
+    indptr, perm = _native.columns(csc or _columns_of(near)) if wants_target else (None, None)
+    given = (slope.float().contiguous(), *rows, near, wide_vector, indptr, perm, wants_source or wants_parameters)
+    to_source, to_target, sums = torch.ops.drseg_native_cuda.edge_gradients(*given)
+    whole = wide_vector.shape[0]
+    if whole != width:
+        # without what filled the rows up
+        to_source = torch.cat([part[..., :width] for part in to_source.split(whole, -1)], -1)
+        to_target = to_target[..., :width].contiguous()
+    source, target, _, shift = halves
+    nothing = source.new_empty(0)
+    to_vector, to_shift, to_bias = sums.split([whole, whole, 1]) if wants_parameters else (nothing,) * 3
+    return (
+        to_source.to(source.dtype) if wants_source else nothing,
+        nothing if target is None else to_target.to(target.dtype),
+        to_vector[:width].to(vector.dtype),
+        to_bias.to(bias.dtype).view(bias.shape) if wants_parameters else nothing,
+        nothing if shift is None else to_shift[:width].to(shift.dtype),
+    )
 
 
 _dispatch.add_fusion(
     "edge_coefficient",
     ("edge_weight", "degree_normalize"),
     reference.compose,
-    # what it keeps is what the other kernels keep, whose backward it has
     _cuda.backend(
         _run_cuda,
-        _triton.launcher("edge_coefficient", "edge_coefficient_backward"),
+        _run_cuda_backward,
         "edge_coefficient",
+        "edge_gradients",
         refuses=_refused_by_cuda,
         dtypes=(torch.float32, torch.bfloat16),
         raw=True,
@@ -109,7 +160,7 @@ _dispatch.add_fusion(
 
 
 def _case(norm: str, index: Tensor) -> dict[str, Any]:
-    return {"norm": norm, "nodes": index.shape[1], "slots": index.shape[2]}
+    return {"norm": norm, "nodes": index.shape[1], "slots": index.shape[2], "edges": index.numel()}
 
 
 def _run(

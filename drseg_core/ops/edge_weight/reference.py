@@ -29,6 +29,12 @@ def softplus(value: Tensor) -> Tensor:
     return torch.logaddexp(value, torch.zeros((), dtype=value.dtype, device=value.device))
 
 
+def at_neighbour(value: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``value`` (B, N, E) at the ends of the edges ``index`` (B, N, K), all at once: (B, N, K, E)."""
+    end = index.long().clamp(0, torch.sym_max(index.shape[1] - 1, 0)).flatten(1)
+    return value.gather(1, end.unsqueeze(-1).expand(-1, -1, value.shape[-1])).unflatten(1, index.shape[1:])
+
+
 def edge_weight(
     source: Tensor,
     target: Tensor,
@@ -48,6 +54,11 @@ def edge_weight(
     """
     source, target, vector, bias = _wide(source, target, vector, bias)
     batch, nodes, k = index.shape
+    if isinstance(batch * nodes, torch.SymInt):
+        # a program for every size has no loop over samples
+        near = at_neighbour(target, index)
+        weight = softplus(((source.unsqueeze(2) + near).relu() * vector).sum(-1) + bias)
+        return weight if mask is None else weight * mask
     neighbour = index.long().clamp(0, max(nodes - 1, 0))
     block = _row_block(target, k, block)
     samples = []

@@ -24,7 +24,7 @@ def _to(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...
 
 def at_both_ends(value: Tensor, index: Tensor, scale: Tensor) -> Tensor:
     """Values (B, N, K) of edges times the scales (B, N) of both of their ends, in the wider dtype of the two."""
-    neighbour = index.long().clamp(0, max(index.shape[1] - 1, 0))
+    neighbour = index.long().clamp(0, torch.sym_max(index.shape[1] - 1, 0))
     return value * scale[:, :, None] * scale.gather(1, neighbour.flatten(1)).view(neighbour.shape)
 
 

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drseg_core.ops import _dispatch, _triton
+from drseg_core.ops import _cuda, _dispatch, _native, _triton
 from drseg_core.ops._registration import (
     Differentiable,
     asked_for,
@@ -22,14 +22,121 @@ from drseg_core.ops._registration import (
 )
 from drseg_core.ops.graph_layer import reference
 
+# as the CUDA library counts them
+_CUDA_ACTIVATIONS = {"none": 0, "relu": 1, "layer_norm": 2}
+_MOST_NODES, _MOST_SLOTS, _MOST_CHANNELS = 1024, 128, 8192
+
+
+def _refused_by_cuda(case: Mapping[str, Any]) -> str | None:
+    if case["undirected"]:
+        return "its kernel follows edges in one direction"
+    if case["bytes"] % 16:
+        return f"its kernel takes rows that are multiples of 16 bytes, got {case['bytes']} bytes"
+    sizes = case["nodes"], case["slots"], case["channels"]
+    if any(size > most for size, most in zip(sizes, (_MOST_NODES, _MOST_SLOTS, _MOST_CHANNELS), strict=True)):
+        most = f"{_MOST_NODES} nodes, {_MOST_SLOTS} slots and {_MOST_CHANNELS} channels"
+        return f"its kernel takes at most {most}, got {sizes[0]}, {sizes[1]} and {sizes[2]}"
+    if case["edges"] >= 2**31:
+        return f"its kernel counts edges in 32 bits, got {case['edges']} of them"
+    return None
+
+
+def _run_cuda(
+    x: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: str,
+    eps: float,
+    undirected: bool,
+    keep: bool,
+    csc: tuple[Tensor, Tensor] | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Arguments and results as those of the Triton launcher; ``undirected`` is False, ``csc`` is not used."""
+    graph = (_native.neighbours(index), coefficient.float().contiguous(), scale)
+    parameters = [None if value is None else value.contiguous() for value in (bias, norm_weight, norm_bias)]
+    given = (_cuda.aligned(x), *graph, *parameters)
+    y, *kept = torch.ops.drseg_native_cuda.graph_layer(*given, _CUDA_ACTIVATIONS[activation], eps)
+    return y, *(kept if keep and activation == "layer_norm" else (value.new_empty(0) for value in kept))
+
+
+_before_activation = _triton.launcher("graph_layer", "before_activation")
+_triton_backward = _triton.launcher("graph_layer", "graph_layer_backward")
+_columns_of = _triton.launcher("csc", "csc")
+
+
+def _run_cuda_backward(
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    y: Tensor,
+    given: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: str,
+    undirected: bool,
+    output_mask: Sequence[bool],
+    csc: tuple[Tensor, Tensor] | None = None,
+    added: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """As the Triton launcher, whose kernels lead through the activation and make the columns of the graph."""
+    if grad.numel() == 0:
+        others = (y, given, mean, rstd, bias, norm_weight, norm_bias, activation, undirected, output_mask)
+        return _triton_backward(grad, x, index, coefficient, *others, csc, added, scale)
+    parameters = (bias, norm_weight, norm_bias)
+    wants_x, wants_coefficient = output_mask[:2]
+    wants_parameters = any(output_mask[2:]) and any(value is not None for value in parameters)
+    saved = (y, given, mean, rstd)
+    inner, *found = _before_activation(
+        grad, saved, parameters, activation, wants_x or wants_coefficient, wants_parameters
+    )
+    near = _native.neighbours(index)
+    indptr, perm = _native.columns(csc or _columns_of(near)) if wants_x else (None, None)
+    rows = (_cuda.aligned(inner.to(x.dtype)), _cuda.aligned(x))
+    graph = (near, coefficient.float().contiguous(), scale, indptr, perm)
+    on_top = None if added is None or not wants_coefficient else added.float().contiguous()
+    to_x, to_coefficient = torch.ops.drseg_native_cuda.graph_layer_backward(*rows, *graph, on_top, wants_coefficient)
+    return to_x, to_coefficient.to(coefficient.dtype), *found
+
+
 _dispatch.add_fusion(
-    "graph_layer", ("graph_propagate",), reference.compose, _triton.backend("graph_layer", raw=True), widens=True
+    "graph_layer",
+    ("graph_propagate",),
+    reference.compose,
+    _cuda.backend(
+        _run_cuda,
+        _run_cuda_backward,
+        "graph_layer",
+        "graph_layer_backward",
+        refuses=_refused_by_cuda,
+        dtypes=(torch.float32, torch.bfloat16),
+        raw=True,
+    ),
+    _triton.backend("graph_layer", raw=True),
+    widens=True,
 )
 
 
-def _resolve(x: Tensor, backend: str, *others: Tensor | None) -> _dispatch.Backend:
+def _resolve(x: Tensor, index: Tensor, undirected: bool, backend: str, *others: Tensor | None) -> _dispatch.Backend:
     names = ("coefficient", "scale", "bias", "norm_weight", "norm_bias")
-    return _dispatch.resolve("graph_layer", x, backend, **dict(zip(names, others, strict=True)))
+    nodes, channels = x.shape[-2:]
+    case = {
+        "nodes": nodes,
+        "slots": index.shape[-1],
+        "channels": channels,
+        "bytes": channels * x.element_size(),
+        "undirected": undirected,
+        "edges": index.numel(),
+    }
+    return _dispatch.resolve("graph_layer", x, backend, case, **dict(zip(names, others, strict=True)))
 
 
 def _run(
@@ -48,7 +155,7 @@ def _run(
     perm: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    chosen = _resolve(x, backend, coefficient, scale, bias, norm_weight, norm_bias)
+    chosen = _resolve(x, index, undirected, backend, coefficient, scale, bias, norm_weight, norm_bias)
     options = (bias, norm_weight, norm_bias, activation, eps, undirected, keep, columns(indptr, perm))
     with _dispatch.without_autocast(x):
         if chosen.raw:
@@ -79,7 +186,7 @@ def _run_backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     parameters = (bias, norm_weight, norm_bias)
-    chosen = _resolve(x, backend, coefficient, scale, *parameters)
+    chosen = _resolve(x, index, undirected, backend, coefficient, scale, *parameters)
     options = (y, given, mean, rstd, *parameters, activation, undirected, output_mask, columns(indptr, perm))
     with _dispatch.without_autocast(x):
         if chosen.raw:

@@ -21,6 +21,16 @@ def _row_block(x: Tensor, k: int, block: int | None) -> int:
     return block or max(1, _BLOCK_BYTES // max(1, k * x.shape[-1] * x.element_size()))
 
 
+def _at_once(x: Tensor, index: Tensor, coefficient: Tensor, transpose: bool) -> Tensor:
+    """:func:`graph_propagate` with a message (C,) for every edge, (B, N, K, C) of them."""
+    end = index.long().clamp(0, torch.sym_max(index.shape[1] - 1, 0)).flatten(1)
+    end = end.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    if transpose:
+        message = coefficient.unsqueeze(-1) * x.unsqueeze(2)
+        return torch.zeros_like(x).scatter_add(1, end, message.flatten(1, 2))
+    return (coefficient.unsqueeze(-1) * x.gather(1, end).unflatten(1, index.shape[1:])).sum(2)
+
+
 def graph_propagate(
     x: Tensor,
     index: Tensor,
@@ -41,6 +51,9 @@ def graph_propagate(
     dtype = x.dtype
     x, coefficient = _wide(x, coefficient)
     batch, nodes, k = index.shape
+    if isinstance(batch * nodes, torch.SymInt):
+        # a program for every size has no loop over samples
+        return _at_once(x, index, coefficient, transpose).to(dtype)
     neighbour = index.long().clamp(0, max(nodes - 1, 0))
     block = _row_block(x, k, block)
     samples = []

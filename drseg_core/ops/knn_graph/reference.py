@@ -9,6 +9,11 @@ from torch import Tensor
 # Bytes of one block of scores; a few buffers of this size live at a time.
 _BLOCK_BYTES = 32 << 20
 
+ACROSS = "across"
+"""A form of a grid of two rows, for ``knn_between``: the cosine, less what puts a node's own row behind the other."""
+# cosines differ by two at most
+_BEHIND = 4.0
+
 
 def decay_table(
     grid: tuple[int, int],
@@ -24,6 +29,8 @@ def decay_table(
     once, so that every backend reads the same numbers.
     """
     h, w = grid
+    if form == ACROSS:
+        return torch.tensor([_BEHIND, 0.0], dtype=dtype, device=device)[:, None].repeat(1, w)
     dy = torch.arange(h, dtype=torch.float64, device=device)[:, None]
     dx = torch.arange(w, dtype=torch.float64, device=device)[None, :]
     longest = ((h - 1) ** 2 + (w - 1) ** 2) ** 0.5
@@ -133,6 +140,7 @@ def knn_graph_at_once(
     decay: float,
     form: str,
     include_self: bool,
+    radius: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same without a loop or a question about sizes, all N x N scores at once: what a traced program is given."""
     batch, nodes, _ = prior.shape
@@ -140,17 +148,19 @@ def knn_graph_at_once(
     everyone = torch.arange(nodes, device=prior.device)
     y, x = everyone // width, everyone % width
     down, right = (y[:, None] - y).abs().double(), (x[:, None] - x).abs().double()
-    relative = (down.square() + right.square()).sqrt()
-    relative = relative / relative.amax().clamp_min(1.0)
+    distance = (down.square() + right.square()).sqrt()
+    relative = distance / distance.amax().clamp_min(1.0)
     if form == "gauss":
         relative = relative.square()
-    term = decay * relative
+    term = _BEHIND * (down == 0) if form == ACROSS else decay * relative
     term = (torch.exp(-term) if form in ("multiplicative", "product") else term).to(wide)
     rows, bad = prior.double(), inverse_norm.isnan()
     cosine = (rows @ rows.mT).to(wide) * inverse_norm[:, :, None] * inverse_norm[:, None]
     value = combine(cosine, term, form)
+    if radius is not None:
+        value = value.masked_fill(distance > radius, torch.nan)
     diagonal = everyone[:, None] == everyone
-    key = value.masked_fill(bad[:, None] | bad[:, :, None], -torch.inf)
+    key = value.masked_fill(value.isnan(), -torch.inf).masked_fill(bad[:, None] | bad[:, :, None], -torch.inf)
     key = key.masked_fill(diagonal, torch.inf if include_self else -torch.inf)
     key = key.masked_fill(bad[:, :, None] & ~diagonal, -torch.inf)
     own = everyone.repeat(batch)

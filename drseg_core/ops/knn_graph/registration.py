@@ -144,6 +144,8 @@ def _run(
     chosen = _dispatch.resolve("knn_graph", prior, backend, {"nodes": prior.shape[1]})
     table = decay_table((height, width), decay, form, inverse_norm, radius)
     raw = (rounded, residual) if chosen.raw else ()
+    # a table of its own, subtracted as that of others is
+    form = "additive" if form == reference.ACROSS else form
     with _dispatch.without_autocast(prior):
         return chosen.run(prior, inverse_norm, table, k, form, include_self, *raw)
 
@@ -160,8 +162,9 @@ def _plain(
     form: str,
     include_self: bool,
     backend: str,
+    radius: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return reference.knn_graph_at_once(prior, inverse_norm, height, width, k, decay, form, include_self)
+    return reference.knn_graph_at_once(prior, inverse_norm, height, width, k, decay, form, include_self, radius)
 
 
 def _fake(

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``drseg predict`` says and does about one scene or many, whatever the model."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from drseg_core.cli.failures import failure
+from drseg_core.cli.parsers import check_output
+from drseg_core.cli.view import check_page, write_pages
+from drseg_core.errors import ConfigError, DRSegError, RasterError
+
+if TYPE_CHECKING:
+    from drseg_core.scenes.many import Outcome, Shard
+    from drseg_core.scenes.predict import Mapper
+    from drseg_core.scenes.sources import Scene
+
+IMAGE_HELP = (
+    "GeoTIFF, PNG or JPEG of any size, VRT, folder, glob, @FILE with one of these a line, or STAC items (.json); one "
+    "or several"
+)
+OUT_HELP = "class raster to write (.tif); for several scenes a folder, or a pattern with {name}, {number} or {folder}"
+
+
+def add_many_arguments(parser: Any) -> None:
+    """Options of calls over many scenes, or by many processes."""
+    many = parser.add_argument_group("many scenes, many processes")
+    many.add_argument("--keep-going", action="store_true", help="list scenes that fail (exit code 8), map the others")
+    many.add_argument("--report", type=str | None, metavar="FILE", help="JSON file that says what became of each scene")
+    many.add_argument(
+        "--shard",
+        type=str | None,
+        metavar="I/N",
+        help="make only the I-th of N parts of the blocks, for arrays of jobs; a call without it then writes the maps",
+    )
+    many.add_argument(
+        "--cluster",
+        type=str | None,
+        metavar="ADDRESS|N",
+        help="workers of a Dask scheduler (tcp://HOST:PORT), or N processes of this machine, make the blocks",
+    )
+    many.add_argument(
+        "--mosaic",
+        type=Literal["blend", "apart"],
+        default="blend",
+        help="maps of scenes that overlap on one grid agree there, or each is left as it is",
+    )
+    many.add_argument("--asset", type=str | None, metavar="KEY", help="of STAC items: the key of the image")
+    many.add_argument(
+        "--remote",
+        action="store_true",
+        help="scenes may lie elsewhere: addresses that begin with https://, http:// or s3://",
+    )
+
+
+def given_scenes(args: Any) -> list[Scene]:
+    """The scenes of the command line, each with where its map goes."""
+    from drseg_core.scenes.sources import list_scenes, with_outputs
+
+    scenes = list_scenes(args.image, asset=args.asset, remote=args.remote)
+    return with_outputs(scenes, args.out, args.polygons)
+
+
+def given_shard(args: Any) -> Shard | None:
+    """The part of ``--shard``, if there is one."""
+    from drseg_core.scenes.many import Shard
+
+    return None if args.shard is None else Shard.of(args.shard)
+
+
+def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path | None]) -> None:
+    """Refuse, before all work, what cannot be written; with ``--keep-going`` it is listed with the rest.
+
+    Raises:
+        ConfigError: an output exists or cannot be written.
+        RasterError: one of several scenes is no file.
+    """
+    from drseg_core.scenes.block_store import is_complete, work_folder
+    from drseg_core.scenes.files import check_outputs
+    from drseg_core.view.page import page_path
+
+    given_shard(args)
+    if args.cluster is not None and (args.shard is not None or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise ConfigError("--cluster makes all blocks; expected neither --shard nor torchrun beside it")
+    report = None if args.report is None else Path(args.report)
+    if report is not None:
+        if report.is_dir() or not report.absolute().parent.is_dir():
+            raise ConfigError(f"--report is not writable; expected a file in a folder that exists, got {report}")
+
+    def overwrites(scene: Scene) -> bool:
+        # an interrupted call goes on; whether these are its files is looked at where its blocks are
+        out = Path(str(scene.out))
+        return args.overwrite or work_folder(out).is_dir() or is_complete(work_folder(str(scenes[0].out)), out)
+
+    for scene in scenes if args.view else ():
+        check_page(page_path(str(scene.out)), overwrite=overwrites(scene), inputs=[scene.image, *inputs])
+    if args.keep_going:
+        return
+    for scene in scenes:
+        if len(scenes) > 1 and not scene.image.startswith("/vsi") and not Path(scene.image).is_file():
+            raise RasterError(f"predict: {scene.image} is not a file; expected an image (--keep-going maps the others)")
+        out = Path(str(scene.out))
+        overwrite = overwrites(scene)
+        check_output(out, overwrite=overwrite, inputs=[Path(scene.image)])
+        check_outputs(
+            scene.image,
+            out,
+            overwrite=overwrite,
+            inputs=inputs,
+            scores=args.scores,
+            probabilities=args.probabilities,
+            polygons=scene.polygons,
+        )
+
+
+def map_and_say(args: Any, scenes: Sequence[Scene], recipe: Callable[..., Mapper]) -> Mapper:
+    """Map the scenes with the mapper that ``recipe(device=)`` makes, say what became of them, and return it.
+
+    Raises:
+        DRSegError: some scenes failed (exit code 8).
+    """
+    from drseg_core.scenes.cluster import open_cluster
+    from drseg_core.scenes.many import map_scenes
+    from drseg_core.training.distributed import process_group
+
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(process_group(args.device, patient=True))
+        cluster = None
+        if args.cluster is not None:
+            workers = functools.partial(recipe, device=args.device)
+            cluster = stack.enter_context(open_cluster(args.cluster, workers))
+        together = group.world_size > 1
+        many = len(scenes) > 1
+
+        def done(outcome: Outcome) -> None:
+            if many and not together:
+                _say(outcome)
+
+        mapper = recipe(device=str(group.device) if together else args.device)
+        outcomes = map_scenes(
+            mapper,
+            scenes,
+            explain=lambda error: failure(error, "predict"),
+            processes=group,
+            shard=given_shard(args),
+            cluster=cluster,
+            mosaic=args.mosaic == "blend",
+            keep_going=args.keep_going,
+            overwrite=args.overwrite,
+            report=None if args.report is None else Path(args.report),
+            done=done,
+            progress=group.is_main,
+        )
+        if not group.is_main:
+            return mapper
+    if many and together:
+        for outcome in outcomes:
+            _say(outcome)
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if not many and not failed:
+        _say_one(outcomes[0])
+    if args.view:
+        write_pages(mapper, [outcome for outcome in outcomes if outcome.state == "mapped"])
+    if many:
+        word = "mapped" if args.shard is None else f"shard {args.shard} made of"
+        print(f"{word}: {len(outcomes) - len(failed)} of {len(outcomes)} scenes")
+    if args.report is not None:
+        print(f"written: {args.report}")
+    if failed:
+        if not many:
+            _say(failed[0])
+        error = DRSegError(f"predict: {len(failed)} of {len(outcomes)} scenes failed: {failed[0].image}, ...")
+        error.exit_code = 8
+        raise error
+    return mapper
+
+
+def _say(outcome: Outcome) -> None:
+    if outcome.error is not None:
+        print(f"failed: {outcome.image}: {outcome.error.removeprefix('drseg: error: ')}", file=sys.stderr)
+    elif outcome.state == "mapped":
+        print(f"mapped: {outcome.image} -> {outcome.out}", flush=True)
+
+
+def _say_one(outcome: Outcome) -> None:
+    from drseg_core.cli.predict import areas_text
+
+    if outcome.state != "mapped":
+        print(f"made: blocks beside {outcome.out}")
+        return
+    areas = next(name for name in outcome.files if name.endswith("_areas.csv"))
+    print(areas_text(Path(areas).read_text(encoding="utf-8")))
+    for name in outcome.files:
+        print(f"written: {name}")

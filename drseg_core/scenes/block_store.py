@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is finished of a map, in a folder beside it: whoever makes the rest begins there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drseg_core.errors import ConfigError
+from drseg_core.files import atomic_path, own_prefix, write_text_atomic
+
+_log = logging.getLogger(__name__)
+
+__all__ = ["BlockStore", "share", "work_folder"]
+
+_DIGEST = 32
+_KEY, _DONE, _COMPLETE = "key.json", "done.json", "complete.json"
+
+
+def work_folder(out: str | Path) -> Path:
+    """Where the finished blocks of a map are kept until it is complete.
+
+    Example:
+        >>> from drseg_core.scenes.block_store import work_folder
+        >>> work_folder("maps/town.tif").name
+        'town.tif.work'
+    """
+    path = Path(out)
+    return path.with_name(f"{path.name}.work")
+
+
+def share(numbers: Sequence[int], part: int, parts: int) -> Sequence[int]:
+    """One part of some: neighbours stay together, as they share tiles.
+
+    Example:
+        >>> from drseg_core.scenes.block_store import share
+        >>> [list(share(range(7), part, 3)) for part in range(3)]
+        [[0, 1], [2, 3], [4, 5, 6]]
+    """
+    return numbers[len(numbers) * part // parts : len(numbers) * (part + 1) // parts]
+
+
+class BlockStore:
+    """Named groups of arrays in a folder. Each is written as a whole or not at all, and carries a checksum over its
+    bytes, its name and the key of the folder, so that what is damaged or of another map is never taken.
+
+    Args:
+        folder: made when the first group is saved.
+        facts: all that the blocks depend on: model, options, scene. Its hash is the key.
+
+    Example:
+        >>> import numpy as np
+        >>> from drseg_core.scenes.block_store import BlockStore
+        >>> store = BlockStore("map.tif.work", {"model": "5f3a", "tile_size": 384})
+        >>> store.open()
+        >>> store.save("block-0", {"label": np.zeros((2, 3), np.uint8)})
+        >>> store.load("block-0")["label"].shape, store.load("block-1")
+        ((2, 3), None)
+        >>> BlockStore("map.tif.work", {"model": "5f3a", "tile_size": 256}).load("block-0") is None
+        True
+    """
+
+    def __init__(self, folder: str | Path, facts: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self._text = json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str, indent=1)
+        self._key = hashlib.sha256(self._text.encode()).digest()
+
+    @classmethod
+    def at(cls, folder: str | Path) -> BlockStore:
+        """What lies in a folder, of whatever facts, to be read."""
+        store = cls(folder, {})
+        with contextlib.suppress(FileNotFoundError):
+            store._text = (store.folder / _KEY).read_text(encoding="utf-8")
+            store._key = hashlib.sha256(store._text.encode()).digest()
+        return store
+
+    def open(self, *, alone: bool = True) -> None:
+        """Begin, or go on where these facts left off.
+
+        Args:
+            alone: what is there of other facts is removed; otherwise it is refused, as others may be at it.
+
+        Raises:
+            ConfigError: the folder is of another map.
+        """
+        path = self.folder / _KEY
+        if self.folder.exists() and not self._is_own():
+            if not alone:
+                raise ConfigError(
+                    f"predict: {self.folder} is of another model, scene, device or other options; expected {path} as "
+                    "this call has it, or no such folder"
+                )
+            _log.warning("%s is of another model, scene, device or other options, and is begun anew", self.folder)
+            self.remove()
+        if not path.exists():
+            write_text_atomic(path, self._text)
+
+    def _is_own(self) -> bool:
+        try:
+            return (self.folder / _KEY).read_text(encoding="utf-8") == self._text
+        except (OSError, UnicodeDecodeError):
+            # begun, and killed before it had a key: then nothing else is in it
+            return not any(self.folder.glob("*.block"))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.block"
+
+    def has(self, name: str) -> bool:
+        """Whether there is a group of this name; :meth:`load` says whether it is sound."""
+        return self._path(name).exists()
+
+    def _checksum(self, name: str, content: memoryview) -> bytes:
+        digest = hashlib.sha256(self._key + name.encode())
+        digest.update(content)
+        return digest.digest()
+
+    def remove_empty(self) -> None:
+        """Leave no folder in which nothing is finished."""
+        if not (self.folder / _DONE).exists() and not any(self.folder.glob("*.block")):
+            self.remove()
+
+    def save(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep a group of arrays, durably."""
+        content = io.BytesIO()
+        np.savez(content, **arrays)  # type: ignore[arg-type]
+        view = content.getbuffer()
+        with atomic_path(self._path(name)) as temporary, open(temporary, "wb") as file:
+            file.write(self._checksum(name, view))
+            file.write(view)
+
+    def load(self, name: str) -> dict[str, NDArray[Any]] | None:
+        """A group of arrays; None, and a word, where it is not there or not sound."""
+        path = self._path(name)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        if self._checksum(name, memoryview(content)[_DIGEST:]) != content[:_DIGEST]:
+            _log.warning("%s is damaged or of another map, and is made again", path)
+            return None
+        with np.load(io.BytesIO(content[_DIGEST:]), allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+
+    def finishing(self, outputs: Mapping[Path, Path], blended: Sequence[str] = ()) -> None:
+        """Note what the complete outputs are, before they are put in place.
+
+        Args:
+            outputs: each output with the complete file that becomes it.
+            blended: the neighbours that have a share in them.
+        """
+        marks = {out.name: _mark(now) for out, now in outputs.items()}
+        write_text_atomic(self.folder / _DONE, json.dumps({"outputs": marks, "blended": sorted(blended)}))
+
+    def finished(self, outputs: Sequence[Path], blended: Sequence[str] = ()) -> bool:
+        """Whether the outputs are those of :meth:`finishing`, all in their place."""
+        return self._note().get("blended") == sorted(blended) and all(self.placed(path) for path in outputs)
+
+    def placed(self, output: Path) -> bool:
+        """Whether this file is one that this map put in its place."""
+        return output.exists() and self._note().get("outputs", {}).get(output.name) == _mark(output)
+
+    def _note(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / _DONE).read_text(encoding="utf-8")) if self._is_own() else {}
+        except (OSError, ValueError):
+            return {}
+
+    def remove_blocks(self) -> None:
+        """Leave nothing but the note of what is complete."""
+        for path in self.folder.glob("*.block"):
+            path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Leave nothing. It is gone at once: what a killed process left of it is removed with its unfinished files."""
+        out = self.folder.with_suffix("")
+        gone = self.folder.with_name(f"{own_prefix(out)}work.part")
+        with contextlib.suppress(FileNotFoundError):
+            self.remove_blocks()
+            self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def note_complete(first: Path, outputs: Sequence[Path]) -> None:
+    """Note in the folder of a call's first scene that all outputs of the call are in place, so that the folders of the
+    others may go before it."""
+    write_text_atomic(first / _COMPLETE, json.dumps({str(path.absolute()): _mark(path) for path in outputs}))
+
+
+def is_complete(first: Path, output: Path) -> bool:
+    """Whether an output is still as :func:`note_complete` says."""
+    try:
+        return json.loads((first / _COMPLETE).read_text(encoding="utf-8"))[str(output.absolute())] == _mark(output)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _mark(path: Path) -> list[int]:
+    """What a file keeps where it is renamed."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]

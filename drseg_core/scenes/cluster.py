@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks made by the workers of a Dask cluster, or of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from drseg_core.errors import DRSegError
+from drseg_core.extras import require
+from drseg_core.scenes.mosaic import Neighbour
+from drseg_core.scenes.predict import Mapper, Work
+from drseg_core.scenes.sources import Scene
+
+_PARTS = 2
+"""Of each scene for each worker: one that is slow holds up little."""
+
+
+class Cluster:
+    """Workers that see the same files. :func:`open_cluster` makes one.
+
+    Args:
+        client: of ``distributed``.
+        recipe: makes the mapper in a worker.
+    """
+
+    def __init__(self, client: Any, recipe: Callable[[], Mapper]) -> None:
+        self._client, self._recipe, self._name = client, recipe, uuid.uuid4().hex
+        self.parts = _PARTS * max(len(client.scheduler_info(n_workers=-1)["workers"]), 1)
+
+    def make(
+        self, scenes: Sequence[tuple[Scene, tuple[Neighbour, ...]]], step: str, *, overwrite: bool = False
+    ) -> list[Exception | None]:
+        """Let the workers make one step of scenes with their neighbours; returns what went wrong with each."""
+        futures = [
+            [
+                self._client.submit(
+                    _make,
+                    self._recipe,
+                    self._name,
+                    scene,
+                    Work({}, step, part, self.parts, alone=False, neighbours=others),
+                    overwrite,
+                    torch.get_num_threads(),
+                    pure=False,
+                )
+                for part in range(self.parts)
+            ]
+            for scene, others in scenes
+        ]
+        return [next(filter(None, map(_error, some)), None) for some in futures]
+
+
+def _error(future: Any) -> Exception | None:
+    """What went wrong, as a worker or as Dask says it; waits for the worker."""
+    return future.exception() or future.result()
+
+
+@contextlib.contextmanager
+def open_cluster(where: str, recipe: Callable[[], Mapper]) -> Iterator[Cluster]:
+    """The cluster of a scheduler's address; or of a number, so many processes of this machine while it is open.
+
+    Args:
+        where: ``tcp://host:8786``, or a number.
+        recipe: makes the mapper.
+
+    Raises:
+        MissingExtraError: ``distributed`` is not installed.
+    """
+    require("predict", "cluster")
+    from distributed import Client, LocalCluster
+
+    with contextlib.ExitStack() as stack:
+        address: Any = where
+        if where.isdecimal():
+            workers = max(int(where), 1)
+            address = stack.enter_context(
+                LocalCluster(n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None)
+            )
+        yield Cluster(stack.enter_context(Client(address)), recipe)
+
+
+_mappers: dict[str, Mapper] = {}
+_reading = threading.Lock()
+
+
+def _mapper(recipe: Callable[[], Mapper], name: str) -> Mapper:
+    """The model of a cluster, read once in a worker; that of the one before goes."""
+    with _reading:
+        if name not in _mappers:
+            _mappers.clear()
+            _mappers[name] = recipe()
+        return _mappers[name]
+
+
+def _make(
+    recipe: Callable[[], Mapper], name: str, scene: Scene, work: Work, overwrite: bool, threads: int
+) -> Exception | None:
+    # sums are rounded as they are where the call was made
+    torch.set_num_threads(threads)
+    mapper = _mapper(recipe, name)
+    work = work._replace(facts=mapper.facts)
+    try:
+        mapper.write(scene.image, scene.out, polygons=scene.polygons, overwrite=overwrite, work=work, progress=False)
+    except DRSegError as error:
+        # without what it refers to, which may be no text
+        return type(error)(str(error))
+    return None

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scenes that overlap: which are neighbours, and one blend of their scores on which their maps agree."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drseg_core.data.dataset import IGNORE
+from drseg_core.errors import ResourceError
+from drseg_core.evaluation.inference import Box
+from drseg_core.scenes.block_store import BlockStore
+from drseg_core.scenes.outputs import Part
+
+_log = logging.getLogger(__name__)
+
+_APART = 1e-3
+"""By what share of a pixel two grids may differ and be one."""
+_HELD = 4
+"""Blocks of neighbours that are held at a time."""
+
+
+class Grid(NamedTuple):
+    """Where the pixels of a scene lie."""
+
+    crs: Any
+    transform: Any
+    height: int
+    width: int
+
+
+class Neighbour(NamedTuple):
+    """A scene that overlaps another: the ``folder`` of its blocks, and where it lies in the other's pixels."""
+
+    folder: str
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def meets(self, block: Box) -> bool:
+        return (
+            self.top < block.bottom
+            and block.top < self.top + self.height
+            and self.left < block.right
+            and block.left < self.left + self.width
+        )
+
+
+def neighbours(grids: Sequence[Grid | None], folders: Sequence[Path]) -> list[tuple[Neighbour, ...]]:
+    """The neighbours of each scene; None is one that cannot be opened, and has none. Scenes that overlap and lie on
+    different grids are left apart, with a word."""
+    found: list[list[Neighbour]] = [[] for _ in grids]
+    for (i, one), (j, other) in itertools.combinations(enumerate(grids), 2):
+        if one is None or other is None or one.crs is None or one.crs != other.crs:
+            continue
+        # where the first pixel of the other lies, and its last corner
+        left, top = ~one.transform @ (other.transform.c, other.transform.f)
+        right, bottom = ~one.transform @ (other.transform @ (other.width, other.height))
+        if max(0.0, min(left, right)) >= min(one.width, max(left, right)):
+            continue
+        if max(0.0, min(top, bottom)) >= min(one.height, max(top, bottom)):
+            continue
+        place = round(top), round(left)
+        apart = max(abs(top - place[0]), abs(left - place[1]))
+        apart = max(apart, abs(bottom - top - other.height), abs(right - left - other.width))
+        if apart > _APART:
+            _log.warning(
+                "%s and %s overlap on different grids, so their maps are left apart; --gsd or gdalwarp -tap makes one "
+                "grid",
+                *(folders[n].name.removesuffix(".work") for n in (i, j)),
+            )
+            continue
+        found[i].append(Neighbour(str(folders[j]), *place, other.height, other.width))
+        found[j].append(Neighbour(str(folders[i]), -place[0], -place[1], one.height, one.width))
+    return [tuple(some) for some in found]
+
+
+class _Layer(NamedTuple):
+    """What one scene says of the pixels of a block."""
+
+    weight: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    uncertainty: NDArray[np.float32]
+
+
+class Mosaic:
+    """Blends the parts of a map with those of its neighbours.
+
+    Where two or more scenes are valid, the scores of each class are their mean, weighted by how many pixels it is to
+    the scene's edge, and so is the uncertainty. The sums have one order, so all maps have the same bits there.
+
+    Args:
+        folder: of the scene's own blocks.
+        size: (H, W) of the scene.
+        others: its neighbours.
+        blocks: where the blocks of a scene of some size lie.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        size: tuple[int, int],
+        others: Sequence[Neighbour],
+        blocks: Callable[[int, int], list[Box]],
+    ) -> None:
+        self._own = Neighbour(folder, 0, 0, *size)
+        self._others, self._blocks = others, blocks
+        self._load = functools.lru_cache(maxsize=_HELD)(_load)
+
+    def blended(self, part: Part) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]] | None:
+        """Which pixels of a part are shared, and for these scores (T, n, m) and uncertainty (n, m); None if none is."""
+        block = Box(part.top, part.top + part.label.shape[0], part.left, part.left + part.label.shape[1])
+        met = [other for other in self._others if other.meets(block)]
+        if not met or part.class_scores is None:
+            return None
+        own = _Layer(
+            np.where(part.label == IGNORE, 0, _weight(self._own, block)).astype(np.float32),
+            part.class_scores,
+            np.nan_to_num(part.uncertainty),
+        )
+        layers = {self._own.folder: own, **{other.folder: self._layer(other, block, own) for other in met}}
+        shared = (own.weight > 0) & (sum((layer.weight > 0).astype(np.int32) for layer in layers.values()) > 1)
+        if not shared.any():
+            return None
+        ordered = [layers[name] for name in sorted(layers)]
+        total = functools.reduce(np.add, (layer.weight for layer in ordered)).clip(1)
+        scores = functools.reduce(np.add, (layer.weight * layer.scores for layer in ordered)) / total
+        uncertainty = functools.reduce(np.add, (layer.weight * layer.uncertainty for layer in ordered)) / total
+        return shared, scores, uncertainty
+
+    def _layer(self, other: Neighbour, block: Box, like: _Layer) -> _Layer:
+        found = _Layer(*(np.zeros_like(value) for value in like))
+        for number, place in self._met(other, block):
+            part = self._load(other.folder, number)
+            top, left = max(place.top, block.top), max(place.left, block.left)
+            bottom, right = min(place.bottom, block.bottom), min(place.right, block.right)
+            here = slice(top - block.top, bottom - block.top), slice(left - block.left, right - block.left)
+            there = slice(top - place.top, bottom - place.top), slice(left - place.left, right - place.left)
+            weight = _weight(other, Box(top, bottom, left, right))
+            found.weight[here] = np.where(part.label[there] == IGNORE, 0, weight)
+            found.scores[:, here[0], here[1]] = part.class_scores[:, there[0], there[1]]
+            found.uncertainty[here] = np.nan_to_num(part.uncertainty[there])
+        return found
+
+    def _met(self, other: Neighbour, block: Box) -> Iterator[tuple[int, Box]]:
+        """The blocks of a neighbour that meet one, by number, in this scene's pixels."""
+        for number, box in enumerate(self._blocks(other.height, other.width)):
+            place = Box(box.top + other.top, box.bottom + other.top, box.left + other.left, box.right + other.left)
+            if Neighbour("", place.top, place.left, box.bottom - box.top, box.right - box.left).meets(block):
+                yield number, place
+
+
+def _load(folder: str, number: int) -> Any:
+    arrays = BlockStore.at(folder).load(f"block-{number}")
+    if arrays is None or "class_scores" not in arrays:
+        raise ResourceError(f"predict: block {number} in {folder} is missing; expected it, as a neighbour needs it")
+    return Part.of(arrays)
+
+
+def _weight(scene: Neighbour, block: Box) -> NDArray[np.float32]:
+    """Pixels from each pixel of a block to the nearest edge of a scene that holds it, from 1."""
+    row = np.arange(block.top, block.bottom) - scene.top
+    column = np.arange(block.left, block.right) - scene.left
+    down = np.minimum(row, scene.height - 1 - row)
+    across = np.minimum(column, scene.width - 1 - column)
+    return (np.minimum(down[:, None], across) + 1).astype(np.float32)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which scenes a call maps, and where each map goes."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from string import Formatter
+from typing import Any, NamedTuple
+
+from drseg_core.errors import ConfigError, DatasetError
+
+__all__ = ["Scene", "list_scenes", "with_outputs"]
+
+SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
+"""Of the files that are taken from a folder."""
+
+_ADDRESS = {"http://": "/vsicurl/http://", "https://": "/vsicurl/https://", "s3://": "/vsis3/"}
+_FIELDS = ("name", "number", "folder")
+# files that only say where the pixels are
+_POINTS_ELSEWHERE = re.compile(rb"\s*(<\?xml[^>]*>\s*)?<(VRTDataset|GDAL_WMS|GDAL_WMTS|WMT_MS_Capabilities)")
+_REMOTE = re.compile(rb"://|/vsi(curl|s3|gs|az|adls|oss|swift|webhdfs)")
+
+
+class Scene(NamedTuple):
+    """An ``image``, or its remote address as GDAL has it; the ``name`` that patterns take; where the map and its
+    polygons go.
+
+    Example:
+        >>> from drseg_core.scenes.sources import Scene
+        >>> Scene("scene.tif", "scene").out is None
+        True
+    """
+
+    image: str
+    name: str
+    out: Path | None = None
+    polygons: Path | None = None
+
+
+def list_scenes(words: Sequence[str], *, asset: str | None = None, remote: bool = False) -> list[Scene]:
+    """The scenes that words stand for, each once, in their order.
+
+    Args:
+        words: files; folders, for the images in them; globs; ``@FILE``, for a text file with one word a line; STAC
+            items or item collections (``.json``, ``.geojson``); addresses of http, https or s3 where ``remote``.
+        asset: of a STAC item: the key of its image.
+        remote: scenes may lie elsewhere, also those a file such as a VRT points to.
+
+    Raises:
+        ConfigError: a word stands for nothing, or for something remote.
+        DatasetError: a list or a STAC file cannot be read.
+
+    Example:
+        >>> from drseg_core.scenes.sources import list_scenes
+        >>> [scene.name for scene in list_scenes(["scene.tif", "*.tif"])]
+        ['scene']
+    """
+    found: dict[str, Scene] = {}
+    for scene in _expanded(words, asset):
+        if not remote:
+            _check_near(scene.image)
+        found.setdefault(scene.image, scene)
+    return list(found.values())
+
+
+def _expanded(words: Iterable[str], asset: str | None) -> Iterator[Scene]:
+    for word in words:
+        path = Path(word)
+        if word.startswith("@"):
+            lines = (line.strip() for line in _text(Path(word[1:])).splitlines())
+            yield from _expanded([line for line in lines if line and not line.startswith("#")], asset)
+        elif "://" in word or word.startswith("/vsi"):
+            yield Scene(address(word), Path(word).stem)
+        elif path.suffix.lower() in (".json", ".geojson"):
+            yield from _stac(path, asset)
+        elif path.is_dir():
+            images = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not images:
+                raise ConfigError(f"predict: {word} has no image; expected files such as {', '.join(SUFFIXES[:3])}")
+            yield from (Scene(str(file), file.stem) for file in images)
+        elif glob.has_magic(word) and not path.exists():
+            files = sorted(name for name in glob.glob(word, recursive=True) if Path(name).is_file())
+            if not files:
+                raise ConfigError(f"predict: {word} matches no file; expected images")
+            yield from (Scene(name, Path(name).stem) for name in files)
+        else:
+            yield Scene(word, path.stem)
+
+
+def address(word: str) -> str:
+    """What GDAL calls something remote.
+
+    Raises:
+        ConfigError: it is of a kind that is not known here.
+    """
+    if word.startswith("/vsi"):
+        return word
+    for begin, system in _ADDRESS.items():
+        if word.startswith(begin):
+            return system + word[len(begin) :]
+    raise ConfigError(f"predict: {word} has an unknown scheme; expected one of {', '.join(_ADDRESS)}")
+
+
+def _check_near(image: str) -> None:
+    """Refuse what lies elsewhere, and files that point there."""
+    if image.startswith("/vsi"):
+        raise ConfigError(f"predict: {image} is remote; expected a file, or --remote")
+    try:
+        with open(image, "rb") as file:
+            content = file.read(1024)
+            if _POINTS_ELSEWHERE.match(content):
+                content += file.read()
+                if _REMOTE.search(re.sub(rb'xmlns(:\w+)?="[^"]*"|"http://www.opengis.net[^"]*"', b"", content)):
+                    raise ConfigError(f"predict: {image} points to something remote; expected files, or --remote")
+    except OSError:
+        # said where it is opened
+        pass
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"predict: {path} cannot be read as text; {' '.join(str(error).split())}") from None
+
+
+def _stac(path: Path, asset: str | None) -> Iterator[Scene]:
+    try:
+        content = json.loads(_text(path))
+        items = content["features"] if content["type"] == "FeatureCollection" else [content]
+        for item in items:
+            key = _asset(path, item, asset)
+            yield _asset_scene(path, str(item["id"]), str(item["assets"][key]["href"]))
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise DatasetError(
+            f"predict: {path} is no STAC item or item collection; expected features with id and assets, got "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from None
+
+
+def _asset_scene(path: Path, name: str, href: str) -> Scene:
+    if "://" in href or href.startswith("/vsi"):
+        return Scene(href.removeprefix("file://") if href.startswith("file://") else address(href), name)
+    # relative to the file that names it
+    return Scene(str(path.parent / href), name)
+
+
+def _asset(path: Path, item: dict[str, Any], asset: str | None) -> str:
+    """The key of the image of an item: the one asked for, the only one, or the only one for viewing or of data."""
+    assets = item["assets"]
+    if asset is not None:
+        if asset not in assets:
+            raise ConfigError(f"predict: {path}: item {item['id']} has no asset {asset}; expected {', '.join(assets)}")
+        return asset
+    roles = {key: value.get("roles") or [] for key, value in assets.items()}
+    visual = [key for key in assets if "visual" in (key, *roles[key])]
+    data = [key for key in assets if "data" in roles[key]]
+    for fitting in (list(assets), visual, data):
+        if len(fitting) == 1:
+            return fitting[0]
+    raise ConfigError(
+        f"predict: {path}: item {item['id']} has several assets; expected --asset with one of {', '.join(assets)}"
+    )
+
+
+def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None) -> list[Scene]:
+    """The scenes with where their maps go.
+
+    Args:
+        scenes: of :func:`list_scenes`.
+        out: a file for a single scene; a folder, for ``{name}.tif`` in it; or a pattern with ``{name}``, ``{number}``
+            (from 1) or ``{folder}``, that of the scene.
+        polygons: a file or pattern likewise.
+
+    Raises:
+        ConfigError: an unknown field, or two maps would be one file.
+
+    Example:
+        >>> from drseg_core.scenes.sources import list_scenes, with_outputs
+        >>> [str(scene.out) for scene in with_outputs(list_scenes(["scene.tif"]), "maps/{number:03}_{name}.tif")]
+        ['maps/001_scene.tif']
+    """
+    if not scenes:
+        raise ConfigError("predict: no scene is given; expected files, folders or lists of them")
+    several = len(scenes) > 1 and Path(out).suffix.lower() not in (".tif", ".tiff")
+    if not _fields(out) and (out.endswith("/") or several):
+        out = f"{out.rstrip('/')}/{{name}}.tif"
+    found: list[Scene] = []
+    taken: dict[Path, str] = {}
+    for number, scene in enumerate(scenes, 1):
+        values = {"name": scene.name, "number": number, "folder": str(Path(scene.image).parent)}
+        places = [None if text is None else Path(_filled(text, values)) for text in (out, polygons)]
+        for place in places:
+            if place is not None and taken.setdefault(place.absolute(), scene.image) != scene.image:
+                raise ConfigError(
+                    f"predict: {taken[place.absolute()]} and {scene.image} have one output, {place}; expected a "
+                    "pattern such as maps/{name}.tif or maps/{number}.tif"
+                )
+        found.append(scene._replace(out=places[0], polygons=places[1]))
+    return found
+
+
+def _fields(text: str) -> list[str | None]:
+    try:
+        return [field for _, field, _, _ in Formatter().parse(text) if field is not None]
+    except ValueError:
+        # a file may have such a name
+        return []
+
+
+def _filled(text: str, values: dict[str, Any]) -> str:
+    fields = _fields(text)
+    if not fields:
+        return text
+    unknown = next((field for field in fields if field not in _FIELDS), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"predict: {text} has an unknown field {{{unknown}}}; expected {{name}}, {{number}} or {{folder}}"
+        )
+    try:
+        return text.format(**values)
+    except ValueError as error:
+        raise ConfigError(f"predict: {text} cannot be filled in; {error}") from None

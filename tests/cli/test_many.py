@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``drseg predict`` over several scenes: what it says, exit code 8, torchrun, and a call that was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from drseg_core.scenes.predict import run_mapper
+from tests.cli.conftest import ROOT
+from tests.scenes.test_many import content
+from tests.scenes.test_predict import NORTH_UP, write
+
+rasterio = pytest.importorskip("rasterio")
+from rasterio.transform import Affine  # noqa: E402
+
+SIZES = ((150, 90), (40, 40), (60, 30), (33, 80), (50, 50))
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("many")
+    generator = np.random.default_rng(0)
+    for number, size in enumerate(SIZES):
+        image = generator.integers(0, 256, (3, *size)).astype(np.uint8)
+        # none is a neighbour of another
+        place_of = NORTH_UP @ Affine.translation(1000 * number, 0)
+        write(place / f"{number}.tif", image, crs="EPSG:32632", transform=place_of)
+    return place
+
+
+@pytest.fixture(scope="module")
+def whole(run, scenes, tmp_path_factory) -> Path:
+    """The maps of one process that nobody disturbed."""
+    from drseg_core.cli.main import main
+
+    out = tmp_path_factory.mktemp("whole") / "maps"
+    assert main(["predict", str(run), str(scenes), "--out", f"{out}/{{name}}.tif", "--device", "cpu"]) == 0
+    return out
+
+
+def test_what_is_said_of_many(drseg, run, scenes, whole, tmp_path):
+    out, report = tmp_path / "maps", tmp_path / "report.json"
+    bad = tmp_path / "bad.tif"
+    bad.write_text("no image")
+    words = ["predict", run, scenes / "1.tif", bad, f"{scenes}/[23].tif", "--out", f"{out}/", "--report", report]
+    code, text, errors = drseg(*words, "--keep-going")
+    assert code == 8
+    assert f"failed: {bad}: read_scene: {bad} is not an image that GDAL reads" in errors
+    assert f"predict: 1 of 4 scenes failed: {bad}" in errors and "the same command goes on there" in errors
+    lines = text.splitlines()
+    assert f"mapped: {scenes / '1.tif'} -> {out / '1.tif'}" in lines
+    assert "mapped: 3 of 4 scenes" in lines and lines[-1] == f"written: {report}"
+    found = json.loads(report.read_text())
+    assert found["counts"]["failed"] == 1 and [scene["state"] for scene in found["scenes"]].index("failed") == 1
+    assert (out / "2.tif").read_bytes() == (whole / "2.tif").read_bytes()
+    # the first bad one ends the call, and those that exist are refused before it
+    assert drseg(*words)[0] == 3
+    code, _, errors = drseg("predict", run, f"{scenes}/*.tif", "--out", whole)
+    assert code == 2 and "--out exists; expected a new file, or --overwrite" in errors
+    code, _, errors = drseg("predict", run, scenes / "1.tif", tmp_path / "absent.tif", "--out", tmp_path / "new")
+    assert code == 3 and "absent.tif is not a file" in errors and not (tmp_path / "new").exists()
+    code, _, errors = drseg("predict", run, scenes, "--out", "map.tif")
+    assert code == 2 and "have one output, map.tif; expected a pattern such as maps/{name}.tif" in errors
+    assert drseg("predict", run, scenes, "--out", out, "--shard", "3/2")[0] == 2
+    code, _, errors = drseg("predict", run, scenes, "--out", tmp_path / "r", "--report", tmp_path / "no" / "r.json")
+    assert code == 2 and "--report is not writable" in errors
+
+
+def test_a_plan_of_many(drseg, run, scenes, tmp_path):
+    code, text, _ = drseg("predict", run, scenes, "--out", tmp_path / "maps", "--dry-run")
+    assert code == 0 and text.count("time of the model") == 5 and f"{scenes / '4.tif'}:" in text
+
+
+def test_shards(drseg, run, scenes, whole, tmp_path):
+    out = tmp_path / "maps"
+    for shard in ("2/2", "1/2"):
+        code, text, _ = drseg("predict", run, scenes, "--out", f"{out}/", "--shard", shard)
+        assert code == 0 and f"shard {shard} made of: 5 of 5 scenes" in text
+    code, text, _ = drseg("predict", run, scenes, "--out", f"{out}/")
+    assert code == 0 and content(out) == content(whole)
+
+
+def test_two_processes_write_the_bytes_of_one(run, scenes, whole, tmp_path):
+    out = tmp_path / "maps"
+    words = ["predict", str(run), str(scenes), "--out", f"{out}/{{name}}.tif", "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "drseg_core", *words], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mapped: 5 of 5 scenes") == 1 and done.stdout.count(" -> ") == 5
+    assert content(out) == content(whole)
+
+
+def test_workers_of_a_cluster_write_the_bytes_of_one(drseg, run, scenes, whole, tmp_path, monkeypatch):
+    pytest.importorskip("distributed", reason="the extra cluster is not installed")
+    # what the workers import
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "kernels"), *sys.path)))
+    bad = tmp_path / "bad.tif"
+    bad.write_text("no image")
+    words = ["predict", run, scenes, bad, "--out", tmp_path / "maps", "--device", "cpu", "--cluster", 2]
+    code, text, errors = drseg(*words, "--keep-going")
+    assert code == 8 and "mapped: 5 of 6 scenes" in text and f"failed: {bad}" in errors
+    kept = {name: data for name, data in content(tmp_path / "maps").items() if ".work" not in name}
+    assert kept == content(whole)
+    code, _, errors = drseg(*words, "--shard", "1/2")
+    assert code == 2 and "--cluster makes all blocks; expected neither --shard nor torchrun beside it" in errors
+
+
+def test_a_killed_call_goes_on(process, drseg, run, scenes, whole, tmp_path):
+    out = tmp_path / "maps"
+    words = ["predict", run, scenes, "--out", f"{out}/{{name}}.tif", "--device", "cpu"]
+    started = process(*words)
+    end = time.monotonic() + 120
+    while not list(out.glob("0.tif.work/block-[1-9].block")) and time.monotonic() < end:
+        assert started.poll() is None, started.stderr.read()
+        time.sleep(0.01)
+    started.kill()
+    started.communicate()
+    assert list(out.glob("*.work/*.block")) and not list(out.glob("4.tif"))
+    code, _, errors = drseg(*words)
+    assert code == 0 and "begun anew" not in errors and content(out) == content(whole)
+
+
+def test_blocks_of_another_precision_are_of_another_map(run):
+    facts = [run_mapper(run, device="cpu", precision=precision).facts for precision in ("float32", "bfloat16")]
+    assert [given["arithmetic"] for given in facts] == ["float32", "bfloat16"]

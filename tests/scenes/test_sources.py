@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which scenes words stand for, and where their maps go."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.scenes.reader import open_scene
+from drseg_core.scenes.sources import address, list_scenes, with_outputs
+from tests.scenes.test_predict import NORTH_UP, write
+
+rasterio = pytest.importorskip("rasterio")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.tif", "a.TIF", "deep/c.png", "deep/x/d.jpg", "notes.txt", "odd[1].tif"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("x")
+    Path("list.txt").write_text("# scenes of May\nb.tif\n\ndeep\n")
+    return tmp_path
+
+
+def images(*words: str, **options: Any) -> list[str]:
+    return [scene.image for scene in list_scenes(words, **options)]
+
+
+def test_words(place):
+    assert images("b.tif", "absent.tif") == ["b.tif", "absent.tif"]
+    assert images(".") == ["a.TIF", "b.tif", "odd[1].tif"]
+    assert images("deep/") == ["deep/c.png"]
+    assert images("*.tif", "b.tif") == ["b.tif", "odd[1].tif"]
+    assert images("deep/**/*.*") == ["deep/c.png", "deep/x/d.jpg"]
+    # a file that has the name of a pattern is a file
+    assert images("odd[1].tif") == ["odd[1].tif"]
+    assert images("@list.txt", "a.TIF") == ["b.tif", "deep/c.png", "a.TIF"]
+
+
+@pytest.mark.parametrize(
+    ("word", "kind", "said"),
+    [
+        ("empty", ConfigError, "empty has no image; expected files such as .tif"),
+        ("*.jp2", ConfigError, r"\*.jp2 matches no file"),
+        ("@absent.txt", DatasetError, "absent.txt cannot be read as text"),
+        ("ftp://host/a.tif", ConfigError, "ftp://host/a.tif has an unknown scheme; expected one of http://"),
+        ("https://host/a.tif", ConfigError, "/vsicurl/https://host/a.tif is remote; expected a file, or --remote"),
+        ("/vsis3/bucket/a.tif", ConfigError, "is remote"),
+    ],
+)
+def test_words_that_stand_for_nothing(place, word, kind, said):
+    (place / "empty").mkdir()
+    with pytest.raises(kind, match=said):
+        list_scenes([word])
+
+
+VRT = '<VRTDataset rasterXSize="4" rasterYSize="4"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>{}'
+
+
+def test_files_that_point_to_something_remote(place):
+    near = VRT.format('<SourceFilename relativeToVRT="1">b.tif</SourceFilename>')
+    Path("near.vrt").write_text(near)
+    assert images("near.vrt") == ["near.vrt"]
+    for number, source in enumerate(("/vsicurl/https://host/a.tif", "/vsis3/bucket/a.tif", "http://host/a.tif")):
+        path = Path(f"{number}.vrt")
+        # also where it is far down in the file
+        path.write_text(VRT.format(f"{' ' * 5000}<SourceFilename>{source}</SourceFilename>"))
+        with pytest.raises(ConfigError, match=f"{path} points to something remote; expected files, or --remote"):
+            list_scenes([str(path)])
+        assert images(str(path), remote=True) == [str(path)]
+    Path("service.xml").write_text("<GDAL_WMS><ServerUrl>https://host/</ServerUrl></GDAL_WMS>")
+    with pytest.raises(ConfigError, match="service.xml points to something remote"):
+        list_scenes(["service.xml"])
+
+
+def collection(*assets: dict[str, Any]) -> dict[str, Any]:
+    features = [{"type": "Feature", "id": f"item-{n}", "assets": found} for n, found in enumerate(assets)]
+    return {"type": "FeatureCollection", "features": features}
+
+
+def test_stac(place):
+    image, view = {"href": "./tiles/1.tif", "roles": ["data"]}, {"href": "view.png", "roles": ["overview"]}
+    Path("deep/items.json").write_text(json.dumps(collection({"image": image, "overview": view}, {"any": view})))
+    found = list_scenes(["deep/items.json"])
+    assert [(scene.image, scene.name) for scene in found] == [
+        ("deep/tiles/1.tif", "item-0"),
+        ("deep/view.png", "item-1"),
+    ]
+    several = {"visual": {"href": "file:///data/v.tif"}, "B04": image, "B03": image}
+    item = {**collection(several)["features"][0], "stac_version": "1.0.0"}
+    Path("item.geojson").write_text(json.dumps(item))
+    assert images("item.geojson") == ["/data/v.tif"] and images("item.geojson", asset="B04") == ["tiles/1.tif"]
+    with pytest.raises(ConfigError, match="item item-0 has no asset red; expected visual, B04, B03"):
+        list_scenes(["item.geojson"], asset="red")
+    Path("bands.json").write_text(json.dumps(collection({"B04": image, "B03": image})))
+    with pytest.raises(ConfigError, match="item item-0 has several assets; expected --asset with one of B04, B03"):
+        list_scenes(["bands.json"])
+    Path("remote.json").write_text(json.dumps(collection({"a": {"href": "s3://bucket/key.tif"}})))
+    with pytest.raises(ConfigError, match="/vsis3/bucket/key.tif is remote"):
+        list_scenes(["remote.json"])
+    assert images("remote.json", remote=True) == ["/vsis3/bucket/key.tif"]
+    for text in ("{}", "[1]", "no json", '{"type": "FeatureCollection", "features": [{"id": 1}]}'):
+        Path("bad.json").write_text(text)
+        with pytest.raises(
+            DatasetError, match="bad.json is no STAC item or item collection; expected features with id"
+        ):
+            list_scenes(["bad.json"])
+
+
+def outs(words: list[str], out: str, polygons: str | None = None) -> list[str]:
+    return [str(scene.out) for scene in with_outputs(list_scenes(words), out, polygons)]
+
+
+def test_outputs(place):
+    assert outs(["b.tif"], "map.tif") == ["map.tif"]
+    assert outs(["b.tif"], "maps/") == ["maps/b.tif"]
+    assert outs(["b.tif", "a.TIF"], "maps") == ["maps/b.tif", "maps/a.tif"]
+    assert outs(["deep/c.png", "b.tif"], "{folder}/{name}_map.tif") == ["deep/c_map.tif", "b_map.tif"]
+    assert outs(["b.tif", "a.TIF"], "m{number:03}.tif") == ["m001.tif", "m002.tif"]
+    found = with_outputs(list_scenes(["b.tif", "a.TIF"]), "{name}/m.tif", "{name}/m.gpkg")
+    assert [str(scene.polygons) for scene in found] == ["b/m.gpkg", "a/m.gpkg"]
+    # no pattern, but a name that someone may give a file
+    assert outs(["b.tif"], "m{.tif") == ["m{.tif"]
+
+
+@pytest.mark.parametrize(
+    ("out", "polygons", "said"),
+    [
+        ("map.tif", None, "b.tif and a.TIF have one output, map.tif; expected a pattern such as maps/{name}.tif"),
+        ("{name}.tif", "all.gpkg", "b.tif and a.TIF have one output, all.gpkg"),
+        ("{nmae}.tif", None, r"{nmae}.tif has an unknown field {nmae}; expected {name}, {number} or {folder}"),
+        ("{}.tif", None, "unknown field {}"),
+        ("{number:q}.tif", None, "cannot be filled in"),
+    ],
+)
+def test_outputs_that_cannot_be(place, out, polygons, said):
+    with pytest.raises(ConfigError, match=said):
+        with_outputs(list_scenes(["b.tif", "a.TIF"]), out, polygons)
+
+
+def test_no_scene():
+    with pytest.raises(ConfigError, match="no scene is given"):
+        with_outputs([], "map.tif")
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+def test_a_scene_that_lies_elsewhere(tmp_path, monkeypatch):
+    """Through GDAL's file system for http, from a server of this machine."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    image = np.random.default_rng(0).integers(0, 256, (3, 50, 60)).astype(np.uint8)
+    write(tmp_path / "far.tif", image, crs="EPSG:32632", transform=NORTH_UP)
+    monkeypatch.chdir(tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        word = f"http://127.0.0.1:{server.server_address[1]}/far.tif"
+        (scene,) = list_scenes([word], remote=True)
+        assert scene.name == "far" and scene.image == address(word)
+        with open_scene(scene.image) as opened:
+            found, valid = opened.window(0, 50, 0, 60)
+        server.shutdown()
+    assert np.array_equal(found.numpy(), image) and valid.all()
