@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import ctypes
+import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -32,8 +36,8 @@ from bench.stub import card, launched
 # a launch is none of these: they make views, or memory without content
 _FREE = """alias as_strided chunk contiguous detach detach_ empty empty_like empty_strided expand flatten linear matmul
 narrow new_empty permute reshape result_type resolve_conj resolve_neg select slice split squeeze t to to_copy transpose
-unflatten unsafe_view unsqueeze view view_as _reshape_alias _unsafe_view lift_fresh set_ resize_ item is_nonzero
-new_empty_strided _to_copy mT numpy_T clone empty_permuted detach_copy dropout""".split()
+split_with_sizes unflatten unsafe_view unsqueeze view view_as _reshape_alias _unsafe_view lift_fresh set_ resize_ item
+is_nonzero new_empty_strided _to_copy mT numpy_T clone empty_permuted detach_copy dropout""".split()
 
 
 def make(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], object]]:
@@ -63,15 +67,46 @@ def make(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], object]]:
     return {"forward": forward, "step": step}
 
 
+@contextlib.contextmanager
+def cuda_kernels() -> Iterator[None]:
+    """Within the block PDGR runs on the kernels of CUDA C++ where there are some, but for what they would compute."""
+    from drseg_core.nn import pdgr
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, {"DRSEG_EMULATOR_RUN": "0"}))
+        # the rows of a map are read by a kernel of Triton, which goes first
+        for name in ("knn_graph", "edge_coefficient", "graph_layer"):
+            by_name = functools.partial(_by_cuda, getattr(pdgr, name))
+            stack.enter_context(mock.patch.object(pdgr, name, by_name))
+        yield
+
+
+def _by_cuda(op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    return op(*arguments, **{**options, "backend": "cuda"})
+
+
+def _emulated_launches() -> int:
+    from drseg_core.ops import _cuda
+
+    if _cuda.why_not("cpu") is not None:
+        return 0
+    count = ctypes.CDLL(str(_cuda.LIBRARY.path())).drseg_native_cuda_launches
+    count.restype = ctypes.c_int64
+    return int(count())
+
+
 def launches(run: Callable[[], object]) -> dict[str, int]:
     """What one call launches: kernels of ours by name, and torch's operators that compute or copy."""
     from torch.profiler import ProfilerActivity, profile
 
     run()
     launched.clear()
+    before = _emulated_launches()
     with profile(activities=[ProfilerActivity.CPU]) as found:
         run()
     count = collections.Counter(launched)
+    if more := _emulated_launches() - before:
+        count["CUDA C++"] = more
     for event in found.events():
         name = event.name.removeprefix("aten::")
         inside = any(child.name.startswith("aten::") and child.name[6:] not in _FREE for child in event.cpu_children)
@@ -92,14 +127,24 @@ def microseconds(run: Callable[[], object], repeats: int) -> float:
 
 def one_round(repeats: int) -> dict[str, Any]:
     """Host time and launches of this process's version."""
+    from drseg_core.ops import _cuda
+
     torch.set_num_threads(1)
+    found = {}
     with card(next(target for target in TARGETS if target.arch == 90)):
         runs = make()
         runs |= {f"{name}, bfloat16": run for name, run in make(torch.bfloat16).items()}
-        counts = {name: launches(run) for name, run in runs.items()}
-        for run in runs.values():
-            microseconds(run, repeats // 4 + 1)
-        return {name: {"us": microseconds(run, repeats), "launches": counts[name]} for name, run in runs.items()}
+        ways: dict[str, Any] = {"": contextlib.nullcontext}
+        if _cuda.why_not("cpu") is None:
+            ways[", CUDA C++"] = cuda_kernels
+        for way, within in ways.items():
+            with within():
+                counts = {name: launches(run) for name, run in runs.items()}
+                for run in runs.values():
+                    microseconds(run, repeats // 4 + 1)
+                for name, run in runs.items():
+                    found[name + way] = {"us": microseconds(run, repeats), "launches": counts[name]}
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
+        if "DRSEG_NATIVE_CUDA_LIBRARY" in os.environ:
+            os.environ.pop("DRSEG_NATIVE", None)
         print(json.dumps(one_round(args.repeats)))
         return 0
     # nothing here needs the native library, and building it takes longer than the measurement
@@ -130,14 +177,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for _ in range(args.rounds):
             for source in sources:
                 found[source.name].append(child(source))
-        for what in ("forward", "step", "forward, bfloat16", "step, bfloat16"):
+        kinds = dict.fromkeys(what for rounds in found.values() for what in rounds[0])
+        for what in kinds:
             for name, rounds in found.items():
                 if what not in rounds[0]:
                     continue
                 us = statistics.median(one[what]["us"] for one in rounds)
                 count = rounds[0][what]["launches"]
                 words = ", ".join(f"{times} {op}" if times > 1 else op for op, times in count.items())
-                print(f"{what:18}{name:5}{us:8.0f} us on the host, {sum(count.values())} launches: {words}")
+                print(f"{what:28}{name:5}{us:8.0f} us on the host, {sum(count.values())} launches: {words}")
 
     try:
         if args.base is None:

@@ -20,6 +20,10 @@ extern "C" __attribute__((visibility("default"))) void drseg_native_cuda_version
 #endif
 }
 
+#ifdef DRSEG_EMULATE
+extern "C" __attribute__((visibility("default"))) int64_t drseg_native_cuda_launches() { return drseg::device::launches(); }
+#endif
+
 STABLE_TORCH_LIBRARY(drseg_native_cuda, m) {
   m.def("prepare_prior(Tensor prior, bool rounds) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(

@@ -13,13 +13,19 @@ import pytest
 import torch
 
 from bench import host
+from tests.emulator import emulated
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def found():
-    environment = {**os.environ, "DRSEG_NATIVE": "0", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    environment = {
+        **os.environ,
+        "DRSEG_NATIVE": "0",
+        emulated.VARIABLE: str(emulated.library()),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }
     command = [sys.executable, "-W", "ignore", "-m", "bench", "host", "--child", "--repeats", "3"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -45,6 +51,15 @@ def test_launches_of_a_forward_and_of_a_step(found):
     assert forward["copy_"] == step["copy_"] == own
     assert sum(forward.values()) - own <= FORWARD and sum(step.values()) - own <= STEP
     assert found["step"]["us"] > found["forward"]["us"] > 0
+
+
+def test_launches_by_cuda_kernels(found):
+    """One more than Triton's in a forward, LayerNorm's, and nine in a step, whose kernels do less in one."""
+    forward, step = (found[f"{name}, CUDA C++"]["launches"] for name in ("forward", "step"))
+    own = 3
+    assert forward["CUDA C++"] == 5 and sum(forward.values()) - own <= FORWARD + 1
+    assert step["CUDA C++"] == 15 and sum(step.values()) - own <= STEP + 9
+    assert not any("graph_layer_fwd" in name or "edge_weight" in name for name in step)
 
 
 def test_in_half_precision_weights_alone_are_cast(found):
