@@ -71,7 +71,7 @@ def color_mapper(model: ColorModel | None = None, **options: Any) -> Mapper:
         with open_scene(image) as scene:
             return Grid(scene.crs, scene.transform, scene.height, scene.width)
 
-    return Mapper(made, {"model": "color"}, grid)
+    return Mapper(made, {"model": "color"}, grid, {}, lambda scene: predictor)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
