@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from drseg_core.config.methods import METHODS, method_options
 from drseg_core.models.dino import DinoPrior
 from drseg_core.studies import paper
-from drseg_core.studies.paper import PaperRow
+from drseg_core.studies.paper import PaperRow, Published
 from drseg_core.studies.setting import Setting
 
 
@@ -47,6 +47,14 @@ DRSEG = Variant("drseg", "DR-Seg", {})
 """The configuration of a setting as it is."""
 
 
+class Section(NamedTuple):
+    """A further table of a study's page: ``rows`` as :func:`drseg_core.evaluation.report.markdown_table` takes them."""
+
+    title: str
+    rows: Sequence[Mapping[str, Any]]
+    note: str = ""
+
+
 @dataclass(frozen=True)
 class TrainingStudy:
     """A study whose variants are trained and scored.
@@ -59,6 +67,8 @@ class TrainingStudy:
         axis: what ``Variant.value`` is, in a sweep over numbers.
         reference: name of the variant that the others are compared with.
         paper: what the paper's numbers are of.
+        sections: further tables of its page.
+        published: the paper's numbers set by set, by title, for its figure.
     """
 
     name: str
@@ -68,6 +78,8 @@ class TrainingStudy:
     axis: str | None = None
     reference: str | None = None
     paper: str = paper.ABLATIONS
+    sections: tuple[Section, ...] = ()
+    published: Mapping[str, Published] | None = None
 
 
 _BASELINE = {"model.fusion.kind": "none", "model.decoder.dino_guidance": False}
@@ -147,13 +159,50 @@ def training_study_title(name: str, setting: Setting) -> str:
 
 
 def _table1(setting: Setting) -> TrainingStudy:
-    kinds = [test.spec.partition(":")[0] for test in setting.tests]
-    rows, of = paper.table1(setting.data.partition(":")[0], setting.config.model.clip.name, kinds)
+    trained_on, clip = setting.data.partition(":")[0], setting.config.model.clip.name
+    kind = {test.name: test.spec.partition(":")[0] for test in setting.tests}
+    rows, of = paper.table1(trained_on, clip, list(dict.fromkeys(kind.values())))
     order = [name for name in METHODS if name != "drseg"] + ["drseg"]
-    variants = tuple(Variant(name, METHODS[name].title, method_options(name), rows.get(name)) for name in order)
+    variants = []
+    for name in order:
+        # by the names that the tests have on the page
+        known = rows[name].sets or {}
+        sets = {test: known[its] for test, its in kind.items() if its in known} or None
+        variants.append(Variant(name, METHODS[name].title, method_options(name), rows[name]._replace(sets=sets)))
     note = "Simplified: " + "; ".join(f"{m.title}: {m.simplified}" for k, m in METHODS.items() if k != "drseg") + "."
-    title = "Comparison with other methods (Table 1)"
-    return TrainingStudy("table1", title, variants, note, reference="drseg", paper=of)
+    published = {METHODS[name].title: row for name, row in paper.TABLE1[paper.table1_key(trained_on, clip)].items()}
+    return TrainingStudy(
+        "table1",
+        "Comparison with other methods (Table 1)",
+        tuple(variants),
+        note,
+        reference="drseg",
+        paper=of,
+        sections=(_published(),),
+        published=published,
+    )
+
+
+def _published() -> Section:
+    """All rows of Table 1."""
+    rows = []
+    for (trained_on, backbone), methods in paper.TABLE1.items():
+        for name, row in methods.items():
+            cells = zip((*row.miou, row.mean_miou), (*row.macc, row.mean_macc), strict=True)
+            head = {
+                "trained on": paper.TRAINED_ON[trained_on],
+                "backbone": backbone.replace("ViT", "ConvNeXt") if name == "sed" else backbone,
+                "method": METHODS[name].title,
+            }
+            text = (f"{miou:.2f} / {macc:.2f}" for miou, macc in cells)
+            rows.append(head | dict(zip((*paper.SETS, "mean"), text, strict=True)))
+    wrong = "; ".join(
+        f"{METHODS[name].title}, {paper.TRAINED_ON[key[0]]}, {key[1]}, {metric}: {printed:.2f} (of its cells "
+        f"{computed:.2f})"
+        for key, name, metric, printed, computed in paper.misprinted_means()
+    )
+    note = f"Percent, mIoU / mACC. As printed, with two means that do not follow from their cells: {wrong}."
+    return Section("Table 1 as published", rows, note)
 
 
 def _table2(setting: Setting) -> TrainingStudy:
