@@ -57,7 +57,9 @@ class Setting:
         seeds: each variant is trained once per seed of initial weights and order.
         start_steps: steps of the dual encoder that stands for CLIP where ``config`` names no weights.
         protocol: name of the benchmark protocol that ``tests`` are scored by; None scores their images as they are.
-        prior_v1: weight file of RS-DINOv1, for Table 3.
+        prior_v1: weight file of RS-DINOv1, for Tables 1 and 3.
+        remote_clip: weight file of RemoteCLIP, for Table 1; None takes the configuration's.
+        matched: whether all methods of Table 1 have the configuration's prior and sizes instead of their own.
         prior_steps: steps for which a random prior is taught first (see :mod:`drseg_core.studies.prior`).
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
         pieces: folder of real labelled pieces (see :mod:`drseg_core.studies.pieces`).
@@ -75,6 +77,8 @@ class Setting:
     device: str | None = None
     pieces: str | None = None
     quick: bool = False
+    remote_clip: str | None = None
+    matched: bool = False
 
     @property
     def needs_start(self) -> bool:
@@ -111,12 +115,13 @@ class Setting:
             "start_steps": self.start_steps if self.needs_start else None,
             "steps": self.config.train.iterations,
             "prior_steps": self.prior_steps,
+            "matched": self.matched,
         }
 
     @property
     def suffix(self) -> str:
-        """What tells files of another prior apart."""
-        return "-taught" if self.prior_steps else ""
+        """What tells files of another prior, or of methods with the same sizes, apart."""
+        return ("-matched" if self.matched else "") + ("-taught" if self.prior_steps else "")
 
     @property
     def prior_data(self) -> str:
@@ -151,6 +156,8 @@ def make_setting(
     device: str | None = None,
     pieces: str | None = None,
     quick: bool = False,
+    remote_clip: str | None = None,
+    matched: bool = False,
 ) -> Setting:
     """A setting from what the command line has.
 
@@ -168,6 +175,8 @@ def make_setting(
         pieces: see :class:`Setting`.
         quick: a few tiny scenes, and a few steps and one seed where nothing else is asked for: shows that a study runs,
             and nothing else.
+        remote_clip: see :class:`Setting`.
+        matched: see :class:`Setting`.
 
     Raises:
         ConfigError: a test set is missing or named twice, or an option does not fit.
@@ -217,6 +226,8 @@ def make_setting(
         device=device,
         pieces=pieces,
         quick=quick,
+        remote_clip=remote_clip,
+        matched=matched,
     )
 
 

@@ -11,11 +11,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 
-from drseg_core.config.methods import METHODS, method_options
+from drseg_core.config.methods import METHODS, method_options, published_options
+from drseg_core.config.schema import DinoConfig, RemoteConfig
 from drseg_core.models.dino import DinoPrior
 from drseg_core.studies import paper
 from drseg_core.studies.paper import PaperRow, Published
@@ -165,10 +167,14 @@ def _table1(setting: Setting) -> TrainingStudy:
     order = [name for name in METHODS if name != "drseg"] + ["drseg"]
     variants = []
     for name in order:
+        own, why_not = ({}, None) if setting.matched else _as_published(name, setting)
         # by the names that the tests have on the page
         known = rows[name].sets or {}
         sets = {test: known[its] for test, its in kind.items() if its in known} or None
-        variants.append(Variant(name, METHODS[name].title, method_options(name), rows[name]._replace(sets=sets)))
+        row = rows[name]._replace(sets=sets)
+        variants.append(
+            Variant(name, METHODS[name].title, {**method_options(name), **own}, row, why_not=why_not),
+        )
     note = "Simplified: " + "; ".join(f"{m.title}: {m.simplified}" for k, m in METHODS.items() if k != "drseg") + "."
     published = {METHODS[name].title: row for name, row in paper.TABLE1[paper.table1_key(trained_on, clip)].items()}
     return TrainingStudy(
@@ -178,9 +184,55 @@ def _table1(setting: Setting) -> TrainingStudy:
         note,
         reference="drseg",
         paper=of,
-        sections=(_published(),),
+        sections=(_methods(variants, setting), _published()),
         published=published,
     )
+
+
+def _as_published(name: str, setting: Setting) -> tuple[dict[str, Any], str | None]:
+    """A method's own prior, sizes and RemoteCLIP, and why it cannot have them."""
+    options, reasons = published_options(name, setting.config.model.clip.name), []
+    if METHODS[name].published.prior == "v1":
+        prior, why_not = _prior_v1(setting)
+        options.update(prior)
+        reasons.append(why_not)
+    if options.get("model.decoder.remote_clip"):
+        remote, why_not = _remote_tower(setting)
+        options.update(remote)
+        reasons.append(why_not)
+    return options, " and ".join(filter(None, reasons)) or None
+
+
+def _methods(variants: Sequence[Variant], setting: Setting) -> Section:
+    """What each method of Table 1 has."""
+    rows = []
+
+    def named(encoder: DinoConfig | RemoteConfig) -> str:
+        nothing = "random" if setting.needs_start else "not given"
+        return f"{encoder.name}, {nothing if encoder.weights is None else Path(encoder.weights).name}"
+
+    for variant in variants:
+        model = setting.variant_config(dict(variant.options), 0).model
+        masks, aggregator = model.proposals.kind != "none", model.aggregator
+        sizes = model.proposals if masks else aggregator
+        row: dict[str, Any] = {
+            "method": variant.title,
+            "prior": None if model.fusion.kind == "none" else named(model.dino),
+            "layers": str(sizes.layers),
+            "heads": str(sizes.heads),
+            "MLP": None if masks else str(aggregator.mlp_hidden),
+            "RemoteCLIP": named(model.remote) if model.decoder.remote_clip else None,
+        }
+        rows.append(row)
+    note = "Every method has the configuration's prior and sizes (--matched)."
+    if not setting.matched:
+        note = (
+            "Every method has the prior and the sizes of its own files, DR-Seg those of the configuration (--matched "
+            "gives them to all). Layers, heads and MLPs are of ViT-B and ViT-L; with another backbone they are the "
+            "configuration's. Layers of RSKT-Seg are those of its files, and its released weights have 5 on DLRSD; "
+            "OVRS and GSNet are built on CAT-Seg's code and have its sizes."
+        )
+    return Section("What each method has", rows, note)
 
 
 def _published() -> Section:
@@ -221,16 +273,19 @@ def _table2(setting: Setting) -> TrainingStudy:
     return TrainingStudy("table2", "Modules (Table 2)", variants, note, reference="all")
 
 
+def _prior_v1(setting: Setting) -> tuple[dict[str, Any], str | None]:
+    """RS-DINOv1, or what stands for it where the prior is random, and why it cannot be had."""
+    options: dict[str, Any] = {"model.dino.guidance_blocks": (3, 7), "model.dino.normalization": "clip"}
+    if setting.config.model.dino.weights is None:
+        # as deep as DINOv1's, with fewer channels: random weights have no use for more
+        return options | {"model.dino.name": "vit_small_patch8_224"}, None
+    options |= {"model.dino.name": "vit_base_patch8_224", "model.dino.weights": setting.prior_v1}
+    return options, None if setting.prior_v1 else "weights of RS-DINOv1 were not given (--prior-v1 FILE)"
+
+
 def _table3(setting: Setting) -> TrainingStudy:
     random = setting.config.model.dino.weights is None
-    why_not = None
-    first: dict[str, Any] = {"model.dino.guidance_blocks": (3, 7), "model.dino.normalization": "clip"}
-    if random:
-        # as deep as DINOv1's, with fewer channels: random weights have no use for more
-        first["model.dino.name"] = "vit_small_patch8_224"
-    else:
-        first.update({"model.dino.name": "vit_base_patch8_224", "model.dino.weights": setting.prior_v1})
-        why_not = None if setting.prior_v1 else "weights of RS-DINOv1 were not given (--prior-v1 FILE)"
+    first, why_not = _prior_v1(setting)
     variants = []
     for version, options, reason in (("v1", first, why_not), ("v3", {}, None)):
         for name in ("gsnet", "rskt", "drseg"):
@@ -269,26 +324,27 @@ def _table6(setting: Setting) -> TrainingStudy:
     return TrainingStudy("table6", "Neighbours (Table 6)", variants, note, axis="neighbours K", reference="k_75")
 
 
-def _remote_clip(setting: Setting) -> TrainingStudy:
-    option, model = "model.decoder.remote_clip", setting.config.model
-    options: dict[str, Any] = {option: True}
-    why_not = None
+def _remote_tower(setting: Setting) -> tuple[dict[str, Any], str | None]:
+    """RemoteCLIP, or what stands for it where CLIP is random, and why it cannot be had."""
+    clip, weights = setting.config.model.clip, setting.remote_clip or setting.config.model.remote.weights
     if setting.needs_start:
         # the tower for random weights is the small one
-        small = {
-            "name": "drseg-tiny",
-            "image_size": model.clip.image_size,
-            "guidance_blocks": model.clip.guidance_blocks,
-        }
-        options.update({f"model.remote.{name}": value for name, value in small.items()})
-    elif model.remote.weights is None:
-        why_not = "weights of RemoteCLIP were not given (model.remote.weights of --config)"
+        small = {"name": "drseg-tiny", "image_size": clip.image_size, "guidance_blocks": clip.guidance_blocks}
+        return {f"model.remote.{name}": value for name, value in small.items()}, None
+    # RSKT-Seg runs it in OpenAI's code, which has QuickGELU
+    options = {"model.remote.name": "ViT-B-32-quickgelu", "model.remote.weights": weights}
+    return options, None if weights else "weights of RemoteCLIP were not given (--remote-clip FILE)"
+
+
+def _remote_clip(setting: Setting) -> TrainingStudy:
+    option = "model.decoder.remote_clip"
+    options, why_not = _remote_tower(setting)
     variants = (
         Variant("remote-clip_no", "no", {option: False}),
-        Variant("remote-clip_yes", "yes", options, why_not=why_not),
+        Variant("remote-clip_yes", "yes", {option: True, **options}, why_not=why_not),
     )
     title = "Guidance of the decoder by a second CLIP"
-    reference = variants[bool(model.decoder.remote_clip)].name
+    reference = variants[bool(setting.config.model.decoder.remote_clip)].name
     return TrainingStudy("sweep-remote-clip", title, variants, reference=reference)
 
 

@@ -134,6 +134,67 @@ def test_the_page_has_all_published_rows(quick):
     assert "GSNet, DLRSD, ViT-L, mIoU: 44.56 (of its cells 44.59)" in section.note
 
 
+class TestTable1:
+    """Each method with its published prior and sizes; --matched gives all the configuration's."""
+
+    @pytest.mark.parametrize(("backbone", "layers"), [("vitb", 3), ("vitl", 2)])
+    def test_every_method_has_its_own(self, backbone, layers):
+        setting = make_setting(
+            backbone, data="dlrsd:x", tests=["potsdam:x"], prior_v1="w/RSIB.pth", remote_clip="w/remote.pt"
+        )
+        study = training_study("table1", setting)
+        assert not any(variant.why_not for variant in study.variants)
+        model = {one.name: setting.variant_config(dict(one.options), 0).model for one in study.variants}
+        assert {name: one.dino.weights for name, one in model.items() if one.fusion.kind != "none"} == {
+            "gsnet": "w/RSIB.pth",
+            "rskt": "w/RSIB.pth",
+            "drseg": "pretrained",
+        }
+        assert model["rskt"].dino.normalization == "clip" and model["rskt"].dino.guidance_blocks == (3, 7)
+        sizes = {name: dataclasses.astuple(one.aggregator)[1:5] for name, one in model.items()}
+        assert sizes["rskt"] == (layers, 128, 8, 384)
+        assert sizes["catseg"] == sizes["ovrs"] == sizes["gsnet"] == (2, 128, 4, 512)
+        assert sizes["sed"][:3] == (2, 128, 4) and model["drseg"] == setting.config.model
+        assert [name for name, one in model.items() if one.decoder.remote_clip] == ["rskt"]
+        assert (model["rskt"].remote.name, model["rskt"].remote.weights) == ("ViT-B-32-quickgelu", "w/remote.pt")
+        (section,) = [one for one in study.sections if one.title == "What each method has"]
+        row = {one["method"]: one for one in section.rows}["RSKT-Seg"]
+        assert (row["prior"], row["layers"], row["heads"], row["MLP"], row["RemoteCLIP"]) == (
+            "vit_base_patch8_224, RSIB.pth",
+            str(layers),
+            "8",
+            "384",
+            "ViT-B-32-quickgelu, remote.pt",
+        )
+        none = {"weights": None}
+        for name in ("catseg", "gsnet", "rskt"):
+            parts = {part: dataclasses.replace(getattr(model[name], part), **none) for part in ("clip", "dino")}
+            remote = dataclasses.replace(model[name].remote, **none)
+            with torch.device("meta"):
+                built = build_model(dataclasses.replace(model[name], **parts, remote=remote))
+            assert (built.remote is None) == (name != "rskt") and len(built.aggregator.spatial) == sizes[name][0]
+
+    def test_what_is_not_given_is_not_run(self):
+        setting = make_setting("vitl", data="dlrsd:x", tests=["potsdam:x"])
+        study = training_study("table1", setting)
+        reasons = {variant.name: variant.why_not for variant in study.variants if variant.why_not}
+        assert list(reasons) == ["gsnet", "rskt"] and "--remote-clip" not in reasons["gsnet"]
+        assert "--prior-v1" in reasons["rskt"] and "--remote-clip" in reasons["rskt"]
+        row = {one["method"]: one for one in study.sections[0].rows}["RSKT-Seg"]
+        assert row["prior"] == "vit_base_patch8_224, not given"
+
+    def test_matched_methods_have_what_the_configuration_has(self):
+        setting = make_setting("vitb", data="dlrsd:x", tests=["potsdam:x"], prior_v1="RSIB.pth", matched=True)
+        study = training_study("table1", setting)
+        for variant in study.variants:
+            model = setting.variant_config(dict(variant.options), 0).model
+            assert variant.why_not is None and model.dino == setting.config.model.dino
+            own = dataclasses.replace(model.aggregator, kind=setting.config.model.aggregator.kind)
+            assert own == setting.config.model.aggregator and not model.decoder.remote_clip
+        assert "--matched" in study.sections[0].note and setting.suffix == "-matched"
+        assert make_setting(matched=True, prior_steps=1).suffix == "-matched-taught" and not make_setting().suffix
+
+
 def test_what_a_sweep_is_compared_with_is_the_configuration(quick):
     assert training_study("sweep-neighbours", quick).reference == "neighbours_33"
     full = make_setting("vitl", tests=["x=folder:x"], data="folder:x")
@@ -155,7 +216,11 @@ def test_blocks_of_the_prior(quick):
 def test_a_second_clip_that_is_not_there(quick):
     full = make_setting("vitl", tests=["x=folder:x"], data="folder:x")
     reasons = [variant.why_not for variant in training_study("sweep-remote-clip", full).variants]
-    assert reasons[0] is None and "model.remote.weights" in reasons[1]
+    assert reasons[0] is None and "--remote-clip" in reasons[1]
+    full = dataclasses.replace(full, remote_clip="remote.pt")
+    variants = training_study("sweep-remote-clip", full).variants
+    assert variants[1].why_not is None and variants[1].options["model.remote.weights"] == "remote.pt"
+    full = dataclasses.replace(full, remote_clip=None)
     given = dataclasses.replace(full, config=override(full.config, {"model.remote.weights": "remote.pt"}))
     assert all(variant.why_not is None for variant in training_study("sweep-remote-clip", given).variants)
     assert quick.start_config(0).model.decoder.remote_clip is False
