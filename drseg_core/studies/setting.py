@@ -182,7 +182,7 @@ def make_setting(
         ConfigError: a test set is missing or named twice, or an option does not fit.
     """
     base = load_config(config)
-    if base.model.proposals.kind != "none" or base.model.fusion.kind not in ("ugaf", "separate", "concat", "mean"):
+    if base.model.proposals.kind != "none" or base.model.fusion.kind in ("none", "cosine"):
         raise ConfigError(
             "study: configuration is a comparison method; expected DR-Seg's (table1 has the methods), got "
             f"model.proposals.kind {base.model.proposals.kind} and model.fusion.kind {base.model.fusion.kind}"

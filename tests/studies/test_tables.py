@@ -83,6 +83,18 @@ def test_the_means_of_the_paper_s_table_1(trained_on, clip, miou, macc):
     assert of.endswith("mean over its eight sets")
 
 
+def test_table_2_without_ugaf_is_no_row_of_table_4(quick):
+    variants = {variant.name: variant for variant in training_study("table2", quick).variants}
+    for name in ("pdgr", "pdgr_spsd"):
+        assert variants[name].options["model.fusion.kind"] == "replace"
+        assert paper.TABLE2[name] not in paper.TABLE4.values()
+    readings = {variant.name: variant for variant in training_study("table2-readings", quick).variants}
+    assert readings["pdgr_replace"].options == variants["pdgr"].options
+    assert readings["pdgr_spsd_replace"].options == variants["pdgr_spsd"].options
+    assert readings["pdgr_spsd_ungated"].options == {"model.fusion.gate": "none"}
+    assert readings["pdgr_sum"].paper == paper.TABLE2["pdgr"] and len(readings) == 6
+
+
 def test_every_row_of_the_paper_s_table_1():
     """All means follow from their cells but two, so a slip of a digit shows here."""
     assert [list(methods) for methods in paper.TABLE1.values()] == 4 * [
