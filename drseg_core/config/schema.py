@@ -300,6 +300,8 @@ class TrainConfig:
         schedule: learning rate over time.
         warmup_iterations: steps of linear warm-up.
         ignore_mode: pixels of id 255 are negative for every class (``zeros``, the protocol) or left out (``masked``).
+        unlabelled: with ``ignore_mode`` ``zeros``, images without any label have no part in the loss (``left_out``), or
+            are negative for every class too, as in the benchmark's code (``negative``).
         color_jitter: photometric distortion of the training images.
         workers: data loading processes.
         checkpoint_every: steps between checkpoints.
@@ -323,6 +325,7 @@ class TrainConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_iterations: int = 0
     ignore_mode: Literal["zeros", "masked"] = "zeros"
+    unlabelled: Literal["left_out", "negative"] = "left_out"
     color_jitter: bool = True
     workers: int = 2
     checkpoint_every: int = 1000

@@ -56,7 +56,8 @@ class Setting:
         tests: what is scored; a study reports the plain mean over them.
         seeds: each variant is trained once per seed of initial weights and order.
         start_steps: steps of the dual encoder that stands for CLIP where ``config`` names no weights.
-        protocol: name of the benchmark protocol that ``tests`` are scored by; None scores their images as they are.
+        protocol: name of the benchmark protocol that ``tests`` are scored by, which also says what training images
+            without a label are; None scores images as they are.
         prior_v1: weight file of RS-DINOv1, for Tables 1 and 3.
         remote_clip: weight file of RemoteCLIP, for Table 1; None takes the configuration's.
         matched: whether all methods of Table 1 have the configuration's prior and sizes instead of their own.
@@ -90,7 +91,9 @@ class Setting:
         return override(self.config, {**START, **steps, "train.seconds": None})
 
     def variant_config(self, options: dict[str, Any], seed: int) -> Config:
-        """The configuration of one variant."""
+        """The configuration of one variant, trained as the protocol's code trains."""
+        if self.protocol is not None:
+            options = {"train.unlabelled": get_protocol(self.protocol).unlabelled, **options}
         if self.needs_start:
             # short enough to be begun anew
             return override(

@@ -256,6 +256,14 @@ class TestSetting:
         assert config.train.iterations == 30_000 and config.train.batch_size == 8 and config.seed == 3
         assert config.train.clip_learning_rate_scale == 0.01 and config.model.graph.k == 20
 
+    @pytest.mark.parametrize(
+        ("protocol", "unlabelled"), [("rskt", "negative"), ("clean", "left_out"), (None, "left_out")]
+    )
+    def test_images_without_a_label_are_what_they_are_in_the_protocol_s_code(self, protocol, unlabelled):
+        setting = make_setting("vitb", data="dlrsd:data", tests=["potsdam:data"], protocol=protocol)
+        assert setting.variant_config({}, 0).train.unlabelled == unlabelled
+        assert setting.variant_config({"train.unlabelled": "left_out"}, 0).train.unlabelled == "left_out"
+
     def test_random_weights_start_from_a_dual_encoder(self):
         setting = make_setting()
         assert setting.needs_start and setting.start_config(1).model.fusion.kind == "cosine"
