@@ -13,7 +13,7 @@ from drseg_core.checkpoints.run import plain_config
 from drseg_core.config.load import override
 from drseg_core.errors import ConfigError
 from drseg_core.models.build import build_model
-from drseg_core.studies import paper
+from drseg_core.studies import figures, paper
 from drseg_core.studies.setting import ScoredSet, Setting, make_setting
 from drseg_core.studies.tables import training_study, training_study_names
 
@@ -205,6 +205,20 @@ class TestTable1:
             assert own == setting.config.model.aggregator and not model.decoder.remote_clip
         assert "--matched" in study.sections[0].note and setting.suffix == "-matched"
         assert make_setting(matched=True, prior_steps=1).suffix == "-matched-taught" and not make_setting().suffix
+
+
+def test_the_figure_has_the_published_sets(quick, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    study = training_study("table1", quick)
+    figures.draw_training_study(study, {"drseg": {0: {"source": {"mIoU": 1.0}}}}, tmp_path / "x.png")
+    (figure,) = drawn
+    shown = {axis.get_title(): [text.get_text() for text in axis.texts] for axis in figure.axes if axis.texts}
+    last = study.published["DR-Seg"]
+    for name, values in (("mIoU", last.miou), ("mACC", last.macc)):
+        cells = shown[f"{name} in the paper (DLRSD, ViT-L), %"]
+        assert len(cells) == 8 * 8 and cells[-8:] == [f"{value:.2f}" for value in values]
+    figures.pyplot().close(figure)
 
 
 def test_what_a_sweep_is_compared_with_is_the_configuration(quick):
