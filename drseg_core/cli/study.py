@@ -20,6 +20,7 @@ examples:
   drseg study table2 --out studies --quick
   drseg study table2 --out studies --jobs 2
   drseg study table1 --config vitl --data dlrsd:datasets --protocol rskt --out studies \\
+      --prior-v1 RSIB.pth --remote-clip RemoteCLIP-ViT-B-32.pt \\
       --test potsdam:datasets --test vdd:datasets --test uavid:datasets --test udd5:datasets
 
 Without --data a study trains and scores the tiny preset on synthetic landscapes. It writes NAME.json, NAME.md and
@@ -46,7 +47,16 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--start-steps", type=int | None, metavar="N", help="steps of the dual encoder where CLIP has random weights"
     )
-    parser.add_argument("--prior-v1", type=str | None, metavar="FILE", help="weights of RS-DINOv1, for table3")
+    parser.add_argument(
+        "--prior-v1", type=str | None, metavar="FILE", help="weights of RS-DINOv1, for table1 and table3"
+    )
+    parser.add_argument("--remote-clip", type=str | None, metavar="FILE", help="weights of RemoteCLIP, for table1")
+    parser.add_argument(
+        "--matched",
+        action="store_true",
+        help="table1: all methods with the configuration's prior, layers, heads and MLPs instead of each with its own; "
+        "files are then named table1-matched",
+    )
     parser.add_argument(
         "--prior-steps",
         type=int,
@@ -80,6 +90,8 @@ def run(args: Any) -> None:
         raise ConfigError(f"study: jobs is out of range; expected at least 1, got {args.jobs}")
     if args.prior_steps < 0:
         raise ConfigError(f"study: prior-steps is out of range; expected at least 0, got {args.prior_steps}")
+    if args.matched and study.name != "table1":
+        raise ConfigError(f"study: matched does not belong to {study.name}; expected --matched with table1 alone")
     for name in ("steps", "start_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             option = name.replace("_", "-")
@@ -97,6 +109,8 @@ def run(args: Any) -> None:
         device=args.device,
         pieces=args.pieces or os.environ.get("DRSEG_PIECES"),
         quick=args.quick,
+        remote_clip=args.remote_clip,
+        matched=args.matched,
     )
     for test in setting.tests:
         # before hours of training, not after

@@ -2,20 +2,45 @@
 """The methods that DR-Seg is compared with, as options of the one model: same data, loss, schedule and evaluation.
 
 Each is built from its paper's and repository's description and says what is simplified. A method keeps the sizes of
-the configuration it is applied to (encoders, widths, layers), so that a comparison compares methods.
+the configuration it is applied to (encoders, widths, layers), so that a comparison compares methods;
+:func:`published_options` are the sizes that its own files have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from drseg_core.config.load import override
 from drseg_core.config.schema import Config
 from drseg_core.errors import ConfigError
 
-__all__ = ["METHODS", "Method", "apply_method"]
+__all__ = ["METHODS", "Method", "PublishedSizes", "apply_method", "published_options"]
+
+
+@dataclass(frozen=True)
+class PublishedSizes:
+    """What a method's own files have where the configuration has something else; None is the configuration's.
+
+    Args:
+        prior: its prior: ``v1`` is RS-DINOv1, which the printed rows of GSNet and RSKT-Seg use.
+        layers: aggregation layers with ViT-B and with ViT-L.
+        heads: attention heads of the aggregator.
+        mlp_hidden: hidden width of the aggregator's MLPs.
+        remote_clip: whether RemoteCLIP guides its decoder.
+
+    Example:
+        >>> from drseg_core.config.methods import METHODS
+        >>> METHODS["rskt"].published.prior, METHODS["rskt"].published.remote_clip
+        ('v1', True)
+    """
+
+    prior: Literal["v1"] | None = None
+    layers: tuple[int, int] | None = None
+    heads: int | None = None
+    mlp_hidden: int | None = None
+    remote_clip: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -26,7 +51,8 @@ class Method:
         title: its name in print.
         source: paper and repository it is described by.
         options: dotted options of the configuration.
-        simplified: what differs from the original.
+        simplified: what differs from the original, besides the sizes.
+        published: its own sizes.
 
     Example:
         >>> from drseg_core.config.methods import METHODS
@@ -38,6 +64,7 @@ class Method:
     source: str
     options: Mapping[str, Any]
     simplified: str
+    published: PublishedSizes = field(default_factory=PublishedSizes)
 
 
 _NO_PRIOR = {"model.fusion.kind": "none", "model.decoder.dino_guidance": False}
@@ -56,18 +83,28 @@ _RESET = {
 }
 
 METHODS: dict[str, Method] = {
-    "drseg": Method("DR-Seg", "arXiv 2604.02010", {}, "nothing that the paper states"),
+    "drseg": Method(
+        "DR-Seg",
+        "arXiv 2604.02010",
+        {},
+        "nothing that the paper states",
+        # it names none of them
+        PublishedSizes(remote_clip=None),
+    ),
     "catseg": Method(
         "CAT-Seg",
         "arXiv 2303.11797; cvlab-kaist/CAT-Seg",
         {**_NO_PRIOR, **_SWIN, "model.rotations": 1},
-        "the prompt template is the benchmark's; heads and MLP widths are the configuration's",
+        "the prompt template is the benchmark's",
+        PublishedSizes(layers=(2, 2), heads=4, mlp_hidden=512),
     ),
     "ovrs": Method(
         "OVRS",
         "arXiv 2409.07683; caoql98/OVRS",
         {**_NO_PRIOR, **_SWIN, **_ROTATED, "model.decoder.guidance_attention": True},
-        "heads and MLP widths are the configuration's",
+        "scored by the protocol's views instead of its own sliding windows",
+        # its repository has CAT-Seg's head, but no files for the two backbones: CAT-Seg's
+        PublishedSizes(layers=(2, 2), heads=4, mlp_hidden=512),
     ),
     "gsnet": Method(
         "GSNet",
@@ -79,7 +116,9 @@ METHODS: dict[str, Method] = {
             "model.fusion.branch": "prior",
             "model.decoder.dino_guidance": True,
         },
-        "its specialist encoder is the prior of the configuration, and so are heads and MLP widths",
+        "its specialist encoder is the configuration's prior where methods are matched",
+        # its aggregator is CAT-Seg's
+        PublishedSizes(prior="v1", layers=(2, 2), heads=4, mlp_hidden=512),
     ),
     "rskt": Method(
         "RSKT-Seg",
@@ -92,6 +131,8 @@ METHODS: dict[str, Method] = {
             "model.decoder.dino_guidance": True,
         },
         "RemoteCLIP guides the decoder only with model.decoder.remote_clip, as its weights are a download of their own",
+        # those of its files; its released weights have 5 layers where they are trained on DLRSD
+        PublishedSizes(prior="v1", layers=(3, 2), heads=8, mlp_hidden=384, remote_clip=True),
     ),
     "sed": Method(
         "SED",
@@ -105,6 +146,7 @@ METHODS: dict[str, Method] = {
         "CLIP's vision transformer instead of its hierarchical ConvNeXt; aggregation at the token grid alone, not "
         "again in each stage of the decoder, which has two stages instead of three; visual guidance in the "
         "aggregation; one prompt; classes are not rejected early, so without auxiliary heads",
+        PublishedSizes(layers=(2, 2), heads=4),
     ),
     "san": Method(
         "SAN",
@@ -138,6 +180,31 @@ def apply_method(config: Config, name: str) -> Config:
     if name not in METHODS:
         raise ConfigError(f"method: name is unknown; expected one of {', '.join(METHODS)}, got {name!r}")
     return override(config, method_options(name))
+
+
+def published_options(name: str, clip: str) -> dict[str, Any]:
+    """Options of a method's own sizes, besides its prior: those of :func:`apply_method` leave the configuration's.
+
+    Args:
+        name: one of ``METHODS``.
+        clip: open_clip name of the backbone. Layers, heads and widths are of ViT-B and ViT-L; another backbone, such as
+            that of the ``tiny`` preset, keeps the configuration's.
+
+    Example:
+        >>> from drseg_core.config.methods import published_options
+        >>> published_options("rskt", "ViT-B-16-quickgelu")["model.aggregator.layers"]
+        3
+        >>> published_options("catseg", "drseg-tiny")
+        {'model.decoder.remote_clip': False}
+    """
+    sizes = METHODS[name].published
+    found: dict[str, Any] = {"model.decoder.remote_clip": sizes.remote_clip}
+    place = next((place for place, kind in enumerate(("ViT-B", "ViT-L")) if clip.startswith(kind)), None)
+    if place is not None:
+        found["model.aggregator.layers"] = None if sizes.layers is None else sizes.layers[place]
+        found["model.aggregator.heads"] = sizes.heads
+        found["model.aggregator.mlp_hidden"] = sizes.mlp_hidden
+    return {option: value for option, value in found.items() if value is not None}
 
 
 def method_options(name: str) -> dict[str, Any]:

@@ -160,24 +160,26 @@ class FusionConfig:
     """How the original and the refined correlation are joined (UGAF, Eq. 12-13, and the rows of Table 4).
 
     Args:
-        kind: ``ugaf``; ``mean``, ``concat`` or ``separate`` of Table 4; ``none`` is the baseline without
-            prior, graph and refined correlation (first row of Table 2); ``cosine`` is the dual encoder alone, its
+        kind: ``ugaf``; ``mean``, ``concat`` or ``separate`` of Table 4; ``replace`` (the refined map takes the place of
+            the canonical one) or ``sum`` (it is added to each original one), readings of Table 2 without UGAF, which
+            the paper does not tell; ``none`` is the baseline without prior, graph and refined correlation (first row of
+            Table 2); ``cosine`` is the dual encoder alone, its
             logits being scaled cosines: it makes a CLIP out of random weights.
         branch: what the refined correlation is made of: CLIP's features rectified over the ``graph``, or the
             ``prior``'s own features in the joint space (RSKT-Seg, GSNet), without split and graph.
         original: of CLIP's correlation the fusion gets one map per rotation (``stack``), or their ``mean``.
         tau: temperature of Eq. 12; null makes it a learned parameter that starts at 0.01.
-        gate: form of Eq. 13.
+        gate: form of Eq. 13; ``none`` leaves the factor out.
         detach_gate: do not send gradients through the uncertainty.
         head: ``conv1x1`` with GroupNorm and ReLU, or ``conv7x7`` with sigmoid and residual.
         multi_scale: reaches of the multi-scale block: 3x3 with three dilations, or kernels 3, 5, 7.
     """
 
-    kind: Literal["ugaf", "mean", "concat", "separate", "none", "cosine"] = "ugaf"
+    kind: Literal["ugaf", "mean", "concat", "separate", "replace", "sum", "none", "cosine"] = "ugaf"
     branch: Literal["graph", "prior"] = "graph"
     original: Literal["stack", "mean"] = "stack"
     tau: float | None = 0.01
-    gate: Literal["sigmoid_proj", "residual", "direct", "feature", "proj_on_map"] = "sigmoid_proj"
+    gate: Literal["sigmoid_proj", "residual", "direct", "feature", "proj_on_map", "none"] = "sigmoid_proj"
     detach_gate: bool = True
     head: Literal["conv1x1", "conv7x7"] = "conv1x1"
     multi_scale: Literal["dilation", "kernel"] = "dilation"
@@ -298,6 +300,8 @@ class TrainConfig:
         schedule: learning rate over time.
         warmup_iterations: steps of linear warm-up.
         ignore_mode: pixels of id 255 are negative for every class (``zeros``, the protocol) or left out (``masked``).
+        unlabelled: with ``ignore_mode`` ``zeros``, images without any label have no part in the loss (``left_out``), or
+            are negative for every class too, as in the benchmark's code (``negative``).
         color_jitter: photometric distortion of the training images.
         workers: data loading processes.
         checkpoint_every: steps between checkpoints.
@@ -321,6 +325,7 @@ class TrainConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_iterations: int = 0
     ignore_mode: Literal["zeros", "masked"] = "zeros"
+    unlabelled: Literal["left_out", "negative"] = "left_out"
     color_jitter: bool = True
     workers: int = 2
     checkpoint_every: int = 1000

@@ -107,6 +107,12 @@ def validate(config: Config) -> None:
             "validate: model.decoder guides nothing; expected dino_guidance and remote_clip false with "
             f"model.proposals.kind {kind}, got {decoder.dino_guidance} and {decoder.remote_clip}"
         )
+    fusion = config.model.fusion
+    if fusion.kind == "replace" and fusion.original == "mean" and config.model.rotations > 1:
+        raise ConfigError(
+            "validate: model.fusion.kind replace has no canonical map to replace; expected model.fusion.original "
+            "stack, got mean"
+        )
     if evaluation.overlap >= evaluation.tile_size:
         raise ConfigError(
             "validate: evaluation.overlap is not below evaluation.tile_size; expected less than "

@@ -13,6 +13,7 @@ from torch import Tensor
 from drseg_core.data.protocols import Views
 from drseg_core.device import PrecisionName
 from drseg_core.evaluation.inference import Prediction, Predictor
+from drseg_core.models.clip import PIXEL_MEAN
 from drseg_core.models.tiling import tile_starts
 
 
@@ -30,7 +31,8 @@ class ViewPredictor(Predictor):
     """Predicts with the views of a protocol; all views of a pixel count the same.
 
     With windows, scores are enlarged to the resized image and averaged there, the windows first and then their mean
-    with the whole image, and the mean is enlarged to the image; without, the scores are enlarged to the image at once.
+    with the whole image, and the mean is enlarged to the image; without, the scores are enlarged to the image at once,
+    those of padding included where the protocol pads.
     Images go through the model one by one.
 
     Args:
@@ -69,6 +71,8 @@ class ViewPredictor(Predictor):
         small = F.interpolate(image[None].to(self.device).float(), size=list(size), mode="bilinear", antialias=True)
         resized = small[0].round().clamp(0, 255).to(torch.uint8)
         if self.views.window is None:
+            if self.views.pad is not None:
+                resized = _padded(resized, self.views.pad)
             score, uncertainty = self._forward(resized[None])
             mean = torch.cat([score, _enlarged(uncertainty, score.shape[-2:])], dim=1)[0]
         else:
@@ -99,6 +103,15 @@ class ViewPredictor(Predictor):
     def _scores(self, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         score, uncertainty = self._forward(image)
         return _enlarged(score, size), _enlarged(uncertainty, size)
+
+
+def _padded(image: Tensor, multiple: int) -> Tensor:
+    """(3, H, W) float32 with both sides up to a multiple: what is 0 after CLIP's normalisation, right and below."""
+    _, height, width = image.shape
+    mean = 255 * torch.tensor(PIXEL_MEAN, device=image.device)
+    canvas = mean[:, None, None].repeat(1, -(-height // multiple) * multiple, -(-width // multiple) * multiple)
+    canvas[:, :height, :width] = image
+    return canvas
 
 
 def _enlarged(value: Tensor, size: Sequence[int]) -> Tensor:

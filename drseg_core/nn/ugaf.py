@@ -8,12 +8,14 @@ class map alone (classes are folded into the batch), and so takes any number of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Gate = Literal["sigmoid_proj", "residual", "direct", "feature", "proj_on_map"]
+Gate = Literal["sigmoid_proj", "residual", "direct", "feature", "proj_on_map", "none"]
+Kind = Literal["ugaf", "mean", "concat", "separate", "replace", "sum", "none"]
 
 
 class FusionOutput(NamedTuple):
@@ -126,6 +128,21 @@ class SeparateFusion(_Fusion):
         return self.head(torch.cat((first, second), dim=1)).sigmoid() + first
 
 
+class ReplaceFusion(NoFusion):
+    """The baseline with the refined map in the place of the canonical one, which is the first; the paper does not say
+    what its Table 2 has in place of UGAF, and this is what the graph alone changes."""
+
+    def _embed(self, original: Tensor, refined: Tensor | None) -> Tensor:
+        return self.embed(torch.cat((_required(refined), original[:, 1:]), dim=1))
+
+
+class SumFusion(NoFusion):
+    """The baseline with the refined map added to each original one: another reading of Table 2 without UGAF."""
+
+    def _embed(self, original: Tensor, refined: Tensor | None) -> Tensor:
+        return self.embed(original + _required(refined))
+
+
 class MultiScaleBlock(nn.Module):
     """Depth-wise convolutions of three reaches beside the input, joined by a 1x1 convolution, with a residual.
 
@@ -161,7 +178,8 @@ class UGAF(nn.Module):
     * ``residual``: ``(1 + sigmoid(a U + b)) M_r``;
     * ``direct``: ``U M_r``;
     * ``feature``: ``sigmoid(a U + b)`` with one a, b per channel, on the embedded map;
-    * ``proj_on_map``: ``U sigmoid(a M_r + b)``.
+    * ``proj_on_map``: ``U sigmoid(a M_r + b)``;
+    * ``none``: ``M_r``, whatever the uncertainty (a reading of Table 2 without UGAF).
 
     Args:
         rotations: original maps per class (R).
@@ -197,7 +215,8 @@ class UGAF(nn.Module):
             raise ValueError(f"UGAF: tau is out of range; expected above 0, got {tau}")
         self.width = width
         self.tau = tau
-        self.log_tau = nn.Parameter(torch.tensor(math.log(0.01))) if tau is None else None
+        learned = tau is None and gate != "none"
+        self.log_tau = nn.Parameter(torch.tensor(math.log(0.01))) if learned else None
         self.gate = gate
         self.detach_gate = detach_gate
         self.project: nn.Conv2d | None = None
@@ -206,9 +225,10 @@ class UGAF(nn.Module):
             nn.init.constant_(self.project.weight, 4.0)
             # more uncertain means more correction from the first step: sigmoid(-2) .. sigmoid(2)
             nn.init.constant_(_bias(self.project), 0.0 if gate == "proj_on_map" else -2.0)
-        elif gate != "direct":
+        elif gate not in ("direct", "none"):
             raise ValueError(
-                f"UGAF: gate is unknown; expected sigmoid_proj, residual, direct, feature or proj_on_map, got {gate!r}"
+                "UGAF: gate is unknown; expected sigmoid_proj, residual, direct, feature, proj_on_map or none, "
+                f"got {gate!r}"
             )
         self.embed_original = nn.Conv2d(rotations, width, 7, padding=3)
         self.embed_refined = nn.Conv2d(1, width, 7, padding=3)
@@ -255,7 +275,7 @@ class UGAF(nn.Module):
 
 
 def build_fusion(
-    kind: Literal["ugaf", "mean", "concat", "separate", "none"],
+    kind: Kind,
     rotations: int,
     width: int,
     *,
@@ -276,9 +296,16 @@ def build_fusion(
     """
     if kind == "ugaf":
         return UGAF(rotations, width, tau=tau, gate=gate, detach_gate=detach_gate, head=head, multi_scale=multi_scale)
-    simple = {"mean": MeanFusion, "concat": ConcatFusion, "separate": SeparateFusion, "none": NoFusion}
+    simple: dict[str, Callable[..., _Fusion]] = {
+        "mean": MeanFusion,
+        "concat": ConcatFusion,
+        "separate": SeparateFusion,
+        "replace": ReplaceFusion,
+        "sum": SumFusion,
+        "none": NoFusion,
+    }
     if kind not in simple:
-        raise ValueError(f"fusion: kind is unknown; expected ugaf, mean, concat, separate or none, got {kind!r}")
+        raise ValueError(f"fusion: kind is unknown; expected ugaf, {', '.join(simple)}, got {kind!r}")
     return simple[kind](rotations, width, tau=tau)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from drseg_core.files import atomic_path
+from drseg_core.studies.paper import SETS, Published
 from drseg_core.studies.report import Scores, over_tests, spread
 from drseg_core.studies.tables import TrainingStudy
 
@@ -36,15 +37,27 @@ def save(figure: Any, path: Path) -> None:
 
 
 def draw_training_study(study: TrainingStudy, scores: Mapping[str, Scores], path: Path) -> None:
-    """mIoU of every variant with its seeds and spread, and the paper's beside it where there is one."""
+    """mIoU of every variant with its seeds and spread, and the paper's beside it where there is one; below them what
+    the paper has set by set."""
     plt = pyplot()
     shown = [variant for variant in study.variants if scores.get(variant.name)]
     if plt is None or not shown:
         return
     has_paper = any(variant.paper and variant.paper.miou is not None for variant in shown)
     if study.axis is None:
-        size = (9.0 if has_paper else 6.0, 0.9 + 0.42 * len(shown))
-        figure, axes = plt.subplots(1, 2 if has_paper else 1, figsize=size, sharey=True, squeeze=False)
+        heights = [0.9 + 0.42 * len(shown)]
+        width = 9.0 if has_paper else 6.0
+        if study.published:
+            heights.append(1.2 + 0.35 * len(study.published))
+            width = 12.0
+        figure, axes = plt.subplots(
+            len(heights),
+            2 if has_paper or study.published else 1,
+            figsize=(width, sum(heights)),
+            height_ratios=heights,
+            sharey="row",
+            squeeze=False,
+        )
         titles = [variant.title for variant in shown]
         _bars(axes[0, 0], titles, [scores[variant.name] for variant in shown])
         axes[0, 0].set_xlabel("mIoU here, %")
@@ -55,6 +68,12 @@ def draw_training_study(study: TrainingStudy, scores: Mapping[str, Scores], path
             axes[0, 1].set_xlabel("mIoU in the paper, %")
             _zoom(axes[0, 1], [value for value in values if value is not None])
         axes[0, 0].invert_yaxis()
+        if study.published:
+            # below the title of the whole
+            figure.tight_layout(h_pad=3, rect=(0, 0, 1, 0.96))
+            for axis, metric, name in zip(axes[1], ("miou", "macc"), ("mIoU", "mACC"), strict=True):
+                _heat(axis, study.published, metric)
+                axis.set_title(f"{name} in the paper ({study.paper.partition(', mean')[0]}), %", fontsize=9)
     else:
         figure, axes = plt.subplots(1, 2 if has_paper else 1, figsize=(9.0 if has_paper else 5.0, 3.2), squeeze=False)
         _line(axes[0, 0], shown, scores)
@@ -87,6 +106,19 @@ def _bars(axis: Any, titles: Sequence[str], variants: Sequence[Scores]) -> None:
         [m - d for m, d in zip(means, deviations, strict=True)]
         + [m + d for m, d in zip(means, deviations, strict=True)],
     )
+
+
+def _heat(axis: Any, published: Mapping[str, Published], metric: str) -> None:
+    """Methods by sets, each set from its lowest to its highest value: sets are too far apart for one scale."""
+    table = [getattr(row, metric) for row in published.values()]
+    bounds = [(min(column), max(column)) for column in zip(*table, strict=True)]
+    share = [[(value - low) / (high - low) for value, (low, high) in zip(row, bounds, strict=True)] for row in table]
+    axis.imshow(share, cmap="Blues", vmin=-0.2, vmax=2.2, aspect="auto")
+    for y, row in enumerate(table):
+        for x, value in enumerate(row):
+            axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=INK)
+    axis.set_xticks(range(len(SETS)), SETS, fontsize=8)
+    axis.set_yticks(range(len(published)), published)
 
 
 def _zoom(axis: Any, values: Sequence[float]) -> None:

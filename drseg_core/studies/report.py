@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from drseg_core.evaluation.report import markdown_table
 from drseg_core.studies.paper import PaperRow
-from drseg_core.studies.tables import TrainingStudy, Variant
+from drseg_core.studies.tables import Section, TrainingStudy, Variant
 
 METRICS = ("mIoU", "fwIoU", "mACC", "boundary", "novel")
 TITLES = {"mIoU": "mIoU", "fwIoU": "fwIoU", "mACC": "mACC", "boundary": "boundary IoU", "novel": "novel classes, mIoU"}
@@ -130,8 +130,26 @@ def difference_text(first: Scores, second: Scores) -> str | None:
 
 
 def _paper_columns(row: PaperRow | None) -> dict[str, str | None]:
-    columns = zip(("paper: mIoU", "fwIoU ", "mACC "), row or PaperRow(), strict=True)
+    columns = zip(("paper: mIoU", "fwIoU ", "mACC "), (row or PaperRow())[:3], strict=True)
     return {title: None if value is None else f"{value:.2f}" for title, value in columns}
+
+
+def by_set(study: TrainingStudy, scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
+    """Rows of mIoU / mACC on every test set, here and in the paper; none where the paper has none of the sets."""
+    if not any(variant.paper and variant.paper.sets for variant in study.variants):
+        return []
+    tests = list(dict.fromkeys(test for variant in scores.values() for row in variant.values() for test in row))
+    table: list[dict[str, Any]] = []
+    for variant in study.variants:
+        own = scores.get(variant.name, {})
+        here = {test: [text_of(spread(own, metric, test)) for metric in ("mIoU", "mACC")] for test in tests if own}
+        if here:
+            table.append({"": variant.title, "of": "here", **{test: " / ".join(pair) for test, pair in here.items()}})
+        there = variant.paper.sets if variant.paper and variant.paper.sets else {}
+        pairs = {test: there.get(test) for test in tests or there}
+        cells = {test: None if pair is None else f"{pair[0]:.2f} / {pair[1]:.2f}" for test, pair in pairs.items()}
+        table.append({"": variant.title, "of": "paper", **cells})
+    return table
 
 
 def markdown(
@@ -172,6 +190,15 @@ def markdown(
         ]
     if study.note:
         lines += [study.note, ""]
+    sets = by_set(study, scores)
+    sections = [Section("Set by set", sets, "Percent, mIoU / mACC.")] if sets else []
+    for section in (*sections, *study.sections):
+        lines += [
+            f"## {section.title}",
+            "",
+            *([section.note, ""] if section.note else []),
+            markdown_table(section.rows),
+        ]
     spent = f"; {facts['seconds'] / 60:.0f} minutes, one process after another" if facts.get("seconds") else ""
     where = f" on {' and '.join(facts['machines'])}" if facts.get("machines") else ""
     lines += [f"`{facts['command']}`; trained at commit {', '.join(facts['commits']) or '-'}{where}{spent}", ""]

@@ -56,8 +56,11 @@ class Setting:
         tests: what is scored; a study reports the plain mean over them.
         seeds: each variant is trained once per seed of initial weights and order.
         start_steps: steps of the dual encoder that stands for CLIP where ``config`` names no weights.
-        protocol: name of the benchmark protocol that ``tests`` are scored by; None scores their images as they are.
-        prior_v1: weight file of RS-DINOv1, for Table 3.
+        protocol: name of the benchmark protocol that ``tests`` are scored by, which also says what training images
+            without a label are; None scores images as they are.
+        prior_v1: weight file of RS-DINOv1, for Tables 1 and 3.
+        remote_clip: weight file of RemoteCLIP, for Table 1; None takes the configuration's.
+        matched: whether all methods of Table 1 have the configuration's prior and sizes instead of their own.
         prior_steps: steps for which a random prior is taught first (see :mod:`drseg_core.studies.prior`).
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
         pieces: folder of real labelled pieces (see :mod:`drseg_core.studies.pieces`).
@@ -75,6 +78,8 @@ class Setting:
     device: str | None = None
     pieces: str | None = None
     quick: bool = False
+    remote_clip: str | None = None
+    matched: bool = False
 
     @property
     def needs_start(self) -> bool:
@@ -86,7 +91,9 @@ class Setting:
         return override(self.config, {**START, **steps, "train.seconds": None})
 
     def variant_config(self, options: dict[str, Any], seed: int) -> Config:
-        """The configuration of one variant."""
+        """The configuration of one variant, trained as the protocol's code trains."""
+        if self.protocol is not None:
+            options = {"train.unlabelled": get_protocol(self.protocol).unlabelled, **options}
         if self.needs_start:
             # short enough to be begun anew
             return override(
@@ -111,12 +118,13 @@ class Setting:
             "start_steps": self.start_steps if self.needs_start else None,
             "steps": self.config.train.iterations,
             "prior_steps": self.prior_steps,
+            "matched": self.matched,
         }
 
     @property
     def suffix(self) -> str:
-        """What tells files of another prior apart."""
-        return "-taught" if self.prior_steps else ""
+        """What tells files of another prior, or of methods with the same sizes, apart."""
+        return ("-matched" if self.matched else "") + ("-taught" if self.prior_steps else "")
 
     @property
     def prior_data(self) -> str:
@@ -151,6 +159,8 @@ def make_setting(
     device: str | None = None,
     pieces: str | None = None,
     quick: bool = False,
+    remote_clip: str | None = None,
+    matched: bool = False,
 ) -> Setting:
     """A setting from what the command line has.
 
@@ -168,12 +178,14 @@ def make_setting(
         pieces: see :class:`Setting`.
         quick: a few tiny scenes, and a few steps and one seed where nothing else is asked for: shows that a study runs,
             and nothing else.
+        remote_clip: see :class:`Setting`.
+        matched: see :class:`Setting`.
 
     Raises:
         ConfigError: a test set is missing or named twice, or an option does not fit.
     """
     base = load_config(config)
-    if base.model.proposals.kind != "none" or base.model.fusion.kind not in ("ugaf", "separate", "concat", "mean"):
+    if base.model.proposals.kind != "none" or base.model.fusion.kind in ("none", "cosine"):
         raise ConfigError(
             "study: configuration is a comparison method; expected DR-Seg's (table1 has the methods), got "
             f"model.proposals.kind {base.model.proposals.kind} and model.fusion.kind {base.model.fusion.kind}"
@@ -217,6 +229,8 @@ def make_setting(
         device=device,
         pieces=pieces,
         quick=quick,
+        remote_clip=remote_clip,
+        matched=matched,
     )
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 
-from drseg_core.config.methods import METHODS, method_options
+from drseg_core.config.methods import METHODS, method_options, published_options
+from drseg_core.config.schema import DinoConfig, RemoteConfig
 from drseg_core.models.dino import DinoPrior
 from drseg_core.studies import paper
-from drseg_core.studies.paper import PaperRow
+from drseg_core.studies.paper import PaperRow, Published
 from drseg_core.studies.setting import Setting
 
 
@@ -47,6 +49,14 @@ DRSEG = Variant("drseg", "DR-Seg", {})
 """The configuration of a setting as it is."""
 
 
+class Section(NamedTuple):
+    """A further table of a study's page: ``rows`` as :func:`drseg_core.evaluation.report.markdown_table` takes them."""
+
+    title: str
+    rows: Sequence[Mapping[str, Any]]
+    note: str = ""
+
+
 @dataclass(frozen=True)
 class TrainingStudy:
     """A study whose variants are trained and scored.
@@ -59,6 +69,8 @@ class TrainingStudy:
         axis: what ``Variant.value`` is, in a sweep over numbers.
         reference: name of the variant that the others are compared with.
         paper: what the paper's numbers are of.
+        sections: further tables of its page.
+        published: the paper's numbers set by set, by title, for its figure.
     """
 
     name: str
@@ -68,11 +80,19 @@ class TrainingStudy:
     axis: str | None = None
     reference: str | None = None
     paper: str = paper.ABLATIONS
+    sections: tuple[Section, ...] = ()
+    published: Mapping[str, Published] | None = None
 
 
 _BASELINE = {"model.fusion.kind": "none", "model.decoder.dino_guidance": False}
-# the paper does not say how its rows without UGAF join the two correlations; its code base has three variants
-_WITHOUT_UGAF = {"model.fusion.kind": "concat"}
+# The paper does not say what its rows without UGAF have in its place. It is no row of Table 4: +PDGR +SPSD has 37.97,
+# and they have 37.21, 39.62 and 36.55. First comes what PDGR alone changes: its features take the place of the
+# canonical ones, and all else stays the baseline.
+_WITHOUT_UGAF: dict[str, tuple[str, dict[str, Any]]] = {
+    "replace": ("the refined map in place of the canonical one", {"model.fusion.kind": "replace"}),
+    "ungated": ("UGAF without its gate", {"model.fusion.gate": "none"}),
+    "sum": ("the refined map added to the original ones", {"model.fusion.kind": "sum"}),
+}
 _WITHOUT_SPSD = {"model.spsd.semantic_ratio": 0.0}
 
 
@@ -147,41 +167,146 @@ def training_study_title(name: str, setting: Setting) -> str:
 
 
 def _table1(setting: Setting) -> TrainingStudy:
-    kinds = [test.spec.partition(":")[0] for test in setting.tests]
-    rows, of = paper.table1(setting.data.partition(":")[0], setting.config.model.clip.name, kinds)
+    trained_on, clip = setting.data.partition(":")[0], setting.config.model.clip.name
+    kind = {test.name: test.spec.partition(":")[0] for test in setting.tests}
+    rows, of = paper.table1(trained_on, clip, list(dict.fromkeys(kind.values())))
     order = [name for name in METHODS if name != "drseg"] + ["drseg"]
-    variants = tuple(Variant(name, METHODS[name].title, method_options(name), rows.get(name)) for name in order)
+    variants = []
+    for name in order:
+        own, why_not = ({}, None) if setting.matched else _as_published(name, setting)
+        # by the names that the tests have on the page
+        known = rows[name].sets or {}
+        sets = {test: known[its] for test, its in kind.items() if its in known} or None
+        row = rows[name]._replace(sets=sets)
+        variants.append(
+            Variant(name, METHODS[name].title, {**method_options(name), **own}, row, why_not=why_not),
+        )
     note = "Simplified: " + "; ".join(f"{m.title}: {m.simplified}" for k, m in METHODS.items() if k != "drseg") + "."
-    title = "Comparison with other methods (Table 1)"
-    return TrainingStudy("table1", title, variants, note, reference="drseg", paper=of)
+    published = {METHODS[name].title: row for name, row in paper.TABLE1[paper.table1_key(trained_on, clip)].items()}
+    return TrainingStudy(
+        "table1",
+        "Comparison with other methods (Table 1)",
+        tuple(variants),
+        note,
+        reference="drseg",
+        paper=of,
+        sections=(_methods(variants, setting), _published()),
+        published=published,
+    )
+
+
+def _as_published(name: str, setting: Setting) -> tuple[dict[str, Any], str | None]:
+    """A method's own prior, sizes and RemoteCLIP, and why it cannot have them."""
+    options, reasons = published_options(name, setting.config.model.clip.name), []
+    if METHODS[name].published.prior == "v1":
+        prior, why_not = _prior_v1(setting)
+        options.update(prior)
+        reasons.append(why_not)
+    if options.get("model.decoder.remote_clip"):
+        remote, why_not = _remote_tower(setting)
+        options.update(remote)
+        reasons.append(why_not)
+    return options, " and ".join(filter(None, reasons)) or None
+
+
+def _methods(variants: Sequence[Variant], setting: Setting) -> Section:
+    """What each method of Table 1 has."""
+    rows = []
+
+    def named(encoder: DinoConfig | RemoteConfig) -> str:
+        nothing = "random" if setting.needs_start else "not given"
+        return f"{encoder.name}, {nothing if encoder.weights is None else Path(encoder.weights).name}"
+
+    for variant in variants:
+        model = setting.variant_config(dict(variant.options), 0).model
+        masks, aggregator = model.proposals.kind != "none", model.aggregator
+        sizes = model.proposals if masks else aggregator
+        row: dict[str, Any] = {
+            "method": variant.title,
+            "prior": None if model.fusion.kind == "none" else named(model.dino),
+            "layers": str(sizes.layers),
+            "heads": str(sizes.heads),
+            "MLP": None if masks else str(aggregator.mlp_hidden),
+            "RemoteCLIP": named(model.remote) if model.decoder.remote_clip else None,
+        }
+        rows.append(row)
+    note = "Every method has the configuration's prior and sizes (--matched)."
+    if not setting.matched:
+        note = (
+            "Every method has the prior and the sizes of its own files, DR-Seg those of the configuration (--matched "
+            "gives them to all). Layers, heads and MLPs are of ViT-B and ViT-L; with another backbone they are the "
+            "configuration's. Layers of RSKT-Seg are those of its files, and its released weights have 5 on DLRSD; "
+            "OVRS and GSNet are built on CAT-Seg's code and have its sizes."
+        )
+    return Section("What each method has", rows, note)
+
+
+def _published() -> Section:
+    """All rows of Table 1."""
+    rows = []
+    for (trained_on, backbone), methods in paper.TABLE1.items():
+        for name, row in methods.items():
+            cells = zip((*row.miou, row.mean_miou), (*row.macc, row.mean_macc), strict=True)
+            head = {
+                "trained on": paper.TRAINED_ON[trained_on],
+                "backbone": backbone.replace("ViT", "ConvNeXt") if name == "sed" else backbone,
+                "method": METHODS[name].title,
+            }
+            text = (f"{miou:.2f} / {macc:.2f}" for miou, macc in cells)
+            rows.append(head | dict(zip((*paper.SETS, "mean"), text, strict=True)))
+    wrong = "; ".join(
+        f"{METHODS[name].title}, {paper.TRAINED_ON[key[0]]}, {key[1]}, {metric}: {printed:.2f} (of its cells "
+        f"{computed:.2f})"
+        for key, name, metric, printed, computed in paper.misprinted_means()
+    )
+    note = f"Percent, mIoU / mACC. As printed, with two means that do not follow from their cells: {wrong}."
+    return Section("Table 1 as published", rows, note)
 
 
 def _table2(setting: Setting) -> TrainingStudy:
     rows: dict[str, tuple[str, dict[str, Any]]] = {
         "baseline": ("baseline", _BASELINE),
-        "pdgr": ("+ PDGR", {**_WITHOUT_SPSD, **_WITHOUT_UGAF}),
-        "pdgr_spsd": ("+ PDGR + SPSD", _WITHOUT_UGAF),
+        "pdgr": ("+ PDGR", {**_WITHOUT_SPSD, **_WITHOUT_UGAF["replace"][1]}),
+        "pdgr_spsd": ("+ PDGR + SPSD", _WITHOUT_UGAF["replace"][1]),
         "pdgr_ugaf": ("+ PDGR + UGAF", _WITHOUT_SPSD),
         "all": ("all (DR-Seg)", {}),
     }
     variants = tuple(Variant(name, title, options, paper.TABLE2[name]) for name, (title, options) in rows.items())
     note = (
-        "Without SPSD the graph acts on all channels; without UGAF the two correlations are joined by the fusion "
-        "concat (the paper does not say by which)."
+        "Without SPSD the graph acts on all channels; without UGAF the refined map takes the place of the canonical "
+        "one, and the rest is the baseline's. The paper does not tell what it has there; table2-readings has what else "
+        "it may be."
     )
     return TrainingStudy("table2", "Modules (Table 2)", variants, note, reference="all")
 
 
+def _table2_readings(setting: Setting) -> TrainingStudy:
+    variants = [
+        Variant(f"{row}_{reading}", f"{modules}, {title}", {**spsd, **options}, paper.TABLE2[row])
+        for row, modules, spsd in (("pdgr", "+ PDGR", _WITHOUT_SPSD), ("pdgr_spsd", "+ PDGR + SPSD", {}))
+        for reading, (title, options) in _WITHOUT_UGAF.items()
+    ]
+    note = (
+        "The paper does not tell what Table 2 has in place of UGAF. It is none of Table 4's other fusions: 37.97 with "
+        "PDGR and SPSD is neither 39.62 (mean) nor 37.21 (concat) nor 36.55 (separate)."
+    )
+    title = "Readings of Table 2 without UGAF"
+    return TrainingStudy("table2-readings", title, tuple(variants), note, reference="pdgr_spsd_replace")
+
+
+def _prior_v1(setting: Setting) -> tuple[dict[str, Any], str | None]:
+    """RS-DINOv1, or what stands for it where the prior is random, and why it cannot be had."""
+    options: dict[str, Any] = {"model.dino.guidance_blocks": (3, 7), "model.dino.normalization": "clip"}
+    if setting.config.model.dino.weights is None:
+        # as deep as DINOv1's, with fewer channels: random weights have no use for more
+        return options | {"model.dino.name": "vit_small_patch8_224"}, None
+    options |= {"model.dino.name": "vit_base_patch8_224", "model.dino.weights": setting.prior_v1}
+    return options, None if setting.prior_v1 else "weights of RS-DINOv1 were not given (--prior-v1 FILE)"
+
+
 def _table3(setting: Setting) -> TrainingStudy:
     random = setting.config.model.dino.weights is None
-    why_not = None
-    first: dict[str, Any] = {"model.dino.guidance_blocks": (3, 7), "model.dino.normalization": "clip"}
-    if random:
-        # as deep as DINOv1's, with fewer channels: random weights have no use for more
-        first["model.dino.name"] = "vit_small_patch8_224"
-    else:
-        first.update({"model.dino.name": "vit_base_patch8_224", "model.dino.weights": setting.prior_v1})
-        why_not = None if setting.prior_v1 else "weights of RS-DINOv1 were not given (--prior-v1 FILE)"
+    first, why_not = _prior_v1(setting)
     variants = []
     for version, options, reason in (("v1", first, why_not), ("v3", {}, None)):
         for name in ("gsnet", "rskt", "drseg"):
@@ -220,32 +345,34 @@ def _table6(setting: Setting) -> TrainingStudy:
     return TrainingStudy("table6", "Neighbours (Table 6)", variants, note, axis="neighbours K", reference="k_75")
 
 
-def _remote_clip(setting: Setting) -> TrainingStudy:
-    option, model = "model.decoder.remote_clip", setting.config.model
-    options: dict[str, Any] = {option: True}
-    why_not = None
+def _remote_tower(setting: Setting) -> tuple[dict[str, Any], str | None]:
+    """RemoteCLIP, or what stands for it where CLIP is random, and why it cannot be had."""
+    clip, weights = setting.config.model.clip, setting.remote_clip or setting.config.model.remote.weights
     if setting.needs_start:
         # the tower for random weights is the small one
-        small = {
-            "name": "drseg-tiny",
-            "image_size": model.clip.image_size,
-            "guidance_blocks": model.clip.guidance_blocks,
-        }
-        options.update({f"model.remote.{name}": value for name, value in small.items()})
-    elif model.remote.weights is None:
-        why_not = "weights of RemoteCLIP were not given (model.remote.weights of --config)"
+        small = {"name": "drseg-tiny", "image_size": clip.image_size, "guidance_blocks": clip.guidance_blocks}
+        return {f"model.remote.{name}": value for name, value in small.items()}, None
+    # RSKT-Seg runs it in OpenAI's code, which has QuickGELU
+    options = {"model.remote.name": "ViT-B-32-quickgelu", "model.remote.weights": weights}
+    return options, None if weights else "weights of RemoteCLIP were not given (--remote-clip FILE)"
+
+
+def _remote_clip(setting: Setting) -> TrainingStudy:
+    option = "model.decoder.remote_clip"
+    options, why_not = _remote_tower(setting)
     variants = (
         Variant("remote-clip_no", "no", {option: False}),
-        Variant("remote-clip_yes", "yes", options, why_not=why_not),
+        Variant("remote-clip_yes", "yes", {option: True, **options}, why_not=why_not),
     )
     title = "Guidance of the decoder by a second CLIP"
-    reference = variants[bool(model.decoder.remote_clip)].name
+    reference = variants[bool(setting.config.model.decoder.remote_clip)].name
     return TrainingStudy("sweep-remote-clip", title, variants, reference=reference)
 
 
 _TABLES = {
     "table1": _table1,
     "table2": _table2,
+    "table2-readings": _table2_readings,
     "table3": _table3,
     "table4": _table4,
     "table5": _table5,

@@ -71,6 +71,7 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
             "backends": backend_report(),
             "variants": variants,
             "order": None if order is None else order._asdict(),
+            "sections": [section._asdict() for section in study.sections],
         }
         write_text_atomic(out / f"{name}.json", json.dumps(content, indent=1) + "\n")
         write_text_atomic(out / f"{name}.md", report.markdown(study, scores, problems, facts))

@@ -60,37 +60,48 @@ def training_loss(output: SegmenterOutput, mask: Tensor, train: TrainConfig) -> 
     if train.loss == "softmax":
         loss = softmax_loss(output.logits, mask)
     else:
-        loss = segmentation_loss(output.logits, mask, ignore_mode=train.ignore_mode)
+        loss = segmentation_loss(output.logits, mask, ignore_mode=train.ignore_mode, unlabelled=train.unlabelled)
     if train.alignment_weight == 0:
         return (loss,)
     alignment = softmax_loss(output.original / ALIGNMENT_TEMPERATURE, mask)
     return loss, LossSum(train.alignment_weight * alignment.total, alignment.terms)
 
 
-def segmentation_loss(logits: Tensor, mask: Tensor, *, ignore_mode: Literal["zeros", "masked"] = "zeros") -> LossSum:
+def segmentation_loss(
+    logits: Tensor,
+    mask: Tensor,
+    *,
+    ignore_mode: Literal["zeros", "masked"] = "zeros",
+    unlabelled: Literal["left_out", "negative"] = "left_out",
+) -> LossSum:
     """Sum of binary cross-entropies with logits, and the number of terms in it.
 
     ``sum_{b,t,x} softplus(l_btx) - sum_{b,x valid} l_{b,y(b,x),x}``, which is the cross-entropy against the one-hot
     mask without that mask ever being made. The logits are first brought to the size of the mask (bilinear). An image
-    without a single labelled pixel tells nothing and has no part in the loss, in either mode.
+    without a single labelled pixel tells nothing and has no part in the loss, unless it is asked for.
 
     Args:
         logits: (B, T, h, w), one score per class; any float dtype, the sum is taken in float32 or wider.
         mask: (B, H, W) class indices 0..T-1, 255 where there is no label; any integer dtype.
         ignore_mode: pixels of id 255 are negative for every class (``zeros``), or left out (``masked``).
+        unlabelled: of ``zeros``: images of nothing but id 255 are ``left_out``, or ``negative`` like other such pixels.
 
     Returns:
         ``LossSum(total, terms)``, two scalars. Kept apart so that processes which hold different numbers of valid
         pixels can divide by the number of all of them. Without a valid pixel the total is 0 with zero gradients.
 
     Raises:
-        ValueError: sizes that do not belong together, or an unknown ``ignore_mode``.
+        ValueError: sizes that do not belong together, or an unknown ``ignore_mode`` or ``unlabelled``.
         TypeError: a mask that holds no integers.
     """
     _check("segmentation_loss", logits, mask)
     if ignore_mode not in ("zeros", "masked"):
         raise ValueError(
             f"segmentation_loss: ignore_mode is unknown; expected 'zeros' or 'masked', got {ignore_mode!r}"
+        )
+    if unlabelled not in ("left_out", "negative"):
+        raise ValueError(
+            f"segmentation_loss: unlabelled is unknown; expected 'left_out' or 'negative', got {unlabelled!r}"
         )
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
@@ -101,7 +112,8 @@ def segmentation_loss(logits: Tensor, mask: Tensor, *, ignore_mode: Literal["zer
     positive = (logits.gather(1, label) * valid[:, None]).sum()
     negative = F.softplus(logits)
     if ignore_mode == "zeros":
-        valid = labelled(mask)[:, None, None].expand_as(valid)
+        counted = labelled(mask) if unlabelled == "left_out" else torch.ones_like(valid[:, 0, 0])
+        valid = counted[:, None, None].expand_as(valid)
     return LossSum((negative * valid[:, None]).sum() - positive, valid.sum() * logits.shape[1])
 
 

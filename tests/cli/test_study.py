@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from drseg_core.studies import channels
+from drseg_core.studies import channels, registry
 from drseg_core.studies.registry import studies
 
 SMALL = ("--quick", "--steps", "1", "--start-steps", "1")
@@ -35,15 +35,13 @@ def test_quick(drseg, out, name):
 
 def test_studies_share_their_variants(drseg, out):
     variants = {}
-    for name in ("table2", "table4"):
+    for name in ("table2", "table4", "table2-readings"):
         assert drseg("study", name, *SMALL, "--out", out)[0] == 0
         variants[name] = {
             variant["name"]: variant["scores"] for variant in json.loads((out / f"{name}.json").read_text())["variants"]
         }
-    assert (
-        variants["table4"]["ugaf"] == variants["table2"]["all"]
-        and variants["table4"]["concat"] == variants["table2"]["pdgr_spsd"]
-    )
+    assert variants["table4"]["ugaf"] == variants["table2"]["all"]
+    assert variants["table2-readings"]["pdgr_spsd_replace"] == variants["table2"]["pdgr_spsd"]
 
 
 # processes begin with eight seconds of imports, so one study has them
@@ -90,6 +88,7 @@ def test_other_files_are_no_studies(drseg, tmp_path):
         (("table2",), "--out"),
         (("table2", "--out", "x", "--seeds", "a"), "seeds are not numbers"),
         (("table2", "--out", "x", "--jobs", "0"), "jobs is out of range"),
+        (("table2", "--out", "x", "--matched"), "matched does not belong to table2"),
         (("table2", "--out", "x", "--steps", "0"), "steps is out of range"),
         (("table2", "--out", "x", "--data", "folder:y"), "tests are missing"),
     ],
@@ -97,6 +96,24 @@ def test_other_files_are_no_studies(drseg, tmp_path):
 def test_refusals(drseg, words, message):
     code, _, err = drseg("study", *words)
     assert code == 2 and message in err.splitlines()[0], err
+
+
+def test_what_table_1_is_given(drseg, tmp_path, monkeypatch):
+    given = []
+
+    def run(setting, out, *, jobs, command):
+        given.append(setting)
+        (out / f"table1{setting.suffix}.md").write_text("the page")
+        return {}
+
+    monkeypatch.setattr(registry, "find_study", lambda name: registry.Study(name, "", run))
+    files = ("--prior-v1", "a.pth", "--remote-clip", "b.pt")
+    for words in ((), ("--matched",)):
+        code, printed, err = drseg("study", "table1", "--quick", *files, *words, "--out", tmp_path)
+        assert code == 0 and "the page" in printed, err
+    assert [one.matched for one in given] == [False, True]
+    assert {(one.prior_v1, one.remote_clip) for one in given} == {("a.pth", "b.pt")}
+    assert {path.name for path in tmp_path.glob("*.md")} == {"table1.md", "table1-matched.md", "index.md"}
 
 
 def test_data_that_are_not_there_are_found_before_any_training(drseg, tmp_path):

@@ -88,7 +88,7 @@ def test_numbers(text: str, value: float) -> None:
         ("model:\n  clip:\n    guidance_blocks: 3", "expected 2 values"),
         ("model:\n  rotations: 2", "not a choice; expected 1, 4, got 2"),
         ("model:\n  rotations: true", "not a choice"),
-        ("model:\n  fusion:\n    kind: sum", "x.yaml:3: model.fusion.kind is not a choice; expected ugaf, mean"),
+        ("model:\n  fusion:\n    kind: product", "x.yaml:3: model.fusion.kind is not a choice; expected ugaf, mean"),
         ("model: tiny", "x.yaml:1: model has a wrong type; expected a mapping"),
         ("- 1\n- 2", "x.yaml:1: file has a wrong type; expected a mapping"),
         ("seed: 1\ntrain: {}\nseed: 2", "x.yaml:3: seed is given twice"),
@@ -142,6 +142,14 @@ def test_dictionaries_are_read_as_strictly() -> None:
         config_from_dict({"graph": {"k": "75"}}, ModelConfig, "run.json")
     with pytest.raises(ConfigError, match="run.json: graf is unknown"):
         config_from_dict({"graf": {}}, ModelConfig, "run.json")
+
+
+def test_a_mean_has_no_canonical_map_to_replace():
+    options = {"model.fusion.kind": "replace", "model.fusion.original": "mean"}
+    with pytest.raises(ConfigError, match="expected model.fusion.original stack, got mean"):
+        validate(override(load_config("tiny"), options))
+    validate(override(load_config("tiny"), {**options, "model.rotations": 1}))
+    validate(override(load_config("tiny"), {"model.fusion.kind": "replace"}))
 
 
 @pytest.mark.parametrize("guide", ["dino_guidance", "remote_clip"])

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -45,7 +47,10 @@ def test_ovrs_and_segearth_cover_their_sets():
 
 def test_views_and_means():
     views = {name: protocol.views for name, protocol in PROTOCOLS.items()}
-    assert views["rskt"] == views["clean"] and views["rskt"].window is None and views["rskt"].edge == 640
+    assert views["clean"].window is None and views["clean"].edge == 640 and views["clean"].pad is None
+    # what the public code does to images that are no multiple of 32, and to images without a label
+    assert views["rskt"] == dataclasses.replace(views["clean"], pad=32)
+    assert [name for name, protocol in PROTOCOLS.items() if protocol.unlabelled == "negative"] == ["rskt"]
     assert (views["ovrs"].edge, views["ovrs"].window, views["ovrs"].stride, views["ovrs"].whole) == (
         640,
         384,

@@ -9,6 +9,7 @@ import torch
 from drseg_core.data.protocols import PROTOCOLS, Views
 from drseg_core.evaluation.inference import Predictor
 from drseg_core.evaluation.views import ViewPredictor, resized_size
+from drseg_core.models.clip import PIXEL_MEAN
 from tests.evaluation.fake import COLORS, ColorModel, color_image
 
 NAMES = list(COLORS)
@@ -26,6 +27,25 @@ def test_the_benchmark_sees_one_whole_image():
     # UAVid and an elongated image: the long edge stops at 2560
     assert resized_size(2160, 3840, PROTOCOLS["rskt"].views) == (640, 1138)
     assert resized_size(100, 1000, PROTOCOLS["rskt"].views) == (256, 2560)
+
+
+def test_the_public_code_stretches_what_it_pads():
+    """VDD's shape: 4000 x 3000 is shown at 853 x 640 and padded to 864 x 640."""
+    rskt, clean = PROTOCOLS["rskt"].views, PROTOCOLS["clean"].views
+    assert batches(rskt, (300, 400)) == [(1, 3, 640, 864)] and batches(clean, (300, 400)) == [(1, 3, 640, 853)]
+    # nothing to pad
+    assert batches(rskt, (256, 256)) == batches(clean, (256, 256)) == [(1, 3, 640, 640)]
+    label = torch.zeros(300, 400, dtype=torch.long)
+    label[:, 300:] = 3
+    stretched, plain = (ViewPredictor(ColorModel(), NAMES, views)(color_image(label)) for views in (rskt, clean))
+    assert int((plain.class_index[150] == 3).nonzero()[0]) == 300
+    # the border moves from 300 to 300 * 853.3 / 864 of 400, and the padding covers the last 5.1 pixels of 400
+    assert int((stretched.class_index[150] == 3).nonzero()[0]) == 296
+    assert (stretched.class_index[150, 300:394] == 3).all()
+    grey = stretched.score[150, -4:]
+    distance = sum((a - b) ** 2 for a, b in zip(PIXEL_MEAN, COLORS["dark"], strict=True))
+    nearest = min(distance, *(sum((a - b) ** 2 for a, b in zip(PIXEL_MEAN, c, strict=True)) for c in COLORS.values()))
+    torch.testing.assert_close(grey, torch.full((4,), 1 - 4 * nearest).sigmoid(), rtol=1e-4, atol=1e-4)
 
 
 def test_ovrs_sees_four_windows_and_the_whole():

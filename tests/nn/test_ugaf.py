@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from drseg_core.nn.ugaf import UGAF, FusionOutput, MultiScaleBlock, build_fusion, group_norm, uncertainty
 
-KINDS = ("ugaf", "mean", "concat", "separate", "none")
-GATES = ("sigmoid_proj", "residual", "direct", "feature", "proj_on_map")
+KINDS = ("ugaf", "mean", "concat", "separate", "replace", "sum", "none")
+GATES = ("sigmoid_proj", "residual", "direct", "feature", "proj_on_map", "none")
 
 
 def maps(classes: int = 5, rotations: int = 4, grid: tuple[int, int] = (6, 4)) -> tuple[Tensor, Tensor]:
@@ -119,6 +119,7 @@ def test_gate_forms() -> None:
         "direct": u * refined,
         "proj_on_map": u * torch.sigmoid(4 * refined),
         "feature": refined,
+        "none": refined,
     }
     for gate, value in expected.items():
         fusion = UGAF(4, 8, gate=gate, tau=0.05)
@@ -158,6 +159,34 @@ def test_simple_fusions_are_those_of_table_4() -> None:
     torch.testing.assert_close(separate(original, refined).embedding, unfold(joined))
 
 
+def test_readings_of_table_2_without_ugaf() -> None:
+    torch.manual_seed(0)
+    original, refined = maps(3)
+    replace, added = build_fusion("replace", 4, 8), build_fusion("sum", 4, 8)
+    replaced = original.clone()
+    # the canonical map is the first one
+    replaced[:, 0] = refined[:, 0]
+    for fusion, seen in ((replace, replaced), (added, original + refined)):
+        found = fusion(original, refined)
+        baseline = build_fusion("none", 4, 8)
+        baseline.load_state_dict(fusion.state_dict())
+        torch.testing.assert_close(found.embedding, baseline(seen).embedding)
+        assert torch.equal(found.uncertainty, baseline(original).uncertainty)
+        with pytest.raises(ValueError, match="refined is missing"):
+            fusion(original)
+
+
+def test_without_a_gate_the_uncertainty_decides_nothing() -> None:
+    torch.manual_seed(0)
+    original, refined = maps()
+    gated, ungated = UGAF(4, 8), UGAF(4, 8, gate="none")
+    ungated.load_state_dict({name: value for name, value in gated.state_dict().items() if "project" not in name})
+    assert not torch.allclose(gated(original, refined).embedding, ungated(original, refined).embedding)
+    # the gate wide open
+    nn.init.constant_(gated.project.bias, 100.0)
+    torch.testing.assert_close(gated(original, refined).embedding, ungated(original, refined).embedding)
+
+
 @pytest.mark.parametrize("kind", ["dilation", "kernel"])
 def test_multi_scale_block(kind: str) -> None:
     block = MultiScaleBlock(8, kind)
@@ -189,7 +218,7 @@ def test_runs_under_autocast() -> None:
 def test_bad_input() -> None:
     original, refined = maps()
     with pytest.raises(ValueError, match="kind is unknown"):
-        build_fusion("sum", 4, 8)
+        build_fusion("product", 4, 8)
     with pytest.raises(ValueError, match="tau is out of range"):
         build_fusion("ugaf", 4, 8, tau=0.0)
     with pytest.raises(ValueError, match="gate is unknown"):

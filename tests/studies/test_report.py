@@ -6,8 +6,8 @@ import math
 import pytest
 
 from drseg_core.studies.paper import PaperRow
-from drseg_core.studies.report import Order, markdown, order, over_tests, spread, text_of
-from drseg_core.studies.tables import TrainingStudy, Variant
+from drseg_core.studies.report import Order, by_set, markdown, order, over_tests, spread, text_of
+from drseg_core.studies.tables import Section, TrainingStudy, Variant
 
 
 def row(*values, metric="mIoU"):
@@ -73,3 +73,22 @@ def test_the_page_says_what_was_not_run_and_what_it_is_compared_with():
     assert "of HIGH" in page and "`drseg study t`; trained at commit abc\n" in page
     page = markdown(study, scores, {}, {**facts, "seconds": 90.1})
     assert "`drseg study t`; trained at commit abc; 2 minutes, one process after another\n" in page
+
+
+def test_sets_stand_one_by_one_beside_the_paper_s():
+    published = PaperRow(1.0, None, 2.0, {"b": (30.0, 40.5)})
+    study = TrainingStudy("t", "T", (Variant("x", "X", {}, published), Variant("y", "Y", {}, published)))
+    scores = {"x": {seed: {"a": {"mIoU": 1.0, "mACC": 2.0}, "b": {"mIoU": 3.0 + seed, "mACC": 5.0}} for seed in (0, 2)}}
+    assert by_set(study, scores) == [
+        {"": "X", "of": "here", "a": "1.0 ± 0.0 / 2.0 ± 0.0", "b": "4.0 ± 1.4 / 5.0 ± 0.0"},
+        {"": "X", "of": "paper", "a": None, "b": "30.00 / 40.50"},
+        {"": "Y", "of": "paper", "a": None, "b": "30.00 / 40.50"},
+    ]
+    assert by_set(TrainingStudy("t", "T", (variant("x", 1.0),)), scores) == []
+
+
+def test_sections_follow_the_note():
+    study = TrainingStudy("t", "T", (variant("x", 1.0),), "Note.", sections=(Section("More", [{"what": "1"}], "Why."),))
+    facts = {"data": "d", "steps": 1, "start_steps": 0, "prior_steps": 0, "protocol": None, "seeds": [0], "tests": []}
+    page = markdown(study, {}, {}, {**facts, "command": "c", "commits": []})
+    assert "Note.\n\n## More\n\nWhy.\n\n| what |\n|---|\n| 1 |\n\n`c`; trained at" in page

@@ -13,7 +13,7 @@ from drseg_core.checkpoints.run import plain_config
 from drseg_core.config.load import override
 from drseg_core.errors import ConfigError
 from drseg_core.models.build import build_model
-from drseg_core.studies import paper
+from drseg_core.studies import figures, paper
 from drseg_core.studies.setting import ScoredSet, Setting, make_setting
 from drseg_core.studies.tables import training_study, training_study_names
 
@@ -77,22 +77,148 @@ def test_the_paper_s_numbers_agree_with_each_other():
 def test_the_means_of_the_paper_s_table_1(trained_on, clip, miou, macc):
     rows, of = paper.table1(trained_on, clip, ["synthetic"])
     assert (rows["drseg"].miou, rows["drseg"].macc) == (miou, macc)
-    assert rows == paper.table1(trained_on, clip, paper.SETS[::-1])[0]
-    for method in paper.TABLE1.values():
-        for metrics in method.values():
-            for *sets, mean in metrics.values():
-                assert len(sets) == len(paper.SETS) and sum(sets) / 8 == pytest.approx(mean, abs=0.011)
-    assert of.endswith("mean over its eight sets") and ("rskt" in rows) == ("DLRSD, ViT-L" in of)
+    assert rows["drseg"].sets is None and len(rows) == 8
+    whole = paper.table1(trained_on, clip, paper.SETS[::-1])[0]
+    assert (whole["drseg"].miou, whole["drseg"].macc) == (miou, macc) and len(whole["drseg"].sets) == 8
+    assert of.endswith("mean over its eight sets")
+
+
+def test_table_2_without_ugaf_is_no_row_of_table_4(quick):
+    variants = {variant.name: variant for variant in training_study("table2", quick).variants}
+    for name in ("pdgr", "pdgr_spsd"):
+        assert variants[name].options["model.fusion.kind"] == "replace"
+        assert paper.TABLE2[name] not in paper.TABLE4.values()
+    readings = {variant.name: variant for variant in training_study("table2-readings", quick).variants}
+    assert readings["pdgr_replace"].options == variants["pdgr"].options
+    assert readings["pdgr_spsd_replace"].options == variants["pdgr_spsd"].options
+    assert readings["pdgr_spsd_ungated"].options == {"model.fusion.gate": "none"}
+    assert readings["pdgr_sum"].paper == paper.TABLE2["pdgr"] and len(readings) == 6
+
+
+def test_every_row_of_the_paper_s_table_1():
+    """All means follow from their cells but two, so a slip of a digit shows here."""
+    assert [list(methods) for methods in paper.TABLE1.values()] == 4 * [
+        ["scan", "san", "sed", "catseg", "ovrs", "gsnet", "rskt", "drseg"]
+    ]
+    off = {}
+    for key, methods in paper.TABLE1.items():
+        for name, row in methods.items():
+            assert len(row.miou) == len(row.macc) == len(paper.SETS)
+            for metric, cells, mean in (("mIoU", row.miou, row.mean_miou), ("mACC", row.macc, row.mean_macc)):
+                if abs(sum(cells) / 8 - mean) > 0.0111:
+                    off[key, name, metric] = mean, round(sum(cells) / 8, 2)
+    assert off == {
+        (("dlrsd", "ViT-B"), "ovrs", "mACC"): (54.51, 54.39),
+        (("dlrsd", "ViT-L"), "gsnet", "mIoU"): (44.56, 44.59),
+    }
+    assert {row[:3]: row[3:] for row in paper.misprinted_means()} == off
+    assert paper.TABLE1["isaid", "ViT-B"]["rskt"].miou[paper.SETS.index("udd5")] == 13.94
+    assert paper.TABLE1["dlrsd", "ViT-L"]["sed"].macc[paper.SETS.index("vaihingen")] == 58.62
+
+
+def test_table_1_explains_table_3():
+    """The printed rows of GSNet and RSKT-Seg over the four sets of Table 3 are its rows with RS-DINOv1."""
+    rows, _ = paper.table1("dlrsd", "ViT-L-14-336", ["potsdam", "vdd", "uavid", "udd5"])
+    for name in ("gsnet", "rskt"):
+        other = paper.TABLE3[f"{name}_v1"]
+        assert rows[name].miou == pytest.approx(other.miou, abs=0.011)
+        assert rows[name].macc == pytest.approx(other.macc, abs=0.011)
+    assert rows["drseg"].miou == pytest.approx(paper.TABLE3["drseg_v3"].miou, abs=0.011)
 
 
 def test_the_paper_s_table_1_over_the_sets_that_are_scored():
-    setting = make_setting("vitl", data="dlrsd:x", tests=["potsdam:x", "vdd:x"], protocol="rskt")
+    setting = make_setting("vitl", data="dlrsd:x", tests=["p=potsdam:x", "vdd:x"], protocol="rskt")
     study = training_study("table1", setting)
     found = {variant.name: variant.paper for variant in study.variants}
-    assert found["drseg"].miou == pytest.approx((45.91 + 41.00) / 2, abs=0.006) and found["sed"] is None
-    assert found["rskt"].miou == pytest.approx((37.14 + 40.55) / 2, abs=0.006) and found["rskt"].macc is None
+    assert found["drseg"].miou == pytest.approx((45.91 + 41.00) / 2, abs=0.006)
+    assert found["sed"].macc == pytest.approx((37.95 + 51.34) / 2, abs=0.006)
+    assert found["rskt"].sets == {"p": (37.14, 53.75), "vdd": (40.55, 58.75)}
     assert study.paper == "DLRSD, ViT-L, mean over potsdam, vdd"
     assert list(found)[-1] == "drseg" and len(found) == 8
+
+
+def test_the_page_has_all_published_rows(quick):
+    (section,) = [one for one in training_study("table1", quick).sections if one.title == "Table 1 as published"]
+    assert len(section.rows) == 32
+    sed = next(row for row in section.rows if row["method"] == "SED" and row["backbone"] == "ConvNeXt-L")
+    assert (sed["trained on"], sed["vdd"], sed["mean"]) == ("DLRSD", "32.53 / 51.34", "40.18 / 53.13")
+    assert "OVRS, DLRSD, ViT-B, mACC: 54.51 (of its cells 54.39)" in section.note
+    assert "GSNet, DLRSD, ViT-L, mIoU: 44.56 (of its cells 44.59)" in section.note
+
+
+class TestTable1:
+    """Each method with its published prior and sizes; --matched gives all the configuration's."""
+
+    @pytest.mark.parametrize(("backbone", "layers"), [("vitb", 3), ("vitl", 2)])
+    def test_every_method_has_its_own(self, backbone, layers):
+        setting = make_setting(
+            backbone, data="dlrsd:x", tests=["potsdam:x"], prior_v1="w/RSIB.pth", remote_clip="w/remote.pt"
+        )
+        study = training_study("table1", setting)
+        assert not any(variant.why_not for variant in study.variants)
+        model = {one.name: setting.variant_config(dict(one.options), 0).model for one in study.variants}
+        assert {name: one.dino.weights for name, one in model.items() if one.fusion.kind != "none"} == {
+            "gsnet": "w/RSIB.pth",
+            "rskt": "w/RSIB.pth",
+            "drseg": "pretrained",
+        }
+        assert model["rskt"].dino.normalization == "clip" and model["rskt"].dino.guidance_blocks == (3, 7)
+        sizes = {name: dataclasses.astuple(one.aggregator)[1:5] for name, one in model.items()}
+        assert sizes["rskt"] == (layers, 128, 8, 384)
+        assert sizes["catseg"] == sizes["ovrs"] == sizes["gsnet"] == (2, 128, 4, 512)
+        assert sizes["sed"][:3] == (2, 128, 4) and model["drseg"] == setting.config.model
+        assert [name for name, one in model.items() if one.decoder.remote_clip] == ["rskt"]
+        assert (model["rskt"].remote.name, model["rskt"].remote.weights) == ("ViT-B-32-quickgelu", "w/remote.pt")
+        (section,) = [one for one in study.sections if one.title == "What each method has"]
+        row = {one["method"]: one for one in section.rows}["RSKT-Seg"]
+        assert (row["prior"], row["layers"], row["heads"], row["MLP"], row["RemoteCLIP"]) == (
+            "vit_base_patch8_224, RSIB.pth",
+            str(layers),
+            "8",
+            "384",
+            "ViT-B-32-quickgelu, remote.pt",
+        )
+        none = {"weights": None}
+        for name in ("catseg", "gsnet", "rskt"):
+            parts = {part: dataclasses.replace(getattr(model[name], part), **none) for part in ("clip", "dino")}
+            remote = dataclasses.replace(model[name].remote, **none)
+            with torch.device("meta"):
+                built = build_model(dataclasses.replace(model[name], **parts, remote=remote))
+            assert (built.remote is None) == (name != "rskt") and len(built.aggregator.spatial) == sizes[name][0]
+
+    def test_what_is_not_given_is_not_run(self):
+        setting = make_setting("vitl", data="dlrsd:x", tests=["potsdam:x"])
+        study = training_study("table1", setting)
+        reasons = {variant.name: variant.why_not for variant in study.variants if variant.why_not}
+        assert list(reasons) == ["gsnet", "rskt"] and "--remote-clip" not in reasons["gsnet"]
+        assert "--prior-v1" in reasons["rskt"] and "--remote-clip" in reasons["rskt"]
+        row = {one["method"]: one for one in study.sections[0].rows}["RSKT-Seg"]
+        assert row["prior"] == "vit_base_patch8_224, not given"
+
+    def test_matched_methods_have_what_the_configuration_has(self):
+        setting = make_setting("vitb", data="dlrsd:x", tests=["potsdam:x"], prior_v1="RSIB.pth", matched=True)
+        study = training_study("table1", setting)
+        for variant in study.variants:
+            model = setting.variant_config(dict(variant.options), 0).model
+            assert variant.why_not is None and model.dino == setting.config.model.dino
+            own = dataclasses.replace(model.aggregator, kind=setting.config.model.aggregator.kind)
+            assert own == setting.config.model.aggregator and not model.decoder.remote_clip
+        assert "--matched" in study.sections[0].note and setting.suffix == "-matched"
+        assert make_setting(matched=True, prior_steps=1).suffix == "-matched-taught" and not make_setting().suffix
+
+
+def test_the_figure_has_the_published_sets(quick, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    study = training_study("table1", quick)
+    figures.draw_training_study(study, {"drseg": {0: {"source": {"mIoU": 1.0}}}}, tmp_path / "x.png")
+    (figure,) = drawn
+    shown = {axis.get_title(): [text.get_text() for text in axis.texts] for axis in figure.axes if axis.texts}
+    last = study.published["DR-Seg"]
+    for name, values in (("mIoU", last.miou), ("mACC", last.macc)):
+        cells = shown[f"{name} in the paper (DLRSD, ViT-L), %"]
+        assert len(cells) == 8 * 8 and cells[-8:] == [f"{value:.2f}" for value in values]
+    figures.pyplot().close(figure)
 
 
 def test_what_a_sweep_is_compared_with_is_the_configuration(quick):
@@ -116,7 +242,11 @@ def test_blocks_of_the_prior(quick):
 def test_a_second_clip_that_is_not_there(quick):
     full = make_setting("vitl", tests=["x=folder:x"], data="folder:x")
     reasons = [variant.why_not for variant in training_study("sweep-remote-clip", full).variants]
-    assert reasons[0] is None and "model.remote.weights" in reasons[1]
+    assert reasons[0] is None and "--remote-clip" in reasons[1]
+    full = dataclasses.replace(full, remote_clip="remote.pt")
+    variants = training_study("sweep-remote-clip", full).variants
+    assert variants[1].why_not is None and variants[1].options["model.remote.weights"] == "remote.pt"
+    full = dataclasses.replace(full, remote_clip=None)
     given = dataclasses.replace(full, config=override(full.config, {"model.remote.weights": "remote.pt"}))
     assert all(variant.why_not is None for variant in training_study("sweep-remote-clip", given).variants)
     assert quick.start_config(0).model.decoder.remote_clip is False
@@ -139,6 +269,14 @@ class TestSetting:
         config = setting.variant_config({"model.graph.k": 20}, seed=3)
         assert config.train.iterations == 30_000 and config.train.batch_size == 8 and config.seed == 3
         assert config.train.clip_learning_rate_scale == 0.01 and config.model.graph.k == 20
+
+    @pytest.mark.parametrize(
+        ("protocol", "unlabelled"), [("rskt", "negative"), ("clean", "left_out"), (None, "left_out")]
+    )
+    def test_images_without_a_label_are_what_they_are_in_the_protocol_s_code(self, protocol, unlabelled):
+        setting = make_setting("vitb", data="dlrsd:data", tests=["potsdam:data"], protocol=protocol)
+        assert setting.variant_config({}, 0).train.unlabelled == unlabelled
+        assert setting.variant_config({"train.unlabelled": "left_out"}, 0).train.unlabelled == "left_out"
 
     def test_random_weights_start_from_a_dual_encoder(self):
         setting = make_setting()

@@ -63,6 +63,18 @@ def test_an_image_without_labels_has_no_part_in_the_loss(ignore_mode):
     torch.testing.assert_close(both, segmentation_loss(logits[1:], mask[1:], ignore_mode=ignore_mode).mean())
 
 
+def test_an_image_without_labels_is_negative_where_asked():
+    logits, mask = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.full((2, 4, 4), 255)
+    mask[1, 0, 0] = 2
+    for kept in (slice(None), slice(0, 1)):
+        target = F.one_hot(mask[kept].masked_fill(mask[kept] == 255, 3), 4)[..., :3].permute(0, 3, 1, 2).double()
+        expected = F.binary_cross_entropy_with_logits(logits[kept], target)
+        found = segmentation_loss(logits[kept], mask[kept], unlabelled="negative")
+        torch.testing.assert_close(found.mean(), expected)
+    masked = segmentation_loss(logits, mask, ignore_mode="masked", unlabelled="negative")
+    assert torch.equal(masked.mean(), segmentation_loss(logits, mask, ignore_mode="masked").mean())
+
+
 def test_ignored_pixels_are_negative_for_every_class_in_the_protocol():
     logits = torch.full((1, 3, 4, 4), -30.0)
     mask = torch.full((1, 4, 4), 255)
@@ -100,6 +112,13 @@ def test_half_precision_is_summed_in_float32():
             {"ignore_mode": "skip"},
             ValueError,
             "'zeros' or 'masked', got 'skip'",
+        ),
+        (
+            torch.zeros(1, 2, 3, 3),
+            torch.zeros(1, 3, 3, dtype=torch.long),
+            {"unlabelled": "skip"},
+            ValueError,
+            "'left_out' or 'negative', got 'skip'",
         ),
     ],
 )

@@ -32,6 +32,15 @@ def test_the_protocol_is_the_binary_loss_alone():
         assert torch.equal(mean(loss), segmentation_loss(output.logits, mask, ignore_mode=mode).mean())
 
 
+def test_images_without_a_label_are_what_is_asked_for():
+    output, mask = make_output()
+    mask[0] = 255
+    found = {how: mean(training_loss(output, mask, TrainConfig(unlabelled=how))) for how in ("left_out", "negative")}
+    assert torch.equal(mean(training_loss(output, mask, TrainConfig())), found["left_out"])
+    assert torch.equal(found["negative"], segmentation_loss(output.logits, mask, unlabelled="negative").mean())
+    assert found["negative"] != found["left_out"]
+
+
 def test_softmax():
     output, mask = make_output()
     loss = training_loss(output, mask, TrainConfig(loss="softmax"))
