@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from drseg_core.errors import ResourceError
 
 FULL_BYTES = 2**20
 """A disk with less room than this is full."""
+
+_MANY, _AGAIN = 2000, 60.0
+"""A folder of more files is listed again only after so many seconds."""
+_listed: dict[Path, tuple[float, list[str]]] = {}
 
 __all__ = ["atomic_path", "write_text_atomic"]
 
@@ -45,11 +50,27 @@ def remove_dead(target: Path) -> None:
     """Remove unfinished files for ``target`` of processes of this machine that are no more, such as killed ones."""
     # what is unfinished of an unfinished file has one dot more
     pattern = re.compile(r"\.*" + re.escape(f".{target.stem}-{_machine()}-") + r"(\d+)-.*\.part")
-    for path in target.parent.glob(".*.part*"):
-        found = pattern.match(path.name)
+    for name in _hidden(target.parent.absolute()):
+        found, path = pattern.match(name), target.parent / name
         if found and not _alive(int(found[1])):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _hidden(folder: Path) -> list[str]:
+    """Names that begin with a dot. Maps of thousands of scenes lie in one folder, and each that is written would list
+    all of them: many files are listed once a minute."""
+    now = time.monotonic()
+    last, names = _listed.get(folder, (now - _AGAIN, []))
+    if now - last < _AGAIN:
+        return names
+    found: list[str] = []
+    with contextlib.suppress(OSError):
+        found = os.listdir(folder)
+    names = [name for name in found if name.startswith(".")]
+    if len(found) > _MANY:
+        _listed[folder] = now, names
+    return names
 
 
 def _alive(process: int) -> bool:

@@ -66,32 +66,44 @@ def _limit(group: Path) -> float | None:
         return None
 
 
-def choice(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a command sets: nothing that the user has set, and no number of threads where torch's own is right."""
+def choice(environment: Mapping[str, str], processes: int = 1) -> dict[str, str]:
+    """What a command sets: nothing that the user has set, and no number of threads where torch's own is right.
+
+    Args:
+        environment: that of the process.
+        processes: so many compute at a time, and share the cores.
+    """
     found = {}
-    granted = quota()
-    if not environment.get(THREADS) and granted is not None and granted < allowed_cores():
-        found[THREADS] = str(max(1, math.ceil(granted)))
+    cores, granted = allowed_cores(), quota()
+    threads = cores if granted is None else min(cores, math.ceil(granted))
+    if not environment.get(THREADS) and (processes > 1 or threads < cores):
+        found[THREADS] = str(max(1, threads // processes))
     if not any(environment.get(name) for name in WAITING_OF_USERS):
         found |= WAITING
     return found
 
 
-def prepare(environment: MutableMapping[str, str] = os.environ) -> str | None:
+def prepare(environment: MutableMapping[str, str] = os.environ, processes: int = 1) -> str | None:
     """Set the number of threads and how they wait, for this process and its children.
 
     OpenMP reads the environment once, when it is loaded with torch: later nothing is set.
+
+    Args:
+        environment: that of the process.
+        processes: children that compute at a time, each with as many threads as this one.
 
     Returns:
         One line that says what holds now; None where torch is loaded already.
     """
     if "torch" in sys.modules:
         return None
-    chosen = choice(environment)
+    chosen = choice(environment, processes)
     environment.update(chosen)
     threads, granted = environment.get(THREADS) or allowed_cores(), quota()
     words = f"CPU threads: {threads}"
-    if THREADS in chosen:
+    if THREADS in chosen and processes > 1:
+        words += f" in each of {processes} workers"
+    elif THREADS in chosen:
         words += f" ({granted:g} of {allowed_cores()} cores are granted)"
     elif environment.get(THREADS):
         words += f" ({THREADS})"

@@ -111,7 +111,8 @@ def _run(arguments: list[str]) -> int:
     # what only prints has nothing to share out
     idle = name in _IDLE or getattr(parsed, "print_config", False) or getattr(parsed, "name", None) == "list"
     # before torch is imported, and said once by processes that torchrun starts together
-    words = None if idle else prepare()
+    workers = getattr(parsed, "cluster", None) or ""
+    words = None if idle else prepare(processes=int(workers) if workers.isdecimal() else 1)
     if words is not None and os.environ.get("RANK", "0") == "0":
         logging.getLogger("drseg_core").info("%s", words)
     module.run(parsed)

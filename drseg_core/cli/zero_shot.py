@@ -44,7 +44,7 @@ def asked_for(words: Sequence[str]) -> bool:
 
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     from drseg_core.cli.predict import add_map_arguments
-    from drseg_core.models.dense_features import VARIANTS
+    from drseg_core.config.zero_shot import VARIANTS
 
     parser.usage, parser.epilog = USAGE, EPILOG
     parser.add_argument("run", type=str, metavar="PRESET", help="zero-shot, zero-shot:b, zero-shot:l or zero-shot:FILE")

@@ -16,6 +16,9 @@ from drseg_core.errors import ConfigError
 
 __all__ = ["ZeroShotConfig", "load_zero_shot"]
 
+VARIANTS = ("value", "value_residual", "maskclip", "sclip", "clearclip", "naclip", "segearth", "proxyclip")
+"""Dense features, of :mod:`drseg_core.models.dense_features`; here, so that a command line knows them without torch."""
+
 NO_PRIOR = "none"
 """The name of a prior that is not there."""
 
@@ -38,7 +41,7 @@ class ZeroShotConfig:
     Args:
         clip: image and text towers.
         prior: structural prior; the name ``none`` leaves it out, and with it the graph.
-        variant: dense features, one of ``drseg_core.models.dense_features.VARIANTS``.
+        variant: dense features, one of ``VARIANTS``.
         rotations: 1, or 4 for the mean over quarter turns.
         window: side of a window in pixels, a multiple of CLIP's patch (a cell), at least two of them.
         overlap: pixels shared by neighbouring windows, a multiple of a cell.

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drseg_core.config.zero_shot import VARIANTS
 from drseg_core.models.clip import SplitAttention, VisionTower
 
 __all__ = ["VARIANTS", "DenseOptions", "dense_features", "neighbourhood", "prior_attention"]
@@ -30,7 +31,6 @@ COMPARED: dict[str, tuple[str, ...]] = {
 }
 # the others leave out the residual connection and the MLP of the last block
 WHOLE_BLOCK = ("maskclip", "sclip")
-VARIANTS = ("value", "value_residual", "maskclip", *COMPARED, "proxyclip")
 
 
 @dataclass(frozen=True)

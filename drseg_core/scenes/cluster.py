@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -79,10 +81,30 @@ def open_cluster(where: str, recipe: Callable[[], Mapper]) -> Iterator[Cluster]:
         address: Any = where
         if where.isdecimal():
             workers = max(int(where), 1)
-            address = stack.enter_context(
-                LocalCluster(n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None)
-            )
+            with _deaf_children():
+                local = LocalCluster(
+                    n_workers=workers,
+                    threads_per_worker=1,
+                    memory_limit=0,
+                    dashboard_address=None,
+                    # not that a worker takes a while to end
+                    silence_logs=logging.ERROR,
+                )
+            address = stack.enter_context(local)
         yield Cluster(stack.enter_context(Client(address)), recipe)
+
+
+@contextlib.contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes that are started here do not hear Ctrl-C, which a terminal sends to all: this one ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 _mappers: dict[str, Mapper] = {}

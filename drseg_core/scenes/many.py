@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from drseg_core.errors import ConfigError, DRSegError
+from drseg_core.errors import ConfigError, DRSegError, ResourceError
 from drseg_core.files import remove_dead, write_text_atomic
 from drseg_core.scenes.block_store import BlockStore, is_complete, note_complete, work_folder
 from drseg_core.scenes.cluster import Cluster
@@ -144,6 +144,8 @@ def map_scenes(
             call.alone() if shard is None else call.together(_Alone(), shard)
         else:
             call.together(processes, shard)
+        if processes is None or processes.rank == 0:
+            call.check_present()
     finally:
         if processes is None or processes.rank == 0:
             if report is not None:
@@ -247,7 +249,7 @@ class _Call:
 
     def _failed(self, number: int, error: Exception) -> None:
         message, code = self.explain(error)
-        self.outcomes[number] = self.outcomes[number]._replace(state="failed", error=message, exit_code=code)
+        self.outcomes[number] = self.outcomes[number]._replace(state="failed", error=message, exit_code=code, files=())
         self.done(self.outcomes[number])
 
     def _left(self) -> list[int]:
@@ -294,6 +296,18 @@ class _Call:
     def _took(self, number: int, begin: float) -> None:
         seconds = self.outcomes[number].seconds + time.perf_counter() - begin
         self.outcomes[number] = self.outcomes[number]._replace(seconds=round(seconds, 3))
+
+    def check_present(self) -> None:
+        """What was mapped is still there: a folder may be moved, or a disk taken away, while the call goes on."""
+        for number, found in enumerate(self.outcomes):
+            gone = next((name for name in found.files if not Path(name).exists()), None)
+            if gone is not None:
+                error = ResourceError(
+                    f"predict: {gone} was written and is gone; expected it to stay until the call ends"
+                )
+                self._failed(number, error)
+                if not self.keep_going:
+                    raise error
 
     def tidy(self, *, mapped: bool) -> None:
         """Remove what was kept where nothing is left to do, or say what is kept."""

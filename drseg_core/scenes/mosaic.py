@@ -58,9 +58,7 @@ def neighbours(grids: Sequence[Grid | None], folders: Sequence[Path]) -> list[tu
     """The neighbours of each scene; None is one that cannot be opened, and has none. Scenes that overlap and lie on
     different grids are left apart, with a word."""
     found: list[list[Neighbour]] = [[] for _ in grids]
-    for (i, one), (j, other) in itertools.combinations(enumerate(grids), 2):
-        if one is None or other is None or one.crs is None or one.crs != other.crs:
-            continue
+    for (i, one), (j, other) in _near(grids):
         # where the first pixel of the other lies, and its last corner
         left, top = ~one.transform @ (other.transform.c, other.transform.f)
         right, bottom = ~one.transform @ (other.transform @ (other.width, other.height))
@@ -81,6 +79,26 @@ def neighbours(grids: Sequence[Grid | None], folders: Sequence[Path]) -> list[tu
         found[i].append(Neighbour(str(folders[j]), *place, other.height, other.width))
         found[j].append(Neighbour(str(folders[i]), -place[0], -place[1], one.height, one.width))
     return [tuple(some) for some in found]
+
+
+def _near(grids: Sequence[Grid | None]) -> Iterator[tuple[tuple[int, Grid], tuple[int, Grid]]]:
+    """Pairs of one CRS whose boxes meet: of thousands of tiles they are few, and only these are looked at closely."""
+    placed = [(number, grid) for number, grid in enumerate(grids) if grid is not None and grid.crs is not None]
+    systems: list[Any] = []
+    for _, grid in placed:
+        if grid.crs not in systems:
+            systems.append(grid.crs)
+    system = np.array([systems.index(grid.crs) for _, grid in placed])
+    corner = np.array([_corners(grid) for _, grid in placed]).reshape(-1, 4, 2)
+    low, high = corner.min(1), corner.max(1)
+    for row, scene in enumerate(placed):
+        rest = slice(row + 1, None)
+        meets = ((low[rest] <= high[row]) & (low[row] <= high[rest])).all(1) & (system[rest] == system[row])
+        yield from ((scene, placed[row + 1 + other]) for other in np.flatnonzero(meets))
+
+
+def _corners(grid: Grid) -> list[tuple[float, float]]:
+    return [grid.transform @ corner for corner in itertools.product((0, grid.width), (0, grid.height))]
 
 
 class _Layer(NamedTuple):

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.scenes.files import scene_files
 
 __all__ = ["Scene", "list_scenes", "with_outputs"]
 
@@ -63,16 +66,22 @@ def list_scenes(words: Sequence[str], *, asset: str | None = None, remote: bool 
     for scene in _expanded(words, asset):
         if not remote:
             _check_near(scene.image)
-        found.setdefault(scene.image, scene)
+        # a.tif, ./a.tif and /data/a.tif are one
+        found.setdefault(scene.image if scene.image.startswith("/vsi") else os.path.abspath(scene.image), scene)
     return list(found.values())
 
 
-def _expanded(words: Iterable[str], asset: str | None) -> Iterator[Scene]:
+def _expanded(words: Iterable[str], asset: str | None, lists: tuple[Path, ...] = ()) -> Iterator[Scene]:
+    """``lists`` are those that name these words, one in the other."""
     for word in words:
         path = Path(word)
         if word.startswith("@"):
-            lines = (line.strip() for line in _text(Path(word[1:])).splitlines())
-            yield from _expanded([line for line in lines if line and not line.startswith("#")], asset)
+            file = Path(word[1:])
+            if file.resolve() in lists:
+                raise ConfigError(f"predict: {file} names itself; expected a list of other files")
+            lines = (line.strip() for line in _text(file).splitlines())
+            inner = [line for line in lines if line and not line.startswith("#")]
+            yield from _expanded(inner, asset, (*lists, file.resolve()))
         elif "://" in word or word.startswith("/vsi"):
             yield Scene(address(word), Path(word).stem)
         elif path.suffix.lower() in (".json", ".geojson"):
@@ -134,7 +143,7 @@ def _stac(path: Path, asset: str | None) -> Iterator[Scene]:
         items = content["features"] if content["type"] == "FeatureCollection" else [content]
         for item in items:
             key = _asset(path, item, asset)
-            yield _asset_scene(path, str(item["id"]), str(item["assets"][key]["href"]))
+            yield _asset_scene(path, _file_name(str(item["id"])), str(item["assets"][key]["href"]))
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -149,6 +158,12 @@ def _asset_scene(path: Path, name: str, href: str) -> Scene:
         return Scene(href.removeprefix("file://") if href.startswith("file://") else address(href), name)
     # relative to the file that names it
     return Scene(str(path.parent / href), name)
+
+
+def _file_name(text: str) -> str:
+    """An id as part of a path: it may have any characters, and the map stays in its folder."""
+    name = re.sub(r"[/\\\0]", "_", text)
+    return "_" if name in ("", ".", "..") else name
 
 
 def _asset(path: Path, item: dict[str, Any], asset: str | None) -> str:
@@ -179,7 +194,7 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
         polygons: a file or pattern likewise.
 
     Raises:
-        ConfigError: an unknown field, or two maps would be one file.
+        ConfigError: an unknown field, two maps would have a file in common, or one would replace a scene.
 
     Example:
         >>> from drseg_core.scenes.sources import list_scenes, with_outputs
@@ -193,17 +208,35 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
         out = f"{out.rstrip('/')}/{{name}}.tif"
     found: list[Scene] = []
     taken: dict[Path, str] = {}
+    # a link, and what it stands for
+    images = {place for scene in scenes for place in (_entry(Path(scene.image)), Path(scene.image).resolve())}
     for number, scene in enumerate(scenes, 1):
         values = {"name": scene.name, "number": number, "folder": str(Path(scene.image).parent)}
         places = [None if text is None else Path(_filled(text, values)) for text in (out, polygons)]
-        for place in places:
-            if place is not None and taken.setdefault(place.absolute(), scene.image) != scene.image:
+        # also what is not asked for: of a former map it is removed
+        files = scene_files(str(places[0]), scores=True, probabilities=True, polygons=places[1])
+        for place in files.present() if len(scenes) > 1 else ():
+            if _entry(place) in images:
                 raise ConfigError(
-                    f"predict: {taken[place.absolute()]} and {scene.image} have one output, {place}; expected a "
+                    f"predict: {place}, an output for {scene.image}, is one of the scenes; expected another folder"
+                )
+            if taken.setdefault(_entry(place), scene.image) != scene.image:
+                raise ConfigError(
+                    f"predict: {taken[_entry(place)]} and {scene.image} have one output, {place}; expected a "
                     "pattern such as maps/{name}.tif or maps/{number}.tif"
                 )
         found.append(scene._replace(out=places[0], polygons=places[1]))
     return found
+
+
+def _entry(path: Path) -> Path:
+    """The one name of what would be replaced: a link itself, not what it stands for."""
+    return _real(path.parent.absolute()) / path.name
+
+
+@functools.lru_cache(maxsize=10_000)
+def _real(folder: Path) -> Path:
+    return folder.resolve()
 
 
 def _fields(text: str) -> list[str | None]:

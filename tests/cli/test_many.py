@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +116,32 @@ def test_workers_of_a_cluster_write_the_bytes_of_one(drseg, run, scenes, whole, 
     assert kept == content(whole)
     code, _, errors = drseg(*words, "--shard", "1/2")
     assert code == 2 and "--cluster makes all blocks; expected neither --shard nor torchrun beside it" in errors
+
+
+def test_ctrl_c_is_one_line_with_workers_too(run, scenes, tmp_path):
+    """A terminal sends it to all processes."""
+    pytest.importorskip("distributed", reason="the extra cluster is not installed")
+    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    words = ["predict", str(run), str(scenes), "--out", f"{tmp_path}/", "--device", "cpu", "--cluster", "2"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "drseg_core", *words],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        end = time.monotonic() + 120
+        while not list(tmp_path.glob("*.work/*.block")) and time.monotonic() < end:
+            assert started.poll() is None
+            time.sleep(0.01)
+        os.killpg(started.pid, signal.SIGINT)
+        _, errors = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    assert started.returncode == 130 and errors.splitlines()[-1] == "drseg: interrupted"
+    assert "Traceback" not in errors and "distributed." not in errors
 
 
 def test_a_killed_call_goes_on(process, drseg, run, scenes, whole, tmp_path):

@@ -75,6 +75,18 @@ def test_a_quota_below_the_cores_bounds_the_threads(
     assert processor.choice({}).get("OMP_NUM_THREADS") == threads
 
 
+@pytest.mark.parametrize(
+    ("granted", "processes", "threads"), [(None, 2, "2"), (None, 3, "1"), (None, 9, "1"), (2.0, 2, "1")]
+)
+def test_workers_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, granted: float | None, processes: int, threads: str
+) -> None:
+    monkeypatch.setattr(processor, "quota", lambda: granted)
+    monkeypatch.setattr(processor, "allowed_cores", lambda: 4)
+    assert processor.choice({}, processes)["OMP_NUM_THREADS"] == threads
+    assert "OMP_NUM_THREADS" not in processor.choice({"OMP_NUM_THREADS": "3"}, processes)
+
+
 @pytest.mark.parametrize("name", UNSET)
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(processor, "quota", lambda: 1.0)
@@ -116,6 +128,28 @@ def test_commands_set_it_before_torch_is_loaded_and_say_so_in_one_line() -> None
     own, child, threads = json.loads(done.stdout)
     assert own == child and own[1:] == ["passive", "1000", None]
     assert done.stderr == f"drseg: INFO: CPU threads: {threads}; idle ones sleep at once\n"
+
+
+MAPS = SHOWN.replace("cli.evaluate", "cli.predict").replace('"evaluate", "run", "--data", "folder:x"', "WORDS")
+
+
+@pytest.mark.parametrize(
+    ("words", "threads"),
+    [
+        (["predict", "run", "x.tif"], None),
+        # which has options with words of the model
+        (["predict", "zero-shot", "x.tif", "--classes", "roof"], None),
+        (["predict", "run", "x.tif", "--cluster", "1000"], "1"),
+        (["predict", "run", "x.tif", "--cluster", "tcp://host:8786"], None),
+    ],
+)
+def test_maps_too_and_workers_of_this_machine_share_its_cores(words: list[str], threads: str | None) -> None:
+    done = command(MAPS.replace("WORDS", f"*{words}").replace("m.json", "m.tif"))
+    assert done.returncode == 0, done.stderr
+    own, child, _ = json.loads(done.stdout)
+    granted = processor.choice({}).get("OMP_NUM_THREADS")
+    assert own == child == [threads or granted, "passive", "1000", None]
+    assert ("1 in each of 1000 workers; idle" in done.stderr) == (threads is not None)
 
 
 def test_commands_leave_the_users_settings() -> None:

@@ -57,6 +57,28 @@ def test_unfinished_files_of_dead_processes_go(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "map.tif"])
 
 
+def test_a_folder_of_many_files_is_not_listed_for_each(tmp_path, monkeypatch):
+    """With thousands of maps in a folder that took longer than the maps; what dead processes left goes all the same."""
+    listed: list[object] = []
+    names = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or names(folder))
+    monkeypatch.setattr(files, "_MANY", 5)
+    monkeypatch.setattr(files, "_listed", {})
+    dead = dead_process()
+    for number in range(20):
+        unfinished = own_prefix(tmp_path / f"{number}.tif").replace(str(os.getpid()), str(dead))
+        (tmp_path / f"{unfinished}abc.part.tif").write_text("x")
+    for number in range(20):
+        with atomic_path(tmp_path / f"{number}.tif") as temporary:
+            temporary.write_text("whole")
+    assert len(listed) == 1 and sorted(os.listdir(tmp_path)) == sorted(f"{number}.tif" for number in range(20))
+    # later ones are found later
+    (tmp_path / f"{unfinished}abc.part.tif").write_text("x")
+    monkeypatch.setattr(files, "_AGAIN", 0.0)
+    files.remove_dead(tmp_path / "19.tif")
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ResourceError, match=r"map.tif cannot be written: the disk is full \(Write error\)"):

@@ -20,7 +20,7 @@ import torch
 
 import drseg_core as drseg
 from drseg_core.cli.failures import failure
-from drseg_core.errors import ConfigError, RasterError
+from drseg_core.errors import ConfigError, RasterError, ResourceError
 from drseg_core.evaluation import inference
 from drseg_core.evaluation.inference import Predictor
 from drseg_core.scenes import zero_shot_plan
@@ -318,6 +318,31 @@ def test_one_bad_scene(folder, expected, tmp_path):
     before = (out / "0.tif").stat().st_mtime_ns
     mapped(color_mapper(), scenes, out, keep_going=True)
     assert content(out) == expected and (out / "0.tif").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_outputs_that_go_while_the_call_goes_on(folder, expected, tmp_path, keep_going):
+    out, report = tmp_path / "maps", tmp_path / "report.json"
+    said: list[Outcome] = []
+
+    def done(outcome: Outcome) -> None:
+        said.append(outcome)
+        if len(said) == 2:
+            out.rename(tmp_path / "away")
+
+    def call() -> list[Outcome]:
+        return mapped(color_mapper(), folder, out, keep_going=keep_going, report=report, done=done)
+
+    if keep_going:
+        assert [found.state for found in call()] == ["failed", "failed", "mapped", "mapped", "mapped"]
+    else:
+        with pytest.raises(ResourceError, match="0.tif was written and is gone; expected it to stay"):
+            call()
+    bad = json.loads(report.read_text())["scenes"][0]
+    assert bad["state"] == "failed" and bad["exit_code"] == 7 and bad["files"] == []
+    # the same call again maps what is missing
+    mapped(color_mapper(), folder, out)
+    assert content(out) == expected
 
 
 class Team:

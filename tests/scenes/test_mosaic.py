@@ -184,6 +184,26 @@ def test_who_is_a_neighbour(caplog):
     assert "0.tif and 1.tif overlap on different grids, so their maps are left apart" in caplog.text
 
 
+def test_neighbours_of_thousands_of_tiles():
+    """Pairs that lie apart are not looked at: of 3000 tiles there are 4.5 million."""
+
+    class System:
+        compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            System.compared += 1
+            assert System.compared < 4 * 3000
+            return isinstance(other, System)
+
+        __hash__ = None  # type: ignore[assignment]
+
+    grids = [Grid(System(), Affine(1, 0, 50 * (n % 60), 0, -1, -50 * (n // 60)), 55, 55) for n in range(3000)]
+    found = neighbours(grids, [Path(f"{n}.tif.work") for n in range(3000)])
+    assert {len(some) for some in found} == {3, 5, 8}
+    assert [Path(some.folder).name for some in found[0]] == ["1.tif.work", "60.tif.work", "61.tif.work"]
+    assert System.compared > 0
+
+
 def test_maps_from_words_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(zero_shot_plan, "_graph_seconds", lambda *arguments: 0.0)
     scenes, places = tmp_path / "scenes", {"a": (0, 60), "b": (40, 100)}

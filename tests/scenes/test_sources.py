@@ -127,6 +127,8 @@ def test_outputs(place):
     assert outs(["b.tif", "a.TIF"], "m{number:03}.tif") == ["m001.tif", "m002.tif"]
     found = with_outputs(list_scenes(["b.tif", "a.TIF"]), "{name}/m.tif", "{name}/m.gpkg")
     assert [str(scene.polygons) for scene in found] == ["b/m.gpkg", "a/m.gpkg"]
+    # a file by several names
+    assert outs(["b.tif", "./b.tif", str(Path("b.tif").absolute())], "maps/") == ["maps/b.tif"]
     # no pattern, but a name that someone may give a file
     assert outs(["b.tif"], "m{.tif") == ["m{.tif"]
 
@@ -135,7 +137,7 @@ def test_outputs(place):
     ("out", "polygons", "said"),
     [
         ("map.tif", None, "b.tif and a.TIF have one output, map.tif; expected a pattern such as maps/{name}.tif"),
-        ("{name}.tif", "all.gpkg", "b.tif and a.TIF have one output, all.gpkg"),
+        ("m{name}.tif", "all.gpkg", "b.tif and a.TIF have one output, all.gpkg"),
         ("{nmae}.tif", None, r"{nmae}.tif has an unknown field {nmae}; expected {name}, {number} or {folder}"),
         ("{}.tif", None, "unknown field {}"),
         ("{number:q}.tif", None, "cannot be filled in"),
@@ -144,6 +146,47 @@ def test_outputs(place):
 def test_outputs_that_cannot_be(place, out, polygons, said):
     with pytest.raises(ConfigError, match=said):
         with_outputs(list_scenes(["b.tif", "a.TIF"]), out, polygons)
+
+
+@pytest.mark.parametrize("name", ["b_uncertainty.tif", "b_scores.tif", "b_probabilities.tif"])
+def test_a_map_beside_another_is_no_part_of_it(place, name):
+    """The score of one scene is not the map of the next, nor removed with a former map."""
+    Path(name).touch()
+    with pytest.raises(ConfigError, match=f"b.tif and {name} have one output, maps/{name}; expected a pattern"):
+        outs(["b.tif", name], "maps/")
+    assert outs(["b.tif", name], "maps/{number}.tif") == ["maps/1.tif", "maps/2.tif"]
+
+
+def test_no_scene_is_replaced_by_the_map_of_another(place):
+    Path("deep/1.tif").touch()
+    with pytest.raises(ConfigError, match="deep/1.tif, an output for b.tif, is one of the scenes; expected another"):
+        outs(["b.tif", "deep/1.tif"], "deep/{number}.tif")
+    # by other names: what a link stands for, and a folder that is one
+    Path("link.tif").symlink_to("deep/1.tif")
+    with pytest.raises(ConfigError, match="is one of the scenes"):
+        outs(["b.tif", "link.tif"], "deep/{number}.tif")
+    Path("also").symlink_to("deep")
+    with pytest.raises(ConfigError, match="is one of the scenes"):
+        outs(["b.tif", "deep/1.tif"], "also/{number}.tif")
+
+
+def test_a_list_that_names_itself(place):
+    Path("one.txt").write_text("b.tif\n@deep/two.txt\n")
+    Path("deep/two.txt").write_text("@one.txt\n")
+    with pytest.raises(ConfigError, match="one.txt names itself; expected a list of other files"):
+        list_scenes(["@one.txt"])
+    # twice is not within itself
+    Path("deep/two.txt").write_text("a.TIF\n")
+    assert [scene.image for scene in list_scenes(["@one.txt", "@deep/two.txt"])] == ["b.tif", "a.TIF"]
+
+
+def test_an_id_is_no_path(place):
+    """A collection of others decides on no folder."""
+    content = collection(*({"image": {"href": f"{n}.tif"}} for n in range(3)))
+    for item, given in zip(content["features"], ("../../evil", "S2/b", ".."), strict=True):
+        item["id"] = given
+    Path("ids.json").write_text(json.dumps(content))
+    assert outs(["ids.json"], "maps/{name}/m.tif") == ["maps/.._.._evil/m.tif", "maps/S2_b/m.tif", "maps/_/m.tif"]
 
 
 def test_no_scene():
