@@ -213,9 +213,10 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
     for number, scene in enumerate(scenes, 1):
         values = {"name": scene.name, "number": number, "folder": str(Path(scene.image).parent)}
         places = [None if text is None else Path(_filled(text, values)) for text in (out, polygons)]
-        # also what is not asked for: of a former map it is removed
-        files = scene_files(str(places[0]), scores=True, probabilities=True, polygons=places[1])
-        for place in files.present() if len(scenes) > 1 else ():
+        # also what is not asked for: of a former map it is removed; a single one is looked at where it is written
+        alone = len(scenes) == 1
+        files = None if alone else scene_files(str(places[0]), scores=True, probabilities=True, polygons=places[1])
+        for place in files.present() if files is not None else ():
             if _entry(place) in images:
                 raise ConfigError(
                     f"predict: {place}, an output for {scene.image}, is one of the scenes; expected another folder"

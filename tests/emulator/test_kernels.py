@@ -76,7 +76,7 @@ FAULTS = (
     ("graph_layer", "// what was there has been read\n      sync_warp();", "", "removed barrier of a warp"),
     ("graph_layer", "row < how.nodes && channel < how.channels);", "channel < how.channels);", "no row of zeros"),
     ("graph_layer", "Term term{how.nodes, 0.0f};", "Term term{0, 0.0f};", "what is no edge takes the first row"),
-    ("graph_layer", "done += ROOM) {", "done += count) {", "edges beyond the room of a warp"),
+    ("graph_layer", "done += ROOM) {", "done += how.slots) {", "edges beyond the room of a warp"),
     ("graph_layer", "mask = GROUP; mask < LANES", "mask = 2 * GROUP; mask < LANES", "lanes left out of a sum"),
     (
         "graph_layer",
@@ -84,7 +84,7 @@ FAULTS = (
         "if (false) term.factor *= scale",
         "the scale of a far end",
     ),
-    ("graph_layer", "how.scaled ? scale.get(node) : 1.0f;", "1.0f;", "the scale of a row"),
+    ("graph_layer", "how.scaled ? scales.get(row) : 1.0f;", "1.0f;", "the scale of a row"),
     ("graph_layer", "/ slices * how.rows;", "/ slices * (how.rows - 1);", "rows twice, and some never"),
     ("graph_layer", "Term term{node % nodes,", "Term term{edge % nodes,", "an edge from another node"),
     ("graph_layer", "reciprocal_root(variance + eps)", "reciprocal_root(variance)", "no eps"),

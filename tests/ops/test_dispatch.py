@@ -26,7 +26,7 @@ import drseg_core
 from drseg_core import ops
 from drseg_core.errors import BackendDtypeError, BackendUnavailableError
 from drseg_core.nn import PDGR
-from drseg_core.ops import _dispatch, _library, _native, _triton
+from drseg_core.ops import _cuda, _dispatch, _library, _native, _triton
 from drseg_core.ops.graph_propagate import reference as propagate
 from drseg_core.testing import CASES
 
@@ -75,7 +75,9 @@ def test_another_device_takes_what_can_run_there():
         assert _dispatch.resolve("graph_propagate", tensor, "auto").name == "triton"
         assert _dispatch.resolve("graph_propagate", tensor.double(), "auto").name == "reference"
         assert _dispatch.resolve("graph_propagate", tensor, "auto", coefficient=tensor.double()).name == "reference"
-        assert _dispatch.resolve("graph_layer", tensor, "auto").name == "triton"
+        # CUDA C++ goes first where it is built
+        first = "triton" if _cuda.why_not("cuda") else "cuda"
+        assert _dispatch.resolve("graph_layer", tensor, "auto").name == first
         assert _dispatch.resolve("graph_layer", tensor.double(), "auto").name == "reference"
         with pytest.raises(BackendUnavailableError) as caught:
             _dispatch.resolve("graph_propagate", tensor, "native")
