@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 import uuid
@@ -81,6 +82,7 @@ def open_cluster(where: str, recipe: Callable[[], Mapper]) -> Iterator[Cluster]:
         address: Any = where
         if where.isdecimal():
             workers = max(int(where), 1)
+            stack.enter_context(_same_environment())
             with _deaf_children():
                 local = LocalCluster(
                     n_workers=workers,
@@ -92,6 +94,18 @@ def open_cluster(where: str, recipe: Callable[[], Mapper]) -> Iterator[Cluster]:
                 )
             address = stack.enter_context(local)
         yield Cluster(stack.enter_context(Client(address)), recipe)
+
+
+@contextlib.contextmanager
+def _same_environment() -> Iterator[None]:
+    """What Dask sets for its workers, a thread of MKL among it, is set in this process and would stay."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 @contextlib.contextmanager
