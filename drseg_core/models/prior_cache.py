@@ -73,6 +73,8 @@ class PriorCache:
         self._prior = {**options, "sha256": payload_hash(state)}
         self.found = self.computed = 0
         self._opened = time.time()
+        # a file system's clock may be some milliseconds behind: what is used here is known by its name too
+        self._used: set[Path] = set()
         self._bytes = sum(size for _, size, _ in self._files())
         self._full = False
         # what is read and written is nothing for a compiler: compiled models step out for it
@@ -91,6 +93,7 @@ class PriorCache:
         key = self._key(image, blocks)
         path = self.folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.safetensors"
         held = _read(path, key)
+        self._used.add(path)
         if held is not None:
             self.found += 1
             with contextlib.suppress(OSError):
@@ -122,8 +125,10 @@ class PriorCache:
         files = self._files()
         self._bytes = sum(size for _, size, _ in files)
         for used, size, path in files:
-            if self._bytes + more <= self.limit or used >= self._opened:
+            if self._bytes + more <= self.limit:
                 break
+            if used >= self._opened or path in self._used:
+                continue
             path.unlink(missing_ok=True)
             self._bytes -= size
         self._full = self._bytes + more > self.limit

@@ -123,16 +123,22 @@ def test_other_images_batches_blocks_and_arithmetic_read_nothing(tmp_path: Path)
         assert cache.found == 1
 
 
-def test_a_full_folder_gives_up_what_no_longer_serves_and_nothing_else(tmp_path: Path, caplog: Any) -> None:
+@pytest.mark.parametrize("behind", [0, 60], ids=["", "by a file system whose clock is behind"])
+def test_a_full_folder_gives_up_what_no_longer_serves_and_nothing_else(
+    tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch, behind: int
+) -> None:
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + behind)
     holder, images = Holder(), [torch.full((1, 3, 64, 64), value / 8) for value in range(5)]
     others = [tmp_path / "weights.safetensors", tmp_path / f"{'0' * 64}.json"]
     for path in others:
         path.write_bytes(bytes(50_000))
     with prior_cache(holder, tmp_path):
         all_maps(holder.dino, images[0])
-        size = next(path.stat().st_size for path in files(tmp_path) if path not in others)
+        (first,) = set(files(tmp_path)) - set(others)
+        size = first.stat().st_size
         all_maps(holder.dino, images[1])
-    first, second = sorted({*files(tmp_path), *others} - set(others), key=lambda path: path.stat().st_mtime)
+    (second,) = set(files(tmp_path)) - {first, *others}
     for age, path in ((2000, first), (1000, second)):
         os.utime(path, (time.time() - age,) * 2)
     # room for three: the first image is read, so the second goes when the fourth comes
