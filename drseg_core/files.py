@@ -117,7 +117,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     If the body raises, the temporary file is removed and ``path`` is what it was before.
     The suffix is kept, because writers choose their format by it.
 
-    Example:
+    Examples:
         >>> from drseg_core.files import atomic_path
         >>> with atomic_path("numbers.txt") as temporary:
         ...     size = temporary.write_text("1 2 3")
@@ -147,7 +147,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` as UTF-8 so that ``path`` holds all of it or what it held before.
 
-    Example:
+    Examples:
         >>> from drseg_core.files import write_text_atomic
         >>> write_text_atomic("out/note.txt", "whole or not at all")
         >>> open("out/note.txt").read()

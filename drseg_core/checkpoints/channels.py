@@ -35,7 +35,7 @@ class ChannelFile:
         metadata: backbone, weights_sha256, dataset_sha256, class_names, alpha, semantic_ratio,
             prototypes_per_class, seed and the other options of the ranking.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.channels import load_channels
         >>> channels = load_channels("run/channels.safetensors")
         >>> len(channels.split_again(0.25).semantic_index), len(channels.score)
@@ -62,7 +62,7 @@ def save_channels(path: str | os.PathLike[str], channels: ChannelFile) -> None:
     Raises:
         ResourceError: the file cannot be written (disk full, read-only).
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.channels import load_channels, save_channels
         >>> save_channels("half.safetensors", load_channels("run/channels.safetensors").split_again(0.5))
         >>> load_channels("half.safetensors").metadata["semantic_ratio"]
@@ -86,7 +86,7 @@ def load_channels(
     Raises:
         CheckpointError: not readable, of another kind or model, or its indices are no partition of the channels.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.channels import load_channels
         >>> load_channels("run/channels.safetensors", channels=64, backbone="drseg-tiny").metadata["class_names"]
         ['bare soil', 'red roof', 'blue pond']

@@ -44,7 +44,7 @@ class Finding(NamedTuple):
     """One thing that was looked at: ``name``, what was ``found`` and ``expected`` (None: nothing is known), and the
     ``verdict``: same, DIFFERS, unknown; or, of what a person should see, seen or ODD.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.check_weights import Finding
         >>> print(Finding("ids", [1, 2], [1, 2], "same").text())
         same     ids: [1, 2]
@@ -92,7 +92,7 @@ def check_weights(
         ConfigError: unknown architectures.
         DatasetError: no such picture.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.check_weights import check_weights
         >>> from drseg_core.config.zero_shot import load_zero_shot
         >>> tiny = load_zero_shot("tiny")
@@ -228,7 +228,7 @@ def _what_to_see(encoders: Encoders, clip: ClipConfig) -> list[Finding]:
 def save_values(findings: list[Finding], path: str | Path) -> None:
     """What was found, as JSON for :func:`read_values`.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.check_weights import Finding, read_values, save_values
         >>> save_values([Finding("a", [0.5], None, "unknown")], "values.json")
         >>> read_values("values.json")
@@ -244,7 +244,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, or another one.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.check_weights import read_values
         >>> read_values("absent.json")
         Traceback (most recent call last):

@@ -53,7 +53,7 @@ def dinov2_from_onnx(path: str | Path) -> dict[str, Tensor]:
             the encoder's own tensors than are known).
         MissingExtraError: ``onnx`` is not installed.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.from_onnx import dinov2_from_onnx
         >>> dinov2_from_onnx("absent.onnx")
         Traceback (most recent call last):
@@ -96,7 +96,7 @@ def disagreement(path: str | Path, encoder: Any) -> float:
         CheckpointError: the file cannot be read or run.
         MissingExtraError: ``onnx`` is not installed.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.from_onnx import disagreement
         >>> disagreement("absent.onnx", None)
         Traceback (most recent call last):

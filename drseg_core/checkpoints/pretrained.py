@@ -91,7 +91,7 @@ def save_pretrained(
         CheckpointError: the ranking is not that of the model's split.
         ResourceError: the disk is full or not writable.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> from drseg_core.checkpoints.pretrained import save_pretrained
         >>> folder = save_pretrained(drseg.load("run"), "gift")
@@ -163,7 +163,7 @@ def from_pretrained(
             weights here.
         ConfigError: ``weights`` names no part of the model.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.pretrained import from_pretrained
         >>> from_pretrained("folder").class_names
         ('bare soil', 'red roof', 'blue pond')
@@ -219,7 +219,7 @@ def push_to_hub(
         CheckpointError: the model cannot be read or is damaged; or the hub cannot be reached or does not let us in.
         ResourceError: there is no room for the folder.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.pretrained import push_to_hub
         >>> push_to_hub("folder", "owner/name")
         'https://.../owner/name/commit/...'
@@ -281,7 +281,7 @@ def load(
         CheckpointError: see :func:`drseg_core.checkpoints.run.load_run` and :func:`from_pretrained`.
         ConfigError: ``weights`` names no part of a model.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> run = drseg.load("run")
         >>> run.model.training, run.class_names

@@ -56,7 +56,7 @@ _log = logging.getLogger(__name__)
 class LoadedRun:
     """A trained model on the CPU, in evaluation mode, with what it was trained for.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> run = drseg.load("run")
         >>> run.step, run.class_names, run.config.train.batch_size
@@ -83,7 +83,7 @@ def load_run(path: str | Path, *, weights: Mapping[str, str | Path] | None = Non
         CheckpointError: not found, damaged, of another model than its configuration says, or with an option that this
             version does not know; or a frozen part that it leaves out has other weights now.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.run import load_run
         >>> load_run("run").path.as_posix()
         'run/checkpoints/step-00000001'

@@ -30,7 +30,7 @@ class PublishedSizes:
         mlp_hidden: hidden width of the aggregator's MLPs.
         remote_clip: whether RemoteCLIP guides its decoder.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.methods import METHODS
         >>> METHODS["rskt"].published.prior, METHODS["rskt"].published.remote_clip
         ('v1', True)
@@ -54,7 +54,7 @@ class Method:
         simplified: what differs from the original, besides the sizes.
         published: its own sizes.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.methods import METHODS
         >>> METHODS["sed"].source
         'arXiv 2311.15537; xb534/SED'
@@ -171,7 +171,7 @@ def apply_method(config: Config, name: str) -> Config:
     Raises:
         ConfigError: no such method, or it does not fit the configuration.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.load import load_config
         >>> from drseg_core.config.methods import apply_method
         >>> apply_method(load_config("tiny"), "catseg").model.aggregator.kind
@@ -190,7 +190,7 @@ def published_options(name: str, clip: str) -> dict[str, Any]:
         clip: open_clip name of the backbone. Layers, heads and widths are of ViT-B and ViT-L; another backbone, such as
             that of the ``tiny`` preset, keeps the configuration's.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.methods import published_options
         >>> published_options("rskt", "ViT-B-16-quickgelu")["model.aggregator.layers"]
         3

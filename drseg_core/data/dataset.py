@@ -23,7 +23,7 @@ class Sample(NamedTuple):
 
     ``image`` is (3, H, W) uint8 RGB, ``mask`` (H, W) uint8 class ids with 255 = ignore, ``name`` a path or scene name.
 
-    Example:
+    Examples:
         >>> from drseg_core.data import open_dataset
         >>> image, mask, name = open_dataset("folder:data", "train")[0]
         >>> image.dtype, image.shape[0], mask.shape == image.shape[1:]
@@ -38,7 +38,7 @@ class Sample(NamedTuple):
 class SegmentationDataset(torch.utils.data.Dataset[Sample], ABC):
     """A numbered set of samples whose mask value ``c`` means ``class_names[c]``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.data import Sample, SegmentationDataset
         >>> class Night(SegmentationDataset):

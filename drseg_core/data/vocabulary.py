@@ -25,7 +25,7 @@ _SHOWN = 8
 class Vocabulary(NamedTuple):
     """Class ``names`` in id order, the ``synonyms`` of each (its name first), and ``colors``, None where not given.
 
-    Example:
+    Examples:
         >>> from drseg_core.data.vocabulary import parse_classes
         >>> parse_classes("road, parking lot #808080; roof").synonyms
         (('road', 'parking lot'), ('roof',))
@@ -69,7 +69,7 @@ def parse_classes(text: str) -> Vocabulary:
     Raises:
         ConfigError: no class, an empty name or synonym, a word twice, two colours, a file that cannot be read.
 
-    Example:
+    Examples:
         >>> from drseg_core.data.vocabulary import parse_classes
         >>> classes = parse_classes("building#ff0000; field")
         >>> classes.names, classes.colors

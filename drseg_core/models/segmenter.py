@@ -31,7 +31,7 @@ class SegmenterOutput(NamedTuple):
     ``original`` (B, T, h, w) cosines, mean over the orientations; ``refined`` (B, T, h, w) those of the
     refined correlation, None where there is none.
 
-    Example:
+    Examples:
         >>> import torch, drseg_core as drseg
         >>> model = drseg.load("run").model
         >>> output = model(torch.rand(1, 3, 32, 32), model.tokenize(["roof", "pond"]))
@@ -56,7 +56,7 @@ class Segmenter(nn.Module):
         ValueError: options that do not fit together.
         CheckpointError: CLIP weights that cannot be had.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> from drseg_core.models.segmenter import Segmenter
         >>> model = drseg.load("run").model

@@ -30,7 +30,7 @@ _KEY, _DONE, _COMPLETE = "key.json", "done.json", "complete.json"
 def work_folder(out: str | Path) -> Path:
     """Where the finished blocks of a map are kept until it is complete.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.block_store import work_folder
         >>> work_folder("maps/town.tif").name
         'town.tif.work'
@@ -42,7 +42,7 @@ def work_folder(out: str | Path) -> Path:
 def share(numbers: Sequence[int], part: int, parts: int) -> Sequence[int]:
     """One part of some: neighbours stay together, as they share tiles.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.block_store import share
         >>> [list(share(range(7), part, 3)) for part in range(3)]
         [[0, 1], [2, 3], [4, 5, 6]]
@@ -58,7 +58,7 @@ class BlockStore:
         folder: made when the first group is saved.
         facts: all that the blocks depend on: model, options, scene. Its hash is the key.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from drseg_core.scenes.block_store import BlockStore
         >>> store = BlockStore("map.tif.work", {"model": "5f3a", "tile_size": 384})

@@ -33,7 +33,7 @@ class SceneFiles(NamedTuple):
     ``classes``, ``uncertainty``, ``scores`` and ``probabilities`` are GeoTIFFs, ``overlay`` is a PNG, ``areas`` a CSV,
     ``attributes`` what GDAL and ``style`` what QGIS reads beside the classes, ``polygons`` a vector file.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> files = drseg.predict("run", "scene.tif", out="map.tif", scores=True, progress=False)
         >>> [path.name for path in files if path is not None][:4]

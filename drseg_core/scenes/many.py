@@ -39,7 +39,7 @@ class Processes(Protocol):
 class Shard(NamedTuple):
     """Part ``number``, from 0, among ``count`` calls that know nothing of each other.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.many import Shard
         >>> Shard.of("2/5")
         Shard(number=1, among=5)
@@ -65,7 +65,7 @@ class Outcome(NamedTuple):
     """What became of a scene: ``state`` is ``mapped``, ``shared`` (its blocks of this shard are made), ``failed`` or
     ``not reached``; ``error`` in one line with its ``exit_code``; the ``files``; and the ``seconds`` it took here.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.many import Outcome
         >>> Outcome("scene.tif", "map.tif", "mapped").error is None
         True
@@ -122,7 +122,7 @@ def map_scenes(
     Raises:
         Exception: what the first scene that fails raises, unless ``keep_going``.
 
-    Example:
+    Examples:
         >>> from drseg_core.cli.failures import failure
         >>> from drseg_core.scenes.many import map_scenes
         >>> from drseg_core.scenes.predict import run_mapper

@@ -32,7 +32,7 @@ class Scene(NamedTuple):
     """An ``image``, or its remote address as GDAL has it; the ``name`` that patterns take; where the map and its
     polygons go.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.sources import Scene
         >>> Scene("scene.tif", "scene").out is None
         True
@@ -57,7 +57,7 @@ def list_scenes(words: Sequence[str], *, asset: str | None = None, remote: bool 
         ConfigError: a word stands for nothing, or for something remote.
         DatasetError: a list or a STAC file cannot be read.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.sources import list_scenes
         >>> [scene.name for scene in list_scenes(["scene.tif", "*.tif"])]
         ['scene']
@@ -196,7 +196,7 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
     Raises:
         ConfigError: an unknown field, two maps would have a file in common, or one would replace a scene.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.sources import list_scenes, with_outputs
         >>> [str(scene.out) for scene in with_outputs(list_scenes(["scene.tif"]), "maps/{number:03}_{name}.tif")]
         ['maps/001_scene.tif']

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -313,26 +314,14 @@ def test_the_report_is_what_the_calls_do():
             assert row["reason"] in str(caught.value)
 
 
-TOY = """
-from drseg_core.ops import register_backend
-from drseg_core.ops.graph_propagate import reference
-
-def run(x, index, coefficient, transpose):
-    return reference.graph_propagate(x, index, coefficient, transpose)
-
-def run_backward(grad, x, index, coefficient, transpose, output_mask):
-    return reference.graph_propagate_backward(grad, x, index, coefficient, transpose, output_mask)
-
-def why_not(device):
-    return None if device == "cpu" else "the toy runs on the CPU only"
-
-register_backend("graph_propagate", "toy", run, why_not, run_backward=run_backward)
-"""
+# the page's own backend
+PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+TOY = re.search(r"^```python\n# mine\.py\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1].replace("mine", "toy")
 
 
 @pytest.fixture
 def toy(tmp_path) -> dict[str, str]:
-    """The environment of a process that knows a stranger's backend, as CONTRIBUTING.md has it."""
+    """The environment of a process that knows a stranger's backend, as docs/extending.md has it."""
     (tmp_path / "toy.py").write_text(TOY)
     path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])
     return {**os.environ, "PYTHONPATH": path, "DRSEG_BACKENDS": "toy", "OMP_NUM_THREADS": "1"}
