@@ -293,7 +293,7 @@ def open_raster(path: Path, *, origin: str, driver: str | None = None, address: 
         raise RasterError(f"read_scene: {path} cannot be opened: {error.strerror}") from None
     if not is_file and address is None:
         raise RasterError(f"read_scene: {path} is not a file; expected an image")
-    # libjpeg only warns of a file that is cut short, and GDAL would hand out gray
+    # libjpeg only warns of a file that is cut short, and GDAL would hand out gray; rasterio takes the cache in bytes
     options: dict[str, Any] = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "YES", "GDAL_CACHEMAX": CACHE_MB * 2**20}
     if address is not None:
         # what lies beside it is not asked for, and a server may be busy for a moment

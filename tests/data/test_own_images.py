@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from drseg_core.data import open_dataset
 from drseg_core.data.check import check_data
 from drseg_core.data.folder import FolderDataset
 from drseg_core.data.own_images import read_rgb
+from drseg_core.data.prepare.strips import open_strips
 from drseg_core.data.values import extreme_value
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.scenes.reader import open_scene
@@ -249,3 +251,23 @@ def test_options_as_text():
     for wrong in ("", "5", "9,1", "1,1", "0,1;0,2", "nan,1", "a,b"):
         with pytest.raises(ConfigError, match="--scale is not usable; expected auto, LOW,HIGH"):
             parse_scale(wrong)
+
+
+def test_a_block_is_decoded_once(tmp_path):
+    """GDAL's cache holds a row of blocks, or each line that is read decodes all of them."""
+    noise = RNG.integers(1, 256, size=(3, 1024, 1024)).astype(np.uint8)
+    path = write(tmp_path / "scene.tif", noise, tiled=True, blockxsize=256, blockysize=256, compress="deflate")
+
+    def seconds(read) -> float:
+        begin = time.process_time()
+        read()
+        return time.process_time() - begin
+
+    with rasterio.open(path) as file:
+        plain = min(seconds(lambda: file.read(out_shape=(3, 500, 500))) for _ in range(3))
+    with open_scene(path) as scene:
+        ours = min(seconds(lambda: scene.source.read(out_shape=(3, 500, 500))) for _ in range(3))
+    with open_strips(path, max_pixels=2**21) as strips:
+        rows = min(seconds(lambda: [strips.read(top, top + 4) for top in range(0, 256, 4)]) for _ in range(3))
+    # hundreds of times as long with no cache
+    assert ours < 20 * plain + 0.05 and rows < 20 * plain + 0.05
