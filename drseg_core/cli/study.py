@@ -58,6 +58,12 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         "files are then named table1-matched",
     )
     parser.add_argument(
+        "--released",
+        action="store_true",
+        help="table1: RSKT-Seg with the layers of its released weights (5 on DLRSD) instead of those of its files; the "
+        "study's files are then named table1-released",
+    )
+    parser.add_argument(
         "--prior-steps",
         type=int,
         default=0,
@@ -92,6 +98,9 @@ def run(args: Any) -> None:
         raise ConfigError(f"study: prior-steps is out of range; expected at least 0, got {args.prior_steps}")
     if args.matched and study.name != "table1":
         raise ConfigError(f"study: matched does not belong to {study.name}; expected --matched with table1 alone")
+    if args.released and (study.name != "table1" or args.matched):
+        got = f"{study.name}{' --matched' if args.matched else ''}"
+        raise ConfigError(f"study: released does not belong to {got}; expected --released with table1 alone")
     for name in ("steps", "start_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             option = name.replace("_", "-")
@@ -111,6 +120,7 @@ def run(args: Any) -> None:
         quick=args.quick,
         remote_clip=args.remote_clip,
         matched=args.matched,
+        released=args.released,
     )
     for test in setting.tests:
         # before hours of training, not after

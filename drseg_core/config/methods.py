@@ -26,6 +26,7 @@ class PublishedSizes:
     Args:
         prior: its prior: ``v1`` is RS-DINOv1, which the printed rows of GSNet and RSKT-Seg use.
         layers: aggregation layers with ViT-B and with ViT-L.
+        released: layers of its released weights by training set, where they are others than those of its files.
         heads: attention heads of the aggregator.
         mlp_hidden: hidden width of the aggregator's MLPs.
         remote_clip: whether RemoteCLIP guides its decoder.
@@ -38,6 +39,7 @@ class PublishedSizes:
 
     prior: Literal["v1"] | None = None
     layers: tuple[int, int] | None = None
+    released: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     heads: int | None = None
     mlp_hidden: int | None = None
     remote_clip: bool | None = False
@@ -130,9 +132,12 @@ METHODS: dict[str, Method] = {
             "model.fusion.branch": "prior",
             "model.decoder.dino_guidance": True,
         },
-        "RemoteCLIP guides the decoder only with model.decoder.remote_clip, as its weights are a download of their own",
-        # those of its files; its released weights have 5 layers where they are trained on DLRSD
-        PublishedSizes(prior="v1", layers=(3, 2), heads=8, mlp_hidden=384, remote_clip=True),
+        "outside of table1 RemoteCLIP guides the decoder only with model.decoder.remote_clip, as its weights are a "
+        "download of their own",
+        # of those trained on iSAID the released ones have the layers of the files
+        PublishedSizes(
+            prior="v1", layers=(3, 2), released={"dlrsd": (5, 5)}, heads=8, mlp_hidden=384, remote_clip=True
+        ),
     ),
     "sed": Method(
         "SED",
@@ -182,18 +187,21 @@ def apply_method(config: Config, name: str) -> Config:
     return override(config, method_options(name))
 
 
-def published_options(name: str, clip: str) -> dict[str, Any]:
+def published_options(name: str, clip: str, *, released: str | None = None) -> dict[str, Any]:
     """Options of a method's own sizes, besides its prior: those of :func:`apply_method` leave the configuration's.
 
     Args:
         name: one of ``METHODS``.
         clip: open_clip name of the backbone. Layers, heads and widths are of ViT-B and ViT-L; another backbone, such as
             that of the ``tiny`` preset, keeps the configuration's.
+        released: name of the training set whose released weights' layers are meant; None means those of its files.
 
     Examples:
         >>> from drseg_core.config.methods import published_options
         >>> published_options("rskt", "ViT-B-16-quickgelu")["model.aggregator.layers"]
         3
+        >>> published_options("rskt", "ViT-B-16-quickgelu", released="dlrsd")["model.aggregator.layers"]
+        5
         >>> published_options("catseg", "drseg-tiny")
         {'model.decoder.remote_clip': False}
     """
@@ -201,7 +209,8 @@ def published_options(name: str, clip: str) -> dict[str, Any]:
     found: dict[str, Any] = {"model.decoder.remote_clip": sizes.remote_clip}
     place = next((place for place, kind in enumerate(("ViT-B", "ViT-L")) if clip.startswith(kind)), None)
     if place is not None:
-        found["model.aggregator.layers"] = None if sizes.layers is None else sizes.layers[place]
+        layers = sizes.layers if released is None else sizes.released.get(released, sizes.layers)
+        found["model.aggregator.layers"] = None if layers is None else layers[place]
         found["model.aggregator.heads"] = sizes.heads
         found["model.aggregator.mlp_hidden"] = sizes.mlp_hidden
     return {option: value for option, value in found.items() if value is not None}

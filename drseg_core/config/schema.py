@@ -68,13 +68,14 @@ class RemoteConfig:
     """A second, frozen CLIP image tower that guides the decoder with ``decoder.remote_clip``.
 
     Args:
-        name: open_clip architecture; ``drseg-tiny`` is the small one that ships with this package.
+        name: open_clip architecture; ``drseg-tiny`` is the small one that ships with this package. RSKT-Seg runs
+            RemoteCLIP in OpenAI's code, which has QuickGELU.
         weights: path of a local weight file, such as RemoteCLIP's, or null for random initial weights.
         image_size: side in pixels to which images are resized before the tower; 768 gives CLIP's grid of 24 x 24.
         guidance_blocks: two visual block indices (from 0).
     """
 
-    name: str = "ViT-B-32"
+    name: str = "ViT-B-32-quickgelu"
     weights: str | None = None
     image_size: int = 768
     guidance_blocks: tuple[int, int] = (3, 7)

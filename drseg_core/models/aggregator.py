@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Aggregation of the cost embedding over space (within each class map) and over classes (at each place).
 
-The benchmark's efficient form is here: spatial attention with keys and values reduced by two, class attention on maps
-reduced by two; CAT-Seg's is in :mod:`drseg_core.models.baselines.swin`. Guidance enters queries and keys; because a
+The benchmark's efficient form is here, tensor for tensor RSKT-Seg's (arXiv 2509.12040; LiBingyu01/RSKT-Seg,
+EfficientAggregator): spatial attention with keys and values reduced by two, class attention on maps reduced by two.
+CAT-Seg's is in :mod:`drseg_core.models.baselines.swin`. Guidance enters queries and keys; because a
 linear map of a concatenation is a sum of two linear maps, the guidance part is computed once per image (or class) and
 broadcast, never expanded to B x T.
 """
@@ -33,6 +34,9 @@ class GatedMLP(nn.Module):
 class SpatialBlock(nn.Module):
     """Attention among the places of each class map, then a gated MLP with a 7x7 depth-wise convolution.
 
+    Keys and values are of places reduced by two, each by a convolution and a LayerNorm of its own: values of the maps,
+    keys of the maps beside the guidance, at twice the width.
+
     Args:
         width: channels.
         heads: attention heads.
@@ -43,28 +47,30 @@ class SpatialBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm_attention = nn.LayerNorm(width)
-        self.reduce = nn.Conv2d(width, width, 2, stride=2)
-        self.reduce_norm = nn.LayerNorm(width)
-        self.reduce_guidance = nn.Conv2d(width, width, 2, stride=2)
-        self.reduce_guidance_norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
         self.query_guidance = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.key_guidance = nn.Linear(width, width, bias=False)
+        self.reduce_key = nn.Conv2d(width, 2 * width, 2, stride=2)
+        self.reduce_key_guidance = nn.Conv2d(width, 2 * width, 2, stride=2, bias=False)
+        self.norm_key = nn.LayerNorm(2 * width)
+        self.key = nn.Linear(2 * width, width)
+        self.reduce_value = nn.Conv2d(width, width, 2, stride=2)
+        self.norm_value = nn.LayerNorm(width)
+        self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = GatedMLP(width, hidden)
         self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.apply(_initialise)
 
     def forward(self, x: Tensor, guidance: Tensor, grid: tuple[int, int]) -> Tensor:
         """``x`` (B, T, hw, width) and ``guidance`` (B, width, h, w) to (B, T, hw, width)."""
         batch, classes = x.shape[:2]
         y = self.norm_attention(x)
         query = self.query(y) + self.query_guidance(guidance.flatten(2).transpose(1, 2))[:, None]
-        small = self.reduce_norm(_tokens(self.reduce(_even(_map(y.flatten(0, 1), grid)))))
-        key, value = self.key_value(small).chunk(2, dim=-1)
-        small_guidance = self.reduce_guidance_norm(_tokens(self.reduce_guidance(_even(guidance))))
-        key = key.unflatten(0, (batch, classes)) + self.key_guidance(small_guidance)[:, None]
+        maps = _even(_map(y.flatten(0, 1), grid))
+        small = _tokens(self.reduce_key(maps)).unflatten(0, (batch, classes))
+        key = self.key(self.norm_key(small + _tokens(self.reduce_key_guidance(_even(guidance)))[:, None]))
+        value = self.value(self.norm_value(_tokens(self.reduce_value(maps))))
         mixed = _attention(query.flatten(0, 1), key.flatten(0, 1), value, self.heads)
         x = x + self.out(mixed).unflatten(0, (batch, classes))
         y = self.mlp(self.norm_mlp(x))
@@ -111,6 +117,7 @@ class ClassBlock(nn.Module):
         self.out = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = GatedMLP(width, hidden)
+        self.apply(_initialise)
 
     def forward(self, x: Tensor, guidance: Tensor, grid: tuple[int, int]) -> Tensor:
         """``x`` (B, T, hw, width) and ``guidance`` (T, width) to (B, T, hw, width)."""
@@ -198,6 +205,18 @@ class Aggregator(nn.Module):
         for spatial, across in zip(self.spatial, self.classes, strict=True):
             x = across(spatial(x, visual, (h, w)), words, (h, w))
         return x.permute(0, 3, 1, 2).unflatten(3, (h, w))
+
+
+def _initialise(module: nn.Module) -> None:
+    """RSKT-Seg's initial weights, of linear maps and convolutions; biases are 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        # per group, which is less than PyTorch's fan_out of a depth-wise convolution
+        outputs = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=(2.0 / outputs) ** 0.5)
+    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def _tokens(maps: Tensor) -> Tensor:

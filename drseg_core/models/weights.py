@@ -183,6 +183,11 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, name: str, compl
             dtype is cast.
     """
     expected = model.state_dict() if complete else model_state(model)
+    if any(key.startswith("aggregator.") and key.endswith(".reduce_guidance.weight") for key in state):
+        raise CheckpointError(
+            f"load_into: {name} has an efficient aggregator from before keys were reduced with their guidance; "
+            "expected RSKT-Seg's tensors, got those of an earlier version: train anew, or from it with --init"
+        )
     problem = difference(expected, state)
     if problem:
         raise CheckpointError(f"load_into: {name} does not fit the model; {problem}")

@@ -23,7 +23,7 @@ from drseg_core.studies.setting import Setting, fingerprint
 from drseg_core.studies.tables import Variant
 
 # raised when scores of the same configuration would come out differently
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class Setting:
         prior_v1: weight file of RS-DINOv1, for Tables 1 and 3.
         remote_clip: weight file of RemoteCLIP, for Table 1; None takes the configuration's.
         matched: whether all methods of Table 1 have the configuration's prior and sizes instead of their own.
+        released: whether RSKT-Seg in Table 1 has the layers of its released weights instead of those of its files.
         prior_steps: steps for which a random prior is taught first (see :mod:`drseg_core.studies.prior`).
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
         pieces: folder of real labelled pieces (see :mod:`drseg_core.studies.pieces`).
@@ -80,6 +81,7 @@ class Setting:
     quick: bool = False
     remote_clip: str | None = None
     matched: bool = False
+    released: bool = False
 
     @property
     def needs_start(self) -> bool:
@@ -119,12 +121,14 @@ class Setting:
             "steps": self.config.train.iterations,
             "prior_steps": self.prior_steps,
             "matched": self.matched,
+            "released": self.released,
         }
 
     @property
     def suffix(self) -> str:
-        """What tells files of another prior, or of methods with the same sizes, apart."""
-        return ("-matched" if self.matched else "") + ("-taught" if self.prior_steps else "")
+        """What tells files of another prior, or of methods with other sizes, apart."""
+        marks = {"-matched": self.matched, "-released": self.released, "-taught": self.prior_steps}
+        return "".join(mark for mark, there in marks.items() if there)
 
     @property
     def prior_data(self) -> str:
@@ -161,6 +165,7 @@ def make_setting(
     quick: bool = False,
     remote_clip: str | None = None,
     matched: bool = False,
+    released: bool = False,
 ) -> Setting:
     """A setting from what the command line has.
 
@@ -180,6 +185,7 @@ def make_setting(
             and nothing else.
         remote_clip: see :class:`Setting`.
         matched: see :class:`Setting`.
+        released: see :class:`Setting`.
 
     Raises:
         ConfigError: a test set is missing or named twice, or an option does not fit.
@@ -231,6 +237,7 @@ def make_setting(
         quick=quick,
         remote_clip=remote_clip,
         matched=matched,
+        released=released,
     )
 
 

@@ -197,7 +197,8 @@ def _table1(setting: Setting) -> TrainingStudy:
 
 def _as_published(name: str, setting: Setting) -> tuple[dict[str, Any], str | None]:
     """A method's own prior, sizes and RemoteCLIP, and why it cannot have them."""
-    options, reasons = published_options(name, setting.config.model.clip.name), []
+    released = setting.data.partition(":")[0] if setting.released else None
+    options, reasons = published_options(name, setting.config.model.clip.name, released=released), []
     if METHODS[name].published.prior == "v1":
         prior, why_not = _prior_v1(setting)
         options.update(prior)
@@ -235,7 +236,13 @@ def _methods(variants: Sequence[Variant], setting: Setting) -> Section:
         note = (
             "Every method has the prior and the sizes of its own files, DR-Seg those of the configuration (--matched "
             "gives them to all). Layers, heads and MLPs are of ViT-B and ViT-L; with another backbone they are the "
-            "configuration's. Layers of RSKT-Seg are those of its files, and its released weights have 5 on DLRSD; "
+            "configuration's. Layers of RSKT-Seg are those of its "
+            + (
+                "released weights"
+                if setting.released
+                else "files, and its released weights have 5 on DLRSD (--released)"
+            )
+            + "; "
             "OVRS and GSNet are built on CAT-Seg's code and have its sizes."
         )
     return Section("What each method has", rows, note)

@@ -89,6 +89,8 @@ def test_other_files_are_no_studies(drseg, tmp_path):
         (("table2", "--out", "x", "--seeds", "a"), "seeds are not numbers"),
         (("table2", "--out", "x", "--jobs", "0"), "jobs is out of range"),
         (("table2", "--out", "x", "--matched"), "matched does not belong to table2"),
+        (("table2", "--out", "x", "--released"), "released does not belong to table2"),
+        (("table1", "--out", "x", "--released", "--matched"), "released does not belong to table1 --matched"),
         (("table2", "--out", "x", "--steps", "0"), "steps is out of range"),
         (("table2", "--out", "x", "--data", "folder:y"), "tests are missing"),
     ],

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from drseg_core.models.aggregator import Aggregator, ClassBlock, GatedMLP, SpatialBlock
 
@@ -66,6 +67,56 @@ def test_split_projections_equal_those_of_the_concatenation() -> None:
     joined = torch.cat((x, guidance.expand(5, 3, 16)), dim=-1)
     expected = torch.nn.functional.linear(joined, weight, block.query_key_value.bias[:16])
     torch.testing.assert_close(query, expected)
+
+
+def test_keys_and_values_are_reduced_apart() -> None:
+    """Against RSKT-Seg's block written down: keys from the 2x2 convolution of the maps beside the guidance."""
+    block = SpatialBlock(16, 2, 24).double()
+    for parameter in block.parameters():
+        # biases and norms must count too
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 3, 36, 16, dtype=torch.float64)
+    guidance = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    y = block.norm_attention(x).flatten(0, 1)
+    beside = guidance.flatten(2).transpose(1, 2).repeat_interleave(3, dim=0)
+    both = torch.cat((y, beside), dim=-1)
+    query = F.linear(both, torch.cat((block.query.weight, block.query_guidance.weight), dim=1), block.query.bias)
+
+    def reduced(tokens, weight, bias, norm):
+        maps = F.conv2d(tokens.transpose(1, 2).unflatten(2, (6, 6)), weight, bias, stride=2)
+        return norm(maps.flatten(2).transpose(1, 2))
+
+    weight = torch.cat((block.reduce_key.weight, block.reduce_key_guidance.weight), dim=1)
+    key = block.key(reduced(both, weight, block.reduce_key.bias, block.norm_key))
+    value = block.value(reduced(y, block.reduce_value.weight, block.reduce_value.bias, block.norm_value))
+    parts = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in (query, key, value))
+    mixed = block.out(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+    z = x + mixed.view_as(x)
+    maps = block.mlp(block.norm_mlp(z)).flatten(0, 1).transpose(1, 2).unflatten(2, (6, 6))
+    expected = z + block.depthwise(maps).flatten(2).transpose(1, 2).view_as(z)
+    torch.testing.assert_close(block(x, guidance, (6, 6)), expected)
+
+
+def test_initial_weights_are_rskt_seg_s() -> None:
+    layer = Aggregator(128, 12, layers=1, heads=8, mlp_hidden=384)
+    spatial, across = layer.spatial[0], layer.classes[0]
+    # deviations of 0.02, and of the root of 2 over the outputs of a place
+    wanted = {
+        spatial.query: 0.02,
+        spatial.key: 0.02,
+        spatial.mlp.fc3: 0.02,
+        across.query_key_value: 0.02,
+        across.mlp.fc1: 0.02,
+        spatial.reduce_key: (2 / (4 * 256)) ** 0.5,
+        spatial.reduce_key_guidance: (2 / (4 * 256)) ** 0.5,
+        spatial.reduce_value: (2 / (4 * 128)) ** 0.5,
+        spatial.depthwise: (2 / 49) ** 0.5,
+    }
+    for module, deviation in wanted.items():
+        assert float(module.weight.std()) == pytest.approx(deviation, rel=0.05)
+        assert module.bias is None or not module.bias.any()
+    # what is around the layers begins as PyTorch has it
+    assert layer.project_text.bias.any()
 
 
 def test_gated_mlp() -> None:

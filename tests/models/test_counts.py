@@ -32,12 +32,12 @@ def query_and_value(layers: int, width: int, text_layers: int, text_width: int) 
         (
             "vitb",
             ParameterCount(query_and_value(12, 768, 12, 512), 149_620_737 - 1),
-            {"pdgr": 394_497, "fusion": 134_274, "aggregator": 1_922_816, "decoder": 2_652_385},
+            {"pdgr": 394_497, "fusion": 134_274, "aggregator": 2_316_800, "decoder": 2_652_385},
         ),
         (
             "vitl",
             ParameterCount(query_and_value(24, 1024, 12, 768), 427_944_193 - 1),
-            {"pdgr": 558_849, "fusion": 134_274, "aggregator": 2_250_496, "decoder": 3_438_817},
+            {"pdgr": 558_849, "fusion": 134_274, "aggregator": 2_644_480, "decoder": 3_438_817},
         ),
     ],
 )

@@ -77,7 +77,7 @@ def test_any_vocabulary_at_any_time(method, name):
         ("catseg", {"fusion": 6_400, "aggregator": 2_140_160, "decoder": 3_438_817}),
         ("ovrs", {"fusion": 25_216, "aggregator": 2_140_160, "decoder": 3_438_817 + 97 * 32 + 2 + 49 * 16 + 2}),
         ("gsnet", {"fusion": 1_618_560, "aggregator": 2_140_160, "project_prior": 787_200}),
-        ("rskt", {"fusion": 1_637_376, "aggregator": 2_250_496, "project_prior": 787_200}),
+        ("rskt", {"fusion": 1_637_376, "aggregator": 2_644_480, "project_prior": 787_200}),
         ("sed", {"fusion": 6_400, "decoder": 3_438_817 + 10 * (96 + 48)}),
     ],
 )

@@ -281,6 +281,17 @@ def test_ten_keys_of_each_kind_are_listed(tiny) -> None:
     assert message.count(f"and {len(state) - 10} more") == 2 and "\n" not in message
 
 
+def test_an_aggregator_of_an_earlier_version_is_refused_in_a_line(tiny) -> None:
+    """Its keys were reduced without their guidance, so its tensors have no place here."""
+    state = {key: value for key, value in model_state(tiny).items() if ".reduce_key" not in key}
+    state["aggregator.spatial.0.reduce_guidance.weight"] = torch.zeros(24, 24, 2, 2)
+    with pytest.raises(
+        CheckpointError, match="from before keys were reduced with their guidance; expected.*--init"
+    ) as caught:
+        load_into(tiny, state, name="x")
+    assert "\n" not in str(caught.value)
+
+
 def test_what_can_be_had_again_is_left_out(variant, tmp_path: Path) -> None:
     plain = build_model(variant("clip", trainable="none"))
     assert any(key.startswith("dino.") for key in model_state(plain))

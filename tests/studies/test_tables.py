@@ -195,6 +195,20 @@ class TestTable1:
         row = {one["method"]: one for one in study.sections[0].rows}["RSKT-Seg"]
         assert row["prior"] == "vit_base_patch8_224, not given"
 
+    @pytest.mark.parametrize(("trained_on", "layers"), [("dlrsd", 5), ("isaid", 3)])
+    def test_layers_of_the_released_weights(self, trained_on, layers):
+        given = {"data": f"{trained_on}:x", "tests": ["potsdam:x"], "prior_v1": "RSIB.pth", "remote_clip": "remote.pt"}
+        setting = make_setting("vitb", released=True, **given)
+        study = training_study("table1", setting)
+        options = {variant.name: variant.options for variant in study.variants}
+        assert options["rskt"]["model.aggregator.layers"] == layers
+        plain = training_study("table1", make_setting("vitb", **given))
+        assert {one.name: one.options for one in plain.variants if one.name != "rskt"} == {
+            name: own for name, own in options.items() if name != "rskt"
+        }
+        assert "released weights;" in study.sections[0].note and "(--released)" in plain.sections[0].note
+        assert setting.suffix == "-released"
+
     def test_matched_methods_have_what_the_configuration_has(self):
         setting = make_setting("vitb", data="dlrsd:x", tests=["potsdam:x"], prior_v1="RSIB.pth", matched=True)
         study = training_study("table1", setting)
