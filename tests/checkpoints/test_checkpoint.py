@@ -64,12 +64,14 @@ def test_round_trip(tmp_path):
     assert json.loads((path / DESCRIPTION).read_text())["config_sha256"] == content_hash(CONFIG)
 
 
+@pytest.mark.promise("C28")
 def test_the_folder_is_as_readable_as_any_other(tmp_path):
     (tmp_path / "other").mkdir()
     path = save(tmp_path, 1)
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+@pytest.mark.promise("C28")
 @pytest.mark.parametrize(("keep", "left"), [(0, 2), (1, 2), (2, 2), (3, 3)])
 def test_the_newest_generations_stay(tmp_path, keep, left):
     for step in (1, 2, 3, 4, 5):
@@ -89,6 +91,7 @@ def test_order_is_by_step_not_by_time(tmp_path):
     assert newest_checkpoint(tmp_path).step == 20
 
 
+@pytest.mark.promise("C29")
 def test_truncation_and_bit_flips_anywhere_are_found(tmp_path, caplog):
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
@@ -110,6 +113,7 @@ def test_truncation_and_bit_flips_anywhere_are_found(tmp_path, caplog):
         assert newest_checkpoint(tmp_path).step == 2
 
 
+@pytest.mark.promise("C29")
 def test_none_left_is_an_error(tmp_path):
     for step in (1, 2):
         path = save(tmp_path, step)
@@ -118,6 +122,7 @@ def test_none_left_is_an_error(tmp_path):
         newest_checkpoint(tmp_path)
 
 
+@pytest.mark.promise("C29")
 def test_a_newer_format_is_refused_by_both_numbers(tmp_path):
     path = save(tmp_path, 1)
     content = json.loads((path / DESCRIPTION).read_text())
@@ -133,6 +138,7 @@ class Payload:
         return (os.mkdir, ("executed",))
 
 
+@pytest.mark.promise("C31")
 def test_code_in_the_training_state_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = save(tmp_path, 1)
@@ -161,6 +167,7 @@ def failing(error: OSError):
     return fail
 
 
+@pytest.mark.promise("C28")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
 @pytest.mark.parametrize("place", ["tempfile.mkdtemp", "save_weights", "torch.save", "os.fsync", "os.rename"])
 def test_a_failing_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, place, code):
@@ -209,6 +216,7 @@ def test_an_error_of_ours_is_not_blamed_on_the_disk(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.promise("C28")
 def test_leftovers_of_dead_writers_are_removed(tmp_path):
     save(tmp_path, 1)
     for name in (".step-00000002-abc.part", ".step-00000001.old"):
@@ -270,14 +278,17 @@ def kills(run: Path, fork, writer) -> int:
     return damaged
 
 
+@pytest.mark.promise("C28")
 def test_a_writer_killed_at_any_time_leaves_a_whole_checkpoint(tmp_path, fork):
     assert kills(tmp_path, fork, save_atomically) == 0
 
 
+@pytest.mark.promise("C28")
 def test_the_kill_test_catches_a_writer_that_is_not_atomic(tmp_path, fork):
     assert kills(tmp_path, fork, save_in_place) > 0
 
 
+@pytest.mark.promise("C28")
 def test_one_writer_per_run(tmp_path, fork):
     with run_lock(tmp_path):
         with pytest.raises(CheckpointError, match=f"locked by pid {os.getpid()} on host ") as caught:
@@ -314,6 +325,7 @@ def test_a_worker_that_outlives_its_trainer_does_not_hold_the_lock(tmp_path, for
         pass
 
 
+@pytest.mark.promise("C30")
 def test_random_state_through_a_checkpoint(tmp_path):
     seed_everything(3)
     random.random(), np.random.rand(3), torch.rand(3)

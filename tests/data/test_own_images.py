@@ -102,6 +102,7 @@ def test_bands_by_their_descriptions(tmp_path, descriptions, bands):
         assert scene.bands == bands
 
 
+@pytest.mark.promise("C49")
 def test_bands_without_a_hint_are_named(tmp_path, caplog):
     path = write(tmp_path / "in.tif", np.ones((4, 5, 6), np.uint16))
     with open_scene(path) as scene:
@@ -161,6 +162,7 @@ def test_pixels_without_data_are_not_trained_on(tmp_path):
     assert bool((mask[:3] == 255).all()) and not bool((mask[3:] == 255).any())
 
 
+@pytest.mark.promise("C49")
 @pytest.mark.parametrize("value, kind", [(0, np.uint16), (65535, np.uint16), (-9999, np.int16), (-9999, np.float32)])
 def test_nodata_that_nobody_declared_is_named(tmp_path, caplog, value, kind):
     data = RNG.integers(300, 4000, size=(3, 50, 50)).astype(kind)

@@ -20,6 +20,7 @@ def labels(height: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 4, (height, width), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.promise("C36")
 @settings(max_examples=60, deadline=None)
 @given(length=st.integers(1, 300), side=st.sampled_from([16, 32, 64]), share=st.floats(0, 0.99))
 def test_tiles_cover_an_axis(length, side, share):
@@ -34,6 +35,7 @@ def test_tiles_cover_an_axis(length, side, share):
     assert all(b - a <= side - overlap for a, b in zip(starts, starts[1:], strict=False))
 
 
+@pytest.mark.promise("C36")
 @pytest.mark.parametrize("overlap", [0, 1, 8, 16, 31])
 def test_window_is_positive_symmetric_and_smooth(overlap):
     window = blend_window(32, overlap)
@@ -41,6 +43,7 @@ def test_window_is_positive_symmetric_and_smooth(overlap):
     assert overlap < 8 or np.abs(np.diff(window)).max() < 0.25
 
 
+@pytest.mark.promise("C36")
 @pytest.mark.parametrize("mode", ["whole", "tile"])
 @pytest.mark.parametrize("size", [(50, 70), (33, 32), (32, 32), (5, 90), (1, 1), (40, 7)])
 def test_pixelwise_model_gives_the_same_however_it_is_run(mode, size):
@@ -54,6 +57,7 @@ def test_pixelwise_model_gives_the_same_however_it_is_run(mode, size):
     assert torch.allclose(result.uncertainty, image[0] / 255, atol=1e-6)
 
 
+@pytest.mark.promise("C6")
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 15), st.integers(1, 5))
 def test_weights_sum_to_exactly_one(height, width, overlap, batch):
@@ -67,6 +71,7 @@ def test_weights_sum_to_exactly_one(height, width, overlap, batch):
     assert rows == list(range(height))
 
 
+@pytest.mark.promise("C36")
 def test_tiled_scores_are_weighted_means():
     # a model that answers with the tile's number shows the weights themselves
     class Counter(ColorModel):

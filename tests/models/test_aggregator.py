@@ -24,6 +24,7 @@ def test_any_grid_and_any_number_of_classes(grid: tuple[int, int], classes: int)
     assert result.shape == embedding.shape and torch.isfinite(result).all()
 
 
+@pytest.mark.promise("C22")
 @pytest.mark.parametrize("classes", [1, 3])
 def test_every_parameter_gets_a_gradient(classes: int) -> None:
     aggregator = Aggregator(16, 12, layers=2, heads=4, mlp_hidden=24)
@@ -32,6 +33,7 @@ def test_every_parameter_gets_a_gradient(classes: int) -> None:
         assert parameter.grad is not None, name
 
 
+@pytest.mark.promise("C6")
 def test_order_of_classes_and_images_does_not_matter() -> None:
     aggregator = Aggregator(16, 12, layers=2, heads=2, mlp_hidden=24).double()
     embedding, features, text = (value.double() for value in inputs(6, (4, 4), batch=3))
@@ -42,6 +44,7 @@ def test_order_of_classes_and_images_does_not_matter() -> None:
     torch.testing.assert_close(aggregator(embedding[images], features[images], text), whole[images])
 
 
+@pytest.mark.promise("C7")
 def test_images_do_not_see_each_other() -> None:
     aggregator = Aggregator(16, 12, layers=1, heads=2, mlp_hidden=24).double()
     embedding, features, text = (value.double() for value in inputs(3, (4, 4)))

@@ -47,6 +47,7 @@ def literal_entropy(z: Tensor, label: Tensor) -> Tensor:
     return torch.tensor(entropy, dtype=torch.float64)
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("counts", [(5, 5, 5), (1, 7), (2, 9, 4, 1)])
 def test_entropy_is_equation_2(counts) -> None:
     z, label = prototypes(0, counts)
@@ -56,6 +57,7 @@ def test_entropy_is_equation_2(counts) -> None:
     assert ranking.entropy[3] == pytest.approx(math.log(len(counts)), abs=0)
 
 
+@pytest.mark.promise("C1")
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.lists(st.integers(1, 6), min_size=2, max_size=5))
 def test_product_closed_form_is_the_mean_over_pairs(seed: int, counts: list[int]) -> None:
