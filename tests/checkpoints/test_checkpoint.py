@@ -30,6 +30,9 @@ from drseg_core.checkpoints.checkpoint import (
 )
 from drseg_core.checkpoints.lock import run_lock
 from drseg_core.errors import CheckpointError, ResourceError
+from drseg_core.files import write_text_atomic
+from drseg_core.models.weights import save_weights
+from drseg_core.scenes.block_store import BlockStore
 from drseg_core.training.randomness import random_state, restore_random_state, seed_everything
 
 CONFIG = {"model": {"k": 3}, "seed": 0}
@@ -276,6 +279,47 @@ def kills(run: Path, fork, writer) -> int:
             damaged += 1
         step = int(found[0].name.removeprefix("step-")) + 1
     return damaged
+
+
+def _written_text(folder: Path) -> None:
+    write_text_atomic(folder / "note.txt", "whole")
+
+
+def _written_weights(folder: Path) -> None:
+    save_weights(folder / "weights.safetensors", {"weight": torch.ones(3)}, {})
+
+
+def _written_blocks(folder: Path) -> None:
+    BlockStore(folder / "map.work", {}).save("block-0", {"label": np.zeros((2, 3), np.uint8)})
+
+
+@pytest.mark.promise("C28")
+@pytest.mark.parametrize("write", [_written_text, _written_weights, _written_blocks, lambda folder: save(folder, 1)])
+def test_files_are_on_the_disk_before_they_are_seen(write, tmp_path, monkeypatch):
+    """A power cut after the rename finds their content, and their names: both are flushed, one before and one after."""
+    flushed: dict[int, int] = {}
+    appeared: list[Path] = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def flush(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        flushed[found.st_ino] = found.st_size
+        fsync(descriptor)
+
+    def appears(source, target, move) -> None:
+        source, target = Path(source), Path(target)
+        for path in [source, *source.rglob("*")] if source.is_dir() else [source]:
+            found = path.stat()
+            assert found.st_ino in flushed and (path.is_dir() or flushed[found.st_ino] == found.st_size), path.name
+        move(source, target)
+        appeared.append(target)
+        flushed.pop(target.parent.stat().st_ino, None)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", lambda source, target: appears(source, target, replace))
+    monkeypatch.setattr(os, "rename", lambda source, target: appears(source, target, rename))
+    write(tmp_path)
+    assert appeared and appeared[-1].parent.stat().st_ino in flushed
 
 
 @pytest.mark.promise("C28")

@@ -69,10 +69,10 @@ def same(a, b) -> None:
         assert torch.equal(x.image, y.image) and torch.equal(x.mask, y.mask) and x.position == y.position
 
 
-def scenes():
+def scenes(count: int = 5):
     from drseg_core.data.synthetic import SyntheticDataset, SyntheticOptions
 
-    return SyntheticDataset(SyntheticOptions(scenes=5, size=40))
+    return SyntheticDataset(SyntheticOptions(scenes=count, size=40))
 
 
 def test_shapes():
@@ -96,6 +96,11 @@ def test_batch_larger_than_the_set():
 def test_start_continues_exactly():
     full = take(6, scenes(), crop_size=32)
     same(full[3:], take(3, scenes(), crop_size=32, start=full[2].position + 4))
+
+
+def test_an_image_is_augmented_anew_in_every_pass():
+    images = [batch.image for batch in take(4, scenes(1), crop_size=32, batch_size=1)]
+    assert not any(torch.equal(one, other) for one, other in zip(images, images[1:], strict=False))
 
 
 def test_workers_do_not_matter():

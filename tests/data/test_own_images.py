@@ -117,6 +117,19 @@ def test_bands_without_a_hint_are_named(tmp_path, caplog):
         assert scene.bands == (1, 2, 3) and "--bands 3,2,1 takes them" in (scene.band_warning() or "")
 
 
+@pytest.mark.promise("C36")
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_two_percent_at_either_end_are_left_out(tmp_path, kind):
+    # of the values 0 to 200 the second and the 98th percentile are 4 and 196
+    data = np.tile(RNG.permutation(201).reshape(1, 3, 67), (3, 1, 1)).astype(kind)
+    path = write(tmp_path / "in.tif", data)
+    expected = np.rint(np.clip((data.astype(float) - 4) / 192, 0, 1) * 255)
+    with open_scene(path, reading=Reading(measure=True)) as scene:
+        assert scene.pairs() == [(4.0, 196.0)] * 3
+        assert np.array_equal(scene.rows(0, 3)[0].numpy(), expected)
+    assert np.array_equal(read_rgb(path, Reading(measure=True), max_pixels=1000).image.transpose(2, 0, 1), expected)
+
+
 def test_the_scale_of_a_set_is_measured_once(tmp_path, caplog):
     dark, bright = (RNG.integers(low, low + 500, size=(3, 40, 40)).astype(np.uint16) for low in (100, 2000))
     with caplog.at_level(logging.INFO, "drseg_core"):

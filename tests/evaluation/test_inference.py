@@ -81,12 +81,15 @@ def test_tiled_scores_are_weighted_means():
             return Output(value.expand(1, 1, *image.shape[-2:]), torch.zeros(1, 1, 4, 4))
 
     predictor = Predictor(Counter(), ["red"], mode="tile", tile_size=16, overlap=8, batch_size=1)
-    score = predictor(torch.zeros(3, 16, 24, dtype=torch.uint8)).score[0].double()
+    score = predictor(torch.zeros(3, 24, 24, dtype=torch.uint8)).score.numpy()
     window = blend_window(16, 8).astype(float)
-    left, right = np.zeros(24), np.zeros(24)
-    left[:16], right[8:] = window, window
-    assert np.allclose(score, (0.1 * left + 0.2 * right) / (left + right), atol=1e-6)
-    assert torch.all(score.diff() > -1e-6)
+    first, second = np.zeros(24), np.zeros(24)
+    first[:16], second[8:] = window, window
+    # rows of tiles from the top, each from the left: a weight is a product of both axes'
+    weights = [down[:, None] * across for down in (first, second) for across in (first, second)]
+    expected = sum(0.1 * number * weight for number, weight in enumerate(weights, 1)) / sum(weights)
+    assert np.allclose(score, expected, atol=1e-6)
+    assert np.all(np.diff(score, axis=0) > -1e-6) and np.all(np.diff(score, axis=1) > -1e-6)
 
 
 def test_whole_mode_enlarges_sigmoids_and_batches_equal_sizes():

@@ -52,6 +52,18 @@ def test_images_do_not_see_each_other() -> None:
     torch.testing.assert_close(aggregator(embedding[:1], features[:1], text), whole[:1])
 
 
+def test_every_cell_of_an_odd_grid_is_seen() -> None:
+    """From a corner: the cells of the last row and column too, which fill no pair."""
+    block = SpatialBlock(16, 2, 24).double()
+    x = torch.randn(1, 1, 49, 16, dtype=torch.float64)
+    guidance = torch.randn(1, 16, 7, 7, dtype=torch.float64)
+    whole = block(x, guidance, (7, 7))
+    for cell in (6, 42, 48):
+        changed = x.clone()
+        changed[0, 0, cell] += torch.randn(16, dtype=torch.float64)
+        assert (block(changed, guidance, (7, 7))[0, 0, 0] - whole[0, 0, 0]).abs().max() > 1e-6
+
+
 def test_spatial_block_keeps_classes_apart() -> None:
     block = SpatialBlock(16, 2, 24).double()
     x = torch.randn(2, 4, 20, 16, dtype=torch.float64)

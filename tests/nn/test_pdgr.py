@@ -333,6 +333,13 @@ def test_samples_are_independent():
         torch.testing.assert_close(module(features[b : b + 1], prior[b : b + 1])[0], whole[b])
 
 
+@pytest.mark.promise("C3")
+def test_the_prior_has_no_gradient():
+    features, prior = maps()
+    make(normalize_prior=False)(features, prior.requires_grad_()).sum().backward()
+    assert prior.grad is None
+
+
 @pytest.mark.promise("C17")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes(dtype):

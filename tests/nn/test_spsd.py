@@ -206,6 +206,13 @@ def test_split_by_score_takes_the_highest_and_the_lower_index_of_equals() -> Non
     assert semantic.tolist() == [0, 1] and structural.tolist() == [2, 3]
 
 
+@pytest.mark.parametrize(("channels", "ratio", "semantic"), [(100, 0.29, 29), (50, 0.58, 29), (512, 0.5, 256)])
+def test_the_share_of_channels_is_that_of_decimal_numbers(channels, ratio, semantic):
+    # 0.29 times 100 is less than 29 in binary
+    assert len(SPSD(channels, ratio).semantic_index) == semantic
+    assert len(split_by_score(torch.rand(channels), ratio)[0]) == semantic
+
+
 def test_ratio_zero_makes_all_channels_structural() -> None:
     spsd = SPSD(6, 0.0)
     x = torch.randn(1, 6, 2, 2)

@@ -267,6 +267,56 @@ def test_all_equal_rows_take_the_lowest_indices(backend):
             assert index[0, i].tolist() == expected
 
 
+@pytest.mark.promise("C10")
+def test_zeros_of_both_signs_are_ties(backend):
+    # cosines of 1 and -1 times a decay of zero; 37 scores fill no whole registers
+    nodes = 37
+    prior = torch.where(torch.arange(nodes) % 2 == 0, 1.0, -1.0).view(1, nodes, 1)
+    table = torch.zeros(1, nodes)
+    table[0, 0] = 1
+    for k in (9, nodes - 1):
+        index, score = select(prior, torch.ones(1, nodes), table, k, "product", True, backend)
+        for i in range(nodes):
+            others = [j for j in range(nodes) if j != i]
+            assert index[0, i].tolist() == sorted([i, *others[: k - 1]])
+            assert score[0, i].count_nonzero() == 1
+
+
+@pytest.mark.promise("C8")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pair_without_decay_is_no_candidate(form, backend):
+    # of cells in another row the decay is NaN
+    prior = torch.randn(1, 12, 3, generator=torch.Generator().manual_seed(0))
+    table = torch.zeros(2, 6).fill_(0.5)
+    table[1] = torch.nan
+    index, score = select(prior, torch.ones(1, 12), table, 8, form, False, backend)
+    for i in range(12):
+        row = [j for j in range(6 * (i // 6), 6 * (i // 6) + 6) if j != i]
+        assert index[0, i].tolist() == [*row, i, i, i]
+        assert score[0, i, :5].isfinite().all() and (score[0, i, 5:] == -torch.inf).all()
+
+
+@pytest.mark.promise("C10")
+def test_equal_scores_are_equal_wherever_they_are_computed():
+    """In whole registers and in those that are left over: a product that is not rounded before a subtraction shows."""
+    nodes, table = 37, torch.full((1, 37), 0.7)
+    for value in (0.1, 0.3, 0.7, 1.1, 1.3, 1.7, 2.3, 2.9):
+        prior, inverse = torch.full((1, nodes, 3), value), torch.full((1, nodes), 1 / (value * 3**0.5))
+        index, score = select(prior, inverse, table, nodes - 2, "additive", False, "native")
+        for i in range(nodes):
+            assert index[0, i].tolist() == [j for j in range(nodes) if j != i][: nodes - 2]
+        assert score.unique().numel() == 1
+
+
+@pytest.mark.promise("C7")
+def test_more_images_than_there_is_room_for_scores():
+    """The native kernel holds the scores of eight images of this size at a time."""
+    prior = torch.randn(9, 32 * 32, 3, generator=torch.Generator().manual_seed(0))
+    together = ops.knn_graph(prior, (32, 32), 3, backend="native")
+    for image in (0, 7, 8):
+        assert torch.equal(together[image], ops.knn_graph(prior[image], (32, 32), 3, backend="native"))
+
+
 def test_narrow_range(backend):
     # 1.00000x: scores differ in the last bits only, and many are equal
     random = torch.Generator().manual_seed(0)
@@ -349,10 +399,11 @@ def test_all_nodes_non_finite(backend):
 
 
 @pytest.mark.promise("C9")
-def test_too_few_finite_candidates_are_padded(backend):
-    prior = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("grid", [(2, 3), (6, 8)], ids=str)
+def test_too_few_finite_candidates_are_padded(grid, backend):
+    prior = torch.randn(1, grid[0] * grid[1], 3, generator=torch.Generator().manual_seed(0))
     prior[0, 4:] = torch.nan
-    index, score = ops.knn_graph(prior, (2, 3), 6, return_score=True)
+    index, score = ops.knn_graph(prior, grid, 6, return_score=True)
     assert index[0, 1].tolist() == [0, 1, 2, 3, 1, 1]
     assert (score[0, :4, 4:] == -torch.inf).all() and score[0, :4, :4].isfinite().all()
     mask = ops.padding_mask(index)

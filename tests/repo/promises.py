@@ -64,6 +64,7 @@ class _File:
     tests: dict[str, Test] = field(default_factory=dict)
     classes: dict[str, _Class] = field(default_factory=dict)
     takes_all_of: list[str] = field(default_factory=list)
+    leaves_out: set[str] = field(default_factory=set)
     renamed: dict[str, str] = field(default_factory=dict)
 
 
@@ -101,6 +102,9 @@ def _read(file: str, text: str) -> _File:
             found.classes[node.name] = _Class(
                 [ast.unparse(base) for base in node.bases], {part.name: test(part, above) for part in inside}
             )
+        elif isinstance(node, ast.For) and isinstance(node.body[0], ast.Delete):
+            texts = [part.value for part in ast.walk(node.iter) if isinstance(part, ast.Constant)]
+            found.leaves_out.update(text for text in texts if isinstance(text, str))
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if alias.name == "*":
@@ -137,6 +141,7 @@ def runs(files: dict[str, str]) -> list[tuple[str, Test]]:
             continue
         # what a contract takes from another file, and does not replace
         taken = {name: test for other in content.takes_all_of for name, test in by_name[other].tests.items()}
+        taken = {name: test for name, test in taken.items() if name not in content.leaves_out}
         result += [(file, test) for test in {**taken, **content.tests}.values()]
         for name in content.classes:
             if name.startswith("Test"):

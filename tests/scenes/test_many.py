@@ -270,6 +270,19 @@ def test_damaged_blocks_are_made_again(folder, expected, tmp_path, fault, caplog
     assert "damaged" in caplog.text
 
 
+@pytest.mark.promise("C45")
+def test_a_block_is_of_one_map_and_one_name(tmp_path):
+    """A sound block that somebody copied or renamed is none."""
+    one, other = BlockStore(tmp_path / "one.work", {"model": 1}), BlockStore(tmp_path / "other.work", {"model": 2})
+    for store in (one, other):
+        store.open()
+        store.save("block-0", {"label": np.full((2, 3), 7, np.uint8)})
+    assert one.load("block-0")["label"].tolist() == [[7] * 3] * 2 and one.load("block-1") is None
+    for target in (other.folder / "block-0.block", one.folder / "block-1.block"):
+        target.write_bytes((one.folder / "block-0.block").read_bytes())
+    assert other.load("block-0") is None and one.load("block-1") is None and one.load("block-0") is not None
+
+
 @pytest.mark.promise("C48")
 def test_files_of_others_are_not_replaced(folder, tmp_path):
     """Blocks beside an output give no leave to replace what somebody else put there."""
