@@ -31,7 +31,11 @@ LOWEST_BOUNDS = $(shell sed -n 's/>=/==/g; s/^dependencies = \[\(.*\)\]/\1/p' py
 LOWEST_PYTHON ?= $(firstword $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.10.*/bin/python) \
 	$(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 
+<<<<<<< HEAD
 .PHONY: help install demo real test test-elsewhere test-lowest test-sanitize test-sanitize-address test-sanitize-thread lint docs aot bench regress plots format clean
+=======
+.PHONY: help install demo real test test-elsewhere test-lowest test-sanitize test-sanitize-address test-sanitize-thread mutants lint aot bench regress plots format clean
+>>>>>>> h27w3
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -80,6 +84,12 @@ test-sanitize-address test-sanitize-thread: test-sanitize-%: install
 		LD_PRELOAD="$(foreach library,$(PRELOAD_$*),$(shell $(CXX) -print-file-name=$(library)))"; \
 	$(BIN)/python -c 'from drseg_core.ops._native import why_not; raise SystemExit(why_not("cpu"))' && \
 	$(BIN)/python -m pytest -q --capture=sys $(SANITIZE_TESTS)
+
+# ONLY=select.h takes those in whose file, words or tests this occurs, SINCE=HEAD~1 those of what differs from a commit,
+# LIMIT=110 ends it after so many seconds
+mutants: install  ## plant the named faults of tests/mutants, each of which tests must fail; what was run stays known
+	$(BIN)/python tests/mutants/run.py $(if $(ONLY),--only "$(ONLY)") $(if $(SINCE),--since $(SINCE)) \
+		$(if $(LIMIT),--seconds $(LIMIT)) $(if $(JOBS),--jobs $(JOBS))
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -47,6 +47,7 @@ def whole(run, scenes, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.promise("C38")
 def test_what_is_said_of_many(drseg, run, scenes, whole, tmp_path):
     out, report = tmp_path / "maps", tmp_path / "report.json"
     bad = tmp_path / "bad.tif"
@@ -89,6 +90,7 @@ def test_shards(drseg, run, scenes, whole, tmp_path):
     assert code == 0 and content(out) == content(whole)
 
 
+@pytest.mark.promise("C45")
 def test_two_processes_write_the_bytes_of_one(run, scenes, whole, tmp_path):
     out = tmp_path / "maps"
     words = ["predict", str(run), str(scenes), "--out", f"{out}/{{name}}.tif", "--device", "cpu"]
@@ -121,6 +123,7 @@ def test_workers_of_a_cluster_write_the_bytes_of_one(drseg, run, scenes, whole, 
     assert code == 2 and "--cluster makes all blocks; expected neither --shard nor torchrun beside it" in errors
 
 
+@pytest.mark.promise("C33")
 def test_ctrl_c_is_one_line_with_workers_too(run, scenes, tmp_path):
     """A terminal sends it to all processes."""
     pytest.importorskip("distributed", reason="the extra cluster is not installed")
@@ -147,6 +150,7 @@ def test_ctrl_c_is_one_line_with_workers_too(run, scenes, tmp_path):
     assert "Traceback" not in errors and "distributed." not in errors
 
 
+@pytest.mark.promise("C45")
 def test_a_killed_call_goes_on(process, drseg, run, scenes, whole, tmp_path):
     out = tmp_path / "maps"
     words = ["predict", run, scenes, "--out", f"{out}/{{name}}.tif", "--device", "cpu"]

@@ -19,6 +19,7 @@ from tests.cli.test_exit_codes import check
 LONG = "a " * 2500
 
 
+@pytest.mark.promise("C51")
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -72,6 +73,7 @@ def test_numbers_out_of_range_are_2(drseg, small, data, tmp_path, option, value)
     assert not out.exists()
 
 
+@pytest.mark.promise("C51")
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -128,6 +130,7 @@ def test_a_run_outlives_the_weight_file_it_began_with(drseg, small, data, folder
     assert code == 0 and "steps: 3" in text
 
 
+@pytest.mark.promise("C32")
 def test_a_prior_with_other_weights_is_4(drseg, small, data, tmp_path):
     file, out = tmp_path / "prior.pt", tmp_path / "run"
 

@@ -104,6 +104,7 @@ def test_bands_by_their_descriptions(tmp_path, descriptions, bands):
         assert scene.bands == bands
 
 
+@pytest.mark.promise("C49")
 def test_bands_without_a_hint_are_named(tmp_path, caplog):
     path = write(tmp_path / "in.tif", np.ones((4, 5, 6), np.uint16))
     with open_scene(path) as scene:
@@ -116,6 +117,19 @@ def test_bands_without_a_hint_are_named(tmp_path, caplog):
     wrong = write(tmp_path / "wrong.tif", np.ones((3, 5, 6), np.uint8), descriptions=["B02", "B03", "B04"])
     with open_scene(wrong) as scene:
         assert scene.bands == (1, 2, 3) and "--bands 3,2,1 takes them" in (scene.band_warning() or "")
+
+
+@pytest.mark.promise("C36")
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_two_percent_at_either_end_are_left_out(tmp_path, kind):
+    # of the values 0 to 200 the second and the 98th percentile are 4 and 196
+    data = np.tile(RNG.permutation(201).reshape(1, 3, 67), (3, 1, 1)).astype(kind)
+    path = write(tmp_path / "in.tif", data)
+    expected = np.rint(np.clip((data.astype(float) - 4) / 192, 0, 1) * 255)
+    with open_scene(path, reading=Reading(measure=True)) as scene:
+        assert scene.pairs() == [(4.0, 196.0)] * 3
+        assert np.array_equal(scene.rows(0, 3)[0].numpy(), expected)
+    assert np.array_equal(read_rgb(path, Reading(measure=True), max_pixels=1000).image.transpose(2, 0, 1), expected)
 
 
 def test_the_scale_of_a_set_is_measured_once(tmp_path, caplog):
@@ -163,6 +177,7 @@ def test_pixels_without_data_are_not_trained_on(tmp_path):
     assert bool((mask[:3] == 255).all()) and not bool((mask[3:] == 255).any())
 
 
+@pytest.mark.promise("C49")
 @pytest.mark.parametrize("value, kind", [(0, np.uint16), (65535, np.uint16), (-9999, np.int16), (-9999, np.float32)])
 def test_nodata_that_nobody_declared_is_named(tmp_path, caplog, value, kind):
     data = RNG.integers(300, 4000, size=(3, 50, 50)).astype(kind)

@@ -210,18 +210,22 @@ def _check(rule: Callable[[ast.AST], list[str]], keep: Callable[[Path], bool] = 
     assert looked_at > 3 and found == []
 
 
+@pytest.mark.promise("C44")
 def test_no_assert_guards_what_a_user_passes():
     _check(asserts, lambda path: path.name in ("api.py", "_checks.py", "pdgr.py"))
 
 
+@pytest.mark.promise("C15")
 def test_autograd_contexts_hold_no_tensors():
     _check(tensors_on_context)
 
 
+@pytest.mark.promise("C31")
 def test_nothing_runs_code_from_a_file():
     _check(unsafe_loads)
 
 
+@pytest.mark.promise("C31")
 @pytest.mark.parametrize(
     "rule,source",
     [

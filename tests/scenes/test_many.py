@@ -103,6 +103,7 @@ def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return found
 
 
+@pytest.mark.promise("C45")
 def test_blocks_that_are_kept_change_nothing(folder, expected, tmp_path):
     outcomes = mapped(color_mapper(), folder, tmp_path / "maps", report=tmp_path / "report.json")
     assert content(tmp_path / "maps") == expected
@@ -136,6 +137,7 @@ def killed(work: Callable[[], object], delay: float) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
 
 
+@pytest.mark.promise("C45")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_twenty_random_moments(folder, expected, tmp_path):
     """Each call is killed at any moment of its time and begun again, until one reaches its end; then the next."""
@@ -162,6 +164,7 @@ def test_killed_at_twenty_random_moments(folder, expected, tmp_path):
     assert resumed >= 10
 
 
+@pytest.mark.promise("C45")
 @pytest.mark.parametrize("gone", (0, 3, 4))
 def test_killed_while_it_tidies(folder, expected, tmp_path, monkeypatch, gone):
     """After any number of folders of a complete call."""
@@ -186,6 +189,7 @@ def test_killed_while_it_tidies(folder, expected, tmp_path, monkeypatch, gone):
     assert content(tmp_path) == expected
 
 
+@pytest.mark.promise("C45")
 def test_what_is_finished_is_not_made_again(folder, expected, tmp_path):
     class Stops(ColorModel):
         """Fails after some passes."""
@@ -215,6 +219,7 @@ def test_what_is_finished_is_not_made_again(folder, expected, tmp_path):
     assert (out / "0.tif").stat().st_mtime_ns == before and content(out) == expected
 
 
+@pytest.mark.promise("C45")
 @pytest.mark.parametrize("change", ["options", "scene", "model", "threads"])
 def test_blocks_of_another_map_are_never_taken(folder, tmp_path, change, monkeypatch, caplog):
     scene, out = tmp_path / "scene.tif", tmp_path / "map.tif"
@@ -243,6 +248,7 @@ def test_blocks_of_another_map_are_never_taken(folder, tmp_path, change, monkeyp
     assert out.read_bytes() == plain.classes.read_bytes()
 
 
+@pytest.mark.promise("C45")
 @pytest.mark.parametrize("fault", ["flipped", "empty", "swapped"])
 def test_damaged_blocks_are_made_again(folder, expected, tmp_path, fault, caplog):
     out = tmp_path / "maps" / "0.tif"
@@ -264,6 +270,20 @@ def test_damaged_blocks_are_made_again(folder, expected, tmp_path, fault, caplog
     assert "damaged" in caplog.text
 
 
+@pytest.mark.promise("C45")
+def test_a_block_is_of_one_map_and_one_name(tmp_path):
+    """A sound block that somebody copied or renamed is none."""
+    one, other = BlockStore(tmp_path / "one.work", {"model": 1}), BlockStore(tmp_path / "other.work", {"model": 2})
+    for store in (one, other):
+        store.open()
+        store.save("block-0", {"label": np.full((2, 3), 7, np.uint8)})
+    assert one.load("block-0")["label"].tolist() == [[7] * 3] * 2 and one.load("block-1") is None
+    for target in (other.folder / "block-0.block", one.folder / "block-1.block"):
+        target.write_bytes((one.folder / "block-0.block").read_bytes())
+    assert other.load("block-0") is None and one.load("block-1") is None and one.load("block-0") is not None
+
+
+@pytest.mark.promise("C48")
 def test_files_of_others_are_not_replaced(folder, tmp_path):
     """Blocks beside an output give no leave to replace what somebody else put there."""
     out = tmp_path / "map.tif"
@@ -284,6 +304,7 @@ def test_files_of_others_are_not_replaced(folder, tmp_path):
         mapper.write(folder / "1.tif", out, work=Work({}), progress=False)
 
 
+@pytest.mark.promise("C35")
 def test_one_bad_scene(folder, expected, tmp_path):
     scenes = tmp_path / "scenes"
     scenes.mkdir()
@@ -383,6 +404,7 @@ class Member:
         return found
 
 
+@pytest.mark.promise("C45")
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_every_scene(folder, expected, tmp_path, world_size):
     models = [ColorModel() for _ in range(world_size)]
@@ -513,6 +535,7 @@ def test_super_tiles_are_shared(tmp_path):
     )
 
 
+@pytest.mark.promise("C45")
 @pytest.mark.parametrize("overlap", [0, 8, 20, 28])
 def test_any_blocks_have_the_same_bits(overlap):
     image = torch.randint(0, 256, (3, 150, 130), generator=torch.Generator().manual_seed(0)).to(torch.uint8)

@@ -157,6 +157,7 @@ def test_a_map_beside_another_is_no_part_of_it(place, name):
     assert outs(["b.tif", name], "maps/{number}.tif") == ["maps/1.tif", "maps/2.tif"]
 
 
+@pytest.mark.promise("C48")
 def test_no_scene_is_replaced_by_the_map_of_another(place):
     Path("deep/1.tif").touch()
     with pytest.raises(ConfigError, match="deep/1.tif, an output for b.tif, is one of the scenes; expected another"):
@@ -180,6 +181,7 @@ def test_a_list_that_names_itself(place):
     assert [scene.image for scene in list_scenes(["@one.txt", "@deep/two.txt"])] == ["b.tif", "a.TIF"]
 
 
+@pytest.mark.promise("C48")
 def test_an_id_is_no_path(place):
     """A collection of others decides on no folder."""
     content = collection(*({"image": {"href": f"{n}.tif"}} for n in range(3)))

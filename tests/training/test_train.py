@@ -22,6 +22,7 @@ from drseg_core.training.loop import train
 from drseg_core.training.loss import LossSum, training_loss
 
 
+@pytest.mark.promise("C39")
 def test_a_run_folder(config, data, tmp_path):
     run = train(config, data, tmp_path / "run", show_progress=False)
     visible = {path.name for path in run.iterdir() if not path.name.startswith(".")}
@@ -115,6 +116,7 @@ def poisoned(times: int):
     return loss
 
 
+@pytest.mark.promise("C34")
 def test_single_bad_steps_are_skipped_and_counted(config, data, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "training_loss", poisoned(2))
     run = train(override(config, {"train.nan_limit": 3}), data, tmp_path / "run", show_progress=False)
@@ -132,6 +134,7 @@ def test_images_without_labels_are_counted(config, partly_labelled_data, tmp_pat
     assert all(record["loss"] > 0 and record["miou"] is not None for record in records)
 
 
+@pytest.mark.promise("C34")
 def test_bad_steps_in_a_row_stop_the_training(config, data, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "training_loss", poisoned(100))
     with pytest.raises(NumericalError, match="3 steps in a row were not finite, the last at step 3") as caught:
@@ -139,6 +142,7 @@ def test_bad_steps_in_a_row_stop_the_training(config, data, tmp_path, monkeypatc
     assert caught.value.exit_code == 6
 
 
+@pytest.mark.promise("C34")
 def test_the_first_bad_tensor_is_named(config, data, tmp_path, monkeypatch):
     def build(config, **options):
         model = build_model(config.model)
@@ -152,6 +156,7 @@ def test_the_first_bad_tensor_is_named(config, data, tmp_path, monkeypatch):
         train(limited, data, tmp_path / "run", show_progress=False)
 
 
+@pytest.mark.promise("C34")
 def test_an_activation_is_named_by_its_module(config, data, tmp_path, monkeypatch):
     def build(config, **options):
         model = build_model(config.model)
@@ -164,6 +169,7 @@ def test_an_activation_is_named_by_its_module(config, data, tmp_path, monkeypatc
         train(limited, data, tmp_path / "run", show_progress=False)
 
 
+@pytest.mark.promise("C28")
 def test_a_full_disk_keeps_the_last_checkpoint(config, data, tmp_path, monkeypatch):
     run = tmp_path / "run"
     original = checkpoint_module.save_weights
