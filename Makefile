@@ -31,11 +31,7 @@ LOWEST_BOUNDS = $(shell sed -n 's/>=/==/g; s/^dependencies = \[\(.*\)\]/\1/p' py
 LOWEST_PYTHON ?= $(firstword $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.10.*/bin/python) \
 	$(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 
-<<<<<<< HEAD
-.PHONY: help install demo real test test-elsewhere test-lowest test-sanitize test-sanitize-address test-sanitize-thread lint docs aot bench regress plots format clean
-=======
-.PHONY: help install demo real test test-elsewhere test-lowest test-sanitize test-sanitize-address test-sanitize-thread mutants lint aot bench regress plots format clean
->>>>>>> h27w3
+.PHONY: help install demo real test test-elsewhere test-lowest test-sanitize test-sanitize-address test-sanitize-thread mutants lint docs aot bench regress plots format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
