@@ -26,11 +26,11 @@ PAGE = ROOT / "docs" / "promises.md"
 
 HEAD = """# What is promised, and which tests hold it
 
-Made by `python tests/repo/promises.py` of `tests/repo/promises.toml` and of the marks at the tests
-(`@pytest.mark.promise`); a test of the repository fails where a promise has no test, a mark names no promise, or this
-page is not what is made. *On* names the implementations that a test runs on, where it runs on several; *interpreter* is
-Triton's, on a CPU, and *emulator* runs the CUDA kernels there. A contract that runs on either runs on a card with
-`pytest --gpu`, too. Unless it says otherwise, a test runs at every commit (`.ci/run`).
+`python tests/repo/promises.py` makes this page, from `tests/repo/promises.toml` and from the marks at the tests
+(`@pytest.mark.promise`). A test fails if a promise has no test, or a mark names no promise.
+
+*On* names the implementations that a test runs on. *Interpreter* is Triton's, on a CPU. *Emulator* runs the CUDA kernels
+on a CPU. With `pytest --gpu` both run on a GPU. If nothing else is said, a test runs at every commit (`.ci/run`).
 """
 
 
