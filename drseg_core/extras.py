@@ -29,6 +29,7 @@ EXTRAS = {
     "plots": ("matplotlib",),
     "convert": ("onnx",),
     "cluster": ("distributed",),
+    "matching": ("scipy",),
 }
 _MODULE = {"open_clip_torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
 

@@ -30,6 +30,7 @@ class PublishedSizes:
         heads: attention heads of the aggregator.
         mlp_hidden: hidden width of the aggregator's MLPs.
         remote_clip: whether RemoteCLIP guides its decoder.
+        options: further options with ViT-B and with ViT-L: another encoder, image sizes, what of CLIP is trained.
 
     Examples:
         >>> from drseg_core.config.methods import METHODS
@@ -43,6 +44,7 @@ class PublishedSizes:
     heads: int | None = None
     mlp_hidden: int | None = None
     remote_clip: bool | None = False
+    options: tuple[Mapping[str, Any], Mapping[str, Any]] = field(default_factory=lambda: ({}, {}))
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,35 @@ _NO_PRIOR = {"model.fusion.kind": "none", "model.decoder.dino_guidance": False}
 _PROPOSALS = {**_NO_PRIOR, "model.decoder.remote_clip": False, "model.rotations": 1}
 _ROTATED = {"model.rotations": 4, "model.fusion.original": "stack"}
 _SWIN = {"model.aggregator.kind": "swin"}
+
+
+def _convnext(name: str, weights: str) -> dict[str, Any]:
+    """SED's encoder: all of the image tower is trained, and nothing of the text's."""
+    return {
+        "model.clip.name": name,
+        "model.clip.weights": weights,
+        "model.clip.image_size": 768,
+        "model.clip.trainable": "visual",
+        "model.aggregator.class_pooling": (2, 1),
+    }
+
+
+def _side_adapter(image_size: int, blocks: int, *, trainable: str = "position") -> dict[str, Any]:
+    """SAN's two image sizes, and its frozen CLIP, whose position embedding alone is trained."""
+    return {
+        "model.clip.image_size": image_size,
+        "model.clip.trainable": trainable,
+        "model.proposals.image_size": 640,
+        "model.proposals.recognition_blocks": blocks,
+    }
+
+
 # every method begins here, whatever the configuration says
 _RESET = {
     "model.rotations": 4,
     "model.fusion.kind": "ugaf",
     "model.fusion.branch": "graph",
+    "model.decoder.kind": "upsampling",
     "model.decoder.guidance_attention": False,
     "model.decoder.skip_correlation": False,
     "model.proposals.kind": "none",
@@ -142,30 +168,34 @@ METHODS: dict[str, Method] = {
     "sed": Method(
         "SED",
         "arXiv 2311.15537; xb534/SED",
-        {
-            **_NO_PRIOR,
-            "model.aggregator.kind": "conv",
-            "model.rotations": 1,
-            "model.decoder.skip_correlation": True,
-        },
-        "CLIP's vision transformer instead of its hierarchical ConvNeXt; aggregation at the token grid alone, not "
-        "again in each stage of the decoder, which has two stages instead of three; visual guidance in the "
-        "aggregation; one prompt; classes are not rejected early, so without auxiliary heads",
-        PublishedSizes(layers=(2, 2), heads=4),
+        {**_NO_PRIOR, "model.rotations": 1, "model.decoder.kind": "gradual"},
+        "the prompt is the benchmark's instead of ImageNet's 80; on the configuration's vision transformer instead of "
+        "its ConvNeXt where methods are matched; no class is rejected early, as in its own files",
+        PublishedSizes(
+            heads=4,
+            options=(
+                _convnext("convnext_base_w_320", "laion_aesthetic_s13b_b82k"),
+                _convnext("convnext_large_d_320", "laion2b_s29b_b131k_ft_soup"),
+            ),
+        ),
     ),
     "san": Method(
         "SAN",
         "arXiv 2302.12242; MendelXu/SAN",
         {**_PROPOSALS, "model.proposals.kind": "side_adapter"},
-        "dense loss instead of matching; the side network sees the image in CLIP's size; CLIP is trained like that "
-        "of the others",
+        "the prompt is the benchmark's instead of 14; where methods are matched, the side network sees the image in "
+        "CLIP's size and CLIP is trained like that of the others",
+        PublishedSizes(options=(_side_adapter(320, 3), _side_adapter(448, 6))),
     ),
     "scan": Method(
         "SCAN",
         "arXiv 2312.04089; yongliu20/SCAN",
         {**_PROPOSALS, "model.proposals.kind": "calibrated"},
-        "SAN's side network instead of Mask2Former; dense loss instead of matching; CLIP is integrated by cross-"
-        "attention alone, without frequency filter and class token, and recognises without cropping",
+        "SAN's side network instead of Mask2Former on a Swin transformer; CLIP is integrated by cross-attention alone, "
+        "without frequency filter and class token, and recognises without cropping; the prompt is the benchmark's",
+        PublishedSizes(
+            options=(_side_adapter(320, 3, trainable="none"), _side_adapter(448, 6, trainable="none")),
+        ),
     ),
 }
 
@@ -213,6 +243,7 @@ def published_options(name: str, clip: str, *, released: str | None = None) -> d
         found["model.aggregator.layers"] = None if layers is None else layers[place]
         found["model.aggregator.heads"] = sizes.heads
         found["model.aggregator.mlp_hidden"] = sizes.mlp_hidden
+        found.update(sizes.options[place])
     return {option: value for option, value in found.items() if value is not None}
 
 

@@ -22,7 +22,8 @@ class ClipConfig:
         weights: open_clip tag, path of a local weight file, or null for random initial weights.
         image_size: side in pixels to which images are resized before CLIP.
         guidance_blocks: two visual block indices (from 0) whose outputs guide the decoder.
-        trainable: ``attention`` trains the query and value projections of both towers, ``all`` everything.
+        trainable: ``attention`` trains the query and value projections of both towers, ``all`` everything, ``visual``
+            the image tower (SED), ``position`` its position embedding (SAN).
         template: prompt into which the class name is put.
     """
 
@@ -30,7 +31,7 @@ class ClipConfig:
     weights: str | None = "openai"
     image_size: int = 336
     guidance_blocks: tuple[int, int] = (7, 15)
-    trainable: Literal["attention", "all", "none"] = "attention"
+    trainable: Literal["attention", "all", "visual", "position", "none"] = "attention"
     template: str = "A photo of a {} in the scene"
 
 
@@ -220,6 +221,9 @@ class DecoderConfig:
     """Two up-sampling stages, each guided by one CLIP block, and by one block of the prior where asked.
 
     Args:
+        kind: ``upsampling``, or SED's three stages that aggregate and up-sample in turn (``gradual``): there is no
+            other aggregation then, and of what follows they have nothing; their widths are halves, quarters and eighths
+            of ``aggregator.width``. CLIP may then be a ConvNeXt.
         widths: output channels of the two stages.
         guidance_widths: guidance channels joined in the two stages.
         guidance_hidden: channels of the up-sampled guidance before it is reduced to ``guidance_widths``.
@@ -227,9 +231,10 @@ class DecoderConfig:
         dino_guidance: join as many channels of the prior's ``guidance_blocks`` in each stage (RSKT-Seg's decoder).
         remote_clip: join as many channels of a second CLIP's blocks in each stage (``remote``; RSKT-Seg's decoder).
         guidance_attention: weigh the guidance by what is decoded (OVRS's decoder).
-        skip_correlation: join the original correlation in each stage and detach the guidance (SED's decoder).
+        skip_correlation: join the original correlation in each stage and detach the guidance, as SED's decoder does.
     """
 
+    kind: Literal["upsampling", "gradual"] = "upsampling"
     widths: tuple[int, int] = (64, 32)
     guidance_widths: tuple[int, int] = (32, 16)
     guidance_hidden: tuple[int, int] = (256, 128)
@@ -247,17 +252,22 @@ class ProposalConfig:
     Args:
         kind: ``none``, ``side_adapter`` (SAN) or ``calibrated`` (SCAN).
         queries: mask proposals of an image.
+        image_size: side in pixels of the image that the side network sees, in patches of 16 (SAN: 640); null is CLIP's
+            own, in patches half as wide as CLIP's.
         width: channels of the side network.
-        layers: transformer layers of the side network.
+        layers: transformer layers of the side network; the last two are supervised.
         heads: attention heads of the side network.
+        hidden: width of the MLPs that make masks.
         recognition_blocks: last blocks of CLIP in which the proposals are recognised: 3 of ViT-B's, 6 of ViT-L's.
     """
 
     kind: Literal["none", "side_adapter", "calibrated"] = "none"
     queries: int = 100
+    image_size: int | None = None
     width: int = 240
     layers: int = 8
     heads: int = 6
+    hidden: int = 256
     recognition_blocks: int = 6
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from drseg_core.config.schema import ModelConfig
 from drseg_core.models.baselines.proposals import ProposalSegmenter
+from drseg_core.models.baselines.sed import GradualSegmenter
 from drseg_core.models.drseg import DRSeg
 from drseg_core.models.segmenter import Segmenter
 
@@ -37,4 +38,7 @@ def build_model(
     """
     if config.proposals.kind != "none":
         return ProposalSegmenter(config, read_clip=read_clip)
+    # CLIP alone has no decoder of any kind
+    if config.decoder.kind == "gradual" and config.fusion.kind != "cosine":
+        return GradualSegmenter(config, read_clip=read_clip)
     return DRSeg(config, read_clip=read_clip, read_prior=read_prior, read_remote=read_remote)

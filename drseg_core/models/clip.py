@@ -36,7 +36,17 @@ TINY: dict[str, Any] = {
     "vision_cfg": {"image_size": 128, "layers": 3, "width": 96, "patch_size": 8, "head_width": 24},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
 }
-ARCHITECTURES: Mapping[str, dict[str, Any]] = {"drseg-tiny": TINY}
+TINY_STAGES: dict[str, Any] = {
+    **TINY,
+    "vision_cfg": {
+        "timm_model_name": "test_convnext",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": 128,
+    },
+}
+ARCHITECTURES: Mapping[str, dict[str, Any]] = {"drseg-tiny": TINY, "drseg-tiny-convnext": TINY_STAGES}
 
 # what OpenAI's own state dicts carry beside weights
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
@@ -196,6 +206,37 @@ class VisionTower(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
+class StageTower(nn.Module):
+    """open_clip's ConvNeXt as timm has it: four stages, each half as fine as the one before."""
+
+    def __init__(self, visual: Any) -> None:
+        super().__init__()
+        trunk = visual.trunk
+        self.stem, self.stages = trunk.stem, trunk.stages
+        # of timm's head the norm alone; it pools, and here every place is an image of its own
+        self.norm = nn.Sequential(trunk.norm_pre, trunk.head.norm)
+        self.head = visual.head
+        widths = [info["num_chs"] for info in trunk.feature_info]
+        self.guidance_widths: tuple[int, ...] = tuple(widths[-2::-1])
+        side = trunk.feature_info[-1]["reduction"]
+        self.patch_size = (side, side)
+
+    def forward(self, pixels: Tensor, blocks: Sequence[int] = (), guided: int | None = None) -> DenseFeatures:
+        """Dense joint-space features, and as guidance the outputs of all stages but the last, the coarsest first.
+
+        Args:
+            pixels: (B, 3, H, W) normalised.
+            blocks: not looked at.
+            guided: how many leading images have those outputs; None for all.
+        """
+        x, kept = self.stem(pixels), []
+        for stage in self.stages:
+            x = stage(x)
+            kept.append(x[:guided])
+        joint = self.head(self.norm(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return DenseFeatures(joint, tuple(kept[-2::-1]))
+
+
 class TextTower(nn.Module):
     """open_clip's causal text transformer; tokens may stop at the longest prompt."""
 
@@ -229,6 +270,7 @@ class ClipEncoder(nn.Module):
         read_weights: False leaves the initial weights random, for a checkpoint that holds all of them.
         file: where the published weights that ``config`` names already lie; by default they are fetched.
         offline: never connect: published weights without ``file`` are refused.
+        hierarchical: whether the image tower may be a ConvNeXt.
 
     Raises:
         ValueError: unknown or unsupported architecture, or weights that need another activation.
@@ -239,22 +281,29 @@ class ClipEncoder(nn.Module):
     pixel_deviation: Tensor
 
     def __init__(
-        self, config: ClipConfig, *, read_weights: bool = True, file: Path | None = None, offline: bool = False
+        self,
+        config: ClipConfig,
+        *,
+        read_weights: bool = True,
+        file: Path | None = None,
+        offline: bool = False,
+        hierarchical: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        model, mean, deviation = open_clip_model(config, read_weights, file, offline)
-        self.visual = VisionTower(model.visual)
+        model, mean, deviation = open_clip_model(config, read_weights, file, offline, hierarchical)
+        self.visual: Any = StageTower(model.visual) if hasattr(model.visual, "trunk") else VisionTower(model.visual)
         self.text = TextTower(model)
-        self.embed_dim = int(model.visual.proj.shape[1])
+        self.embed_dim = int(model.text_projection.shape[1])
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
-        inner = len(self.visual.blocks) - 1
-        if len(config.guidance_blocks) != 2 or not all(0 <= index < inner for index in config.guidance_blocks):
-            raise ValueError(
-                f"ClipEncoder: guidance_blocks is out of range for {config.name}; "
-                f"expected two of 0..{inner - 1}, got {tuple(config.guidance_blocks)}"
-            )
+        if isinstance(self.visual, VisionTower):
+            inner = len(self.visual.blocks) - 1
+            if len(config.guidance_blocks) != 2 or not all(0 <= index < inner for index in config.guidance_blocks):
+                raise ValueError(
+                    f"ClipEncoder: guidance_blocks is out of range for {config.name}; "
+                    f"expected two of 0..{inner - 1}, got {tuple(config.guidance_blocks)}"
+                )
         if config.image_size % self.visual.patch_size[0] or config.image_size < self.visual.patch_size[0]:
             raise ValueError(
                 f"ClipEncoder: image_size does not fit {config.name}; expected a multiple of "
@@ -302,18 +351,25 @@ class ClipEncoder(nn.Module):
 
     def _set_trainable(self) -> None:
         mode = self.config.trainable
-        if mode not in ("attention", "all", "none"):
-            raise ValueError(f"ClipEncoder: trainable is unknown; expected attention, all or none, got {mode!r}")
+        if mode not in ("attention", "all", "visual", "position", "none"):
+            raise ValueError(
+                f"ClipEncoder: trainable is unknown; expected attention, all, visual, position or none, got {mode!r}"
+            )
         self.requires_grad_(mode == "all")
+        if mode == "visual":
+            self.visual.requires_grad_(True)
+        elif mode == "position":
+            self.visual.positional_embedding.requires_grad_(True)
         attentions = [module for module in self.modules() if isinstance(module, SplitAttention)]
         if mode == "attention":
             for attention in attentions:
                 attention.q_proj.weight.requires_grad_(True)
                 attention.v_proj.weight.requires_grad_(True)
-        # the value path never computes these, and a parameter without gradient stops DDP
-        last: Any = self.visual.blocks[-1]
-        last.attn.q_proj.requires_grad_(False)
-        last.attn.k_proj.requires_grad_(False)
+        if isinstance(self.visual, VisionTower):
+            # the value path never computes these, and a parameter without gradient stops DDP
+            last: Any = self.visual.blocks[-1]
+            last.attn.q_proj.requires_grad_(False)
+            last.attn.k_proj.requires_grad_(False)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -349,7 +405,11 @@ def patch_side(name: str) -> int | None:
 
 
 def open_clip_model(
-    config: ClipConfig, read_weights: bool, file: Path | None = None, offline: bool = False
+    config: ClipConfig,
+    read_weights: bool,
+    file: Path | None = None,
+    offline: bool = False,
+    hierarchical: bool = False,
 ) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     """An open_clip model with its weights, and its pixel statistics. No registry of open_clip is touched."""
     require("ClipEncoder", "model")
@@ -357,7 +417,8 @@ def open_clip_model(
 
     architecture = _architecture(config.name)
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
-    if vision.get("timm_model_name") or not isinstance(vision.get("layers", 12), int):
+    stages = hierarchical and "convnext" in vision.get("timm_model_name", "")
+    if not stages and (vision.get("timm_model_name") or not isinstance(vision.get("layers", 12), int)):
         raise ValueError(
             f"ClipEncoder: vision tower of {config.name} is not a vision transformer of open_clip; "
             "expected a ViT such as ViT-B-16-quickgelu"
@@ -371,7 +432,8 @@ def open_clip_model(
         raise ValueError(f"ClipEncoder: text tower of {config.name} is not supported; expected CLIP's own text encoder")
     if text.get("pool_type", "argmax") not in ("argmax", "eos"):
         raise ValueError(f"ClipEncoder: text pooling of {config.name} is not supported; expected the end token")
-    vision["patch_dropout"] = 0.0
+    if not stages:
+        vision["patch_dropout"] = 0.0
     state, mean, deviation = _weights(config, bool(architecture.get("quick_gelu", False)), read_weights, file, offline)
     model = CLIP(**architecture)
     if state is not None:

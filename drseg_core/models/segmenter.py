@@ -16,20 +16,44 @@ from drseg_core.models.dino import DinoPrior
 from drseg_core.nn.pdgr import PDGR
 from drseg_core.nn.spsd import SPSD
 
-__all__ = ["Segmenter", "SegmenterOutput"]
+__all__ = ["Proposals", "Segmenter", "SegmenterOutput"]
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
-EMBEDDINGS = ("class_embedding", "positional_embedding", "logit_scale", "logit_bias")
+EMBEDDINGS = (
+    "class_embedding",
+    "positional_embedding",
+    "logit_scale",
+    "logit_bias",
+    "side.position",
+    "side.query",
+    "side.query_position",
+)
 EDGE = "pdgr.edge_"
 """How the names of the parameters of Eq. 8's MLP begin."""
+
+
+class Proposals(NamedTuple):
+    """Masks and their classes: ``mask`` logits (B, Q, h, w), and ``score`` (B, Q, T + 1) logits, no object last.
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.models.segmenter import Proposals
+        >>> Proposals(torch.zeros(1, 100, 40, 40), torch.zeros(1, 100, 18)).score.shape[2] - 1
+        17
+    """
+
+    mask: Tensor
+    score: Tensor
 
 
 class SegmenterOutput(NamedTuple):
     """One forward pass.
 
-    ``logits`` (B, T, 4h, 4w), of the dual encoder alone (B, T, h, w); ``uncertainty`` (B, 1, h, w) in [0, 1];
-    ``original`` (B, T, h, w) cosines, mean over the orientations; ``refined`` (B, T, h, w) those of the
-    refined correlation, None where there is none.
+    ``logits`` (B, T, 4h, 4w), of the dual encoder alone (B, T, h, w), of SED (B, T, 8h, 8w); ``uncertainty``
+    (B, 1, h, w) in [0, 1]; ``original`` (B, T, h, w) cosines, mean over the orientations; ``refined`` (B, T, h, w)
+    those of the refined correlation, None where there is none. In training alone: ``auxiliary`` logits (B, T, _, _)
+    that have a loss of their own (SED), and ``proposals`` of every supervised layer, whose loss takes the place of that
+    of the logits (SAN, SCAN).
 
     Examples:
         >>> import torch, drseg_core as drseg
@@ -43,6 +67,8 @@ class SegmenterOutput(NamedTuple):
     uncertainty: Tensor
     original: Tensor
     refined: Tensor | None
+    auxiliary: tuple[Tensor, ...] = ()
+    proposals: tuple[Proposals, ...] = ()
 
 
 class Segmenter(nn.Module):
@@ -64,10 +90,13 @@ class Segmenter(nn.Module):
         (True, 2)
     """
 
+    hierarchical = False
+    """Whether CLIP's image tower may be one of stages of falling resolution."""
+
     def __init__(self, config: ModelConfig, *, read_clip: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.clip = ClipEncoder(config.clip, read_weights=read_clip)
+        self.clip = ClipEncoder(config.clip, read_weights=read_clip, hierarchical=self.hierarchical)
         self.dino: DinoPrior | None = None
         self.spsd: SPSD | None = None
         self.pdgr: PDGR | None = None
@@ -87,7 +116,7 @@ class Segmenter(nn.Module):
 
     def tokenize(self, class_names: Sequence[str]) -> Tensor:
         """Class names to prompt tokens (T, L) int64 on the model's device."""
-        return self.clip.tokenize(class_names).to(self.clip.visual.conv1.weight.device)
+        return self.clip.tokenize(class_names).to(self.clip.pixel_mean.device)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Prompt tokens (T, L) to L2-normalised class embeddings (T, C)."""

@@ -220,14 +220,15 @@ def _methods(variants: Sequence[Variant], setting: Setting) -> Section:
 
     for variant in variants:
         model = setting.variant_config(dict(variant.options), 0).model
-        masks, aggregator = model.proposals.kind != "none", model.aggregator
+        masks, gradual, aggregator = model.proposals.kind != "none", model.decoder.kind == "gradual", model.aggregator
         sizes = model.proposals if masks else aggregator
         row: dict[str, Any] = {
             "method": variant.title,
+            "CLIP": f"{model.clip.name}, {model.clip.image_size} px",
             "prior": None if model.fusion.kind == "none" else named(model.dino),
-            "layers": str(sizes.layers),
+            "layers": None if gradual else str(sizes.layers),
             "heads": str(sizes.heads),
-            "MLP": None if masks else str(aggregator.mlp_hidden),
+            "MLP": None if masks or gradual else str(aggregator.mlp_hidden),
             "RemoteCLIP": named(model.remote) if model.decoder.remote_clip else None,
         }
         rows.append(row)

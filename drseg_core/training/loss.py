@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loss: one binary decision per class and pixel."""
+"""The training loss: one binary decision per class and pixel, or that of matched masks where a method proposes them."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +12,11 @@ from torch import Tensor
 from drseg_core.config.schema import TrainConfig
 from drseg_core.data import IGNORE
 from drseg_core.models.segmenter import SegmenterOutput
+from drseg_core.training.loss_sum import LossSum
+from drseg_core.training.matching import proposal_loss
 
 # About where a dual encoder's learned temperature settles on a few dozen classes.
 ALIGNMENT_TEMPERATURE = 0.1
-
-
-class LossSum(NamedTuple):
-    """A loss before division: the mean is ``total / terms``, and 0 where ``terms`` is 0."""
-
-    total: Tensor
-    terms: Tensor
-
-    def mean(self) -> Tensor:
-        return self.total / self.terms.clamp(min=1)
 
 
 def softmax_loss(logits: Tensor, mask: Tensor) -> LossSum:
@@ -54,17 +46,26 @@ def softmax_loss(logits: Tensor, mask: Tensor) -> LossSum:
 def training_loss(output: SegmenterOutput, mask: Tensor, train: TrainConfig) -> tuple[LossSum, ...]:
     """The loss that ``train`` asks for: binary or softmax, plus the weighted alignment of the original correlation.
 
+    Auxiliary logits have the same loss. Proposals have :func:`~drseg_core.training.matching.proposal_loss` in its
+    place, whatever ``train`` asks for.
+
     Returns:
         Parts whose means add up to the loss. Each has its own terms, so that processes can divide by those of all.
     """
-    if train.loss == "softmax":
-        loss = softmax_loss(output.logits, mask)
+    if output.proposals:
+        loss = proposal_loss(output.proposals, mask, unlabelled=train.unlabelled)
     else:
-        loss = segmentation_loss(output.logits, mask, ignore_mode=train.ignore_mode, unlabelled=train.unlabelled)
+        loss = tuple(_dense_loss(logits, mask, train) for logits in (output.logits, *output.auxiliary))
     if train.alignment_weight == 0:
-        return (loss,)
+        return loss
     alignment = softmax_loss(output.original / ALIGNMENT_TEMPERATURE, mask)
-    return loss, LossSum(train.alignment_weight * alignment.total, alignment.terms)
+    return *loss, LossSum(train.alignment_weight * alignment.total, alignment.terms)
+
+
+def _dense_loss(logits: Tensor, mask: Tensor, train: TrainConfig) -> LossSum:
+    if train.loss == "softmax":
+        return softmax_loss(logits, mask)
+    return segmentation_loss(logits, mask, ignore_mode=train.ignore_mode, unlabelled=train.unlabelled)
 
 
 def segmentation_loss(

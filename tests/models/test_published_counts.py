@@ -43,7 +43,7 @@ def counted(name: str, preset: str, *, released: str | None = None) -> dict[str,
     parts = {part: dataclasses.replace(getattr(model, part), weights=None) for part in ("clip", "dino", "remote")}
     with torch.device("meta"):
         counts = count_parameters(build_model(dataclasses.replace(model, **parts)))
-    return {part: count.total for part, count in counts.items()}
+    return {part: count.total for part, count in counts.items()} | {"trained": counts["total"].trainable}
 
 
 @pytest.mark.parametrize("preset", ["vitb", "vitl"])
@@ -85,6 +85,27 @@ def test_rskt_seg(preset: str, released: str | None, layers: int) -> None:
     assert own["dino"] == DINO + RESIZED and own["remote"] == REMOTE_IMAGE - 4 * block - 2 * 768 - 768 * 512
 
 
+SED_DECODER = {"vitb": 870_796 - 6_400, "vitl": 967_564 - 6_400}
+
+
+@pytest.mark.parametrize(("preset", "clip"), [("vitb", 179_385_345), ("vitl", 351_772_609)])
+def test_sed(preset: str, clip: int) -> None:
+    own = counted("sed", preset)
+    assert own["clip"] == clip - 1 and own["fusion"] == 6_400 and own["decoder"] == SED_DECODER[preset]
+
+
+@pytest.mark.parametrize(("preset", "side", "position"), [("vitb", 8_219_058, 197), ("vitl", 8_730_034, 577)])
+def test_san(preset: str, side: int, position: int) -> None:
+    """Its paper has 8.4 M trained parameters for ViT-B."""
+    own, width = counted("san", preset), {"vitb": 768, "vitl": 1024}[preset]
+    assert own["side"] == side and own["clip"] == CLIP[preset] - 1
+    channels = {"vitb": 512, "vitl": 768}[preset]
+    # this CLIP begins without weights, so its scale is learned too
+    assert own["trained"] == side + channels + position * width + 1
+    if preset == "vitb":
+        assert round(own["trained"] / 1e6, 1) == 8.4
+
+
 def test_released_weights_trained_on_isaid_have_the_layers_of_the_files() -> None:
     for preset in ("vitb", "vitl"):
         assert counted("rskt", preset, released="isaid") == counted("rskt", preset)
@@ -105,5 +126,8 @@ def test_the_totals_that_rskt_seg_prints() -> None:
     assert millions("catseg", parts, 0) == 154.29
     # printed as 154.32
     assert millions("ovrs", parts, 0) == 154.31
+    # with ImageNet's 80 prompts a map has as many channels where it is embedded and where it is joined
+    more = 79 * 49 * 128 + 79 * 4 * 32
+    assert millions("sed", ("clip", "fusion", "decoder"), more) == 180.76
     less = -830_592 - 3 * 49 * 128 - RESIZED
     assert millions("rskt", (*parts, "project_prior", "dino"), less + REMOTE_IMAGE) == 334.62

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods that propose masks first and recognise them by CLIP afterwards: SAN and SCAN.
 
-Both train by matching proposals with true segments in their own papers. Here all methods share one loss on dense
-logits, so every place shares itself out among the proposals (a softmax of the mask logits) and takes the class logits
-of its shares: no matching, no "no object" class.
+Both learn by matching proposals with true segments, see :mod:`drseg_core.training.matching`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,26 +15,36 @@ from torch import Tensor, nn
 from drseg_core.config.schema import ModelConfig, ProposalConfig
 from drseg_core.models.clip import VisionTower
 from drseg_core.models.correlation import cosine
-from drseg_core.models.segmenter import Segmenter, SegmenterOutput
+from drseg_core.models.segmenter import Proposals, Segmenter, SegmenterOutput
 from drseg_core.nn.ugaf import uncertainty
 
 # states of CLIP that SAN adds to its side network: the stem's, and some of the blocks before recognition begins
 TAPS = 4
-# SCAN's balance of what the side network says and what CLIP says, which it searches per vocabulary
-CLIP_SHARE = 0.4
+# side of the side network's patches in an image of its own size
+PATCH = 16
+# supervised layers of the side network, its last ones
+SUPERVISED = 2
+# SCAN's balance of what the side network says and what CLIP says, which it searches per vocabulary: that of its files
+CLIP_SHARE = 0.7
+# keeps a proposal's token from seeing the class token and the other proposals
+HIDDEN = -100.0
 
 
 class SideLayer(nn.Module):
-    """A pre-norm transformer layer."""
+    """A pre-norm transformer layer, with timm's initial weights."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm_attention = nn.LayerNorm(width)
+        self.norm_attention = nn.LayerNorm(width, eps=1e-6)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.norm_mlp = nn.LayerNorm(width)
+        self.norm_mlp = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.query_key_value(self.norm_attention(x)).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)
@@ -45,23 +53,32 @@ class SideLayer(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
 
+class SideOutput(NamedTuple):
+    """Of one supervised layer: query states (B, Q, width), mask logits (B, Q, h', w') on the side grid, and attention
+    bias (B, clip_heads, Q, hw) on CLIP's grid, None where none is made."""
+
+    query: Tensor
+    mask: Tensor
+    bias: Tensor | None
+
+
 class SideNetwork(nn.Module):
     """Learned queries and image patches in a small transformer that CLIP's states are added to (SAN's adapter).
 
     Args:
-        config: queries, width, layers and heads.
+        config: queries, width, layers, heads and width of the MLPs.
         patch: side of a patch in pixels.
-        grid: patches (h, w) at the model's image size, for the position embedding.
+        grid: patches (h, w) at the side network's image size, for the position embedding.
         clip_width: channels of CLIP's states.
-        clip_heads: heads of the attention bias; one bias is shared by all if 1.
-        taps: how many of CLIP's states are added, each before one of the first layers.
+        clip_heads: heads of the attention bias; 0 makes none.
+        taps: how many of CLIP's states are added, the first before the layers, the others after one layer each.
     """
 
     def __init__(
         self, config: ProposalConfig, *, patch: int, grid: tuple[int, int], clip_width: int, clip_heads: int, taps: int
     ) -> None:
         super().__init__()
-        width = config.width
+        width, hidden = config.width, config.hidden
         if width % config.heads:
             raise ValueError(
                 f"SideNetwork: heads does not divide width; expected a divisor of {width}, got {config.heads}"
@@ -70,19 +87,17 @@ class SideNetwork(nn.Module):
         self.embed = nn.Conv2d(3, width, patch, stride=patch)
         self.position = nn.Parameter(0.02 * torch.randn(1, width, *grid))
         self.query = nn.Parameter(0.02 * torch.randn(config.queries, width))
+        self.query_position = nn.Parameter(0.02 * torch.randn(config.queries, width))
         self.layers = nn.ModuleList(SideLayer(width, config.heads) for _ in range(config.layers))
         self.taps = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(clip_width), nn.Linear(clip_width, width)) for _ in range(taps)
+            nn.Sequential(nn.LayerNorm(clip_width, eps=1e-6), nn.Linear(clip_width, width)) for _ in range(taps)
         )
-        self.norm = nn.LayerNorm(width)
-        self.mask_query = _mlp(width, width)
-        self.mask_pixel = nn.Sequential(
-            nn.ConvTranspose2d(width, width, 2, stride=2), nn.GELU(), nn.Conv2d(width, width, 1)
-        )
-        self.bias_query = _mlp(width, clip_heads * width)
-        self.bias_pixel = nn.Linear(width, clip_heads * width)
+        self.mask_query = _mlp(width, hidden, hidden)
+        self.mask_pixel = _mlp(width, hidden, hidden)
+        self.bias_pixel = _mlp(width, hidden, clip_heads * hidden) if clip_heads else None
+        self.bias_scale = nn.Linear(1, 1) if clip_heads else None
 
-    def forward(self, pixels: Tensor, states: list[Tensor], grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor, states: list[Tensor], grid: tuple[int, int]) -> list[SideOutput]:
         """Propose.
 
         Args:
@@ -91,42 +106,53 @@ class SideNetwork(nn.Module):
             grid: CLIP's (h, w).
 
         Returns:
-            query states (B, Q, width), mask logits (B, Q, 2h', 2w') on twice the side grid, and attention bias
-            (B, clip_heads, Q, hw) on CLIP's grid.
+            What each supervised layer says in training, the last layer otherwise.
         """
-        maps = self.embed(pixels) + self.position
-        side = maps.shape[2:]
-        x = torch.cat((self.query.expand(len(pixels), -1, -1), maps.flatten(2).transpose(1, 2)), dim=1)
-        queries = len(self.query)
-        for place, layer in enumerate(self.layers):
+        patches = self.embed(pixels)
+        side, batch, queries = patches.shape[2:], len(pixels), len(self.query)
+        position = torch.cat((self.query_position, self.position[0].flatten(1).T))
+        x = torch.cat((self.query.expand(batch, -1, -1), patches.flatten(2).transpose(1, 2)), dim=1)
+        found, depth = [], len(self.layers)
+        for place in range(depth + 1):
+            if place:
+                x = self.layers[place - 1](x)
+            else:
+                x = x + position
             if place < len(self.taps):
                 seen = self.taps[place](states[place][:, 1:]).transpose(1, 2).unflatten(2, grid)
                 seen = F.interpolate(seen, size=side, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
                 x = torch.cat((x[:, :queries], x[:, queries:] + seen), dim=1)
-            x = layer(x)
-        x = self.norm(x)
-        query, pixel = x[:, :queries], x[:, queries:]
-        maps = self.mask_pixel(pixel.transpose(1, 2).unflatten(2, side))
-        mask = torch.einsum("bqd,bdhw->bqhw", self.mask_query(query), maps) / maps.shape[1] ** 0.5
-        bias_query = self.bias_query(query).unflatten(-1, (self.clip_heads, -1)).transpose(1, 2)
-        small = F.adaptive_avg_pool2d(pixel.transpose(1, 2).unflatten(2, side), grid).flatten(2).transpose(1, 2)
-        bias_pixel = self.bias_pixel(small).unflatten(-1, (self.clip_heads, -1)).transpose(1, 2)
-        return query, mask, bias_query @ bias_pixel.transpose(-1, -2) / bias_query.shape[-1] ** 0.5
+            if place == depth or (self.training and place and place > depth - SUPERVISED):
+                found.append(self._decode(x[:, :queries], x[:, queries:], side, grid))
+            if 0 < place < depth:
+                # every layer sees the places anew
+                x = x + position
+        return found
+
+    def _decode(self, query: Tensor, pixel: Tensor, side: torch.Size, grid: tuple[int, int]) -> SideOutput:
+        key = self.mask_query(query)
+        mask = (key @ self.mask_pixel(pixel).transpose(1, 2)).unflatten(2, side)
+        if self.bias_pixel is None or self.bias_scale is None:
+            return SideOutput(query, mask, None)
+        place = self.bias_pixel(pixel).unflatten(-1, (self.clip_heads, -1)).transpose(1, 2)
+        bias = self.bias_scale((key[:, None] @ place.transpose(2, 3))[..., None])[..., 0]
+        small = F.adaptive_max_pool2d(bias.flatten(0, 1).unflatten(2, side), grid).flatten(2)
+        return SideOutput(query, mask, small.unflatten(0, (len(query), -1)))
 
 
 class ProposalSegmenter(Segmenter):
-    """SAN (``side_adapter``) or SCAN (``calibrated``) on the dense dual encoder of all methods here.
+    """SAN (``side_adapter``) or SCAN (``calibrated``).
 
     A side network proposes masks. SAN: copies of CLIP's class token, one per proposal, run beside CLIP's last blocks
     with an attention bias from the side network, and are compared with the class embeddings. SCAN: the proposals gather
-    CLIP's own dense features (semantic integration), and copies of the class token look at the proposal's places only,
-    all others being replaced by the class token (contextual shift); both embeddings are compared with the class
-    embeddings and averaged.
+    CLIP's own dense features (semantic integration) and are compared with the class embeddings; copies of the class
+    token look at the proposal's places only, all others being replaced by the class token (contextual shift), and their
+    say is weighed against the proposals' own in evaluation. A learned embedding stands for no object. What a class has
+    at a place are the shares of all masks there times their class probabilities; the logits are their logarithm.
 
-    Simplified: trained by the dense loss of all methods (see the module); the image in one size for both networks;
-    SCAN's proposals come from SAN's side network instead of Mask2Former, its semantic integration has no frequency
-    filter and no class token, and CLIP looks at the whole image with a bias instead of at crops. What is trained of
-    CLIP is what is trained in all methods, which leaves out the last block's queries and keys.
+    Simplified, of SCAN: its proposals come from SAN's side network instead of Mask2Former, its semantic integration has
+    no frequency filter and no class token, and CLIP looks at the whole image with a bias instead of at crops. A CLIP
+    that begins with random weights has to learn to recognise masks: its scale is learned, and so is SCAN's shift.
 
     Args:
         config: ``proposals.kind`` must not be ``none``.
@@ -149,70 +175,106 @@ class ProposalSegmenter(Segmenter):
                 f"ProposalSegmenter: recognition_blocks is out of range for {config.clip.name}; "
                 f"expected 1..{len(visual.blocks)}, got {options.recognition_blocks}"
             )
+        if options.image_size is not None and (options.image_size < PATCH or options.image_size % PATCH):
+            raise ValueError(
+                f"ProposalSegmenter: proposals.image_size is no multiple of a patch; expected one of {PATCH}, "
+                f"got {options.image_size}"
+            )
         # evenly from the stem to where recognition begins
         first, count = len(visual.blocks) - options.recognition_blocks, min(TAPS, options.layers)
         self.taps = sorted({round(place * first / max(count - 1, 1)) for place in range(count)})
-        # twice as fine as CLIP, so that masks come out at four times its grid like all logits here
-        patch = visual.patch_size[0] // 2
+        half = visual.patch_size[0] // 2
+        self.side_size = options.image_size or config.clip.image_size
+        patch = PATCH if options.image_size else half
         self.side = SideNetwork(
             options,
             patch=patch,
-            grid=(2 * self.clip.grid[0], 2 * self.clip.grid[1]),
+            grid=(self.side_size // patch, self.side_size // patch),
             clip_width=visual.width,
-            clip_heads=_heads(visual) if options.kind == "side_adapter" else 1,
+            clip_heads=_heads(visual) if options.kind == "side_adapter" else 0,
             taps=len(self.taps),
         )
         channels = self.clip.embed_dim
-        self.integrate: nn.Module | None = None
-        if options.kind == "calibrated":
-            self.integrate = Integration(options.width, channels, options.heads)
-            # its proposals are told by their masks, not by a bias
-            self.side.bias_query.requires_grad_(False)
-            self.side.bias_pixel.requires_grad_(False)
-        self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
-        self.logit_bias = nn.Parameter(torch.tensor(config.decoder.initial_logit))
+        self.integrate = Integration(options.width, channels, options.heads) if options.kind == "calibrated" else None
+        self.no_object = nn.Parameter(channels**-0.5 * torch.randn(1, channels))
+        # CLIP's own scale, or one that is learned where there is none
+        self.learns = config.clip.weights is None
+        scale = torch.tensor(10.0 if self.learns else 100.0).log()
+        self.logit_scale = nn.Parameter(scale, requires_grad=self.learns)
+        if config.clip.trainable in ("attention", "all") and (self.learns or self.integrate is None):
+            # recognition runs the last block as it is
+            last: Any = visual.blocks[-1]
+            last.attn.q_proj.weight.requires_grad_(True)
+            if config.clip.trainable == "all":
+                last.attn.q_proj.requires_grad_(True)
+                last.attn.k_proj.requires_grad_(True)
 
     def forward(self, image: Tensor, text: Tensor) -> SegmenterOutput:
-        """Segment, see :meth:`Segmenter.forward`. ``refined`` is the part of CLIP's recognition in the logits."""
+        """Segment, see :meth:`Segmenter.forward`. ``refined`` is CLIP's recognition of the masks at each place."""
         resized = self._resized(image, "ProposalSegmenter")
-        text = self._class_embedding(text)
+        text = F.normalize(self._class_embedding(text), dim=-1)
         visual = self.clip.visual
-        pixels = (resized - self.clip.pixel_mean) / self.clip.pixel_deviation
-        states, grid = visual.states(pixels)
+        states, grid = visual.states((resized - self.clip.pixel_mean) / self.clip.pixel_deviation)
         dense = visual.dense(states[-1], grid)
         original = cosine(dense, text)
-        query, mask, bias = self.side(pixels, [states[place] for place in self.taps], grid)
-        share = mask.softmax(dim=1)
-        recognised = self._recognised(states, self._bias(share, bias, grid))
-        score = recognised @ F.normalize(text, dim=-1).T
-        total = score
-        if self.integrate is not None:
-            own = F.normalize(self.integrate(query, dense), dim=-1) @ F.normalize(text, dim=-1).T
-            total = CLIP_SHARE * score + (1 - CLIP_SHARE) * own
-        logits = torch.einsum("bqhw,bqt->bthw", share, total) * self.logit_scale.exp() + self.logit_bias
-        small = F.adaptive_avg_pool2d(share, grid)
+        side = self._side_pixels(image, resized)
+        classes = torch.cat((text, F.normalize(self.no_object, dim=-1)))
+        layers = self.side(side, [states[place] for place in self.taps], grid)
+        recognised = [self._recognised(states, self._bias(layer, grid)) @ classes.T for layer in layers]
+        proposals = tuple(
+            Proposals(layer.mask, self._score(layer, cosines, dense, classes))
+            for layer, cosines in zip(layers, recognised, strict=True)
+        )
+        mask, score = proposals[-1]
+        share = score.softmax(dim=-1)[..., :-1]
+        size = (4 * grid[0], 4 * grid[1])
+        inside = F.interpolate(mask, size=size, mode="bilinear", align_corners=False).sigmoid()
+        logits = torch.einsum("bqt,bqhw->bthw", share, inside).clamp_min(1e-6).log()
         with torch.no_grad():
             u = uncertainty(original, self.config.fusion.tau or 0.01)
-        return SegmenterOutput(logits, u, original, torch.einsum("bqhw,bqt->bthw", small, score))
+            small = F.adaptive_avg_pool2d(inside, grid)
+            refined = torch.einsum("bqhw,bqt->bthw", small / small.sum(dim=1, keepdim=True), recognised[-1][..., :-1])
+        return SegmenterOutput(logits, u, original, refined, proposals=proposals if self.training else ())
 
-    def _bias(self, share: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Attention bias (B, heads or 1, Q, 1 + hw) of the proposals' tokens on CLIP's, the class token first."""
+    def _score(self, layer: SideOutput, recognised: Tensor, dense: Tensor, classes: Tensor) -> Tensor:
+        """Class logits (B, Q, T + 1) of the proposals, from CLIP's cosines and SCAN's own."""
+        scale = self.logit_scale.exp()
         if self.integrate is None:
-            return F.pad(bias, (1, 0))
+            return scale * recognised
+        own = scale * (F.normalize(self.integrate(layer.query, dense), dim=-1) @ classes.T)
+        # in a training from nothing both have to be learned
+        if self.training and not self.learns:
+            return own
+        said = (scale * recognised).log_softmax(dim=-1)
+        return CLIP_SHARE * said + (1 - CLIP_SHARE) * own.log_softmax(dim=-1)
+
+    def _side_pixels(self, image: Tensor, resized: Tensor) -> Tensor:
+        """The image as the side network sees it."""
+        side = (self.side_size, self.side_size)
+        if resized.shape[2:] != side:
+            resized = F.interpolate(image, size=side, mode="bilinear", align_corners=False)
+        return (resized - self.clip.pixel_mean) / self.clip.pixel_deviation
+
+    def _bias(self, layer: SideOutput, grid: tuple[int, int]) -> Tensor:
+        """Attention bias (B, heads or 1, Q, 1 + hw) of the proposals' tokens on CLIP's, the class token first."""
+        if layer.bias is not None:
+            return F.pad(layer.bias, (1, 0), value=HIDDEN)
         # the proposal's places as they are; the class token as often as there are other places
-        inside = F.adaptive_avg_pool2d(share, grid).flatten(2)
-        inside = inside / inside.amax(dim=-1, keepdim=True).clamp_min(1e-6)
+        inside = F.adaptive_avg_pool2d(layer.mask.sigmoid(), grid).flatten(2)
         others = (1 - inside).sum(dim=-1, keepdim=True)
         return torch.cat((others.clamp_min(1e-3).log(), inside.clamp_min(1e-3).log()), dim=-1)[:, None]
 
     def _recognised(self, states: list[Tensor], bias: Tensor) -> Tensor:
         """Embeddings (B, Q, C) of unit length of the proposals, by CLIP's last blocks."""
-        visual, count = self.clip.visual, self.config.proposals.recognition_blocks
+        visual, count, queries = self.clip.visual, self.config.proposals.recognition_blocks, bias.shape[2]
         first = len(states) - count
-        x = states[first][:, :1].expand(-1, bias.shape[2], -1)
+        x = states[first][:, :1].expand(-1, queries, -1)
+        # a token sees itself, and none of the others
+        own = x.new_full((queries, queries), HIDDEN).fill_diagonal_(0.0)
+        bias = torch.cat((own.expand(*bias.shape[:2], -1, -1), bias), dim=-1)
         blocks: list[Any] = list(visual.blocks)
         for state, block in zip(states[first:], blocks[first:], strict=True):
-            x = block.forward_beside(x, state, bias)
+            x = block.forward_beside(x, torch.cat((x, state), dim=1), bias)
         return F.normalize(visual.ln_post(x) @ visual.proj, dim=-1)
 
 
@@ -226,7 +288,7 @@ class Integration(nn.Module):
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(channels, 2 * width)
         self.out = nn.Linear(width, width)
-        self.project = _mlp(width, channels)
+        self.project = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, channels))
 
     def forward(self, query: Tensor, dense: Tensor) -> Tensor:
         """``query`` (B, Q, width) and ``dense`` (B, C, h, w) to (B, Q, C)."""
@@ -238,8 +300,11 @@ class Integration(nn.Module):
         return self.project(query + self.out(mixed))
 
 
-def _mlp(width: int, out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, out))
+def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:
+    """Three linear maps."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out)
+    )
 
 
 def _heads(visual: VisionTower) -> int:

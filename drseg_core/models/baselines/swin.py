@@ -113,21 +113,24 @@ class LinearClassBlock(nn.Module):
         hidden: width inside the MLP.
         pooling: sides of the average pooling in training and in evaluation.
         slots: length of the class axis; 0 fills nothing up.
+        guided: whether words enter queries and keys; without them there are no slots.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, *, pooling: tuple[int, int], slots: int) -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, *, pooling: tuple[int, int], slots: int, guided: bool = True
+    ) -> None:
         super().__init__()
         self.heads, self.pooling, self.slots = heads, pooling, slots
         self.norm_attention = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
-        self.query_key_guidance = nn.Linear(width, 2 * width, bias=False)
+        self.query_key_guidance = nn.Linear(width, 2 * width, bias=False) if guided else None
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
         self.filler = nn.Parameter(torch.zeros(width)) if slots else None
         self.filler_guidance = nn.Parameter(torch.zeros(width)) if slots else None
 
-    def forward(self, x: Tensor, guidance: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``x`` (B, T, hw, width) and ``guidance`` (T, width) to (B, T, hw, width)."""
+    def forward(self, x: Tensor, guidance: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """``x`` (B, T, hw, width) and ``guidance`` (T, width), None where not guided, to (B, T, hw, width)."""
         batch, classes = x.shape[:2]
         maps = x.flatten(0, 1).transpose(1, 2).unflatten(2, grid)
         pooled = F.avg_pool2d(maps, self.pooling[0 if self.training else 1], ceil_mode=True)
@@ -140,7 +143,7 @@ class LinearClassBlock(nn.Module):
         z = F.interpolate(z, size=grid, mode="bilinear", align_corners=True)
         return x + z.flatten(2).transpose(1, 2).unflatten(0, (batch, classes))
 
-    def _attend(self, z: Tensor, guidance: Tensor) -> Tensor:
+    def _attend(self, z: Tensor, guidance: Tensor | None) -> Tensor:
         query, key, value = self._project(z, guidance)
         filler = None if self.filler is None else self._project(self.filler[None], self.filler_guidance)
         # sums over up to 256 classes, so in float32 whatever autocast says
@@ -158,7 +161,9 @@ class LinearClassBlock(nn.Module):
     def _project(self, z: Tensor, guidance: Tensor | None) -> list[Tensor]:
         """(..., T, width) to queries, keys and values (..., heads, T, width / heads), in float32 or wider."""
         query, key, value = self.query_key_value(self.norm_attention(z)).chunk(3, dim=-1)
-        query_guidance, key_guidance = self.query_key_guidance(guidance).chunk(2, dim=-1)
-        parts = (query + query_guidance, key + key_guidance, value)
+        if self.query_key_guidance is not None:
+            query_guidance, key_guidance = self.query_key_guidance(guidance).chunk(2, dim=-1)
+            query, key = query + query_guidance, key + key_guidance
+        parts = (query, key, value)
         kind = torch.promote_types(query.dtype, torch.float32)
         return [part.to(kind).unflatten(-1, (self.heads, -1)).transpose(-3, -2) for part in parts]
