@@ -35,7 +35,7 @@ EDGE = "pdgr.edge_"
 class Proposals(NamedTuple):
     """Masks and their classes: ``mask`` logits (B, Q, h, w), and ``score`` (B, Q, T + 1) logits, no object last.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.models.segmenter import Proposals
         >>> Proposals(torch.zeros(1, 100, 40, 40), torch.zeros(1, 100, 18)).score.shape[2] - 1
