@@ -73,6 +73,8 @@ def test_what_is_said_of_many(drseg, run, scenes, whole, tmp_path):
     assert drseg("predict", run, scenes, "--out", out, "--shard", "3/2")[0] == 2
     code, _, errors = drseg("predict", run, scenes, "--out", tmp_path / "r", "--report", tmp_path / "no" / "r.json")
     assert code == 2 and "--report is not writable" in errors
+    code, _, errors = drseg("predict", run, scenes, "--out", tmp_path / "r", "--report", scenes / "1.tif")
+    assert code == 2 and "--report is an input or a map; expected another path than" in errors
 
 
 def test_a_plan_of_many(drseg, run, scenes, tmp_path):
