@@ -82,7 +82,7 @@ def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path
         RasterError: one of several scenes is no file.
     """
     from drseg_core.scenes.block_store import is_complete, work_folder
-    from drseg_core.scenes.files import check_outputs
+    from drseg_core.scenes.files import check_input_stays, check_outputs
     from drseg_core.view.page import page_path
 
     given_shard(args)
@@ -92,6 +92,8 @@ def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path
     if report is not None:
         if report.is_dir() or not report.absolute().parent.is_dir():
             raise ConfigError(f"--report is not writable; expected a file in a folder that exists, got {report}")
+        taken = [name for scene in scenes for name in (scene.image, scene.out, scene.polygons)] + [*inputs]
+        check_input_stays(report, taken, "--report is an input or a map")
 
     def overwrites(scene: Scene) -> bool:
         # an interrupted call goes on; whether these are its files is looked at where its blocks are

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import logging
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ _log = logging.getLogger(__name__)
 __all__ = ["BlockStore", "share", "work_folder"]
 
 _DIGEST = 32
-_KEY, _DONE, _COMPLETE = "key.json", "done.json", "complete.json"
+_KEY, _DONE, _COMPLETE, _LOCK = "key.json", "done.json", "complete.json", "lock"
 
 
 def work_folder(out: str | Path) -> Path:
@@ -74,6 +76,8 @@ class BlockStore:
         self.folder = Path(folder)
         self._text = json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str, indent=1)
         self._key = hashlib.sha256(self._text.encode()).digest()
+        self._held: int | None = None
+        self._mode = fcntl.LOCK_EX
 
     @classmethod
     def at(cls, folder: str | Path) -> BlockStore:
@@ -102,8 +106,54 @@ class BlockStore:
                 )
             _log.warning("%s is of another model, scene, device or other options, and is begun anew", self.folder)
             self.remove()
+            if self._held is not None:
+                self._unlock()
+                self._lock(self._mode)
         if not path.exists():
             write_text_atomic(path, self._text)
+
+    @contextlib.contextmanager
+    def claim(self, *, alone: bool) -> Iterator[None]:
+        """Keep other calls away while this one is at the map: all of them, or with ``alone=False`` those that would be
+        alone. It ends with the process at the latest; a file system without locks keeps nobody away.
+
+        Raises:
+            ConfigError: another call is at it.
+        """
+        mode = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        self._lock(mode)
+        try:
+            yield
+        finally:
+            self._unlock()
+
+    def _lock(self, mode: int) -> None:
+        path = self.folder / _LOCK
+        while self._held is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # another call may remove the folder between any two of these lines: then once more
+            with contextlib.suppress(FileNotFoundError):
+                self._mode, self._held = mode, os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                try:
+                    fcntl.flock(self._held, mode | fcntl.LOCK_NB)
+                    stays = path.stat().st_ino == os.fstat(self._held).st_ino
+                except BlockingIOError:
+                    self._unlock()
+                    out = self.folder.with_suffix("")
+                    raise ConfigError(
+                        f"predict: {out} is being written by another call; expected one at a time"
+                    ) from None
+                except FileNotFoundError:
+                    stays = False
+                except OSError:
+                    stays = True
+                if not stays:
+                    self._unlock()
+
+    def _unlock(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+        self._held = None
 
     def _is_own(self) -> bool:
         try:

@@ -314,8 +314,11 @@ class _Call:
         if mapped and all(found.state == "mapped" for found in self.outcomes):
             # the first folder says so until the others are gone: killed in between, the call goes on from there
             note_complete(self.folders[0], [Path(name) for found in self.outcomes for name in found.files])
-            for folder in reversed(self.folders):
-                BlockStore(folder, {}).remove()
+            for folder in filter(Path.is_dir, reversed(self.folders)):
+                store = BlockStore(folder, {})
+                # another call may have come to it by now
+                with contextlib.suppress(ConfigError), store.claim(alone=True):
+                    store.remove()
         for scene in self.scenes:
             # folders that a killed process was removing
             remove_dead(Path(str(scene.out)))

@@ -479,6 +479,8 @@ def predict_scene(
         check_place(scene)
         check_disks(files, scene.height * scene.width, len(legend.names), blocks=store is not None)
         if store is not None and work is not None:
+            # those that share the blocks of a map write it one at a time
+            stack.enter_context(store.claim(alone=work.step is None or work.alone))
             store.open(alone=work.alone)
             if work.alone:
                 stack.callback(store.remove_empty)

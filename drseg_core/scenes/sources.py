@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import json
@@ -208,8 +209,7 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
         out = f"{out.rstrip('/')}/{{name}}.tif"
     found: list[Scene] = []
     taken: dict[Path, str] = {}
-    # a link, and what it stands for
-    images = {place for scene in scenes for place in (_entry(Path(scene.image)), Path(scene.image).resolve())}
+    read = _read_files(scenes) if len(scenes) > 1 else {}
     for number, scene in enumerate(scenes, 1):
         values = {"name": scene.name, "number": number, "folder": str(Path(scene.image).parent)}
         places = [None if text is None else Path(_filled(text, values)) for text in (out, polygons)]
@@ -217,10 +217,10 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
         alone = len(scenes) == 1
         files = None if alone else scene_files(str(places[0]), scores=True, probabilities=True, polygons=places[1])
         for place in files.present() if files is not None else ():
-            if _entry(place) in images:
-                raise ConfigError(
-                    f"predict: {place}, an output for {scene.image}, is one of the scenes; expected another folder"
-                )
+            owner = next((read[name] for name in _names(place) if name in read), None)
+            if owner is not None:
+                what = "one of the scenes" if owner[1] else f"a file of the scene {owner[0]}"
+                raise ConfigError(f"predict: {place}, an output for {scene.image}, is {what}; expected another folder")
             if taken.setdefault(_entry(place), scene.image) != scene.image:
                 raise ConfigError(
                     f"predict: {taken[_entry(place)]} and {scene.image} have one output, {place}; expected a "
@@ -228,6 +228,44 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
                 )
         found.append(scene._replace(out=places[0], polygons=places[1]))
     return found
+
+
+def _read_files(scenes: Iterable[Scene]) -> dict[Any, tuple[str, bool]]:
+    """Every name of every file that the scenes are read from: the scene, and whether the file is the scene itself."""
+    found: dict[Any, tuple[str, bool]] = {}
+    for scene in scenes:
+        if not scene.image.startswith("/vsi"):
+            found |= dict.fromkeys(_names(Path(scene.image)), (scene.image, True))
+    for scene in scenes:
+        for member in _members(scene.image):
+            for name in _names(member):
+                found.setdefault(name, (scene.image, False))
+    return found
+
+
+def _members(image: str) -> Iterator[Path]:
+    """The files that one such as a VRT points to, and those that they point to."""
+    if _points_elsewhere(image):
+        import rasterio
+
+        # what cannot be opened is said in its turn
+        with contextlib.suppress(rasterio.errors.RasterioError), rasterio.open(image) as source:
+            yield from map(Path, source.files[1:])
+
+
+def _points_elsewhere(image: str) -> bool:
+    with contextlib.suppress(OSError), open(image, "rb") as file:
+        return _POINTS_ELSEWHERE.match(file.read(1024)) is not None
+    return False
+
+
+def _names(path: Path) -> list[Any]:
+    """What a file may be found by: its name, what a link stands for, and what two links to one file have in common."""
+    names: list[Any] = [_entry(path), path.resolve()]
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        names.append((found.st_dev, found.st_ino))
+    return names
 
 
 def _entry(path: Path) -> Path:

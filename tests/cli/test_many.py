@@ -74,6 +74,8 @@ def test_what_is_said_of_many(drseg, run, scenes, whole, tmp_path):
     assert drseg("predict", run, scenes, "--out", out, "--shard", "3/2")[0] == 2
     code, _, errors = drseg("predict", run, scenes, "--out", tmp_path / "r", "--report", tmp_path / "no" / "r.json")
     assert code == 2 and "--report is not writable" in errors
+    code, _, errors = drseg("predict", run, scenes, "--out", tmp_path / "r", "--report", scenes / "1.tif")
+    assert code == 2 and "--report is an input or a map; expected another path than" in errors
 
 
 def test_a_plan_of_many(drseg, run, scenes, tmp_path):
@@ -169,3 +171,20 @@ def test_a_killed_call_goes_on(process, drseg, run, scenes, whole, tmp_path):
 def test_blocks_of_another_precision_are_of_another_map(run):
     facts = [run_mapper(run, device="cpu", precision=precision).facts for precision in ("float32", "bfloat16")]
     assert [given["arithmetic"] for given in facts] == ["float32", "bfloat16"]
+
+
+def test_two_calls_at_once_are_never_mixed(process, drseg, run, scenes, whole, tmp_path):
+    """One maps all, the other is refused where it meets it, or finds all of it made."""
+    out = tmp_path / "maps"
+    words = ["predict", run, scenes, "--out", f"{out}/{{name}}.tif", "--device", "cpu", "--overwrite"]
+    started = [process(*words, *more) for more in ((), (), ("--threshold", "0.4"))]
+    said = [call.communicate(timeout=300)[1] for call in started]
+    codes = [call.returncode for call in started]
+    assert set(codes) <= {0, 2} and 0 in codes, said
+    refused = [text.splitlines()[-1] for text, code in zip(said, codes, strict=True) if code]
+    assert all("is being written by another call; expected one at a time" in line for line in refused)
+    assert not any("Traceback" in text for text in said)
+    # whoever lost may go on
+    code, _, errors = drseg(*words)
+    assert code == 0, errors
+    assert content(out) == content(whole)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -29,7 +30,7 @@ from drseg_core.scenes.many import Outcome, Shard, map_scenes
 from drseg_core.scenes.mosaic import Grid
 from drseg_core.scenes.predict import Mapper, Work, predict_scene
 from drseg_core.scenes.reader import open_scene
-from drseg_core.scenes.sources import list_scenes, with_outputs
+from drseg_core.scenes.sources import Scene, list_scenes, with_outputs
 from drseg_core.scenes.synthetic import write_synthetic_scene
 from tests.evaluation.fake import COLORS, ColorModel, color_image
 from tests.scenes.test_predict import NORTH_UP, truth, write
@@ -565,3 +566,57 @@ def test_any_blocks_have_the_same_bits(overlap):
         assert [(blocks[n].top, blocks[n].left) for n in wanted] == list(some)
         assert all(torch.equal(a, b) for place in some for a, b in zip(some[place], whole[place], strict=True))
         assert asked == [tuple(box) for box in predictor.reads(150, 130, wanted=wanted)]
+
+
+def quiet(mapper: Mapper, scenes: Sequence[Scene], **how: Any) -> list[Outcome]:
+    return map_scenes(mapper, scenes, explain=explain, progress=False, **how)
+
+
+def test_a_map_is_of_one_call_at_a_time(folder: Path, tmp_path: Path) -> None:
+    mapper, scenes = color_mapper(), with_outputs(list_scenes([str(folder)]), f"{tmp_path}/")
+    busy, line = work_folder(str(scenes[2].out)), "2.tif is being written by another call; expected one at a time"
+    with BlockStore(busy, {}).claim(alone=True):
+        kept = busy / "block-0.block"
+        kept.write_text("of the other call")
+        outcomes = quiet(mapper, scenes, keep_going=True)
+        assert [found.state for found in outcomes] == ["mapped", "mapped", "failed", "mapped", "mapped"]
+        assert outcomes[2].error is not None and line in outcomes[2].error and outcomes[2].exit_code == 2
+        # nothing of it is touched, and blocks are not made for it either
+        assert kept.read_text() == "of the other call" and not Path(str(scenes[2].out)).exists()
+        with pytest.raises(ConfigError, match=line):
+            quiet(mapper, scenes, shard=Shard(0, 2))
+    # those that make blocks are at it together, and nobody writes the map meanwhile
+    with BlockStore(busy, {}).claim(alone=False):
+        kept.unlink()
+        quiet(mapper, scenes, shard=Shard(0, 1))
+        with pytest.raises(ConfigError, match=line):
+            quiet(mapper, scenes)
+    assert all(found.state == "mapped" for found in quiet(mapper, scenes))
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_a_claim_goes_on_in_a_folder_that_is_begun_anew(tmp_path: Path) -> None:
+    place = tmp_path / "map.tif.work"
+    old = BlockStore(place, {"model": 1})
+    old.open()
+    old.save("block-0", {"label": np.zeros(1)})
+    store, other = BlockStore(place, {"model": 2}), BlockStore(place, {"model": 2})
+    with store.claim(alone=True):
+        store.open()
+        assert not list(place.glob("*.block"))
+        with pytest.raises(ConfigError, match="map.tif is being written by another call"), other.claim(alone=False):
+            pass
+    with other.claim(alone=False), store.claim(alone=False):
+        pass
+
+
+def test_a_call_that_ends_leaves_what_another_has_begun(folder: Path, tmp_path: Path) -> None:
+    scenes = with_outputs(list_scenes([str(folder)]), f"{tmp_path}/")
+    with contextlib.ExitStack() as other:
+
+        def done(outcome: Outcome) -> None:
+            if outcome.image.endswith("4.tif"):
+                other.enter_context(BlockStore(work_folder(str(scenes[1].out)), {}).claim(alone=True))
+
+        quiet(color_mapper(), scenes, done=done)
+        assert [path.name for path in tmp_path.glob("*.work")] == ["1.tif.work"]
