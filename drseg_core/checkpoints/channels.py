@@ -19,7 +19,8 @@ from drseg_core.nn.spsd import check_partition, split_by_score
 
 __all__ = ["ChannelFile", "load_channels", "save_channels"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of 1 there was no energy."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class ChannelFile:
         similarity: (C,) S of Eq. 3.
         metadata: backbone, weights_sha256, dataset_sha256, class_names, alpha, semantic_ratio,
             prototypes_per_class, seed and the other options of the ranking.
+        energy: (C,) float64, mean over the training set's places of each channel's squared feature, before
+            normalisation; None in files of earlier versions.
 
     Examples:
         >>> from drseg_core.checkpoints.channels import load_channels
@@ -48,6 +51,42 @@ class ChannelFile:
     entropy: Tensor
     similarity: Tensor
     metadata: dict[str, Any]
+    energy: Tensor | None = None
+
+    @property
+    def structural_norm(self) -> float:
+        """Root mean square of the norm that CLIP's structural channels have together.
+
+        Raises:
+            CheckpointError: the ranking is of an earlier version, which did not measure it.
+        """
+        return float(self._energy()[self.structural_index].sum().sqrt())
+
+    @property
+    def norm_scale(self) -> float:
+        """Weight of a LayerNorm whose output has that norm; its output has that of a root of its channels times it.
+
+        Raises:
+            CheckpointError: as above.
+        """
+        return self.structural_norm / max(len(self.structural_index), 1) ** 0.5
+
+    def structural_share(self, norm: float | None = None) -> float:
+        """Share of the structural channels in CLIP's squared norm, or if they had another norm.
+
+        Raises:
+            CheckpointError: as above.
+        """
+        semantic = float(self._energy()[self.semantic_index].sum())
+        structural = (self.structural_norm if norm is None else norm) ** 2
+        return structural / max(semantic + structural, 1e-30)
+
+    def _energy(self) -> Tensor:
+        if self.energy is None:
+            raise CheckpointError(
+                "norm_scale: the ranking has no norms; expected one made by this version of drseg rank, got an old one"
+            )
+        return self.energy
 
     def split_again(self, semantic_ratio: float) -> ChannelFile:
         """The same ranking with another share of semantic channels (Eq. 5)."""
@@ -70,6 +109,8 @@ def save_channels(path: str | os.PathLike[str], channels: ChannelFile) -> None:
     """
     names = ("score", "semantic_index", "structural_index", "entropy", "similarity")
     tensors = {name: getattr(channels, name).contiguous() for name in names}
+    if channels.energy is not None:
+        tensors["energy"] = channels.energy.contiguous()
     write_tensors(path, tensors, {"drseg_channels": json.dumps(channels.metadata)}, "save_channels")
 
 
@@ -117,6 +158,9 @@ def load_channels(
     if score.dim() != 1 or not score.is_floating_point() or not torch.isfinite(score).all():
         raise CheckpointError(f"load_channels: {path} score is not usable; expected (C,) finite floating point values")
     check_partition(content.semantic_index, content.structural_index, len(score))
+    energy = content.energy
+    if energy is not None and (energy.shape != score.shape or not torch.isfinite(energy).all() or (energy < 0).any()):
+        raise CheckpointError(f"load_channels: {path} energy is not usable; expected (C,) finite values of at least 0")
     if channels is not None and len(score) != channels:
         raise CheckpointError(
             f"load_channels: {path} is of another model; expected {channels} channels, got {len(score)}"

@@ -102,6 +102,13 @@ def run(args: Any) -> None:
         f"{len(channels.structural_index)} structural, from {channels.metadata['prototypes']} pixels of "
         f"{len(dataset)} images"
     )
+    plain = len(channels.structural_index) ** 0.5
+    print(
+        f"norm of the structural channels: {channels.structural_norm:.2f} in CLIP, "
+        f"{100 * channels.structural_share():.0f} % of its square; {plain:.2f} after a LayerNorm of weight 1, "
+        f"{100 * channels.structural_share(plain):.0f} %; model.graph.norm_scale match sets "
+        f"{channels.norm_scale:.4f}"
+    )
 
 
 def _first_positional(parser: Parser, argv: Sequence[str]) -> str | None:

@@ -231,6 +231,9 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
         if value is None and type(None) in parameters:
             return None
         rest = [part for part in parameters if part is not type(None)]
+        words = [word for part in rest if typing.get_origin(part) is typing.Literal for word in typing.get_args(part)]
+        if isinstance(value, str) and words:
+            return _convert(typing.Literal[tuple(words)], value, place)
         return _convert(rest[0], value, place)
     if origin is typing.Literal:
         # True == 1, so the type has to agree too

@@ -135,6 +135,8 @@ class GraphConfig:
         residual: add the input of the graph to its output.
         use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity.
         norm_scale: initial weight of the final LayerNorm; it sets how much the rectified channels weigh in the cosine.
+            ``match`` takes the one that gives them the norm that CLIP's own structural channels have on the training
+            set, as ``drseg rank`` measures it.
         backend: kernel backend; null takes the best that can run.
     """
 
@@ -153,7 +155,7 @@ class GraphConfig:
     dropout: float = 0.0
     residual: bool = False
     use_affinity_as_weight: bool = False
-    norm_scale: float = 1.0
+    norm_scale: float | Literal["match"] = 1.0
     backend: str | None = None
 
 

@@ -96,7 +96,8 @@ class DRSeg(Segmenter):
                 dropout=graph.dropout,
                 residual=graph.residual,
                 use_affinity_as_weight=graph.use_affinity_as_weight,
-                norm_scale=graph.norm_scale,
+                # a training sets what is measured
+                norm_scale=1.0 if graph.norm_scale == "match" else graph.norm_scale,
                 # what follows reads tokens
                 keep_format=False,
                 backend=graph.backend,

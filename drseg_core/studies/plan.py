@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -57,6 +58,10 @@ class PlannedVariant:
     folder: Path
     start: Start | None
     prior: DinoConfig | None
+
+    def on(self, device: str) -> PlannedVariant:
+        """The same on another device, in the same folder."""
+        return dataclasses.replace(self, setting=dataclasses.replace(self.setting, device=device))
 
 
 def plan(setting: Setting, variants: Sequence[Variant], out: Path) -> tuple[PlannedVariant, ...]:

@@ -35,7 +35,6 @@ from drseg_core.files import write_text_atomic
 from drseg_core.studies.plan import PlannedVariant
 from drseg_core.studies.prior import teach_prior
 from drseg_core.studies.setting import Setting, scored_fingerprint
-from drseg_core.studies.tables import Variant
 from drseg_core.training.loop import train
 from drseg_core.training.signals import TrainingStopped
 
@@ -75,12 +74,14 @@ def train_start(planned: PlannedVariant) -> Path | None:
     return start.folder
 
 
-def train_starts(planned: Sequence[PlannedVariant], jobs: int) -> dict[int, str]:
-    """Train the dual encoders of variants, once for each seed; returns why some could not be, by seed."""
-    firsts = sorted({item.seed: item for item in planned if item.start is not None}.items())
+def train_starts(planned: Sequence[PlannedVariant], jobs: int, devices: Sequence[str] = ()) -> dict[Path, str]:
+    """Train the dual encoders of variants, each once; returns why some could not be, by folder."""
+    firsts = sorted({item.start.folder: item for item in planned if item.start is not None}.items())
     tasks: list[Task] = [(train_start, (item,)) for _, item in firsts]
-    problems = {firsts[place][0]: problem for place, (_, problem) in run_tasks(tasks, jobs) if problem is not None}
-    return {seed: f"its dual encoder failed; {problem}" for seed, problem in problems.items()}
+    found = run_tasks(tasks, jobs, devices)
+    return {
+        firsts[place][0]: f"its dual encoder failed; {problem}" for place, (_, problem) in found if problem is not None
+    }
 
 
 def run_variant(planned: PlannedVariant) -> dict[str, Any]:
@@ -179,13 +180,15 @@ def run_variants(
     planned: Sequence[PlannedVariant],
     *,
     jobs: int = 1,
-    done: Callable[[Variant, int, dict[str, Any] | None, str | None], None],
+    devices: Sequence[str] = (),
+    done: Callable[[PlannedVariant, dict[str, Any] | None, str | None], None],
 ) -> None:
     """Train and score all variants for all seeds.
 
     Args:
         planned: see :func:`drseg_core.studies.plan.plan`.
-        jobs: processes; each gets its share of the CPU's threads.
+        jobs: processes, on each device; each gets its share of the CPU's threads.
+        devices: where they run; the setting's where none is named.
         done: called for every variant and seed with its scores, or with why there are none.
     """
     # variants of equal options are one run: two processes must not write it at a time
@@ -196,18 +199,18 @@ def run_variants(
 
     def report(folder: Path, scores: dict[str, Any] | None, problem: str | None) -> None:
         for item in twins[folder]:
-            done(item.variant, item.seed, scores, problem)
+            done(item, scores, problem)
 
     missing = [item for folder, item in unique.items() if read_json(folder / SCORES) is None]
     train_priors(missing)
-    failed = train_starts(missing, jobs)
+    failed = train_starts(missing, jobs, devices)
     for item in missing:
-        if item.seed in failed:
-            report(item.folder, None, failed[item.seed])
+        if item.start is not None and item.start.folder in failed:
+            report(item.folder, None, failed[item.start.folder])
             del unique[item.folder]
     folders = list(unique)
     tasks: list[Task] = [(run_variant, (item,)) for item in unique.values()]
-    for place, (scores, problem) in run_tasks(tasks, jobs):
+    for place, (scores, problem) in run_tasks(tasks, jobs, devices):
         report(folders[place], scores, problem)
 
 
@@ -269,26 +272,44 @@ def _outcome(task: Task) -> Outcome:
         return Outcome(None, kind + " ".join(str(error).split()))
 
 
-def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Outcome]]:
+def _on(task: Task, device: str | None) -> Task:
+    """A task whose planned variants run on a device."""
+    if device is None:
+        return task
+    function, arguments = task
+    return function, tuple(one.on(device) if isinstance(one, PlannedVariant) else one for one in arguments)
+
+
+def run_tasks(tasks: Sequence[Task], jobs: int, devices: Sequence[str] = ()) -> Iterator[tuple[int, Outcome]]:
     """Yield (place, outcome) of each task as it ends: here, or in ``jobs`` processes that take one after another.
+
+    With ``devices`` there are ``jobs`` processes on each of them, and variants run on that of their process.
 
     Whatever a task fails of, the death of its process (killed, out of memory) included, the others go on.
 
     Raises:
         TrainingStopped: a task was told to stop.
     """
-    if jobs == 1:
+    places = tuple(devices) or (None,)
+    count = jobs * len(places)
+    if count == 1:
         for place, task in enumerate(tasks):
-            yield place, _outcome(task)
+            yield place, _outcome(_on(task, places[0]))
         return
-    threads = max(1, torch.get_num_threads() // jobs)
+    threads = max(1, torch.get_num_threads() // count)
     waiting, running = collections.deque(enumerate(tasks)), dict[Connection, int]()
     workers = dict[Connection, Any]()
+    on = dict[Connection, str | None]()
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
+            while waiting and len(running) < count:
                 idle = next((worker for worker in workers if worker not in running), None)
-                worker = idle or _start_worker(workers, threads)
+                if idle is None:
+                    # where the fewest are
+                    device = min(places, key=[on[worker] for worker in workers].count)
+                    idle = _start_worker(workers, threads, device)
+                    on[idle] = device
+                worker = idle
                 running[worker], task = waiting.popleft()
                 # one that died while it was idle says so below
                 with contextlib.suppress(OSError):
@@ -316,10 +337,10 @@ def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Outcome]]
             process.join()
 
 
-def _start_worker(workers: dict[Connection, Any], threads: int) -> Connection:
+def _start_worker(workers: dict[Connection, Any], threads: int, device: str | None) -> Connection:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, threads))
+    process = context.Process(target=_work, args=(theirs, threads, device))
     process.start()
     # the process has its own copy: when it ends, ours sees the end of the pipe
     theirs.close()
@@ -327,7 +348,7 @@ def _start_worker(workers: dict[Connection, Any], threads: int) -> Connection:
     return ours
 
 
-def _work(tasks: Connection, threads: int) -> None:
+def _work(tasks: Connection, threads: int, device: str | None) -> None:
     # a terminal's Ctrl-C goes to the parent alone, which then tells its processes once to stop
     with contextlib.suppress(OSError):
         os.setsid()
@@ -337,7 +358,7 @@ def _work(tasks: Connection, threads: int) -> None:
         while True:
             task = tasks.recv()
             try:
-                outcome: Outcome | TrainingStopped = _outcome(task)
+                outcome: Outcome | TrainingStopped = _outcome(_on(task, device))
             except TrainingStopped as stop:
                 outcome = stop
             tasks.send(outcome)

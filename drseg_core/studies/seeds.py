@@ -44,8 +44,9 @@ def measure_seeds(name: str, measure: Measure, planned: Sequence[PlannedVariant]
     """
     paths = {item.seed: _path(name, item) for item in planned}
     failed = train_starts([item for item in planned if not paths[item.seed].is_file()], jobs)
-    problems = {f"seed {seed}": problem for seed, problem in failed.items()}
-    left = [item for item in planned if item.seed not in failed]
+    starts = {item.seed: None if item.start is None else failed.get(item.start.folder) for item in planned}
+    problems = {f"seed {seed}": problem for seed, problem in starts.items() if problem is not None}
+    left = [item for item in planned if starts[item.seed] is None]
     tasks: list[Task] = [(_measured, (paths[item.seed], measure, item)) for item in left]
     by_seed = dict[int, dict[str, Any]]()
     for place, (content, problem) in run_tasks(tasks, jobs):

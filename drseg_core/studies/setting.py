@@ -66,6 +66,8 @@ class Setting:
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
         pieces: folder of real labelled pieces (see :mod:`drseg_core.studies.pieces`).
         quick: whether it was asked for what only shows that a study runs.
+        part: name of the part of Table 1 that it is; empty where it is all of a study.
+        backbone: the backbone that Table 1 is compared with; None takes that of ``config``.
     """
 
     config: Config
@@ -82,6 +84,8 @@ class Setting:
     remote_clip: str | None = None
     matched: bool = False
     released: bool = False
+    part: str = ""
+    backbone: str | None = None
 
     @property
     def needs_start(self) -> bool:
@@ -110,6 +114,9 @@ class Setting:
         check_held_out(protocol, test.spec, self.data)
         return open_protocol(protocol, test.spec), protocol
 
+    def open_train(self) -> SegmentationDataset:
+        return open_dataset(self.data, "train")
+
     def record(self) -> dict[str, Any]:
         """What JSON keeps of it."""
         return {
@@ -128,7 +135,7 @@ class Setting:
     def suffix(self) -> str:
         """What tells files of another prior, or of methods with other sizes, apart."""
         marks = {"-matched": self.matched, "-released": self.released, "-taught": self.prior_steps}
-        return "".join(mark for mark, there in marks.items() if there)
+        return (f"-{self.part}" if self.part else "") + "".join(mark for mark, there in marks.items() if there)
 
     @property
     def prior_data(self) -> str:

@@ -167,7 +167,7 @@ def training_study_title(name: str, setting: Setting) -> str:
 
 
 def _table1(setting: Setting) -> TrainingStudy:
-    trained_on, clip = setting.data.partition(":")[0], setting.config.model.clip.name
+    trained_on, clip = setting.data.partition(":")[0], setting.backbone or setting.config.model.clip.name
     kind = {test.name: test.spec.partition(":")[0] for test in setting.tests}
     rows, of = paper.table1(trained_on, clip, list(dict.fromkeys(kind.values())))
     order = [name for name in METHODS if name != "drseg"] + ["drseg"]
@@ -207,6 +207,9 @@ def _as_published(name: str, setting: Setting) -> tuple[dict[str, Any], str | No
         remote, why_not = _remote_tower(setting)
         options.update(remote)
         reasons.append(why_not)
+    if setting.needs_start:
+        # there is one dual encoder, which all start from
+        options = {option: value for option, value in options.items() if not option.startswith("model.clip.")}
     return options, " and ".join(filter(None, reasons)) or None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +15,36 @@ from drseg_core.config.schema import Config
 from drseg_core.files import write_text_atomic
 from drseg_core.ops import backend_report
 from drseg_core.studies import figures, report
-from drseg_core.studies.plan import changed_options, plan
+from drseg_core.studies.plan import PlannedVariant, changed_options, plan
 from drseg_core.studies.runner import provenance, run_variants, seconds
 from drseg_core.studies.setting import Setting
-from drseg_core.studies.tables import Variant, training_study
+from drseg_core.studies.tables import training_study
 
 _log = logging.getLogger(__name__)
 
 
-def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
-    """Train and score the variants of a study; ``OUT/NAME.json``, ``.md`` and ``.png`` are written after every variant.
+class StudyFiles:
+    """The JSON, table and figure of a training study, kept up to date.
 
     Args:
         name: one of :func:`drseg_core.studies.tables.training_study_names`.
         setting: what it is run on.
         out: folder of the studies.
-        jobs: processes.
         command: as it was typed, for the report.
-
-    Returns:
-        Why variants failed, by name; empty where all went well.
     """
-    study = training_study(name, setting)
-    planned = plan(setting, study.variants, out)
-    name += setting.suffix
-    options = changed_options(plain_config(setting.config), plain_config(Config()))
-    facts: dict[str, Any] = {**setting.record(), "command": command, "config": options}
-    scores: dict[str, dict[int, Any]] = {}
-    problems: dict[str, str] = {}
 
-    def write() -> None:
+    def __init__(self, name: str, setting: Setting, out: Path, command: str = "") -> None:
+        self.setting, self.study = setting, training_study(name, setting)
+        self.planned = plan(setting, self.study.variants, out)
+        self.name, self.out = name + setting.suffix, out
+        options = changed_options(plain_config(setting.config), plain_config(Config()))
+        self.facts: dict[str, Any] = {**setting.record(), "command": command, "config": options}
+        self.scores: dict[str, dict[int, Any]] = {}
+        self.problems: dict[str, str] = {}
+
+    def write(self) -> None:
+        """Write ``OUT/NAME.json`` and ``.md`` of what is there so far."""
+        study, scores, problems = self.study, self.scores, self.problems
         variants = [
             {
                 "name": variant.name,
@@ -61,37 +62,61 @@ def run_training_study(name: str, setting: Setting, out: Path, *, jobs: int = 1,
             for variant in study.variants
         ]
         order = report.order(study.variants, scores)
-        facts.update(provenance(planned))
-        facts["seconds"] = seconds(planned)
+        self.facts.update(provenance(self.planned))
+        self.facts["seconds"] = seconds(self.planned)
         content = {
-            "study": name,
+            "study": self.name,
             "title": study.title,
-            **facts,
+            **self.facts,
             "versions": library_versions(),
             "backends": backend_report(),
             "variants": variants,
             "order": None if order is None else order._asdict(),
             "sections": [section._asdict() for section in study.sections],
         }
-        write_text_atomic(out / f"{name}.json", json.dumps(content, indent=1) + "\n")
-        write_text_atomic(out / f"{name}.md", report.markdown(study, scores, problems, facts))
+        write_text_atomic(self.out / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
+        write_text_atomic(self.out / f"{self.name}.md", report.markdown(study, scores, problems, self.facts))
 
-    def done(variant: Variant, seed: int, found: dict[str, Any] | None, problem: str | None) -> None:
+    def add(self, item: PlannedVariant, found: dict[str, Any] | None, problem: str | None) -> None:
+        """Take up the scores of a variant and seed, or why there are none, and write."""
+        variant, seed = item.variant, item.seed
         if found is None:
-            before = f"{problems[variant.name]}; " if variant.name in problems else ""
-            problems[variant.name] = f"{before}seed {seed}: {problem}"
-            _log.error("study %s: %s failed with seed %d; %s", name, variant.title, seed, problem)
+            before = f"{self.problems[variant.name]}; " if variant.name in self.problems else ""
+            self.problems[variant.name] = f"{before}seed {seed}: {problem}"
+            _log.error("study %s: %s failed with seed %d; %s", self.name, variant.title, seed, problem)
         else:
-            scores.setdefault(variant.name, {})[seed] = found
-            scores[variant.name] = dict(sorted(scores[variant.name].items()))
-            _log.info("study %s: %s, seed %d: mIoU %s", name, variant.title, seed, _shown(found))
-        write()
+            self.scores.setdefault(variant.name, {})[seed] = found
+            self.scores[variant.name] = dict(sorted(self.scores[variant.name].items()))
+            _log.info("study %s: %s, seed %d: mIoU %s", self.name, variant.title, seed, _shown(found))
+        self.write()
 
-    run_variants(planned, jobs=jobs, done=done)
+    def draw(self) -> None:
+        """Draw ``OUT/NAME.png``."""
+        figures.draw_training_study(self.study, self.scores, self.out / f"{self.name}.png")
+
+
+def run_training_study(
+    name: str, setting: Setting, out: Path, *, jobs: int = 1, devices: Sequence[str] = (), command: str = ""
+) -> dict[str, str]:
+    """Train and score the variants of a study; ``OUT/NAME.json``, ``.md`` and ``.png`` are written after every variant.
+
+    Args:
+        name: one of :func:`drseg_core.studies.tables.training_study_names`.
+        setting: what it is run on.
+        out: folder of the studies.
+        jobs: processes, on each device.
+        devices: where they run; the setting's where none is named.
+        command: as it was typed, for the report.
+
+    Returns:
+        Why variants failed, by name; empty where all went well.
+    """
+    files = StudyFiles(name, setting, out, command)
+    run_variants(files.planned, jobs=jobs, devices=devices, done=files.add)
     # for a study none of whose variants can be run
-    write()
-    figures.draw_training_study(study, scores, out / f"{name}.png")
-    return problems
+    files.write()
+    files.draw()
+    return files.problems
 
 
 def _shown(found: dict[str, Any]) -> str:

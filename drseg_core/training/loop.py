@@ -232,7 +232,10 @@ class Trainer:
         """
         split_is_set = init is not None and warm_start(self.model, init)
         split, spsd = self.model.spsd, self.config.model.spsd
-        if split is None or spsd.semantic_ratio == 0 or (spsd.channels is None and split_is_set):
+        matched = self.model.pdgr is not None and self.config.model.graph.norm_scale == "match"
+        if split is None or (spsd.channels is None and split_is_set):
+            return None
+        if spsd.semantic_ratio == 0 and not matched:
             return None
         backbone = self.config.model.clip.name
         ranking = None
@@ -249,10 +252,16 @@ class Trainer:
                 seed=self.config.seed,
                 device=self.group.device,
             )
-        score = torch.zeros(split.channels, dtype=torch.float64)
+        score, scale = torch.zeros(split.channels, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         if ranking is not None:
             score = ranking.score
+            scale = scale + (ranking.norm_scale if matched else 0.0)
         split.set_ranking(self.group.broadcast(score.to(self.group.device)))
+        if matched:
+            assert self.model.pdgr is not None
+            measured = float(self.group.broadcast(scale.to(self.group.device)))
+            torch.nn.init.constant_(self.model.pdgr.output_norm.weight, measured)
+            _log.info("weight of the graph's LayerNorm: %.4f, which gives CLIP's own norm", measured)
         return ranking
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -45,7 +45,8 @@ def rank_channels(
 
     Every image is seen once, unrotated and whole. The mask is brought to the feature grid, each pixel feature is
     L2-normalised, and a uniform sample of at most ``options.prototypes_per_class`` of them (ten times as many for
-    k-means, which makes that many centroids of them) is kept per class, so memory does not grow with the data.
+    k-means, which makes that many centroids of them) is kept per class, so memory does not grow with the data. The norm
+    of the features is measured on all places, labelled or not.
 
     Args:
         model: gives dense CLIP features; its weights are not changed.
@@ -74,10 +75,13 @@ def rank_channels(
     classes = len(dataset.class_names)
     kept = options.prototypes_per_class * (10 if options.sampling == "kmeans" else 1)
     reservoir = Reservoir(classes, kept, seed)
-    done = 0
+    done, square, places = 0, torch.zeros(0), 0
     for samples in _equal_sized(dataset, batch_size):
         feature = dense_features(model, torch.stack([sample.image for sample in samples]).to(device)).cpu()
         mask = torch.stack([sample.mask for sample in samples])
+        own_square = feature.double().square().sum(dim=(0, 2, 3))
+        square = own_square if not places else square + own_square
+        places += feature.shape[0] * feature.shape[2] * feature.shape[3]
         label = label_on_grid(mask, (feature.shape[-2], feature.shape[-1]), options.label_to_grid)
         for one_feature, one_label in zip(feature, label, strict=True):
             row, own = one_feature.flatten(1).T, one_label.flatten()
@@ -126,6 +130,7 @@ def rank_channels(
             "similarity": options.similarity,
             "rank_ties": options.rank_ties,
         },
+        energy=square / max(places, 1),
     )
 
 

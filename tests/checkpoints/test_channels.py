@@ -16,7 +16,7 @@ def test_the_file_gives_everything_back(tmp_path):
     found = rank()
     save_channels(tmp_path / "channels.safetensors", found)
     again = load_channels(tmp_path / "channels.safetensors", channels=8, backbone="pooled")
-    for name in ("score", "semantic_index", "structural_index", "entropy", "similarity"):
+    for name in ("score", "semantic_index", "structural_index", "entropy", "similarity", "energy"):
         assert torch.equal(getattr(again, name), getattr(found, name))
     assert again.metadata == found.metadata
     wanted = {"backbone", "weights_sha256", "dataset_sha256", "class_names", "alpha", "semantic_ratio", "seed"}
@@ -50,7 +50,9 @@ def damaged(path: Path, **changes) -> Path:
         ({"score": torch.ones(8, dtype=torch.long)}, "score is not usable"),
         ({"score": None}, "no channel ranking"),
         ({"extra": torch.ones(1)}, "no channel ranking"),
-        ({"metadata": {"format_version": 9}}, "expected at most 1, got 9"),
+        ({"energy": torch.full((8,), -1.0)}, "energy is not usable"),
+        ({"energy": torch.ones(7)}, "energy is not usable"),
+        ({"metadata": {"format_version": 9}}, "expected at most 2, got 9"),
         ({"metadata": {"backbone": "ViT-B-16"}}, "expected backbone 'pooled', got 'ViT-B-16'"),
     ],
 )
@@ -58,6 +60,14 @@ def test_files_that_do_not_fit_are_refused(tmp_path, changes, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         load_channels(damaged(tmp_path / "c.safetensors", **changes), channels=8, backbone="pooled")
     assert caught.value.exit_code == 4
+
+
+def test_a_ranking_of_an_earlier_version_is_read(tmp_path):
+    path = damaged(tmp_path / "c.safetensors", energy=None, metadata={"format_version": 1})
+    found = load_channels(path)
+    assert found.energy is None and torch.equal(found.score, rank().score)
+    save_channels(tmp_path / "again.safetensors", found)
+    assert load_channels(tmp_path / "again.safetensors").energy is None
 
 
 def test_other_files_are_refused(tmp_path):

@@ -55,6 +55,10 @@ def test_rank_a_run_and_train_with_it(drseg, run, data, small, tmp_path):
     code, text, _ = drseg("rank", run, "--data", data, "--out", out, "--model.spsd.prototypes_per_class", 4)
     assert code == 0 and "semantic and" in text
     ranking = load_channels(out)
+    # 32 structural channels, whose LayerNorm of weight 1 has a norm of their root
+    assert f"norm of the structural channels: {ranking.structural_norm:.2f} in CLIP, " in text
+    assert f"; 5.66 after a LayerNorm of weight 1, {100 * ranking.structural_share(32**0.5):.0f} %" in text
+    assert f"model.graph.norm_scale match sets {ranking.norm_scale:.4f}" in text
     assert ranking.metadata["prototypes_per_class"] == 4 and ranking.metadata["prototypes"] <= 12
     assert ranking.metadata["backbone"] == "drseg-tiny" and ranking.metadata["semantic_ratio"] == 0.5
     words = ["--data", data, "--out", tmp_path / "run", "--model.spsd.channels", out, "--init", run]

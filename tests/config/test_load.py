@@ -90,6 +90,7 @@ def test_numbers(text: str, value: float) -> None:
         ("model:\n  clip:\n    guidance_blocks: 3", "expected 2 values"),
         ("model:\n  rotations: 2", "not a choice; expected 1, 4, got 2"),
         ("model:\n  rotations: true", "not a choice"),
+        ("model:\n  graph:\n    norm_scale: other", "norm_scale is not a choice; expected match, got 'other'"),
         ("model:\n  fusion:\n    kind: product", "x.yaml:3: model.fusion.kind is not a choice; expected ugaf, mean"),
         ("model: tiny", "x.yaml:1: model has a wrong type; expected a mapping"),
         ("- 1\n- 2", "x.yaml:1: file has a wrong type; expected a mapping"),
@@ -164,3 +165,13 @@ def test_mask_proposals_have_no_decoder_to_guide(guide):
     guided = override(load_config("tiny"), {f"model.decoder.{guide}": True})
     for method in ("san", "scan"):
         assert not getattr(apply_method(guided, method).model.decoder, guide)
+
+
+@pytest.mark.parametrize(("value", "fits"), [(0.5, True), ("match", True), (0.0, False), (-1.0, False)])
+def test_the_weight_of_the_layer_norm(value, fits):
+    config = override(Config(), {"model.graph.norm_scale": value})
+    if fits:
+        validate(config)
+        return
+    with pytest.raises(ConfigError, match="norm_scale is out of range; expected above 0, or match"):
+        validate(config)

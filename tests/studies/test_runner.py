@@ -201,7 +201,8 @@ def test_a_dual_encoder_that_fails_is_tried_once(setting, tmp_path, monkeypatch)
     found = {}
     both = dataclasses.replace(setting, seeds=(0, 1))
     runner.run_variants(
-        plan(both, [PLAIN, OTHER], tmp_path), done=lambda c, seed, *rest: found.update({(c.name, seed): rest})
+        plan(both, [PLAIN, OTHER], tmp_path),
+        done=lambda item, *rest: found.update({(item.variant.name, item.seed): rest}),
     )
     assert names.count("broken") == 1
     for name in ("plain", "other"):
@@ -335,7 +336,7 @@ def test_variants_of_equal_options_are_one_training(setting, finished, tmp_path,
     found = {}
     runner.run_variants(
         plan(setting, [PLAIN, twin], out),
-        done=lambda variant, seed, scores, problem: found.update({variant.name: scores}),
+        done=lambda item, scores, problem: found.update({item.variant.name: scores}),
     )
     assert found["twin"] == found["plain"] == finished[1]["plain"] and not names
 
@@ -370,7 +371,7 @@ def test_two_processes_find_the_same(setting, finished, tmp_path):
     runner.run_variants(
         plan(setting, [PLAIN, OTHER], tmp_path),
         jobs=2,
-        done=lambda variant, seed, scores, problem: found.update({variant.name: scores}),
+        done=lambda item, scores, problem: found.update({item.variant.name: scores}),
     )
     assert found == finished[1]
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from drseg_core.config.schema import SPSDConfig
 from drseg_core.data import Sample, SegmentationDataset
-from drseg_core.errors import DatasetError
+from drseg_core.errors import CheckpointError, DatasetError
 from drseg_core.nn.spsd import rank_by_prototypes
 from drseg_core.training.rank_channels import Reservoir, label_on_grid, rank_channels
 
@@ -139,3 +140,34 @@ def test_masks_come_to_the_grid_by_the_centre_of_each_cell():
     mask = torch.arange(36).view(1, 6, 6)
     assert label_on_grid(mask, (2, 2)).tolist() == [[[7, 10], [25, 28]]]
     assert label_on_grid(mask, (6, 6)).equal(mask)
+
+
+class TestNorm:
+    """CLIP's own norm, and the weight of a LayerNorm that gives it."""
+
+    def test_energy_is_the_mean_square_of_every_place(self):
+        found, blocks, pooled = rank(), Blocks(), Pooled()
+        feature = torch.cat([pooled.dense_features(blocks[i].image[None] / 255.0) for i in range(6)]).double()
+        torch.testing.assert_close(found.energy, feature.square().mean(dim=(0, 2, 3)), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(rank(batch_size=2).energy, found.energy)
+
+    def test_a_layer_norm_of_that_weight_has_that_norm(self):
+        found = rank()
+        structural = len(found.structural_index)
+        weight = torch.full((structural,), found.norm_scale)
+        output = F.layer_norm(torch.randn(10, structural), (structural,), weight, eps=0.0)
+        torch.testing.assert_close(output.norm(dim=1), torch.full((10,), found.structural_norm))
+
+    def test_shares(self):
+        found = rank()
+        whole, own = found.energy.sum(), found.energy[found.structural_index].sum()
+        assert found.structural_share() == pytest.approx(float(own / whole))
+        assert found.structural_share(2.0) == pytest.approx(float(4 / (whole - own + 4)))
+        # of another share of the channels, from the same measure
+        other = found.split_again(0.25)
+        expected = float(found.energy[other.structural_index].sum().sqrt())
+        assert other.structural_norm == pytest.approx(expected)
+
+    def test_a_ranking_without_norms_says_so(self):
+        with pytest.raises(CheckpointError, match="the ranking has no norms; expected one made by this version"):
+            _ = dataclasses.replace(rank(), energy=None).norm_scale

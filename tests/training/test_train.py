@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ from drseg_core.checkpoints.channels import load_channels, save_channels
 from drseg_core.checkpoints.checkpoint import generations, newest_checkpoint
 from drseg_core.checkpoints.run import load_run
 from drseg_core.config.load import load_config, override
+from drseg_core.data import open_dataset
 from drseg_core.device import select_device
 from drseg_core.errors import BackendUnavailableError, CheckpointError, ConfigError, NumericalError, ResourceError
 from drseg_core.models.build import build_model
@@ -251,6 +253,38 @@ def test_channels_are_ranked_once_or_given(config, data, tmp_path):
     assert torch.equal(other.semantic_index, expected)
     assert len(other.semantic_index) == len(split.semantic_index) // 2
     assert load_channels(tmp_path / "other" / "channels.safetensors").metadata["semantic_ratio"] == 0.25
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.0])
+def test_the_layer_norm_takes_the_norm_of_clip(config, data, tmp_path, ratio):
+    """Its weight after a step too small to change it, against the ranking's own measure."""
+    options = {
+        "model.graph.norm_scale": "match",
+        "model.spsd.semantic_ratio": ratio,
+        "train.iterations": 1,
+        "train.learning_rate": 1e-12,
+    }
+    run = train(override(config, options), data, tmp_path / "run")
+    ranking = load_channels(run / "channels.safetensors")
+    assert len(ranking.structural_index) == (64 if ratio == 0 else 32)
+    weight = load_run(run).model.pdgr.output_norm.weight
+    torch.testing.assert_close(weight, torch.full_like(weight, ranking.norm_scale))
+    assert ranking.norm_scale != pytest.approx(1.0, abs=1e-3)
+    # and it is what the dense features have
+    images = open_dataset(data, "train")
+    with torch.no_grad():
+        features = [load_run(run).model.dense_features(images[i].image[None] / 255.0) for i in range(len(images))]
+    square = torch.cat(features)[:, ranking.structural_index].square().sum(1).mean()
+    assert ranking.structural_norm == pytest.approx(float(square.sqrt()), rel=1e-4)
+
+
+def test_a_given_ranking_without_norms_is_refused(config, data, tmp_path):
+    run = train(override(config, {"train.iterations": 1}), data, tmp_path / "run")
+    given = tmp_path / "given.safetensors"
+    save_channels(given, dataclasses.replace(load_channels(run / "channels.safetensors"), energy=None))
+    options = {"model.graph.norm_scale": "match", "model.spsd.channels": str(given)}
+    with pytest.raises(CheckpointError, match="the ranking has no norms"):
+        train(override(config, options), data, tmp_path / "other")
 
 
 def test_without_semantic_channels_nothing_is_ranked(config, data, tmp_path):
