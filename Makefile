@@ -31,7 +31,7 @@ LOWEST_BOUNDS = $(shell sed -n 's/>=/==/g; s/^dependencies = \[\(.*\)\]/\1/p' py
 LOWEST_PYTHON ?= $(firstword $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.10.*/bin/python) \
 	$(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 
-.PHONY: help install demo real test test-elsewhere test-lowest test-sanitize test-sanitize-address test-sanitize-thread mutants lint docs aot bench regress plots format clean
+.PHONY: help install demo real test test-deep test-elsewhere test-lowest test-sanitize test-sanitize-address test-sanitize-thread mutants lint docs aot bench regress plots format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -57,6 +57,9 @@ test: install  ## all tests, on the CPU
 
 test-elsewhere: install  ## short tests as on other machines: language, time zone, user, terminal, processor, threads
 	tests/elsewhere/run $(BIN)/python $(ELSEWHERE_TESTS)
+
+test-deep: install  ## more cases of what the suite takes a few of: corrupted files
+	DRSEG_DEEP=1 $(BIN)/python -m pytest -q tests/cli/test_corrupted.py
 
 test-lowest:  ## the ops' tests on the lowest Python, torch and numpy that are promised, in build/lowest (7 GB)
 	test -x build/lowest/bin/python || $(LOWEST_PYTHON) -m venv build/lowest

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from drseg_core.errors import ResourceError
 
@@ -142,6 +144,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         sync_directory(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def parse_json(text: str) -> Any:
+    """``json.loads`` of a file that may be anybody's: all that it cannot read is a ValueError.
+
+    Example:
+        >>> from drseg_core.files import parse_json
+        >>> parse_json('{"step": 3}')
+        {'step': 3}
+        >>> parse_json("[" * 100000)
+        Traceback (most recent call last):
+        ValueError: nested too deeply
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:

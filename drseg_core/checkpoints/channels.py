@@ -14,6 +14,7 @@ from torch import Tensor
 
 from drseg_core.errors import CheckpointError
 from drseg_core.extras import require
+from drseg_core.files import parse_json
 from drseg_core.models.weights import write_tensors
 from drseg_core.nn.spsd import check_partition, split_by_score
 
@@ -137,7 +138,7 @@ def load_channels(
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = json.loads((file.metadata() or {})["drseg_channels"])
+            metadata = parse_json((file.metadata() or {})["drseg_channels"])
             tensor = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         content = ChannelFile(metadata=metadata, **tensor)
         version = int(metadata["format_version"])

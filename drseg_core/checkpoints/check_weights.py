@@ -24,7 +24,7 @@ from drseg_core.config.schema import ClipConfig, DinoConfig
 from drseg_core.config.zero_shot import NO_PRIOR
 from drseg_core.errors import CheckpointError, DatasetError
 from drseg_core.extras import require
-from drseg_core.files import write_text_atomic
+from drseg_core.files import parse_json, write_text_atomic
 from drseg_core.models.clip import ClipEncoder
 from drseg_core.models.dino import DinoPrior
 
@@ -251,7 +251,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
         drseg_core.errors.CheckpointError: check_weights: absent.json cannot be read; expected values that were saved...
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(

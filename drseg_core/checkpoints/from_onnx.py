@@ -126,7 +126,10 @@ class _OnnxFile:
 
         self.path = path
         try:
-            self.model = onnx.load(str(path))
+            # a file that lies elsewhere is not followed
+            self.model = onnx.load(str(path), load_external_data=False)
+            if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in self.model.graph.initializer):
+                raise ValueError("tensors in other files")
             self.tensor = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.model.graph.initializer}
         except (OSError, DecodeError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__

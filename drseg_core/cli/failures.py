@@ -66,4 +66,10 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return visible(" ".join(str(error).split()))
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: names of files and classes may hold what it obeys, which is shown as an escape instead."""
+    escaped = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(escaped)

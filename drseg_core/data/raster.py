@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,11 @@ _DESCRIBED = tuple(
     for word, number in zip(_COLORS, (4, 3, 2), strict=True)
 )
 _EDGE = re.compile(r"red.?edge", re.IGNORECASE)
+
+
+# files that only say where the pixels or shapes are
+_POINTS = re.compile(rb"\s*(<\?xml[^>]*>\s*)?<(VRTDataset|OGRVRTDataSource|GDAL_WMS|GDAL_WMTS|WMT_MS_Capabilities)")
+_REMOTE = re.compile(rb"://|/vsi(curl|s3|gs|az|adls|oss|swift|webhdfs)")
 
 
 class RasterReader:
@@ -269,6 +275,20 @@ class RasterReader:
             raise RasterError(
                 f"{self._origin}: {self.path} is damaged or incomplete; expected to decode {part}: {reason}"
             ) from None
+
+
+def points_elsewhere(path: str | os.PathLike[str]) -> bool:
+    """Whether a file only says where pixels or shapes are, and that is on a network."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(1024)
+            if not _POINTS.match(content):
+                return False
+            content += file.read()
+    except OSError:
+        # said where it is opened
+        return False
+    return _REMOTE.search(re.sub(rb'xmlns(:\w+)?="[^"]*"|"http://www.opengis.net[^"]*"', b"", content)) is not None
 
 
 @contextlib.contextmanager

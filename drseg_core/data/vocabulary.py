@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from drseg_core.data.dataset import has_control
 from drseg_core.data.palette import palette
 from drseg_core.errors import ConfigError
 
@@ -85,6 +86,8 @@ def parse_classes(text: str) -> Vocabulary:
                 f"--classes has a colour that is none; expected such as #808080 behind a word, got {item.strip()!r}"
             )
         words = tuple(" ".join(word.split()) for word, _ in parts)
+        if any(map(has_control, words)):
+            raise ConfigError(f"--classes has a control character; expected text, got {ascii(item.strip())}")
         if "" in words:
             raise ConfigError(f"--classes has an empty name; expected text between commas, got {item.strip()!r}")
         codes = [code for _, code in parts if code is not None]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.errors import ConfigError
-from drseg_core.files import atomic_path, own_prefix, write_text_atomic
+from drseg_core.files import atomic_path, own_prefix, parse_json, write_text_atomic
 
 _log = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ class BlockStore:
 
     def _note(self) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / _DONE).read_text(encoding="utf-8")) if self._is_own() else {}
+            return parse_json((self.folder / _DONE).read_text(encoding="utf-8")) if self._is_own() else {}
         except (OSError, ValueError):
             return {}
 
@@ -249,7 +249,7 @@ def note_complete(first: Path, outputs: Sequence[Path]) -> None:
 def is_complete(first: Path, output: Path) -> bool:
     """Whether an output is still as :func:`note_complete` says."""
     try:
-        return json.loads((first / _COMPLETE).read_text(encoding="utf-8"))[str(output.absolute())] == _mark(output)
+        return parse_json((first / _COMPLETE).read_text(encoding="utf-8"))[str(output.absolute())] == _mark(output)
     except (OSError, ValueError, KeyError):
         return False
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
+from drseg_core.data.raster import points_elsewhere
 from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.files import parse_json
 from drseg_core.scenes.files import scene_files
 
 __all__ = ["Scene", "list_scenes", "with_outputs"]
@@ -24,9 +25,6 @@ SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 
 _ADDRESS = {"http://": "/vsicurl/http://", "https://": "/vsicurl/https://", "s3://": "/vsis3/"}
 _FIELDS = ("name", "number", "folder")
-# files that only say where the pixels are
-_POINTS_ELSEWHERE = re.compile(rb"\s*(<\?xml[^>]*>\s*)?<(VRTDataset|GDAL_WMS|GDAL_WMTS|WMT_MS_Capabilities)")
-_REMOTE = re.compile(rb"://|/vsi(curl|s3|gs|az|adls|oss|swift|webhdfs)")
 
 
 class Scene(NamedTuple):
@@ -119,16 +117,8 @@ def _check_near(image: str) -> None:
     """Refuse what lies elsewhere, and files that point there."""
     if image.startswith("/vsi"):
         raise ConfigError(f"predict: {image} is remote; expected a file, or --remote")
-    try:
-        with open(image, "rb") as file:
-            content = file.read(1024)
-            if _POINTS_ELSEWHERE.match(content):
-                content += file.read()
-                if _REMOTE.search(re.sub(rb'xmlns(:\w+)?="[^"]*"|"http://www.opengis.net[^"]*"', b"", content)):
-                    raise ConfigError(f"predict: {image} points to something remote; expected files, or --remote")
-    except OSError:
-        # said where it is opened
-        pass
+    if points_elsewhere(image):
+        raise ConfigError(f"predict: {image} points to something remote; expected files, or --remote")
 
 
 def _text(path: Path) -> str:
@@ -140,7 +130,7 @@ def _text(path: Path) -> str:
 
 def _stac(path: Path, asset: str | None) -> Iterator[Scene]:
     try:
-        content = json.loads(_text(path))
+        content = parse_json(_text(path))
         items = content["features"] if content["type"] == "FeatureCollection" else [content]
         for item in items:
             key = _asset(path, item, asset)

@@ -72,6 +72,14 @@ def test_the_folder_is_as_readable_as_any_other(tmp_path):
     (tmp_path / "other").mkdir()
     path = save(tmp_path, 1)
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    plain, ours = tmp_path / "plain.txt", tmp_path / "ours.txt"
+    plain.write_text("x")
+    write_text_atomic(ours, "x")
+    assert ours.stat().st_mode == plain.stat().st_mode
+    # what was there keeps its own
+    ours.chmod(0o640)
+    write_text_atomic(ours, "y")
+    assert ours.stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.promise("C28")
@@ -92,6 +100,10 @@ def test_order_is_by_step_not_by_time(tmp_path):
     save(tmp_path, 20)
     save(tmp_path, 3)
     assert newest_checkpoint(tmp_path).step == 20
+    # one digit more
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step)
+    assert newest_checkpoint(tmp_path).step == 100_000_000
 
 
 @pytest.mark.promise("C29")
@@ -297,20 +309,20 @@ def _written_blocks(folder: Path) -> None:
 @pytest.mark.parametrize("write", [_written_text, _written_weights, _written_blocks, lambda folder: save(folder, 1)])
 def test_files_are_on_the_disk_before_they_are_seen(write, tmp_path, monkeypatch):
     """A power cut after the rename finds their content, and their names: both are flushed, one before and one after."""
-    flushed: dict[int, int] = {}
+    flushed: dict[int, tuple[int, int]] = {}
     appeared: list[Path] = []
     fsync, replace, rename = os.fsync, os.replace, os.rename
 
     def flush(descriptor: int) -> None:
         found = os.fstat(descriptor)
-        flushed[found.st_ino] = found.st_size
+        flushed[found.st_ino] = found.st_size, found.st_mtime_ns
         fsync(descriptor)
 
     def appears(source, target, move) -> None:
         source, target = Path(source), Path(target)
         for path in [source, *source.rglob("*")] if source.is_dir() else [source]:
             found = path.stat()
-            assert found.st_ino in flushed and (path.is_dir() or flushed[found.st_ino] == found.st_size), path.name
+            assert flushed.get(found.st_ino) == (found.st_size, found.st_mtime_ns), path.name
         move(source, target)
         appeared.append(target)
         flushed.pop(target.parent.stat().st_ino, None)

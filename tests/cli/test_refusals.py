@@ -111,6 +111,20 @@ def test_class_names_that_cannot_be_prompts(drseg, small, run, folder, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+@pytest.mark.promise("C53")
+def test_nothing_that_a_terminal_obeys_is_printed(drseg, run, folder, tmp_path):
+    odd = "\x1b]0;title\x07\x9b2J"
+    code, output, errors = drseg("predict", run, tmp_path / f"{odd}.tif", "--out", tmp_path / "map.tif")
+    assert code == 3 and "\\x1b]0;title\\x07\\x9b2J.tif is not a file" in errors
+    # nor logged, on the way
+    copied = tmp_path / f"set{odd}"
+    shutil.copytree(folder, copied)
+    (copied / "val" / "masks" / "0.png").unlink()
+    _, more, warned = drseg("data", "check", copied)
+    for text in (output, errors, more, warned):
+        assert all(letter.isprintable() or letter == "\n" for letter in text), ascii(text)
+
+
 def test_a_class_given_twice_is_2(drseg, tmp_path):
     check(drseg("predict", "run", "image.tif", "--out", tmp_path / "map.tif", "--classes", "a; a"), 2, "twice")
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import shutil
 import stat
 import struct
 import tarfile
@@ -162,6 +164,32 @@ def test_damaged(tmp_path, make, name):
     if name != "a.tar":
         # a plain tar has no checksum of its content
         refused(archive, "damaged")
+
+
+@pytest.mark.promise("C37")
+def test_the_checksum_at_the_end_is_looked_at(tmp_path):
+    """A tar has none of its content, and a reader of members stops before that of the compression."""
+    archive = tmp_path / "a.tar.gz"
+    content = bytes(range(256)) * 40
+    with tarfile.open(archive, "w:gz", compresslevel=0) as file:
+        info = tarfile.TarInfo("one")
+        info.size = len(content)
+        file.addfile(info, io.BytesIO(content))
+    assert (unpack(archive, tmp_path / "out" / "set") / "one").read_bytes() == content
+    shutil.rmtree(tmp_path / "out")
+    data = archive.read_bytes()
+    archive.write_bytes(data.replace(content[:50], content[1:51], 1))
+    refused(archive, "damaged: CRC check failed")
+
+
+@pytest.mark.promise("C37")
+def test_what_is_behind_the_end_mark_is_bounded(tmp_path):
+    archive = tar_of(tmp_path / "a.tar.gz", ("one", b"1"))
+    plain = gzip.decompress(archive.read_bytes())
+    archive.write_bytes(gzip.compress(plain + bytes(20_000_000)))
+    refused(archive, "goes on behind its end mark")
+    archive.write_bytes(gzip.compress(plain + bytes(20_000)))
+    assert (unpack(archive, tmp_path / "out" / "set") / "one").read_bytes() == b"1"
 
 
 def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):

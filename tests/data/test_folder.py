@@ -292,6 +292,8 @@ def test_class_names(tmp_path):
     refused_names("\n".join(map(str, range(256))).encode(), "got 256")
     refused_names(b"road\nfield\n road \n", "'road' repeats.*ids 0 and 2")
     refused_names(b"\xff\xfe\x00", "cannot be read as UTF-8")
+    for odd in ("\x1b[2J", "\x00", "\x7f", "\x9b"):
+        refused_names(f"road\nfi{odd}eld\n".encode(), "class name 1 has a control character; expected text, got 'fi")
     path.write_bytes("\ufeffStraße\r\nfield # 2\r\n".encode())
     assert read_class_names(path) == ("Straße", "field # 2")
 

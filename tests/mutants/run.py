@@ -277,7 +277,10 @@ class Children:
                 tree.restore(job.mutant)
                 answer = {"state": "too long" if now <= end else "not run"}
                 if process not in stopped:
-                    answer = json.loads((tree.place / "answer").read_text(encoding="utf-8"))
+                    # whoever writes outside of an array may end the process, which no test passes
+                    died = {"state": "killed" if job.planted else "fail", "why": "the process died"}
+                    written = tree.place / "answer"
+                    answer = json.loads(written.read_text(encoding="utf-8")) if written.exists() else died
                 (tree.place / "answer").unlink(missing_ok=True)
                 if answer["state"] not in ("killed", "pass"):
                     shutil.copy(tree.place / "log", self._log / f"{job.key(tree.root)[:12]}.log")

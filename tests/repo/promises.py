@@ -30,7 +30,8 @@ HEAD = """# What is promised, and which tests hold it
 (`@pytest.mark.promise`). A test fails if a promise has no test, or a mark names no promise.
 
 *On* names the implementations that a test runs on. *Interpreter* is Triton's, on a CPU. *Emulator* runs the CUDA
-kernels on a CPU. With `pytest --gpu` both run on a GPU. If nothing else is said, a test runs at every commit (`.ci/run`).
+kernels on a CPU. With `pytest --gpu` both run on a GPU. If nothing else is said, a test runs at every commit
+(`.ci/run`).
 """
 
 

@@ -69,10 +69,24 @@ def test_a_mutant_that_cannot_be_planted_is_told(tmp_path, change, said):
     assert said in planting.problem(planting.Mutant(**{**fields, **change}), tmp_path)
 
 
-SUMS = "def add(a, b):\n    return a + b\n\n\ndef twice(a):\n    return 2 * a\n\n\ndef wait(a):\n    return a\n"
+SUMS = """
+import os
+
+
+def add(a, b):
+    return a + b
+
+
+def twice(a):
+    return 2 * a
+
+
+def wait(a):
+    return a
+"""
 TESTS = """
 import os
-from sums import add, twice
+from sums import add, twice, wait
 
 def test_add():
     assert add(2, 3) == 5
@@ -82,6 +96,9 @@ def test_nothing():
 
 def test_of_itself():
     assert add(2, 3) == 6
+
+def test_wait():
+    assert wait(1) == 1
 
 def test_with_cases():
     assert twice(4) == 8
@@ -134,6 +151,7 @@ def test_killed_and_survived_are_told_apart(project):
         ],
         ["no control", "sums.py", "return a + b", "return 0", ["tests/test_sums.py::test_of_itself"]],
         ["chosen", "sums.py", "return 2 * a", "return 3 * a", ["tests/test_sums.py"], "cases"],
+        ["died", "sums.py", "return a\n", "os.abort()\n", ["tests/test_sums.py::test_wait"]],
         ["broken", "sums.py", "return 2 * a", "return 4 * a", ["tests/test_sums.py::test_gone"]],
     ]
     found, _ = planted(project, mutants)
@@ -144,6 +162,7 @@ def test_killed_and_survived_are_told_apart(project):
         "no control": "its tests fail without it",
         # of a file no test is named that could be the one that fails
         "chosen": "survived",
+        "died": "killed",
         "broken": "its tests broken without it",
     }
     # the sources are as they were

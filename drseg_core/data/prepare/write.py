@@ -29,7 +29,7 @@ from drseg_core.data.prepare.raw import RECIPES, RawPair, Recipe, find_raw_pairs
 from drseg_core.data.prepare.strips import Strips, open_strips
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.extras import require
-from drseg_core.files import atomic_path, write_text_atomic
+from drseg_core.files import atomic_path, parse_json, write_text_atomic
 
 MARKER = "prepare.json"
 MAX_RAW_PIXELS = 400_000_000
@@ -191,7 +191,7 @@ def _check_home(home: Path, name: str, options: Options) -> dict[str, int]:
     if not marker.is_file():
         return {}
     try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
+        content = parse_json(marker.read_text(encoding="utf-8"))
         begun = {key: content[key] for key in ("set", "patch", "stride", "edges")}
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"data prepare: {marker} cannot be read; expected the file the command wrote") from None
