@@ -149,7 +149,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def parse_json(text: str) -> Any:
     """``json.loads`` of a file that may be anybody's: all that it cannot read is a ValueError.
 
-    Example:
+    Examples:
         >>> from drseg_core.files import parse_json
         >>> parse_json('{"step": 3}')
         {'step': 3}

@@ -277,17 +277,28 @@ class RasterReader:
             ) from None
 
 
+def names_files(path: str | os.PathLike[str]) -> bool:
+    """Whether a file, such as a VRT, only says where pixels or shapes are."""
+    return _pointer(path) is not None
+
+
 def points_elsewhere(path: str | os.PathLike[str]) -> bool:
     """Whether a file only says where pixels or shapes are, and that is on a network."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(1024)
-            if not _POINTS.match(content):
-                return False
-            content += file.read()
-    except OSError:
-        # said where it is opened
-        return False
+    content = _pointer(path)
+    return content is not None and _names_a_network(content)
+
+
+def _pointer(path: str | os.PathLike[str]) -> bytes | None:
+    """All of a file that only says where pixels or shapes are; None of any other."""
+    # what cannot be read is said where it is opened
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        content = file.read(1024)
+        if _POINTS.match(content):
+            return content + file.read()
+    return None
+
+
+def _names_a_network(content: bytes) -> bool:
     return _REMOTE.search(re.sub(rb'xmlns(:\w+)?="[^"]*"|"http://www.opengis.net[^"]*"', b"", content)) is not None
 
 

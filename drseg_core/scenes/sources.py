@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
-from drseg_core.data.raster import points_elsewhere
+from drseg_core.data.raster import names_files, points_elsewhere
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.files import parse_json
 from drseg_core.scenes.files import scene_files
@@ -235,18 +235,12 @@ def _read_files(scenes: Iterable[Scene]) -> dict[Any, tuple[str, bool]]:
 
 def _members(image: str) -> Iterator[Path]:
     """The files that one such as a VRT points to, and those that they point to."""
-    if _points_elsewhere(image):
+    if names_files(image):
         import rasterio
 
         # what cannot be opened is said in its turn
         with contextlib.suppress(rasterio.errors.RasterioError), rasterio.open(image) as source:
             yield from map(Path, source.files[1:])
-
-
-def _points_elsewhere(image: str) -> bool:
-    with contextlib.suppress(OSError), open(image, "rb") as file:
-        return _POINTS_ELSEWHERE.match(file.read(1024)) is not None
-    return False
 
 
 def _names(path: Path) -> list[Any]:
