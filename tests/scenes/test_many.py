@@ -154,15 +154,15 @@ def test_killed_at_twenty_random_moments(folder, expected, tmp_path):
             # it was complete when it was killed
             assert "exists; expected a new path" in str(error) and content(out) == expected
 
-    while kills < 20:
+    # most of them have something to go on with, on a machine of any speed
+    while kills < 20 or resumed < 10:
+        assert kills < 100
         out = tmp_path / f"maps{number}"
         number += 1
         while killed(call, draw.uniform(0.02, 0.8) * whole):
             kills += 1
             resumed += any(out.glob("*.work/*.block"))
         assert content(out) == expected
-    # most of them had something to go on with
-    assert resumed >= 10
 
 
 @pytest.mark.promise("C45")
