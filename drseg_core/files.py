@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -21,6 +22,9 @@ from drseg_core.errors import ResourceError
 
 FULL_BYTES = 2**20
 """A disk with less room than this is full."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the system calls a disk, a share of one, or a file that can take no more."""
 
 _MANY, _AGAIN = 2000, 60.0
 """A folder of more files is listed again only after so many seconds."""
@@ -142,6 +146,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, target)
         sync_directory(target.parent)
+    except OSError as error:
+        # the system does not say where it has no room
+        if error.errno in FULL and error.filename is None:
+            error.filename = str(target)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,8 +7,9 @@ import errno
 import sys
 
 from drseg_core.errors import ConfigError, DRSegError
+from drseg_core.files import FULL
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ENOMEM}
+_DISK = FULL | {errno.EIO, errno.EROFS, errno.ENOMEM}
 _MEMORY_HINT = {
     "train": "lower --train.batch_size or --train.crop_size",
     "evaluate": "lower --batch-size, or use --mode tile",
@@ -42,6 +43,8 @@ def failure(error: BaseException, command: str) -> tuple[str, int]:
     if _out_of_memory(error):
         hint = _MEMORY_HINT.get(command, "use smaller inputs")
         return f"drseg: error: out of memory: {_one_line(error) or 'allocation refused'}; {hint}", 7
+    if isinstance(error, OSError) and error.errno in FULL and error.filename is not None:
+        return f"drseg: error: {error.filename} cannot be written: the disk is full ({error.strerror})", 7
     if isinstance(error, OSError) and error.errno in _DISK:
         return f"drseg: error: {_one_line(error)}", 7
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:

@@ -144,6 +144,14 @@ def map_and_say(args: Any, scenes: Sequence[Scene], recipe: Callable[..., Mapper
             if many and not together:
                 _say(outcome)
 
+        def finish(outcomes: Sequence[Outcome]) -> None:
+            for outcome in outcomes if many and together else ():
+                _say(outcome)
+            if not many and outcomes[0].error is None:
+                _say_one(outcomes[0])
+            if args.view:
+                write_pages(mapper, [outcome for outcome in outcomes if outcome.state == "mapped"])
+
         mapper = recipe(device=str(group.device) if together else args.device)
         outcomes = map_scenes(
             mapper,
@@ -157,18 +165,12 @@ def map_and_say(args: Any, scenes: Sequence[Scene], recipe: Callable[..., Mapper
             overwrite=args.overwrite,
             report=None if args.report is None else Path(args.report),
             done=done,
+            finish=finish,
             progress=group.is_main,
         )
         if not group.is_main:
             return mapper
-    if many and together:
-        for outcome in outcomes:
-            _say(outcome)
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
-    if not many and not failed:
-        _say_one(outcomes[0])
-    if args.view:
-        write_pages(mapper, [outcome for outcome in outcomes if outcome.state == "mapped"])
     if many:
         word = "mapped" if args.shard is None else f"shard {args.shard} made of"
         print(f"{word}: {len(outcomes) - len(failed)} of {len(outcomes)} scenes")

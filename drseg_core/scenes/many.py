@@ -93,6 +93,7 @@ def map_scenes(
     overwrite: bool = False,
     report: Path | None = None,
     done: Callable[[Outcome], object] = lambda outcome: None,
+    finish: Callable[[Sequence[Outcome]], object] = lambda outcomes: None,
     progress: bool = True,
 ) -> list[Outcome]:
     """Map scenes into the files they name. Finished blocks lie beside each output until all scenes are mapped, so a
@@ -114,6 +115,7 @@ def map_scenes(
         overwrite: replace outputs.
         report: JSON file of the outcomes.
         done: told of each scene that is mapped or failed in this process.
+        finish: what follows once all maps are there, in the first process; a call that is stopped in it goes on there.
         progress: show progress bars.
 
     Returns:
@@ -136,7 +138,7 @@ def map_scenes(
     call = _Call(mapper, scenes, explain, keep_going, overwrite, done, progress)
     if mosaic and len(scenes) > 1:
         call.find_neighbours()
-    begin = time.perf_counter()
+    begin, whole = time.perf_counter(), False
     try:
         if cluster is not None:
             call.by_cluster(cluster)
@@ -146,11 +148,13 @@ def map_scenes(
             call.together(processes, shard)
         if processes is None or processes.rank == 0:
             call.check_present()
+            finish(call.outcomes)
+        whole = True
     finally:
         if processes is None or processes.rank == 0:
             if report is not None:
                 write_report(report, call.outcomes, time.perf_counter() - begin)
-            call.tidy(mapped=shard is None)
+            call.tidy(mapped=whole and shard is None)
     return call.outcomes
 
 

@@ -507,6 +507,8 @@ def predict_scene(
         _write(parts, files, temporary, min_area=min_area, tags=tags or {})
         for path in leftovers(files):
             path.unlink(missing_ok=True)
+            if path.suffix == ".html":
+                _log.info("%s, the page of the map before, is removed", path)
         if store is not None:
             blended = [other.folder for other in work.blended] if work is not None else []
             store.finishing({path: now for path, now in zip(files, temporary, strict=True) if path and now}, blended)

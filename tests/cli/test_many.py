@@ -188,3 +188,38 @@ def test_two_calls_at_once_are_never_mixed(process, drseg, run, scenes, whole, t
     code, _, errors = drseg(*words)
     assert code == 0, errors
     assert content(out) == content(whole)
+
+
+FILLED = """
+import resource, signal, sys
+from drseg_core.cli.main import main
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+# the limit of a file's size stands for a full disk: too little for a block of the first scene, or of the last
+@pytest.mark.parametrize("allowed", [9_000, 30_000])
+def test_a_disk_that_fills_keeps_what_is_finished(drseg, run, scenes, whole, tmp_path, allowed):
+    out, report = tmp_path / "maps", tmp_path / "report.json"
+    order = [scenes / f"{number}.tif" for number in (1, 2, 4, 3, 0)]
+    words = [str(w) for w in ("predict", run, *order, "--out", f"{out}/", "--device", "cpu", "--report", report)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    done = subprocess.run(
+        [sys.executable, "-c", FILLED, str(allowed), *words], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 7, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("drseg: error: ") and f"{out}/" in last and " cannot be written: " in last
+    assert "Traceback" not in done.stderr
+    counts = json.loads(report.read_text())["counts"]
+    assert counts["failed"] == 1 and counts["mapped"] + counts["not reached"] == 4
+    for number in range(5):
+        if (out / f"{number}.tif").exists():
+            assert (out / f"{number}.tif").read_bytes() == (whole / f"{number}.tif").read_bytes()
+    assert not [path for path in out.rglob("*") if ".part" in path.name]
+    # with room again the same command goes on
+    code, _, errors = drseg(*words)
+    assert code == 0 and "begun anew" not in errors and content(out) == content(whole), errors
