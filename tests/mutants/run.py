@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -283,7 +284,10 @@ class Children:
                     answer = json.loads(written.read_text(encoding="utf-8")) if written.exists() else died
                 (tree.place / "answer").unlink(missing_ok=True)
                 if answer["state"] not in ("killed", "pass"):
-                    shutil.copy(tree.place / "log", self._log / f"{job.key(tree.root)[:12]}.log")
+                    name = re.sub(
+                        r"\W+", "-", f"{job.mutant.file} {job.mutant.what}{'' if job.planted else ' without it'}"
+                    )
+                    shutil.copy(tree.place / "log", self._log / f"{name[:150]}.log")
                 yield job, answer, now - began
             if found:
                 return
@@ -310,23 +314,20 @@ def run(chosen: list[Mutant], root: Path, place: Path, jobs: int, fresh: bool, s
     results = Results(place / "results.jsonl", fresh)
     log = place / "logs"
     log.mkdir(exist_ok=True)
-    controls = {Job(mutant, False).key(root): Job(mutant, False) for mutant in chosen}
-    planted = {Job(mutant, True).key(root): Job(mutant, True) for mutant in chosen}
-    # each mutant after the run of its tests without it
-    order = dict.fromkeys(
-        key for mutant in chosen for key in (Job(mutant, False).key(root), Job(mutant, True).key(root))
-    )
-    waiting = [key for key in order if key not in results.found]
+    # as the files are now: they may be edited meanwhile
+    keys = {job: job.key(root) for mutant in chosen for job in (Job(mutant, False), Job(mutant, True))}
+    # each mutant after the run of its tests without it, which is one for mutants of the same tests
+    jobs_of = {key: job for job, key in reversed(keys.items())}
+    waiting = [jobs_of[key] for key in dict.fromkeys(keys.values()) if key not in results.found]
     children = Children([Tree(root, place / f"tree{n}") for n in range(min(jobs, len(waiting)))], log)
     said: dict[str, str] = {}
 
     def next_job() -> Job | None:
         """The first that need not wait; mutants whose tests fail without them are passed over."""
-        for key in list(waiting):
-            job = controls.get(key) or planted[key]
-            control = results.found.get(Job(job.mutant, False).key(root), {"state": "waits"})["state"]
+        for job in list(waiting):
+            control = results.found.get(keys[Job(job.mutant, False)], {"state": "waits"})["state"]
             if not job.planted or control != "waits":
-                waiting.remove(key)
+                waiting.remove(job)
                 if not job.planted or control == "pass":
                     return job
         return None
@@ -339,13 +340,14 @@ def run(chosen: list[Mutant], root: Path, place: Path, jobs: int, fresh: bool, s
         if not len(children):
             continue
         for job, answer, took in children.ended(end):
-            results.add(job.key(root), job, answer, took)
+            results.add(keys[job], job, answer, took)
             kind = "" if job.planted else " (without it)"
             print(f"{answer['state']:>10} {took:6.1f} s  {job.mutant.file}: {job.mutant.what}{kind}", flush=True)
-    for key, job in planted.items():
-        control = results.found.get(Job(job.mutant, False).key(root), {"state": "not run"})["state"]
-        state = results.found.get(key, {"state": "not run"})["state"]
-        name = f"{job.mutant.file}: {job.mutant.what}"
+    for mutant in chosen:
+        control, state = (
+            results.found.get(keys[Job(mutant, planted)], {"state": "not run"})["state"] for planted in (False, True)
+        )
+        name = f"{mutant.file}: {mutant.what}"
         said[name] = state if control in ("pass", "not run") else f"its tests {control} without it"
     return said
 
