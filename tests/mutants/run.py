@@ -249,6 +249,7 @@ class Children:
         process = os.fork()
         if process == 0:
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             output = os.open(tree.place / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -260,6 +261,11 @@ class Children:
                 sys.stdout.flush()
                 os._exit(0)
         self._running[process] = job, tree, time.monotonic()
+
+    def stop(self) -> None:
+        """End what still runs, such as after Ctrl-C."""
+        for process in self._running:
+            os.killpg(process, signal.SIGKILL)
 
     def ended(self, end: float) -> Iterator[tuple[Job, dict[str, str], float]]:
         """Waits until some have; those that take too long are stopped."""
@@ -332,17 +338,21 @@ def run(chosen: list[Mutant], root: Path, place: Path, jobs: int, fresh: bool, s
                     return job
         return None
 
-    while waiting or len(children):
-        while not children.full and time.monotonic() < end and (job := next_job()) is not None:
-            children.start(job)
-        if time.monotonic() >= end:
-            waiting.clear()
-        if not len(children):
-            continue
-        for job, answer, took in children.ended(end):
-            results.add(keys[job], job, answer, took)
-            kind = "" if job.planted else " (without it)"
-            print(f"{answer['state']:>10} {took:6.1f} s  {job.mutant.file}: {job.mutant.what}{kind}", flush=True)
+    try:
+        while waiting or len(children):
+            while not children.full and time.monotonic() < end and (job := next_job()) is not None:
+                children.start(job)
+            if time.monotonic() >= end:
+                waiting.clear()
+            if not len(children):
+                # nothing runs that others could wait for
+                break
+            for job, answer, took in children.ended(end):
+                results.add(keys[job], job, answer, took)
+                kind = "" if job.planted else " (without it)"
+                print(f"{answer['state']:>10} {took:6.1f} s  {job.mutant.file}: {job.mutant.what}{kind}", flush=True)
+    finally:
+        children.stop()
     for mutant in chosen:
         control, state = (
             results.found.get(keys[Job(mutant, planted)], {"state": "not run"})["state"] for planted in (False, True)
@@ -374,6 +384,8 @@ def main(words: list[str] | None = None) -> int:
         chosen = of_file + of_tests
     # what every child needs is loaded once; the package itself is that of its own copy
     functools.reduce(lambda _, name: __import__(name), ("pytest", "numpy", "torch"), None)
+    # children have sessions of their own, and end with this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     said = run(chosen, ROOT, ROOT / "build" / "mutants", max(1, args.jobs), args.fresh, args.seconds)
     table = Counter(said.values())

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -178,6 +180,26 @@ def test_killed_and_survived_are_told_apart(project):
 def test_what_there_is_no_time_for_is_not_run(project):
     found, _ = planted(project, [["killed", "sums.py", "a + b", "a - b", ["tests/test_sums.py::test_add"]]], 0.0)
     assert found == {"killed": "not run"}
+
+
+def test_whoever_stops_leaves_nobody_running(project):
+    sleeping = (
+        "import os, time\n\ndef test_sleep():\n    open('pid', 'w').write(str(os.getpid()))\n    time.sleep(300)\n"
+    )
+    (project / "tests" / "test_sleep.py").write_text(sleeping)
+    script = RUN.format(folder=str(ROOT / "tests" / "mutants"))
+    mutant = ["sleeps", "sums.py", "a + b", "a - b", ["tests/test_sleep.py::test_sleep"]]
+    words = [sys.executable, "-c", script, str(project), json.dumps([mutant]), "300"]
+    started = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pid, end = project / "build" / "tree0" / "pid", time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()):
+        assert started.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    started.wait(timeout=30)
+    while Path(f"/proc/{pid.read_text()}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_files_that_changed(project):
