@@ -266,6 +266,7 @@ class Children:
         """End what still runs, such as after Ctrl-C."""
         for process in self._running:
             os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
 
     def ended(self, end: float) -> Iterator[tuple[Job, dict[str, str], float]]:
         """Waits until some have; those that take too long are stopped."""
