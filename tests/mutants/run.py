@@ -130,6 +130,8 @@ def is_native(mutant: Mutant) -> bool:
 def environment(tree: Path, mutant: Mutant) -> dict[str, str]:
     """What differs for the tests of a mutant: the copy is the package, and kernels are interpreted."""
     changed = {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'kernels'}", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    # no test here needs pytest's plugins, which take a second to load
+    changed["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     if is_native(mutant):
         changed["DRSEG_NATIVE_LIBRARY"] = str(tree / "build" / "native" / "libdrseg_native.so")
     if "tests/kernels/contract_" in mutant.tests[0]:

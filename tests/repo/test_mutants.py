@@ -109,6 +109,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {folder!r})
+import pytest
 import run
 mutants = [run.Mutant(*fields[:4], tuple(fields[4]), *fields[5:]) for fields in json.loads(sys.argv[2])]
 root = Path(sys.argv[1])
