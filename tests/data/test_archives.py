@@ -134,6 +134,14 @@ def test_a_header_that_lies_about_the_size(tmp_path):
         refused(archive, "damaged|another size")
 
 
+@pytest.mark.promise("C37")
+def test_no_more_is_written_than_a_header_says(tmp_path):
+    endless = archives._Member("liar", 10, False, lambda: io.BytesIO(bytes(5 << 20)))
+    with pytest.raises(ArchiveError, match="another size than its header says; expected 10 bytes"):
+        archives._write(tmp_path / "a.zip", endless, tmp_path)
+    assert (tmp_path / "liar").stat().st_size <= 10
+
+
 def test_encrypted(tmp_path):
     archive = zip_of(tmp_path / "a.zip", ("secret", b"1"))
     data = bytearray(archive.read_bytes())

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -129,6 +130,8 @@ def is_native(mutant: Mutant) -> bool:
 def environment(tree: Path, mutant: Mutant) -> dict[str, str]:
     """What differs for the tests of a mutant: the copy is the package, and kernels are interpreted."""
     changed = {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'kernels'}", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    # no test here needs pytest's plugins, which take a second to load
+    changed["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     if is_native(mutant):
         changed["DRSEG_NATIVE_LIBRARY"] = str(tree / "build" / "native" / "libdrseg_native.so")
     if "tests/kernels/contract_" in mutant.tests[0]:
@@ -248,6 +251,7 @@ class Children:
         process = os.fork()
         if process == 0:
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             output = os.open(tree.place / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -259,6 +263,12 @@ class Children:
                 sys.stdout.flush()
                 os._exit(0)
         self._running[process] = job, tree, time.monotonic()
+
+    def stop(self) -> None:
+        """End what still runs, such as after Ctrl-C."""
+        for process in self._running:
+            os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
 
     def ended(self, end: float) -> Iterator[tuple[Job, dict[str, str], float]]:
         """Waits until some have; those that take too long are stopped."""
@@ -283,7 +293,10 @@ class Children:
                     answer = json.loads(written.read_text(encoding="utf-8")) if written.exists() else died
                 (tree.place / "answer").unlink(missing_ok=True)
                 if answer["state"] not in ("killed", "pass"):
-                    shutil.copy(tree.place / "log", self._log / f"{job.key(tree.root)[:12]}.log")
+                    name = re.sub(
+                        r"\W+", "-", f"{job.mutant.file} {job.mutant.what}{'' if job.planted else ' without it'}"
+                    )
+                    shutil.copy(tree.place / "log", self._log / f"{name[:150]}.log")
                 yield job, answer, now - began
             if found:
                 return
@@ -310,42 +323,44 @@ def run(chosen: list[Mutant], root: Path, place: Path, jobs: int, fresh: bool, s
     results = Results(place / "results.jsonl", fresh)
     log = place / "logs"
     log.mkdir(exist_ok=True)
-    controls = {Job(mutant, False).key(root): Job(mutant, False) for mutant in chosen}
-    planted = {Job(mutant, True).key(root): Job(mutant, True) for mutant in chosen}
-    # each mutant after the run of its tests without it
-    order = dict.fromkeys(
-        key for mutant in chosen for key in (Job(mutant, False).key(root), Job(mutant, True).key(root))
-    )
-    waiting = [key for key in order if key not in results.found]
+    # as the files are now: they may be edited meanwhile
+    keys = {job: job.key(root) for mutant in chosen for job in (Job(mutant, False), Job(mutant, True))}
+    # each mutant after the run of its tests without it, which is one for mutants of the same tests
+    jobs_of = {key: job for job, key in reversed(keys.items())}
+    waiting = [jobs_of[key] for key in dict.fromkeys(keys.values()) if key not in results.found]
     children = Children([Tree(root, place / f"tree{n}") for n in range(min(jobs, len(waiting)))], log)
     said: dict[str, str] = {}
 
     def next_job() -> Job | None:
         """The first that need not wait; mutants whose tests fail without them are passed over."""
-        for key in list(waiting):
-            job = controls.get(key) or planted[key]
-            control = results.found.get(Job(job.mutant, False).key(root), {"state": "waits"})["state"]
+        for job in list(waiting):
+            control = results.found.get(keys[Job(job.mutant, False)], {"state": "waits"})["state"]
             if not job.planted or control != "waits":
-                waiting.remove(key)
+                waiting.remove(job)
                 if not job.planted or control == "pass":
                     return job
         return None
 
-    while waiting or len(children):
-        while not children.full and time.monotonic() < end and (job := next_job()) is not None:
-            children.start(job)
-        if time.monotonic() >= end:
-            waiting.clear()
-        if not len(children):
-            continue
-        for job, answer, took in children.ended(end):
-            results.add(job.key(root), job, answer, took)
-            kind = "" if job.planted else " (without it)"
-            print(f"{answer['state']:>10} {took:6.1f} s  {job.mutant.file}: {job.mutant.what}{kind}", flush=True)
-    for key, job in planted.items():
-        control = results.found.get(Job(job.mutant, False).key(root), {"state": "not run"})["state"]
-        state = results.found.get(key, {"state": "not run"})["state"]
-        name = f"{job.mutant.file}: {job.mutant.what}"
+    try:
+        while waiting or len(children):
+            while not children.full and time.monotonic() < end and (job := next_job()) is not None:
+                children.start(job)
+            if time.monotonic() >= end:
+                waiting.clear()
+            if not len(children):
+                # nothing runs that others could wait for
+                break
+            for job, answer, took in children.ended(end):
+                results.add(keys[job], job, answer, took)
+                kind = "" if job.planted else " (without it)"
+                print(f"{answer['state']:>10} {took:6.1f} s  {job.mutant.file}: {job.mutant.what}{kind}", flush=True)
+    finally:
+        children.stop()
+    for mutant in chosen:
+        control, state = (
+            results.found.get(keys[Job(mutant, planted)], {"state": "not run"})["state"] for planted in (False, True)
+        )
+        name = f"{mutant.file}: {mutant.what}"
         said[name] = state if control in ("pass", "not run") else f"its tests {control} without it"
     return said
 
@@ -372,6 +387,8 @@ def main(words: list[str] | None = None) -> int:
         chosen = of_file + of_tests
     # what every child needs is loaded once; the package itself is that of its own copy
     functools.reduce(lambda _, name: __import__(name), ("pytest", "numpy", "torch"), None)
+    # children have sessions of their own, and end with this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     said = run(chosen, ROOT, ROOT / "build" / "mutants", max(1, args.jobs), args.fresh, args.seconds)
     table = Counter(said.values())

@@ -221,6 +221,28 @@ def test_neighbours_that_few_bits_do_not_show(share, backend):
         assert len(expected.intersection(index[0, node].tolist())) == 40
 
 
+@pytest.mark.promise("C8")
+@pytest.mark.parametrize("levels", [45, 127])
+def test_what_few_bits_lose_of_a_neighbour(levels, backend):
+    """The row is exact in so many levels, and so are rows a little like it; what is likest to it loses all likeness."""
+    random = torch.Generator().manual_seed(13)
+    h, w = 43, 50
+    prior = torch.randn(h * w, 100, generator=random)
+    prior[:, 0] = 0
+    chosen = torch.randperm(h * w, generator=random)[:46]
+    row, likest, like = int(chosen[0]), chosen[1:6], chosen[6:]
+    # channels 16 apart are mixed: these sixteen groups stay apart, each of eight equal values
+    prior[chosen] = 0
+    prior[row, 0] = 1
+    # less than half a level beside the largest value
+    prior[likest, 0], prior[likest, 1] = 0.45 / levels, 1
+    # one level exactly, as the others are smaller
+    prior[like, 0] = 1 / (levels * 15**0.5)
+    prior[like, 1:16] = 15**-0.5
+    index = ops.knn_graph(prior[None], (h, w), 30, decay=0.0, include_self=False)[0, row].tolist()
+    assert {*likest.tolist()} <= {*index} <= {*likest.tolist(), *like.tolist()}
+
+
 def test_a_negative_decay_turns_scores_over(backend):
     random = torch.Generator().manual_seed(5)
     prior = torch.randint(-2, 3, (1, 43 * 50, 100), generator=random).float()

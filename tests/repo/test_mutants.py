@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -107,6 +109,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {folder!r})
+import pytest
 import run
 mutants = [run.Mutant(*fields[:4], tuple(fields[4]), *fields[5:]) for fields in json.loads(sys.argv[2])]
 root = Path(sys.argv[1])
@@ -178,6 +181,26 @@ def test_killed_and_survived_are_told_apart(project):
 def test_what_there_is_no_time_for_is_not_run(project):
     found, _ = planted(project, [["killed", "sums.py", "a + b", "a - b", ["tests/test_sums.py::test_add"]]], 0.0)
     assert found == {"killed": "not run"}
+
+
+def test_whoever_stops_leaves_nobody_running(project):
+    sleeping = (
+        "import os, time\n\ndef test_sleep():\n    open('pid', 'w').write(str(os.getpid()))\n    time.sleep(300)\n"
+    )
+    (project / "tests" / "test_sleep.py").write_text(sleeping)
+    script = RUN.format(folder=str(ROOT / "tests" / "mutants"))
+    mutant = ["sleeps", "sums.py", "a + b", "a - b", ["tests/test_sleep.py::test_sleep"]]
+    words = [sys.executable, "-c", script, str(project), json.dumps([mutant]), "300"]
+    started = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (found := [path for path in (project / "build").glob("tree*/pid") if path.read_text()]):
+        assert started.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    started.wait(timeout=30)
+    while Path(f"/proc/{found[0].read_text()}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_files_that_changed(project):

@@ -91,12 +91,12 @@ def test_resumed_equals_uninterrupted(narrow, data, tmp_path):
 
 @pytest.mark.promise("C34")
 def test_bad_steps_are_skipped_counted_and_end_the_training(narrow, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "training_loss", poisoned(2))
+    monkeypatch.setattr(loop, "training_loss", poisoned(1, 2))
     run = train(override(narrow, {"train.nan_limit": 3}), data, tmp_path / "few", show_progress=False)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [record["skipped"] for record in records] == [2, 2, 2]
     assert all(torch.isfinite(value).all() for value in newest_checkpoint(run).weights().values())
-    monkeypatch.setattr(loop, "training_loss", poisoned(100))
+    monkeypatch.setattr(loop, "training_loss", poisoned(*range(100)))
     with pytest.raises(NumericalError, match="3 steps in a row were not finite"):
         train(override(narrow, {"train.nan_limit": 3}), data, tmp_path / "many", show_progress=False)
 
