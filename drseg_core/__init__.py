@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from drseg_core.scenes.predict import predict
     from drseg_core.scenes.zero_shot import zero_shot
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BackendUnavailableError",
     "NumericalError",
