@@ -31,7 +31,7 @@ LOWEST_BOUNDS = $(shell sed -n 's/>=/==/g; s/^dependencies = \[\(.*\)\]/\1/p' py
 LOWEST_PYTHON ?= $(firstword $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.10.*/bin/python) \
 	$(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 
-.PHONY: help install demo real test test-elsewhere test-lowest test-sanitize test-sanitize-address test-sanitize-thread lint aot bench regress plots format clean
+.PHONY: help install demo real test test-deep test-elsewhere test-lowest test-sanitize test-sanitize-address test-sanitize-thread mutants lint docs aot bench regress plots format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -58,6 +58,9 @@ test: install  ## all tests, on the CPU
 test-elsewhere: install  ## short tests as on other machines: language, time zone, user, terminal, processor, threads
 	tests/elsewhere/run $(BIN)/python $(ELSEWHERE_TESTS)
 
+test-deep: install  ## more cases of what the suite takes a few of: corrupted files
+	DRSEG_DEEP=1 $(BIN)/python -m pytest -q tests/cli/test_corrupted.py
+
 test-lowest:  ## the ops' tests on the lowest Python, torch and numpy that are promised, in build/lowest (7 GB)
 	test -x build/lowest/bin/python || $(LOWEST_PYTHON) -m venv build/lowest
 	build/lowest/bin/python -m pip install -q $(LOWEST_BOUNDS) cmake ninja pytest hypothesis
@@ -81,10 +84,19 @@ test-sanitize-address test-sanitize-thread: test-sanitize-%: install
 	$(BIN)/python -c 'from drseg_core.ops._native import why_not; raise SystemExit(why_not("cpu"))' && \
 	$(BIN)/python -m pytest -q --capture=sys $(SANITIZE_TESTS)
 
+# ONLY=select.h takes those in whose file, words or tests this occurs, SINCE=HEAD~1 those of what differs from a commit,
+# LIMIT=110 ends it after so many seconds
+mutants: install  ## plant the named faults of tests/mutants, each of which tests must fail; what was run stays known
+	$(BIN)/python tests/mutants/run.py $(if $(ONLY),--only "$(ONLY)") $(if $(SINCE),--since $(SINCE)) \
+		$(if $(LIMIT),--seconds $(LIMIT)) $(if $(JOBS),--jobs $(JOBS))
+
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install  ## the pages as a site in build/site, offline; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 aot: install  ## compile every Triton kernel for every GPU in view, without one (TRITON=3.6.0 for another version)
 	test -z "$(TRITON)" || test -d build/triton-$(TRITON) || \
@@ -100,9 +112,9 @@ regress: install  ## every kernel right, then none slower than at BASE (a git re
 	$(BIN)/python -m pytest -q tests/ops tests/nn/test_pdgr.py
 	$(BIN)/python -m bench run --base $(BASE) --gate
 
-plots: install  ## draw the rows of ROWS (a folder of bench/results), and the README's tables from them
+plots: install  ## draw the rows of ROWS (a folder of bench/results), and the tables of the pages from them
 	$(BIN)/python -m bench plot $(wildcard $(ROWS)/knn*.jsonl $(ROWS)/pdgr*.jsonl $(ROWS)/ops*.jsonl) --out docs/bench/$(notdir $(patsubst %/,%,$(ROWS)))
-	$(BIN)/python -m bench report $(ROWS) README.md
+	$(BIN)/python -m bench report $(ROWS) docs/performance.md $(shell grep -l "summary: $(notdir $(patsubst %/,%,$(ROWS)))," README.md)
 
 format: install  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's performance sections, made from stored rows and from nothing else: one for each machine.
+"""Tables of performance, made from stored rows and from nothing else: one section for each machine.
 
-    python -m bench report bench/results/FOLDER README.md [--check]
+    python -m bench report bench/results/FOLDER docs/performance.md README.md [--check]
 
-Replaces what stands between the ``bench`` marks with the folder's name in the file; ``--check`` changes nothing and
-exits with 1 where the section is not what the rows give.
+Replaces in each file what stands between the marks with the folder's name: between ``bench`` marks all rows, between
+``summary`` marks the four that most people ask for. ``--check`` changes nothing and exits with 1 where a section is not
+what the rows give.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +20,14 @@ from bench import compare
 from bench.compare import Row, width_of
 
 BEGIN, END = "<!-- bench: {}, made by bench/report.py -->", "<!-- /bench -->"
+SUMMARY = "<!-- summary: {}, made by bench/report.py -->"
+# op, batch, nodes of an image, hidden width of the edge MLP, mode
+_SUMMARIZED = [
+    ("pdgr", 8, 576, 256, "fwd"),
+    ("pdgr", 8, 576, 256, "fwd+bwd"),
+    ("knn_graph", 8, 576, None, "fwd"),
+    ("knn_graph", 1, 16384, None, "fwd"),
+]
 _WORDS = {"fwd": "forward", "fwd+bwd": "forward + backward"}
 _PICTURES = {
     "speedup": "times as long as the engine takes, on a DINO-like prior",
@@ -130,8 +140,8 @@ def _model_table(rows: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
-def section(folder: Path, root: Path) -> str:
-    """The text for the rows of a folder; paths in it are relative to ``root``.
+def _read(folder: Path) -> tuple[list[Row], str]:
+    """The rows of a folder, and the machine that they are of.
 
     Raises:
         CompareError: no rows, or rows of several machines.
@@ -142,16 +152,55 @@ def section(folder: Path, root: Path) -> str:
     machines = {(row["device"], row["threads"], row["instruction_set"], row["torch"]) for row in rows}
     if len(machines) != 1:
         raise compare.CompareError(f"{folder}: holds rows of {len(machines)} machines; expected one")
-    device, threads, level, torch = machines.pop()
-    on, how = f"{threads} threads of an {device} ({level})", "one run where a call takes seconds"
+    device, threads, level, _ = machines.pop()
+    return rows, device if "gpu" in rows[0] else f"{threads} threads of an {device} ({level})"
+
+
+def _root(folder: Path, page: Path) -> Path:
+    """The folder that has both the rows and the page."""
+    return next(parent for parent in page.resolve().parents if folder.resolve().is_relative_to(parent))
+
+
+def summary(folder: Path, page: Path) -> str:
+    """Four rows of a machine, for a page of many things; a machine that has not all of them has fewer."""
+    rows, machine = _read(folder)
+    months = " and ".join(sorted({row["date"][:7] for row in rows}))
+    lines = [
+        f"| {machine}, {months} | engine, ms | plain PyTorch takes | `torch.compile` takes |",
+        "|---|---:|---:|---:|",
+    ]
+    for op, batch, nodes, width, mode in _SUMMARIZED:
+        for row in rows:
+            size = row.get("sizes", {})
+            found = (row["op"], size.get("B"), size.get("h", 0) * size.get("w", 0), row["mode"])
+            same = found == (op, batch, nodes, mode) and width in (None, size.get("E"))
+            if not same or (row["name"], row["data"], row["dtype"]) != ("engine", "dino", "float32"):
+                continue
+            kind = "PDGR" if op == "pdgr" else "k-NN selection"
+            cells = [f"{kind}, {batch} x {nodes} nodes, {_WORDS[mode]}", _ms(row["p50_ms"])]
+            plain = _times(rows, row, "literal", 0) if op == "pdgr" else _times(rows, row, "naive", 2)
+            lines.append("| " + " | ".join([*cells, plain, _times(rows, row, "compiled")]) + " |")
+    return "\n".join([*lines, ""])
+
+
+def section(folder: Path, page: Path) -> str:
+    """All rows of a folder; pictures are named as the page finds them.
+
+    Raises:
+        CompareError: no rows, or rows of several machines.
+    """
+    rows, machine = _read(folder)
+    how = "one run where a call takes seconds"
     if "gpu" in rows[0]:
-        on, how = f"An {device}", "each a CUDA graph where it can be captured, with a cold second-level cache"
-    place = folder.resolve().relative_to(root.resolve()).as_posix()
+        how = "each a CUDA graph where it can be captured, with a cold second-level cache"
+    root = _root(folder, page)
+    place = folder.resolve().relative_to(root).as_posix()
+    torch = rows[0]["torch"]
     dtypes = dict.fromkeys(["float32", *(row["dtype"] for row in rows if "dtype" in row)])
     months = sorted({row["date"][:7] for row in rows})
     lines = [
-        f"{on}, {' and '.join(months)}, torch {torch}, {', '.join(dtypes)}; medians of interleaved runs, {how}, from "
-        f"`{place}/*.jsonl`.",
+        f"{machine}, {' and '.join(months)}, torch {torch}, {', '.join(dtypes)}. Medians of interleaved runs, {how}. "
+        f"Rows: `{place}/*.jsonl`.",
         "",
         *_module_table(rows),
         *_selection_table(rows),
@@ -167,7 +216,8 @@ def section(folder: Path, root: Path) -> str:
             files = ", ".join(f"`{place}/{file}`" for file in shown)
             widths = sorted({width for part in shown.values() for row in part for width in width_of(row)})
             title = "; ".join([words[0].upper() + words[1:], *([" and ".join(widths)] if widths else [])])
-            lines += [f"![{name}: {words}]({picture})", "", f"*{title}. {files}*", ""]
+            shown_as = Path(os.path.relpath(root / picture, page.resolve().parent)).as_posix()
+            lines += [f"![{name}: {words}]({shown_as})", "", f"*{title}. {files}*", ""]
     return "\n".join(lines)
 
 
@@ -190,24 +240,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m bench report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("rows", type=Path, help="folder of JSON-lines files")
-    parser.add_argument("readme", type=Path)
+    parser.add_argument("pages", type=Path, nargs="+", metavar="page")
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args(arguments)
-    text = args.readme.read_text(encoding="utf-8")
-    begin = BEGIN.format(args.rows.resolve().name)
-    if text.count(begin) != 1 or END not in text.split(begin)[1]:
-        print(f"report: {args.readme} has no place for the section; expected {begin} and {END} once", file=sys.stderr)
+    return max(_renew(args.rows, page, args.check) for page in args.pages)
+
+
+def _renew(rows: Path, page: Path, check: bool) -> int:
+    """The exit code for one page."""
+    text = page.read_text(encoding="utf-8")
+    name = rows.resolve().name
+    makers = {mark.format(name): maker for mark, maker in ((BEGIN, section), (SUMMARY, summary))}
+    wanted = text
+    for begin, maker in makers.items():
+        if begin not in text:
+            continue
+        if text.count(begin) != 1 or END not in text.split(begin)[1]:
+            print(f"report: {page} has an open section; expected {begin} and {END} once", file=sys.stderr)
+            return 2
+        try:
+            made = maker(rows, page)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"report: {rows} cannot be used: {error}", file=sys.stderr)
+            return 2
+        before, rest = wanted.split(begin)
+        wanted = f"{before}{begin}\n{made}{END}{rest.split(END, 1)[1]}"
+    if not any(begin in text for begin in makers):
+        print(f"report: {page} has no place for the section; expected {BEGIN.format(name)} and {END}", file=sys.stderr)
         return 2
-    try:
-        made = section(args.rows, args.readme.parent)
-    except (OSError, ValueError, KeyError) as error:
-        print(f"report: {args.rows} cannot be used: {error}", file=sys.stderr)
-        return 2
-    before, rest = text.split(begin)
-    wanted = f"{before}{begin}\n{made}{END}{rest.split(END, 1)[1]}"
-    if args.check:
+    if check:
         if wanted != text:
-            print(f"report: {args.readme} is not what the rows of {args.rows} give; run it without --check")
+            print(f"report: {page} is not what the rows of {rows} give; run it without --check")
         return int(wanted != text)
-    args.readme.write_text(wanted, encoding="utf-8")
+    page.write_text(wanted, encoding="utf-8")
     return 0

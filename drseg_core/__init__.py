@@ -52,7 +52,7 @@ def __dir__() -> list[str]:
 def backends() -> list[dict[str, object]]:
     """Which backend can compute which op here, and why the others cannot (see ``drseg doctor``).
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> any(row["op"] == "knn_graph" and row["available"] for row in drseg.backends())
         True

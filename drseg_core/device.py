@@ -25,7 +25,7 @@ def select_device(name: str | None, *, local_rank: int = 0) -> torch.device:
         ConfigError: no name of a device.
         BackendUnavailableError: the device is not here.
 
-    Example:
+    Examples:
         >>> from drseg_core.device import select_device
         >>> select_device("cpu")
         device(type='cpu')
@@ -72,7 +72,7 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
         ConfigError: no name of a precision.
         BackendUnavailableError: torch has no autocast to bfloat16 on the device.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.device import select_precision
         >>> select_precision("bfloat16", torch.device("cpu"))

@@ -24,7 +24,7 @@ __all__ = [
 class DRSegError(RuntimeError):
     """Base of the package's own errors. ``exit_code`` is what ``drseg`` exits with.
 
-    Example:
+    Examples:
         >>> from drseg_core.errors import ConfigError, DRSegError
         >>> issubclass(ConfigError, DRSegError), DRSegError("unforeseen").exit_code, ConfigError("option").exit_code
         (True, 1, 2)
@@ -36,7 +36,7 @@ class DRSegError(RuntimeError):
 class ConfigError(DRSegError, ValueError):
     """A configuration file or option cannot be used.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.load import load_config
         >>> load_config("large")
         Traceback (most recent call last):
@@ -49,7 +49,7 @@ class ConfigError(DRSegError, ValueError):
 class DatasetError(DRSegError):
     """A data set, image or mask is missing, damaged or contradicts its class list.
 
-    Example:
+    Examples:
         >>> from drseg_core.data import open_dataset
         >>> open_dataset("folder:absent")
         Traceback (most recent call last):
@@ -62,7 +62,7 @@ class DatasetError(DRSegError):
 class RasterError(DatasetError):
     """A georeferenced raster cannot be read or written as asked.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> drseg.predict("run", "absent.tif", out="map.tif")
         Traceback (most recent call last):
@@ -73,7 +73,7 @@ class RasterError(DatasetError):
 class ArchiveError(DatasetError):
     """An archive holds a member that must not be extracted.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from drseg_core.data.prepare.archives import unpack
         >>> unpack(Path("scene.tif"), Path("unpacked"))
@@ -85,7 +85,7 @@ class ArchiveError(DatasetError):
 class CheckpointError(DRSegError):
     """Weights or training state are missing, damaged, unsafe or of another model.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> drseg.load("data")
         Traceback (most recent call last):
@@ -98,7 +98,7 @@ class CheckpointError(DRSegError):
 class BackendUnavailableError(DRSegError):
     """A named backend or device cannot run here; the message says why.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import graph_propagate
         >>> graph_propagate(torch.ones(1, 2, 3), torch.tensor([[[0], [1]]]), torch.ones(1, 2, 1), backend="triton")
@@ -112,7 +112,7 @@ class BackendUnavailableError(DRSegError):
 class BackendDtypeError(BackendUnavailableError, TypeError):
     """A named backend does not compute in the dtype it was given.
 
-    Example:
+    Examples:
         >>> from drseg_core.errors import BackendDtypeError, BackendUnavailableError
         >>> issubclass(BackendDtypeError, BackendUnavailableError) and issubclass(BackendDtypeError, TypeError)
         True
@@ -122,7 +122,7 @@ class BackendDtypeError(BackendUnavailableError, TypeError):
 class MissingExtraError(DRSegError, ImportError):
     """A library of an extra is not installed; the message says what to install.
 
-    Example:
+    Examples:
         >>> from drseg_core.errors import DRSegError, MissingExtraError
         >>> issubclass(MissingExtraError, (DRSegError, ImportError)), MissingExtraError("no rasterio").exit_code
         (True, 5)
@@ -134,7 +134,7 @@ class MissingExtraError(DRSegError, ImportError):
 class NumericalError(DRSegError):
     """Values are not finite where they must be.
 
-    Example:
+    Examples:
         >>> import torch, drseg_core as drseg
         >>> from drseg_core.evaluation.inference import Predictor
         >>> model = drseg.load("run").model
@@ -150,7 +150,7 @@ class NumericalError(DRSegError):
 class ResourceError(DRSegError):
     """Memory or disk space ran out, or a worker process died.
 
-    Example:
+    Examples:
         >>> from drseg_core.errors import ResourceError
         >>> ResourceError("save_checkpoint: the disk is full").exit_code
         7

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,11 +16,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from drseg_core.errors import ResourceError
 
 FULL_BYTES = 2**20
 """A disk with less room than this is full."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the system calls a disk, a share of one, or a file that can take no more."""
 
 _MANY, _AGAIN = 2000, 60.0
 """A folder of more files is listed again only after so many seconds."""
@@ -117,7 +123,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     If the body raises, the temporary file is removed and ``path`` is what it was before.
     The suffix is kept, because writers choose their format by it.
 
-    Example:
+    Examples:
         >>> from drseg_core.files import atomic_path
         >>> with atomic_path("numbers.txt") as temporary:
         ...     size = temporary.write_text("1 2 3")
@@ -140,14 +146,36 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, target)
         sync_directory(target.parent)
+    except OSError as error:
+        # the system does not say where it has no room
+        if error.errno in FULL and error.filename is None:
+            error.filename = str(target)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def parse_json(text: str) -> Any:
+    """``json.loads`` of a file that may be anybody's: all that it cannot read is a ValueError.
+
+    Examples:
+        >>> from drseg_core.files import parse_json
+        >>> parse_json('{"step": 3}')
+        {'step': 3}
+        >>> parse_json("[" * 100000)
+        Traceback (most recent call last):
+        ValueError: nested too deeply
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` as UTF-8 so that ``path`` holds all of it or what it held before.
 
-    Example:
+    Examples:
         >>> from drseg_core.files import write_text_atomic
         >>> write_text_atomic("out/note.txt", "whole or not at all")
         >>> open("out/note.txt").read()

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from drseg_core.config.schema import Config, ModelConfig
 from drseg_core.errors import ConfigError
+from drseg_core.files import parse_json
 
 
 def model_card(
@@ -113,7 +113,7 @@ def read_scores(files: Sequence[str | Path], weights: str) -> list[dict[str, str
     rows = []
     for file in files:
         try:
-            found = json.loads(Path(file).read_text(encoding="utf-8"))
+            found = parse_json(Path(file).read_text(encoding="utf-8"))
             digest, data, protocol = str(found["weights_sha256"]), found["data"], found["protocol"]
             row = {
                 "data": str(data["spec"]).partition(":")[0],

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from drseg_core.errors import CheckpointError
 from drseg_core.extras import require
+from drseg_core.files import parse_json
 from drseg_core.models.weights import write_tensors
 from drseg_core.nn.spsd import check_partition, split_by_score
 
@@ -38,7 +39,7 @@ class ChannelFile:
         energy: (C,) float64, mean over the training set's places of each channel's squared feature, before
             normalisation; None in files of earlier versions.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.channels import load_channels
         >>> channels = load_channels("run/channels.safetensors")
         >>> len(channels.split_again(0.25).semantic_index), len(channels.score)
@@ -101,7 +102,7 @@ def save_channels(path: str | os.PathLike[str], channels: ChannelFile) -> None:
     Raises:
         ResourceError: the file cannot be written (disk full, read-only).
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.channels import load_channels, save_channels
         >>> save_channels("half.safetensors", load_channels("run/channels.safetensors").split_again(0.5))
         >>> load_channels("half.safetensors").metadata["semantic_ratio"]
@@ -127,7 +128,7 @@ def load_channels(
     Raises:
         CheckpointError: not readable, of another kind or model, or its indices are no partition of the channels.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.channels import load_channels
         >>> load_channels("run/channels.safetensors", channels=64, backbone="drseg-tiny").metadata["class_names"]
         ['bare soil', 'red roof', 'blue pond']
@@ -137,7 +138,7 @@ def load_channels(
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = json.loads((file.metadata() or {})["drseg_channels"])
+            metadata = parse_json((file.metadata() or {})["drseg_channels"])
             tensor = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         content = ChannelFile(metadata=metadata, **tensor)
         version = int(metadata["format_version"])

@@ -24,7 +24,7 @@ from drseg_core.config.schema import ClipConfig, DinoConfig
 from drseg_core.config.zero_shot import NO_PRIOR
 from drseg_core.errors import CheckpointError, DatasetError
 from drseg_core.extras import require
-from drseg_core.files import write_text_atomic
+from drseg_core.files import parse_json, write_text_atomic
 from drseg_core.models.clip import ClipEncoder
 from drseg_core.models.dino import DinoPrior
 
@@ -44,7 +44,7 @@ class Finding(NamedTuple):
     """One thing that was looked at: ``name``, what was ``found`` and ``expected`` (None: nothing is known), and the
     ``verdict``: same, DIFFERS, unknown; or, of what a person should see, seen or ODD.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.check_weights import Finding
         >>> print(Finding("ids", [1, 2], [1, 2], "same").text())
         same     ids: [1, 2]
@@ -92,7 +92,7 @@ def check_weights(
         ConfigError: unknown architectures.
         DatasetError: no such picture.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.check_weights import check_weights
         >>> from drseg_core.config.zero_shot import load_zero_shot
         >>> tiny = load_zero_shot("tiny")
@@ -228,7 +228,7 @@ def _what_to_see(encoders: Encoders, clip: ClipConfig) -> list[Finding]:
 def save_values(findings: list[Finding], path: str | Path) -> None:
     """What was found, as JSON for :func:`read_values`.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.check_weights import Finding, read_values, save_values
         >>> save_values([Finding("a", [0.5], None, "unknown")], "values.json")
         >>> read_values("values.json")
@@ -244,14 +244,14 @@ def read_values(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, or another one.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.check_weights import read_values
         >>> read_values("absent.json")
         Traceback (most recent call last):
         drseg_core.errors.CheckpointError: check_weights: absent.json cannot be read; expected values that were saved...
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from drseg_core.checkpoints.versions import library_versions
 from drseg_core.errors import CheckpointError, ResourceError
-from drseg_core.files import sync_directory
+from drseg_core.files import parse_json, sync_directory
 from drseg_core.models.weights import load_weights, save_weights
 
 FORMAT_VERSION = 1
@@ -192,6 +192,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             actual = file_hash(path / name)
         except OSError as error:
             raise DamagedCheckpoint(f"checkpoint {path}: {name} cannot be read ({error.strerror})") from error
+        except (KeyError, TypeError) as error:
+            raise DamagedCheckpoint(f"checkpoint {path}: {DESCRIPTION} is not valid") from error
         if actual != expected:
             raise DamagedCheckpoint(f"checkpoint {path}: checksum mismatch in {name}")
     return Checkpoint(
@@ -219,6 +221,22 @@ def set_aside_damaged(run: Path, resumed_step: int) -> None:
             spare = path.with_name(f"{path.name}.damaged")
             shutil.rmtree(spare, ignore_errors=True)
             path.rename(spare)
+
+
+_KINDS = {"format_version": int, "step": int, "config": dict, "class_names": list, "versions": dict, "files": dict}
+
+
+def check_kinds(description: dict[str, Any]) -> None:
+    """Refuse a description whose fields are missing or of another kind: whoever made it also made its checksum.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name, kind in {**_KINDS, "left_out": dict}.items():
+        if not isinstance(description.get(name), kind) or isinstance(description[name], bool):
+            raise ValueError(f"{name} is no {kind.__name__}")
+    if not all(isinstance(name, str) for name in description["class_names"]):
+        raise ValueError("class_names are no text")
 
 
 def content_hash(content: Any) -> str:
@@ -281,7 +299,7 @@ def _write_generation(
 
 def _read_description(path: Path) -> dict[str, Any]:
     try:
-        description = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+        description = parse_json((path / DESCRIPTION).read_text(encoding="utf-8"))
         expected = description.pop("sha256")
         damaged = content_hash(description) != expected
     except OSError as error:
@@ -290,11 +308,16 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"checkpoint {path}: {DESCRIPTION} is not valid") from error
     if damaged:
         raise DamagedCheckpoint(f"checkpoint {path}: checksum mismatch in {DESCRIPTION}")
-    if description["format_version"] > FORMAT_VERSION:
+    version = description.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
             f"checkpoint {path}: format_version is newer than this program; "
-            f"expected at most {FORMAT_VERSION}, got {description['format_version']}"
+            f"expected at most {FORMAT_VERSION}, got {version}"
         )
+    try:
+        check_kinds({"left_out": {}, **description})
+    except ValueError as error:
+        raise DamagedCheckpoint(f"checkpoint {path}: {DESCRIPTION} is not valid; {error}") from error
     return description
 
 

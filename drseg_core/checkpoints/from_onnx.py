@@ -53,7 +53,7 @@ def dinov2_from_onnx(path: str | Path) -> dict[str, Tensor]:
             the encoder's own tensors than are known).
         MissingExtraError: ``onnx`` is not installed.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.from_onnx import dinov2_from_onnx
         >>> dinov2_from_onnx("absent.onnx")
         Traceback (most recent call last):
@@ -96,7 +96,7 @@ def disagreement(path: str | Path, encoder: Any) -> float:
         CheckpointError: the file cannot be read or run.
         MissingExtraError: ``onnx`` is not installed.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.from_onnx import disagreement
         >>> disagreement("absent.onnx", None)
         Traceback (most recent call last):
@@ -126,7 +126,10 @@ class _OnnxFile:
 
         self.path = path
         try:
-            self.model = onnx.load(str(path))
+            # a file that lies elsewhere is not followed
+            self.model = onnx.load(str(path), load_external_data=False)
+            if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in self.model.graph.initializer):
+                raise ValueError("tensors in other files")
             self.tensor = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.model.graph.initializer}
         except (OSError, DecodeError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drseg_core.errors import CheckpointError
+from drseg_core.files import parse_json
 
 LOCK_NAME = ".lock"
 _held: set[int] = set()
@@ -46,7 +47,7 @@ def run_lock(run: Path) -> Iterator[None]:
 
 def _holder(path: Path) -> str:
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
+        holder = parse_json(path.read_text(encoding="utf-8"))
         return f"locked by pid {holder['pid']} on host {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "locked by another process"

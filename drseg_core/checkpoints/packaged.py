@@ -71,7 +71,7 @@ PACKAGED = {source.name: source for source in (DINOV2, EFFICIENTNET)}
 def cache_folder() -> Path:
     """Where converted weights are kept: ``DRSEG_CACHE``, else ``drseg`` in ``XDG_CACHE_HOME`` or in ``~/.cache``.
 
-    Example:
+    Examples:
         >>> import os
         >>> from drseg_core.checkpoints.packaged import cache_folder
         >>> "drseg" == cache_folder().name or "DRSEG_CACHE" in os.environ
@@ -100,7 +100,7 @@ def packaged_prior(name: str = DINOV2.name, *, image_size: int = 518) -> DinoCon
         CheckpointError: it is not in the cache.
         ConfigError: another architecture.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.packaged import packaged_prior
         >>> packaged_prior("resnet50")
         Traceback (most recent call last):

@@ -22,7 +22,14 @@ import torch
 
 from drseg_core.checkpoints.card import model_card, read_scores, training_facts
 from drseg_core.checkpoints.channels import ChannelFile, load_channels, save_channels
-from drseg_core.checkpoints.checkpoint import content_hash, file_hash, first_line, storage_failure, whole_folder
+from drseg_core.checkpoints.checkpoint import (
+    check_kinds,
+    content_hash,
+    file_hash,
+    first_line,
+    storage_failure,
+    whole_folder,
+)
 from drseg_core.checkpoints.licences import licence_notes
 from drseg_core.checkpoints.run import (
     CHANNELS,
@@ -41,6 +48,7 @@ from drseg_core.config.schema import Config
 from drseg_core.data.dataset import class_names_hash
 from drseg_core.errors import CheckpointError, ConfigError, ResourceError
 from drseg_core.extras import require
+from drseg_core.files import parse_json
 from drseg_core.models.weights import (
     check_left_out,
     left_out_hashes,
@@ -91,7 +99,7 @@ def save_pretrained(
         CheckpointError: the ranking is not that of the model's split.
         ResourceError: the disk is full or not writable.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> from drseg_core.checkpoints.pretrained import save_pretrained
         >>> folder = save_pretrained(drseg.load("run"), "gift")
@@ -163,7 +171,7 @@ def from_pretrained(
             weights here.
         ConfigError: ``weights`` names no part of the model.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.pretrained import from_pretrained
         >>> from_pretrained("folder").class_names
         ('bare soil', 'red roof', 'blue pond')
@@ -219,7 +227,7 @@ def push_to_hub(
         CheckpointError: the model cannot be read or is damaged; or the hub cannot be reached or does not let us in.
         ResourceError: there is no room for the folder.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.pretrained import push_to_hub
         >>> push_to_hub("folder", "owner/name")
         'https://.../owner/name/commit/...'
@@ -281,7 +289,7 @@ def load(
         CheckpointError: see :func:`drseg_core.checkpoints.run.load_run` and :func:`from_pretrained`.
         ConfigError: ``weights`` names no part of a model.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> run = drseg.load("run")
         >>> run.model.training, run.class_names
@@ -324,9 +332,11 @@ def _description(folder: Path) -> dict[str, Any]:
     """``config.json``, after every file it lists was found to be what was written."""
     path = folder / DESCRIPTION
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = parse_json(path.read_text(encoding="utf-8"))
         whole = content_hash({key: value for key, value in description.items() if key != "sha256"})
-        expected, version, files = description["sha256"], description["format_version"], dict(description["files"])
+        expected, version = description["sha256"], description["format_version"]
+        if not isinstance(version, int) or version <= FORMAT_VERSION:
+            check_kinds(description)
     except OSError as error:
         raise CheckpointError(f"from_pretrained: {path} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -337,7 +347,10 @@ def _description(folder: Path) -> dict[str, Any]:
         )
     if whole != expected:
         raise CheckpointError(f"from_pretrained: {path} is damaged (checksum mismatch)")
-    for name, digest in files.items():
+    for name, digest in description["files"].items():
+        # of the folder itself, and nothing that never ends
+        if name not in _FILES or (folder / name).exists() and not (folder / name).is_file():
+            raise CheckpointError(f"from_pretrained: {path} names {name!r}; expected files that save_pretrained writes")
         try:
             found = file_hash(folder / name)
         except OSError as error:
@@ -358,7 +371,7 @@ def _ranking(run: LoadedRun) -> ChannelFile | None:
 def _manifest(run: LoadedRun) -> dict[str, Any]:
     for folder in (run.path, *run.path.parents[:2]):
         try:
-            content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            content = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
             data = {**content["data"], "spec": content["data"]["spec"].partition(":")[0]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue

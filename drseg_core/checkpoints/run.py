@@ -27,7 +27,7 @@ from drseg_core.checkpoints.versions import git_revision, library_versions
 from drseg_core.config.load import config_from_dict, override, to_yaml
 from drseg_core.config.schema import Config
 from drseg_core.errors import CheckpointError, ConfigError, DatasetError
-from drseg_core.files import write_text_atomic
+from drseg_core.files import parse_json, write_text_atomic
 from drseg_core.models.build import build_model
 from drseg_core.models.segmenter import Segmenter
 from drseg_core.models.weights import check_left_out, load_into, load_weights
@@ -56,7 +56,7 @@ _log = logging.getLogger(__name__)
 class LoadedRun:
     """A trained model on the CPU, in evaluation mode, with what it was trained for.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> run = drseg.load("run")
         >>> run.step, run.class_names, run.config.train.batch_size
@@ -83,7 +83,7 @@ def load_run(path: str | Path, *, weights: Mapping[str, str | Path] | None = Non
         CheckpointError: not found, damaged, of another model than its configuration says, or with an option that this
             version does not know; or a frozen part that it leaves out has other weights now.
 
-    Example:
+    Examples:
         >>> from drseg_core.checkpoints.run import load_run
         >>> load_run("run").path.as_posix()
         'run/checkpoints/step-00000001'
@@ -119,7 +119,7 @@ def training_data(run: LoadedRun) -> str | None:
     """The specification of the data a run was trained on; None where its folder does not tell."""
     for folder in (run.path, *run.path.parents[:2]):
         try:
-            return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["data"]["spec"])
+            return str(parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["data"]["spec"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
@@ -256,7 +256,7 @@ def write_run_files(
     manifest = entry
     if resumed_at is not None:
         try:
-            manifest = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
+            manifest = parse_json((run / MANIFEST).read_text(encoding="utf-8"))
             manifest.setdefault("resumed", []).append({"step": resumed_at, **entry})
         except (OSError, ValueError, AttributeError):
             manifest = entry

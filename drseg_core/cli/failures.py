@@ -7,8 +7,9 @@ import errno
 import sys
 
 from drseg_core.errors import ConfigError, DRSegError
+from drseg_core.files import FULL
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ENOMEM}
+_DISK = FULL | {errno.EIO, errno.EROFS, errno.ENOMEM}
 _MEMORY_HINT = {
     "train": "lower --train.batch_size or --train.crop_size",
     "evaluate": "lower --batch-size, or use --mode tile",
@@ -42,6 +43,8 @@ def failure(error: BaseException, command: str) -> tuple[str, int]:
     if _out_of_memory(error):
         hint = _MEMORY_HINT.get(command, "use smaller inputs")
         return f"drseg: error: out of memory: {_one_line(error) or 'allocation refused'}; {hint}", 7
+    if isinstance(error, OSError) and error.errno in FULL and error.filename is not None:
+        return f"drseg: error: {error.filename} cannot be written: the disk is full ({error.strerror})", 7
     if isinstance(error, OSError) and error.errno in _DISK:
         return f"drseg: error: {_one_line(error)}", 7
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
@@ -66,4 +69,10 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return visible(" ".join(str(error).split()))
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: names of files and classes may hold what it obeys, which is shown as an escape instead."""
+    escaped = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(escaped)

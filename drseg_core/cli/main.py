@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from drseg_core import __version__
-from drseg_core.cli.failures import Terminated, UsageError, failure
+from drseg_core.cli.failures import Terminated, UsageError, failure, visible
 from drseg_core.cli.front import PlainParser
 from drseg_core.extras import installed, require
 from drseg_core.processor import prepare
@@ -167,12 +167,19 @@ def _termination_raises():
             signal.signal(number, before)
 
 
+class _Lines(logging.Formatter):
+    """What is logged, as a terminal may show it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def _set_up_logging() -> None:
     logger = logging.getLogger("drseg_core")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("drseg: %(levelname)s: %(message)s"))
+    handler.setFormatter(_Lines("drseg: %(levelname)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False

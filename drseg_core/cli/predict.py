@@ -66,7 +66,7 @@ def add_map_arguments(parser: Parser, *, default: str) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--out", required=True, type=str, metavar="FILE", help=OUT_HELP)
     output.add_argument(
-        "--overwrite", action="store_true", help="replace outputs that exist, remove others of that map"
+        "--overwrite", action="store_true", help="replace outputs that exist, remove others of that map, its page too"
     )
     output.add_argument("--scores", action="store_true", help="also write the score of the best class of each pixel")
     output.add_argument("--probabilities", action="store_true", help="also write the scores of all classes")

@@ -82,7 +82,7 @@ def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path
         RasterError: one of several scenes is no file.
     """
     from drseg_core.scenes.block_store import is_complete, work_folder
-    from drseg_core.scenes.files import check_outputs
+    from drseg_core.scenes.files import check_input_stays, check_outputs
     from drseg_core.view.page import page_path
 
     given_shard(args)
@@ -92,6 +92,8 @@ def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path
     if report is not None:
         if report.is_dir() or not report.absolute().parent.is_dir():
             raise ConfigError(f"--report is not writable; expected a file in a folder that exists, got {report}")
+        taken = [name for scene in scenes for name in (scene.image, scene.out, scene.polygons)] + [*inputs]
+        check_input_stays(report, taken, "--report is an input or a map")
 
     def overwrites(scene: Scene) -> bool:
         # an interrupted call goes on; whether these are its files is looked at where its blocks are
@@ -142,6 +144,14 @@ def map_and_say(args: Any, scenes: Sequence[Scene], recipe: Callable[..., Mapper
             if many and not together:
                 _say(outcome)
 
+        def finish(outcomes: Sequence[Outcome]) -> None:
+            for outcome in outcomes if many and together else ():
+                _say(outcome)
+            if not many and outcomes[0].error is None:
+                _say_one(outcomes[0])
+            if args.view:
+                write_pages(mapper, [outcome for outcome in outcomes if outcome.state == "mapped"])
+
         mapper = recipe(device=str(group.device) if together else args.device)
         outcomes = map_scenes(
             mapper,
@@ -155,18 +165,12 @@ def map_and_say(args: Any, scenes: Sequence[Scene], recipe: Callable[..., Mapper
             overwrite=args.overwrite,
             report=None if args.report is None else Path(args.report),
             done=done,
+            finish=finish,
             progress=group.is_main,
         )
         if not group.is_main:
             return mapper
-    if many and together:
-        for outcome in outcomes:
-            _say(outcome)
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
-    if not many and not failed:
-        _say_one(outcomes[0])
-    if args.view:
-        write_pages(mapper, [outcome for outcome in outcomes if outcome.state == "mapped"])
     if many:
         word = "mapped" if args.shard is None else f"shard {args.shard} made of"
         print(f"{word}: {len(outcomes) - len(failed)} of {len(outcomes)} scenes")

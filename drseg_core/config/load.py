@@ -47,7 +47,7 @@ def load_config(source: str | os.PathLike[str]) -> Config:
     Raises:
         ConfigError: no such preset or file, unknown or repeated key, wrong type, YAML tag.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.load import load_config
         >>> load_config("tiny").model.graph.k
         33
@@ -115,7 +115,7 @@ def config_from_dict(content: Mapping[str, Any], kind: type[T], name: str = "con
 def to_yaml(config: Any) -> str:
     """A configuration as YAML text that :func:`parse_config` reads back to an equal one.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.load import load_config, to_yaml
         >>> print(to_yaml(load_config("tiny").evaluation), end="")
         mode: whole
@@ -135,7 +135,7 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: unknown option or wrong type.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.load import load_config, override
         >>> config = override(load_config("vitl"), {"model.graph.k": 50, "train.iterations": 1000})
         >>> config.model.graph.k, config.train.iterations, config.train.batch_size

@@ -32,7 +32,7 @@ class PublishedSizes:
         remote_clip: whether RemoteCLIP guides its decoder.
         options: further options with ViT-B and with ViT-L: another encoder, image sizes, what of CLIP is trained.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.methods import METHODS
         >>> METHODS["rskt"].published.prior, METHODS["rskt"].published.remote_clip
         ('v1', True)
@@ -58,7 +58,7 @@ class Method:
         simplified: what differs from the original, besides the sizes.
         published: its own sizes.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.methods import METHODS
         >>> METHODS["sed"].source
         'arXiv 2311.15537; xb534/SED'
@@ -206,7 +206,7 @@ def apply_method(config: Config, name: str) -> Config:
     Raises:
         ConfigError: no such method, or it does not fit the configuration.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.load import load_config
         >>> from drseg_core.config.methods import apply_method
         >>> apply_method(load_config("tiny"), "catseg").model.aggregator.kind
@@ -226,7 +226,7 @@ def published_options(name: str, clip: str, *, released: str | None = None) -> d
             that of the ``tiny`` preset, keeps the configuration's.
         released: name of the training set whose released weights' layers are meant; None means those of its files.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.methods import published_options
         >>> published_options("rskt", "ViT-B-16-quickgelu")["model.aggregator.layers"]
         3

@@ -389,7 +389,7 @@ class ReadingConfig:
 class Config:
     """Everything a run needs besides its data and its output folder.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.schema import Config
         >>> config = Config()
         >>> config.model.graph.k, config.model.spsd.semantic_ratio, config.train.crop_size

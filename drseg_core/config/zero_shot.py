@@ -66,7 +66,7 @@ class ZeroShotConfig:
     Raises:
         ConfigError: a number is out of range.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.zero_shot import ZeroShotConfig
         >>> ZeroShotConfig(steps=5).window
         336
@@ -138,7 +138,7 @@ def load_zero_shot(source: str | os.PathLike[str]) -> ZeroShotConfig:
     Raises:
         ConfigError: no such preset or file, unknown or repeated key, wrong type, a number out of range.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.zero_shot import load_zero_shot
         >>> load_zero_shot("b").clip.name
         'ViT-B-16-quickgelu'

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,7 +24,7 @@ class Sample(NamedTuple):
 
     ``image`` is (3, H, W) uint8 RGB, ``mask`` (H, W) uint8 class ids with 255 = ignore, ``name`` a path or scene name.
 
-    Example:
+    Examples:
         >>> from drseg_core.data import open_dataset
         >>> image, mask, name = open_dataset("folder:data", "train")[0]
         >>> image.dtype, image.shape[0], mask.shape == image.shape[1:]
@@ -38,7 +39,7 @@ class Sample(NamedTuple):
 class SegmentationDataset(torch.utils.data.Dataset[Sample], ABC):
     """A numbered set of samples whose mask value ``c`` means ``class_names[c]``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.data import Sample, SegmentationDataset
         >>> class Night(SegmentationDataset):
@@ -83,7 +84,8 @@ def check_class_names(class_names: Sequence[str], origin: str) -> tuple[str, ...
     """The names as a tuple.
 
     Raises:
-        DatasetError: no name, more than 255 names (id 255 means ignore), an empty or repeated name.
+        DatasetError: no name, more than 255 names (id 255 means ignore), an empty or repeated name, or one with control
+            characters, which no XML and no terminal takes for text.
     """
     names = tuple(class_names)
     if not 1 <= len(names) <= IGNORE:
@@ -92,12 +94,21 @@ def check_class_names(class_names: Sequence[str], origin: str) -> tuple[str, ...
     for index, name in enumerate(names):
         if not name.strip():
             raise DatasetError(f"{origin}: class name {index} is empty; expected text")
+        if has_control(name):
+            raise DatasetError(
+                f"{origin}: class name {index} has a control character; expected text, got {ascii(name)}"
+            )
         if name in seen:
             raise DatasetError(
                 f"{origin}: class name {name!r} repeats; expected it once, got ids {seen[name]} and {index}"
             )
         seen[name] = index
     return names
+
+
+def has_control(text: str) -> bool:
+    """Whether there is a control character, half a pair or the end of a line or paragraph in it."""
+    return any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in text)
 
 
 def class_names_hash(class_names: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ def open_dataset(
         ConfigError: unknown kind, option or value.
         DatasetError: the data set cannot be used.
 
-    Example:
+    Examples:
         >>> from drseg_core.data import open_dataset
         >>> open_dataset("folder:data", "val").class_names
         ('bare soil', 'red roof', 'blue pond')

@@ -182,7 +182,7 @@ def get_protocol(name: str) -> Protocol:
     Raises:
         ConfigError: no such protocol.
 
-    Example:
+    Examples:
         >>> from drseg_core.data.protocols import get_protocol
         >>> get_protocol("rskt").convention, get_protocol("clean").held_out
         ('present', True)
@@ -203,7 +203,7 @@ def open_protocol(protocol: Protocol, spec: str) -> SegmentationDataset:
         ConfigError: not a benchmark set, or one that the protocol does not cover.
         DatasetError: the files cannot be used.
 
-    Example:
+    Examples:
         >>> from drseg_core.data.protocols import get_protocol, open_protocol
         >>> open_protocol(get_protocol("rskt"), "udd5:datasets").class_names
         ('Vegetation', 'Building', 'Road', 'Vehicle', 'Other')

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,11 @@ _DESCRIBED = tuple(
     for word, number in zip(_COLORS, (4, 3, 2), strict=True)
 )
 _EDGE = re.compile(r"red.?edge", re.IGNORECASE)
+
+
+# files that only say where the pixels or shapes are
+_POINTS = re.compile(rb"\s*(<\?xml[^>]*>\s*)?<(VRTDataset|OGRVRTDataSource|GDAL_WMS|GDAL_WMTS|WMT_MS_Capabilities)")
+_REMOTE = re.compile(rb"://|/vsi(curl|s3|gs|az|adls|oss|swift|webhdfs)")
 
 
 class RasterReader:
@@ -271,6 +277,31 @@ class RasterReader:
             ) from None
 
 
+def names_files(path: str | os.PathLike[str]) -> bool:
+    """Whether a file, such as a VRT, only says where pixels or shapes are."""
+    return _pointer(path) is not None
+
+
+def points_elsewhere(path: str | os.PathLike[str]) -> bool:
+    """Whether a file only says where pixels or shapes are, and that is on a network."""
+    content = _pointer(path)
+    return content is not None and _names_a_network(content)
+
+
+def _pointer(path: str | os.PathLike[str]) -> bytes | None:
+    """All of a file that only says where pixels or shapes are; None of any other."""
+    # what cannot be read is said where it is opened
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        content = file.read(1024)
+        if _POINTS.match(content):
+            return content + file.read()
+    return None
+
+
+def _names_a_network(content: bytes) -> bool:
+    return _REMOTE.search(re.sub(rb'xmlns(:\w+)?="[^"]*"|"http://www.opengis.net[^"]*"', b"", content)) is not None
+
+
 @contextlib.contextmanager
 def open_raster(path: Path, *, origin: str, driver: str | None = None, address: str | None = None) -> Iterator[Any]:
     """An open rasterio data set; GDAL's cache stays small, and a file that is cut short is an error.
@@ -293,8 +324,8 @@ def open_raster(path: Path, *, origin: str, driver: str | None = None, address: 
         raise RasterError(f"read_scene: {path} cannot be opened: {error.strerror}") from None
     if not is_file and address is None:
         raise RasterError(f"read_scene: {path} is not a file; expected an image")
-    # libjpeg only warns of a file that is cut short, and GDAL would hand out gray
-    options: dict[str, Any] = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "YES", "GDAL_CACHEMAX": CACHE_MB}
+    # libjpeg only warns of a file that is cut short, and GDAL would hand out gray; rasterio takes the cache in bytes
+    options: dict[str, Any] = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "YES", "GDAL_CACHEMAX": CACHE_MB * 2**20}
     if address is not None:
         # what lies beside it is not asked for, and a server may be busy for a moment
         options |= {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": 3}

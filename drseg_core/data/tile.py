@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -19,12 +18,12 @@ from numpy.typing import NDArray
 from drseg_core.config.reading import Reading
 from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.manifest import printable, write_manifest
-from drseg_core.data.raster import RasterReader, open_raster
+from drseg_core.data.raster import RasterReader, open_raster, points_elsewhere
 from drseg_core.data.values import holds
 from drseg_core.data.vector import Shapes, read_shapes
 from drseg_core.errors import ConfigError, DatasetError, ResourceError
 from drseg_core.extras import require
-from drseg_core.files import own_prefix, remove_dead
+from drseg_core.files import own_prefix, parse_json, remove_dead
 
 RASTERS = (".tif", ".tiff", ".vrt", ".img", ".png")
 SMALLEST = 64
@@ -124,7 +123,7 @@ class RasterLabels:
 def _raster_names(source: Any) -> Sequence[str] | None:
     """Class names that a raster of labels carries: those of a map of ours."""
     try:
-        return [str(name) for name in json.loads(source.tags()["class_names"])]
+        return [str(name) for name in parse_json(source.tags()["class_names"])]
     except (KeyError, ValueError, TypeError):
         return None
 
@@ -184,6 +183,9 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
         raise ConfigError(f"data tile: --size is out of range; expected at least {SMALLEST}, got {options.size}")
     if not 0 <= options.val_share < 1:
         raise ConfigError(f"data tile: --val-share is out of range; expected 0 to below 1, got {options.val_share}")
+    for path in (scene, labels):
+        if points_elsewhere(path):
+            raise ConfigError(f"data tile: {path} points to something remote; expected files")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"data tile: --out is not empty; expected a new or empty folder, got {target}")
     with open_raster(scene, origin="data tile") as source:

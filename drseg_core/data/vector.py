@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from drseg_core.data.manifest import printable
+from drseg_core.data.raster import points_elsewhere
 from drseg_core.errors import DatasetError
 from drseg_core.extras import require
 
@@ -62,6 +63,8 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
 
     if not path.is_file():
         raise DatasetError(f"read_shapes: {printable(path)} is not a file; expected polygons")
+    if points_elsewhere(path):
+        raise DatasetError(f"read_shapes: {printable(path)} points to something remote; expected polygons in a file")
     try:
         meta, _, geometry, columns = read(path.absolute())
     except (DataSourceError, DataLayerError, ValueError) as error:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from drseg_core.data.dataset import has_control
 from drseg_core.data.palette import palette
 from drseg_core.errors import ConfigError
 
@@ -25,7 +26,7 @@ _SHOWN = 8
 class Vocabulary(NamedTuple):
     """Class ``names`` in id order, the ``synonyms`` of each (its name first), and ``colors``, None where not given.
 
-    Example:
+    Examples:
         >>> from drseg_core.data.vocabulary import parse_classes
         >>> parse_classes("road, parking lot #808080; roof").synonyms
         (('road', 'parking lot'), ('roof',))
@@ -69,7 +70,7 @@ def parse_classes(text: str) -> Vocabulary:
     Raises:
         ConfigError: no class, an empty name or synonym, a word twice, two colours, a file that cannot be read.
 
-    Example:
+    Examples:
         >>> from drseg_core.data.vocabulary import parse_classes
         >>> classes = parse_classes("building#ff0000; field")
         >>> classes.names, classes.colors
@@ -85,6 +86,8 @@ def parse_classes(text: str) -> Vocabulary:
                 f"--classes has a colour that is none; expected such as #808080 behind a word, got {item.strip()!r}"
             )
         words = tuple(" ".join(word.split()) for word, _ in parts)
+        if any(map(has_control, words)):
+            raise ConfigError(f"--classes has a control character; expected text, got {ascii(item.strip())}")
         if "" in words:
             raise ConfigError(f"--classes has an empty name; expected text between commas, got {item.strip()!r}")
         codes = [code for _, code in parts if code is not None]

@@ -99,7 +99,7 @@ def evaluate(
         DatasetError: the data set is empty or a sample cannot be read.
         ResourceError: ``prior_cache`` cannot be written.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> from drseg_core.data import open_dataset
         >>> from drseg_core.evaluation.evaluate import evaluate

@@ -25,7 +25,7 @@ class Prediction(NamedTuple):
     """Per pixel: ``class_index`` (H, W) uint8, ``score`` (H, W) float32, the sigmoid score of that class, and
     ``uncertainty`` (H, W) float32, U of Eq. 12. All on the CPU.
 
-    Example:
+    Examples:
         >>> import torch, drseg_core as drseg
         >>> from drseg_core.evaluation.inference import Predictor
         >>> predictor = Predictor(drseg.load("run").model, ["roof", "pond"])
@@ -127,7 +127,7 @@ class Predictor:
     Calls raise NumericalError where the model's logits are not finite, and BackendUnavailableError where the model
     cannot be compiled.
 
-    Example:
+    Examples:
         >>> import torch, drseg_core as drseg
         >>> from drseg_core.evaluation.inference import Predictor
         >>> model = drseg.load("run").model

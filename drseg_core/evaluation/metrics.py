@@ -43,7 +43,7 @@ class ConfusionMatrix:
         matrix: (T, T) int64; row = truth, column = prediction.
         ignored: pixels whose truth was 255.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.evaluation.metrics import ConfusionMatrix
         >>> confusion = ConfusionMatrix(2)

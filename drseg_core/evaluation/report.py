@@ -18,7 +18,7 @@ class SheetRow(NamedTuple):
     """One scene of an overlay sheet: ``image`` (3, H, W) uint8, the others (H, W): ids, 255 = ignore, and
     ``uncertainty`` in [0, 1]. What is None stays blank. Tensors are taken too.
 
-    Example:
+    Examples:
         >>> from drseg_core.data import open_dataset
         >>> from drseg_core.evaluation.report import SheetRow
         >>> sample = open_dataset("folder:data")[0]
@@ -44,7 +44,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | N
         rows: one mapping per row.
         columns: which keys, in order; those of the first row by default.
 
-    Example:
+    Examples:
         >>> from drseg_core.evaluation.report import markdown_table
         >>> print(markdown_table([{"model": "DR-Seg", "mIoU": 40.33}, {"model": "other", "mIoU": None}]), end="")
         | model | mIoU |
@@ -72,7 +72,7 @@ def _cell(value: Any) -> str:
 def heat(value: Any) -> Image8:
     """(H, W) in [0, 1] -> (H, W, 3): dark blue over red to light yellow.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from drseg_core.evaluation.report import heat
         >>> heat(np.array([[0.0, 1.0]])).tolist()
@@ -97,7 +97,7 @@ def overlay_sheet(rows: Sequence[SheetRow], class_names: Sequence[str], *, cell:
     Returns:
         (H, W, 3) uint8.
 
-    Example:
+    Examples:
         >>> from drseg_core.data import open_dataset
         >>> from drseg_core.evaluation.report import SheetRow, overlay_sheet
         >>> data = open_dataset("folder:data")

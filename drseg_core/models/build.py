@@ -29,7 +29,7 @@ def build_model(
         ValueError: options that do not fit together.
         CheckpointError: CLIP or prior weights that cannot be had.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.load import load_config
         >>> from drseg_core.models.build import build_model
         >>> model = build_model(load_config("tiny").model)

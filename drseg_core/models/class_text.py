@@ -21,7 +21,7 @@ class ClassText(NamedTuple):
     """What names become: ``embedding`` (W, C), of length 1, of all words, and ``counts``, how many of them in turn
     belong to each of the T classes.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> from drseg_core.models.class_text import encode_classes
         >>> text = encode_classes(drseg.load("run").model.clip, ["road", "tree, bush"], background=["sky", "wall"])
@@ -61,7 +61,7 @@ def encode_classes(
         ConfigError: no class, no template, a class without a word, an empty word, one that is too long, or a template
             that is not usable.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> from drseg_core.models.class_text import encode_classes
         >>> encode_classes(drseg.load("run").model.clip, [["roof", "building"], "pond"], ["a {}"]).counts
@@ -97,7 +97,7 @@ def class_logits(features: Tensor, text: ClassText) -> Tensor:
     Raises:
         ValueError: another number of channels.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.models.class_text import ClassText, class_logits
         >>> text = ClassText(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), (2, 1))

@@ -46,7 +46,7 @@ class DenseOptions:
     Raises:
         ValueError: a number is out of range.
 
-    Example:
+    Examples:
         >>> from drseg_core.models.dense_features import DenseOptions
         >>> DenseOptions(sigma=2.0)
         DenseOptions(sigma=2.0, beta=1.2, gamma=3.0, class_share=0.3)
@@ -116,7 +116,7 @@ def dense_features(
         ValueError: an unknown variant, pixels of a wrong size, or a prior that is missing, of no use or of a wrong
             shape.
 
-    Example:
+    Examples:
         >>> import torch, drseg_core as drseg
         >>> from drseg_core.models.dense_features import dense_features
         >>> tower = drseg.load("run").model.clip.visual
@@ -165,7 +165,7 @@ def neighbourhood(grid: tuple[int, int], sigma: float) -> Tensor:
     Returns:
         (1 + hw, 1 + hw) float64, the class token first.
 
-    Example:
+    Examples:
         >>> from drseg_core.models.dense_features import neighbourhood
         >>> neighbourhood((1, 2), 1.0).round(decimals=4).tolist()
         [[0.0, 0.0, 0.0], [0.0, 1.0, 0.6065], [0.0, 0.6065, 1.0]]
@@ -193,7 +193,7 @@ def prior_attention(prior: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Ten
     Returns:
         (B, hw, hw) weights, each row of sum 1, in the dtype of the prior.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.models.dense_features import prior_attention
         >>> prior_attention(torch.eye(2).view(1, 2, 1, 2))[0].tolist()

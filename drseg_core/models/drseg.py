@@ -43,7 +43,7 @@ class DRSeg(Segmenter):
         ValueError: options that do not fit together.
         CheckpointError: weights of CLIP, the prior or the second CLIP that cannot be had.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.config.load import load_config
         >>> from drseg_core.models.drseg import DRSeg

@@ -35,7 +35,7 @@ EDGE = "pdgr.edge_"
 class Proposals(NamedTuple):
     """Masks and their classes: ``mask`` logits (B, Q, h, w), and ``score`` (B, Q, T + 1) logits, no object last.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.models.segmenter import Proposals
         >>> Proposals(torch.zeros(1, 100, 40, 40), torch.zeros(1, 100, 18)).score.shape[2] - 1
@@ -53,7 +53,7 @@ class SegmenterOutput(NamedTuple):
     (B, 1, h, w) in [0, 1]; ``original`` (B, T, h, w) cosines, mean over the orientations; ``refined`` (B, T, h, w)
     those of the refined correlation, None where there is none.
 
-    Example:
+    Examples:
         >>> import torch, drseg_core as drseg
         >>> model = drseg.load("run").model
         >>> output = model(torch.rand(1, 3, 32, 32), model.tokenize(["roof", "pond"]))
@@ -100,7 +100,7 @@ class Segmenter(nn.Module):
         ValueError: options that do not fit together.
         CheckpointError: CLIP weights that cannot be had.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> from drseg_core.models.segmenter import Segmenter
         >>> model = drseg.load("run").model

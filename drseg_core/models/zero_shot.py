@@ -25,7 +25,7 @@ class ZeroShotMaps(NamedTuple):
     """``features`` (B, C, h, w) as :func:`drseg_core.models.dense_features.dense_features` gives them, and ``prior``
     (B, D, h, w) on the same grid, None where there is none.
 
-    Example:
+    Examples:
         >>> import torch, drseg_core as drseg
         >>> from drseg_core.models.zero_shot import ZeroShot
         >>> model = drseg.load("run").model
@@ -41,7 +41,7 @@ class ZeroShotMaps(NamedTuple):
 class ZeroShotOutput(NamedTuple):
     """``logits`` (B, T, h, w), cosines without a scale; ``features`` and ``prior`` of :class:`ZeroShotMaps`.
 
-    Example:
+    Examples:
         >>> import torch, drseg_core as drseg
         >>> from drseg_core.models.zero_shot import ZeroShot
         >>> model = ZeroShot(drseg.load("run").model.clip)
@@ -97,7 +97,7 @@ class ZeroShot(nn.Module):
     Raises:
         ValueError: an unknown option, or a prior that is needed and missing.
 
-    Example:
+    Examples:
         >>> import torch, drseg_core as drseg
         >>> from drseg_core.models.zero_shot import ZeroShot
         >>> from drseg_core.nn import LabelPropagation

@@ -88,7 +88,7 @@ def propagation_graph(
         A node whose prior is not finite, or whose cosines are all negative, has no edges: it keeps its own label, and
         others are as if it were not there.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn.label_propagation import propagation_graph, smooth
         >>> prior = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
@@ -170,7 +170,7 @@ def smooth(graph: Graph, x: Tensor, *, backend: str | None = None) -> Tensor:
     Returns:
         The shape and dtype of ``x``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn.label_propagation import propagation_graph, smooth
         >>> graph = propagation_graph(torch.ones(6, 2), (2, 3), k=5)
@@ -210,7 +210,7 @@ def reach_of_steps(radius: float, steps: int) -> int:
     nodes, so they depend on the choices of nodes one edge further, and those on the priors of all that these could have
     chosen, one edge further still: ``steps + 2`` edges, none of which spans more than ``radius`` whole cells.
 
-    Example:
+    Examples:
         >>> from drseg_core.nn.label_propagation import reach_of_steps
         >>> reach_of_steps(4.5, 3)
         20
@@ -250,7 +250,7 @@ def propagate_labels(
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
         NumericalError: a label is not finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn.label_propagation import propagate_labels, propagation_graph
         >>> graph = propagation_graph(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), (1, 3), k=1)
@@ -310,7 +310,7 @@ def solve_labels(
     Note:
         Memory: five times the labels, and on a CPU eight bytes for each edge. An iteration waits for the device once.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn.label_propagation import propagation_graph, solve_labels
         >>> graph = propagation_graph(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), (1, 3), k=1)
@@ -375,7 +375,7 @@ class LabelPropagation(nn.Module):
     Shape:
         labels (B, T, h, w) and prior (B, D, h, w) to (B, T, h, w), in the dtype of the labels, without gradient.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn.label_propagation import LPOSS_GRAPH, LabelPropagation
         >>> lposs = LabelPropagation(**LPOSS_GRAPH, alpha=0.95, scaled=False)

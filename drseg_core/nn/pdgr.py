@@ -119,7 +119,7 @@ class PDGR(nn.Module):
     Note:
         A cell whose prior is not finite gets a NaN output and influences no other cell.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn import PDGR
         >>> pdgr = PDGR(channels=8, prior_dim=16, k=5)

@@ -55,7 +55,7 @@ def propagate_pixels(
     Note:
         Memory: ``2 radius (radius + 1)`` values for each pixel, the result, and four times the logits of four classes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn.pixel_propagation import propagate_pixels
         >>> image = torch.tensor([[[0, 0, 255]]], dtype=torch.uint8)
@@ -113,7 +113,7 @@ def reach_of_pixels(radius: int, steps: int) -> int:
     """Pixels, down or across, within which is all that decides what :func:`propagate_pixels` makes of one: an edge for
     each step. The sum that divides a mean is of edges that it counts itself.
 
-    Example:
+    Examples:
         >>> from drseg_core.nn.pixel_propagation import reach_of_pixels
         >>> reach_of_pixels(3, 10)
         30

@@ -106,7 +106,7 @@ def rank_by_prototypes(
         TypeError: wrong dtype.
         ValueError: wrong shape, non-finite prototype, label out of range, fewer than two classes present.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn import rank_by_prototypes
         >>> prototype = torch.tensor([[0.0, 1.0, 0.0], [0.6, 0.0, 0.8], [0.0, 1.0, 0.0], [0.6, 0.0, 0.8]])
@@ -150,7 +150,7 @@ class SPSD(nn.Module):
         semantic_ratio: rho in [0, 1]; 0 makes every channel structural.
         ranking: (C,) score, larger is more semantic.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn import SPSD
         >>> spsd = SPSD(4, semantic_ratio=0.5, ranking=torch.tensor([0.1, 0.9, 0.3, 0.8]))

@@ -190,7 +190,7 @@ class UGAF(nn.Module):
         head: joins both embeddings by ``conv1x1`` with GroupNorm and ReLU, or by ``conv7x7`` with sigmoid and residual.
         multi_scale: see :class:`MultiScaleBlock`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn import UGAF
         >>> fusion = UGAF(rotations=4, width=32)
@@ -287,7 +287,7 @@ def build_fusion(
 ) -> UGAF | _Fusion:
     """The fusion of that name; options that a kind does not have are not looked at.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn import build_fusion
         >>> fusion = build_fusion("concat", rotations=4, width=32)

@@ -24,7 +24,7 @@ class Case:
         saturated: values at the edge of the number range instead of ordinary ones.
         large: of a model, and too large for every commit on a CPU; whole PDGR is measured at these.
 
-    Example:
+    Examples:
         >>> from drseg_core.testing import Case
         >>> Case("mine_8x8", 1, 8, 8, prior=16, hidden=8, channels=12, neighbours=5).nodes
         64
@@ -74,7 +74,7 @@ CASES = (
 def generator(case: Case, seed: int = 0) -> torch.Generator:
     """Random numbers that depend on nothing but the case and the seed; always on the CPU.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.testing import CASES, generator
         >>> torch.equal(*(torch.rand(3, generator=generator(CASES[0])) for _ in range(2)))
@@ -86,7 +86,7 @@ def generator(case: Case, seed: int = 0) -> torch.Generator:
 def random_index(case: Case, random: torch.Generator) -> Tensor:
     """(B, N, K) int32 neighbours, ascending and distinct in each row, with a few nodes that many rows choose.
 
-    Example:
+    Examples:
         >>> from drseg_core.testing import CASES, generator, random_index
         >>> random_index(CASES[0], generator(CASES[0])).shape
         torch.Size([2, 12, 3])
@@ -99,7 +99,7 @@ def random_index(case: Case, random: torch.Generator) -> Tensor:
 def vit_like_prior(case: Case, random: torch.Generator) -> Tensor:
     """(B, N, D) float32 features as a vision transformer makes them: clusters, a shared mean, 2 % exact duplicates.
 
-    Example:
+    Examples:
         >>> from drseg_core.testing import CASES, generator, vit_like_prior
         >>> vit_like_prior(CASES[0], generator(CASES[0])).shape
         torch.Size([2, 12, 8])
@@ -139,7 +139,7 @@ def dino_like_prior(batch: int, height: int, width: int, channels: int, random: 
     Returns:
         (B, N, D) float32. Nothing else of that size is allocated on the way.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.testing import dino_like_prior
         >>> dino_like_prior(2, 6, 7, 32, torch.Generator().manual_seed(0)).shape

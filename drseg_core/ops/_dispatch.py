@@ -158,7 +158,7 @@ def register_backend(
     Raises:
         ValueError: there is no such op, or it has a backend of that name already.
 
-    Example:
+    Examples:
         >>> from drseg_core.ops import backend_report, register_backend
         >>> from drseg_core.ops.degree_normalize import reference
         >>> register_backend(
@@ -225,7 +225,7 @@ def table(op: str) -> tuple[Backend, ...]:
 def backend_names() -> tuple[str, ...]:
     """Every backend that some op has, ours from the most to the least preferred.
 
-    Example:
+    Examples:
         >>> from drseg_core.ops import backend_names
         >>> backend_names()[:3]
         ('native', 'cuda', 'triton')
@@ -364,7 +364,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     ``torch.utils.checkpoint`` computes again asks anew: on a GPU in a thread of autograd's, outside of every block. The
     ``backend`` of an op or of a module is the same everywhere.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core import ops
         >>> with ops.use_backend("reference"):
@@ -390,7 +390,7 @@ def last_backend(op: str) -> str | None:
 
     What autograd computes in a thread of its own, on a GPU, is not seen from here; it is the backend of the forward.
 
-    Example:
+    Examples:
         >>> from drseg_core import ops
         >>> ops.last_backend("no such op") is None
         True
@@ -406,7 +406,7 @@ def backend_report() -> list[dict[str, Any]]:
         ``place``: 0 for what runs where no backend is named, 1 for what would without that, and so on; None for what
         never does.
 
-    Example:
+    Examples:
         >>> from drseg_core import ops
         >>> {row["op"] for row in ops.backend_report()} >= {"knn_graph", "graph_layer"}
         True

@@ -64,7 +64,7 @@ def knn_between(
         A row of the prior that is not finite is chosen by no one. A row of the query that is not has -1 in all slots,
         with score NaN. Slots that these leave without a candidate are padded.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import knn_between
         >>> prior = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])

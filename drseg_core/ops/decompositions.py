@@ -18,7 +18,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     that it was exported for, dynamic ones too. It is slower than the references are, and stores all N x N scores; one
     with a dynamic batch or grid also the hidden layer of every edge, N x K x E.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn import PDGR
         >>> from drseg_core.ops import decompositions

@@ -23,7 +23,7 @@ class Graph(NamedTuple):
         coefficient: shape of ``index``, floating-point.
         csc: ``csc(index)``, or None.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import Graph
         >>> graph = Graph.of(torch.tensor([[0, 1], [1, 1]]), torch.full((2, 2), 0.5))
@@ -77,7 +77,7 @@ class Undirected(NamedTuple):
         graph: ``A``.
         incoming: those lists, or None.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import Graph
         >>> operator = Graph.of(torch.tensor([[1], [0], [0]]), torch.ones(3, 1)).undirected()

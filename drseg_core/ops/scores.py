@@ -24,7 +24,7 @@ class ScoreParts(NamedTuple):
         spatial: same shape, what the distance of both ends subtracts from them (``additive``, ``gauss``), or by what it
             multiplies them (``multiplicative``, ``product``).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import knn_graph, score_parts
         >>> parts = score_parts(torch.eye(2), (1, 2), torch.tensor([[0, 1], [0, 1]]), decay=0.5)
@@ -49,7 +49,7 @@ def sort_by_score(index: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import sort_by_score
         >>> index, score = sort_by_score(torch.tensor([[0, 2, 5]]), torch.tensor([[0.1, 0.9, 0.1]]))
@@ -94,7 +94,7 @@ def score_parts(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
         BackendUnavailableError: the named backend cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import knn_graph, score_parts
         >>> prior = torch.randn(6, 4)

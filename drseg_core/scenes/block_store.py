@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import logging
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.errors import ConfigError
-from drseg_core.files import atomic_path, own_prefix, write_text_atomic
+from drseg_core.files import atomic_path, own_prefix, parse_json, write_text_atomic
 
 _log = logging.getLogger(__name__)
 
 __all__ = ["BlockStore", "share", "work_folder"]
 
 _DIGEST = 32
-_KEY, _DONE, _COMPLETE = "key.json", "done.json", "complete.json"
+_KEY, _DONE, _COMPLETE, _LOCK = "key.json", "done.json", "complete.json", "lock"
 
 
 def work_folder(out: str | Path) -> Path:
     """Where the finished blocks of a map are kept until it is complete.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.block_store import work_folder
         >>> work_folder("maps/town.tif").name
         'town.tif.work'
@@ -42,7 +44,7 @@ def work_folder(out: str | Path) -> Path:
 def share(numbers: Sequence[int], part: int, parts: int) -> Sequence[int]:
     """One part of some: neighbours stay together, as they share tiles.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.block_store import share
         >>> [list(share(range(7), part, 3)) for part in range(3)]
         [[0, 1], [2, 3], [4, 5, 6]]
@@ -58,7 +60,7 @@ class BlockStore:
         folder: made when the first group is saved.
         facts: all that the blocks depend on: model, options, scene. Its hash is the key.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from drseg_core.scenes.block_store import BlockStore
         >>> store = BlockStore("map.tif.work", {"model": "5f3a", "tile_size": 384})
@@ -74,6 +76,8 @@ class BlockStore:
         self.folder = Path(folder)
         self._text = json.dumps(facts, sort_keys=True, ensure_ascii=False, default=str, indent=1)
         self._key = hashlib.sha256(self._text.encode()).digest()
+        self._held: int | None = None
+        self._mode = fcntl.LOCK_EX
 
     @classmethod
     def at(cls, folder: str | Path) -> BlockStore:
@@ -102,8 +106,54 @@ class BlockStore:
                 )
             _log.warning("%s is of another model, scene, device or other options, and is begun anew", self.folder)
             self.remove()
+            if self._held is not None:
+                self._unlock()
+                self._lock(self._mode)
         if not path.exists():
             write_text_atomic(path, self._text)
+
+    @contextlib.contextmanager
+    def claim(self, *, alone: bool) -> Iterator[None]:
+        """Keep other calls away while this one is at the map: all of them, or with ``alone=False`` those that would be
+        alone. It ends with the process at the latest; a file system without locks keeps nobody away.
+
+        Raises:
+            ConfigError: another call is at it.
+        """
+        mode = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        self._lock(mode)
+        try:
+            yield
+        finally:
+            self._unlock()
+
+    def _lock(self, mode: int) -> None:
+        path = self.folder / _LOCK
+        while self._held is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # another call may remove the folder between any two of these lines: then once more
+            with contextlib.suppress(FileNotFoundError):
+                self._mode, self._held = mode, os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                try:
+                    fcntl.flock(self._held, mode | fcntl.LOCK_NB)
+                    stays = path.stat().st_ino == os.fstat(self._held).st_ino
+                except BlockingIOError:
+                    self._unlock()
+                    out = self.folder.with_suffix("")
+                    raise ConfigError(
+                        f"predict: {out} is being written by another call; expected one at a time"
+                    ) from None
+                except FileNotFoundError:
+                    stays = False
+                except OSError:
+                    stays = True
+                if not stays:
+                    self._unlock()
+
+    def _unlock(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+        self._held = None
 
     def _is_own(self) -> bool:
         try:
@@ -171,7 +221,7 @@ class BlockStore:
 
     def _note(self) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / _DONE).read_text(encoding="utf-8")) if self._is_own() else {}
+            return parse_json((self.folder / _DONE).read_text(encoding="utf-8")) if self._is_own() else {}
         except (OSError, ValueError):
             return {}
 
@@ -199,7 +249,7 @@ def note_complete(first: Path, outputs: Sequence[Path]) -> None:
 def is_complete(first: Path, output: Path) -> bool:
     """Whether an output is still as :func:`note_complete` says."""
     try:
-        return json.loads((first / _COMPLETE).read_text(encoding="utf-8"))[str(output.absolute())] == _mark(output)
+        return parse_json((first / _COMPLETE).read_text(encoding="utf-8"))[str(output.absolute())] == _mark(output)
     except (OSError, ValueError, KeyError):
         return False
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ USUAL_BYTES, BAND_BYTES, POLYGON_BYTES = 2.5, 1.7, 0.5
 BLOCK_BYTES = 5.0
 """Of each pixel in a block that is kept: class and uncertainty; each band of scores adds one."""
 
+PAGE_MARK = b'<meta name="generator" content="drseg">'
+"""What begins a page of a map: a page of somebody else is nobody's leftover."""
+
 _log = logging.getLogger(__name__)
 
 __all__ = ["SceneFiles"]
@@ -33,7 +37,7 @@ class SceneFiles(NamedTuple):
     ``classes``, ``uncertainty``, ``scores`` and ``probabilities`` are GeoTIFFs, ``overlay`` is a PNG, ``areas`` a CSV,
     ``attributes`` what GDAL and ``style`` what QGIS reads beside the classes, ``polygons`` a vector file.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> files = drseg.predict("run", "scene.tif", out="map.tif", scores=True, progress=False)
         >>> [path.name for path in files if path is not None][:4]
@@ -88,14 +92,24 @@ def scene_files(
 
 
 def leftovers(files: SceneFiles) -> list[Path]:
-    """What a former map of the same name left that would be taken for a part of this one, as GDAL and SQLite do."""
+    """What a former map of the same name left that would be taken for a part of this one, as GDAL and SQLite do, and as
+    people do with a page."""
     path = files.classes
     bands = [path.with_name(f"{path.stem}_{word}.tif") for word in ("scores", "probabilities")]
     pictures = (path, files.overlay, files.uncertainty, *bands)
     beside = [raster.with_name(raster.name + end) for raster in pictures for end in (".aux.xml", ".ovr", ".msk")]
     if files.polygons is not None:
         beside += [files.polygons.with_name(files.polygons.name + end) for end in ("-wal", "-shm", "-journal")]
+    if is_page(path.with_suffix(".html")):
+        beside.append(path.with_suffix(".html"))
     return [other for other in (*bands, *beside) if other not in files and other.is_file()]
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is the page of a map."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return PAGE_MARK in file.read(1024)
+    return False
 
 
 def check_outputs(

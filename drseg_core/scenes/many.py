@@ -39,7 +39,7 @@ class Processes(Protocol):
 class Shard(NamedTuple):
     """Part ``number``, from 0, among ``count`` calls that know nothing of each other.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.many import Shard
         >>> Shard.of("2/5")
         Shard(number=1, among=5)
@@ -65,7 +65,7 @@ class Outcome(NamedTuple):
     """What became of a scene: ``state`` is ``mapped``, ``shared`` (its blocks of this shard are made), ``failed`` or
     ``not reached``; ``error`` in one line with its ``exit_code``; the ``files``; and the ``seconds`` it took here.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.many import Outcome
         >>> Outcome("scene.tif", "map.tif", "mapped").error is None
         True
@@ -93,6 +93,7 @@ def map_scenes(
     overwrite: bool = False,
     report: Path | None = None,
     done: Callable[[Outcome], object] = lambda outcome: None,
+    finish: Callable[[Sequence[Outcome]], object] = lambda outcomes: None,
     progress: bool = True,
 ) -> list[Outcome]:
     """Map scenes into the files they name. Finished blocks lie beside each output until all scenes are mapped, so a
@@ -114,6 +115,7 @@ def map_scenes(
         overwrite: replace outputs.
         report: JSON file of the outcomes.
         done: told of each scene that is mapped or failed in this process.
+        finish: what follows once all maps are there, in the first process; a call that is stopped in it goes on there.
         progress: show progress bars.
 
     Returns:
@@ -122,7 +124,7 @@ def map_scenes(
     Raises:
         Exception: what the first scene that fails raises, unless ``keep_going``.
 
-    Example:
+    Examples:
         >>> from drseg_core.cli.failures import failure
         >>> from drseg_core.scenes.many import map_scenes
         >>> from drseg_core.scenes.predict import run_mapper
@@ -136,7 +138,7 @@ def map_scenes(
     call = _Call(mapper, scenes, explain, keep_going, overwrite, done, progress)
     if mosaic and len(scenes) > 1:
         call.find_neighbours()
-    begin = time.perf_counter()
+    begin, whole = time.perf_counter(), False
     try:
         if cluster is not None:
             call.by_cluster(cluster)
@@ -146,11 +148,13 @@ def map_scenes(
             call.together(processes, shard)
         if processes is None or processes.rank == 0:
             call.check_present()
+            finish(call.outcomes)
+        whole = True
     finally:
         if processes is None or processes.rank == 0:
             if report is not None:
                 write_report(report, call.outcomes, time.perf_counter() - begin)
-            call.tidy(mapped=shard is None)
+            call.tidy(mapped=whole and shard is None)
     return call.outcomes
 
 
@@ -314,8 +318,11 @@ class _Call:
         if mapped and all(found.state == "mapped" for found in self.outcomes):
             # the first folder says so until the others are gone: killed in between, the call goes on from there
             note_complete(self.folders[0], [Path(name) for found in self.outcomes for name in found.files])
-            for folder in reversed(self.folders):
-                BlockStore(folder, {}).remove()
+            for folder in filter(Path.is_dir, reversed(self.folders)):
+                store = BlockStore(folder, {})
+                # another call may have come to it by now
+                with contextlib.suppress(ConfigError), store.claim(alone=True):
+                    store.remove()
         for scene in self.scenes:
             # folders that a killed process was removing
             remove_dead(Path(str(scene.out)))

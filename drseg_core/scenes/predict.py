@@ -67,7 +67,7 @@ class Work(NamedTuple):
     have a share in the map where they overlap, but for those ``left_out``; all their blocks must be there before it is
     written, and its own blocks stay.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> from drseg_core.evaluation.inference import Predictor
         >>> from drseg_core.scenes.predict import Work, predict_scene
@@ -162,7 +162,7 @@ def predict(
         BackendUnavailableError: the device is not here, has no bfloat16, or the model cannot be compiled.
         ResourceError: an output cannot be written in full.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> model = drseg.load("run")
         >>> files = drseg.predict(model, "scene.tif", classes=["building", "field"], out="map.tif", progress=False)
@@ -289,7 +289,7 @@ def plan(
 
     Args and errors are those of :func:`predict`; ``tiles`` are ``mode``, ``tile_size``, ``overlap`` and ``batch_size``.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.predict import plan
         >>> found = plan("run", "scene.tif", tile_size=32, overlap=8)
         >>> found.width, found.height, found.tiles
@@ -414,7 +414,7 @@ def predict_scene(
         RasterError: the scene cannot be read in full.
         ResourceError: an output cannot be written in full.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> from drseg_core.evaluation.inference import Predictor
         >>> from drseg_core.scenes.predict import predict_scene
@@ -479,6 +479,8 @@ def predict_scene(
         check_place(scene)
         check_disks(files, scene.height * scene.width, len(legend.names), blocks=store is not None)
         if store is not None and work is not None:
+            # those that share the blocks of a map write it one at a time
+            stack.enter_context(store.claim(alone=work.step is None or work.alone))
             store.open(alone=work.alone)
             if work.alone:
                 stack.callback(store.remove_empty)
@@ -505,6 +507,8 @@ def predict_scene(
         _write(parts, files, temporary, min_area=min_area, tags=tags or {})
         for path in leftovers(files):
             path.unlink(missing_ok=True)
+            if path.suffix == ".html":
+                _log.info("%s, the page of the map before, is removed", path)
         if store is not None:
             blended = [other.folder for other in work.blended] if work is not None else []
             store.finishing({path: now for path, now in zip(files, temporary, strict=True) if path and now}, blended)

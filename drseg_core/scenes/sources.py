@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
+from drseg_core.data.raster import names_files, points_elsewhere
 from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.files import parse_json
 from drseg_core.scenes.files import scene_files
 
 __all__ = ["Scene", "list_scenes", "with_outputs"]
@@ -23,16 +25,13 @@ SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 
 _ADDRESS = {"http://": "/vsicurl/http://", "https://": "/vsicurl/https://", "s3://": "/vsis3/"}
 _FIELDS = ("name", "number", "folder")
-# files that only say where the pixels are
-_POINTS_ELSEWHERE = re.compile(rb"\s*(<\?xml[^>]*>\s*)?<(VRTDataset|GDAL_WMS|GDAL_WMTS|WMT_MS_Capabilities)")
-_REMOTE = re.compile(rb"://|/vsi(curl|s3|gs|az|adls|oss|swift|webhdfs)")
 
 
 class Scene(NamedTuple):
     """An ``image``, or its remote address as GDAL has it; the ``name`` that patterns take; where the map and its
     polygons go.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.sources import Scene
         >>> Scene("scene.tif", "scene").out is None
         True
@@ -57,7 +56,7 @@ def list_scenes(words: Sequence[str], *, asset: str | None = None, remote: bool 
         ConfigError: a word stands for nothing, or for something remote.
         DatasetError: a list or a STAC file cannot be read.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.sources import list_scenes
         >>> [scene.name for scene in list_scenes(["scene.tif", "*.tif"])]
         ['scene']
@@ -118,16 +117,8 @@ def _check_near(image: str) -> None:
     """Refuse what lies elsewhere, and files that point there."""
     if image.startswith("/vsi"):
         raise ConfigError(f"predict: {image} is remote; expected a file, or --remote")
-    try:
-        with open(image, "rb") as file:
-            content = file.read(1024)
-            if _POINTS_ELSEWHERE.match(content):
-                content += file.read()
-                if _REMOTE.search(re.sub(rb'xmlns(:\w+)?="[^"]*"|"http://www.opengis.net[^"]*"', b"", content)):
-                    raise ConfigError(f"predict: {image} points to something remote; expected files, or --remote")
-    except OSError:
-        # said where it is opened
-        pass
+    if points_elsewhere(image):
+        raise ConfigError(f"predict: {image} points to something remote; expected files, or --remote")
 
 
 def _text(path: Path) -> str:
@@ -139,7 +130,7 @@ def _text(path: Path) -> str:
 
 def _stac(path: Path, asset: str | None) -> Iterator[Scene]:
     try:
-        content = json.loads(_text(path))
+        content = parse_json(_text(path))
         items = content["features"] if content["type"] == "FeatureCollection" else [content]
         for item in items:
             key = _asset(path, item, asset)
@@ -196,7 +187,7 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
     Raises:
         ConfigError: an unknown field, two maps would have a file in common, or one would replace a scene.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.sources import list_scenes, with_outputs
         >>> [str(scene.out) for scene in with_outputs(list_scenes(["scene.tif"]), "maps/{number:03}_{name}.tif")]
         ['maps/001_scene.tif']
@@ -208,8 +199,7 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
         out = f"{out.rstrip('/')}/{{name}}.tif"
     found: list[Scene] = []
     taken: dict[Path, str] = {}
-    # a link, and what it stands for
-    images = {place for scene in scenes for place in (_entry(Path(scene.image)), Path(scene.image).resolve())}
+    read = _read_files(scenes) if len(scenes) > 1 else {}
     for number, scene in enumerate(scenes, 1):
         values = {"name": scene.name, "number": number, "folder": str(Path(scene.image).parent)}
         places = [None if text is None else Path(_filled(text, values)) for text in (out, polygons)]
@@ -217,10 +207,10 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
         alone = len(scenes) == 1
         files = None if alone else scene_files(str(places[0]), scores=True, probabilities=True, polygons=places[1])
         for place in files.present() if files is not None else ():
-            if _entry(place) in images:
-                raise ConfigError(
-                    f"predict: {place}, an output for {scene.image}, is one of the scenes; expected another folder"
-                )
+            owner = next((read[name] for name in _names(place) if name in read), None)
+            if owner is not None:
+                what = "one of the scenes" if owner[1] else f"a file of the scene {owner[0]}"
+                raise ConfigError(f"predict: {place}, an output for {scene.image}, is {what}; expected another folder")
             if taken.setdefault(_entry(place), scene.image) != scene.image:
                 raise ConfigError(
                     f"predict: {taken[_entry(place)]} and {scene.image} have one output, {place}; expected a "
@@ -228,6 +218,38 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
                 )
         found.append(scene._replace(out=places[0], polygons=places[1]))
     return found
+
+
+def _read_files(scenes: Iterable[Scene]) -> dict[Any, tuple[str, bool]]:
+    """Every name of every file that the scenes are read from: the scene, and whether the file is the scene itself."""
+    found: dict[Any, tuple[str, bool]] = {}
+    for scene in scenes:
+        if not scene.image.startswith("/vsi"):
+            found |= dict.fromkeys(_names(Path(scene.image)), (scene.image, True))
+    for scene in scenes:
+        for member in _members(scene.image):
+            for name in _names(member):
+                found.setdefault(name, (scene.image, False))
+    return found
+
+
+def _members(image: str) -> Iterator[Path]:
+    """The files that one such as a VRT points to, and those that they point to."""
+    if names_files(image):
+        import rasterio
+
+        # what cannot be opened is said in its turn
+        with contextlib.suppress(rasterio.errors.RasterioError), rasterio.open(image) as source:
+            yield from map(Path, source.files[1:])
+
+
+def _names(path: Path) -> list[Any]:
+    """What a file may be found by: its name, what a link stands for, and what two links to one file have in common."""
+    names: list[Any] = [_entry(path), path.resolve()]
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        names.append((found.st_dev, found.st_ino))
+    return names
 
 
 def _entry(path: Path) -> Path:

@@ -17,7 +17,7 @@ class SuperTile(NamedTuple):
     """A part from ``top`` to ``bottom`` and from ``left`` to ``right``, within a larger one (``outer_...``) that holds
     all that decides what becomes of its cells.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.super_tiles import super_tiles
         >>> super_tiles((40, 100), 5, 2000)[1]
         SuperTile(top=0, bottom=40, left=33, right=66, outer_top=0, outer_bottom=40, outer_left=28, outer_right=71)
@@ -63,7 +63,7 @@ def super_tiles(grid: tuple[int, int], halo: int | None, limit: int) -> list[Sup
     Raises:
         ConfigError: a single cell and its halo take more than the limit.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.super_tiles import super_tiles
         >>> [tile.grid for tile in super_tiles((40, 100), 5, 2000)]
         [(40, 38), (40, 43), (40, 39)]

@@ -50,7 +50,7 @@ def write_synthetic_scene(
     Returns:
         ``path``.
 
-    Example:
+    Examples:
         >>> from drseg_core.scenes.reader import open_scene
         >>> from drseg_core.scenes.synthetic import write_synthetic_scene
         >>> path = write_synthetic_scene("drawn.tif", width=80, height=60)

@@ -49,7 +49,7 @@ class ZeroShotMap(NamedTuple):
     """``class_index`` (H, W) uint8, 255 where the scene has no data; ``score`` of that class and ``uncertainty``
     (H, W) float32, from 0 to 1, NaN there; the ``class_names``; and the ``files`` where some were written.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> found = drseg.zero_shot("tiny").predict("scene.tif", ["building", "road"], background=["sky"])
         >>> found.class_names, found.score.shape, found.files
@@ -75,7 +75,7 @@ class SceneZeroShot:
     Raises:
         ConfigError: windows that do not fit the model.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> mapper = drseg.zero_shot("tiny", steps=3)
         >>> mapper.plan("scene.tif", ["building", "road"]).grid
@@ -112,7 +112,7 @@ class SceneZeroShot:
             RasterError: the image cannot be read in full.
             ResourceError: an output cannot be written in full.
 
-        Example:
+        Examples:
             >>> import drseg_core as drseg
             >>> mapper = drseg.zero_shot("tiny")
             >>> found = mapper.predict("scene.tif", ["building", "road"], out="map.tif")
@@ -171,7 +171,7 @@ class SceneZeroShot:
         Returns:
             The files written.
 
-        Example:
+        Examples:
             >>> import drseg_core as drseg
             >>> files = drseg.zero_shot("tiny").write("scene.tif", "roof; road", "map.tif", progress=False)
             >>> files.areas.name
@@ -246,7 +246,7 @@ class SceneZeroShot:
     ) -> ZeroShotPlan:
         """What :meth:`write` would take: cells, memory and time. Nothing is written. Args and errors are its own.
 
-        Example:
+        Examples:
             >>> import drseg_core as drseg
             >>> print(drseg.zero_shot("tiny").plan("scene.tif", ["road"]).text().splitlines()[3])
             one graph: 8 x 5 = 40 cells
@@ -356,7 +356,7 @@ def zero_shot(
         CheckpointError: weights that are not here and cannot be fetched; the message says what to bring.
         BackendUnavailableError: the device is not here.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> found = drseg.zero_shot("tiny", rotations=4).predict("scene.tif", ["building", "road"])
         >>> found.class_index.shape, bool(found.class_index.max() < 2)

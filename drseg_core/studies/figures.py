@@ -59,14 +59,14 @@ def draw_training_study(study: TrainingStudy, scores: Mapping[str, Scores], path
             squeeze=False,
         )
         titles = [variant.title for variant in shown]
-        _bars(axes[0, 0], titles, [scores[variant.name] for variant in shown])
+        _dots(axes[0, 0], titles, [scores[variant.name] for variant in shown])
         axes[0, 0].set_xlabel("mIoU here, %")
         if has_paper:
             values = [variant.paper.miou if variant.paper else None for variant in shown]
             places = [place for place, value in enumerate(values) if value is not None]
-            axes[0, 1].barh(places, [values[place] for place in places], color=PAPER, height=0.6)
+            axes[0, 1].plot([values[place] for place in places], places, "o", color=PAPER)
             axes[0, 1].set_xlabel("mIoU in the paper, %")
-            _zoom(axes[0, 1], [value for value in values if value is not None])
+            _ruled(axes[0, 1], len(values))
         axes[0, 0].invert_yaxis()
         if study.published:
             # below the title of the whole
@@ -92,20 +92,24 @@ def draw_training_study(study: TrainingStudy, scores: Mapping[str, Scores], path
     save(figure, path)
 
 
-def _bars(axis: Any, titles: Sequence[str], variants: Sequence[Scores]) -> None:
-    found = [spread(variant, "mIoU") for variant in variants]
-    means = [0.0 if value is None else value.mean for value in found]
-    deviations = [0.0 if value is None or value.deviation is None else value.deviation for value in found]
-    axis.barh(range(len(titles)), means, xerr=deviations, color=ACCENT, ecolor=INK, height=0.6, capsize=3)
+def _dots(axis: Any, titles: Sequence[str], variants: Sequence[Scores]) -> None:
+    """The mean of each variant with its deviation, and every seed: dots, whose axis need not begin at 0."""
     for place, variant in enumerate(variants):
-        dots = [value for value in (over_tests(row, "mIoU") for row in variant.values()) if value is not None]
-        axis.plot(dots, [place] * len(dots), "o", color="white", markeredgecolor=INK, markersize=4)
+        found = spread(variant, "mIoU")
+        if found is not None:
+            axis.errorbar(found.mean, place, xerr=found.deviation or 0.0, fmt="o", color=ACCENT, ecolor=INK, capsize=3)
+        seeds = [value for value in (over_tests(row, "mIoU") for row in variant.values()) if value is not None]
+        axis.plot(seeds, [place] * len(seeds), "o", color="white", markeredgecolor=INK, markersize=3)
     axis.set_yticks(range(len(titles)), titles)
-    _zoom(
-        axis,
-        [m - d for m, d in zip(means, deviations, strict=True)]
-        + [m + d for m, d in zip(means, deviations, strict=True)],
-    )
+    _ruled(axis, len(titles))
+
+
+def _ruled(axis: Any, rows: int) -> None:
+    """A thin line for each row, so that a dot finds its name."""
+    axis.set_ylim(-0.6, rows - 0.4)
+    axis.grid(axis="y", color="#e5e9f0", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.margins(x=0.1)
 
 
 def _heat(axis: Any, published: Mapping[str, Published], metric: str) -> None:
@@ -119,12 +123,6 @@ def _heat(axis: Any, published: Mapping[str, Published], metric: str) -> None:
             axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=INK)
     axis.set_xticks(range(len(SETS)), SETS, fontsize=8)
     axis.set_yticks(range(len(published)), published)
-
-
-def _zoom(axis: Any, values: Sequence[float]) -> None:
-    """Bars may not begin at 0 where all are alike; the axis then says where it begins."""
-    low, high = min(values), max(values)
-    axis.set_xlim(max(0.0, low - 0.6 * (high - low) - 1), high + 0.15 * (high - low) + 1)
 
 
 def _line(axis: Any, shown: Sequence[Any], scores: Mapping[str, Scores]) -> None:

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from drseg_core.evaluation.report import markdown_table
-from drseg_core.files import write_text_atomic
+from drseg_core.files import parse_json, write_text_atomic
 from drseg_core.studies.report import Scores, difference_text, spread, text_of
 
 PAGE = "index.md"
@@ -34,7 +33,7 @@ def write_index(out: Path) -> None:
 def _read(path: Path) -> dict[str, Any] | None:
     """What a study wrote; None for another file that happens to be there."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(content, dict) or not {"study", "title", "seeds"} <= content.keys():

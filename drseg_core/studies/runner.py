@@ -31,7 +31,7 @@ from drseg_core.checkpoints.versions import git_revision
 from drseg_core.config.schema import Config
 from drseg_core.errors import DRSegError
 from drseg_core.evaluation.evaluate import evaluate
-from drseg_core.files import write_text_atomic
+from drseg_core.files import parse_json, write_text_atomic
 from drseg_core.studies.plan import PlannedVariant
 from drseg_core.studies.prior import teach_prior
 from drseg_core.studies.setting import Setting, scored_fingerprint
@@ -256,7 +256,7 @@ def _clear(folder: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -18,7 +18,7 @@ def make_inputs(
 ) -> dict[str, Any]:
     """Seeded keyword arguments of an op at a case, as ``drseg_core/ops/<op>/cases.py`` makes them.
 
-    Example:
+    Examples:
         >>> from drseg_core.testing import CASES, make_inputs
         >>> sorted(make_inputs("knn_graph", CASES[0]))
         ['decay', 'grid', 'k', 'prior']

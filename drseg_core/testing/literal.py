@@ -17,7 +17,7 @@ class LiteralPDGR(nn.Module):
     Args:
         engine: the module whose parameters are used.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn import PDGR
         >>> from drseg_core.testing import LiteralPDGR
@@ -72,7 +72,7 @@ class LiteralPDGR(nn.Module):
 def dense_affinity(module: PDGR, prior: Tensor, h: int, w: int) -> Tensor:
     """Eq. 7 as printed, in the module's reading, for every pair: (B, N, D) in float64 to (B, N, N).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn import PDGR
         >>> from drseg_core.testing import dense_affinity
@@ -101,7 +101,7 @@ def dense_affinity(module: PDGR, prior: Tensor, h: int, w: int) -> Tensor:
 def dense_neighbours(module: PDGR, affinity: Tensor, excluded: Tensor | None = None) -> Tensor:
     """N(i) as a bool matrix (B, N, N): the k largest of each row, ties to the lowest index, the node itself by rule.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn import PDGR
         >>> from drseg_core.testing import dense_neighbours
@@ -126,7 +126,7 @@ def dense_pdgr(module: PDGR, features: Tensor, prior: Tensor, excluded: Tensor |
         features: (B, C, h, w). prior: (B, D, h, w).
         excluded: nodes that choose no other and that no other chooses.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.nn import PDGR
         >>> from drseg_core.testing import dense_pdgr

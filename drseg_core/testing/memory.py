@@ -10,7 +10,7 @@ from pathlib import Path
 def high_water() -> int:
     """Largest resident size of this process so far, in bytes.
 
-    Example:
+    Examples:
         >>> from drseg_core.testing import high_water
         >>> high_water() > 2**20
         True

@@ -28,7 +28,7 @@ NEAR_TIE_SHARE = 0.05
 def accumulate_unit(dtype: torch.dtype) -> float:
     """Unit roundoff of the sums for inputs of this dtype: float32, or float64 for float64.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.testing.numerics import UNIT, accumulate_unit
         >>> accumulate_unit(torch.bfloat16) == UNIT[torch.float32]
@@ -40,7 +40,7 @@ def accumulate_unit(dtype: torch.dtype) -> float:
 def affinity_tolerance(dtype: torch.dtype) -> float:
     """How far the cosine of two nodes may be off.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.testing.numerics import affinity_tolerance
         >>> affinity_tolerance(torch.bfloat16)
@@ -52,7 +52,7 @@ def affinity_tolerance(dtype: torch.dtype) -> float:
 def rounding_bound(value: Tensor, dtype: torch.dtype) -> Tensor:
     """What storing ``value`` in ``dtype`` may cost: half a unit in the last place, subnormal numbers included.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.testing.numerics import rounding_bound
         >>> bool((torch.tensor(0.1) - torch.tensor(0.1).half()).abs() <= rounding_bound(torch.tensor(0.1), torch.half))
@@ -73,7 +73,7 @@ class Comparison:
         worst_row_ratio: the largest such ratio of a single row.
         problem: None, or one line that says what failed first.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.testing.numerics import Comparison, compare_values
         >>> found = compare_values(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), 1.0)
@@ -96,7 +96,7 @@ def compare_values(got: Tensor, oracle: Tensor, limit: Tensor | float) -> Compar
         oracle: the same in float64.
         limit: largest absolute error of each element.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.testing.numerics import compare_values
         >>> compare_values(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), 0.25).problem
@@ -156,7 +156,7 @@ def compare_selection(
         include_self: the node itself must be (or must never be) chosen.
         near_tie_share: fail if more than this share of the rows has a near-tie at the k-th place.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.testing.numerics import compare_selection
         >>> score = torch.tensor([[1.0, 0.9, 0.1], [0.9, 1.0, 0.2], [0.1, 0.2, 1.0]])

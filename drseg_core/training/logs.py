@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drseg_core.data import IGNORE
-from drseg_core.files import write_text_atomic
+from drseg_core.files import parse_json, write_text_atomic
 from drseg_core.training.distributed import ProcessGroup
 from drseg_core.training.loss import labelled
 from drseg_core.training.optim import movement
@@ -82,7 +82,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     with contextlib.suppress(FileNotFoundError):
         for line in (run / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                record = json.loads(line)
+                record = parse_json(line)
                 if isinstance(record, dict) and "step" in record:
                     records.append({name: record.get(name) for name in FIELDS})
     return records

@@ -111,7 +111,7 @@ def train(
         ResourceError: the disk is full.
         TrainingStopped: a signal ended the training, after its state was saved.
 
-    Example:
+    Examples:
         >>> from drseg_core.config.load import load_config, override
         >>> from drseg_core.training.loop import train
         >>> config = override(load_config("run/config.yaml"), {"seed": 1})

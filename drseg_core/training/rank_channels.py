@@ -62,7 +62,7 @@ def rank_channels(
     Raises:
         DatasetError: fewer than two classes have labelled pixels.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> from drseg_core.data import open_dataset
         >>> from drseg_core.training.rank_channels import rank_channels

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from drseg_core.data.dataset import IGNORE
 from drseg_core.data.ground import PixelArea
 from drseg_core.data.raster import open_raster
 from drseg_core.errors import ConfigError, RasterError
+from drseg_core.files import parse_json
 from drseg_core.scenes.areas import ClassAreas
 from drseg_core.scenes.reader import SceneReader
 from drseg_core.scenes.writer import LEVELS
@@ -82,7 +82,7 @@ def open_map(path: Path) -> Iterator[MapReader]:
     """
     with open_raster(path, origin="view") as source:
         try:
-            names = json.loads(source.tags().get("class_names", ""))
+            names = parse_json(source.tags().get("class_names", ""))
             table = source.colormap(1)
             names = tuple(str(name) for name in names)
             colors = np.array([table[i][:3] for i in range(len(names))], np.uint8)

@@ -47,7 +47,7 @@ BeneathOf = Callable[[SceneReader, tuple[str, ...], int], Beneath]
 class Page(NamedTuple):
     """``path`` of a page, its ``size`` in bytes, and ``notes``: what was sampled on it, and how.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> from drseg_core.view.page import write_page
         >>> files = drseg.predict("run", "scene.tif", out="map.tif", progress=False)
@@ -64,7 +64,7 @@ class Page(NamedTuple):
 def page_path(map_path: str | Path) -> Path:
     """Where the page of a map is by default: ``map.html`` beside ``map.tif``.
 
-    Example:
+    Examples:
         >>> from drseg_core.view.page import page_path
         >>> page_path("maps/town.tif").name
         'town.html'
@@ -103,7 +103,7 @@ def write_page(
         ConfigError: the image is not that of the map, or the page cannot be so small.
         RasterError: map or image cannot be read.
 
-    Example:
+    Examples:
         >>> import drseg_core as drseg
         >>> from drseg_core.view.page import write_page
         >>> files = drseg.predict("run", "scene.tif", out="map.tif", scores=True, progress=False)

@@ -172,13 +172,16 @@ def test_the_readme_section_is_what_the_rows_give(tmp_path: Path, capsys: pytest
     assert "no place for the section" in capsys.readouterr().err
 
 
-def test_the_readme_says_what_the_committed_rows_say():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, after = report.BEGIN.split("{}")
+@pytest.mark.parametrize(
+    ("page", "mark"), [("README.md", report.SUMMARY), ("docs/performance.md", report.BEGIN)], ids=["summary", "all"]
+)
+def test_pages_say_what_the_committed_rows_say(page: str, mark: str):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    before, after = mark.split("{}")
     folders = [part.split(after)[0] for part in text.split(before)[1:]]
     assert len(folders) == text.count(report.END) > 1
     for folder in folders:
-        assert report.main([str(ROOT / "bench" / "results" / folder), str(ROOT / "README.md"), "--check"]) == 0
+        assert report.main([str(ROOT / "bench" / "results" / folder), str(ROOT / page), "--check"]) == 0
 
 
 def test_rows_under_a_name_of_before_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -212,4 +215,4 @@ def test_tables_name_what_is_not_float32(tmp_path: Path):
     assert report._op_table([row(**op, dtype="bfloat16")])[2].startswith("| `graph_layer`, 1 x 64x64, bfloat16, forw")
     write(tmp_path / "rows.jsonl", *many_rows(), *(one | {"dtype": "bfloat16"} for one in many_rows()))
     text = report.section(tmp_path, tmp_path)
-    assert "float32, bfloat16; medians" in text and "| 1 x 4096 nodes, D 1024, decay 2, bfloat16 | dino |" in text
+    assert "float32, bfloat16. Medians" in text and "| 1 x 4096 nodes, D 1024, decay 2, bfloat16 | dino |" in text

@@ -242,6 +242,7 @@ def test_arguments_that_mean_nothing(arguments: list[str], capsys: pytest.Captur
     assert error.value.code == 2 and "error:" in capsys.readouterr().err
 
 
+@pytest.mark.promise("C43")
 @pytest.mark.parametrize(("verdicts", "code"), [(["new", "new"], 2), (["new", "same"], 0), (["new", "slower"], 1)])
 def test_a_gate_that_compared_nothing_does_not_pass(
     verdicts: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

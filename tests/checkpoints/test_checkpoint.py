@@ -30,6 +30,9 @@ from drseg_core.checkpoints.checkpoint import (
 )
 from drseg_core.checkpoints.lock import run_lock
 from drseg_core.errors import CheckpointError, ResourceError
+from drseg_core.files import write_text_atomic
+from drseg_core.models.weights import save_weights
+from drseg_core.scenes.block_store import BlockStore
 from drseg_core.training.randomness import random_state, restore_random_state, seed_everything
 
 CONFIG = {"model": {"k": 3}, "seed": 0}
@@ -64,12 +67,22 @@ def test_round_trip(tmp_path):
     assert json.loads((path / DESCRIPTION).read_text())["config_sha256"] == content_hash(CONFIG)
 
 
+@pytest.mark.promise("C28")
 def test_the_folder_is_as_readable_as_any_other(tmp_path):
     (tmp_path / "other").mkdir()
     path = save(tmp_path, 1)
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    plain, ours = tmp_path / "plain.txt", tmp_path / "ours.txt"
+    plain.write_text("x")
+    write_text_atomic(ours, "x")
+    assert ours.stat().st_mode == plain.stat().st_mode
+    # what was there keeps its own
+    ours.chmod(0o640)
+    write_text_atomic(ours, "y")
+    assert ours.stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.promise("C28")
 @pytest.mark.parametrize(("keep", "left"), [(0, 2), (1, 2), (2, 2), (3, 3)])
 def test_the_newest_generations_stay(tmp_path, keep, left):
     for step in (1, 2, 3, 4, 5):
@@ -87,8 +100,13 @@ def test_order_is_by_step_not_by_time(tmp_path):
     save(tmp_path, 20)
     save(tmp_path, 3)
     assert newest_checkpoint(tmp_path).step == 20
+    # one digit more
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step)
+    assert newest_checkpoint(tmp_path).step == 100_000_000
 
 
+@pytest.mark.promise("C29")
 def test_truncation_and_bit_flips_anywhere_are_found(tmp_path, caplog):
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
@@ -110,6 +128,7 @@ def test_truncation_and_bit_flips_anywhere_are_found(tmp_path, caplog):
         assert newest_checkpoint(tmp_path).step == 2
 
 
+@pytest.mark.promise("C29")
 def test_none_left_is_an_error(tmp_path):
     for step in (1, 2):
         path = save(tmp_path, step)
@@ -118,6 +137,7 @@ def test_none_left_is_an_error(tmp_path):
         newest_checkpoint(tmp_path)
 
 
+@pytest.mark.promise("C29")
 def test_a_newer_format_is_refused_by_both_numbers(tmp_path):
     path = save(tmp_path, 1)
     content = json.loads((path / DESCRIPTION).read_text())
@@ -133,6 +153,7 @@ class Payload:
         return (os.mkdir, ("executed",))
 
 
+@pytest.mark.promise("C31")
 def test_code_in_the_training_state_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = save(tmp_path, 1)
@@ -161,6 +182,7 @@ def failing(error: OSError):
     return fail
 
 
+@pytest.mark.promise("C28")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
 @pytest.mark.parametrize("place", ["tempfile.mkdtemp", "save_weights", "torch.save", "os.fsync", "os.rename"])
 def test_a_failing_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, place, code):
@@ -209,6 +231,7 @@ def test_an_error_of_ours_is_not_blamed_on_the_disk(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.promise("C28")
 def test_leftovers_of_dead_writers_are_removed(tmp_path):
     save(tmp_path, 1)
     for name in (".step-00000002-abc.part", ".step-00000001.old"):
@@ -270,14 +293,58 @@ def kills(run: Path, fork, writer) -> int:
     return damaged
 
 
+def _written_text(folder: Path) -> None:
+    write_text_atomic(folder / "note.txt", "whole")
+
+
+def _written_weights(folder: Path) -> None:
+    save_weights(folder / "weights.safetensors", {"weight": torch.ones(3)}, {})
+
+
+def _written_blocks(folder: Path) -> None:
+    BlockStore(folder / "map.work", {}).save("block-0", {"label": np.zeros((2, 3), np.uint8)})
+
+
+@pytest.mark.promise("C28")
+@pytest.mark.parametrize("write", [_written_text, _written_weights, _written_blocks, lambda folder: save(folder, 1)])
+def test_files_are_on_the_disk_before_they_are_seen(write, tmp_path, monkeypatch):
+    """A power cut after the rename finds their content, and their names: both are flushed, one before and one after."""
+    flushed: dict[int, tuple[int, int]] = {}
+    appeared: list[Path] = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def flush(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        flushed[found.st_ino] = found.st_size, found.st_mtime_ns
+        fsync(descriptor)
+
+    def appears(source, target, move) -> None:
+        source, target = Path(source), Path(target)
+        for path in [source, *source.rglob("*")] if source.is_dir() else [source]:
+            found = path.stat()
+            assert flushed.get(found.st_ino) == (found.st_size, found.st_mtime_ns), path.name
+        move(source, target)
+        appeared.append(target)
+        flushed.pop(target.parent.stat().st_ino, None)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", lambda source, target: appears(source, target, replace))
+    monkeypatch.setattr(os, "rename", lambda source, target: appears(source, target, rename))
+    write(tmp_path)
+    assert appeared and appeared[-1].parent.stat().st_ino in flushed
+
+
+@pytest.mark.promise("C28")
 def test_a_writer_killed_at_any_time_leaves_a_whole_checkpoint(tmp_path, fork):
     assert kills(tmp_path, fork, save_atomically) == 0
 
 
+@pytest.mark.promise("C28")
 def test_the_kill_test_catches_a_writer_that_is_not_atomic(tmp_path, fork):
     assert kills(tmp_path, fork, save_in_place) > 0
 
 
+@pytest.mark.promise("C28")
 def test_one_writer_per_run(tmp_path, fork):
     with run_lock(tmp_path):
         with pytest.raises(CheckpointError, match=f"locked by pid {os.getpid()} on host ") as caught:
@@ -314,6 +381,7 @@ def test_a_worker_that_outlives_its_trainer_does_not_hold_the_lock(tmp_path, for
         pass
 
 
+@pytest.mark.promise("C30")
 def test_random_state_through_a_checkpoint(tmp_path):
     seed_everything(3)
     random.random(), np.random.rand(3), torch.rand(3)

@@ -152,6 +152,7 @@ def test_a_second_clip_is_left_out_or_goes_along(config, data, tmp_path, kind):
         from_pretrained(folder)
 
 
+@pytest.mark.promise("C29")
 @pytest.mark.parametrize("name", ["model.safetensors", "channels.safetensors", "classes.txt", "config.json"])
 def test_damage_is_noticed(run, tmp_path, name):
     folder = save_pretrained(load_run(run), tmp_path / "model")
@@ -307,6 +308,7 @@ def test_what_an_earlier_model_had_is_gone(config, data, tmp_path, hub):
     assert {path.name for path in hub.store.iterdir()} == FILES - {"channels.safetensors"}
 
 
+@pytest.mark.promise("C39")
 def test_the_card_tells_how_to_load_it_and_what_it_was_trained_on(with_prior, hub):
     run, _ = with_prior
     push_to_hub(run, "somebody/drseg")

@@ -170,6 +170,7 @@ def test_one_checkpoint_can_be_named(drseg, run, data, tmp_path):
     assert drseg("evaluate", newest, "--data", data, "--out", tmp_path / "m.json")[0] == 0
 
 
+@pytest.mark.promise("C25")
 def test_doctor_reports(drseg, monkeypatch):
     code, text, _ = drseg("doctor")
     assert code == 0

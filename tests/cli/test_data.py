@@ -146,6 +146,7 @@ def test_prepare_with_other_patches(drseg, tmp_path):
     assert code == 0 and "  val 32 pairs" in text, errors
 
 
+@pytest.mark.promise("C49")
 def test_check_says_all_that_is_wrong_and_is_3(drseg, tmp_path):
     root = write_release("udd5", tmp_path, splits=("val",), count=3)
     save(root / "UDD5/val/gt/val_0.png", np.full((32, 40), 9, np.uint8))
@@ -178,6 +179,7 @@ def test_refusals(drseg, monkeypatch, tmp_path, words, code, said):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise("C37")
 def test_an_archive_that_climbs_out_is_3(drseg, tmp_path):
     (tmp_path / "raw").mkdir()
     zip_of(tmp_path / "raw/VDD.zip", ("../evil", b"1"))

@@ -24,6 +24,7 @@ def test_an_earlier_demo_is_replaced(tmp_path):
     assert [path.name for path in out.iterdir()] == [demo.MARK]
 
 
+@pytest.mark.promise("C38")
 def test_a_command_that_fails_ends_the_demo_with_its_code(tmp_path, capsys):
     with pytest.raises(demo.DRSegError) as failure:
         demo._command("evaluate", tmp_path / "nothing", "--data", "folder:nowhere", "--out", tmp_path / "m.json")

@@ -104,6 +104,7 @@ print(json.dumps([first, found, torch.cuda.is_initialized(), libraries]))
 """
 
 
+@pytest.mark.promise("C27")
 def test_importing_is_free():
     result = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

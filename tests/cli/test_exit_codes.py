@@ -33,6 +33,7 @@ def check(result, code: int, *words: str) -> None:
         assert word in lines[0], errors
 
 
+@pytest.mark.promise("C38")
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -63,6 +64,7 @@ def test_usage_stands_below_the_error(drseg):
     assert lines[2] == "See drseg train --help."
 
 
+@pytest.mark.promise("C51")
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -86,6 +88,7 @@ def test_a_run_folder_in_use_is_2(drseg, small, data, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["letter"]
 
 
+@pytest.mark.promise("C48")
 @pytest.mark.parametrize("command", ["evaluate", "rank", "predict"])
 def test_outputs_are_not_overwritten_unasked(drseg, run, data, folder, tmp_path, command):
     image = folder / "val" / "images" / "0.png"
@@ -99,6 +102,7 @@ def test_outputs_are_not_overwritten_unasked(drseg, run, data, folder, tmp_path,
     assert out.read_bytes()[:4] != b"mine"
 
 
+@pytest.mark.promise("C48")
 def test_the_scene_is_never_overwritten(drseg, run, folder, tmp_path):
     scene = tmp_path / "scene.tif"
     shutil.copy(folder / "val" / "images" / "0.png", scene)
@@ -120,12 +124,14 @@ def test_options_that_do_not_fit_the_model_are_2(drseg, small, data, tmp_path):
     check(drseg("train", *words, "--model.spsd.semantic_ratio", 1.0), 2, "semantic_ratio")
 
 
+@pytest.mark.promise("C38")
 def test_missing_data_is_3(drseg, small, tmp_path):
     out = tmp_path / "run"
     check(drseg("train", *small, "--data", f"folder:{tmp_path / 'absent'}", "--out", out), 3, "absent")
     assert not out.exists()
 
 
+@pytest.mark.promise("C35")
 def test_a_damaged_image_is_3_and_the_run_can_go_on(drseg, small, folder, tmp_path):
     broken = tmp_path / "data"
     shutil.copytree(folder, broken)
@@ -140,6 +146,7 @@ def test_a_damaged_image_is_3_and_the_run_can_go_on(drseg, small, folder, tmp_pa
     assert drseg("train", "--data", f"folder:{broken}", "--out", out, "--resume")[0] == 0
 
 
+@pytest.mark.promise("C38")
 def test_a_scene_that_is_none_is_3(drseg, run, tmp_path):
     (tmp_path / "scene.tif").write_text("<html>")
     check(drseg("predict", run, tmp_path / "scene.tif", "--out", tmp_path / "map.tif"), 3, "scene.tif")
@@ -147,6 +154,7 @@ def test_a_scene_that_is_none_is_3(drseg, run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
 
 
+@pytest.mark.promise("C29", "C38")
 def test_checkpoint_trouble_is_4(drseg, run, data, small, tmp_path):
     check(drseg("evaluate", tmp_path / "absent", "--data", data, "--out", tmp_path / "m.json"), 4, "not found")
     check(drseg("train", *small, "--data", data, "--out", tmp_path / "absent", "--resume"), 4, "absent")
@@ -160,6 +168,7 @@ def test_checkpoint_trouble_is_4(drseg, run, data, small, tmp_path):
     assert not (tmp_path / "m.json").exists()
 
 
+@pytest.mark.promise("C38")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "rank"])
 def test_no_gpu_is_5(drseg, run, data, folder, small, tmp_path, command):
@@ -173,11 +182,13 @@ def test_no_gpu_is_5(drseg, run, data, folder, small, tmp_path, command):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise("C25")
 def test_a_backend_that_cannot_run_is_5(drseg, small, data, tmp_path):
     words = ["--model.graph.backend", "triton", "--device", "cpu"]
     check(drseg("train", *small, "--data", data, "--out", tmp_path / "run", *words), 5, "triton")
 
 
+@pytest.mark.promise("C38")
 def test_a_library_that_is_missing_is_5(drseg, monkeypatch):
     monkeypatch.setitem(sys.modules, "rasterio", None)
     code, text, errors = drseg("doctor")
@@ -193,6 +204,7 @@ def test_torch_beside_another_torchvision_is_named(monkeypatch):
     assert doctor.torchvision_mismatch() is None
 
 
+@pytest.mark.promise("C34", "C38")
 def test_a_loss_that_is_no_number_is_6(drseg, small, data, tmp_path):
     words = ["--train.learning_rate", "1e30", "--train.nan_limit", 2, "--train.iterations", 20]
     out = tmp_path / "run"
@@ -200,6 +212,7 @@ def test_a_loss_that_is_no_number_is_6(drseg, small, data, tmp_path):
     check(drseg("train", *small, "--data", data, "--out", out, *words), 6, "2 steps in a row", "first bad tensor")
 
 
+@pytest.mark.promise("C38")
 def test_memory_and_disk_are_7(drseg, small, data, tmp_path, monkeypatch):
     from drseg_core.checkpoints import checkpoint
 
@@ -222,6 +235,7 @@ def test_memory_and_disk_are_7(drseg, small, data, tmp_path, monkeypatch):
     check(result, 7, "out of memory", "288230376151711744 bytes", "--train.batch_size")
 
 
+@pytest.mark.promise("C38")
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -244,6 +258,7 @@ def test_what_errors_become(error, code, said):
     assert found == code and said in message and "\n" not in message
 
 
+@pytest.mark.promise("C38")
 def test_an_internal_error_is_1_and_debug_shows_where(drseg, monkeypatch):
     def broken(args):
         raise KeyError("odd")
@@ -254,6 +269,7 @@ def test_an_internal_error_is_1_and_debug_shows_where(drseg, monkeypatch):
     assert code == 1 and errors.startswith("drseg: internal error") and "Traceback" in errors and "broken" in errors
 
 
+@pytest.mark.promise("C38")
 def test_a_closed_output_is_quiet(process):
     """``drseg ... | head``: the reader is gone before the first line."""
     for words in (["--help"], ["train", "--config", "tiny", "--print_config"]):
@@ -272,6 +288,7 @@ def wait_for(condition, started: subprocess.Popen[str], seconds: float = 90) -> 
         time.sleep(0.05)
 
 
+@pytest.mark.promise("C33")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])
 def test_a_signal_saves_and_the_run_goes_on(drseg, process, small, data, tmp_path, number, code):
     out = tmp_path / "run"

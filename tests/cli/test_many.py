@@ -47,6 +47,7 @@ def whole(run, scenes, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.promise("C38")
 def test_what_is_said_of_many(drseg, run, scenes, whole, tmp_path):
     out, report = tmp_path / "maps", tmp_path / "report.json"
     bad = tmp_path / "bad.tif"
@@ -73,6 +74,8 @@ def test_what_is_said_of_many(drseg, run, scenes, whole, tmp_path):
     assert drseg("predict", run, scenes, "--out", out, "--shard", "3/2")[0] == 2
     code, _, errors = drseg("predict", run, scenes, "--out", tmp_path / "r", "--report", tmp_path / "no" / "r.json")
     assert code == 2 and "--report is not writable" in errors
+    code, _, errors = drseg("predict", run, scenes, "--out", tmp_path / "r", "--report", scenes / "1.tif")
+    assert code == 2 and "--report is an input or a map; expected another path than" in errors
 
 
 def test_a_plan_of_many(drseg, run, scenes, tmp_path):
@@ -89,6 +92,7 @@ def test_shards(drseg, run, scenes, whole, tmp_path):
     assert code == 0 and content(out) == content(whole)
 
 
+@pytest.mark.promise("C45")
 def test_two_processes_write_the_bytes_of_one(run, scenes, whole, tmp_path):
     out = tmp_path / "maps"
     words = ["predict", str(run), str(scenes), "--out", f"{out}/{{name}}.tif", "--device", "cpu"]
@@ -121,6 +125,7 @@ def test_workers_of_a_cluster_write_the_bytes_of_one(drseg, run, scenes, whole, 
     assert code == 2 and "--cluster makes all blocks; expected neither --shard nor torchrun beside it" in errors
 
 
+@pytest.mark.promise("C33")
 def test_ctrl_c_is_one_line_with_workers_too(run, scenes, tmp_path):
     """A terminal sends it to all processes."""
     pytest.importorskip("distributed", reason="the extra cluster is not installed")
@@ -147,6 +152,7 @@ def test_ctrl_c_is_one_line_with_workers_too(run, scenes, tmp_path):
     assert "Traceback" not in errors and "distributed." not in errors
 
 
+@pytest.mark.promise("C45")
 def test_a_killed_call_goes_on(process, drseg, run, scenes, whole, tmp_path):
     out = tmp_path / "maps"
     words = ["predict", run, scenes, "--out", f"{out}/{{name}}.tif", "--device", "cpu"]
@@ -165,3 +171,55 @@ def test_a_killed_call_goes_on(process, drseg, run, scenes, whole, tmp_path):
 def test_blocks_of_another_precision_are_of_another_map(run):
     facts = [run_mapper(run, device="cpu", precision=precision).facts for precision in ("float32", "bfloat16")]
     assert [given["arithmetic"] for given in facts] == ["float32", "bfloat16"]
+
+
+def test_two_calls_at_once_are_never_mixed(process, drseg, run, scenes, whole, tmp_path):
+    """One maps all, the other is refused where it meets it, or finds all of it made."""
+    out = tmp_path / "maps"
+    words = ["predict", run, scenes, "--out", f"{out}/{{name}}.tif", "--device", "cpu", "--overwrite"]
+    started = [process(*words, *more) for more in ((), (), ("--threshold", "0.4"))]
+    said = [call.communicate(timeout=300)[1] for call in started]
+    codes = [call.returncode for call in started]
+    assert set(codes) <= {0, 2} and 0 in codes, said
+    refused = [text.splitlines()[-1] for text, code in zip(said, codes, strict=True) if code]
+    assert all("is being written by another call; expected one at a time" in line for line in refused)
+    assert not any("Traceback" in text for text in said)
+    # whoever lost may go on
+    code, _, errors = drseg(*words)
+    assert code == 0, errors
+    assert content(out) == content(whole)
+
+
+FILLED = """
+import resource, signal, sys
+from drseg_core.cli.main import main
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+# the limit of a file's size stands for a full disk: too little for a block of the first scene, or of the last
+@pytest.mark.parametrize("allowed", [9_000, 30_000])
+def test_a_disk_that_fills_keeps_what_is_finished(drseg, run, scenes, whole, tmp_path, allowed):
+    out, report = tmp_path / "maps", tmp_path / "report.json"
+    order = [scenes / f"{number}.tif" for number in (1, 2, 4, 3, 0)]
+    words = [str(w) for w in ("predict", run, *order, "--out", f"{out}/", "--device", "cpu", "--report", report)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    done = subprocess.run(
+        [sys.executable, "-c", FILLED, str(allowed), *words], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 7, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("drseg: error: ") and f"{out}/" in last and " cannot be written: " in last
+    assert "Traceback" not in done.stderr
+    counts = json.loads(report.read_text())["counts"]
+    assert counts["failed"] == 1 and counts["mapped"] + counts["not reached"] == 4
+    for number in range(5):
+        if (out / f"{number}.tif").exists():
+            assert (out / f"{number}.tif").read_bytes() == (whole / f"{number}.tif").read_bytes()
+    assert not [path for path in out.rglob("*") if ".part" in path.name]
+    # with room again the same command goes on
+    code, _, errors = drseg(*words)
+    assert code == 0 and "begun anew" not in errors and content(out) == content(whole), errors

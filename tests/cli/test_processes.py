@@ -34,6 +34,7 @@ def result(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.promise("C50")
 def test_two_processes_give_the_file_of_one(drseg, run, root, tmp_path):
     words = ["evaluate", str(run), "--data", f"vaihingen:{root}", "--protocol", "rskt", "--device", "cpu"]
     words += ["--batch-size", "2", "--boundary"]
@@ -53,6 +54,7 @@ def test_two_processes_give_the_file_of_one(drseg, run, root, tmp_path):
     }
 
 
+@pytest.mark.promise("C39")
 def test_the_run_card(drseg, run, root, tmp_path):
     out = tmp_path / "m.json"
     spec = f"vaihingen:{root}"

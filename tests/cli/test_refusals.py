@@ -19,6 +19,7 @@ from tests.cli.test_exit_codes import check
 LONG = "a " * 2500
 
 
+@pytest.mark.promise("C51")
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -72,6 +73,7 @@ def test_numbers_out_of_range_are_2(drseg, small, data, tmp_path, option, value)
     assert not out.exists()
 
 
+@pytest.mark.promise("C51")
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -109,6 +111,20 @@ def test_class_names_that_cannot_be_prompts(drseg, small, run, folder, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+@pytest.mark.promise("C53")
+def test_nothing_that_a_terminal_obeys_is_printed(drseg, run, folder, tmp_path):
+    odd = "\x1b]0;title\x07\x9b2J"
+    code, output, errors = drseg("predict", run, tmp_path / f"{odd}.tif", "--out", tmp_path / "map.tif")
+    assert code == 3 and "\\x1b]0;title\\x07\\x9b2J.tif is not a file" in errors
+    # nor logged, on the way
+    copied = tmp_path / f"set{odd}"
+    shutil.copytree(folder, copied)
+    (copied / "val" / "masks" / "0.png").unlink()
+    _, more, warned = drseg("data", "check", copied)
+    for text in (output, errors, more, warned):
+        assert all(letter.isprintable() or letter == "\n" for letter in text), ascii(text)
+
+
 def test_a_class_given_twice_is_2(drseg, tmp_path):
     check(drseg("predict", "run", "image.tif", "--out", tmp_path / "map.tif", "--classes", "a; a"), 2, "twice")
 
@@ -128,6 +144,7 @@ def test_a_run_outlives_the_weight_file_it_began_with(drseg, small, data, folder
     assert code == 0 and "steps: 3" in text
 
 
+@pytest.mark.promise("C32")
 def test_a_prior_with_other_weights_is_4(drseg, small, data, tmp_path):
     file, out = tmp_path / "prior.pt", tmp_path / "run"
 

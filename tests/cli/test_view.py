@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from drseg_core.scenes.synthetic import write_synthetic_scene
+from tests.cli.conftest import ROOT
 from tests.cli.test_exit_codes import check
 
 
@@ -103,3 +107,54 @@ def test_refusals(drseg, scene, monkeypatch, tmp_path, words, code, said):
 def test_help_names_what_is_written(drseg):
     code, text, _ = drseg("view", "--help")
     assert code == 0 and "opens without a server or a network" in text and "--max-mb" in text
+
+
+def test_a_page_of_a_former_map_goes_with_it(drseg, run, scene, tmp_path):
+    words = ["predict", run, scene, "--out", tmp_path / "map.tif", "--device", "cpu"]
+    page = tmp_path / "map.html"
+    assert drseg(*words, "--view")[0] == 0 and page.is_file()
+    (tmp_path / "map.tif").unlink()
+    # a map without its page would be shown as another: the same as with its scores
+    check(drseg(*words), 2, "exists")
+    assert page.is_file()
+    code, _, errors = drseg(*words, "--overwrite")
+    assert code == 0 and f"{page}, the page of the map before, is removed" in errors and not page.exists()
+    # one that is somebody else's is no part of any map
+    page.write_text("<!DOCTYPE html><title>mine</title>")
+    assert drseg(*words, "--overwrite")[0] == 0 and "mine" in page.read_text()
+
+
+TORN = """
+import os, signal, sys
+from drseg_core.cli.main import main
+from drseg_core.files import atomic_path
+from drseg_core.view import page
+
+def torn(path, text):
+    with atomic_path(path) as temporary:
+        temporary.write_text(text[:1000])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+page.write_text_atomic = torn
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_call_killed_at_its_page_goes_on_there(drseg, run, scene, tmp_path, several):
+    out = tmp_path / "maps"
+    second = [write_synthetic_scene(tmp_path / "b.tif", width=40, height=40, seed=1)] if several else []
+    words = [
+        str(w) for w in ("predict", run, scene, *second, "--out", f"{out}/{{name}}.tif", "--device", "cpu", "--view")
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    done = subprocess.run([sys.executable, "-c", TORN, *words], env=environment, capture_output=True)
+    assert done.returncode == -9, done.stderr
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tif")}
+    assert len(before) == 2 * (1 + several) and not list(out.glob("[!.]*.html")) and list(out.glob(".*.part*"))
+    code, said, errors = drseg(*words)
+    assert code == 0, errors
+    assert said.count(".html (") == 1 + several and content(out / "scene.html")["width"] == 70
+    # the maps are those of before, and nothing else is left
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tif")} == before
+    assert not [path.name for path in out.iterdir() if ".part" in path.name or ".work" in path.name]

@@ -185,6 +185,7 @@ def test_what_is_no_number(drseg, scene, tmp_path, words: list[str], said: str) 
     assert code == 2 and errors.splitlines()[0] == f"drseg predict: error: {said}"
 
 
+@pytest.mark.promise("C51")
 @pytest.mark.parametrize(
     ("words", "said"),
     [

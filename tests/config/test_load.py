@@ -58,6 +58,7 @@ def test_what_is_left_out_keeps_its_default() -> None:
     assert parse_config("seed: 3") == dataclasses.replace(Config(), seed=3)
 
 
+@pytest.mark.promise("C51")
 @pytest.mark.parametrize(
     ("text", "value"), [("1e-3", 1e-3), ("1.0e-3", 1e-3), ("2", 2.0), ("5E2", 500.0), ("-1e+2", -100.0)]
 )
@@ -66,6 +67,7 @@ def test_numbers(text: str, value: float) -> None:
     assert found == value and isinstance(found, float)
 
 
+@pytest.mark.promise("C51")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -114,6 +116,7 @@ def test_refusals_name_file_line_and_key(text: str, message: str) -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.promise("C51")
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="huge not found; expected a YAML file or one of tiny, vitb, vitl"):
         load_config("huge")

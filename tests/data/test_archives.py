@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Archives that would write elsewhere, or too much, are refused before anything is written (reliability row 77)."""
+"""Archives that would write elsewhere, or too much, are refused before anything is written."""
 
 from __future__ import annotations
 
+import gzip
 import io
+import shutil
 import stat
 import struct
 import tarfile
@@ -58,6 +60,7 @@ def test_a_good_archive(tmp_path, make, name):
     assert [path.name for path in root.parent.iterdir()] == ["set"]
 
 
+@pytest.mark.promise("C37")
 @pytest.mark.parametrize("make, suffix", [(zip_of, ".zip"), (tar_of, ".tar")])
 @pytest.mark.parametrize(
     "name, reason",
@@ -77,22 +80,26 @@ def test_names_that_lead_elsewhere(tmp_path, make, suffix, name, reason):
     refused(make(tmp_path / f"a{suffix}", ("good", b"1"), (name, b"2")), reason)
 
 
+@pytest.mark.promise("C37")
 def test_nul_in_a_name(tmp_path):
     archive = zip_of(tmp_path / "a.zip", ("good.txtXevil", b"1"))
     archive.write_bytes(archive.read_bytes().replace(b"good.txtXevil", b"good.txt\0evil"))
     refused(archive, "NUL or backslash")
 
 
+@pytest.mark.promise("C37")
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
 def test_links_and_devices_in_a_tar(tmp_path, kind):
     refused(tar_of(tmp_path / "a.tar", ("evil", b""), kind=kind, link="/etc/passwd"), "'evil' is a link, device")
 
 
+@pytest.mark.promise("C37")
 @pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFIFO, stat.S_IFSOCK])
 def test_links_and_devices_in_a_zip(tmp_path, kind):
     refused(zip_of(tmp_path / "a.zip", ("evil", b"/etc/passwd"), mode=kind | 0o777), "'evil' is a link or device")
 
 
+@pytest.mark.promise("C37")
 @pytest.mark.parametrize("make, suffix", [(zip_of, ".zip"), (tar_of, ".tar")])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("names", [("a", "a"), ("a", "./a"), ("a", "a/b"), ("a/b", "a"), ("a//b", "a/b")])
@@ -100,6 +107,7 @@ def test_names_that_occur_twice(tmp_path, make, suffix, names):
     refused(make(tmp_path / f"x{suffix}", *((name, b"1") for name in names)), "occurs twice")
 
 
+@pytest.mark.promise("C37")
 def test_too_much(tmp_path):
     archive = zip_of(tmp_path / "a.zip", ("a", bytes(1 << 20)))
     refused(archive, "'a' makes the archive too large; expected at most")
@@ -114,6 +122,7 @@ def test_too_much(tmp_path):
     refused(many, "'4' is one member too many; expected at most 4", Limits(members=4))
 
 
+@pytest.mark.promise("C37")
 def test_a_header_that_lies_about_the_size(tmp_path):
     archive = zip_of(tmp_path / "a.zip", ("good", b"1"), ("liar", b"x" * 1000), compression=zipfile.ZIP_STORED)
     data = bytearray(archive.read_bytes())
@@ -123,6 +132,14 @@ def test_a_header_that_lies_about_the_size(tmp_path):
         data[entry + 24 : entry + 28] = struct.pack("<I", lie)
         archive.write_bytes(data)
         refused(archive, "damaged|another size")
+
+
+@pytest.mark.promise("C37")
+def test_no_more_is_written_than_a_header_says(tmp_path):
+    endless = archives._Member("liar", 10, False, lambda: io.BytesIO(bytes(5 << 20)))
+    with pytest.raises(ArchiveError, match="another size than its header says; expected 10 bytes"):
+        archives._write(tmp_path / "a.zip", endless, tmp_path)
+    assert (tmp_path / "liar").stat().st_size <= 10
 
 
 def test_encrypted(tmp_path):
@@ -155,6 +172,32 @@ def test_damaged(tmp_path, make, name):
     if name != "a.tar":
         # a plain tar has no checksum of its content
         refused(archive, "damaged")
+
+
+@pytest.mark.promise("C37")
+def test_the_checksum_at_the_end_is_looked_at(tmp_path):
+    """A tar has none of its content, and a reader of members stops before that of the compression."""
+    archive = tmp_path / "a.tar.gz"
+    content = bytes(range(256)) * 40
+    with tarfile.open(archive, "w:gz", compresslevel=0) as file:
+        info = tarfile.TarInfo("one")
+        info.size = len(content)
+        file.addfile(info, io.BytesIO(content))
+    assert (unpack(archive, tmp_path / "out" / "set") / "one").read_bytes() == content
+    shutil.rmtree(tmp_path / "out")
+    data = archive.read_bytes()
+    archive.write_bytes(data.replace(content[:50], content[1:51], 1))
+    refused(archive, "damaged: CRC check failed")
+
+
+@pytest.mark.promise("C37")
+def test_what_is_behind_the_end_mark_is_bounded(tmp_path):
+    archive = tar_of(tmp_path / "a.tar.gz", ("one", b"1"))
+    plain = gzip.decompress(archive.read_bytes())
+    archive.write_bytes(gzip.compress(plain + bytes(20_000_000)))
+    refused(archive, "goes on behind its end mark")
+    archive.write_bytes(gzip.compress(plain + bytes(20_000)))
+    assert (unpack(archive, tmp_path / "out" / "set") / "one").read_bytes() == b"1"
 
 
 def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ def test_a_good_set(name, tmp_path):
     assert split["pixels"][BENCHMARKS[name].class_names[2]] == count > 0
 
 
+@pytest.mark.promise("C49")
 def test_everything_that_is_wrong_is_found(tmp_path):
     root = write_release("dlrsd", tmp_path, splits=("val",), count=8)
     images, masks = root / "DLRSD_split/val/imgs", root / "DLRSD_split/val/D2masks"

@@ -64,6 +64,7 @@ def test_root_missing_empty_no_pairs(root, tmp_path):
         open_dataset("folder:")
 
 
+@pytest.mark.promise("C49")
 def test_partners_missing_lists_ten(root):
     for i in range(12):
         Image.fromarray(PIXELS).save(root / "train/images" / f"lonely{i:02d}.png")
@@ -74,11 +75,13 @@ def test_partners_missing_lists_ten(root):
     refused(root, "1 files have no partner.*extra.png has no image")
 
 
+@pytest.mark.promise("C49")
 def test_sizes_differ(root):
     Image.fromarray(PIXELS[:10]).save(root / "train/images/1.png")
     refused(root, "1 masks differ.*images/1.png 10 x 30, its mask 20 x 30")
 
 
+@pytest.mark.promise("C49")
 def test_ids_outside_the_list(root):
     mask = np.zeros((20, 30), np.uint8)
     mask[0, :4] = [2, 9, 254, 255]
@@ -87,6 +90,7 @@ def test_ids_outside_the_list(root):
     assert len(FolderDataset(root)[0].mask)
 
 
+@pytest.mark.promise("C49")
 def test_mask_modes(root):
     path = root / "train/masks/0.png"
     Image.fromarray(PIXELS).save(path)
@@ -108,6 +112,7 @@ def test_all_ignore_mask(root):
     assert (FolderDataset(root)[0].mask == 255).all()
 
 
+@pytest.mark.promise("C35")
 @pytest.mark.parametrize("options", [("png", {}), ("jpg", {}), ("tif", {}), ("tif", {"compression": "tiff_lzw"})])
 def test_truncated(tmp_path, options):
     suffix, save = options
@@ -123,6 +128,7 @@ def test_truncated(tmp_path, options):
     assert read_image(path).shape == (200, 300, 3)
 
 
+@pytest.mark.promise("C35")
 def test_not_an_image(root):
     path = root / "train/images/1.png"
     path.write_bytes(b"")
@@ -216,6 +222,7 @@ def test_tiff_that_pillow_cannot_read(tmp_path):
         read_image(path)
 
 
+@pytest.mark.promise("C35")
 def test_vanished_or_changed(root):
     dataset = FolderDataset(root)
     path = root / "train/images/1.png"
@@ -285,10 +292,13 @@ def test_class_names(tmp_path):
     refused_names("\n".join(map(str, range(256))).encode(), "got 256")
     refused_names(b"road\nfield\n road \n", "'road' repeats.*ids 0 and 2")
     refused_names(b"\xff\xfe\x00", "cannot be read as UTF-8")
+    for odd in ("\x1b[2J", "\x00", "\x7f", "\x9b"):
+        refused_names(f"road\nfi{odd}eld\n".encode(), "class name 1 has a control character; expected text, got 'fi")
     path.write_bytes("\ufeffStraße\r\nfield # 2\r\n".encode())
     assert read_class_names(path) == ("Straße", "field # 2")
 
 
+@pytest.mark.promise("C39")
 def test_fingerprint(root):
     first = FolderDataset(root).fingerprint()
     assert first == FolderDataset(root).fingerprint() and len(first) == 64

@@ -85,6 +85,7 @@ def test_tiff_mask_of_few_bits_keeps_ids(tmp_path, bits):
             assert np.array_equal(read_mask(path), ids)
 
 
+@pytest.mark.promise("C49")
 @pytest.mark.parametrize("name, options", [("0.jpg", {}), ("0.png", {}), ("0.tif", {"compression": "jpeg"})])
 def test_jpeg_mask_is_refused(root, name, options):
     path = root / "train/masks" / name

@@ -69,10 +69,10 @@ def same(a, b) -> None:
         assert torch.equal(x.image, y.image) and torch.equal(x.mask, y.mask) and x.position == y.position
 
 
-def scenes():
+def scenes(count: int = 5):
     from drseg_core.data.synthetic import SyntheticDataset, SyntheticOptions
 
-    return SyntheticDataset(SyntheticOptions(scenes=5, size=40))
+    return SyntheticDataset(SyntheticOptions(scenes=count, size=40))
 
 
 def test_shapes():
@@ -92,9 +92,15 @@ def test_batch_larger_than_the_set():
     assert sorted(ids(take(1, Numbered(3), color_jitter=False, batch_size=9))) == sorted([0, 1, 2] * 3)
 
 
+@pytest.mark.promise("C30")
 def test_start_continues_exactly():
     full = take(6, scenes(), crop_size=32)
     same(full[3:], take(3, scenes(), crop_size=32, start=full[2].position + 4))
+
+
+def test_an_image_is_augmented_anew_in_every_pass():
+    images = [batch.image for batch in take(4, scenes(1), crop_size=32, batch_size=1)]
+    assert not any(torch.equal(one, other) for one, other in zip(images, images[1:], strict=False))
 
 
 def test_workers_do_not_matter():
@@ -122,6 +128,7 @@ def test_ranks_share_a_batch():
         assert {p[i].position for p in parts} == {batch.position}
 
 
+@pytest.mark.promise("C35")
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("what", "message"),
@@ -137,6 +144,7 @@ def test_bad_sample_is_named(workers, what, message):
     take(1, workers=workers)
 
 
+@pytest.mark.promise("C35")
 def test_killed_worker():
     start = time.monotonic()
     with pytest.raises(ResourceError, match=r"stopped at position \d+, batch from /data/\d.png on: .*worker") as caught:
@@ -145,6 +153,7 @@ def test_killed_worker():
     take(1, workers=1)
 
 
+@pytest.mark.promise("C35")
 def test_hanging_worker():
     start = time.monotonic()
     with pytest.raises(ResourceError, match=r"stopped at position .*timed out after 2"):
@@ -216,6 +225,7 @@ def test_resized_sizes():
     assert resized_size(1, 5000, 16)[0] == 1
 
 
+@pytest.mark.promise("C49")
 def test_mask_values_are_never_mixed():
     mask = torch.zeros(50, 50, dtype=torch.uint8)
     mask[:, 25:] = 200

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from drseg_core.data import open_dataset
 from drseg_core.data.check import check_data
 from drseg_core.data.folder import FolderDataset
 from drseg_core.data.own_images import read_rgb
+from drseg_core.data.prepare.strips import open_strips
 from drseg_core.data.values import extreme_value
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.scenes.reader import open_scene
@@ -102,6 +104,7 @@ def test_bands_by_their_descriptions(tmp_path, descriptions, bands):
         assert scene.bands == bands
 
 
+@pytest.mark.promise("C49")
 def test_bands_without_a_hint_are_named(tmp_path, caplog):
     path = write(tmp_path / "in.tif", np.ones((4, 5, 6), np.uint16))
     with open_scene(path) as scene:
@@ -114,6 +117,19 @@ def test_bands_without_a_hint_are_named(tmp_path, caplog):
     wrong = write(tmp_path / "wrong.tif", np.ones((3, 5, 6), np.uint8), descriptions=["B02", "B03", "B04"])
     with open_scene(wrong) as scene:
         assert scene.bands == (1, 2, 3) and "--bands 3,2,1 takes them" in (scene.band_warning() or "")
+
+
+@pytest.mark.promise("C36")
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_two_percent_at_either_end_are_left_out(tmp_path, kind):
+    # of the values 0 to 200 the second and the 98th percentile are 4 and 196
+    data = np.tile(RNG.permutation(201).reshape(1, 3, 67), (3, 1, 1)).astype(kind)
+    path = write(tmp_path / "in.tif", data)
+    expected = np.rint(np.clip((data.astype(float) - 4) / 192, 0, 1) * 255)
+    with open_scene(path, reading=Reading(measure=True)) as scene:
+        assert scene.pairs() == [(4.0, 196.0)] * 3
+        assert np.array_equal(scene.rows(0, 3)[0].numpy(), expected)
+    assert np.array_equal(read_rgb(path, Reading(measure=True), max_pixels=1000).image.transpose(2, 0, 1), expected)
 
 
 def test_the_scale_of_a_set_is_measured_once(tmp_path, caplog):
@@ -161,6 +177,7 @@ def test_pixels_without_data_are_not_trained_on(tmp_path):
     assert bool((mask[:3] == 255).all()) and not bool((mask[3:] == 255).any())
 
 
+@pytest.mark.promise("C49")
 @pytest.mark.parametrize("value, kind", [(0, np.uint16), (65535, np.uint16), (-9999, np.int16), (-9999, np.float32)])
 def test_nodata_that_nobody_declared_is_named(tmp_path, caplog, value, kind):
     data = RNG.integers(300, 4000, size=(3, 50, 50)).astype(kind)
@@ -249,3 +266,23 @@ def test_options_as_text():
     for wrong in ("", "5", "9,1", "1,1", "0,1;0,2", "nan,1", "a,b"):
         with pytest.raises(ConfigError, match="--scale is not usable; expected auto, LOW,HIGH"):
             parse_scale(wrong)
+
+
+def test_a_block_is_decoded_once(tmp_path):
+    """GDAL's cache holds a row of blocks, or each line that is read decodes all of them."""
+    noise = RNG.integers(1, 256, size=(3, 1024, 1024)).astype(np.uint8)
+    path = write(tmp_path / "scene.tif", noise, tiled=True, blockxsize=256, blockysize=256, compress="deflate")
+
+    def seconds(read) -> float:
+        begin = time.process_time()
+        read()
+        return time.process_time() - begin
+
+    with rasterio.open(path) as file:
+        plain = min(seconds(lambda: file.read(out_shape=(3, 500, 500))) for _ in range(3))
+    with open_scene(path) as scene:
+        ours = min(seconds(lambda: scene.source.read(out_shape=(3, 500, 500))) for _ in range(3))
+    with open_strips(path, max_pixels=2**21) as strips:
+        rows = min(seconds(lambda: [strips.read(top, top + 4) for top in range(0, 256, 4)]) for _ in range(3))
+    # hundreds of times as long with no cache
+    assert ours < 20 * plain + 0.05 and rows < 20 * plain + 0.05

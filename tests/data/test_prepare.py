@@ -75,6 +75,7 @@ def test_archives_and_archives_in_archives(tmp_path, suffix):
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["Potsdam_split"]
 
 
+@pytest.mark.promise("C37")
 def test_an_archive_that_is_refused_leaves_nothing(tmp_path):
     from tests.data.test_archives import zip_of
 
@@ -134,6 +135,7 @@ def test_a_finished_one_is_left_alone(tmp_path):
         open_dataset(f"udd5:{tmp_path / 'sets'}", "train")
 
 
+@pytest.mark.promise("C48")
 def test_folders_it_does_not_own(tmp_path):
     write_raw("vdd", tmp_path / "raw")
     with pytest.raises(ConfigError, match="--out is inside --raw"):
@@ -301,6 +303,7 @@ def test_images_of_one_and_four_bands(tmp_path):
     refused("isaid", tmp_path / "raw", "P0000.png has a palette; expected RGB or gray")
 
 
+@pytest.mark.promise("C46")
 def test_memory_is_that_of_a_strip(tmp_path):
     size = (2048, 512)
     ids = random_ids(np.random.default_rng(0), 6, size)

@@ -88,6 +88,7 @@ def test_every_miniature_opens_or_says_why_not(protocol, tmp_path):
         assert ids == set(range(len(view.class_names))), name
 
 
+@pytest.mark.promise("C50")
 def test_what_each_id_becomes(tmp_path):
     def pairs(protocol: str, name: str) -> dict[int, int]:
         view = PROTOCOLS[protocol].sets[name]

@@ -15,7 +15,9 @@ from drseg_core.data import pairs
 from drseg_core.data.check import check_data
 from drseg_core.data.folder import FolderDataset
 from drseg_core.data.tile import Tile, TileOptions, split_tiles, tile_scene
+from drseg_core.data.vector import read_shapes
 from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.scenes.reader import open_scene
 from tests.data.test_own_images import write
 
 rasterio = pytest.importorskip("rasterio")
@@ -272,6 +274,24 @@ def test_refusals(tmp_path):
     (tmp_path / "labels.txt").write_text("x")
     with pytest.raises(DatasetError, match="labels.txt cannot be read as polygons"):
         tile_scene(image, tmp_path / "labels.txt", tmp_path / "set")
+
+
+@pytest.mark.promise("C53")
+def test_what_points_to_a_network_is_not_asked(tmp_path):
+    image = scene(tmp_path / "scene.tif")
+    write(tmp_path / "labels.tif", label()[None], **PLACE)
+    pixels = "<SourceFilename>/vsicurl/http://host/a.tif</SourceFilename>"
+    band = f'<VRTRasterBand dataType="Byte" band="1"><SimpleSource>{pixels}</SimpleSource></VRTRasterBand>'
+    for name in ("far.vrt", "far.tif"):
+        (tmp_path / name).write_text(f'<VRTDataset rasterXSize="4" rasterYSize="4">{band}</VRTDataset>')
+        for given in ((tmp_path / name, tmp_path / "labels.tif"), (image, tmp_path / name)):
+            with pytest.raises(ConfigError, match=f"data tile: .*{name} points to something remote; expected files"):
+                tile_scene(*given, tmp_path / "set")
+    layer = '<OGRVRTLayer name="a"><SrcDataSource>/vsicurl/http://host/a.gpkg</SrcDataSource></OGRVRTLayer>'
+    (tmp_path / "shapes.vrt").write_text(f"<OGRVRTDataSource>{layer}</OGRVRTDataSource>")
+    with open_scene(image) as near, pytest.raises(DatasetError, match="shapes.vrt points to something remote"):
+        read_shapes(tmp_path / "shapes.vrt", None, near)
+    assert not (tmp_path / "set").exists()
 
 
 def test_numbers_with_gaps_become_classes(tmp_path):

@@ -57,6 +57,8 @@ def test_a_file_of_classes(tmp_path):
         ("#808080, lane", "empty name"),
         ("road#80808", "a colour that is none; expected such as #808080 behind a word, got 'road#80808'"),
         ("road#gray", "a colour that is none"),
+        ("road; ro\x1b[2Jof", r"a control character; expected text, got 'ro\\x1b\[2Jof'"),
+        ("road, la\x00ne", "a control character"),
     ],
 )
 def test_refusals(text, said):

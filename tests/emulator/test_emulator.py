@@ -71,6 +71,7 @@ def kernels(request, tmp_path_factory):
     return program
 
 
+@pytest.mark.promise("C42")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_right_kernels_are_right_and_each_fault_is_found(seed, kernels):
     environment = {**os.environ, "DRSEG_EMULATOR_SEED": str(seed)}

@@ -132,6 +132,7 @@ def run(program: Path, seed: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(program)], env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.promise("C24")
 def test_the_kernels_are_right_in_any_order(tmp_path, compiled):
     build(tmp_path / "check", SOURCES, compiled)
     for seed in SEEDS:
@@ -156,6 +157,7 @@ def survives(folder: Path, compiled: Path, fault: tuple[str, str, str, str]) -> 
     return f"{name}: {what}"
 
 
+@pytest.mark.promise("C42")
 def test_each_planted_fault_is_found(tmp_path, compiled):
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
         left = pool.map(lambda n: survives(tmp_path / str(n), compiled, FAULTS[n]), range(len(FAULTS)))

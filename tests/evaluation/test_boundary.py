@@ -10,6 +10,7 @@ from drseg_core.evaluation.boundary import BoundaryCounts, inner_band
 from drseg_core.evaluation.metrics import ConfusionMatrix
 
 
+@pytest.mark.promise("C50")
 @pytest.mark.parametrize("distance", [1, 2, 3])
 def test_band_pixel_by_pixel(distance: int) -> None:
     generator = torch.Generator().manual_seed(distance)

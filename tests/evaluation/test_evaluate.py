@@ -76,6 +76,7 @@ def test_nothing_to_score():
     assert list(result["per_class"]) == NAMES and result["images_all_ignored"] == 1
 
 
+@pytest.mark.promise("C39")
 def test_class_names_are_hashed():
     result = evaluate(ColorModel(), NAMES, Colors(1), progress=False)
     assert result["class_names_sha256"] == class_names_hash(NAMES) and len(class_names_hash(NAMES)) == 64

@@ -20,6 +20,7 @@ def labels(height: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 4, (height, width), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.promise("C36")
 @settings(max_examples=60, deadline=None)
 @given(length=st.integers(1, 300), side=st.sampled_from([16, 32, 64]), share=st.floats(0, 0.99))
 def test_tiles_cover_an_axis(length, side, share):
@@ -34,6 +35,7 @@ def test_tiles_cover_an_axis(length, side, share):
     assert all(b - a <= side - overlap for a, b in zip(starts, starts[1:], strict=False))
 
 
+@pytest.mark.promise("C36")
 @pytest.mark.parametrize("overlap", [0, 1, 8, 16, 31])
 def test_window_is_positive_symmetric_and_smooth(overlap):
     window = blend_window(32, overlap)
@@ -41,6 +43,7 @@ def test_window_is_positive_symmetric_and_smooth(overlap):
     assert overlap < 8 or np.abs(np.diff(window)).max() < 0.25
 
 
+@pytest.mark.promise("C36")
 @pytest.mark.parametrize("mode", ["whole", "tile"])
 @pytest.mark.parametrize("size", [(50, 70), (33, 32), (32, 32), (5, 90), (1, 1), (40, 7)])
 def test_pixelwise_model_gives_the_same_however_it_is_run(mode, size):
@@ -54,6 +57,7 @@ def test_pixelwise_model_gives_the_same_however_it_is_run(mode, size):
     assert torch.allclose(result.uncertainty, image[0] / 255, atol=1e-6)
 
 
+@pytest.mark.promise("C6")
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 15), st.integers(1, 5))
 def test_weights_sum_to_exactly_one(height, width, overlap, batch):
@@ -67,6 +71,7 @@ def test_weights_sum_to_exactly_one(height, width, overlap, batch):
     assert rows == list(range(height))
 
 
+@pytest.mark.promise("C36")
 def test_tiled_scores_are_weighted_means():
     # a model that answers with the tile's number shows the weights themselves
     class Counter(ColorModel):
@@ -76,12 +81,15 @@ def test_tiled_scores_are_weighted_means():
             return Output(value.expand(1, 1, *image.shape[-2:]), torch.zeros(1, 1, 4, 4))
 
     predictor = Predictor(Counter(), ["red"], mode="tile", tile_size=16, overlap=8, batch_size=1)
-    score = predictor(torch.zeros(3, 16, 24, dtype=torch.uint8)).score[0].double()
+    score = predictor(torch.zeros(3, 24, 24, dtype=torch.uint8)).score.numpy()
     window = blend_window(16, 8).astype(float)
-    left, right = np.zeros(24), np.zeros(24)
-    left[:16], right[8:] = window, window
-    assert np.allclose(score, (0.1 * left + 0.2 * right) / (left + right), atol=1e-6)
-    assert torch.all(score.diff() > -1e-6)
+    first, second = np.zeros(24), np.zeros(24)
+    first[:16], second[8:] = window, window
+    # rows of tiles from the top, each from the left: a weight is a product of both axes'
+    weights = [down[:, None] * across for down in (first, second) for across in (first, second)]
+    expected = sum(0.1 * number * weight for number, weight in enumerate(weights, 1)) / sum(weights)
+    assert np.allclose(score, expected, atol=1e-6)
+    assert np.all(np.diff(score, axis=0) > -1e-6) and np.all(np.diff(score, axis=1) > -1e-6)
 
 
 def test_whole_mode_enlarges_sigmoids_and_batches_equal_sizes():

@@ -31,6 +31,7 @@ def counted(classes: int, *pairs) -> ConfusionMatrix:
     return matrix
 
 
+@pytest.mark.promise("C50")
 @pytest.mark.parametrize(("classes", "used"), [(6, 6), (9, 5), (1, 1)])
 def test_against_torchmetrics(classes, used):
     from torchmetrics.functional import classification as oracle
@@ -57,6 +58,7 @@ def test_against_torchmetrics(classes, used):
     assert math.isclose(ours.frequency_weighted_iou(), 100 * float(weighted), abs_tol=1e-4)
 
 
+@pytest.mark.promise("C50")
 def test_three_conventions_by_hand():
     # class 0 right, 1 half right, 2 only predicted, 3 nowhere
     target = torch.tensor([0, 0, 1, 1, 255])
@@ -73,6 +75,7 @@ def test_three_conventions_by_hand():
     assert matrix.mean_accuracy(classes=[0]) == 100
 
 
+@pytest.mark.promise("C50")
 def test_identity_of_the_published_log():
     # RSKT-Seg's log for Potsdam: the mean of these six is its mIoU, so the clutter class counts
     published = [44.963, 54.763, 35.656, 17.238, 52.852, 1.687]
@@ -93,6 +96,7 @@ def test_everything_ignored_or_nothing_counted():
         assert matrix.mean_iou("all") == 0
 
 
+@pytest.mark.promise("C50")
 def test_parts_add_up():
     pairs = [random_pair(5, 5, seed) for seed in range(3)]
     whole, first, rest = counted(5, *pairs), counted(5, *pairs[:1]), counted(5, *pairs[1:])

@@ -39,6 +39,7 @@ class Member:
         return value.copy_(torch.stack(self.threads.parts).sum(0))
 
 
+@pytest.mark.promise("C50")
 @pytest.mark.parametrize("mode", ["whole", "tile"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -53,6 +53,7 @@ def test_ovrs_sees_four_windows_and_the_whole():
     assert resized_size(300, 100, PROTOCOLS["ovrs"].views) == (640, 640)
 
 
+@pytest.mark.promise("C50")
 def test_segearth_sees_nine_windows():
     assert batches(PROTOCOLS["segearth"].views, (512, 512)) == [(3, 3, 224, 224)] * 3
     assert resized_size(1080, 1280, PROTOCOLS["segearth"].views) == (378, 448)

@@ -59,12 +59,14 @@ def test_few_counts_mean_long_chunks(monkeypatch, small):
     check(index, on_device(kernels.csc))
 
 
+@pytest.mark.promise("C14")
 @pytest.mark.parametrize("shape", [(0, 3, 2), (2, 3, 0), (2, 0, 4)])
 def test_nothing_to_list(shape):
     indptr, perm = on_device(kernels.csc)(torch.zeros(shape, dtype=torch.int32))
     assert len(perm) == 0 and indptr.tolist() == [0] * (shape[0] * shape[1] + 1)
 
 
+@pytest.mark.promise("C15")
 def test_nothing_is_read_before_it_is_written():
     index = crowded(2, 30, 9).to(DEVICE)
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -61,6 +61,7 @@ def forward(halves: _edges.Halves, inputs: dict[str, Any], norm: str, apart: boo
 SIZES = [(9, 5, 37), (1, 1, 16), (35, 34, 2), (40, 76, 8), (37, 77, 20), (40, 128, 36), (650, 3, 12), (700, 80, 8)]
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -113,6 +114,7 @@ def test_halves_as_a_product_leaves_them(shifted, normed, target, apart, dtype):
     assert second.numel() == 0 if apart else torch.allclose(second.double(), weight, rtol=3e-6)
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("target", [True, False])
 @pytest.mark.parametrize("normed", [True, False])
@@ -217,6 +219,7 @@ def test_what_the_kernels_do_not_take_is_refused_by_name(changes, reason):
         call(**{**inputs, "mask": None}, norm=changes.get("norm", "sym_row"))
 
 
+@pytest.mark.promise("C24")
 @pytest.mark.parametrize("seed", [2, 3, 4, 5, 6])
 def test_in_any_order_of_threads(seed, monkeypatch):
     inputs = make(40, 7, 72)

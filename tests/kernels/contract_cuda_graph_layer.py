@@ -72,12 +72,14 @@ def call(**inputs: Any) -> Tensor:
 SIZES = [(9, 5, 40), (1, 1, 8), (35, 34, 16), (40, 100, 72), (21, 128, 8), (690, 3, 8)]
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("activation", SUBJECTS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_size_is_right(size, activation):
     check_sizes(SUBJECTS[activation], make(activation, *size), call)
 
 
+@pytest.mark.promise("C4")
 @pytest.mark.parametrize("activation", SUBJECTS)
 @pytest.mark.parametrize("size", [(9, 5, 40), (40, 100, 72), (690, 3, 8)], ids=str)
 def test_bfloat16_is_rounded_once(size, activation):
@@ -89,6 +91,7 @@ def test_bfloat16_is_rounded_once(size, activation):
     torch.testing.assert_close(got, right, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("added", [True, False])
@@ -139,6 +142,7 @@ def test_scales_are_those_of_both_ends(activation):
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()), msg=name)
 
 
+@pytest.mark.promise("C11")
 @pytest.mark.parametrize("activation", ["none", *SUBJECTS])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_number_that_is_not_finite_reaches_neighbours_only(value, activation):
@@ -160,6 +164,7 @@ def test_an_index_outside_the_image_is_its_border():
         assert torch.equal(call(**{**inputs, "index": index}), right)
 
 
+@pytest.mark.promise("C44")
 @pytest.mark.parametrize(
     "changes,reason",
     [
@@ -189,6 +194,7 @@ def test_what_is_not_asked_for_is_not_computed():
             assert [value.numel() > 0 for value in found] == [wants_x, wants_coefficient]
 
 
+@pytest.mark.promise("C24")
 @pytest.mark.parametrize("seed", [2, 3, 4, 5, 6])
 def test_in_any_order_of_threads(seed, monkeypatch):
     inputs = make("layer_norm", 40, 7, 72)

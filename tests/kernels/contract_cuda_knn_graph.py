@@ -31,6 +31,8 @@ for _name in (
     "test_scales_are_exact_powers_of_two",
     "test_reference_gives_the_same_for_any_block",
     "test_large_grids_give_the_same_bits_for_any_threads",
+    "test_equal_scores_are_equal_wherever_they_are_computed",
+    "test_more_images_than_there_is_room_for_scores",
     "test_opcheck",
     # of what lies before every backend
     "test_the_decay_table_is_made_once",
@@ -141,6 +143,7 @@ def test_the_bound_is_no_larger_than_it_must_be(whose, tenth, device):
     assert choose(prior, grid, 1, 4e-5, device, include_self=False, bound=tenth)[0][0, 0] == 2
 
 
+@pytest.mark.promise("C4")
 @pytest.mark.parametrize("sums", [truncating, lambda left, right, out: out.copy_(left.double() @ right.double().mT)])
 def test_sums_of_a_tensor_core_are_within_the_slack(sums, device, monkeypatch):
     random = torch.Generator().manual_seed(5)
@@ -151,6 +154,7 @@ def test_sums_of_a_tensor_core_are_within_the_slack(sums, device, monkeypatch):
         assert torch.equal(found, expected) and counts.float().mean() < 8
 
 
+@pytest.mark.promise("C10")
 def test_copies_of_a_row_are_taken_from_the_lowest_index(device):
     random = torch.Generator().manual_seed(3)
     prior = torch.randn(1, 6, 40, generator=random).repeat(1, 12, 1)[:, torch.randperm(72, generator=random)]
@@ -171,6 +175,7 @@ def test_rows_that_nothing_decides(device):
         assert torch.equal(found, expected) and counts.max() == 58
 
 
+@pytest.mark.promise("C2")
 @pytest.mark.parametrize("rounded", [True, False])
 @pytest.mark.parametrize("form", ["additive", "multiplicative", "product"])
 @pytest.mark.parametrize("include_self", [True, False])
@@ -186,6 +191,7 @@ def test_ties_and_a_node_that_is_not_finite(grid, k, include_self, form, rounded
         torch.testing.assert_close(value, right, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.promise("C24")
 @pytest.mark.parametrize("seed", [2, 3, 4, 5, 6])
 def test_in_any_order_of_threads(seed, device, monkeypatch):
     monkeypatch.setenv("DRSEG_EMULATOR_SEED", str(seed))
@@ -203,6 +209,7 @@ def test_images_in_parts_are_those_of_one_launch(device, monkeypatch):
     assert torch.equal(choose(prior, (5, 6), 7, 1.0, device)[0], expected)
 
 
+@pytest.mark.promise("C8")
 def test_the_oracle_agrees(device):
     prior = torch.randn(1, 42, 24, generator=torch.Generator().manual_seed(1))
     found, _, _ = choose(prior, (6, 7), 8, 1.0, device)

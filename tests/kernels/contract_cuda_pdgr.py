@@ -29,6 +29,7 @@ def step(module: PDGR, features: Tensor, prior: Tensor, grad: Tensor) -> dict[st
     return {name: value.detach().cpu().double() for name, value in {"output": y, "features": x.grad, **grads}.items()}
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("norm", ["sym_row", "row", "sym_count"])
 def test_forward_and_backward_are_those_of_the_reference(norm, monkeypatch):
     random = torch.Generator().manual_seed(4)

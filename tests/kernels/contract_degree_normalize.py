@@ -105,6 +105,7 @@ def test_sums_over_rows_alone_sort_nothing_forward(norm, monkeypatch):
     kernels.degree_normalize(**inputs, norm=norm, eps=1e-6)
 
 
+@pytest.mark.promise("C15")
 @pytest.mark.parametrize("norm", ["sym_undirected", "row"])
 def test_nothing_outside_the_operands_is_touched(norm):
     inputs = make(7, 5)

@@ -148,6 +148,7 @@ def test_slopes_that_are_known_are_not_computed(monkeypatch):
     assert torch.equal(alone, got[1])
 
 
+@pytest.mark.promise("C15")
 def test_nothing_outside_the_operands_is_touched():
     inputs = make(7, 5, 9, torch.float32)
     expected = WithTile(TILES[0])(**inputs)

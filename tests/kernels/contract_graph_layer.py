@@ -153,6 +153,7 @@ def test_what_is_not_needed_is_not_computed(activation, monkeypatch):
             assert torch.equal(value, right) if need else value.numel() == 0
 
 
+@pytest.mark.promise("C13")
 @pytest.mark.parametrize("activation", SUBJECTS)
 def test_a_gradient_that_lies_as_a_map_is_read_as_it_lies(activation):
     inputs = make(activation, 12, 3, 10)
@@ -181,6 +182,7 @@ def test_keeping_nothing_changes_no_bit():
         assert torch.equal(kept[0], free[0]) and not any(value.numel() for value in free[1:])
 
 
+@pytest.mark.promise("C15")
 @pytest.mark.parametrize("tile", TILES[:2], ids=str)
 def test_nothing_outside_the_operands_is_touched(tile):
     inputs = make("layer_norm", 11, 3, 20)

@@ -76,6 +76,7 @@ def test_sizes_that_fill_no_tile(size, dtype, how):
     check_sizes(SUBJECT, inputs, functools.partial(with_tile, tile))
 
 
+@pytest.mark.promise("C11")
 @pytest.mark.parametrize("how", itertools.product(TILES[:1], [False, True]), ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -108,6 +109,7 @@ def test_what_is_not_needed_is_not_computed(transpose, monkeypatch):
     assert torch.equal(grad_coefficient.cpu(), everything["grad_coefficient"]) and none.numel() == 0
 
 
+@pytest.mark.promise("C15")
 @pytest.mark.parametrize("transpose", [False, True])
 def test_nothing_outside_the_operands_is_touched(transpose):
     tile = TILES[1]
@@ -123,6 +125,7 @@ def test_nothing_outside_the_operands_is_touched(transpose):
             assert (edge.isnan() if padding != padding else edge == padding).all()
 
 
+@pytest.mark.promise("C23")
 def test_offsets_beyond_32_bits():
     if DEVICE == "cpu":
         pytest.skip("18 GB of features need a device")

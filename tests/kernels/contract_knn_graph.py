@@ -36,6 +36,8 @@ for _name in (
     "test_scales_are_exact_powers_of_two",
     "test_reference_gives_the_same_for_any_block",
     "test_large_grids_give_the_same_bits_for_any_threads",
+    "test_equal_scores_are_equal_wherever_they_are_computed",
+    "test_more_images_than_there_is_room_for_scores",
     "test_opcheck",
 ):
     del globals()[_name]
@@ -96,6 +98,7 @@ def test_float64_is_refused_by_name_and_left_to_others():
     assert ops.last_backend("knn_graph") != "triton"
 
 
+@pytest.mark.promise("C5")
 @pytest.mark.parametrize("form", ["additive", "gauss", "multiplicative", "product"])
 def test_the_largest_decay_stays_in_range(form, backend):
     prior = torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(0))
@@ -131,6 +134,7 @@ def check_exactly(given: tuple[Tensor, ...], k: int, form: str, include_self: bo
         torch.testing.assert_close(value, right, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.promise("C2")
 @pytest.mark.parametrize("chosen", CONFIGURATIONS, ids=str)
 @pytest.mark.parametrize("form", ["additive", "multiplicative", "product"])
 @pytest.mark.parametrize("include_self", [True, False])
@@ -143,11 +147,13 @@ def test_one_row_per_program(device):
     check_exactly(prepared(2, (1, 17), 8, device), 3, "additive", True, ROW_BY_ROW)
 
 
+@pytest.mark.promise("C23")
 def test_more_images_than_a_launch_takes(device, monkeypatch):
     monkeypatch.setattr(kernels, "LARGEST_GRID_Y", 2)
     check_exactly(prepared(5, (2, 6), 8, device), 4, "additive", True, CONFIGURATIONS[2])
 
 
+@pytest.mark.promise("C8")
 @pytest.mark.parametrize("k", [40, 45, 50])
 def test_more_neighbours_than_a_tile_has_columns(k, device):
     check_exactly(prepared(1, (5, 9), 4, device), k, "additive", True, CONFIGURATIONS[0])
@@ -166,6 +172,7 @@ def test_scores_that_rise_and_fall_with_the_index(device):
         check({"prior": prior, "grid": grid, "decay": 0.0}, index.cpu(), score.cpu())
 
 
+@pytest.mark.promise("C15")
 def test_nothing_outside_the_result_is_written(device):
     prior, inverse, table = prepared(2, (4, 9), 8, device)
     copies = [value.clone() for value in (prior, inverse, table)]
@@ -196,6 +203,7 @@ def test_products_of_our_own(shape, device, monkeypatch):
     assert out[0].isnan().all() and out[-1].isnan().all()
 
 
+@pytest.mark.promise("C4")
 def test_a_gpu_that_is_set_to_less_than_float32_takes_them(device):
     if device == "cpu":
         pytest.skip("of a device")
@@ -209,6 +217,7 @@ def test_a_gpu_that_is_set_to_less_than_float32_takes_them(device):
     assert _products.float32_is_whole()
 
 
+@pytest.mark.promise("C23")
 def test_offsets_beyond_32_bits(device):
     if device == "cpu":
         pytest.skip("11 GB of results need a device")

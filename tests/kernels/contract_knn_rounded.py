@@ -104,6 +104,7 @@ def choose(prior: Tensor, grid: tuple[int, int], k: int, decay: float, device: s
     return found.cpu(), reference.knn_graph(*given)[0].cpu(), counts.cpu()
 
 
+@pytest.mark.promise("C4")
 @pytest.mark.parametrize("rows", [1, 7, 40])
 @pytest.mark.parametrize("channels", [1, 16, 33, 1024])
 def test_residuals_are_bounds(channels, rows, device):
@@ -142,6 +143,7 @@ def test_few_scores_are_computed_again(kind, device):
             assert 0 < counts.float().mean() < 4 and counts.max() <= 24
 
 
+@pytest.mark.promise("C8")
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("kind", ["all alike", "half alike", "not finite"])
 def test_rows_that_no_list_decides(kind, include_self, device):
@@ -206,6 +208,7 @@ def check_ties(given: tuple[Tensor, ...], k: int, form: str, include_self: bool,
         torch.testing.assert_close(value, right, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.promise("C2")
 @pytest.mark.parametrize("chosen", [CONFIGURATIONS[2], ROW_BY_ROW], ids=str)
 @pytest.mark.parametrize("form", ["additive", "multiplicative", "product"])
 @pytest.mark.parametrize("include_self", [True, False])
@@ -215,6 +218,7 @@ def test_ties_and_a_node_that_is_not_finite(k, include_self, form, chosen, devic
 
 
 # lists that are longer than a row, and shorter
+@pytest.mark.promise("C10")
 @pytest.mark.parametrize("grid", [(3, 8), (5, 8)], ids=str)
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("how", [(1, "additive"), (5, "product"), (23, "additive")], ids=str)
@@ -223,6 +227,7 @@ def test_ties_in_lists(how, include_self, grid, device):
     check_ties(prepared(1, grid, 8, device), k, form, include_self, CONFIGURATIONS[1 if grid[0] == 5 else 0])
 
 
+@pytest.mark.promise("C10")
 def test_copies_of_a_row_are_taken_from_the_lowest_index(device):
     random = torch.Generator().manual_seed(3)
     prior = torch.randn(1, 6, 40, generator=random).repeat(1, 12, 1)[:, torch.randperm(72, generator=random)]
@@ -263,6 +268,7 @@ def test_products_of_this_machine_are_within_the_slack(channels, device):
         assert off.max() <= knn_rounded.slack_of(channels) / 2
 
 
+@pytest.mark.promise("C4")
 def test_sums_that_are_off_by_all_they_may_be_change_nothing(device, monkeypatch):
     """Rows that rounding leaves alone, so that the slack is all there is; every sum is off, away from the truth."""
     channels = 64
@@ -279,6 +285,7 @@ def test_sums_that_are_off_by_all_they_may_be_change_nothing(device, monkeypatch
     assert torch.equal(found, expected) and expected[0, 0] == 1
 
 
+@pytest.mark.promise("C12")
 def test_a_row_of_zeros_has_exact_scores(device):
     prior = torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(0))
     prior[0, 3] = prior[0, 30] = 0

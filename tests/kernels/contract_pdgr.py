@@ -63,6 +63,7 @@ def check(got: dict[str, Tensor], expected: dict[str, Tensor], slack: float) -> 
         assert error <= slack, f"{name}: {float(error)} of its largest element"
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize(
     "options",
     [
@@ -80,6 +81,7 @@ def test_agrees_with_the_reference_in_float64(options):
     check(run(module, features, prior, "triton"), exact, 2e-5)
 
 
+@pytest.mark.promise("C17")
 def test_autocast_in_half_precision():
     module, features, prior = make()
     exact = run(copy.deepcopy(module).double(), features.double(), prior.double(), "reference")
@@ -89,6 +91,7 @@ def test_autocast_in_half_precision():
     assert all(value.dtype == torch.float32 for name, value in got.items() if name != "output")
 
 
+@pytest.mark.promise("C25")
 @pytest.mark.parametrize(
     "options,expected", [({}, FUSED), ({"self_loop": "extra"}, ("prepare_prior", *OPS[:4], "graph_layer"))]
 )
@@ -101,6 +104,7 @@ def test_the_fused_ops_run_where_they_can(options, expected):
     assert set(_dispatch._last.of) == {*OPS, *expected}
 
 
+@pytest.mark.promise("C11")
 @pytest.mark.parametrize("norm", ["sym_row", "sym_undirected"])
 def test_a_cell_that_is_not_finite_keeps_to_itself(norm):
     module, features, prior = make(norm=norm)
@@ -129,6 +133,7 @@ def test_the_edges_of_a_graph_are_listed_once(options, times, monkeypatch):
     assert len(seen) == times + (options.get("norm") == "sym_undirected")
 
 
+@pytest.mark.promise("C24")
 def test_same_bits_again():
     module, features, prior = make(norm="sym_undirected")
     first = run(module, features, prior, "triton")
@@ -171,6 +176,7 @@ class NoSynchronisation(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
+@pytest.mark.promise("C19")
 @pytest.mark.parametrize(
     "waits",
     [
@@ -187,6 +193,7 @@ def test_what_synchronises_is_noticed(waits):
         waits(torch.arange(-3.0, 3.0))
 
 
+@pytest.mark.promise("C19")
 @pytest.mark.parametrize("norm", ["sym_row", "sym_inout", "row"])
 def test_no_launcher_synchronises(norm):
     """The launchers by themselves: inside a registered op a mode sees nothing."""
@@ -212,6 +219,7 @@ def test_no_launcher_synchronises(norm):
             graph_layer.graph_layer_backward(x, x, index, coefficient, *saved, *options, True, mask, tile=tile)
 
 
+@pytest.mark.promise("C19")
 def test_the_module_does_not_synchronise():
     module, features, prior = make()
     # what is kept of a first call may be made with synchronisation
@@ -255,6 +263,7 @@ def test_launches_of_the_layers(monkeypatch):
     )
 
 
+@pytest.mark.promise("C20")
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"norm": "sym_undirected", "k": 3}], ids=str)
 def test_replays_of_a_cuda_graph_are_what_eager_calls_are(options):

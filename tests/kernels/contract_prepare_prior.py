@@ -41,6 +41,7 @@ def check(prior: torch.Tensor, device: str) -> None:
             torch.testing.assert_close(residual.cpu(), lost, rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 5, 32, 100, 1024, 1025, 2100])
 def test_ordinary_rows(channels, dtype, device):
@@ -48,6 +49,7 @@ def test_ordinary_rows(channels, dtype, device):
     check(torch.randn(2, 3, channels, generator=random).to(dtype), device)
 
 
+@pytest.mark.promise("C5")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_any_size(dtype, device):
     """All exponents, subnormal ones as well, alone and beside zeros and smaller values."""
@@ -66,6 +68,7 @@ def test_rows_of_any_size(dtype, device):
         check(torch.stack((value, torch.full_like(value, info.tiny)), -1), device)
 
 
+@pytest.mark.promise("C11")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("place", [0, 40, 1030])
 def test_a_value_that_is_not_finite_breaks_its_row_alone(place, dtype, device):
@@ -76,6 +79,7 @@ def test_a_value_that_is_not_finite_breaks_its_row_alone(place, dtype, device):
         assert prepare_prior(prior.to(device))[1].isnan().tolist() == [[False, True, False]]
 
 
+@pytest.mark.promise("C13")
 def test_layouts(device):
     prior = torch.randn(3, 8, 10, generator=torch.Generator().manual_seed(0))
     check(prior.transpose(1, 2), device)
@@ -86,6 +90,7 @@ def test_layouts(device):
     check(torch.randn(5, 40, 37)[1::2, 3:40].mT, device)
 
 
+@pytest.mark.promise("C7")
 def test_rows_do_not_depend_on_their_neighbours(device):
     prior = torch.randn(4, 7, 50, generator=torch.Generator().manual_seed(0)).to(device)
     scaled, inverse, *_ = prepare_prior(prior)

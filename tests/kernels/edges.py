@@ -74,11 +74,13 @@ class KernelContract(OpContract):
         # the interpreter takes a millisecond per node
         return super().inputs(variant, case or (TINY if INTERPRETED else ORDINARY), dtype)
 
+    @pytest.mark.promise("C1")
     def test_agrees_at_the_paper_size(self, variant, call):
         if INTERPRETED:
             pytest.skip("too large for the interpreter")
         super().test_agrees_at_the_paper_size(variant, call)
 
+    @pytest.mark.promise("C13")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     def test_layouts(self, dtype, call):
         if INTERPRETED and dtype != torch.float32:
@@ -88,11 +90,13 @@ class KernelContract(OpContract):
             if not INTERPRETED or "contiguous" in (layout, grad_layout) or layout == grad_layout:
                 check_layout(self.subject, inputs, call, layout, grad_layout)
 
+    @pytest.mark.promise("C13")
     def test_a_lazy_negative_is_negative(self, variant, call):
         inputs, name = self.inputs(variant), self.subject.differentiable[0]
         lazy = torch._neg_view(-inputs[name])
         assert lazy.is_neg() and torch.equal(call(**{**inputs, name: lazy}), call(**inputs))
 
+    @pytest.mark.promise("C24")
     def test_same_bits_for_any_threads(self, variant, call):
         check_repeats(self.subject, self.inputs(variant), call, times=2 if INTERPRETED else 250)
 
@@ -105,6 +109,7 @@ class KernelContract(OpContract):
         getattr(ops, self.subject.name)(**inputs)
         assert ops.last_backend(self.subject.name) != self.which
 
+    @pytest.mark.promise("C21")
     def test_opcheck(self, variant):
         inputs = {**self.subject.make_inputs(TINY, torch.float32), **variant}
         given = [value.to(DEVICE) if isinstance(value, Tensor) else value for value in self.subject.registered(inputs)]

@@ -59,6 +59,7 @@ def usage():
     return read_usage(done.stdout)
 
 
+@pytest.mark.promise("C26")
 def test_every_kernel_is_built_for_every_architecture_and_spills_nothing(usage):
     kernels = threads_of_kernels()
     assert len(kernels) >= 4

@@ -52,6 +52,7 @@ print((out - left.float() @ right.float()).abs().max().item())
 """
 
 
+@pytest.mark.promise("C41")
 def test_the_interpreter_still_multiplies_bfloat16_wrongly(tmp_path):
     # when this fails, the kernels' products may be tested in bfloat16 here too
     script = tmp_path / "product.py"
@@ -76,6 +77,7 @@ print(out.item())
 """
 
 
+@pytest.mark.promise("C41")
 def test_the_interpreter_still_cuts_bfloat16_off(tmp_path):
     # when this fails, the contracts' results may be tested in bfloat16 here too
     script = tmp_path / "rounding.py"

@@ -28,6 +28,7 @@ EDGES = (
 )
 
 
+@pytest.mark.promise("C26")
 @pytest.mark.parametrize("device", [*DEVICES, SMALL], ids=lambda device: device.name)
 @pytest.mark.parametrize("nodes", [1, 2, 31, 576, 4096, 65_536, 1_000_003])
 @pytest.mark.parametrize("k", [1, 75, 128, 512, 5000])
@@ -39,6 +40,7 @@ def test_the_rule_of_the_selection_fits_every_device(device, nodes, k):
     assert chosen == rule("knn_graph", device, nodes, k, 0)
 
 
+@pytest.mark.promise("C26")
 @pytest.mark.parametrize("device", [*DEVICES, INTERPRETER], ids=lambda device: device.name)
 @pytest.mark.parametrize("table", EDGES)
 def test_the_rule_of_the_edges_fits_every_device(table, device):
@@ -176,6 +178,7 @@ def test_a_tile_that_holds_no_row_is_refused():
         Selection(**{**SIZES["knn_graph"], "tile_bytes": 4095})
 
 
+@pytest.mark.promise("C26")
 def test_shipped_tables_are_readable():
     for path in sorted(_launch.TUNED.glob("*/*.json")):
         assert path.parent.name.startswith("sm_")

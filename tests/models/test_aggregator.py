@@ -25,6 +25,7 @@ def test_any_grid_and_any_number_of_classes(grid: tuple[int, int], classes: int)
     assert result.shape == embedding.shape and torch.isfinite(result).all()
 
 
+@pytest.mark.promise("C22")
 @pytest.mark.parametrize("classes", [1, 3])
 def test_every_parameter_gets_a_gradient(classes: int) -> None:
     aggregator = Aggregator(16, 12, layers=2, heads=4, mlp_hidden=24)
@@ -33,6 +34,7 @@ def test_every_parameter_gets_a_gradient(classes: int) -> None:
         assert parameter.grad is not None, name
 
 
+@pytest.mark.promise("C6")
 def test_order_of_classes_and_images_does_not_matter() -> None:
     aggregator = Aggregator(16, 12, layers=2, heads=2, mlp_hidden=24).double()
     embedding, features, text = (value.double() for value in inputs(6, (4, 4), batch=3))
@@ -43,11 +45,24 @@ def test_order_of_classes_and_images_does_not_matter() -> None:
     torch.testing.assert_close(aggregator(embedding[images], features[images], text), whole[images])
 
 
+@pytest.mark.promise("C7")
 def test_images_do_not_see_each_other() -> None:
     aggregator = Aggregator(16, 12, layers=1, heads=2, mlp_hidden=24).double()
     embedding, features, text = (value.double() for value in inputs(3, (4, 4)))
     whole = aggregator(embedding, features, text)
     torch.testing.assert_close(aggregator(embedding[:1], features[:1], text), whole[:1])
+
+
+def test_every_cell_of_an_odd_grid_is_seen() -> None:
+    """From a corner: the cells of the last row and column too, which fill no pair."""
+    block = SpatialBlock(16, 2, 24).double()
+    x = torch.randn(1, 1, 49, 16, dtype=torch.float64)
+    guidance = torch.randn(1, 16, 7, 7, dtype=torch.float64)
+    whole = block(x, guidance, (7, 7))
+    for cell in (6, 42, 48):
+        changed = x.clone()
+        changed[0, 0, cell] += torch.randn(16, dtype=torch.float64)
+        assert (block(changed, guidance, (7, 7))[0, 0, 0] - whole[0, 0, 0]).abs().max() > 1e-6
 
 
 def test_spatial_block_keeps_classes_apart() -> None:

@@ -283,6 +283,7 @@ def test_bad_configurations(options, error, text) -> None:
         ClipEncoder(with_options(**options))
 
 
+@pytest.mark.promise("C32")
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     other = copy.deepcopy(TINY)
     other["vision_cfg"]["layers"] = 2

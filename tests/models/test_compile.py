@@ -48,6 +48,7 @@ def test_inference_under_autocast(tiny) -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.promise("C21")
 @pytest.mark.parametrize("name", ["float32", "autocast"])
 def test_training(variant, name: str) -> None:
     model = build_model(variant("graph", dropout=0.0)).train()

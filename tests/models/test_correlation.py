@@ -50,6 +50,7 @@ def test_cosine_is_raw_and_bounded() -> None:
     assert torch.isfinite(cosine(torch.zeros(1, 7, 1, 1), text)).all()
 
 
+@pytest.mark.promise("C4")
 def test_cosine_stays_in_float32_under_autocast() -> None:
     features, text = torch.randn(1, 64, 4, 4), torch.randn(3, 64)
     with torch.autocast("cpu", torch.bfloat16):

@@ -33,6 +33,7 @@ def loss_of(model: DRSeg, image: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, target)
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_backward(variant, kind: str) -> None:
     model = build_model(variant("fusion", kind=kind))
@@ -141,6 +142,7 @@ def test_number_of_classes_may_change(tiny, classes: int) -> None:
     assert tiny(torch.rand(1, 3, 64, 64), tiny.tokenize(names)).logits.shape[1] == classes
 
 
+@pytest.mark.promise("C7")
 def test_evaluation_is_deterministic_and_independent_of_the_batch(tiny) -> None:
     tiny.eval()
     image, text = torch.rand(3, 3, 64, 64), tiny.encode_text(tiny.tokenize(NAMES)).detach()

@@ -187,6 +187,7 @@ def without_features(path: Path) -> None:
     save_weights(path, {"other": torch.zeros(1)}, load_weights(path)[1])
 
 
+@pytest.mark.promise("C29")
 @pytest.mark.parametrize("spoil", [damaged, cut_short, emptied, of_another_image, foreign, without_features])
 def test_what_cannot_be_trusted_is_computed_again(tmp_path: Path, spoil: Any, caplog: Any) -> None:
     holder = Holder()
@@ -203,6 +204,7 @@ def test_what_cannot_be_trusted_is_computed_again(tmp_path: Path, spoil: Any, ca
     assert path.read_bytes() == sound
 
 
+@pytest.mark.promise("C28")
 def test_a_failure_to_write_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     import safetensors.torch
 

@@ -150,6 +150,8 @@ def test_the_prior_guides_the_decoder(variant, scale: int) -> None:
     logits.square().mean().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
+    # what the prior says is looked at, not only joined
+    assert all(project[0].weight.grad.any() for project in model.decoder.prior_guidance)
 
 
 def test_widths_of_the_published_decoder() -> None:

@@ -109,6 +109,7 @@ def test_no_permission(saved: Path) -> None:
         load_weights(saved)
 
 
+@pytest.mark.promise("C29")
 def test_truncated_anywhere(saved: Path) -> None:
     data = saved.read_bytes()
     for offset in [1, 7, 8, 9, *range(10, len(data), max(1, len(data) // 50)), len(data) - 1]:
@@ -117,6 +118,7 @@ def test_truncated_anywhere(saved: Path) -> None:
             load_weights(saved)
 
 
+@pytest.mark.promise("C29")
 def test_any_flipped_bit(saved: Path) -> None:
     data = saved.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
@@ -142,6 +144,7 @@ class Payload:
         return os.system, (f"touch {self.target}",)
 
 
+@pytest.mark.promise("C31")
 @pytest.mark.parametrize("reader", [load_weights, read_foreign_state])
 @pytest.mark.parametrize("kind", ["pickle", "torch", "legacy", "disguised"])
 def test_pickles_are_refused_and_never_run(reader, kind: str, tmp_path: Path) -> None:
@@ -156,6 +159,7 @@ def test_pickles_are_refused_and_never_run(reader, kind: str, tmp_path: Path) ->
     assert not target.exists()
 
 
+@pytest.mark.promise("C32")
 @pytest.mark.parametrize(
     "content", [b"garbage" * 100, struct.pack("<Q", 1 << 60) + b"{}", struct.pack("<Q", 200_000_000) + b"{}" * 50]
 )
@@ -168,6 +172,7 @@ def test_other_content_is_refused(content: bytes, tmp_path: Path) -> None:
         read_foreign_state(path)
 
 
+@pytest.mark.promise("C32")
 @pytest.mark.parametrize(
     "change",
     [
@@ -202,6 +207,7 @@ def test_newer_format_names_both_versions(saved: Path) -> None:
         load_weights(saved)
 
 
+@pytest.mark.promise("C32")
 def test_non_finite_weights_are_counted(tmp_path: Path) -> None:
     value = torch.zeros(20)
     value[:12] = float("nan")
@@ -210,6 +216,7 @@ def test_non_finite_weights_are_counted(tmp_path: Path) -> None:
         load_weights(tmp_path / "x.safetensors")
 
 
+@pytest.mark.promise("C28")
 def test_failed_save_keeps_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors.torch
 
@@ -248,6 +255,7 @@ def test_model_round_trip(tiny_config, tiny, tmp_path: Path) -> None:
     assert torch.equal(other.spsd.merge(*other.spsd.split(x)), x)
 
 
+@pytest.mark.promise("C32")
 def test_refused_states_leave_the_model_as_it_was(tiny) -> None:
     state = {key: value.clone() for key, value in model_state(tiny).items()}
     before = {key: value.clone() for key, value in tiny.state_dict().items()}
@@ -271,6 +279,7 @@ def test_refused_states_leave_the_model_as_it_was(tiny) -> None:
         assert all(torch.equal(value, before[key]) for key, value in tiny.state_dict().items()), text
 
 
+@pytest.mark.promise("C32")
 def test_ten_keys_of_each_kind_are_listed(tiny) -> None:
     state = model_state(tiny)
     renamed = {f"module.{key}": value for key, value in state.items()}

@@ -97,6 +97,7 @@ def test_the_best_word_of_a_class_counts(clip: ClipEncoder) -> None:
         assert math.isclose(float(found[b, label, y, x]), expected, rel_tol=1e-9, abs_tol=1e-12)
 
 
+@pytest.mark.promise("C4")
 def test_logits_stay_in_single_precision_under_autocast() -> None:
     text = ClassText(F.normalize(torch.randn(3, 16), dim=1), (1, 2))
     features = torch.randn(1, 16, 2, 2)
@@ -168,6 +169,7 @@ def test_rotations_are_the_mean_of_four_orientations(
     torch.testing.assert_close(found.logits, expected)
 
 
+@pytest.mark.promise("C7")
 @pytest.mark.parametrize("rotations", [1, 4])
 def test_a_batch_is_its_images_one_by_one(clip: ClipEncoder, prior: DinoPrior, rotations: int) -> None:
     model = ZeroShot(clip, prior, variant="proxyclip", rotations=rotations)

@@ -114,6 +114,7 @@ def reference() -> Iterator[Callable[[int], Training]]:
     yield lambda seed: done.setdefault(seed, train("reference", seed)) if seed not in done else done[seed]
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_engine_trains_to_where_the_reference_does(seed, reference):
     expected = reference(seed)
@@ -173,6 +174,7 @@ def no_degree(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda first, *others: first / first.shape[-1]
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize("op", ["edge_weight", "degree_normalize", "graph_propagate"])
 @pytest.mark.parametrize("factor", [0.5, -1.0], ids=["half the gradient", "negated gradient"])
 def test_a_wrong_gradient_is_seen(op, factor, reference):
@@ -181,6 +183,7 @@ def test_a_wrong_gradient_is_seen(op, factor, reference):
     assert difference(got, reference(0)) is not None
 
 
+@pytest.mark.promise("C43")
 @pytest.mark.parametrize(
     "fault",
     [
@@ -195,10 +198,12 @@ def test_a_wrong_graph_is_seen(fault, reference):
     assert difference(got, reference(0)) is not None
 
 
+@pytest.mark.promise("C43")
 def test_a_module_that_does_not_learn_is_seen(reference):
     assert difference(train("native", 0, lambda net: net.graph.requires_grad_(False)), reference(0)) is not None
 
 
+@pytest.mark.promise("C43")
 @pytest.mark.parametrize("name", ["edge_vector", "edge_bias", "edge_source.weight", "weights.0", "output_norm.bias"])
 def test_a_parameter_without_gradient_is_seen(name, reference):
     def prepare(net: Net) -> None:

@@ -51,6 +51,7 @@ def differences(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
     }
 
 
+@pytest.mark.promise("C1", "C25")
 @pytest.mark.parametrize("side", [9, 24, 40])
 @pytest.mark.parametrize("norm", ["sym_row", "sym_undirected"])
 def test_the_kernels_run_unasked_and_agree_with_the_cpu_in_float64(side, norm):
@@ -73,6 +74,7 @@ def test_float64_is_computed_by_the_reference():
     assert ops.last_backend("graph_propagate") == "reference"
 
 
+@pytest.mark.promise("C17")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast(dtype):
     module = make()
@@ -86,6 +88,7 @@ def test_under_autocast(dtype):
     assert max(differences(got, exact).values()) < limit, differences(got, exact)
 
 
+@pytest.mark.promise("C24")
 def test_the_same_bits_every_time():
     module = make().cuda()
     features, prior = (value.cuda() for value in maps(module, 40))
@@ -95,6 +98,7 @@ def test_the_same_bits_every_time():
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.promise("C21")
 def test_compiled():
     module = make().cuda()
     features, prior = (value.cuda() for value in maps(module, 24))
@@ -103,6 +107,7 @@ def test_compiled():
     assert max(differences(compiled, eager).values()) < 1e-4
 
 
+@pytest.mark.promise("C20")
 def test_compiled_into_cuda_graphs():
     # what is kept from call to call must not lie in their pool: a replay would overwrite it
     module = make(decay=1.7).cuda()
@@ -115,6 +120,7 @@ def test_compiled_into_cuda_graphs():
             assert max(differences(step(compiled, features, prior), eager).values()) < 1e-4
 
 
+@pytest.mark.promise("C20")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compiled_into_cuda_graphs_under_autocast(dtype):
     module = make().cuda()
@@ -127,6 +133,7 @@ def test_compiled_into_cuda_graphs_under_autocast(dtype):
             assert max(differences(step(compiled, features, prior.to(dtype)), eager).values()) < 0.05
 
 
+@pytest.mark.promise("C46")
 def test_memory_grows_with_the_edges_and_not_with_the_square_of_the_nodes():
     module = make(16, 16, edge_hidden=16).cuda()
     features, prior = (value.cuda() for value in maps(module, 128, batch=1))

@@ -153,6 +153,7 @@ def ranks(tmp_path_factory) -> list[dict[str, list[dict[str, Tensor]]]]:
     return [torch.load(result, weights_only=True) for result in results]
 
 
+@pytest.mark.promise("C22")
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("how", WRAPPERS)
 def test_gradients_are_those_of_the_joint_batch(how, name, ranks):

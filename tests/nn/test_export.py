@@ -50,6 +50,7 @@ def exported(module: PDGR, strict: bool = False) -> torch.export.ExportedProgram
     return torch.export.export(module, maps(*SIZES[0]), dynamic_shapes=of_any_size(), strict=strict)
 
 
+@pytest.mark.promise("C21")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_program_of_any_size_is_exported(options, strict):
@@ -132,6 +133,7 @@ def run_elsewhere(program: Path, module: PDGR) -> None:
     assert result.stdout.split()[-1] in ("native", "reference")
 
 
+@pytest.mark.promise("C21")
 def test_a_saved_program_runs_in_another_process(tmp_path):
     module = pdgr()
     torch.export.save(exported(module), tmp_path / "program.pt2")

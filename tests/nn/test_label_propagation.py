@@ -82,6 +82,7 @@ def operator(graph: Graph, nodes: int = N) -> NDArray:
     return smooth(graph, torch.eye(nodes, dtype=graph.coefficient.dtype)).double().numpy()
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("select", ["affinity", "cosine"])
 @pytest.mark.parametrize(("k", "gamma", "decay"), [(6, 1.0, 0.0), (6, 3.0, 0.16), (11, 0.5, 0.7), (60, 2.0, 0.3)])
 def test_the_operator_is_the_formula(select: Any, k: int, gamma: float, decay: float) -> None:
@@ -261,6 +262,7 @@ def test_many_steps_come_to_the_solution_and_few_are_the_formula() -> None:
     torch.testing.assert_close(propagate_labels(label, graph, 200, alpha=0.8), limit, rtol=0, atol=1e-10)
 
 
+@pytest.mark.promise("C11")
 @pytest.mark.parametrize("select", ["affinity", "cosine"])
 def test_a_prior_that_is_not_finite_is_contained(select: Any) -> None:
     prior, label = priors(), targets(3)
@@ -289,6 +291,7 @@ def test_a_prior_that_is_not_finite_is_contained(select: Any) -> None:
         torch.testing.assert_close(found[[4, 17]], label[[4, 17]])
 
 
+@pytest.mark.promise("C7")
 def test_a_batch_is_its_images_one_by_one() -> None:
     prior = torch.stack([priors(0), priors(7)]).float()
     label = torch.stack([targets(3), 50 * targets(3, seed=8)]).float()

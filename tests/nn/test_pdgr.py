@@ -76,6 +76,7 @@ def check(module: PDGR, features: Tensor, prior: Tensor) -> None:
     module.zero_grad()
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("self_loop", SELF_LOOPS)
 @pytest.mark.parametrize("affinity", AFFINITIES)
@@ -111,6 +112,7 @@ SINGLE_OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("options", SINGLE_OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
 def test_single_options(options):
     check(make(**options), *maps(channels=options.get("channels", C)))
@@ -123,6 +125,7 @@ def test_gamma_and_decay(affinity, gamma, decay):
         check(make(affinity=affinity, gamma=gamma, decay=decay, use_affinity_as_weight=as_weight), *maps(4, 5))
 
 
+@pytest.mark.promise("C9")
 @pytest.mark.parametrize("self_loop", SELF_LOOPS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 2), (3, 2)])
@@ -138,6 +141,7 @@ def test_grids_with_fewer_cells_than_neighbours(size, norm, self_loop):
         check(module, features, prior)
 
 
+@pytest.mark.promise("C14")
 @pytest.mark.parametrize("self_loop", SELF_LOOPS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_no_neighbours(norm, self_loop):
@@ -152,6 +156,7 @@ def test_no_neighbours(norm, self_loop):
         torch.testing.assert_close(got, exact[name], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.promise("C6")
 def test_mean_graph_of_a_constant_prior_is_exact():
     # every affinity is the decay alone: neighbours are the nearest cells, ties to the lowest index
     features, prior = maps(5, 5)
@@ -161,6 +166,7 @@ def test_mean_graph_of_a_constant_prior_is_exact():
     assert index[0, 20].tolist() == [0, 1, 2, 20] and index[0, 0].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.promise("C12")
 @pytest.mark.parametrize("normalize_prior", [True, False])
 @pytest.mark.parametrize("affinity", AFFINITIES)
 def test_zero_prior(affinity, normalize_prior):
@@ -172,6 +178,7 @@ def test_zero_prior(affinity, normalize_prior):
         check(make(**options), features, prior)
 
 
+@pytest.mark.promise("C6")
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
 def test_the_scale_of_the_prior_does_not_matter(scale):
     for dtype in (torch.float32, torch.float64):
@@ -180,6 +187,7 @@ def test_the_scale_of_the_prior_does_not_matter(scale):
         torch.testing.assert_close(module(features, prior * scale), module(features, prior))
 
 
+@pytest.mark.promise("C3")
 def test_gradcheck():
     options = itertools.cycle([{"norm": norm, "self_loop": loop} for norm in NORMS for loop in SELF_LOOPS])
     for seed in range(12):
@@ -201,6 +209,7 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(function, inputs, fast_mode=seed > 1)
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_float32_is_close(norm, backend):
@@ -227,6 +236,7 @@ def _nodes(prior: Tensor) -> Tensor:
     return prior.double().flatten(2).transpose(1, 2)
 
 
+@pytest.mark.promise("C3")
 def test_the_neighbours_are_frozen():
     features, prior = maps()
     module = make()
@@ -248,6 +258,7 @@ def _bad(prior: Tensor, value: float) -> Tensor:
     return prior
 
 
+@pytest.mark.promise("C11")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("self_loop", SELF_LOOPS)
 @pytest.mark.parametrize("as_weight", [False, True])
@@ -275,6 +286,7 @@ def test_a_cell_that_is_not_finite_keeps_to_itself(as_weight, self_loop, norm):
     )
 
 
+@pytest.mark.promise("C11")
 def test_a_healthy_cell_that_nobody_chooses_gives_the_same_bits_as_a_bad_one():
     features, prior = maps(dtype=torch.float32)
     prior = prior.abs() + 0.1
@@ -295,6 +307,7 @@ def test_a_lone_cell_that_is_not_finite_shows():
         assert make(self_loop=self_loop)(*maps(2, 3)).isfinite().all()
 
 
+@pytest.mark.promise("C11")
 def test_gradients_of_healthy_cells_survive_a_bad_one():
     features, prior = maps()
     module = make()
@@ -306,6 +319,7 @@ def test_gradients_of_healthy_cells_survive_a_bad_one():
     assert grad.permute(0, 2, 3, 1)[healthy[:, 0]].isfinite().all()
 
 
+@pytest.mark.promise("C7")
 def test_samples_are_independent():
     features, prior = maps(batch=3, dtype=torch.float32)
     module = make(dtype=torch.float32)
@@ -319,6 +333,7 @@ def test_samples_are_independent():
         torch.testing.assert_close(module(features[b : b + 1], prior[b : b + 1])[0], whole[b])
 
 
+@pytest.mark.promise("C17")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes(dtype):
     features, prior = maps(5, 7, dtype=dtype)
@@ -344,6 +359,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.promise("C13")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_inputs_and_gradient(layout):
     features, prior = maps(4, 5)
@@ -362,6 +378,7 @@ def test_layouts_of_inputs_and_gradient(layout):
     torch.testing.assert_close(expanded[0], expected[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.promise("C15")
 def test_inputs_are_not_written():
     features, prior = maps()
     copies = features.clone(), prior.clone()
@@ -399,6 +416,9 @@ def test_initial_weights():
     source, target = module.edge_source(nodes), module.edge_target(nodes)
     weight = ops.edge_weight(source, target, index, module.edge_vector, module.edge_bias)
     assert (weight - 1).abs().max() < 0.3
+    # both halves are one layer of 128 inputs
+    for value in (module.edge_source.weight, module.edge_target.weight, module.edge_source.bias):
+        assert 0.9 * 128**-0.5 < value.abs().max() <= 128**-0.5
     first = module.edge_vector.clone()
     torch.manual_seed(0)
     module.reset_parameters()
@@ -408,6 +428,7 @@ def test_initial_weights():
     assert torch.equal(again.edge_vector, first)
 
 
+@pytest.mark.promise("C17")
 @pytest.mark.parametrize(
     "options", [{}, {"bias": False}, {"residual": True}, {"hidden": 64}, {"norm": "sym_undirected"}]
 )
@@ -445,6 +466,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.promise("C21")
 @pytest.mark.parametrize(
     "options", [{}, {"norm": "sym_undirected", "self_loop": "extra", "use_affinity_as_weight": True, "residual": True}]
 )
@@ -462,6 +484,7 @@ def test_compiles_without_a_break(options, fresh_compiler):
         assert torch.equal(compiled(leaf, prior), module(leaf, prior))
 
 
+@pytest.mark.promise("C21")
 def test_few_recompilations_over_shapes(fresh_compiler):
     module = make(dtype=torch.float32, k=9)
     counter = CompileCounter()
@@ -580,6 +603,7 @@ def test_a_program_of_any_batch_is_exported():
         torch.testing.assert_close(program(features, prior), module(features, prior))
 
 
+@pytest.mark.promise("C17")
 @pytest.mark.parametrize("normalize_prior", [True, False])
 def test_float64_under_autocast(normalize_prior):
     features, prior = maps(dtype=torch.float32)
@@ -671,6 +695,7 @@ def test_a_prior_on_another_grid_is_resampled_when_asked():
             make()(features, other)
 
 
+@pytest.mark.promise("C13")
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_format_of_the_result(dtype, residual):

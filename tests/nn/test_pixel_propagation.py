@@ -48,6 +48,7 @@ def literal(
     return x.T.reshape(logits.shape)
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("radius", "colour", "steps", "alpha"), [(1, 0.05, 1, 0.95), (2, 0.2, 3, 0.6), (8, 0.1, 2, 0.9)]
@@ -78,6 +79,7 @@ def test_what_is_not_valid_has_no_part() -> None:
     assert torch.equal(propagate_pixels(logits, image, valid)[:, valid], expected[:, valid])
 
 
+@pytest.mark.promise("C47")
 @pytest.mark.parametrize(("radius", "steps"), [(1, 3), (3, 1), (2, 2)])
 def test_parts_with_their_reach_are_the_whole(radius: int, steps: int) -> None:
     logits, image, valid = given(40, 50)

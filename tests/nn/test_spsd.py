@@ -47,6 +47,7 @@ def literal_entropy(z: Tensor, label: Tensor) -> Tensor:
     return torch.tensor(entropy, dtype=torch.float64)
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("counts", [(5, 5, 5), (1, 7), (2, 9, 4, 1)])
 def test_entropy_is_equation_2(counts) -> None:
     z, label = prototypes(0, counts)
@@ -56,6 +57,7 @@ def test_entropy_is_equation_2(counts) -> None:
     assert ranking.entropy[3] == pytest.approx(math.log(len(counts)), abs=0)
 
 
+@pytest.mark.promise("C1")
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.lists(st.integers(1, 6), min_size=2, max_size=5))
 def test_product_closed_form_is_the_mean_over_pairs(seed: int, counts: list[int]) -> None:
@@ -202,6 +204,13 @@ def test_split_by_score_takes_the_highest_and_the_lower_index_of_equals() -> Non
     score = torch.tensor([0.5, 0.9, 0.5, 0.1])
     semantic, structural = split_by_score(score, 0.5)
     assert semantic.tolist() == [0, 1] and structural.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(("channels", "ratio", "semantic"), [(100, 0.29, 29), (50, 0.58, 29), (512, 0.5, 256)])
+def test_the_share_of_channels_is_that_of_decimal_numbers(channels, ratio, semantic):
+    # 0.29 times 100 is less than 29 in binary
+    assert len(SPSD(channels, ratio).semantic_index) == semantic
+    assert len(split_by_score(torch.rand(channels), ratio)[0]) == semantic
 
 
 def test_ratio_zero_makes_all_channels_structural() -> None:

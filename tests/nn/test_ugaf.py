@@ -20,6 +20,7 @@ def maps(classes: int = 5, rotations: int = 4, grid: tuple[int, int] = (6, 4)) -
     return original, torch.rand(2, 1, *shape, generator=generator) * 0.2
 
 
+@pytest.mark.promise("C1")
 def test_uncertainty_is_the_normalised_entropy() -> None:
     m = torch.randn(2, 7, 3, 4, dtype=torch.float64) * 0.05
     q = torch.softmax(m / 0.02, dim=1)
@@ -40,6 +41,7 @@ def test_uncertainty_of_one_class_is_zero() -> None:
     assert torch.equal(uncertainty(torch.randn(2, 1, 3, 3), 0.01), torch.zeros(2, 1, 3, 3))
 
 
+@pytest.mark.promise("C5")
 @pytest.mark.parametrize("tau", [1e-30, 1e-6, 1e3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_uncertainty_stays_finite_with_finite_gradients(tau: float, dtype: torch.dtype) -> None:
@@ -80,6 +82,7 @@ def test_classes_are_treated_alike_and_apart(kind: str, gate: str) -> None:
     torch.testing.assert_close(permuted, whole[:, :, order], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.promise("C22")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tau", [0.01, None])
 @pytest.mark.parametrize("classes", [1, 4])

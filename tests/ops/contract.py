@@ -217,42 +217,52 @@ class OpContract:
     def inputs(self, variant: dict[str, Any], case: Case = ORDINARY, dtype: torch.dtype = torch.float32) -> Inputs:
         return {**self.subject.make_inputs(case, dtype), **variant}
 
+    @pytest.mark.promise("C1", "C17")
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
     def test_agrees_with_the_oracle(self, case, dtype, variant, call):
         check_oracle(self.subject, self.inputs(variant, case, dtype), call)
 
+    @pytest.mark.promise("C1")
     def test_agrees_at_the_paper_size(self, variant, call):
         case = next(case for case in CASES if case.name == "paper_vitl_24x24")
         check_oracle(self.subject, self.inputs(variant, case), call)
 
+    @pytest.mark.promise("C13")
     @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
     def test_layouts(self, dtype, call):
         inputs = self.inputs(self.subject.variants[0], dtype=dtype)
         for layout, grad_layout in itertools.product(LAYOUTS, LAYOUTS):
             check_layout(self.subject, inputs, call, layout, grad_layout)
 
+    @pytest.mark.promise("C13")
     def test_storage_offsets(self, variant, call):
         inputs = self.inputs(variant)
         for offset in (0, 1, 2, 3, 5, 7, 8):
             moved = {n: at_offset(v, offset) if n in self.subject.node_inputs else v for n, v in inputs.items()}
             compare(self.subject, moved, run(self.subject, moved, call))
 
+    @pytest.mark.promise("C15")
     def test_inputs_are_not_written(self, variant, call):
         check_not_written(self.subject, self.inputs(variant), call)
 
+    @pytest.mark.promise("C24")
     def test_same_bits_for_any_threads(self, variant, call):
         check_repeats(self.subject, self.inputs(variant), call)
 
+    @pytest.mark.promise("C7")
     def test_samples_are_independent(self, variant, call):
         check_batch(self.subject, self.inputs(variant), call)
 
+    @pytest.mark.promise("C3")
     def test_backward_is_linear(self, variant, call):
         check_linear_backward(self.subject, self.inputs(variant), call)
 
+    @pytest.mark.promise("C15")
     def test_poisoned_allocations(self, variant, call):
         check_poisoned(self.subject, self.inputs(variant), call)
 
+    @pytest.mark.promise("C14")
     @pytest.mark.parametrize("axis", ["B", "N", "K", "C"])
     def test_empty(self, axis, variant, call):
         inputs = {**empty_inputs(self.subject, axis), **variant}
@@ -284,6 +294,7 @@ class OpContract:
             for name, value in expected.items():
                 assert torch.equal(got[name], value), f"{self.subject.name} {name} differs with its columns given"
 
+    @pytest.mark.promise("C3")
     def test_gradcheck(self, variant, backend):
         tiny = next(case for case in CASES if case.name == "tiny_3x4")
         for seed in range(3):
@@ -296,6 +307,7 @@ class OpContract:
 
             assert torch.autograd.gradcheck(function, [given[n] for n in self.subject.differentiable], fast_mode=False)
 
+    @pytest.mark.promise("C16")
     def test_double_backward_is_refused(self, variant, call):
         given = leaves(self.subject, self.inputs(variant))
         name = self.subject.differentiable[0]
@@ -304,6 +316,7 @@ class OpContract:
             grad.sum().backward()
         compare(self.subject, self.inputs(variant), run(self.subject, self.inputs(variant), call))
 
+    @pytest.mark.promise("C15")
     def test_editing_a_saved_input_is_refused(self, variant, call):
         inputs = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in self.inputs(variant).items()}
         given = leaves(self.subject, inputs)
@@ -315,6 +328,7 @@ class OpContract:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.sum().backward()
 
+    @pytest.mark.promise("C3")
     def test_only_needed_gradients(self, variant, call):
         inputs = self.inputs(variant)
         everything = run(self.subject, inputs, call)
@@ -325,6 +339,7 @@ class OpContract:
             assert torch.equal(grad, everything[f"grad_{name}"])
 
     # a variant is a constant to the compiler; that each has its schema and its fake, opcheck tells
+    @pytest.mark.promise("C21")
     @with_one_variant
     def test_compiles_without_a_break(self, variant, call, backend):
         torch.compiler.reset()
@@ -338,6 +353,7 @@ class OpContract:
         grad = torch.autograd.grad(compiled(given).sum(), given[self.subject.differentiable[0]])[0]
         assert torch.equal(grad, torch.autograd.grad(function(given).sum(), given[self.subject.differentiable[0]])[0])
 
+    @pytest.mark.promise("C4")
     def test_autocast_keeps_full_precision(self, variant, call):
         inputs = self.inputs(variant)
         expected = run(self.subject, inputs, call)
@@ -346,6 +362,7 @@ class OpContract:
         for name, value in expected.items():
             assert torch.equal(got[name], value)
 
+    @pytest.mark.promise("C4")
     def test_matmul_precision_setting_changes_nothing(self, variant, call):
         expected = run(self.subject, self.inputs(variant), call)
         torch.set_float32_matmul_precision("medium")

@@ -44,6 +44,7 @@ def expected(query: Tensor, prior: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return index, cosine.gather(-1, index)
 
 
+@pytest.mark.promise("C8")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "rows, candidates, k", [(1, 1, 1), (1, 9, 4), (7, 3, 3), (20, 20, 5), (41, 13, 6), (3, 40, 33), (13, 1, 1)]
@@ -83,6 +84,7 @@ def test_opposite_sets_choose_each_other_all_the_same(backend):
     assert index.tolist() == [[0, 1, 2]] * 3 and (score < -0.9).all() and (score >= -1 - 1e-6).all()
 
 
+@pytest.mark.promise("C11")
 def test_what_is_not_finite_and_what_has_no_candidate(backend):
     query, prior = lattice(5, 8), lattice(4, 8, seed=1)
     query[1, 3], prior[2, 0] = torch.inf, torch.nan
@@ -95,6 +97,7 @@ def test_what_is_not_finite_and_what_has_no_candidate(backend):
     assert zero[0].tolist() == [[0, 1]] and zero[1].tolist() == [[0.0, 0.0]]
 
 
+@pytest.mark.promise("C14")
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
 def test_nothing_to_choose(shape):
     batch, rows, candidates = shape

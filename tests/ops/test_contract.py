@@ -171,12 +171,14 @@ def _bent(value: Tensor) -> Tensor:
     return _Bent.apply(value)
 
 
+@pytest.mark.promise("C40", "C42")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_fail(fault):
     with pytest.raises(AssertionError):
         FAULTS[fault]()
 
 
+@pytest.mark.promise("C40")
 @pytest.mark.parametrize("subject", [GRAPH_PROPAGATE, EDGE_WEIGHT, DEGREE_NORMALIZE], ids=lambda s: s.name)
 def test_the_right_implementation_passes_the_same_checks(subject):
     inputs = subject.make_inputs(ORDINARY)

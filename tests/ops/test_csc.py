@@ -68,16 +68,19 @@ def test_any_index(shape, dtype, make):
         check(form, make)
 
 
+@pytest.mark.promise("C23")
 def test_wild_indices_are_clamped_before_they_are_narrowed(make):
     assert make(torch.tensor([[[2**40, -(2**40)], [2**31, 1]]]))[0].tolist() == [0, 1, 4]
 
 
+@pytest.mark.promise("C14")
 @pytest.mark.parametrize("shape", [(0, 3, 2), (2, 3, 0), (2, 0, 4)])
 def test_nothing_to_list(shape, make):
     indptr, perm = make(torch.zeros(shape, dtype=torch.int32))
     assert len(perm) == 0 and indptr.tolist() == [0] * (shape[0] * shape[1] + 1)
 
 
+@pytest.mark.promise("C24")
 def test_any_threads(make):
     index = crowded(5, 300, 9)
     threads = torch.get_num_threads()
@@ -89,6 +92,7 @@ def test_any_threads(make):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.promise("C21")
 def test_opcheck():
     for shape in ((2, 5, 3), (0, 5, 3), (1, 4, 0)):
         opcheck(torch.ops.drseg.csc.default, (torch.randint(0, 4, shape), "auto"))
@@ -183,6 +187,7 @@ def test_a_graph_is_listed_once():
     assert ops.last_backend("csc") == "none"
 
 
+@pytest.mark.promise("C24")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "channels"), [((3, 7, 5), 4), ((1, 97, 33), 21), ((2, 300, 9), 40)], ids=str)
 def test_an_undirected_operator_is_both_directions_bit_for_bit(shape, channels, dtype):

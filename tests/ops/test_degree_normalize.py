@@ -16,11 +16,13 @@ from drseg_core.testing import CASES
 class TestDegreeNormalize(OpContract):
     subject = DEGREE_NORMALIZE
 
+    @pytest.mark.promise("C6")
     def test_rows_sum_to_one(self, call):
         inputs = self.inputs({})
         total = call(**inputs, norm="row", eps=1e-12).sum(-1)
         assert (total - 1).abs().max() <= 4 * inputs["index"].shape[2] * 2**-24
 
+    @pytest.mark.promise("C5")
     def test_zero_degree_is_finite(self, variant, call):
         inputs = self.inputs(variant)
         weight = torch.zeros_like(inputs["weight"]).requires_grad_()
@@ -28,6 +30,7 @@ class TestDegreeNormalize(OpContract):
         coefficient.sum().backward()
         assert not coefficient.any() and weight.grad.isfinite().all()
 
+    @pytest.mark.promise("C5")
     @pytest.mark.parametrize("size", [1e-3, 1e26, 1e30, 1e35], ids=str)
     def test_weights_of_any_size(self, variant, call, size):
         """Coefficients do not depend on the size of the weights, and gradients go with its inverse."""
@@ -46,6 +49,7 @@ class TestDegreeNormalize(OpContract):
         for value, right in zip(found[2:], found[:2], strict=True):
             torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
 
+    @pytest.mark.promise("C5")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
     def test_smallest_eps_is_finite(self, variant, call, dtype):
         inputs = self.inputs(variant)
@@ -73,6 +77,7 @@ class TestDegreeNormalize(OpContract):
         torch.testing.assert_close(got[0], expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.promise("C21")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", ["sym_row", "sym_count", "sym_inout", "row", "sym_undirected"])
 def test_opcheck(dtype, norm):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def fresh(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.promise("C25")
 @pytest.mark.parametrize("op", OPS)
 def test_none_takes_the_preferred_backend(op):
     for options in ({}, {"backend": None}):
@@ -87,6 +89,7 @@ def test_another_device_takes_what_can_run_there():
     )
 
 
+@pytest.mark.promise("C25")
 @pytest.mark.parametrize("op", OPS)
 def test_a_named_backend_runs_or_says_why_not(op):
     kernels = {row["backend"]: row["reason"] for row in ops.backend_report() if row["op"] == op}
@@ -104,6 +107,7 @@ def test_a_named_backend_runs_or_says_why_not(op):
         assert caught.value.exit_code == 5
 
 
+@pytest.mark.promise("C25")
 @pytest.mark.parametrize("op", OPS)
 def test_an_unknown_backend_lists_the_choices(op):
     before = ops.last_backend(op)
@@ -258,6 +262,7 @@ def test_the_named_backend_of_a_module_reaches_every_op():
         PDGR(5, 8, k=3, backend="triton")(*given)
 
 
+@pytest.mark.promise("C17")
 @pytest.mark.parametrize("op", SUBJECTS)
 def test_float64_is_computed_in_float64(op):
     subject, inputs = SUBJECTS[op], arguments(op, torch.float64)
@@ -265,6 +270,7 @@ def test_float64_is_computed_in_float64(op):
     assert ops.last_backend(op) == "native"
 
 
+@pytest.mark.promise("C17")
 def test_a_dtype_that_a_backend_lacks():
     def nothing(*_: Any) -> None:
         return None
@@ -290,6 +296,7 @@ def test_a_dtype_that_a_backend_lacks():
         del _dispatch._tables["made_up"], _dispatch._last.of["made_up"]
 
 
+@pytest.mark.promise("C25", "C41")
 def test_the_report_is_what_the_calls_do():
     rows = ops.backend_report()
     assert rows == drseg_core.backends()
@@ -313,26 +320,14 @@ def test_the_report_is_what_the_calls_do():
             assert row["reason"] in str(caught.value)
 
 
-TOY = """
-from drseg_core.ops import register_backend
-from drseg_core.ops.graph_propagate import reference
-
-def run(x, index, coefficient, transpose):
-    return reference.graph_propagate(x, index, coefficient, transpose)
-
-def run_backward(grad, x, index, coefficient, transpose, output_mask):
-    return reference.graph_propagate_backward(grad, x, index, coefficient, transpose, output_mask)
-
-def why_not(device):
-    return None if device == "cpu" else "the toy runs on the CPU only"
-
-register_backend("graph_propagate", "toy", run, why_not, run_backward=run_backward)
-"""
+# the page's own backend
+PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+TOY = re.search(r"^```python\n# mine\.py\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1].replace("mine", "toy")
 
 
 @pytest.fixture
 def toy(tmp_path) -> dict[str, str]:
-    """The environment of a process that knows a stranger's backend, as CONTRIBUTING.md has it."""
+    """The environment of a process that knows a stranger's backend, as docs/extending.md has it."""
     (tmp_path / "toy.py").write_text(TOY)
     path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])
     return {**os.environ, "PYTHONPATH": path, "DRSEG_BACKENDS": "toy", "OMP_NUM_THREADS": "1"}
@@ -496,6 +491,7 @@ def check_library_refused(reason: str) -> None:
     assert reason in report["graph_propagate", "native"]
 
 
+@pytest.mark.promise("C27")
 def test_a_missing_library(another_library, tmp_path):
     another_library(tmp_path / "absent" / "libdrseg_native.so")
     check_library_refused("native library not built: libdrseg_native.so is not in absent/")
@@ -514,6 +510,7 @@ def test_a_file_that_is_no_library(another_library, tmp_path, content):
     check_library_refused("native library does not load: ")
 
 
+@pytest.mark.promise("C27")
 @pytest.mark.skipif(sys.platform != "linux", reason="the check reads the ELF format")
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.99])
 def test_a_library_cut_short_does_not_kill_the_process(another_library, tmp_path, share):
@@ -566,6 +563,7 @@ print(json.dumps({{
 """
 
 
+@pytest.mark.promise("C27")
 @pytest.mark.parametrize(
     "blocked,environment,reason",
     [
@@ -613,6 +611,7 @@ print(json.dumps([first, guilty, names]))
 """
 
 
+@pytest.mark.promise("C27")
 def test_importing_loads_no_heavy_package_and_touches_no_device():
     result = fresh(IMPORTS)
     assert result.returncode == 0, result.stderr
@@ -674,6 +673,7 @@ def level_results(tmp_path_factory) -> dict[str, list[dict[str, Tensor]]]:
     return results
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set_keeps_the_limits(level, level_results):
     if level not in level_results:
@@ -681,6 +681,7 @@ def test_every_instruction_set_keeps_the_limits(level, level_results):
     assert len(level_results[level]) == 144 and all(torch.isfinite(got["output"]).all() for got in level_results[level])
 
 
+@pytest.mark.promise("C41")
 def test_the_instruction_set_that_was_asked_for_ran(level_results):
     if len(level_results) == 1:
         pytest.skip("this CPU has one instruction set")
@@ -781,6 +782,7 @@ def _refuse(*arguments: Any) -> None:
     raise AssertionError(f"an op set {arguments}")
 
 
+@pytest.mark.promise("C4")
 @pytest.mark.parametrize("way", WAYS)
 def test_no_precision_setting_reaches_an_op_and_all_are_left_alone(way, monkeypatch):
     def answers() -> list[Tensor]:

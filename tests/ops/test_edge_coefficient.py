@@ -20,10 +20,12 @@ class TestEdgeCoefficient(RawHalves, OpContract):
     leaves_scales = False
 
     # its parts compute it on a CPU; the contract of degree_normalize has every norm at that size
+    @pytest.mark.promise("C1")
     @with_one_variant
     def test_agrees_at_the_paper_size(self, variant, call):
         super().test_agrees_at_the_paper_size(variant, call)
 
+    @pytest.mark.promise("C15")
     def test_editing_a_saved_input_is_refused(self, variant, call):
         inputs = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in self.inputs(variant).items()}
         source = inputs["source"].requires_grad_() * 1
@@ -32,6 +34,7 @@ class TestEdgeCoefficient(RawHalves, OpContract):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.sum().backward()
 
+    @pytest.mark.promise("C1")
     def test_is_the_composition_of_its_parts(self, variant, call):
         for mask in (True, False):
             inputs = self.inputs({}, dtype=torch.float64)
@@ -71,6 +74,7 @@ class TestEdgeCoefficient(RawHalves, OpContract):
             slack = 1e-5 * float(right.abs().max())
             torch.testing.assert_close(value, right, rtol=1e-4, atol=slack, msg=lambda m, n=name: f"{n}: {m}")
 
+    @pytest.mark.promise("C5")
     def test_a_row_without_neighbours_is_finite(self, variant, call):
         inputs = self.inputs(variant)
         inputs["mask"] = torch.zeros_like(inputs["mask"])
@@ -80,6 +84,7 @@ class TestEdgeCoefficient(RawHalves, OpContract):
         assert not output.any() and not grad.any()
 
 
+@pytest.mark.promise("C21")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", [variant["norm"] for variant in EDGE_COEFFICIENT.variants])
 def test_opcheck(dtype, norm):

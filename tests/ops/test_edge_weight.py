@@ -16,6 +16,7 @@ from drseg_core.testing import CASES
 class TestEdgeWeight(RawHalves, OpContract):
     subject = EDGE_WEIGHT
 
+    @pytest.mark.promise("C1")
     def test_equals_the_mlp_on_concatenated_features(self, call):
         random = torch.Generator().manual_seed(5)
         prior = torch.randn(2, 12, 8, generator=random, dtype=torch.float64)
@@ -33,6 +34,7 @@ class TestEdgeWeight(RawHalves, OpContract):
         )
         torch.testing.assert_close(got, pairs, rtol=1e-9, atol=1e-12)
 
+    @pytest.mark.promise("C9")
     def test_padding_has_weight_zero_and_no_gradient(self, call):
         prior = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(1))
         index = ops.knn_graph(prior, (2, 3), 9, pad=True)
@@ -57,21 +59,51 @@ class TestEdgeWeight(RawHalves, OpContract):
         for name, value in expected.items():
             assert torch.equal(got[name], value)
 
-    def test_a_masked_row_that_is_not_finite_stays_visible(self, call):
-        source = torch.ones(1, 2, 3)
+    @pytest.mark.promise("C11")
+    @pytest.mark.parametrize("width", [3, 48])
+    def test_a_masked_row_that_is_not_finite_stays_visible(self, width, call):
+        source = torch.ones(1, 2, width)
         source[0, 1, 0] = torch.nan
         index = torch.tensor([[[0], [1]]])
         mask = torch.zeros(1, 2, 1, dtype=torch.bool)
         weight = call(
             source=source,
-            target=torch.ones(1, 2, 3),
+            target=torch.ones(1, 2, width),
             index=index,
-            vector=torch.ones(3),
+            vector=torch.ones(width),
             bias=torch.zeros(()),
             mask=mask,
         )
         assert weight[0, 0, 0] == 0 and weight[0, 1, 0].isnan()
 
+    @pytest.mark.promise("C3")
+    @pytest.mark.parametrize("width", [3, 48])
+    def test_a_hidden_unit_at_zero_has_no_slope(self, width, call):
+        inputs = self.inputs({})
+        inputs["source"] = torch.ones(*inputs["source"].shape[:2], width)
+        inputs["target"], inputs["vector"] = -inputs["source"], torch.ones(width)
+        grads = run(self.subject, inputs, call)
+        assert (
+            not any(grads[f"grad_{name}"].any() for name in ("source", "target", "vector")) and grads["grad_bias"] != 0
+        )
+
+    @pytest.mark.promise("C1")
+    def test_slopes_of_small_weights_keep_their_digits(self, call):
+        logit = torch.linspace(0.1, 80, 40)
+        source = logit.view(1, -1, 1).requires_grad_()
+        nodes = logit.numel()
+        weight = call(
+            source=source,
+            target=torch.zeros(1, nodes, 1),
+            index=torch.arange(nodes).view(1, nodes, 1),
+            vector=-torch.ones(1),
+            bias=torch.zeros(()),
+        )
+        (grad,) = torch.autograd.grad(weight.sum(), source)
+        exact = -torch.sigmoid(-logit.double())
+        torch.testing.assert_close(grad.flatten().double(), exact, rtol=16 * 2**-24, atol=0)
+
+    @pytest.mark.promise("C5")
     def test_large_logits_do_not_overflow(self, call):
         logit = torch.tensor([-1e4, -88.0, -87.0, -20.0, 0.0, 19.9, 20.1, 1e4])
         source = logit.abs()[None, :, None].requires_grad_()
@@ -90,6 +122,7 @@ class TestEdgeWeight(RawHalves, OpContract):
             assert grad.isfinite().all()
 
 
+@pytest.mark.promise("C21")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(dtype, masked):

@@ -15,10 +15,12 @@ from drseg_core.testing import CASES
 
 class LayerContract(OpContract):
     # its parts compute it on a CPU; the contract of graph_propagate has both directions at that size
+    @pytest.mark.promise("C1")
     @with_one_variant
     def test_agrees_at_the_paper_size(self, variant, call):
         super().test_agrees_at_the_paper_size(variant, call)
 
+    @pytest.mark.promise("C14")
     @pytest.mark.parametrize("axis", ["B", "N", "K", "C"])
     def test_empty(self, axis, variant, call):
         inputs = {**empty_inputs(self.subject, axis), **variant}
@@ -37,6 +39,7 @@ class LayerContract(OpContract):
             call(**{**inputs, "bias": None}), call(**{**inputs, "bias": torch.zeros_like(inputs["bias"])})
         )
 
+    @pytest.mark.promise("C17")
     def test_parameters_keep_their_dtype(self, variant, call):
         inputs = self.inputs(variant, dtype=torch.float16)
         inputs |= {name: inputs[name].float() for name in self.subject.differentiable[2:]}
@@ -110,6 +113,7 @@ class TestGraphLayer(LayerContract):
         slack = 1e-6 if self.device == "cpu" else 2e-5
         torch.testing.assert_close(output, inputs["norm_bias"].expand_as(output), rtol=0, atol=slack)
 
+    @pytest.mark.promise("C1")
     def test_is_the_composition_of_its_parts(self, variant, call):
         inputs = self.inputs(variant, dtype=torch.float64)
         parts = [inputs[name] for name in ("x", "index", "coefficient")]
@@ -124,6 +128,7 @@ class TestGraphLayer(LayerContract):
 class TestGraphLayerRelu(LayerContract):
     subject = GRAPH_LAYER_RELU
 
+    @pytest.mark.promise("C3")
     def test_gradcheck(self, variant, backend):
         # away from the kink
         tiny = next(case for case in CASES if case.name == "tiny_3x4")
@@ -138,6 +143,7 @@ class TestGraphLayerRelu(LayerContract):
         assert 0.1 < (ops.graph_layer(**given) == 0).double().mean() < 0.9
 
 
+@pytest.mark.promise("C21")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("subject", [GRAPH_LAYER, GRAPH_LAYER_RELU], ids=["layer_norm", "relu"])
 def test_opcheck(subject, dtype):

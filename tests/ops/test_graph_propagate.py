@@ -14,6 +14,7 @@ from drseg_core.testing import CASES
 class TestGraphPropagate(OpContract):
     subject = GRAPH_PROPAGATE
 
+    @pytest.mark.promise("C2")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
     def test_integers_are_exact(self, dtype, variant, call):
         for case in (case for case in CASES if not case.large):
@@ -26,6 +27,7 @@ class TestGraphPropagate(OpContract):
             inputs["coefficient"] = share.to(inputs["coefficient"].dtype)
             check_lattice(self.subject, inputs, call)
 
+    @pytest.mark.promise("C6")
     def test_constant_features_stay_constant(self, call):
         inputs = self.inputs({})
         weight = ops.degree_normalize(inputs["coefficient"], inputs["index"], norm="row", eps=1e-12)
@@ -33,6 +35,7 @@ class TestGraphPropagate(OpContract):
         assert (y - 1).abs().max() <= 4 * inputs["index"].shape[2] * 2**-24
 
 
+@pytest.mark.promise("C21")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_opcheck(dtype, transpose):
@@ -46,6 +49,7 @@ def test_opcheck(dtype, transpose):
             opcheck(torch.ops.drseg.graph_propagate.default, args)
 
 
+@pytest.mark.promise("C23")
 @pytest.mark.parametrize("far", [2**31, 2**32, 2**32 + 1, 2**40, -(2**31) - 1, -(2**32), -(2**33), 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_an_index_beyond_int32_is_clamped_like_any_other(far, transpose):

@@ -61,6 +61,7 @@ def check(inputs: dict, index: Tensor, score: Tensor, near_tie_share: float = 1.
         assert problem is None, problem
 
 
+@pytest.mark.promise("C8")
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,6 +72,7 @@ def test_gap_rule(case, dtype, form, include_self, backend):
     check(inputs, *ops.knn_graph(**inputs, return_score=True))
 
 
+@pytest.mark.promise("C8")
 def test_gap_rule_at_the_paper_size(backend):
     case = next(case for case in CASES if case.name == "paper_vitl_24x24")
     inputs = make_inputs(case)
@@ -79,6 +81,7 @@ def test_gap_rule_at_the_paper_size(backend):
     check(inputs, *ops.knn_graph(**inputs, return_score=True), near_tie_share=numerics.NEAR_TIE_SHARE)
 
 
+@pytest.mark.promise("C8")
 @pytest.mark.parametrize("nodes", [1, 2, 31, 32, 33, 63, 64, 65, 97, 128, 129])
 @pytest.mark.parametrize("k", [1, 2, 16])
 def test_sizes_around_block_borders(nodes, k, backend):
@@ -98,6 +101,7 @@ def select(prior: Tensor, inverse: Tensor, table: Tensor, k: int, form: str, inc
     return chosen.run(prior, inverse, table, k, form, include_self)
 
 
+@pytest.mark.promise("C2")
 @pytest.mark.parametrize("channels,largest", [(8, 1), (8, 3), (256, 3), (1024, 3)])
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -127,6 +131,7 @@ def test_integer_lattice_is_exact(channels, largest, include_self, dtype, backen
 LARGE = [(33, 35), (1, 1301), (1301, 1), (3, 401), (130, 9)]
 
 
+@pytest.mark.promise("C2")
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("grid", LARGE, ids=str)
@@ -149,6 +154,7 @@ def test_large_grids_are_exact(grid, form, include_self, backend):
         torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.promise("C8")
 @pytest.mark.parametrize("decay", [0.0, 2.0, 40.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_gap_rule_on_large_grids(decay, dtype, backend):
@@ -215,6 +221,28 @@ def test_neighbours_that_few_bits_do_not_show(share, backend):
         assert len(expected.intersection(index[0, node].tolist())) == 40
 
 
+@pytest.mark.promise("C8")
+@pytest.mark.parametrize("levels", [45, 127])
+def test_what_few_bits_lose_of_a_neighbour(levels, backend):
+    """The row is exact in so many levels, and so are rows a little like it; what is likest to it loses all likeness."""
+    random = torch.Generator().manual_seed(13)
+    h, w = 43, 50
+    prior = torch.randn(h * w, 100, generator=random)
+    prior[:, 0] = 0
+    chosen = torch.randperm(h * w, generator=random)[:46]
+    row, likest, like = int(chosen[0]), chosen[1:6], chosen[6:]
+    # channels 16 apart are mixed: these sixteen groups stay apart, each of eight equal values
+    prior[chosen] = 0
+    prior[row, 0] = 1
+    # less than half a level beside the largest value
+    prior[likest, 0], prior[likest, 1] = 0.45 / levels, 1
+    # one level exactly, as the others are smaller
+    prior[like, 0] = 1 / (levels * 15**0.5)
+    prior[like, 1:16] = 15**-0.5
+    index = ops.knn_graph(prior[None], (h, w), 30, decay=0.0, include_self=False)[0, row].tolist()
+    assert {*likest.tolist()} <= {*index} <= {*likest.tolist(), *like.tolist()}
+
+
 def test_a_negative_decay_turns_scores_over(backend):
     random = torch.Generator().manual_seed(5)
     prior = torch.randint(-2, 3, (1, 43 * 50, 100), generator=random).float()
@@ -225,6 +253,7 @@ def test_a_negative_decay_turns_scores_over(backend):
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
+@pytest.mark.promise("C24")
 def test_large_grids_give_the_same_bits_for_any_threads():
     prior = dino_like_prior(1, 43, 50, 100, torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
@@ -239,6 +268,7 @@ def test_large_grids_give_the_same_bits_for_any_threads():
         assert torch.equal(index, found[0][0]) and torch.equal(score, found[0][1])
 
 
+@pytest.mark.promise("C10")
 def test_equal_features_on_a_large_grid_take_the_lowest_indices(backend):
     # 0.25 is exact in any order of summation; the native kernel gives equal rows equal scores whatever they hold
     for value in (0.3 if backend == "native" else 0.5, 0.0):
@@ -249,6 +279,7 @@ def test_equal_features_on_a_large_grid_take_the_lowest_indices(backend):
                 assert index[0, i].tolist() == sorted({i} | set([j for j in range(8) if j != i][:6]))
 
 
+@pytest.mark.promise("C10")
 def test_all_equal_rows_take_the_lowest_indices(backend):
     for include_self in (True, False):
         index = ops.knn_graph(torch.ones(1, 30, 4), (5, 6), 7, decay=0.0, include_self=include_self)
@@ -256,6 +287,56 @@ def test_all_equal_rows_take_the_lowest_indices(backend):
             others = [j for j in range(30) if j != i]
             expected = sorted([i, *others[:6]]) if include_self else others[:7]
             assert index[0, i].tolist() == expected
+
+
+@pytest.mark.promise("C10")
+def test_zeros_of_both_signs_are_ties(backend):
+    # cosines of 1 and -1 times a decay of zero; 37 scores fill no whole registers
+    nodes = 37
+    prior = torch.where(torch.arange(nodes) % 2 == 0, 1.0, -1.0).view(1, nodes, 1)
+    table = torch.zeros(1, nodes)
+    table[0, 0] = 1
+    for k in (9, nodes - 1):
+        index, score = select(prior, torch.ones(1, nodes), table, k, "product", True, backend)
+        for i in range(nodes):
+            others = [j for j in range(nodes) if j != i]
+            assert index[0, i].tolist() == sorted([i, *others[: k - 1]])
+            assert score[0, i].count_nonzero() == 1
+
+
+@pytest.mark.promise("C8")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pair_without_decay_is_no_candidate(form, backend):
+    # of cells in another row the decay is NaN
+    prior = torch.randn(1, 12, 3, generator=torch.Generator().manual_seed(0))
+    table = torch.zeros(2, 6).fill_(0.5)
+    table[1] = torch.nan
+    index, score = select(prior, torch.ones(1, 12), table, 8, form, False, backend)
+    for i in range(12):
+        row = [j for j in range(6 * (i // 6), 6 * (i // 6) + 6) if j != i]
+        assert index[0, i].tolist() == [*row, i, i, i]
+        assert score[0, i, :5].isfinite().all() and (score[0, i, 5:] == -torch.inf).all()
+
+
+@pytest.mark.promise("C10")
+def test_equal_scores_are_equal_wherever_they_are_computed():
+    """In whole registers and in those that are left over: a product that is not rounded before a subtraction shows."""
+    nodes, table = 37, torch.full((1, 37), 0.7)
+    for value in (0.1, 0.3, 0.7, 1.1, 1.3, 1.7, 2.3, 2.9):
+        prior, inverse = torch.full((1, nodes, 3), value), torch.full((1, nodes), 1 / (value * 3**0.5))
+        index, score = select(prior, inverse, table, nodes - 2, "additive", False, "native")
+        for i in range(nodes):
+            assert index[0, i].tolist() == [j for j in range(nodes) if j != i][: nodes - 2]
+        assert score.unique().numel() == 1
+
+
+@pytest.mark.promise("C7")
+def test_more_images_than_there_is_room_for_scores():
+    """The native kernel holds the scores of eight images of this size at a time."""
+    prior = torch.randn(9, 32 * 32, 3, generator=torch.Generator().manual_seed(0))
+    together = ops.knn_graph(prior, (32, 32), 3, backend="native")
+    for image in (0, 7, 8):
+        assert torch.equal(together[image], ops.knn_graph(prior[image], (32, 32), 3, backend="native"))
 
 
 def test_narrow_range(backend):
@@ -266,6 +347,7 @@ def test_narrow_range(backend):
     check(inputs, *ops.knn_graph(**inputs, return_score=True))
 
 
+@pytest.mark.promise("C5", "C6")
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-10, 1e10, 1e18, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scale_does_not_matter(scale, dtype, backend):
@@ -274,6 +356,7 @@ def test_scale_does_not_matter(scale, dtype, backend):
     check(scaled, *ops.knn_graph(**scaled, return_score=True))
 
 
+@pytest.mark.promise("C6")
 @pytest.mark.parametrize("exponent", [-100, -20, 20, 100])
 def test_a_power_of_two_changes_no_bit(exponent, backend):
     inputs = make_inputs(CASES[2])
@@ -283,6 +366,7 @@ def test_a_power_of_two_changes_no_bit(exponent, backend):
         assert torch.equal(got, value)
 
 
+@pytest.mark.promise("C5")
 def test_float16_norms_that_overflow(backend):
     prior = torch.full((1, 12, 768), 9.25, dtype=torch.float16)
     prior[0, ::2, ::3] *= -6000
@@ -300,6 +384,7 @@ BAD = {
 }
 
 
+@pytest.mark.promise("C11")
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", BAD)
@@ -329,21 +414,25 @@ def test_non_finite_nodes_keep_to_themselves(which, kind, form, include_self, ba
         assert (row[chosen] >= threshold - 4e-6).all()
 
 
+@pytest.mark.promise("C11")
 def test_all_nodes_non_finite(backend):
     index, score = ops.knn_graph(torch.full((1, 6, 3), torch.nan), (2, 3), 4, return_score=True)
     assert torch.equal(index[0], torch.arange(6, dtype=torch.int32)[:, None].expand(6, 4)) and score.isnan().all()
 
 
-def test_too_few_finite_candidates_are_padded(backend):
-    prior = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(0))
+@pytest.mark.promise("C9")
+@pytest.mark.parametrize("grid", [(2, 3), (6, 8)], ids=str)
+def test_too_few_finite_candidates_are_padded(grid, backend):
+    prior = torch.randn(1, grid[0] * grid[1], 3, generator=torch.Generator().manual_seed(0))
     prior[0, 4:] = torch.nan
-    index, score = ops.knn_graph(prior, (2, 3), 6, return_score=True)
+    index, score = ops.knn_graph(prior, grid, 6, return_score=True)
     assert index[0, 1].tolist() == [0, 1, 2, 3, 1, 1]
     assert (score[0, :4, 4:] == -torch.inf).all() and score[0, :4, :4].isfinite().all()
     mask = ops.padding_mask(index)
     assert mask[0, :4].sum(1).tolist() == [4, 4, 4, 4]
 
 
+@pytest.mark.promise("C9")
 def test_padding(backend):
     for include_self, candidates in ((True, 6), (False, 5)):
         prior = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
@@ -354,6 +443,7 @@ def test_padding(backend):
         assert (index.gather(2, (~mask).int().argsort(-1)[..., candidates:]) == torch.arange(6)[:, None]).all()
 
 
+@pytest.mark.promise("C12")
 def test_zero_vector_has_cosine_zero(backend):
     inputs = make_inputs(CASES[2])
     inputs["prior"][0, 7] = 0
@@ -363,12 +453,14 @@ def test_zero_vector_has_cosine_zero(backend):
         assert 7 in index[0, 7]
 
 
+@pytest.mark.promise("C10")
 def test_constant_tile(backend):
     # a nodata tile: every affinity is the decay alone
     inputs = {"prior": torch.full((1, 49, 5), 0.3), "grid": (7, 7), "k": 9}
     check(inputs, *ops.knn_graph(**inputs, return_score=True))
 
 
+@pytest.mark.promise("C13")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, backend):
     for dtype in DTYPES[:3]:
@@ -377,6 +469,7 @@ def test_layouts(layout, backend):
         check(inputs, *ops.knn_graph(**inputs, return_score=True))
 
 
+@pytest.mark.promise("C13")
 def test_storage_offsets(backend):
     inputs = make_inputs(CASES[2])
     for offset in (0, 1, 2, 3, 5, 7, 8):
@@ -384,12 +477,14 @@ def test_storage_offsets(backend):
         check(inputs, *ops.knn_graph(**inputs, return_score=True))
 
 
+@pytest.mark.promise("C13")
 def test_map_seen_as_tokens(backend):
     feature_map = torch.randn(2, 9, 5, 6, generator=torch.Generator().manual_seed(0))
     inputs = {"prior": feature_map.flatten(2).transpose(1, 2), "grid": (5, 6), "k": 7}
     check(inputs, *ops.knn_graph(**inputs, return_score=True))
 
 
+@pytest.mark.promise("C14")
 @pytest.mark.parametrize("shape,grid,k", [((0, 6, 3), (2, 3), 4), ((2, 0, 3), (0, 5), 0), ((2, 6, 3), (2, 3), 0)])
 def test_empty(shape, grid, k, backend):
     index, score = ops.knn_graph(torch.ones(shape), grid, k, return_score=True)
@@ -400,6 +495,7 @@ def test_empty(shape, grid, k, backend):
     )
 
 
+@pytest.mark.promise("C7")
 def test_samples_are_independent_and_runs_repeat(backend):
     inputs = make_inputs(CASES[2])
     prior = inputs.pop("prior")
@@ -422,6 +518,7 @@ def test_samples_are_independent_and_runs_repeat(backend):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.promise("C6")
 def test_permuting_nodes_permutes_neighbours(backend):
     prior = torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
@@ -431,6 +528,7 @@ def test_permuting_nodes_permutes_neighbours(backend):
         assert set(order[moved[position]].tolist()) == set(plain[node].tolist())
 
 
+@pytest.mark.promise("C10")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_features_that_differ_by_a_power_of_two_are_ties(backend, dtype):
     # whole numbers, so that no sum rounds; every direction six times, in lengths from 2**-20 to 2**30
@@ -458,6 +556,7 @@ def test_parallel_features_of_other_lengths_have_the_same_cosine_but_for_the_las
     assert torch.allclose(score, torch.ones(48, 6), atol=4e-7, rtol=0)
 
 
+@pytest.mark.promise("C4")
 def test_neither_autocast_nor_matmul_precision_reaches_the_affinities(backend):
     inputs = {"prior": vit_like_prior(CASES[5], torch.Generator().manual_seed(0)), "grid": (6, 7), "k": 9}
     expected = ops.knn_graph(**inputs, return_score=True)
@@ -470,6 +569,7 @@ def test_neither_autocast_nor_matmul_precision_reaches_the_affinities(backend):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.promise("C3", "C15")
 def test_prior_is_not_written_and_gets_no_gradient(backend):
     inputs = make_inputs(CASES[2])
     copy = inputs["prior"].clone()
@@ -478,6 +578,7 @@ def test_prior_is_not_written_and_gets_no_gradient(backend):
     assert torch.equal(inputs["prior"], copy) and not score.requires_grad and not index.requires_grad
 
 
+@pytest.mark.promise("C15")
 def test_poisoned_allocations(backend):
     inputs = make_inputs(CASES[2])
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -487,6 +588,7 @@ def test_poisoned_allocations(backend):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.promise("C11")
 def test_check_finite_names_the_node(backend):
     prior = torch.zeros(2, 6, 5)
     prior[1, 4, :3] = torch.inf
@@ -497,6 +599,7 @@ def test_check_finite_names_the_node(backend):
     ops.knn_graph(torch.ones(2, 6, 5), (2, 3), 2, check_finite=True)
 
 
+@pytest.mark.promise("C21")
 def test_compiles_without_a_break_and_with_few_recompilations(backend):
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -511,6 +614,7 @@ def test_compiles_without_a_break_and_with_few_recompilations(backend):
     assert counter.frame_count <= 3
 
 
+@pytest.mark.promise("C21")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     inputs = make_inputs(CASES[0], dtype)
@@ -521,6 +625,7 @@ def test_opcheck(dtype):
         opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, None, None, *options, 2.5))
 
 
+@pytest.mark.promise("C46")
 def test_the_decay_table_is_made_once(monkeypatch):
     made = []
     make = reference.decay_table
@@ -707,6 +812,7 @@ def test_a_radius_across_all_is_none(backend):
         assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
+@pytest.mark.promise("C11")
 def test_a_node_that_is_not_finite_within_a_radius(backend):
     prior = torch.randn(1, 30, 4, generator=torch.Generator().manual_seed(0))
     prior[0, 8] = torch.nan
@@ -717,6 +823,7 @@ def test_a_node_that_is_not_finite_within_a_radius(backend):
     assert (index[0, 8] == 8).all() and score[0, 8].isnan().all()
 
 
+@pytest.mark.promise("C9")
 def test_a_radius_with_fewer_candidates_than_k():
     prior = torch.ones(1, 12, 2)
     # a corner of a grid sees itself, two neighbours and one across
@@ -735,6 +842,7 @@ def test_a_radius_with_fewer_candidates_than_k():
         ops.knn_graph(prior, (3, 4), 2, radius="far")
 
 
+@pytest.mark.promise("C8")
 def test_a_radius_leaves_out_what_is_far():
     """Noise without decay: nothing but the radius keeps a row from seeing every other."""
     prior = torch.randn(1, 96 * 96, 128, generator=torch.Generator().manual_seed(0))

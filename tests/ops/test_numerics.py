@@ -27,10 +27,12 @@ def judge(index: Tensor, score: Tensor, truth: Tensor, **options) -> str | None:
     return numerics.compare_selection(index, score, truth, TOLERANCE, include_self=True, **options)
 
 
+@pytest.mark.promise("C40")
 def test_the_right_answer_passes(selection):
     assert judge(*selection, near_tie_share=numerics.NEAR_TIE_SHARE) is None
 
 
+@pytest.mark.promise("C40")
 def test_another_order_of_summation_passes(selection):
     index, score, truth = selection
     prior = vit_like_prior(CASE, generator(CASE))
@@ -114,12 +116,14 @@ FAULTS = {
 }
 
 
+@pytest.mark.promise("C40")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_selection_faults_fail(fault, selection):
     index, score, truth = selection
     assert judge(*FAULTS[fault](index, score, truth), truth) is not None
 
 
+@pytest.mark.promise("C40")
 def test_ties_to_the_highest_index_fail():
     truth = torch.randint(0, 3, (40, 40), generator=torch.Generator().manual_seed(0)).double()
     key = truth.clone().fill_diagonal_(torch.inf)
@@ -138,6 +142,7 @@ def test_a_masked_node_that_is_chosen_fails(selection):
     assert judge(index, score, truth) is not None
 
 
+@pytest.mark.promise("C43")
 def test_data_with_near_ties_are_refused():
     truth = torch.zeros(20, 20).double()
     index = torch.arange(4).repeat(20, 1)
@@ -146,6 +151,7 @@ def test_data_with_near_ties_are_refused():
     assert numerics.compare_selection(index, torch.zeros(20, 4), truth, 1e-6, include_self=True, near_tie_share=0.05)
 
 
+@pytest.mark.promise("C40")
 @pytest.mark.parametrize(
     "got,passes",
     [
@@ -164,6 +170,7 @@ def test_values(got, passes):
     assert (numerics.compare_values(got, truth, 2e-6).problem is None) is passes
 
 
+@pytest.mark.promise("C40")
 def test_one_wrong_row_shows_in_the_worst_row_only():
     truth = torch.ones(1000, 8, dtype=torch.float64)
     got = truth.clone()

@@ -34,6 +34,7 @@ def check(prior: torch.Tensor, backend: str) -> None:
     torch.testing.assert_close(got.inverse_norm, inverse, rtol=slack, atol=0, equal_nan=True)
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if not case.large], ids=lambda case: case.name)
@@ -41,6 +42,7 @@ def test_every_case(case, dtype, backend):
     check(make_inputs(case, dtype)["prior"], backend)
 
 
+@pytest.mark.promise("C5")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_any_size_and_what_is_not_finite(dtype, backend):
@@ -51,6 +53,7 @@ def test_rows_of_any_size_and_what_is_not_finite(dtype, backend):
     check(torch.stack((value, torch.full_like(value, info.tiny)), -1)[None], backend)
 
 
+@pytest.mark.promise("C13")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layouts(backend):
     prior = torch.randn(3, 8, 10, generator=torch.Generator().manual_seed(0))
@@ -58,6 +61,7 @@ def test_layouts(backend):
         check(form, backend)
 
 
+@pytest.mark.promise("C21")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     for case in CASES[:3]:
@@ -67,6 +71,7 @@ def test_opcheck(dtype):
                 opcheck(torch.ops.drseg.prepare_prior.default, (form, rounds, "auto"))
 
 
+@pytest.mark.promise("C25")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_record_says_what_ran(dtype):
     prior = torch.randn(1, 6, 5).to(dtype)

@@ -89,6 +89,7 @@ def test_per_sample_gradients_of_parameters(subject):
         assert all(torch.equal(value[n], right) for value, right in zip(got, expected, strict=True))
 
 
+@pytest.mark.promise("C16")
 def test_a_second_derivative_is_refused_in_one_line(subject):
     inputs, values = parts(subject)
     call = with_differentiable(subject, inputs)
@@ -98,6 +99,7 @@ def test_a_second_derivative_is_refused_in_one_line(subject):
     run(subject, inputs, subject.function)
 
 
+@pytest.mark.promise("C16")
 def test_forward_mode_is_refused_in_one_line(subject):
     inputs, values = parts(subject)
     call = with_differentiable(subject, inputs)
@@ -117,6 +119,7 @@ def test_no_samples_give_no_results(subject):
     assert grads.shape == none.shape
 
 
+@pytest.mark.promise("C16")
 def test_forward_over_reverse_is_refused_in_one_line(subject):
     inputs, values = parts(subject)
     call = with_differentiable(subject, inputs)
@@ -165,6 +168,7 @@ def test_batched_gradients_of_the_module():
         torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.promise("C13")
 def test_a_lazy_negative_is_negative(subject):
     inputs, values = parts(subject)
     call = with_differentiable(subject, inputs)

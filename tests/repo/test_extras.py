@@ -52,6 +52,7 @@ def drseg(*words: str) -> str:
     return f"from drseg_core.cli.main import main\nsys.exit(main({list(words)!r}))"
 
 
+@pytest.mark.promise("C27")
 def test_ops_and_pdgr_need_no_extra(bare):
     done = bare("""
 import torch
@@ -66,6 +67,7 @@ assert features.grad.abs().sum() > 0 and all(p.grad is not None for p in pdgr.pa
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.promise("C27")
 def test_every_module_but_the_commands_can_be_imported(bare):
     done = bare("""
 import importlib, pkgutil, drseg_core
@@ -79,6 +81,7 @@ for found in pkgutil.walk_packages(drseg_core.__path__, "drseg_core."):
     assert len(done.stdout.split()) > 80
 
 
+@pytest.mark.promise("C27")
 @pytest.mark.parametrize(
     ("command", "extras"),
     [("predict", "cli,model,maps"), ("train", "cli,model"), ("data", "cli,maps"), ("study", "cli,model")],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's tables of studies hold the numbers of docs/studies, and the pages there those of their JSON."""
+"""The tables of docs/reproduction.md hold the numbers of docs/studies, and the pages there those of their JSON."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def means(name: str) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_readme_has_the_numbers_of_the_study(name):
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+def test_the_page_has_the_numbers_of_the_study(name):
+    lines = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8").splitlines()
     begin = next(place for place, line in enumerate(lines) if line.startswith(f"| [{name}]"))
     header = [cell.strip() for cell in lines[begin].strip("|").split("|")]
     rows = {}

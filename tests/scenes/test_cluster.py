@@ -24,6 +24,7 @@ def workers() -> Any:
         yield module.Cluster(client, color_mapper)
 
 
+@pytest.mark.promise("C45")
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_workers_write_the_bytes_of_one(workers, folder, expected, tmp_path):
     assert workers.parts == 4

@@ -29,6 +29,7 @@ def scene(path, **options):
     return write(path, color_image(truth()).numpy(), **{**PLACE, **options})
 
 
+@pytest.mark.promise("C48")
 def test_an_area_is_not_overwritten(tmp_path):
     pytest.importorskip("pyogrio")
     image = scene(tmp_path / "in.tif")
@@ -41,6 +42,7 @@ def test_an_area_is_not_overwritten(tmp_path):
     assert area.read_text() == before and not (tmp_path / "map.tif").exists()
 
 
+@pytest.mark.promise("C48")
 def test_a_file_of_classes_is_not_overwritten(drseg, run, tmp_path):
     image = scene(tmp_path / "in.tif")
     classes = tmp_path / "map_areas.csv"
@@ -52,6 +54,7 @@ def test_a_file_of_classes_is_not_overwritten(drseg, run, tmp_path):
     assert classes.read_text() == "roof\npond\n" and not (tmp_path / "map.tif").exists()
 
 
+@pytest.mark.promise("C48")
 def test_a_member_of_a_mosaic_is_not_overwritten(tmp_path):
     member = scene(tmp_path / "a_uncertainty.tif")
     with rasterio.open(member) as source:
@@ -66,6 +69,7 @@ def test_a_member_of_a_mosaic_is_not_overwritten(tmp_path):
         mapped(tmp_path / "a_scores.tif", tmp_path / "a.tif", overwrite=True)
 
 
+@pytest.mark.promise("C48")
 def test_two_outputs_are_two_files(tmp_path):
     # a name that leads to another one
     (tmp_path / "map_areas.csv").touch()
@@ -105,6 +109,7 @@ def test_nothing_of_a_former_map_stays(tmp_path):
     assert (out.parent / "new_scores.tif").read_text() == "of a former map"
 
 
+@pytest.mark.promise("C48")
 def test_a_run_that_fails_removes_nothing(tmp_path):
     image = scene(tmp_path / "in.tif")
     mapped(image, tmp_path / "map.tif", scores=True)

@@ -34,6 +34,7 @@ def dead_process() -> int:
     return done.pid
 
 
+@pytest.mark.promise("C28")
 def test_unfinished_files_of_dead_processes_go(tmp_path):
     target = tmp_path / "map.tif"
     own = own_prefix(target)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -29,7 +30,7 @@ from drseg_core.scenes.many import Outcome, Shard, map_scenes
 from drseg_core.scenes.mosaic import Grid
 from drseg_core.scenes.predict import Mapper, Work, predict_scene
 from drseg_core.scenes.reader import open_scene
-from drseg_core.scenes.sources import list_scenes, with_outputs
+from drseg_core.scenes.sources import Scene, list_scenes, with_outputs
 from drseg_core.scenes.synthetic import write_synthetic_scene
 from tests.evaluation.fake import COLORS, ColorModel, color_image
 from tests.scenes.test_predict import NORTH_UP, truth, write
@@ -103,6 +104,7 @@ def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return found
 
 
+@pytest.mark.promise("C45")
 def test_blocks_that_are_kept_change_nothing(folder, expected, tmp_path):
     outcomes = mapped(color_mapper(), folder, tmp_path / "maps", report=tmp_path / "report.json")
     assert content(tmp_path / "maps") == expected
@@ -136,6 +138,7 @@ def killed(work: Callable[[], object], delay: float) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
 
 
+@pytest.mark.promise("C45")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_twenty_random_moments(folder, expected, tmp_path):
     """Each call is killed at any moment of its time and begun again, until one reaches its end; then the next."""
@@ -151,17 +154,18 @@ def test_killed_at_twenty_random_moments(folder, expected, tmp_path):
             # it was complete when it was killed
             assert "exists; expected a new path" in str(error) and content(out) == expected
 
-    while kills < 20:
+    # most of them have something to go on with, on a machine of any speed
+    while kills < 20 or resumed < 10:
+        assert kills < 100
         out = tmp_path / f"maps{number}"
         number += 1
         while killed(call, draw.uniform(0.02, 0.8) * whole):
             kills += 1
             resumed += any(out.glob("*.work/*.block"))
         assert content(out) == expected
-    # most of them had something to go on with
-    assert resumed >= 10
 
 
+@pytest.mark.promise("C45")
 @pytest.mark.parametrize("gone", (0, 3, 4))
 def test_killed_while_it_tidies(folder, expected, tmp_path, monkeypatch, gone):
     """After any number of folders of a complete call."""
@@ -186,6 +190,7 @@ def test_killed_while_it_tidies(folder, expected, tmp_path, monkeypatch, gone):
     assert content(tmp_path) == expected
 
 
+@pytest.mark.promise("C45")
 def test_what_is_finished_is_not_made_again(folder, expected, tmp_path):
     class Stops(ColorModel):
         """Fails after some passes."""
@@ -215,6 +220,7 @@ def test_what_is_finished_is_not_made_again(folder, expected, tmp_path):
     assert (out / "0.tif").stat().st_mtime_ns == before and content(out) == expected
 
 
+@pytest.mark.promise("C45")
 @pytest.mark.parametrize("change", ["options", "scene", "model", "threads"])
 def test_blocks_of_another_map_are_never_taken(folder, tmp_path, change, monkeypatch, caplog):
     scene, out = tmp_path / "scene.tif", tmp_path / "map.tif"
@@ -243,6 +249,7 @@ def test_blocks_of_another_map_are_never_taken(folder, tmp_path, change, monkeyp
     assert out.read_bytes() == plain.classes.read_bytes()
 
 
+@pytest.mark.promise("C45")
 @pytest.mark.parametrize("fault", ["flipped", "empty", "swapped"])
 def test_damaged_blocks_are_made_again(folder, expected, tmp_path, fault, caplog):
     out = tmp_path / "maps" / "0.tif"
@@ -264,6 +271,20 @@ def test_damaged_blocks_are_made_again(folder, expected, tmp_path, fault, caplog
     assert "damaged" in caplog.text
 
 
+@pytest.mark.promise("C45")
+def test_a_block_is_of_one_map_and_one_name(tmp_path):
+    """A sound block that somebody copied or renamed is none."""
+    one, other = BlockStore(tmp_path / "one.work", {"model": 1}), BlockStore(tmp_path / "other.work", {"model": 2})
+    for store in (one, other):
+        store.open()
+        store.save("block-0", {"label": np.full((2, 3), 7, np.uint8)})
+    assert one.load("block-0")["label"].tolist() == [[7] * 3] * 2 and one.load("block-1") is None
+    for target in (other.folder / "block-0.block", one.folder / "block-1.block"):
+        target.write_bytes((one.folder / "block-0.block").read_bytes())
+    assert other.load("block-0") is None and one.load("block-1") is None and one.load("block-0") is not None
+
+
+@pytest.mark.promise("C48")
 def test_files_of_others_are_not_replaced(folder, tmp_path):
     """Blocks beside an output give no leave to replace what somebody else put there."""
     out = tmp_path / "map.tif"
@@ -284,6 +305,7 @@ def test_files_of_others_are_not_replaced(folder, tmp_path):
         mapper.write(folder / "1.tif", out, work=Work({}), progress=False)
 
 
+@pytest.mark.promise("C35")
 def test_one_bad_scene(folder, expected, tmp_path):
     scenes = tmp_path / "scenes"
     scenes.mkdir()
@@ -383,6 +405,7 @@ class Member:
         return found
 
 
+@pytest.mark.promise("C45")
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_every_scene(folder, expected, tmp_path, world_size):
     models = [ColorModel() for _ in range(world_size)]
@@ -513,6 +536,7 @@ def test_super_tiles_are_shared(tmp_path):
     )
 
 
+@pytest.mark.promise("C45")
 @pytest.mark.parametrize("overlap", [0, 8, 20, 28])
 def test_any_blocks_have_the_same_bits(overlap):
     image = torch.randint(0, 256, (3, 150, 130), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
@@ -542,3 +566,57 @@ def test_any_blocks_have_the_same_bits(overlap):
         assert [(blocks[n].top, blocks[n].left) for n in wanted] == list(some)
         assert all(torch.equal(a, b) for place in some for a, b in zip(some[place], whole[place], strict=True))
         assert asked == [tuple(box) for box in predictor.reads(150, 130, wanted=wanted)]
+
+
+def quiet(mapper: Mapper, scenes: Sequence[Scene], **how: Any) -> list[Outcome]:
+    return map_scenes(mapper, scenes, explain=explain, progress=False, **how)
+
+
+def test_a_map_is_of_one_call_at_a_time(folder: Path, tmp_path: Path) -> None:
+    mapper, scenes = color_mapper(), with_outputs(list_scenes([str(folder)]), f"{tmp_path}/")
+    busy, line = work_folder(str(scenes[2].out)), "2.tif is being written by another call; expected one at a time"
+    with BlockStore(busy, {}).claim(alone=True):
+        kept = busy / "block-0.block"
+        kept.write_text("of the other call")
+        outcomes = quiet(mapper, scenes, keep_going=True)
+        assert [found.state for found in outcomes] == ["mapped", "mapped", "failed", "mapped", "mapped"]
+        assert outcomes[2].error is not None and line in outcomes[2].error and outcomes[2].exit_code == 2
+        # nothing of it is touched, and blocks are not made for it either
+        assert kept.read_text() == "of the other call" and not Path(str(scenes[2].out)).exists()
+        with pytest.raises(ConfigError, match=line):
+            quiet(mapper, scenes, shard=Shard(0, 2))
+    # those that make blocks are at it together, and nobody writes the map meanwhile
+    with BlockStore(busy, {}).claim(alone=False):
+        kept.unlink()
+        quiet(mapper, scenes, shard=Shard(0, 1))
+        with pytest.raises(ConfigError, match=line):
+            quiet(mapper, scenes)
+    assert all(found.state == "mapped" for found in quiet(mapper, scenes))
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_a_claim_goes_on_in_a_folder_that_is_begun_anew(tmp_path: Path) -> None:
+    place = tmp_path / "map.tif.work"
+    old = BlockStore(place, {"model": 1})
+    old.open()
+    old.save("block-0", {"label": np.zeros(1)})
+    store, other = BlockStore(place, {"model": 2}), BlockStore(place, {"model": 2})
+    with store.claim(alone=True):
+        store.open()
+        assert not list(place.glob("*.block"))
+        with pytest.raises(ConfigError, match="map.tif is being written by another call"), other.claim(alone=False):
+            pass
+    with other.claim(alone=False), store.claim(alone=False):
+        pass
+
+
+def test_a_call_that_ends_leaves_what_another_has_begun(folder: Path, tmp_path: Path) -> None:
+    scenes = with_outputs(list_scenes([str(folder)]), f"{tmp_path}/")
+    with contextlib.ExitStack() as other:
+
+        def done(outcome: Outcome) -> None:
+            if outcome.image.endswith("4.tif"):
+                other.enter_context(BlockStore(work_folder(str(scenes[1].out)), {}).claim(alone=True))
+
+        quiet(color_mapper(), scenes, done=done)
+        assert [path.name for path in tmp_path.glob("*.work")] == ["1.tif.work"]

@@ -23,12 +23,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 SIZES = [(70, 1100), (1100, 70), (600, 520), (20, 17)]
 
 
+@pytest.mark.promise("C46")
 @pytest.mark.parametrize("size", [(2000, 30_000), (30_000, 2000)])
 def test_memory_is_bounded_in_both_directions(size):
     """Most of it is nodata, so that it does not take long; a strip holds all its sums all the same."""
     assert measured(*size, 100, valid=(300, 600))["bytes"] <= BOUND
 
 
+@pytest.mark.promise("C36")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("tile, overlap", [(16, 4), (32, 20), (64, 0), (128, 32)])
 @pytest.mark.parametrize("columns", [48, 512, None])
@@ -53,6 +55,7 @@ def test_the_map_is_that_of_one_piece(size, tile, overlap, columns):
     assert torch.equal(score, predictor(image).score)
 
 
+@pytest.mark.promise("C46")
 def test_strips_keep_their_sums_small(monkeypatch):
     predictor = Predictor(PixelModel(100), [f"c{i}" for i in range(100)], mode="tile")
     strips = predictor.strips(30_000)
@@ -61,6 +64,7 @@ def test_strips_keep_their_sums_small(monkeypatch):
     assert 4 * 102 * 384 * max(b - a for a, b in strips) <= inference.SUMS_BYTES
 
 
+@pytest.mark.promise("C46")
 @pytest.mark.parametrize("rows", [slice(0, 0), slice(0, 70), slice(120, 500)])
 def test_tiles_without_data_cost_nothing(tmp_path, rows):
     label = truth(500, 90)

@@ -101,6 +101,7 @@ def test_maps_agree_where_they_overlap(maps, blended):
         assert np.array_equal(on_one_grid(blended, name, "_probabilities.tif")[:, own], levels[name][:, own])
 
 
+@pytest.mark.promise("C36")
 def test_the_blend_is_the_weighted_mean(maps, blended):
     """By the formula, from what each scene says alone; in steps of 0.004."""
     total, weights, count = np.zeros((4, 120, 160)), np.zeros((120, 160)), np.zeros((120, 160), int)
@@ -124,6 +125,7 @@ def test_the_blend_is_the_weighted_mean(maps, blended):
         assert np.array_equal(label[here & best], expected.argmax(0)[here & best])
 
 
+@pytest.mark.promise("C45")
 def test_shared_and_stopped_mosaics_have_the_same_bytes(scenes, blended, tmp_path, monkeypatch):
     expected = content(blended)
     Team(2).run(lambda team: mapped(color_mapper(**OPTIONS), scenes, tmp_path / "two", mosaic=True, processes=team))

@@ -49,6 +49,7 @@ def assert_cloud_optimized(path: Path) -> None:
     assert b"GDAL_STRUCTURAL_METADATA_SIZE=" in head and b"KNOWN_INCOMPATIBLE_EDITION=NO" in head
 
 
+@pytest.mark.promise("C36")
 def test_rasters_are_cloud_optimized(tmp_path):
     label = truth(40, 50).repeat_interleave(20, 0).repeat_interleave(20, 1)
     image = write(tmp_path / "in.tif", color_image(label).numpy(), **UTM)

@@ -73,6 +73,7 @@ def run(image: Path, out: Path, mode: str = "tile", **options) -> SceneFiles:
     return predict_scene(predictor(mode), image, out, progress=False, **options)
 
 
+@pytest.mark.promise("C36")
 @pytest.mark.parametrize("mode", ["whole", "tile"])
 @pytest.mark.parametrize(
     "georeference",
@@ -139,6 +140,7 @@ def test_plain_images(tmp_path, suffix):
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".xml"] == ["map.tif.aux.xml"]
 
 
+@pytest.mark.promise("C36")
 @pytest.mark.parametrize("mode", ["whole", "tile"])
 @pytest.mark.parametrize("size", [(5, 90), (33, 32), (1, 1), (64, 64), (40, 7)])
 def test_any_size_every_pixel_once(tmp_path, size, mode):
@@ -147,6 +149,7 @@ def test_any_size_every_pixel_once(tmp_path, size, mode):
     assert np.array_equal(data[0], label.numpy())
 
 
+@pytest.mark.promise("C36")
 def test_nodata_becomes_255(tmp_path):
     image = color_image(truth()).numpy()
     image[:, :7] = 0
@@ -163,6 +166,7 @@ def test_nodata_becomes_255(tmp_path):
     assert (data[0, :, :5] == 255).all() and np.array_equal(data[0, :, 5:], truth().numpy()[:, 5:])
 
 
+@pytest.mark.promise("C36")
 @pytest.mark.parametrize("kind", ["uint16", "float32", "int16"])
 def test_other_types_are_stretched_once_per_scene(tmp_path, kind):
     label = truth()
@@ -260,6 +264,7 @@ def test_not_a_scene(tmp_path):
 NOISE = np.random.default_rng(0).integers(0, 256, size=(3, 128, 160), dtype=np.uint8)
 
 
+@pytest.mark.promise("C36")
 @pytest.mark.parametrize(
     "profile", [{}, {"compress": "deflate"}, {"compress": "lzw", "tiled": True, "blockxsize": 32, "blockysize": 32}]
 )
@@ -274,6 +279,7 @@ def test_truncated_tiff(tmp_path, profile, mode):
     run(image, tmp_path / "map.tif", mode)
 
 
+@pytest.mark.promise("C36")
 def test_corrupt_tile_in_the_middle(tmp_path):
     image = write(tmp_path / "in.tif", NOISE, compress="deflate", tiled=True, blockxsize=32, blockysize=32)
     data = bytearray(image.read_bytes())
@@ -294,6 +300,7 @@ def test_truncated_plain_images(tmp_path, suffix):
     run(path, tmp_path / "map.tif")
 
 
+@pytest.mark.promise("C36")
 def test_mosaic_with_a_missing_member(tmp_path):
     member = write(tmp_path / "member.tif", NOISE, crs="EPSG:32632", transform=NORTH_UP)
     band = "".join(
@@ -309,6 +316,7 @@ def test_mosaic_with_a_missing_member(tmp_path):
     failing(path, tmp_path / "map.tif", "scene.vrt is (damaged|not an image).*member.tif")
 
 
+@pytest.mark.promise("C36")
 def test_full_disk(tmp_path):
     image = write(tmp_path / "in.tif", np.tile(NOISE, (1, 3, 3)))
     (tmp_path / "map.tif").write_text("before")
@@ -329,6 +337,7 @@ def test_full_disk(tmp_path):
     run(image, tmp_path / "map.tif", overwrite=True)
 
 
+@pytest.mark.promise("C36")
 def test_model_that_fails_leaves_nothing(tmp_path):
     image = write(tmp_path / "in.tif", color_image(truth()).numpy())
     broken = predictor()

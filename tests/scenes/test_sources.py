@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import pytest
 
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.scenes.reader import open_scene
-from drseg_core.scenes.sources import address, list_scenes, with_outputs
+from drseg_core.scenes.sources import Scene, address, list_scenes, with_outputs
 from tests.scenes.test_predict import NORTH_UP, write
 
 rasterio = pytest.importorskip("rasterio")
+from rasterio.shutil import copy  # noqa: E402
 
 
 @pytest.fixture
@@ -157,6 +159,7 @@ def test_a_map_beside_another_is_no_part_of_it(place, name):
     assert outs(["b.tif", name], "maps/{number}.tif") == ["maps/1.tif", "maps/2.tif"]
 
 
+@pytest.mark.promise("C48")
 def test_no_scene_is_replaced_by_the_map_of_another(place):
     Path("deep/1.tif").touch()
     with pytest.raises(ConfigError, match="deep/1.tif, an output for b.tif, is one of the scenes; expected another"):
@@ -170,6 +173,34 @@ def test_no_scene_is_replaced_by_the_map_of_another(place):
         outs(["b.tif", "deep/1.tif"], "also/{number}.tif")
 
 
+def test_no_file_of_a_scene_is_replaced_by_the_map_of_another(tmp_path, monkeypatch):
+    """A member of a mosaic, in a mosaic of mosaics too, and any other name of a file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "deep/b", "c"):
+        Path(name).parent.mkdir(exist_ok=True)
+        write(Path(f"{name}.tif"), np.ones((3, 4, 5), np.uint8), crs="EPSG:32632", transform=NORTH_UP)
+    for member, mosaic in (("deep/b.tif", "inner.vrt"), ("inner.vrt", "outer.vrt")):
+        with rasterio.open(member) as source:
+            copy(source, mosaic, driver="VRT")
+    for scene in ("inner.vrt", "outer.vrt"):
+        with pytest.raises(
+            ConfigError, match=f"deep/b.tif, an output for c.tif, is a file of the scene {scene}; expect"
+        ):
+            with_outputs([Scene("c.tif", "b"), Scene(scene, "mosaic")], "deep/")
+    Path("same").mkdir()
+    os.link("a.tif", "same/c.tif")
+    with pytest.raises(ConfigError, match="same/c.tif, an output for c.tif, is one of the scenes"):
+        outs(["c.tif", "a.tif"], "same/")
+    Path("same/c.tif").unlink()
+    Path("same/c.tif").symlink_to("../deep/b.tif")
+    with pytest.raises(ConfigError, match="same/c.tif, an output for c.tif, is a file of the scene outer.vrt"):
+        outs(["c.tif", "outer.vrt"], "same/")
+    Path("same/c.tif").unlink()
+    assert outs(["c.tif", "outer.vrt"], "same/") == ["same/c.tif", "same/outer.tif"]
+    Path("broken.vrt").write_text("<VRTDataset rasterXSize='1'")
+    assert outs(["c.tif", "broken.vrt"], "same/") == ["same/c.tif", "same/broken.tif"]
+
+
 def test_a_list_that_names_itself(place):
     Path("one.txt").write_text("b.tif\n@deep/two.txt\n")
     Path("deep/two.txt").write_text("@one.txt\n")
@@ -180,6 +211,7 @@ def test_a_list_that_names_itself(place):
     assert [scene.image for scene in list_scenes(["@one.txt", "@deep/two.txt"])] == ["b.tif", "a.TIF"]
 
 
+@pytest.mark.promise("C48")
 def test_an_id_is_no_path(place):
     """A collection of others decides on no folder."""
     content = collection(*({"image": {"href": f"{n}.tif"}} for n in range(3)))

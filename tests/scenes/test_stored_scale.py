@@ -105,6 +105,7 @@ def test_every_command_takes_the_options(tmp_path, drseg, small):
         assert code == 2 and said in errors.splitlines()[0]
 
 
+@pytest.mark.promise("C51")
 @pytest.mark.parametrize("command", ["train", "evaluate", "rank", "data"])
 def test_options_that_a_benchmark_would_ignore_are_refused(tmp_path, drseg, small, command):
     words = {

@@ -24,6 +24,7 @@ LIMITS = [1178, 1300, 1600, 1923]
 NARROW = {(2.9, 2): 300, (1.0, 4): 360, (2.0, 1): 200, (4.3, 1): 700}
 
 
+@pytest.mark.promise("C47")
 @pytest.mark.parametrize(
     ("halo", "limit"),
     [
@@ -118,6 +119,7 @@ def spread(found: GraphPredictor, given: SceneCells, limit: int) -> Tensor:
     return found.spread(given)
 
 
+@pytest.mark.promise("C47")
 @pytest.mark.parametrize(("radius", "steps"), [(2.9, 2), (1.0, 4), (2.0, 1), (4.3, 1)])
 @pytest.mark.parametrize("select", ["affinity", "cosine"])
 def test_any_partition_is_one_graph(select: str, radius: float, steps: int) -> None:
@@ -130,6 +132,7 @@ def test_any_partition_is_one_graph(select: str, radius: float, steps: int) -> N
     assert len(counts) > 1 and min(counts) > 1
 
 
+@pytest.mark.promise("C47")
 @pytest.mark.parametrize(("k", "radius", "steps"), [(6, 2.9, 2), (2, 1.0, 1), (6, 4.3, 1)])
 def test_a_smaller_halo_is_seen(k: int, radius: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted faults: the reach of labels alone, and that of labels and degrees without the choices that they count."""

@@ -144,6 +144,7 @@ def read(scene: Path) -> tuple[np.ndarray, np.ndarray]:
         return file.read(), file.dataset_mask() != 0
 
 
+@pytest.mark.promise("C36")
 @pytest.mark.parametrize(("steps", "radius"), [(None, None), (3, None), (0, None), (None, 1.5), (3, 2.0)])
 def test_a_map_is_that_of_the_scene_in_one_piece(
     mapper: SceneZeroShot, scene: Path, steps: int | None, radius: float | None
@@ -181,6 +182,7 @@ def predictor(mapper: SceneZeroShot, **options: Any) -> GraphPredictor:
     )
 
 
+@pytest.mark.promise("C47")
 @pytest.mark.parametrize("batch", [1, 3, 50])
 @pytest.mark.parametrize("block", [7, 32, 200])
 def test_batches_and_blocks_do_not_matter(mapper: SceneZeroShot, scene: Path, tmp_path, batch: int, block: int) -> None:
@@ -249,6 +251,7 @@ def collected(mapper: SceneZeroShot, scene: Path, **options: Any) -> tuple[Graph
     return mine, mine.collect(part, H, W)
 
 
+@pytest.mark.promise("C47")
 def test_the_graph_crosses_the_borders_of_windows(mapper: SceneZeroShot, scene: Path) -> None:
     """A label in one corner reaches windows that share no cell with its own, which graphs of windows cannot."""
     mine, cells = collected(changed(mapper, steps=6, decay=0.0), scene)
@@ -372,6 +375,7 @@ def test_metres_need_pixels_that_are_square_on_the_ground(mapper: SceneZeroShot,
             mine.predict(path, NAMES)
 
 
+@pytest.mark.promise("C47")
 def test_a_map_in_super_tiles_is_that_of_one_graph(mapper: SceneZeroShot, tmp_path: Path, caplog) -> None:
     path = write_synthetic_scene(tmp_path / "scene.tif", width=300, height=280)
     local = changed(mapper, steps=2, radius=1.5)
@@ -428,6 +432,7 @@ def test_the_files_of_a_map(mapper: SceneZeroShot, scene: Path, tmp_path: Path) 
     assert len(found.files.present()) == 8 and "background" in found.files.areas.read_text()
 
 
+@pytest.mark.promise("C39")
 def test_hashes_of_weight_files_stand_in_the_map(scene: Path, tmp_path: Path) -> None:
     import hashlib
 
@@ -476,6 +481,7 @@ def test_a_scene_without_data(mapper: SceneZeroShot, tmp_path: Path) -> None:
 # refusals
 
 
+@pytest.mark.promise("C46")
 def test_a_scene_with_too_many_cells_is_refused_before_the_work(mapper, scene, tmp_path, monkeypatch) -> None:
     small = changed(mapper, max_cells=50)
     monkeypatch.setattr(GraphPredictor, "collect", None)
@@ -488,6 +494,7 @@ def test_a_scene_with_too_many_cells_is_refused_before_the_work(mapper, scene, t
     assert plan.cells == 84 and plan.memory_mb > 64 and plan.model_seconds > 0 and "12 x 7 = 84 cells" in plan.text()
 
 
+@pytest.mark.promise("C11")
 def test_features_that_are_not_finite(scene: Path) -> None:
     broken = drseg.zero_shot("tiny")
     with torch.no_grad():

@@ -93,6 +93,7 @@ def test_integer_masks_of_any_width(dtype):
     assert torch.equal(found.total, expected.total)
 
 
+@pytest.mark.promise("C4")
 def test_half_precision_is_summed_in_float32():
     logits, mask = example()
     loss = segmentation_loss(logits.bfloat16(), mask)

@@ -80,6 +80,7 @@ def test_losses_are_near_those_of_float32(config, narrow, data, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
+@pytest.mark.promise("C30")
 def test_resumed_equals_uninterrupted(narrow, data, tmp_path):
     train(narrow, data, tmp_path / "straight", show_progress=False)
     with pytest.raises(TrainingStopped):
@@ -88,13 +89,14 @@ def test_resumed_equals_uninterrupted(narrow, data, tmp_path):
     assert differences(final_state(tmp_path / "straight"), final_state(tmp_path / "run")) == []
 
 
+@pytest.mark.promise("C34")
 def test_bad_steps_are_skipped_counted_and_end_the_training(narrow, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "training_loss", poisoned(2))
+    monkeypatch.setattr(loop, "training_loss", poisoned(1, 2))
     run = train(override(narrow, {"train.nan_limit": 3}), data, tmp_path / "few", show_progress=False)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [record["skipped"] for record in records] == [2, 2, 2]
     assert all(torch.isfinite(value).all() for value in newest_checkpoint(run).weights().values())
-    monkeypatch.setattr(loop, "training_loss", poisoned(100))
+    monkeypatch.setattr(loop, "training_loss", poisoned(*range(100)))
     with pytest.raises(NumericalError, match="3 steps in a row were not finite"):
         train(override(narrow, {"train.nan_limit": 3}), data, tmp_path / "many", show_progress=False)
 

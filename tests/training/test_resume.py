@@ -71,11 +71,13 @@ def stopped_run(config, data, run: Path, step: int = 2) -> None:
     assert newest_checkpoint(run).step == step + 1
 
 
+@pytest.mark.promise("C24")
 def test_two_runs_are_equal(config, data, tmp_path, uninterrupted):
     train(config, data, tmp_path / "run", show_progress=False)
     assert differences(uninterrupted, final_state(tmp_path / "run")) == []
 
 
+@pytest.mark.promise("C30")
 @pytest.mark.parametrize("step", [1, 2, 4])
 def test_resumed_equals_uninterrupted(config, data, tmp_path, uninterrupted, step):
     run = tmp_path / "run"
@@ -87,6 +89,7 @@ def test_resumed_equals_uninterrupted(config, data, tmp_path, uninterrupted, ste
     assert len(json.loads((run / "manifest.json").read_text())["resumed"]) == 1
 
 
+@pytest.mark.promise("C30")
 def test_resumed_at_the_boundary_of_a_pass_over_the_data(config, tmp_path):
     from drseg_core.data import open_dataset
 
@@ -98,6 +101,7 @@ def test_resumed_at_the_boundary_of_a_pass_over_the_data(config, tmp_path):
     assert differences(final_state(tmp_path / "straight"), final_state(tmp_path / "run")) == []
 
 
+@pytest.mark.promise("C30")
 def test_the_number_of_workers_does_not_matter(config, data, tmp_path, uninterrupted):
     run = tmp_path / "run"
     stopped_run(override(config, {"train.workers": 1}), data, run)
@@ -105,6 +109,7 @@ def test_the_number_of_workers_does_not_matter(config, data, tmp_path, uninterru
     assert differences(uninterrupted, final_state(run)) == []
 
 
+@pytest.mark.promise("C30")
 def test_several_stops(config, data, tmp_path, uninterrupted):
     run = tmp_path / "run"
     for step in (1, 3):
@@ -114,6 +119,7 @@ def test_several_stops(config, data, tmp_path, uninterrupted):
     assert differences(uninterrupted, final_state(run)) == []
 
 
+@pytest.mark.promise("C30")
 @pytest.mark.parametrize("sabotage", ["random", "position", "optimizer", "weights"])
 def test_a_resume_that_forgets_something_fails_the_comparison(
     config, data, tmp_path, uninterrupted, monkeypatch, sabotage
@@ -134,6 +140,7 @@ def test_a_resume_that_forgets_something_fails_the_comparison(
     assert any(name.startswith(".weights") for name in changed)
 
 
+@pytest.mark.promise("C30")
 def test_killed_at_random_times(config, data, tmp_path, uninterrupted, fork, caplog):
     """SIGKILL, ten times, during ranking, steps and saving; after each the run goes on from a whole checkpoint."""
     run = tmp_path / "run"
@@ -160,6 +167,7 @@ def part(config, data, run: Path, resume: bool) -> None:
     train(config, data, run, resume=resume, show_progress=False, on_step=lambda step: time.sleep(0.05))
 
 
+@pytest.mark.promise("C29")
 def test_damage_goes_back_one_checkpoint(config, data, tmp_path, uninterrupted, caplog):
     run = tmp_path / "run"
     train(config, data, run, show_progress=False)
@@ -189,6 +197,7 @@ def test_more_iterations_may_be_asked_for(config, data, tmp_path):
         train(config, data, run, resume=True, show_progress=False)
 
 
+@pytest.mark.promise("C32")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -249,6 +258,7 @@ def test_a_run_goes_on_whose_edge_bias_was_a_single_number(config, data, tmp_pat
     assert differences(uninterrupted, final_state(run)) == []
 
 
+@pytest.mark.promise("C32")
 def test_other_classes_and_other_data_are_refused(config, data, other_data, tmp_path):
     run = tmp_path / "run"
     stopped_run(config, data, run, step=1)
@@ -269,6 +279,7 @@ def test_other_classes_and_other_data_are_refused(config, data, other_data, tmp_
     assert (run / "manifest.json").read_bytes() == manifest
 
 
+@pytest.mark.promise("C48")
 def test_a_folder_in_use_is_not_overwritten(config, data, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -302,6 +313,7 @@ def test_a_second_trainer_is_refused(config, data, tmp_path):
     assert len(messages) == 1
 
 
+@pytest.mark.promise("C28")
 def test_killed_before_the_first_checkpoint(config, data, tmp_path, uninterrupted, fork, caplog):
     run = tmp_path / "run"
     late = override(config, {"train.checkpoint_every": 1000})
@@ -315,6 +327,7 @@ def test_killed_before_the_first_checkpoint(config, data, tmp_path, uninterrupte
     assert differences(uninterrupted, final_state(run)) == []
 
 
+@pytest.mark.promise("C33")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_second_signal_ends_at_once(config, data, tmp_path, fork, number, code):
     run = tmp_path / "run"
@@ -334,12 +347,14 @@ def test_the_second_signal_ends_at_once(config, data, tmp_path, fork, number, co
     assert newest_checkpoint(run).step == 6
 
 
+@pytest.mark.promise("C33")
 def test_interrupt_says_how_to_go_on(config, data, tmp_path):
     with pytest.raises(TrainingStopped, match="stopped by SIGINT after step 3; go on with --resume") as caught:
         train(config, data, tmp_path / "run", show_progress=False, on_step=stop_after(2, signal.SIGINT))
     assert caught.value.exit_code == 130
 
 
+@pytest.mark.promise("C30")
 def test_processes_started_again_by_torchrun_go_on(config, data, tmp_path, uninterrupted, monkeypatch):
     run = tmp_path / "run"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
@@ -369,6 +384,7 @@ def way_apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], s
     return (apart / moved) ** 0.5
 
 
+@pytest.mark.promise("C22")
 def test_two_processes_are_one(config, data, tmp_path, caplog):
     """Two gloo processes make the batches, losses and weights of one. Killed in the middle of a pass over the data,
     they end bit for bit where they would have; and one process can go on with their run."""

@@ -24,6 +24,7 @@ from drseg_core.training.loop import train
 from drseg_core.training.loss import LossSum, training_loss
 
 
+@pytest.mark.promise("C39")
 def test_a_run_folder(config, data, tmp_path):
     run = train(config, data, tmp_path / "run", show_progress=False)
     visible = {path.name for path in run.iterdir() if not path.name.startswith(".")}
@@ -104,26 +105,34 @@ def test_a_time_limit_ends_the_training(config, data, tmp_path):
     assert newest_checkpoint(run).step == record["step"]
 
 
-def poisoned(times: int):
-    """The loss, but not a number in the first ``times`` calls."""
+def poisoned(*which: int):
+    """The loss, but not a number in these calls, from 1 on."""
     calls = []
 
     def loss(output, mask, options):
         calls.append(None)
         parts = training_loss(output, mask, options)
-        factor = float("nan") if len(calls) <= times else 1.0
+        factor = float("nan") if len(calls) in which else 1.0
         return tuple(LossSum(part.total * factor, part.terms) for part in parts)
 
     return loss
 
 
+@pytest.mark.promise("C34")
 def test_single_bad_steps_are_skipped_and_counted(config, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "training_loss", poisoned(2))
+    monkeypatch.setattr(loop, "training_loss", poisoned(1, 2))
     run = train(override(config, {"train.nan_limit": 3}), data, tmp_path / "run", show_progress=False)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [record["skipped"] for record in records] == [2, 2, 2]
     assert records[0]["loss"] is None and records[1]["loss"] > 0
     assert all(torch.isfinite(value).all() for value in newest_checkpoint(run).weights().values())
+
+
+@pytest.mark.promise("C34")
+def test_bad_steps_that_are_not_in_a_row_stop_nothing(config, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "training_loss", poisoned(1, 3, 5))
+    run = train(override(config, {"train.nan_limit": 2}), data, tmp_path / "run", show_progress=False)
+    assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["skipped"] == 3
 
 
 def test_images_without_labels_are_counted(config, partly_labelled_data, tmp_path):
@@ -134,13 +143,15 @@ def test_images_without_labels_are_counted(config, partly_labelled_data, tmp_pat
     assert all(record["loss"] > 0 and record["miou"] is not None for record in records)
 
 
+@pytest.mark.promise("C34")
 def test_bad_steps_in_a_row_stop_the_training(config, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "training_loss", poisoned(100))
+    monkeypatch.setattr(loop, "training_loss", poisoned(*range(100)))
     with pytest.raises(NumericalError, match="3 steps in a row were not finite, the last at step 3") as caught:
         train(override(config, {"train.nan_limit": 3}), data, tmp_path / "run", show_progress=False)
     assert caught.value.exit_code == 6
 
 
+@pytest.mark.promise("C34")
 def test_the_first_bad_tensor_is_named(config, data, tmp_path, monkeypatch):
     def build(config, **options):
         model = build_model(config.model)
@@ -154,6 +165,7 @@ def test_the_first_bad_tensor_is_named(config, data, tmp_path, monkeypatch):
         train(limited, data, tmp_path / "run", show_progress=False)
 
 
+@pytest.mark.promise("C34")
 def test_an_activation_is_named_by_its_module(config, data, tmp_path, monkeypatch):
     def build(config, **options):
         model = build_model(config.model)
@@ -166,6 +178,7 @@ def test_an_activation_is_named_by_its_module(config, data, tmp_path, monkeypatc
         train(limited, data, tmp_path / "run", show_progress=False)
 
 
+@pytest.mark.promise("C28")
 def test_a_full_disk_keeps_the_last_checkpoint(config, data, tmp_path, monkeypatch):
     run = tmp_path / "run"
     original = checkpoint_module.save_weights

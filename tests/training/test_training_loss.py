@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 
 from drseg_core.config.schema import TrainConfig
@@ -62,6 +63,7 @@ def test_alignment_adds_its_weighted_mean_and_trains_the_correlation():
     assert empty.isfinite() and not grad.any()
 
 
+@pytest.mark.promise("C22")
 def test_two_processes_with_other_numbers_of_pixels_make_the_loss_of_one():
     output, mask = make_output()
     mask[1, :14] = 255

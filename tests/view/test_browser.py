@@ -104,6 +104,7 @@ def opened(browser: Any, page_file: Path) -> Any:
     found.page.close()
 
 
+@pytest.mark.promise("C52")
 def test_it_opens_and_names_are_text(opened):
     assert (
         opened.page.locator("#classes tbody label").all_inner_texts() == [f" {name}" for name in NAMES]

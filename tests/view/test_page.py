@@ -86,6 +86,7 @@ def test_a_picture_keeps_what_is_valid_exactly():
     assert np.array_equal(decoded(level.tiles[0])[..., 3], pixels[..., 3])
 
 
+@pytest.mark.promise("C52")
 def test_without_an_image_it_is_the_map_alone(mapped, tmp_path):
     page = write_page(mapped.map, tmp_path / "page.html")
     found = content(page.path)

@@ -77,8 +77,9 @@ def unpack(archive: Path, target: Path, limits: Limits | None = None) -> Path:
         ResourceError: the disk has too little room.
     """
     limits = limits or Limits()
-    with _damage_named(archive), _opened(archive) as members:
-        checked = _check(archive, members, limits)
+    bound = min(limits.size, int(limits.ratio * max(archive.stat().st_size, 1)))
+    with _damage_named(archive), _opened(archive, bound) as members:
+        checked = _check(archive, members, limits.members, bound)
         target.parent.mkdir(parents=True, exist_ok=True)
         needed, free = sum(member.size for member in checked), shutil.disk_usage(target.parent).free
         if needed > free:
@@ -110,7 +111,7 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _opened(archive: Path) -> Iterator[Iterable[_Member]]:
+def _opened(archive: Path, bound: int) -> Iterator[Iterable[_Member]]:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
             yield _zip_members(archive, file)
@@ -120,7 +121,7 @@ def _opened(archive: Path) -> Iterator[Iterable[_Member]]:
     except tarfile.ReadError:
         raise ArchiveError(f"unpack: {archive} is no archive; expected zip or tar") from None
     with opened as tar:
-        yield _tar_members(archive, tar)
+        yield _tar_members(archive, tar, bound)
 
 
 def _zip_members(archive: Path, file: zipfile.ZipFile) -> Iterator[_Member]:
@@ -134,7 +135,7 @@ def _zip_members(archive: Path, file: zipfile.ZipFile) -> Iterator[_Member]:
         yield _Member(info.orig_filename, info.file_size, info.is_dir(), functools.partial(file.open, info))
 
 
-def _tar_members(archive: Path, tar: tarfile.TarFile) -> Iterator[_Member]:
+def _tar_members(archive: Path, tar: tarfile.TarFile, bound: int) -> Iterator[_Member]:
     for info in tar:
         if not (info.isreg() or info.isdir()) or info.issparse():
             raise _refused(archive, info.name, "is a link, device or sparse file; expected files and folders")
@@ -144,21 +145,26 @@ def _tar_members(archive: Path, tar: tarfile.TarFile) -> Iterator[_Member]:
         tar.fileobj.seek(tar.offset)
         if len(tar.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
             raise ArchiveError(f"unpack: {archive} is damaged: it ends without an end mark")
+        # what is compressed has its checksum at its very end, and the tar none of its content
+        while block := tar.fileobj.read(1 << 20):
+            bound -= len(block)
+            if bound < 0:
+                raise ArchiveError(f"unpack: {archive} is damaged: it goes on behind its end mark")
 
 
-def _check(archive: Path, members: Iterable[_Member], limits: Limits) -> list[_Member]:
+def _check(archive: Path, members: Iterable[_Member], most: int, bound: int) -> list[_Member]:
     checked: list[_Member] = []
     files: set[str] = set()
     folders: set[str] = set()
-    size, bound = 0, min(limits.size, int(limits.ratio * max(archive.stat().st_size, 1)))
+    size = 0
     for member in members:
         parts = _parts(archive, member.name)
         name = "/".join(parts)
         size += member.size
         if size > bound:
             raise _refused(archive, member.name, f"makes the archive too large; expected at most {bound} bytes")
-        if len(checked) >= limits.members:
-            raise _refused(archive, member.name, f"is one member too many; expected at most {limits.members}")
+        if len(checked) >= most:
+            raise _refused(archive, member.name, f"is one member too many; expected at most {most}")
         above = {"/".join(parts[:depth]) for depth in range(1, len(parts))}
         if name in files or above & files or not member.is_folder and name in folders:
             raise _refused(archive, member.name, "occurs twice; expected every name once")

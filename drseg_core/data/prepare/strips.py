@@ -58,7 +58,7 @@ def open_strips(path: Path, *, max_pixels: int) -> Iterator[Strips]:
     import rasterio
 
     # GDAL would fill with black what a JPEG lacks, and keep blocks in a twentieth of the memory (here in 64 MB)
-    options = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PAM_ENABLED": False, "GDAL_CACHEMAX": 64}
+    options = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PAM_ENABLED": False, "GDAL_CACHEMAX": 64 * 2**20}
     with rasterio.Env(**options), warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         try:

@@ -29,7 +29,7 @@ from drseg_core.data.prepare.raw import RECIPES, RawPair, Recipe, find_raw_pairs
 from drseg_core.data.prepare.strips import Strips, open_strips
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.extras import require
-from drseg_core.files import atomic_path, write_text_atomic
+from drseg_core.files import atomic_path, parse_json, write_text_atomic
 
 MARKER = "prepare.json"
 MAX_RAW_PIXELS = 400_000_000
@@ -50,7 +50,7 @@ class Options:
         edges: what remains at the right and at the bottom is left out (``drop``), or covered by a last patch that is
             moved back (``shift``).
 
-    Example:
+    Examples:
         >>> from drseg_core.data.prepare import Options
         >>> Options(patch=512, edges="shift")
         Options(patch=512, stride=None, edges='shift')
@@ -65,7 +65,7 @@ class Options:
 class Prepared:
     """What was done: the set's folder, pairs by split, and counts of what was left out.
 
-    Example:
+    Examples:
         >>> from drseg_core.data.prepare import prepare
         >>> done = prepare("udd5", "raw", "sets")
         >>> done.folder.as_posix(), done.written == sum(done.pairs.values())
@@ -83,7 +83,7 @@ class Prepared:
 def patch_starts(length: int, patch: int, stride: int, edges: Edges) -> list[int]:
     """First pixel of every patch along one axis; none where the image is smaller than a patch.
 
-    Example:
+    Examples:
         >>> from drseg_core.data.prepare import patch_starts
         >>> patch_starts(600, 256, 256, "drop"), patch_starts(600, 256, 256, "shift")
         ([0, 256], [0, 256, 344])
@@ -122,7 +122,7 @@ def prepare(
         DatasetError: files missing, damaged, or with unknown labels.
         ResourceError: too little room on the disk.
 
-    Example:
+    Examples:
         >>> from drseg_core.data import open_dataset
         >>> from drseg_core.data.prepare import prepare
         >>> done = prepare("udd5", "raw", "sets")
@@ -191,7 +191,7 @@ def _check_home(home: Path, name: str, options: Options) -> dict[str, int]:
     if not marker.is_file():
         return {}
     try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
+        content = parse_json(marker.read_text(encoding="utf-8"))
         begun = {key: content[key] for key in ("set", "patch", "stride", "edges")}
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"data prepare: {marker} cannot be read; expected the file the command wrote") from None

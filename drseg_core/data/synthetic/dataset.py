@@ -59,7 +59,7 @@ def class_names(vocabulary: Vocabulary, world: World = "objects") -> tuple[str, 
 
     The seen names come first, so a seen name has the same id in both.
 
-    Example:
+    Examples:
         >>> from drseg_core.data.synthetic import class_names
         >>> len(class_names("seen")), class_names("full")[-1]
         (31, 'gray car')
@@ -76,7 +76,7 @@ def class_names(vocabulary: Vocabulary, world: World = "objects") -> tuple[str, 
 def held_out_ids(world: World = "objects") -> tuple[int, ...]:
     """Ids of the names that scenes of the ``seen`` vocabulary never show.
 
-    Example:
+    Examples:
         >>> from drseg_core.data.synthetic import class_names, held_out_ids
         >>> [class_names("full")[i] for i in held_out_ids()][:2]
         ['green roof', 'white tank']
@@ -115,7 +115,7 @@ def render_scene(
     Raises:
         ConfigError: unknown split, vocabulary, world or domain, negative index or seed, size below 32.
 
-    Example:
+    Examples:
         >>> from drseg_core.data.synthetic import render_scene
         >>> image, mask = render_scene(0, size=(64, 96), world="landscape")
         >>> image.shape, mask.shape
@@ -158,7 +158,7 @@ def render_scene(
 class SyntheticOptions:
     """Options of ``synthetic:...``: seed of the set, number of scenes, side in pixels, vocabulary, world, domain.
 
-    Example:
+    Examples:
         >>> from drseg_core.data.synthetic import SyntheticOptions
         >>> SyntheticOptions(scenes=8, vocabulary="full").content()
         {'seed': 0, 'scenes': 8, 'size': 128, 'vocabulary': 'full'}
@@ -192,7 +192,7 @@ class SyntheticDataset(SegmentationDataset):
         options: which scenes.
         split: ``train``, ``val`` or ``test``.
 
-    Example:
+    Examples:
         >>> from drseg_core.data.synthetic import SyntheticDataset, SyntheticOptions
         >>> dataset = SyntheticDataset(SyntheticOptions(scenes=3, size=64), "val")
         >>> len(dataset), dataset[2].image.shape
@@ -297,7 +297,7 @@ def write_scenes(
     Raises:
         ConfigError: ``root`` exists and is not empty (or, with ``overwrite``, is not of this function's making).
 
-    Example:
+    Examples:
         >>> from drseg_core.data import open_dataset
         >>> from drseg_core.data.synthetic import write_scenes
         >>> root = write_scenes("scenes", splits={"train": 2, "val": 1}, size=64)

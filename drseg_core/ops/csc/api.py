@@ -22,7 +22,7 @@ class Csc(NamedTuple):
         indptr: (B * N + 1,) int32; node ``j`` has ``perm[indptr[j] : indptr[j + 1]]``.
         perm: (B * N * K,) int32, ascending for each node. Both are int64 from 2**31 edges on.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import csc
         >>> columns = csc(torch.tensor([[0, 1], [1, 1]]))
@@ -66,7 +66,7 @@ def csc(index: Tensor, *, backend: str | None = None) -> Csc:
         TypeError, ValueError: ``index`` has the wrong type, dtype or rank.
         BackendUnavailableError: the named backend cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import csc
         >>> csc(torch.tensor([[0, 1], [1, 1]])).indptr.tolist()

@@ -60,7 +60,7 @@ def degree_normalize(
         NumericalError: ``validate`` found a negative or non-finite weight.
         BackendUnavailableError: the named backend cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import degree_normalize
         >>> weight, index = torch.tensor([[1.0, 3.0], [2.0, 2.0]]), torch.tensor([[0, 1], [0, 1]])

@@ -110,7 +110,7 @@ def edge_coefficient(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
         BackendUnavailableError: the named backend cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import edge_coefficient
         >>> half, index = torch.zeros(2, 4), torch.tensor([[0, 1], [1, 0]])

@@ -55,7 +55,7 @@ def edge_weight(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
         BackendUnavailableError: the named backend cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import edge_weight
         >>> half, index = torch.zeros(2, 4), torch.tensor([[0, 1], [1, 0]])

@@ -86,7 +86,7 @@ def graph_propagate(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
         BackendUnavailableError: the named backend cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import graph_propagate
         >>> x, index = torch.tensor([[1.0], [3.0]]), torch.tensor([[0, 1], [1, 1]])

@@ -182,7 +182,7 @@ def knn_graph(
         the library multiplies, whose last bits may depend on the number of images in the batch; not under
         ``torch.use_deterministic_algorithms``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import knn_graph
         >>> prior = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
@@ -224,7 +224,7 @@ def padding_mask(index: Tensor, *, include_self: bool = True) -> Tensor:
     Returns:
         bool tensor of the shape of ``index``: the ``mask`` of ``edge_weight``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import knn_graph, padding_mask
         >>> index = knn_graph(torch.ones(2, 3), (1, 2), 3, pad=True)

@@ -25,7 +25,7 @@ class PreparedPrior(NamedTuple):
         rounded: (B, N, D) or (N, D), the scaled rows in float16, where a kernel chooses by those; otherwise None.
         residual: (B, N) or (N,), a bound on the length of a row's rounding errors over its own; None without rounded.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import knn_graph, prepare_prior
         >>> prepared = prepare_prior(torch.eye(4))
@@ -72,7 +72,7 @@ def prepare_prior(prior: Tensor, *, backend: str | None = None) -> PreparedPrior
         TypeError, ValueError: ``prior`` has the wrong type, dtype or rank, or no channels.
         BackendUnavailableError: the named backend cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.ops import prepare_prior
         >>> prepared = prepare_prior(torch.tensor([[3.0, 4.0]]))
