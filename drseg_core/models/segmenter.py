@@ -16,7 +16,7 @@ from drseg_core.models.dino import DinoPrior
 from drseg_core.nn.pdgr import PDGR
 from drseg_core.nn.spsd import SPSD
 
-__all__ = ["Proposals", "Segmenter", "SegmenterOutput"]
+__all__ = ["Proposals", "Segmenter", "SegmenterOutput", "SupervisedOutput"]
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
 EMBEDDINGS = (
@@ -51,9 +51,7 @@ class SegmenterOutput(NamedTuple):
 
     ``logits`` (B, T, 4h, 4w), of the dual encoder alone (B, T, h, w), of SED (B, T, 8h, 8w); ``uncertainty``
     (B, 1, h, w) in [0, 1]; ``original`` (B, T, h, w) cosines, mean over the orientations; ``refined`` (B, T, h, w)
-    those of the refined correlation, None where there is none. In training alone: ``auxiliary`` logits (B, T, _, _)
-    that have a loss of their own (SED), and ``proposals`` of every supervised layer, whose loss takes the place of that
-    of the logits (SAN, SCAN).
+    those of the refined correlation, None where there is none.
 
     Examples:
         >>> import torch, drseg_core as drseg
@@ -61,6 +59,26 @@ class SegmenterOutput(NamedTuple):
         >>> output = model(torch.rand(1, 3, 32, 32), model.tokenize(["roof", "pond"]))
         >>> output.logits.shape, output.uncertainty.shape
         (torch.Size([1, 2, 16, 16]), torch.Size([1, 1, 4, 4]))
+    """
+
+    logits: Tensor
+    uncertainty: Tensor
+    original: Tensor
+    refined: Tensor | None
+
+
+class SupervisedOutput(NamedTuple):
+    """One forward pass in the training of a method with losses of its own; the first four as in evaluation.
+
+    ``auxiliary`` logits (B, T, _, _) have the loss of the logits too (SED). The loss of ``proposals``, of every
+    supervised layer, takes its place (SAN, SCAN).
+
+    Example:
+        >>> import torch
+        >>> from drseg_core.models.segmenter import SupervisedOutput
+        >>> maps = torch.zeros(1, 2, 16, 16)
+        >>> len(SupervisedOutput(maps, maps[:, :1], maps, None, auxiliary=(maps,)).auxiliary)
+        1
     """
 
     logits: Tensor
@@ -101,7 +119,7 @@ class Segmenter(nn.Module):
         self.spsd: SPSD | None = None
         self.pdgr: PDGR | None = None
 
-    def forward(self, image: Tensor, text: Tensor) -> SegmenterOutput:
+    def forward(self, image: Tensor, text: Tensor) -> SegmenterOutput | SupervisedOutput:
         """Segment.
 
         Args:

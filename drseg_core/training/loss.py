@@ -11,7 +11,7 @@ from torch import Tensor
 
 from drseg_core.config.schema import TrainConfig
 from drseg_core.data import IGNORE
-from drseg_core.models.segmenter import SegmenterOutput
+from drseg_core.models.segmenter import Proposals, SegmenterOutput, SupervisedOutput
 from drseg_core.training.loss_sum import LossSum
 from drseg_core.training.matching import proposal_loss
 
@@ -43,7 +43,7 @@ def softmax_loss(logits: Tensor, mask: Tensor) -> LossSum:
     return LossSum(total, (mask != IGNORE).sum())
 
 
-def training_loss(output: SegmenterOutput, mask: Tensor, train: TrainConfig) -> tuple[LossSum, ...]:
+def training_loss(output: SegmenterOutput | SupervisedOutput, mask: Tensor, train: TrainConfig) -> tuple[LossSum, ...]:
     """The loss that ``train`` asks for: binary or softmax, plus the weighted alignment of the original correlation.
 
     Auxiliary logits have the same loss. Proposals have :func:`~drseg_core.training.matching.proposal_loss` in its
@@ -52,10 +52,14 @@ def training_loss(output: SegmenterOutput, mask: Tensor, train: TrainConfig) -> 
     Returns:
         Parts whose means add up to the loss. Each has its own terms, so that processes can divide by those of all.
     """
-    if output.proposals:
-        loss = proposal_loss(output.proposals, mask, unlabelled=train.unlabelled)
+    proposals: tuple[Proposals, ...] = ()
+    auxiliary: tuple[Tensor, ...] = ()
+    if isinstance(output, SupervisedOutput):
+        proposals, auxiliary = output.proposals, output.auxiliary
+    if proposals:
+        loss = proposal_loss(proposals, mask, unlabelled=train.unlabelled)
     else:
-        loss = tuple(_dense_loss(logits, mask, train) for logits in (output.logits, *output.auxiliary))
+        loss = tuple(_dense_loss(logits, mask, train) for logits in (output.logits, *auxiliary))
     if train.alignment_weight == 0:
         return loss
     alignment = softmax_loss(output.original / ALIGNMENT_TEMPERATURE, mask)

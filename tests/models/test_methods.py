@@ -19,6 +19,7 @@ from drseg_core.models.build import build_model
 from drseg_core.models.clip import StageTower, open_clip_model
 from drseg_core.models.count import count_parameters
 from drseg_core.models.decoder import GuidanceAttention, Stage
+from drseg_core.models.segmenter import SegmenterOutput
 from drseg_core.training.loss import segmentation_loss, training_loss
 
 NAMES = ("bare soil", "red roof", "blue pond", "white car", "grass")
@@ -143,7 +144,7 @@ class TestSED:
         assert len(parts) == 4 + 1
         for logits, part in zip((output.logits, *output.auxiliary), parts, strict=False):
             torch.testing.assert_close(part.total, segmentation_loss(logits, mask).total)
-        assert not model.eval()(torch.rand(1, 3, 64, 64), model.tokenize(NAMES)).auxiliary
+        assert isinstance(model.eval()(torch.rand(1, 3, 64, 64), model.tokenize(NAMES)), SegmenterOutput)
 
     def test_a_convnext_guides_by_its_own_stages(self, method):
         model = build_model(method("sed", model__clip__name="drseg-tiny-convnext", model__clip__image_size=128).model)
@@ -203,7 +204,7 @@ class TestProposals:
         inside = F.interpolate(mask, size=(32, 32), mode="bilinear").sigmoid()
         expected = sum(score.softmax(-1)[0, q, :-1, None, None] * inside[0, q] for q in range(3))
         torch.testing.assert_close(output.logits[0].exp(), expected.clamp_min(1e-6))
-        assert not model.eval()(image, tokens).proposals
+        assert isinstance(model.eval()(image, tokens), SegmenterOutput)
 
     def test_the_side_network_steers_where_san_looks(self, method):
         model = build_model(method("san").model).eval()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from drseg_core.config.schema import ModelConfig, ProposalConfig
 from drseg_core.models.clip import VisionTower
 from drseg_core.models.correlation import cosine
-from drseg_core.models.segmenter import Proposals, Segmenter, SegmenterOutput
+from drseg_core.models.segmenter import Proposals, Segmenter, SegmenterOutput, SupervisedOutput
 from drseg_core.nn.ugaf import uncertainty
 
 # states of CLIP that SAN adds to its side network: the stem's, and some of the blocks before recognition begins
@@ -209,7 +209,7 @@ class ProposalSegmenter(Segmenter):
                 last.attn.q_proj.requires_grad_(True)
                 last.attn.k_proj.requires_grad_(True)
 
-    def forward(self, image: Tensor, text: Tensor) -> SegmenterOutput:
+    def forward(self, image: Tensor, text: Tensor) -> SegmenterOutput | SupervisedOutput:
         """Segment, see :meth:`Segmenter.forward`. ``refined`` is CLIP's recognition of the masks at each place."""
         resized = self._resized(image, "ProposalSegmenter")
         text = F.normalize(self._class_embedding(text), dim=-1)
@@ -234,7 +234,9 @@ class ProposalSegmenter(Segmenter):
             u = uncertainty(original, self.config.fusion.tau or 0.01)
             small = F.adaptive_avg_pool2d(inside, grid)
             refined = torch.einsum("bqhw,bqt->bthw", small / small.sum(dim=1, keepdim=True), recognised[-1][..., :-1])
-        return SegmenterOutput(logits, u, original, refined, proposals=proposals if self.training else ())
+        if self.training:
+            return SupervisedOutput(logits, u, original, refined, proposals=proposals)
+        return SegmenterOutput(logits, u, original, refined)
 
     def _score(self, layer: SideOutput, recognised: Tensor, dense: Tensor, classes: Tensor) -> Tensor:
         """Class logits (B, Q, T + 1) of the proposals, from CLIP's cosines and SCAN's own."""

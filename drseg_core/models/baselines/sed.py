@@ -14,7 +14,7 @@ from drseg_core.models.baselines.swin import LinearClassBlock
 from drseg_core.models.clip import StageTower
 from drseg_core.models.correlation import correlation
 from drseg_core.models.decoder import GuidedConv
-from drseg_core.models.segmenter import Segmenter, SegmenterOutput
+from drseg_core.models.segmenter import Segmenter, SegmenterOutput, SupervisedOutput
 from drseg_core.nn.ugaf import build_fusion, group_norm
 
 KERNEL, STAGES = 9, 3
@@ -171,7 +171,7 @@ class GradualSegmenter(Segmenter):
             initial_logit=config.decoder.initial_logit,
         )
 
-    def forward(self, image: Tensor, text: Tensor) -> SegmenterOutput:
+    def forward(self, image: Tensor, text: Tensor) -> SegmenterOutput | SupervisedOutput:
         """Segment, see :meth:`Segmenter.forward`."""
         resized, text = self._resized(image, "GradualSegmenter"), self._class_embedding(text)
         dense = self.clip(resized, guided=len(image), rotations=self.config.rotations)
@@ -181,4 +181,6 @@ class GradualSegmenter(Segmenter):
         if not isinstance(self.clip.visual, StageTower):
             guidance = (guidance[1], guidance[0], guidance[0])
         logits, early = self.decoder(joined.embedding, guidance, mean)
-        return SegmenterOutput(logits, joined.uncertainty, mean, None, auxiliary=early)
+        if self.training:
+            return SupervisedOutput(logits, joined.uncertainty, mean, None, auxiliary=early)
+        return SegmenterOutput(logits, joined.uncertainty, mean, None)
