@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import fcntl
 import functools
 import hashlib
 import json
@@ -389,8 +390,15 @@ def main(words: list[str] | None = None) -> int:
     functools.reduce(lambda _, name: __import__(name), ("pytest", "numpy", "torch"), None)
     # children have sessions of their own, and end with this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    began = time.monotonic()
-    said = run(chosen, ROOT, ROOT / "build" / "mutants", max(1, args.jobs), args.fresh, args.seconds)
+    began, place = time.monotonic(), ROOT / "build" / "mutants"
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{place} is in use: mutants are being planted there")
+            return 1
+        said = run(chosen, ROOT, place, max(1, args.jobs), args.fresh, args.seconds)
     table = Counter(said.values())
     for what, state in said.items():
         if state not in ("killed", "not run"):

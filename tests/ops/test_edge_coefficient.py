@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import OpContract, leaves, with_one_variant
+from contract import OpContract, leaves, run, with_one_variant
 from fused import EDGE_COEFFICIENT
 from halves import REFUSED, RawHalves
 from torch import Tensor
@@ -44,6 +44,15 @@ class TestEdgeCoefficient(RawHalves, OpContract):
             expected = ops.degree_normalize(weight, inputs["index"], **variant, backend="reference")
             got = ops.edge_coefficient(**inputs, **variant, backend="reference")
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+    @pytest.mark.promise("C9")
+    def test_no_mask_is_one_of_all_slots(self, variant, call):
+        inputs = self.inputs(variant)
+        mask = torch.ones_like(inputs.pop("mask"))
+        expected = run(self.subject, {**inputs, "mask": mask}, call)
+        got = run(self.subject, inputs, call, expected["given"])
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), name
 
     def test_scores_are_a_mask(self, variant, call):
         inputs = self.inputs(variant)

@@ -304,6 +304,19 @@ def test_zeros_of_both_signs_are_ties(backend):
             assert score[0, i].count_nonzero() == 1
 
 
+@pytest.mark.promise("C1")
+@pytest.mark.parametrize("form", ["multiplicative", "product"])
+def test_a_cosine_below_zero_is_zero_where_it_is_clamped(form, backend):
+    sign = torch.tensor([1.0, 1, 1, -1, -1, -1])
+    table = torch.tensor([[1.0, 0.5, 0.25], [0.5, 0.25, 0.125]])
+    index, score = select(sign.view(1, 6, 1), torch.ones(1, 6), table, 6, form, True, backend)
+    assert torch.equal(index[0], torch.arange(6, dtype=torch.int32).expand(6, 6))
+    y, x = torch.arange(6) // 3, torch.arange(6) % 3
+    cosine = sign[:, None] * sign
+    cosine = cosine.clamp_min(0) if form == "multiplicative" else cosine
+    assert torch.equal(score[0], cosine * table[(y[:, None] - y).abs(), (x[:, None] - x).abs()])
+
+
 @pytest.mark.promise("C8")
 @pytest.mark.parametrize("form", FORMS)
 def test_a_pair_without_decay_is_no_candidate(form, backend):
