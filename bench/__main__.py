@@ -12,7 +12,7 @@ COMMANDS = {
     "profile": "microseconds of each kernel of a step of PDGR",
     "probe": "what a card does with products, copies, a gather, a sort, and kernels that do nothing",
     "compare": "stored rows of two runs",
-    "report": "the README's tables, from stored rows",
+    "report": "the tables of README and docs, from stored rows",
     "plot": "pictures of stored rows",
     "model": "the whole model, and what each of its parts takes",
     "lposs": "label propagation on a k-NN graph beside faiss and scipy",

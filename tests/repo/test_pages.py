@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from bench.__main__ import main as bench
+from drseg_core.cli.main import main as drseg
 from drseg_core.config import methods
 from drseg_core.config.load import load_config
 from drseg_core.data import benchmarks
@@ -45,9 +47,15 @@ def options(words: list[str]) -> list[str]:
 
 
 @functools.cache
-def help_of(*command: str) -> str:
-    done = subprocess.run([sys.executable, "-m", *command, "--help"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else ""
+def help_of(program: str, *command: str) -> str:
+    """What a command says of itself; nothing where there is no such command."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            code = {"drseg": drseg, "bench": bench}[program]([*command, "--help"])
+        except SystemExit as stop:
+            code = stop.code
+    return said.getvalue() if code == 0 else ""
 
 
 # commands of two words
@@ -65,7 +73,7 @@ def problems(words: list[str]) -> list[str]:
         two = tuple(words[1:3]) in DRSEG
         if words[1:2] == ["data"] and not two and not options(words[2:3]):
             return words[2:3]
-        text = help_of("drseg_core", *words[1 : 3 if two else 2])
+        text = help_of("drseg", *words[1 : 3 if two else 2])
     elif words[:3] == ["python", "-m", "bench"]:
         text = help_of("bench", words[3])
     elif words[:2] == ["python", "-m"]:
