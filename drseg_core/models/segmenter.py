@@ -73,7 +73,7 @@ class SupervisedOutput(NamedTuple):
     ``auxiliary`` logits (B, T, _, _) have the loss of the logits too (SED). The loss of ``proposals``, of every
     supervised layer, takes its place (SAN, SCAN).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from drseg_core.models.segmenter import SupervisedOutput
         >>> maps = torch.zeros(1, 2, 16, 16)
