@@ -252,21 +252,6 @@ def test_a_negative_decay_turns_scores_over(backend):
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
-@pytest.mark.promise("C24")
-def test_large_grids_give_the_same_bits_for_any_threads():
-    prior = dino_like_prior(1, 43, 50, 100, torch.Generator().manual_seed(0))
-    threads = torch.get_num_threads()
-    found = []
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            found.append(ops.knn_graph(prior, (43, 50), 30, decay=2.0, return_score=True, backend="native"))
-    finally:
-        torch.set_num_threads(threads)
-    for index, score in found[1:]:
-        assert torch.equal(index, found[0][0]) and torch.equal(score, found[0][1])
-
-
 @pytest.mark.promise("C10")
 def test_equal_features_on_a_large_grid_take_the_lowest_indices(backend):
     # 0.25 is exact in any order of summation; the native kernel gives equal rows equal scores whatever they hold
@@ -328,27 +313,6 @@ def test_a_pair_without_decay_is_no_candidate(form, backend):
         row = [j for j in range(6 * (i // 6), 6 * (i // 6) + 6) if j != i]
         assert index[0, i].tolist() == [*row, i, i, i]
         assert score[0, i, :5].isfinite().all() and (score[0, i, 5:] == -torch.inf).all()
-
-
-@pytest.mark.promise("C10")
-def test_equal_scores_are_equal_wherever_they_are_computed():
-    """In whole registers and in those that are left over: a product that is not rounded before a subtraction shows."""
-    nodes, table = 37, torch.full((1, 37), 0.7)
-    for value in (0.1, 0.3, 0.7, 1.1, 1.3, 1.7, 2.3, 2.9):
-        prior, inverse = torch.full((1, nodes, 3), value), torch.full((1, nodes), 1 / (value * 3**0.5))
-        index, score = select(prior, inverse, table, nodes - 2, "additive", False, "native")
-        for i in range(nodes):
-            assert index[0, i].tolist() == [j for j in range(nodes) if j != i][: nodes - 2]
-        assert score.unique().numel() == 1
-
-
-@pytest.mark.promise("C7")
-def test_more_images_than_there_is_room_for_scores():
-    """The native kernel holds the scores of eight images of this size at a time."""
-    prior = torch.randn(9, 32 * 32, 3, generator=torch.Generator().manual_seed(0))
-    together = ops.knn_graph(prior, (32, 32), 3, backend="native")
-    for image in (0, 7, 8):
-        assert torch.equal(together[image], ops.knn_graph(prior[image], (32, 32), 3, backend="native"))
 
 
 def test_narrow_range(backend):
@@ -692,14 +656,6 @@ def test_float64_features_of_any_size_have_the_same_neighbours(scale, backend):
         got, value = ops.knn_graph(scaled, (6, 7), 9, return_score=True)
         assert torch.equal(got, index)
         torch.testing.assert_close(value, score, rtol=0, atol=1e-14)
-
-
-def test_scales_are_exact_powers_of_two():
-    exponent = torch.arange(-1022, 1024)
-    prior = torch.tensor([2.0**e for e in exponent.tolist()], dtype=torch.float64)[:, None]
-    scaled, inverse = prepare_reference.prepare_prior(prior)
-    assert torch.equal(torch.frexp(scaled).mantissa, torch.full_like(prior, 0.5))
-    assert (scaled[1:-4] == 0.5).all() and inverse.isfinite().all()
 
 
 @pytest.mark.parametrize("form", ["additive", "gauss", "multiplicative", "product"])

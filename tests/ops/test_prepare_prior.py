@@ -92,3 +92,11 @@ def test_the_record_says_what_ran(dtype):
 def test_what_it_cannot_use_is_refused(prior, error, message):
     with pytest.raises(error, match=f"^prepare_prior: {message}"):
         ops.prepare_prior(prior)
+
+
+def test_scales_are_exact_powers_of_two():
+    exponent = torch.arange(-1022, 1024)
+    prior = torch.tensor([2.0**e for e in exponent.tolist()], dtype=torch.float64)[:, None]
+    scaled, inverse = reference.prepare_prior(prior)
+    assert torch.equal(torch.frexp(scaled).mantissa, torch.full_like(prior, 0.5))
+    assert (scaled[1:-4] == 0.5).all() and inverse.isfinite().all()

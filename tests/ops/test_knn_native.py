@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the native kernel of ``knn_graph`` alone has: registers and what fills none, parts of a batch, threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_knn_graph import select
+
+from drseg_core import ops
+from drseg_core.testing import dino_like_prior
+
+
+@pytest.mark.promise("C10")
+def test_equal_scores_are_equal_wherever_they_are_computed():
+    """In whole registers and in those that are left over: a product that is not rounded before a subtraction shows."""
+    nodes, table = 37, torch.full((1, 37), 0.7)
+    for value in (0.1, 0.3, 0.7, 1.1, 1.3, 1.7, 2.3, 2.9):
+        prior, inverse = torch.full((1, nodes, 3), value), torch.full((1, nodes), 1 / (value * 3**0.5))
+        index, score = select(prior, inverse, table, nodes - 2, "additive", False, "native")
+        for i in range(nodes):
+            assert index[0, i].tolist() == [j for j in range(nodes) if j != i][: nodes - 2]
+        assert score.unique().numel() == 1
+
+
+@pytest.mark.promise("C7")
+def test_more_images_than_there_is_room_for_scores():
+    """The native kernel holds the scores of eight images of this size at a time."""
+    prior = torch.randn(9, 32 * 32, 3, generator=torch.Generator().manual_seed(0))
+    together = ops.knn_graph(prior, (32, 32), 3, backend="native")
+    for image in (0, 7, 8):
+        assert torch.equal(together[image], ops.knn_graph(prior[image], (32, 32), 3, backend="native"))
+
+
+@pytest.mark.promise("C24")
+def test_large_grids_give_the_same_bits_for_any_threads():
+    prior = dino_like_prior(1, 43, 50, 100, torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            found.append(ops.knn_graph(prior, (43, 50), 30, decay=2.0, return_score=True, backend="native"))
+    finally:
+        torch.set_num_threads(threads)
+    for index, score in found[1:]:
+        assert torch.equal(index, found[0][0]) and torch.equal(score, found[0][1])
