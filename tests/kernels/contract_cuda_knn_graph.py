@@ -32,9 +32,6 @@ for _name in (
     "test_opcheck",
     # of what lies before every backend
     "test_the_decay_table_is_made_once",
-    "test_neighbours_in_the_order_of_their_scores",
-    "test_the_spatial_part_is_the_distance_on_the_grid",
-    "test_the_parts_of_a_score",
 ):
     del globals()[_name]
 

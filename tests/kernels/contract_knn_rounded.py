@@ -39,7 +39,6 @@ for _name in (
     "test_storage_offsets",
     "test_gap_rule_at_the_paper_size",
     "test_map_seen_as_tokens",
-    "test_the_parts_of_a_score",
     "test_samples_are_independent_and_runs_repeat",
     "test_prior_is_not_written_and_gets_no_gradient",
 ):
