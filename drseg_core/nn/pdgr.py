@@ -344,7 +344,7 @@ class PDGR(nn.Module):
         include_self = self.self_loop == "in_topk"
         decay = self.decay if self.affinity == "product" else self.decay / self.gamma
         prepared = prepare_prior(nodes, backend=self.backend)
-        # without itself a node has one candidate less; where it is alone, one padded slot shows a prior that is NaN
+        # without itself a node has one candidate less; a node that is alone has one padded slot, to show a NaN prior
         # which of both is less, a program for every size does not know yet
         lesser, greater = (min, max) if isinstance(count, int) else (torch.sym_min, torch.sym_max)
         k: Any = lesser(self.k, count if include_self else greater(count - 1, 1))

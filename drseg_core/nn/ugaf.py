@@ -337,8 +337,8 @@ def _fold(maps: Tensor) -> Tensor:
 
 
 def _channels_last(maps: Tensor) -> Tensor:
-    # in this format convolutions of few channels are twice as fast on a CPU, and the token layers that follow see
-    # (B*T, h*w, width) without a copy; a single channel has both formats, so the format of the result is asked for
+    # In this format convolutions of few channels are twice as fast on a CPU. The token layers that follow see
+    # (B*T, h*w, width) without a copy. A single channel has both formats, so the result is asked for its format.
     return maps.contiguous(memory_format=torch.channels_last)
 
 

@@ -18,8 +18,8 @@ _REPEATS = 2
 class Plan(NamedTuple):
     """What a map would take.
 
-    In order: size in pixels, side of a pixel in metres, most tiles to compute, bands, memory above the model in MB,
-    seconds that the model takes for the tiles, MB on the disk while files are written, and whether polygons are traced.
+    In order: size in pixels, side of a pixel in metres, most tiles to compute, bands, and memory above the model in MB.
+    Then seconds of the model for the tiles, MB on the disk while files are written, and whether polygons are traced.
     """
 
     height: int

@@ -30,9 +30,9 @@ _ITERATIONS = 30
 class ZeroShotPlan(NamedTuple):
     """What a map would take.
 
-    In order: size in pixels, side of a pixel in metres, most windows to compute, bands, size of the grid in cells, and
-    sizes of its super-tiles with their overlap (one if the scene is a single graph). Then memory above the model in MB,
-    MB on the disk, and the seconds for the model, the graph and the refined pixels.
+    In order: size in pixels, side of a pixel in metres, most windows to compute, bands, and size of the grid in cells.
+    Then sizes of its super-tiles with their overlap (one if the scene is a single graph), and memory above the model in
+    MB. Last, MB on the disk, and the seconds for the model, the graph and the refined pixels.
 
     The time of the graph is extrapolated from small graphs of noise. A scene is smoother, so its graph takes less.
     """
