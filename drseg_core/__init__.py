@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DR-Seg: open-vocabulary segmentation of remote-sensing images around a custom-kernel graph engine.
 
-``load`` and ``predict`` are the doors of the trained model, ``zero_shot`` that of maps without one, ``nn`` has the
-paper's blocks, ``ops`` what they compute.
+``load`` and ``predict`` use a trained model, ``zero_shot`` makes maps without one. ``nn`` has the paper's blocks,
+``ops`` the operations they consist of.
 """
 
 import importlib
@@ -37,7 +37,7 @@ _DOORS = {
 
 
 def __getattr__(name: str) -> Any:
-    # what is behind a name is imported when the name is first used: importing the package stays free
+    # a name is imported when it is first used, so that importing the package stays quick
     if name in ("nn", "ops"):
         return importlib.import_module(f"drseg_core.{name}")
     if name in _DOORS:

@@ -19,11 +19,11 @@ BFLOAT16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def select_device(name: str | None, *, local_rank: int = 0) -> torch.device:
-    """A device by name; None takes CUDA where there is one. ``mps`` (Apple's) is taken by its name, where torch has it.
+    """A device by name; None takes CUDA if there is one. ``mps`` (Apple's) is taken only if named and torch has it.
 
     Raises:
-        ConfigError: no name of a device.
-        BackendUnavailableError: the device is not here.
+        ConfigError: the name of no device.
+        BackendUnavailableError: this machine does not have the device.
 
     Examples:
         >>> from drseg_core.device import select_device
@@ -55,7 +55,7 @@ def select_device(name: str | None, *, local_rank: int = 0) -> torch.device:
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
-    """Whether bfloat16 products are faster than float32 ones: what the processor says of itself, or CUDA's own word."""
+    """Whether bfloat16 products are faster than float32 ones, as the processor's flags or CUDA say."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not CPUINFO.exists():
@@ -69,7 +69,7 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of linear maps and convolutions; ``auto`` takes bfloat16 where ``device`` has units for it.
 
     Raises:
-        ConfigError: no name of a precision.
+        ConfigError: the name of no precision.
         BackendUnavailableError: torch has no autocast to bfloat16 on the device.
 
     Examples:

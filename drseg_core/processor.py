@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CPU has for this process, and how its threads wait: set for a command before torch is loaded.
+"""The cores that this process may use, and how its threads wait: set for a command before torch is loaded.
 
-Threads of OpenMP that have nothing to do spin for milliseconds before they sleep. Beside one other busy process on two
-cores that is most of the time: the thread that has the work waits for its core while the other one spins. A short spin
-costs nothing where the cores are free (``python -m bench busy``), so commands always ask for one.
+OpenMP threads without work spin for milliseconds before they sleep. On two cores beside one other busy process that is
+most of the time: the thread with the work waits for its core while the other one spins. A short spin costs nothing on
+free cores (``python -m bench busy``), so commands always ask for one.
 
-The number of threads is a matter of what a process may use, never of the load: sums round by it, so a seed would give
-other weights beside a busy process, and threads that sleep take their fair share of a loaded machine anyway.
+The number of threads depends on what a process may use, never on the load. Sums round by it, so a seed would give other
+weights beside a busy process. And threads that sleep take their fair share of a loaded machine anyway.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 
 THREADS = "OMP_NUM_THREADS"
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
-"""How threads wait: the standard's word, and libgomp's number of turns, which counts there in place of the word."""
+"""How threads wait: the standard's setting, and libgomp's number of turns, which overrides it there."""
 WAITING_OF_USERS = (*WAITING, "KMP_BLOCKTIME")
-"""Who has set one of these has said how threads wait."""
+"""If the user has set one of these, how threads wait is left as it is."""
 
 
 def allowed_cores() -> int:
@@ -32,7 +32,7 @@ def allowed_cores() -> int:
 
 
 def quota(root: Path = Path("/")) -> float | None:
-    """Cores' worth of time that control groups grant this process, the least of those above it; None without a limit.
+    """Number of cores that control groups grant this process, the least of its groups; None without a limit.
 
     Args:
         root: folder that holds ``proc`` and ``sys``.
@@ -49,7 +49,7 @@ def quota(root: Path = Path("/")) -> float | None:
         top = root / "sys/fs/cgroup"
         if controllers:
             top = next((top / name for name in (controllers, "cpu") if (top / name).is_dir()), top)
-        # a container may see its own group at the top while its path is that of the host
+        # a container may see its own group at the top, while its path is that of the host
         group = top / path.strip("/")
         found += [_limit(folder) for folder in (group, *group.parents) if folder.is_relative_to(top)]
     return min((limit for limit in found if limit is not None), default=None)
@@ -67,11 +67,11 @@ def _limit(group: Path) -> float | None:
 
 
 def choice(environment: Mapping[str, str], processes: int = 1) -> dict[str, str]:
-    """What a command sets: nothing that the user has set, and no number of threads where torch's own is right.
+    """Variables that a command sets: none that the user has set, and no number of threads if torch's own is right.
 
     Args:
         environment: that of the process.
-        processes: so many compute at a time, and share the cores.
+        processes: how many compute at a time and share the cores.
     """
     found = {}
     cores, granted = allowed_cores(), quota()
@@ -93,7 +93,7 @@ def prepare(environment: MutableMapping[str, str] = os.environ, processes: int =
         processes: children that compute at a time, each with as many threads as this one.
 
     Returns:
-        One line that says what holds now; None where torch is loaded already.
+        One line that says what is set now; None if torch is loaded already.
     """
     if "torch" in sys.modules:
         return None

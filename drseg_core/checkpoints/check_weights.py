@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are these the weights that were published? What an encoder computes, beside what is known of it.
+"""Are these the published weights? Compares the values that an encoder computes with known ones.
 
-Values that are known are committed in :mod:`drseg_core.checkpoints.known_weights`. Where none is, that is said, and
-what was found can be saved, so that another machine, or a later version, can be compared with it.
+Known values are committed in :mod:`drseg_core.checkpoints.known_weights`. If there is none, the report says so. The
+values found can be saved, to compare another machine or a later version with them.
 """
 
 from __future__ import annotations
@@ -32,17 +32,19 @@ __all__ = ["Finding", "check_weights", "read_values", "save_values"]
 
 Verdict = Literal["same", "DIFFERS", "unknown", "seen", "ODD"]
 SHOWN = 8
-"""Values of a feature that are compared: the first of it at length 1."""
+"""Number of compared values: the first ones of a feature of length 1."""
 TOLERANCE = 1e-3
-"""Of such a value: half precision changes 5e-4, an exchange of two matrices a hundred times that."""
+"""Tolerance of such a value: half precision changes it by 5e-4, an exchange of two matrices by a hundred times that."""
 SCALE = 100.0
 MARGIN = 0.5
-"""By how much the probability of a picture's own words must be above the next, to be seen."""
+"""Margin of the probability of a picture's own words over the next one, to count as seen."""
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at: ``name``, what was ``found`` and ``expected`` (None: nothing is known), and the
-    ``verdict``: same, DIFFERS, unknown; or, of what a person should see, seen or ODD.
+    """One comparison.
+
+    ``name`` says what was compared, with the values ``found`` and ``expected`` (None: nothing is known). ``verdict`` is
+    same, DIFFERS or unknown. For what a person should see in a picture, it is seen or ODD.
 
     Examples:
         >>> from drseg_core.checkpoints.check_weights import Finding
@@ -73,23 +75,23 @@ def check_weights(
 ) -> list[Finding]:
     """Load both encoders and compare what they are and compute with what is known.
 
-    CLIP: SHA-256, token ids, text features, features of two drawn pictures, and which of four prompts it finds in
-    each. The prior, at the image size of its architecture, so that no position is resized: SHA-256 and features of the
-    same pictures, of the block that it is used with.
+    For CLIP these are SHA-256, token ids, text features, features of two drawn pictures, and which of four prompts it
+    finds in each. For the prior these are SHA-256 and features of the same pictures, from the block that is used. The
+    prior runs at the image size of its architecture, so that no position is resized.
 
     Args:
-        clip: of a preset, see :func:`drseg_core.checkpoints.encoders.choose_clip`.
-        prior: the same; the name ``none`` for none.
-        offline: never connect.
-        picture: an image for whose scores a value may be published: CLIP.png of OpenAI's README.
-        expected: of :func:`read_values`, in the place of what is committed.
+        clip: CLIP of a preset, see :func:`drseg_core.checkpoints.encoders.choose_clip`.
+        prior: the prior in the same way; the name ``none`` means no prior.
+        offline: never connect to a network.
+        picture: an image whose scores may be published: CLIP.png of OpenAI's README.
+        expected: from :func:`read_values`, in place of the committed values.
 
     Returns:
-        What was found, in order.
+        The comparisons, in order.
 
     Raises:
-        CheckpointError: weights that are not here and cannot be fetched, or do not fit their architecture.
-        ConfigError: unknown architectures.
+        CheckpointError: weights are missing and cannot be fetched, or do not fit their architecture.
+        ConfigError: an architecture is unknown.
         DatasetError: no such picture.
 
     Examples:
@@ -109,7 +111,7 @@ def check_weights(
     if expected is None:
         known |= _published_hashes(clip, encoders)
     findings = [_compared(name, value, known.get(name)) for name, value in values.items()]
-    # what was to be compared and was not computed, such as another prior's features
+    # expected values that were not computed, such as another prior's features
     findings += [
         Finding(name, None, value.value, "DIFFERS") for name, value in known.items() if name not in values and expected
     ]
@@ -208,9 +210,9 @@ def _same(found: Any, expected: Any, tolerance: float = TOLERANCE) -> bool:
 
 
 def _what_to_see(encoders: Encoders, clip: ClipConfig) -> list[Finding]:
-    """Each drawn picture is best described by its own prompt, by a margin: any CLIP that was trained should find that.
+    """Each drawn picture must be best described by its own prompt, by a margin. Any trained CLIP should find that.
 
-    To be first is not enough, as a guess is for one picture in four.
+    To be first is not enough, because a guess is first for one picture in four.
     """
     if clip.weights is None:
         return []
@@ -226,7 +228,7 @@ def _what_to_see(encoders: Encoders, clip: ClipConfig) -> list[Finding]:
 
 
 def save_values(findings: list[Finding], path: str | Path) -> None:
-    """What was found, as JSON for :func:`read_values`.
+    """Write the values found, as JSON for :func:`read_values`.
 
     Examples:
         >>> from drseg_core.checkpoints.check_weights import Finding, read_values, save_values
@@ -239,7 +241,7 @@ def save_values(findings: list[Finding], path: str | Path) -> None:
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """What :func:`save_values` wrote.
+    """The values that :func:`save_values` wrote.
 
     Raises:
         CheckpointError: no such file, or another one.

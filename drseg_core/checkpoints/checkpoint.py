@@ -3,7 +3,7 @@
 
 ``RUN/checkpoints/step-00000120/`` holds ``model.safetensors`` (weights), ``training.pt`` (optimiser, position,
 random generators) and ``checkpoint.json`` (checksums, format, configuration, versions). A generation is written into
-a hidden folder beside its place, made durable, and then renamed; the newest is the one with the highest step.
+a hidden folder beside its place, made durable, and then renamed. The newest has the highest step.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Checkpoint:
         return load_weights(self.path / WEIGHTS)[0]
 
     def training_state(self) -> dict[str, Any]:
-        """What ``save_checkpoint`` was given as ``training``, on the CPU; code in the file is never run."""
+        """The ``training`` argument of ``save_checkpoint``, on the CPU; code in the file is never run."""
         path = self.path / TRAINING
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -207,7 +207,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove what writers that died left half done. Only for the holder of the run's lock."""
+    """Remove unfinished files of writers that died. Only for the holder of the run's lock."""
     with contextlib.suppress(OSError):
         for path in (run / FOLDER).iterdir():
             if path.name.startswith(".step-"):
@@ -215,7 +215,7 @@ def remove_leftovers(run: Path) -> None:
 
 
 def set_aside_damaged(run: Path, resumed_step: int) -> None:
-    """Rename generations beyond the one training goes on from, so that they do not count among those kept."""
+    """Rename generations newer than the one from which training goes on, so that they do not count as kept."""
     for path in generations(run):
         if _step(path) > resumed_step:
             spare = path.with_name(f"{path.name}.damaged")
@@ -227,7 +227,7 @@ _KINDS = {"format_version": int, "step": int, "config": dict, "class_names": lis
 
 
 def check_kinds(description: dict[str, Any]) -> None:
-    """Refuse a description whose fields are missing or of another kind: whoever made it also made its checksum.
+    """Refuse a description with missing fields or fields of another kind, which its own checksum cannot exclude.
 
     Raises:
         ValueError: names the field.
@@ -255,7 +255,7 @@ def file_hash(path: Path) -> str:
 
 
 def storage_failure(error: BaseException | None) -> bool:
-    """Whether an error comes from the disk; libraries wrap what the system said in errors of their own."""
+    """Whether an error comes from the disk; libraries wrap the system's error in their own."""
     while error is not None:
         if isinstance(error, OSError) or _STORAGE_TEXT.search(str(error)):
             return True
@@ -264,7 +264,7 @@ def storage_failure(error: BaseException | None) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the lines below the first."""
+    """The first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

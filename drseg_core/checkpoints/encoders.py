@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class Encoders(NamedTuple):
-    """The modules, and what is to be known of their weights: ``facts``, names to text."""
+    """The modules, and ``facts`` about their weights: names to text."""
 
     clip: ClipEncoder
     prior: DinoPrior | None
@@ -35,11 +35,13 @@ class Encoders(NamedTuple):
 
 
 def choose_clip(config: ClipConfig, value: str | None) -> ClipConfig:
-    """A CLIP as it is typed: ``random``, a FILE, ``hub:owner/name/file``, a tag or an architecture of open_clip, or
+    """The configuration of a CLIP from its option.
+
+    The option is ``random``, a FILE, ``hub:owner/name/file``, a tag or an architecture of open_clip, or
     ``ARCHITECTURE:`` and one of the others.
 
     Raises:
-        CheckpointError: what looks like a file is none.
+        CheckpointError: it looks like a file, and there is no such file.
         ConfigError: an architecture without a tag such as that of the preset.
     """
     if value is None:
@@ -68,13 +70,13 @@ def choose_clip(config: ClipConfig, value: str | None) -> ClipConfig:
 
 
 def choose_prior(config: DinoConfig, value: str | None) -> DinoConfig:
-    """A prior as it is typed: ``none``, ``random``, a FILE, ``hub:owner/name/file``, an architecture of timm, or
-    ``ARCHITECTURE:`` and one of the others.
+    """The configuration of a prior from its option.
 
-    Pixels are normalised as timm says of the architecture.
+    The option is ``none``, ``random``, a FILE, ``hub:owner/name/file``, an architecture of timm, or ``ARCHITECTURE:``
+    and one of the others. Pixels are normalised as timm has it for the architecture.
 
     Raises:
-        CheckpointError: what looks like a file is none.
+        CheckpointError: it looks like a file, and there is no such file.
     """
     if value is None:
         return config
@@ -94,12 +96,12 @@ def load_encoders(clip: ClipConfig, prior: DinoConfig, *, offline: bool = False)
 
     Args:
         clip: image and text towers.
-        prior: structural prior; the name ``none`` for none.
-        offline: never connect.
+        prior: structural prior; the name ``none`` means no prior.
+        offline: never connect to a network.
 
     Raises:
-        CheckpointError: weights that are not here and cannot be fetched, or do not fit.
-        ConfigError: unknown architectures, or options that do not fit them.
+        CheckpointError: weights are missing and cannot be fetched, or do not fit.
+        ConfigError: an architecture is unknown, or an option does not fit it.
     """
     with_prior = prior.name != NO_PRIOR
     sources: dict[str, Published] = {}
@@ -117,7 +119,7 @@ def load_encoders(clip: ClipConfig, prior: DinoConfig, *, offline: bool = False)
             facts |= _facts("prior", prior.name, prior.weights, files.get("prior"))
             if "prior" in files:
                 prior = dataclasses.replace(prior, weights=str(files["prior"]))
-            # nothing is left to be fetched, and they would not know of it
+            # everything is fetched already, and the libraries would not know of it
             found = DinoPrior(prior, offline=offline)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -129,7 +131,7 @@ def _clip(config: ClipConfig, file: Path | None, offline: bool) -> ClipEncoder:
         config, file = dataclasses.replace(config, weights=str(file)), None
     if config.weights is None:
         _log.warning("CLIP has random weights (%s): the map means nothing, it only tries the way to one", config.name)
-    # inner blocks are not asked for, and small towers have fewer than the defaults name
+    # inner blocks are not needed here, and small towers have fewer than the defaults name
     config = dataclasses.replace(config, guidance_blocks=(0, 1), trainable="none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

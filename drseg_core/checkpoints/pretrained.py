@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained model as a folder to give away: weights, options, classes, channel split, licence notes.
 
-``model.safetensors`` (weights), ``config.json`` (options, classes, checksums of all files), ``classes.txt``,
-``channels.safetensors`` (the ranking behind the split, where there is one), ``manifest.json`` (what it was trained on
-and with), ``README.md`` (a model card with the licences). Paths of the machine it was made on are left out.
-:func:`push_to_hub` puts such a folder on the Hugging Face hub.
+The folder holds:
+
+* ``model.safetensors``: weights
+* ``config.json``: options, classes, checksums of all files
+* ``classes.txt``
+* ``channels.safetensors``: the ranking behind the split, if there is one
+* ``manifest.json``: what it was trained on, and with what
+* ``README.md``: a model card with the licences
+
+Paths of the machine on which it was made are left out. :func:`push_to_hub` puts such a folder on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -67,7 +73,7 @@ _READ = {"clip": "read_clip", "dino": "read_prior", "remote": "read_remote"}
 # owner/name, as the hub takes it
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _FILES = [WEIGHTS, DESCRIPTION, CLASSES, CHANNELS, MANIFEST, CARD]
-# of a run's manifest; commands and paths stay behind
+# fields taken from a run's manifest; commands and paths are left out
 _KEPT = ("started", "git", "versions", "seed", "parameters", "device", "processes")
 
 
@@ -83,20 +89,20 @@ def save_pretrained(
     """Write a model, complete or not at all.
 
     Args:
-        run: the model with its options and classes, as :func:`drseg_core.checkpoints.run.load_run` gives it.
+        run: the model with its options and classes, from :func:`drseg_core.checkpoints.run.load_run`.
         folder: new or empty.
         channels: the ranking behind the model's split; by default that of the run's folder.
-        include_frozen: also write frozen parts that can be had elsewhere (the prior). Without them whoever loads the
-            model needs the same weights, which are then checked; with them their licence goes along.
+        include_frozen: also write frozen parts that are published elsewhere (the prior), with their licence. Without
+            them, loading the model needs the same weights, which are then checked.
         results: files of ``drseg evaluate`` whose scores the card shows.
-        name: ``owner/name`` by which the card tells how to load it.
+        name: ``owner/name``, which the card uses to tell how to load the model.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: the folder is not empty, or ``results`` holds a file that is none of this model's.
-        CheckpointError: the ranking is not that of the model's split.
+        ConfigError: the folder is not empty, or ``results`` has a file of another model.
+        CheckpointError: the ranking does not belong to the model's split.
         ResourceError: the disk is full or not writable.
 
     Examples:
@@ -161,14 +167,14 @@ def from_pretrained(
 
     Args:
         name: a folder, or ``owner/name`` on the Hugging Face hub.
-        weights: where to find a part that was left out, such as ``{"dino": "dinov3.safetensors"}``.
+        weights: files of parts that were left out, such as ``{"dino": "dinov3.safetensors"}``.
         revision: branch, tag or commit on the hub.
         cache_dir: where the hub's files are kept.
-        local_files_only: look only among files that were fetched before.
+        local_files_only: use only files that were fetched before.
 
     Raises:
-        CheckpointError: not found, damaged, of a newer format or another model, or a part that was left out has other
-            weights here.
+        CheckpointError: not found, damaged, of a newer format or of another model, or the weights given for a part that
+            was left out are not those of its training.
         ConfigError: ``weights`` names no part of the model.
 
     Examples:
@@ -208,23 +214,23 @@ def push_to_hub(
     """Put a model on the Hugging Face hub, where :func:`from_pretrained` finds it: all files in one commit.
 
     Args:
-        model: a run, loaded or its folder, which :func:`save_pretrained` writes first; or a folder that it wrote, whose
-            card may have been edited. Nothing else of that folder is sent.
-        repository: ``owner/name``; made where it is not there.
+        model: a loaded run or its folder, which :func:`save_pretrained` writes first. Or a folder that it wrote, whose
+            card may have been edited. Only the files it wrote are sent.
+        repository: ``owner/name``; made if it is not there.
         channels: see :func:`save_pretrained`; with a run only.
         include_frozen: see :func:`save_pretrained`; with a run only. The licence of those weights has to allow it.
         results: see :func:`save_pretrained`; with a run only.
-        private: whether a new repository is for its owner only. One that is there stays as it is.
-        token: with the right to write; by default that of ``hf auth login`` or ``HF_TOKEN``.
+        private: whether a new repository is only for its owner. An existing one stays as it is.
+        token: a token with the right to write; by default that of ``hf auth login`` or ``HF_TOKEN``.
         revision: an existing branch; by default ``main``.
-        message: of the commit.
+        message: message of the commit.
 
     Returns:
         The address of the commit.
 
     Raises:
-        ConfigError: ``repository`` is no such name, or an option goes with a run only.
-        CheckpointError: the model cannot be read or is damaged; or the hub cannot be reached or does not let us in.
+        ConfigError: ``repository`` is no such name, or an option needs a run.
+        CheckpointError: the model cannot be read or is damaged, or the hub cannot be reached or refuses access.
         ResourceError: there is no room for the folder.
 
     Examples:
@@ -277,12 +283,12 @@ def push_to_hub(
 def load(
     source: str | Path, *, weights: Mapping[str, str | Path] | None = None, revision: str | None = None
 ) -> LoadedRun:
-    """A trained model, on the CPU and in evaluation mode, from wherever it is kept.
+    """A trained model, on the CPU and in evaluation mode, from a folder or the hub.
 
     Args:
-        source: the folder of a run, of one of its checkpoints, or of :func:`save_pretrained`; or ``owner/name`` on the
+        source: the folder of a run, of one of its checkpoints, or of :func:`save_pretrained`. Or ``owner/name`` on the
             Hugging Face hub.
-        weights: where a part that was left out is, such as ``{"dino": "dinov3.safetensors"}``.
+        weights: files of parts that were left out, such as ``{"dino": "dinov3.safetensors"}``.
         revision: branch, tag or commit on the hub.
 
     Raises:
@@ -329,7 +335,7 @@ def _reaching(repository: str) -> Iterator[None]:
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    """``config.json``, after every file it lists was found to be what was written."""
+    """``config.json``, after every file it lists was checked against its checksum."""
     path = folder / DESCRIPTION
     try:
         description = parse_json(path.read_text(encoding="utf-8"))
@@ -380,7 +386,7 @@ def _manifest(run: LoadedRun) -> dict[str, Any]:
 
 
 def _portable(config: Config) -> Config:
-    """The configuration with names of files for their paths; the split is in the weights."""
+    """The configuration with file names in place of paths; the split is in the weights."""
     model = config.model
     named: dict[str, Any] = {"spsd": dataclasses.replace(model.spsd, channels=None)}
     for name in PARTS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that others publish: where they lie on this machine, how they are fetched, and what to bring by hand."""
+"""Weights that others publish: where they lie on this machine, how they are fetched, and which files to bring."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _log = logging.getLogger(__name__)
 
 
 class Published(NamedTuple):
-    """Weights of one encoder: ``files``, any of which will do, of ``place``, a repository on the Hugging Face hub.
+    """Weights of one encoder: any of ``files`` from ``place``, a repository on the Hugging Face hub.
 
-    ``option`` names a file of one's own in their stead.
+    ``option`` is the option that names a local file in their place.
     """
 
     part: str
@@ -39,7 +39,7 @@ class Published(NamedTuple):
 
 
 def published_clip(config: ClipConfig) -> Published | None:
-    """What a CLIP's configuration names; None for random weights and for files.
+    """The published weights that a CLIP's configuration names; None for random weights and for files.
 
     Raises:
         ConfigError: ``hub:`` without repository or file, or weights that are not on the hub.
@@ -64,7 +64,7 @@ def published_clip(config: ClipConfig) -> Published | None:
 
 
 def published_prior(config: DinoConfig) -> Published | None:
-    """What a prior's configuration names; None for random weights and for files.
+    """The published weights that a prior's configuration names; None for random weights and for files.
 
     Raises:
         ConfigError: ``hub:`` without repository or file, or an architecture without published weights.
@@ -94,7 +94,7 @@ def _on_hub(part: str, name: str, option: str, value: str, licence: str) -> Publ
 
 
 def located(source: Published) -> Path | None:
-    """Where the weights are, without asking any network; None where they are not."""
+    """The local file of the weights, found without a network; None if it is not there."""
     require("zero_shot", "huggingface_hub")
     import huggingface_hub
 
@@ -106,14 +106,14 @@ def located(source: Published) -> Path | None:
 
 
 def fetched(sources: Sequence[Published], *, offline: bool = False) -> list[Path]:
-    """Files of all weights, from the cache where they are there. Before the first is fetched all licences are shown.
+    """Files of all weights, from the cache or fetched. All licences are shown before the first one is fetched.
 
     Args:
-        sources: what is needed.
-        offline: never connect.
+        sources: the weights that are needed.
+        offline: never connect to a network.
 
     Raises:
-        CheckpointError: some are not here, and cannot be fetched; the one line says what to bring, and to where.
+        CheckpointError: some are missing and cannot be fetched; one line says which files to bring, and to where.
     """
     found = [located(source) for source in sources]
     missing = [source for source, path in zip(sources, found, strict=True) if path is None]

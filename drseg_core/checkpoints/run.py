@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run folder: what a training writes besides its checkpoints, and how a trained model is read back."""
+"""The run folder: files of a training besides its checkpoints, and how a trained model is read back."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def load_run(path: str | Path, *, weights: Mapping[str, str | Path] | None = Non
 
     Args:
         path: ``RUN`` or ``RUN/checkpoints/step-XXXXXXXX``.
-        weights: where a part that was left out is now, such as ``{"dino": "dinov3.safetensors"}``; by default where the
-            run's configuration says.
+        weights: files of parts that were left out, such as ``{"dino": "dinov3.safetensors"}``; by default those of the
+            run's configuration.
 
     Raises:
         ConfigError: ``weights`` names no part of a model.
-        CheckpointError: not found, damaged, of another model than its configuration says, or with an option that this
-            version does not know; or a frozen part that it leaves out has other weights now.
+        CheckpointError: not found, damaged, or not the model of its configuration. Or it has an option that this
+            version does not know, or a frozen part that it leaves out has other weights now.
 
     Examples:
         >>> from drseg_core.checkpoints.run import load_run
@@ -116,7 +116,7 @@ def weight_options(weights: Mapping[str, str | Path] | None, caller: str) -> dic
 
 
 def training_data(run: LoadedRun) -> str | None:
-    """The specification of the data a run was trained on; None where its folder does not tell."""
+    """The specification of the data a run was trained on; None if its folder does not tell."""
     for folder in (run.path, *run.path.parents[:2]):
         try:
             return str(parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["data"]["spec"])
@@ -126,7 +126,7 @@ def training_data(run: LoadedRun) -> str | None:
 
 
 def holds_clip(state: Mapping[str, Tensor]) -> bool:
-    """Whether a checkpoint has CLIP's tensors, so that the file or tag they came from is not needed any more."""
+    """Whether a checkpoint has CLIP's tensors, so that their original file or tag is not needed."""
     return any(name.startswith("clip.") for name in state)
 
 
@@ -166,10 +166,10 @@ def plain_config(config: Config) -> dict[str, Any]:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint a run folder or a checkpoint folder stands for, its checksums verified.
+    """The checkpoint of a run folder or checkpoint folder, with its checksums verified.
 
     Raises:
-        CheckpointError: there is none that can be used.
+        CheckpointError: there is no usable one.
     """
     try:
         is_folder, is_checkpoint, is_run = path.is_dir(), (path / DESCRIPTION).is_file(), (path / CONFIG).is_file()
@@ -189,13 +189,13 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_output(run: Path, *, resume: bool) -> None:
-    """Refuse a folder that a new run must not write into, or that a resumed run cannot go on in.
+    """Refuse a folder that a new run must not write into, or that holds no run to resume.
 
-    Hidden files do not count: a lock and unfinished files are all that a run killed at its very start leaves.
+    Hidden files do not count: a run killed at its very start leaves only a lock and unfinished files.
 
     Raises:
-        ConfigError: a new run, and the folder has something in it, or is a file.
-        CheckpointError: a resumed run, and there is none.
+        ConfigError: for a new run the folder is not empty, or is a file.
+        CheckpointError: there is no run to resume.
     """
     try:
         exists = run.exists()
@@ -214,11 +214,11 @@ def check_output(run: Path, *, resume: bool) -> None:
 def check_resumable(checkpoint: Checkpoint, config: Config, class_names: tuple[str, ...]) -> None:
     """Refuse to go on with another configuration or other classes than the checkpoint's.
 
-    Limits may be raised, and logging, checkpoint and evaluation options changed; the file of a frozen prior may have
-    moved, as what is in it is compared when the checkpoint is restored.
+    Limits may be raised, and logging, checkpoint and evaluation options may change. The file of a frozen prior may have
+    moved, because its content is compared when the checkpoint is restored.
 
     Raises:
-        CheckpointError: naming the first fields that differ, with both values.
+        CheckpointError: the message names the first fields that differ, with both values.
     """
     moved = tuple(f"model.{part}.weights" for part in ("dino", "remote") if part in checkpoint.left_out)
     differing = [
@@ -267,7 +267,7 @@ def warm_start(model: Segmenter, path: Path) -> bool:
     """Copy the weights of another run wherever names and shapes match, and say how many did.
 
     Returns:
-        True when the channel split came along; the graph's weights belong to it, so it must be kept.
+        True if the channel split was copied. It must then be kept, because the graph's weights belong to it.
 
     Raises:
         CheckpointError: nothing matches, or there is no such run.

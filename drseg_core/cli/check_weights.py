@@ -32,20 +32,20 @@ exit codes: 0 nothing differs, 4 a value differs or weights are missing, 8 nothi
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.usage, parser.epilog = USAGE, EPILOG
     parser.add_argument(
-        "preset", type=str, metavar="PRESET", help="b, l, or a YAML file, as of drseg predict zero-shot"
+        "preset", type=str, metavar="PRESET", help="b, l, or a YAML file, as in drseg predict zero-shot"
     )
-    parser.add_argument("--clip", type=str | None, metavar="FILE|NAME", help="as of drseg predict zero-shot")
-    parser.add_argument("--prior", type=str | None, metavar="FILE|NAME", help="as of drseg predict zero-shot")
+    parser.add_argument("--clip", type=str | None, metavar="FILE|NAME", help="as in drseg predict zero-shot")
+    parser.add_argument("--prior", type=str | None, metavar="FILE|NAME", help="as in drseg predict zero-shot")
     parser.add_argument("--prior-layer", type=int | None, metavar="N", help="block, from 0, whose features are taken")
     parser.add_argument("--offline", action="store_true", help="never connect to a network")
-    parser.add_argument("--picture", type=str | None, metavar="CLIP.png", help="score OpenAI's picture, too")
-    parser.add_argument("--out", type=str | None, metavar="FILE.json", help="keep what was found")
+    parser.add_argument("--picture", type=str | None, metavar="CLIP.png", help="also score OpenAI's picture")
+    parser.add_argument("--out", type=str | None, metavar="FILE.json", help="file to write with the values found")
     parser.add_argument("--overwrite", action="store_true", help="replace that file")
     parser.add_argument(
         "--expected",
         type=str | None,
         metavar="FILE.json",
-        help="compare with what was saved, not with what is committed",
+        help="compare with the values in this file, not with the committed ones",
     )
 
 

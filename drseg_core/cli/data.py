@@ -79,13 +79,13 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         "--edges",
         type=Literal["drop", "shift"],
         default="drop",
-        help="leave out what remains at the edges, or move the last patch back",
+        help="leave out the rest at the edges, or move the last patch back so that it fits",
     )
     check.usage, check.epilog = CHECK_USAGE, CHECK_EPILOG
     check.add_argument("set", type=str, metavar="SET", help=f"folder, {names}")
     check.add_argument("root", type=str, metavar="ROOT", help="the set's root folder")
     check.add_argument("--split", type=str | None, metavar="SPLIT", help="one part; all by default")
-    add_reading_arguments(check, default="measured on all images by default, unless they are 8-bit")
+    add_reading_arguments(check, default="by default measured on all images, unless they are 8-bit")
     check.add_argument("--out", type=str | None, metavar="FILE", help="JSON report to write")
     check.add_argument("--sheet", type=str | None, metavar="FILE", help="PNG to write: 16 images with their masks")
     check.add_argument("--overwrite", action="store_true", help="replace --out and --sheet if they exist")
@@ -97,7 +97,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     tile.add_argument(
         "--classes", type=str | None, metavar="NAMES", help='names of the numbers of a raster: "building; field"'
     )
-    tile.add_argument("--background", type=str | None, metavar="NAME", help="class where no polygon is; else unknown")
+    tile.add_argument("--background", type=str | None, metavar="NAME", help="class outside all polygons; else unknown")
     tile.add_argument("--size", type=int, default=512, metavar="N", help="side of a tile in pixels")
     tile.add_argument("--val-share", type=float, default=0.2, metavar="S", help="share of the ground for validation")
     tile.add_argument(
@@ -125,7 +125,7 @@ def _tile(args: Any) -> None:
     if done.between or done.unlabelled:
         print(f"left out: {done.between} tiles between train and val, {done.unlabelled} without label or data")
     if "val" not in done.tiles:
-        print("no tile is for validation: the scene is too small to part it; --size makes smaller tiles")
+        print("no tile is for validation: the scene is too small to split; --size makes smaller tiles")
     print(f"written: {done.folder}")
     print(f"next: drseg data check folder {args.out} --sheet {Path(args.out).name}.png")
 

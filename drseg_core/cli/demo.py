@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole path once, on scenes made here: what ``drseg demo`` does.
+"""``drseg demo``: the whole path once, on synthetic scenes.
 
-It runs the same commands a user would, prints each of them, and scores the models over the full vocabulary: the names
-seen in training and six combinations of colour and object that were not.
+It runs the same commands as a user would, and prints each of them. The models are scored over the full vocabulary: the
+names seen in training, and six unseen combinations of colour and object.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def version_lines() -> Iterator[str]:
 
 
 def extra_lines() -> Iterator[str]:
-    """Of each extra: whether it is installed, or what is not."""
+    """For each extra: whether it is installed, or what is missing."""
     for extra, libraries in EXTRAS.items():
         absent = [library for library in libraries if not _is_there(library)]
         yield f"{extra}: " + (
@@ -85,7 +85,7 @@ def import_problems() -> Iterator[str]:
 
 
 def _is_there(library: str) -> bool:
-    # nothing of a library is somebody's choice, a library that is known and not found is a problem
+    # a library without metadata was never installed; one with metadata that cannot be found is a problem
     try:
         return installed(library) or bool(metadata.version(library))
     except metadata.PackageNotFoundError:
@@ -126,14 +126,14 @@ def device_lines() -> Iterator[str]:
 
 
 def thread_lines(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """What the CPU has for a command, and the two settings that decide what its threads do there."""
+    """The cores that a command may use, and the two settings of its threads."""
     granted = quota()
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     yield f"{allowed_cores()} cores allowed, {'no quota' if granted is None else f'{granted:g} granted'}{load}"
     chosen = choice(environment)
     whose = "as set" if environment.get(THREADS) else "set by commands" if THREADS in chosen else "not set"
     number = environment.get(THREADS) or chosen.get(THREADS) or f"{allowed_cores()} threads"
-    yield f"{THREADS}: {number}, {whose}; how many threads share the work, of which sums round differently"
+    yield f"{THREADS}: {number}, {whose}; how many threads share the work; sums may round differently by it"
     own = [f"{name}={environment[name]}" for name in WAITING_OF_USERS if environment.get(name)]
     words = f"{', '.join(own)}, as set" if own else f"{WAITING['OMP_WAIT_POLICY']}, set by commands"
     yield (
@@ -156,4 +156,4 @@ def kernel_lines() -> Iterator[str]:
             if not row["available"]:
                 yield f"  not {row['backend']}: {row['reason']}"
             elif row["place"] is None:
-                yield f"  {row['backend']}: for who names it, interpreted"
+                yield f"  {row['backend']}: only if named (interpreted)"

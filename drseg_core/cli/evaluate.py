@@ -45,23 +45,23 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--mode",
         type=Literal["whole", "tile"] | None,
-        help="tiles at native resolution, as drseg predict has them (the default for a set of your own), or the whole "
-        "image (the default for a benchmark set)",
+        help="tiles at native resolution, as in drseg predict (the default for a set of your own), or the whole image "
+        "(the default for a benchmark set)",
     )
     add_tile_arguments(parser)
-    add_reading_arguments(parser, default="what the run was trained with by default")
+    add_reading_arguments(parser, default="by default as in training")
     parser.add_argument("--boundary", action="store_true", help="also score the outlines (boundary IoU); slower")
     parser.add_argument(
         "--prior-cache",
         type=str | None,
         metavar="DIR",
-        help="keep the frozen prior's features there, for other vocabularies and checkpoints; the scores are the same",
+        help="folder that keeps the frozen prior's features for other vocabularies and checkpoints; same scores",
     )
     parser.add_argument(
         "--prior-cache-gb",
         type=float | None,
         metavar="GB",
-        help="bound on that folder, 20 by default; files that no longer serve go first",
+        help="largest size of that folder, 20 by default; the files unused for longest are removed first",
     )
     add_speed_arguments(parser)
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
@@ -73,13 +73,13 @@ def add_speed_arguments(parser: Any) -> None:
         "--precision",
         type=Literal["float32", "bfloat16", "auto"],
         default="float32",
-        help="of linear maps and convolutions; bfloat16 takes 0.6 of the time on a CPU with units for it, where auto "
-        "takes it; docs/speed.md has what it changes",
+        help="dtype of linear maps and convolutions; bfloat16 takes 0.6 of the time on a CPU with units for it, and "
+        "auto chooses it there; docs/speed.md says what it changes",
     )
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the model first, which takes minutes and, on a CPU, a C++ compiler: for many tiles or images",
+        help="compile the model first; pays off for many tiles or images, takes minutes, needs a C++ compiler on a CPU",
     )
 
 

@@ -1,9 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point of the ``drseg`` command.
 
-Exit codes: 0 done, 1 internal error, 2 usage or configuration, 3 input data, 4 checkpoint, 5 environment or backend
-(a library that is not installed, too), 6 numerical failure, 7 out of memory or disk, 8 finished with listed failures,
-130 / 143 stopped by SIGINT / SIGTERM or SIGHUP, 141 output closed.
+Exit codes:
+
+* 0 done
+* 1 internal error
+* 2 usage or configuration
+* 3 input data
+* 4 checkpoint
+* 5 environment or backend, also a library that is not installed
+* 6 numerical failure
+* 7 out of memory or disk
+* 8 finished with listed failures
+* 130 stopped by SIGINT, 143 by SIGTERM or SIGHUP
+* 141 output closed
 """
 
 from __future__ import annotations
@@ -26,7 +36,7 @@ from drseg_core.cli.front import PlainParser
 from drseg_core.extras import installed, require
 from drseg_core.processor import prepare
 
-# of each command: what it does, and the extras that it needs
+# for each command: what it does, and the extras that it needs
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "demo": (
         "make scenes, train a small model, score it and map a GeoTIFF, in a few minutes on a CPU",

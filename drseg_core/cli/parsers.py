@@ -27,7 +27,7 @@ _required = re.compile(r"arguments are required: (.+)$")
 
 
 class _Formatter(DefaultHelpFormatter):
-    """Keeps the line breaks of the epilog, and says of plain options only what their names do not."""
+    """Keeps the line breaks of the epilog, and shows the default of a plain option only if it has a useful one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         plain = not any("." in option for option in action.option_strings)
@@ -63,16 +63,16 @@ class Parser(ArgumentParser):
         refuse(parser, _not_a_number.sub(lambda match: parser.not_a_number(*match.groups()), text))
 
     def not_a_number(self, destination: str, kind: str, value: str) -> str:
-        """What the library says in terms of its types, in one of options."""
+        """The library's error about a type, said in terms of options."""
         expected = "a whole number" if kind == "int" else "a number"
         return f"{self.option(destination)} has a wrong value; expected {expected}, got {value}"
 
     def named(self, destinations: str) -> str:
-        """``"train.data, train.out"`` of the library's message as what is typed: ``"--data, --out"``."""
+        """``"train.data, train.out"`` of the library's message as it is typed: ``"--data, --out"``."""
         return f"arguments are required: {', '.join(map(self.option, destinations.split(', ')))}"
 
     def option(self, destination: str) -> str:
-        """``"train.data"`` of the library's messages as what is typed: ``"--data"``."""
+        """``"train.data"`` of the library's messages as it is typed: ``"--data"``."""
         name = destination.rpartition(".")[2]
         found = next((action for action in self._actions if action.dest in (destination, name)), None)
         return name if found is None else (found.option_strings or [str(found.metavar)])[0]
@@ -81,12 +81,12 @@ class Parser(ArgumentParser):
 def add_config_arguments(parser: Parser, argv: Sequence[str], *, fallback: Path | None = None) -> None:
     """Add ``--config`` and every option of the configuration as ``--model.*``, ``--train.*``, ``--evaluation.*``.
 
-    The defaults are those of the file that ``argv`` names, so an option on the command line wins wherever it stands.
+    The defaults are those of the file that ``argv`` names. So an option on the command line wins wherever it stands.
 
     Args:
         parser: parser of a subcommand.
         argv: its arguments.
-        fallback: file that is read when ``argv`` names none.
+        fallback: file that is read if ``argv`` names none.
     """
     source = _argument(argv, "--config")
     if source is None and fallback is not None and fallback.is_file():
@@ -105,14 +105,14 @@ def add_config_arguments(parser: Parser, argv: Sequence[str], *, fallback: Path 
         "--method",
         type=str | None,
         metavar="NAME",
-        help=f"sets the options that make a comparison method of the model: {', '.join(METHODS)}",
+        help=f"set the options that turn the model into a comparison method: {', '.join(METHODS)}",
     )
     group.add_argument(
         "--print_config", action="store_true", help="print the configuration that results, as YAML, and exit"
     )
     parser.add_class_arguments(Config)
     for action in parser._actions:
-        # whole groups from files of their own: --config is the one way
+        # the library also reads each group from its own file; --config is the only way offered
         if type(action).__name__ == "_ActionConfigLoad":
             action.help = argparse.SUPPRESS
         elif action.dest == "seed":
@@ -121,7 +121,7 @@ def add_config_arguments(parser: Parser, argv: Sequence[str], *, fallback: Path 
 
 
 def chosen_config(args: Any) -> Config:
-    """The configuration that the parsed options make.
+    """The configuration from the parsed options.
 
     Raises:
         ConfigError: an option is out of range.
@@ -137,10 +137,10 @@ def chosen_config(args: Any) -> Config:
 
 
 def add_reading_arguments(parser: Any, *, default: str) -> Any:
-    """Options of how images are read, as a group; ``default`` says where they come from otherwise."""
+    """Options for reading images, as a group; ``default`` says which scale holds without ``--scale``."""
     group = parser.add_argument_group("how images are read")
     group.add_argument(
-        "--bands", type=str | None, metavar="R,G,B", help="band numbers from 1; by default those the file calls so"
+        "--bands", type=str | None, metavar="R,G,B", help="band numbers from 1; by default as the file says"
     )
     group.add_argument(
         "--nodata", type=float | None, metavar="V", help="value of pixels without data, besides what the file declares"
@@ -149,7 +149,7 @@ def add_reading_arguments(parser: Any, *, default: str) -> Any:
         "--scale",
         type=str | None,
         metavar="LOW,HIGH|auto",
-        help=f"what becomes 0 and 255 (one pair, or three with ; between), or auto (2 and 98 percent); {default}",
+        help=f"values that become 0 and 255 (one pair, or three with ; between), or auto (2 and 98 percent); {default}",
     )
     return group
 
@@ -162,7 +162,7 @@ def given_reading(args: Any, data: str | None = None) -> ReadingConfig:
         data: the data set that they are for.
 
     Raises:
-        ConfigError: one of them cannot be understood, or ``data`` is no set of a user's own.
+        ConfigError: one of them cannot be understood, or ``data`` is not a set of the user's own.
     """
     names = ("bands", "nodata", "scale", "gsd")
     given = ReadingConfig(**{name: getattr(args, name, None) for name in names})
@@ -174,7 +174,7 @@ def given_reading(args: Any, data: str | None = None) -> ReadingConfig:
 
 
 def check_output(path: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
-    """Refuse, before any work, an output file that must not or cannot be written.
+    """Refuse an output file that must not or cannot be written, before any work is done.
 
     Raises:
         ConfigError: it exists, is one of the inputs, is a folder, or its folder cannot be written to.
@@ -194,7 +194,7 @@ def check_output(path: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) ->
 
 
 def _argument(argv: Sequence[str], option: str) -> str | None:
-    """The value of one option, before there is a parser that knows the others."""
+    """The value of one option, before there is a parser for the others."""
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     scan.add_argument(option, dest="value")
     try:

@@ -29,13 +29,17 @@ examples:
   drseg predict run scenes/ --out maps/ --shard 3/20        # in a job array; then once without --shard
   drseg predict zero-shot scene.tif --classes "building; road; tree" --out map.tif
 
-The last maps without a trained run; drseg predict zero-shot --help has its options.
+The last example maps without a trained run. drseg predict zero-shot --help lists its options.
 
-Written: the class raster --out (Cloud Optimized GeoTIFF) with colour table, category names and attribute table
-(map.tif.aux.xml) and a style for QGIS (map.qml); the area of each class (map_areas.csv); an overlay with a legend
-(map_overlay.png); the uncertainty of each pixel (map_uncertainty.tif). Scale and offset of 8-bit values are in the
-metadata of the file. A call that was interrupted goes on where it stopped: finished blocks are kept in map.tif.work
-until all is written.
+Files written:
+  map.tif              class raster (Cloud Optimized GeoTIFF) with a colour table
+  map.tif.aux.xml      category names and attribute table
+  map.qml              style for QGIS
+  map_areas.csv        area of each class
+  map_overlay.png      overlay with a legend
+  map_uncertainty.tif  uncertainty of each pixel; scale and offset of its 8-bit values are in its metadata
+
+An interrupted call goes on where it stopped. Finished blocks are kept in map.tif.work until all is written.
 """
 
 
@@ -52,12 +56,12 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         type=str | None,
         metavar="NAMES|@FILE",
         help='"building; field", "road, parking lot#808080; roof" (synonyms, colour) or @classes.txt; '
-        "the run's by default",
+        "by default those of the run",
     )
     classes.add_argument(
         "--threshold", type=float | None, metavar="T", help='pixels whose best score is below T become "other"'
     )
-    add_map_arguments(parser, default="what the run was trained with by default")
+    add_map_arguments(parser, default="by default as in training")
     _add_running_arguments(parser)
 
 
@@ -66,7 +70,7 @@ def add_map_arguments(parser: Parser, *, default: str) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--out", required=True, type=str, metavar="FILE", help=OUT_HELP)
     output.add_argument(
-        "--overwrite", action="store_true", help="replace outputs that exist, remove others of that map, its page too"
+        "--overwrite", action="store_true", help="replace existing outputs, and remove other files of that map"
     )
     output.add_argument("--scores", action="store_true", help="also write the score of the best class of each pixel")
     output.add_argument("--probabilities", action="store_true", help="also write the scores of all classes")
@@ -77,13 +81,13 @@ def add_map_arguments(parser: Parser, *, default: str) -> None:
         "--min-area", type=float, default=0.0, metavar="M2", help="smaller areas join a neighbour in the polygons"
     )
     output.add_argument(
-        "--view", action="store_true", help="also write a page to look at it (.html); takes about as long again"
+        "--view", action="store_true", help="also write a web page of the map (.html); takes about as long again"
     )
     reading = add_reading_arguments(parser, default=default)
     reading.add_argument(
-        "--gsd", type=float | None, metavar="M", help="side of a pixel in metres to read and map in; its own by default"
+        "--gsd", type=float | None, metavar="M", help="pixel size in metres for reading and mapping; by default its own"
     )
-    reading.add_argument("--aoi", type=str | None, metavar="FILE", help="map the part inside these polygons alone")
+    reading.add_argument("--aoi", type=str | None, metavar="FILE", help="map only the part inside these polygons")
     add_many_arguments(parser)
 
 
@@ -95,7 +99,7 @@ def _add_running_arguments(parser: Parser) -> None:
     add_tile_arguments(running)
     add_speed_arguments(running)
     running.add_argument(
-        "--dry-run", action="store_true", help="say size, tiles, bands, memory and time, and write nothing"
+        "--dry-run", action="store_true", help="print size, tiles, bands, memory and time, and write nothing"
     )
     running.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
 

@@ -39,7 +39,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("--split", type=str, default="train", metavar="SPLIT", help="part of the data")
     parser.add_argument("--out", required=True, type=str, metavar="FILE", help="channel ranking to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    add_reading_arguments(parser, default="measured on all images by default, unless they are 8-bit")
+    add_reading_arguments(parser, default="by default measured on all images, unless they are 8-bit")
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
     run_folder = _first_positional(parser, argv)
     add_config_arguments(parser, argv, fallback=Path(run_folder) / "config.yaml" if run_folder else None)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from drseg_core.scenes.sources import Scene
 
 IMAGE_HELP = (
-    "GeoTIFF, PNG or JPEG of any size, VRT, folder, glob, @FILE with one of these a line, or STAC items (.json); one "
-    "or several"
+    "GeoTIFF, PNG or JPEG of any size, VRT, folder, glob, STAC items (.json), or @FILE (one of these a line); one or "
+    "several"
 )
 OUT_HELP = "class raster to write (.tif); for several scenes a folder, or a pattern with {name}, {number} or {folder}"
 
@@ -32,35 +32,35 @@ def add_many_arguments(parser: Any) -> None:
     """Options of calls over many scenes, or by many processes."""
     many = parser.add_argument_group("many scenes, many processes")
     many.add_argument("--keep-going", action="store_true", help="list scenes that fail (exit code 8), map the others")
-    many.add_argument("--report", type=str | None, metavar="FILE", help="JSON file that says what became of each scene")
+    many.add_argument("--report", type=str | None, metavar="FILE", help="JSON file with the outcome of each scene")
     many.add_argument(
         "--shard",
         type=str | None,
         metavar="I/N",
-        help="make only the I-th of N parts of the blocks, for arrays of jobs; a call without it then writes the maps",
+        help="make only part I of N of the blocks, for job arrays; a last call without it writes the maps",
     )
     many.add_argument(
         "--cluster",
         type=str | None,
         metavar="ADDRESS|N",
-        help="workers of a Dask scheduler (tcp://HOST:PORT), or N processes of this machine, make the blocks",
+        help="make the blocks on the workers of a Dask scheduler (tcp://HOST:PORT), or in N processes here",
     )
     many.add_argument(
         "--mosaic",
         type=Literal["blend", "apart"],
         default="blend",
-        help="maps of scenes that overlap on one grid agree there, or each is left as it is",
+        help="blend maps of scenes that overlap on one grid, so that they agree there, or leave each as it is",
     )
-    many.add_argument("--asset", type=str | None, metavar="KEY", help="of STAC items: the key of the image")
+    many.add_argument("--asset", type=str | None, metavar="KEY", help="key of the image in STAC items")
     many.add_argument(
         "--remote",
         action="store_true",
-        help="scenes may lie elsewhere: addresses that begin with https://, http:// or s3://",
+        help="allow scenes on a network: addresses that begin with https://, http:// or s3://",
     )
 
 
 def given_scenes(args: Any) -> list[Scene]:
-    """The scenes of the command line, each with where its map goes."""
+    """The scenes of the command line, each with the place of its map."""
     from drseg_core.scenes.sources import list_scenes, with_outputs
 
     scenes = list_scenes(args.image, asset=args.asset, remote=args.remote)
@@ -75,11 +75,11 @@ def given_shard(args: Any) -> Shard | None:
 
 
 def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path | None]) -> None:
-    """Refuse, before all work, what cannot be written; with ``--keep-going`` it is listed with the rest.
+    """Refuse what cannot be written, before any work is done; with ``--keep-going`` it is listed with other failures.
 
     Raises:
         ConfigError: an output exists or cannot be written.
-        RasterError: one of several scenes is no file.
+        RasterError: one of several scenes is not a file.
     """
     from drseg_core.scenes.block_store import is_complete, work_folder
     from drseg_core.scenes.files import check_input_stays, check_outputs
@@ -96,7 +96,7 @@ def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path
         check_input_stays(report, taken, "--report is an input or a map")
 
     def overwrites(scene: Scene) -> bool:
-        # an interrupted call goes on; whether these are its files is looked at where its blocks are
+        # an interrupted call goes on; its blocks tell later whether these are its files
         out = Path(str(scene.out))
         return args.overwrite or work_folder(out).is_dir() or is_complete(work_folder(str(scenes[0].out)), out)
 

@@ -43,11 +43,11 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         type=str,
         default="tiny",
         metavar="PRESET|FILE",
-        help="configuration to study; several, with commas, for the whole of table1",
+        help="configuration to study; for the whole of table1 several, with commas",
     )
     parser.add_argument("--data", type=str | None, metavar="DATA", help=f"training data: {DATA_HELP}")
     parser.add_argument(
-        "--test", action="append", type=str, metavar="[NAME=]DATA", help="what is scored; may be given several times"
+        "--test", action="append", type=str, metavar="[NAME=]DATA", help="data to score; may be given several times"
     )
     parser.add_argument(
         "--train", type=str | None, metavar="SET:ROOT,SET:ROOT", help="training sets, for the whole of table1"
@@ -56,15 +56,18 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         "--test-all", type=str | None, metavar="ROOT", help="folder of all eight test sets, with --train"
     )
     parser.add_argument(
-        "--check", action="store_true", help="with --train: say which data and weights are missing, and nothing else"
+        "--check", action="store_true", help="with --train: only say which data and weights are missing"
     )
     parser.add_argument("--protocol", type=str | None, metavar="NAME", help="rskt, clean, ovrs or segearth")
     parser.add_argument(
-        "--seeds", type=str | None, metavar="N,N", help="one training of every variant for each; 0,1,2 by default"
+        "--seeds",
+        type=str | None,
+        metavar="N,N",
+        help="seeds of the trainings of every variant; 0,1,2 by default",
     )
     parser.add_argument("--steps", type=int | None, metavar="N", help="training steps of a variant")
     parser.add_argument(
-        "--start-steps", type=int | None, metavar="N", help="steps of the dual encoder where CLIP has random weights"
+        "--start-steps", type=int | None, metavar="N", help="steps of the dual encoder, if CLIP has random weights"
     )
     parser.add_argument(
         "--prior-v1", type=str | None, metavar="FILE", help="weights of RS-DINOv1, for table1 and table3"
@@ -73,21 +76,21 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--matched",
         action="store_true",
-        help="table1: all methods with the configuration's prior, layers, heads and MLPs instead of each with its own; "
-        "files are then named table1-matched",
+        help="table1: give all methods the configuration's prior, layers, heads and MLPs, not their own; the files are "
+        "named table1-matched",
     )
     parser.add_argument(
         "--released",
         action="store_true",
-        help="table1: RSKT-Seg with the layers of its released weights (5 on DLRSD) instead of those of its files; the "
-        "study's files are then named table1-released",
+        help="table1: give RSKT-Seg the layers of its released weights (5 on DLRSD), not those of its files; the "
+        "study's files are named table1-released",
     )
     parser.add_argument(
         "--prior-steps",
         type=int,
         default=0,
         metavar="N",
-        help="teach the random prior for N steps on labelled scenes of its own; files are then named NAME-taught",
+        help="teach the random prior for N steps on labelled scenes of its own; the files are named NAME-taught",
     )
     parser.add_argument(
         "--pieces",
@@ -95,9 +98,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         metavar="DIR",
         help="folder of real labelled pieces, for propagation; DRSEG_PIECES in the environment by default",
     )
-    parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="variants that are trained at a time, on each device"
-    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="variants trained at a time on each device")
     parser.add_argument(
         "--devices",
         type=str | None,
@@ -105,7 +106,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         help="devices that share the variants: 0,1 or cuda:0,cuda:1, or cpu",
     )
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
-    parser.add_argument("--quick", action="store_true", help="a few scenes and steps: shows that it runs, nothing else")
+    parser.add_argument("--quick", action="store_true", help="a few scenes and steps, only to see that it runs")
 
 
 def run(args: Any) -> None:

@@ -40,7 +40,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("--out", required=needed, type=str, metavar="RUN", help="run folder to write; new or empty")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
     parser.add_argument("--init", type=str | None, metavar="RUN", help="start from the weights of another run")
-    add_reading_arguments(parser, default="measured on all images by default, unless they are 8-bit")
+    add_reading_arguments(parser, default="by default measured on all images, unless they are 8-bit")
     parser.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
     out = _value(argv, "--out")
     add_config_arguments(parser, argv, fallback=Path(out) / "config.yaml" if out and "--resume" in argv else None)

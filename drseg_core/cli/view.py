@@ -34,9 +34,12 @@ is sampled, and that is said. drseg predict --view writes such a page too, also 
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.usage, parser.epilog = USAGE, EPILOG
     parser.add_argument("map", type=str, metavar="MAP", help="class raster of drseg predict")
-    parser.add_argument("--image", type=str | None, metavar="IMAGE", help="the scene that it was made of")
+    parser.add_argument("--image", type=str | None, metavar="IMAGE", help="the scene of the map")
     parser.add_argument(
-        "--run", type=str | None, metavar="RUN", help="the run that made it, for graph and correlations; needs --image"
+        "--run",
+        type=str | None,
+        metavar="RUN",
+        help="the run of the map, for graph and correlations; needs --image",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -44,7 +47,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     )
     output.add_argument("--overwrite", action="store_true", help="replace a page that exists")
     output.add_argument("--max-mb", type=float, default=60.0, metavar="N", help="size of the page in millions of bytes")
-    add_reading_arguments(parser, default="what the run was trained with, or auto, by default")
+    add_reading_arguments(parser, default="by default as in training, or auto")
     running = parser.add_argument_group("how the run looks at the scene (as it made the map)")
     running.add_argument(
         "--mode", type=Literal["whole", "tile"], default="tile", help="tiles at native resolution, or the whole image"

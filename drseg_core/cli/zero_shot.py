@@ -61,7 +61,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         "--background",
         type=str | None,
         metavar="WORDS|@FILE",
-        help='words of one more class, "background", such as "sky; wall"',
+        help='words of one more class, called "background", such as "sky; wall"',
     )
     classes.add_argument(
         "--templates",
@@ -77,8 +77,8 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         "--clip",
         type=str | None,
         metavar="FILE|NAME",
-        help="a file, hub:owner/name/file, a tag or architecture of open_clip, ARCHITECTURE:FILE, or random, which "
-        "only tries the way to a map that means nothing",
+        help="a file, hub:owner/name/file, a tag or architecture of open_clip, ARCHITECTURE:FILE, or random (only to "
+        "try the command: the map means nothing)",
     )
     weights.add_argument(
         "--prior",
@@ -87,52 +87,55 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         help="a file, hub:owner/name/file, an architecture of timm, ARCHITECTURE:FILE, none (no graph), or random",
     )
     weights.add_argument(
-        "--prior-layer", type=int | None, metavar="N", help="block, from 0, whose features are taken; the last"
+        "--prior-layer",
+        type=int | None,
+        metavar="N",
+        help="block, from 0, whose features are taken; last by default",
     )
     weights.add_argument("--offline", action="store_true", help="never connect to a network")
-    add_map_arguments(parser, default="8-bit values stay, others as auto by default")
+    add_map_arguments(parser, default="by default 8-bit values stay, and others are as with auto")
     running = parser.add_argument_group("how it runs (the preset's by default)")
     running.add_argument("--variant", type=str | None, metavar="NAME", help=f"dense features: {', '.join(VARIANTS)}")
-    running.add_argument("--rotations", type=int | None, metavar="N", help="1, or 4: the mean over quarter turns")
+    running.add_argument("--rotations", type=int | None, metavar="N", help="1, or 4 for the mean over quarter turns")
     running.add_argument("--window", type=int | None, metavar="N", help="side of a window in pixels")
     running.add_argument("--overlap", type=int | None, metavar="N", help="pixels shared by neighbouring windows")
     running.add_argument("--batch-size", type=int | None, metavar="N", help="windows per forward pass")
     running.add_argument("--device", type=str | None, metavar="DEVICE", help="cpu, cuda, cuda:N or mps")
-    running.add_argument("--dry-run", action="store_true", help="say cells, memory and time, and write nothing")
+    running.add_argument("--dry-run", action="store_true", help="print cells, memory and time, and write nothing")
     graph = parser.add_argument_group("graph of the scene (the preset's by default)")
     graph.add_argument("--k", type=int | None, metavar="N", help="neighbours of a cell")
     graph.add_argument("--gamma", type=float | None, metavar="V", help="exponent of the prior's cosine")
     graph.add_argument("--decay", type=float | None, metavar="V", help="spatial decay for each cell of distance")
-    graph.add_argument("--decay-per-metre", type=float | None, metavar="V", help="the same for each metre")
-    graph.add_argument("--radius", type=float | None, metavar="V", help="no neighbours are farther away, in cells")
-    graph.add_argument("--radius-metres", type=float | None, metavar="V", help="the same in metres")
+    graph.add_argument("--decay-per-metre", type=float | None, metavar="V", help="decay for each metre")
+    graph.add_argument("--radius", type=float | None, metavar="V", help="largest distance of neighbours in cells")
+    graph.add_argument("--radius-metres", type=float | None, metavar="V", help="the radius in metres")
     graph.add_argument(
         "--select",
         type=Literal["affinity", "cosine"] | None,
         metavar="WORD",
-        help="neighbours by the whole weight (affinity), or by the cosine alone",
+        help="choose neighbours by the whole weight (affinity), or by the cosine alone",
     )
     graph.add_argument("--alpha", type=float | None, metavar="V", help="share of the neighbours, below 1")
     graph.add_argument(
         "--steps",
         type=int | None,
         metavar="N",
-        help="steps of propagation; 0 for no graph; solved to the end if absent",
+        help="steps of propagation; 0 for no graph; by default it is solved to the end",
     )
     graph.add_argument(
         "--refine",
         action=BooleanOptionalAction,
         default=None,
-        help="spread the logits over pixels of like colour too; off by default",
+        help="also spread the logits over pixels of like colour; off by default",
     )
     graph.add_argument("--logit-scale", type=float | None, metavar="V", help="factor of the cosines in scores")
-    graph.add_argument("--max-cells", type=int | None, metavar="N", help="one graph of more cells is refused")
+    graph.add_argument("--max-cells", type=int | None, metavar="N", help="most cells of one graph; more are refused")
     graph.add_argument(
         "--super-tile",
         type=int | None,
         metavar="CELLS",
-        help="with a radius and steps, a larger scene goes in overlapping parts of at most CELLS, with the same map; "
-        "262144 by default, about 2 GB",
+        help="with --radius and --steps, a larger scene is mapped in overlapping parts of at most CELLS, and the map "
+        "is the same; 262144 by default, about 2 GB",
     )
 
 

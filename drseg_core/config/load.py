@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["load_config", "override", "to_yaml"]
 
 T = TypeVar("T")
-# a configuration is a page of text; anything far larger is another file given by mistake
+# a configuration is a page of text; a far larger file was given by mistake
 SIZE_LIMIT = 1_000_000
 DEPTH_LIMIT = 20
 
 
 def preset_names() -> tuple[str, ...]:
-    """Names that :func:`load_config` takes beside paths."""
+    """Names that :func:`load_config` takes, besides paths."""
     folder = resources.files("drseg_core.config") / "presets"
     return tuple(sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")))
 

@@ -21,16 +21,16 @@ __all__ = ["METHODS", "Method", "PublishedSizes", "apply_method", "published_opt
 
 @dataclass(frozen=True)
 class PublishedSizes:
-    """What a method's own files have where the configuration has something else; None is the configuration's.
+    """Sizes of a method's own files that differ from the configuration's; None keeps the configuration's.
 
     Args:
         prior: its prior: ``v1`` is RS-DINOv1, which the printed rows of GSNet and RSKT-Seg use.
         layers: aggregation layers with ViT-B and with ViT-L.
-        released: layers of its released weights by training set, where they are others than those of its files.
+        released: layers of its released weights by training set, where they differ from those of its files.
         heads: attention heads of the aggregator.
         mlp_hidden: hidden width of the aggregator's MLPs.
         remote_clip: whether RemoteCLIP guides its decoder.
-        options: further options with ViT-B and with ViT-L: another encoder, image sizes, what of CLIP is trained.
+        options: further options with ViT-B and with ViT-L: another encoder, image sizes, the trained parts of CLIP.
 
     Examples:
         >>> from drseg_core.config.methods import METHODS
@@ -79,7 +79,7 @@ _SWIN = {"model.aggregator.kind": "swin"}
 
 
 def _convnext(name: str, weights: str) -> dict[str, Any]:
-    """SED's encoder: all of the image tower is trained, and nothing of the text's."""
+    """SED's encoder: the whole image tower is trained, the text tower is not."""
     return {
         "model.clip.name": name,
         "model.clip.weights": weights,
@@ -90,7 +90,7 @@ def _convnext(name: str, weights: str) -> dict[str, Any]:
 
 
 def _side_adapter(image_size: int, blocks: int, *, trainable: str = "position") -> dict[str, Any]:
-    """SAN's two image sizes, and its frozen CLIP, whose position embedding alone is trained."""
+    """SAN's two image sizes, and its frozen CLIP, of which only the position embedding is trained."""
     return {
         "model.clip.image_size": image_size,
         "model.clip.trainable": trainable,

@@ -21,10 +21,10 @@ class Reading:
 
     Args:
         bands: one or three band numbers from 1, as red, green and blue; None looks for them.
-        nodata: value that means nothing is there, besides what the file declares.
+        nodata: value of pixels without data, besides what the file declares.
         scale: one or three pairs LOW, HIGH that become 0 and 255; None leaves 8-bit values alone and measures others.
         measure: measure the scale whatever the type.
-        depth: type of the stored values that the scale is for, such as ``uint16``; None takes it for any.
+        depth: type of the stored values that the scale is for, such as ``uint16``; None means any type.
     """
 
     bands: tuple[int, ...] | None = None
@@ -102,6 +102,6 @@ def scale_text(limits: Sequence[tuple[float, float]]) -> str:
 def choose_reading(trained: ReadingConfig, given: ReadingConfig) -> ReadingConfig:
     """The options of a run with those of the command line on top."""
     values = {name: getattr(given, name) for name in ("bands", "nodata", "scale", "gsd")}
-    # a scale that is given is for what it is given for
+    # a scale from the command line is for the files it is given with, whatever their type
     own = {"depth": None} if given.scale is not None else {}
     return replace(trained, **own, **{name: value for name, value in values.items() if value is not None})

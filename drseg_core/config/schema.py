@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every option of the model, its training and its evaluation.
 
-Defaults are the paper's values where it states them (arXiv 2604.02010), those of the benchmark it follows
-otherwise. Equation numbers are the paper's.
+Defaults are the paper's values (arXiv 2604.02010). Where it states none, they are those of the benchmark that it
+follows. Equation numbers are the paper's.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class ClipConfig:
         weights: open_clip tag, path of a local weight file, or null for random initial weights.
         image_size: side in pixels to which images are resized before CLIP.
         guidance_blocks: two visual block indices (from 0) whose outputs guide the decoder.
-        trainable: ``attention`` trains the query and value projections of both towers, ``all`` everything, ``visual``
-            the image tower (SED), ``position`` its position embedding (SAN).
+        trainable: what is trained: ``attention`` means the query and value projections of both towers, ``all``
+            everything, ``visual`` the image tower (SED), ``position`` its position embedding (SAN).
         template: prompt into which the class name is put.
     """
 
@@ -118,8 +118,8 @@ class GraphConfig:
 
     Args:
         k: neighbours per node.
-        grid: nodes are the cells of the ``clip`` grid, to which the prior is averaged, or those of the ``prior``'s own
-            finer grid, to which the structural channels are enlarged and from which they are averaged back.
+        grid: the grid whose cells are nodes. With ``clip`` the prior is averaged to CLIP's grid. With ``prior`` the
+            structural channels are enlarged to the prior's finer grid, and averaged back afterwards.
         affinity: form of Eq. 7.
         gamma: feature scale of Eq. 7; only ``decay / gamma`` matters for the choice of neighbours.
         decay: strength of the spatial decay (lambda of Eq. 7).
@@ -135,8 +135,8 @@ class GraphConfig:
         residual: add the input of the graph to its output.
         use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity.
         norm_scale: initial weight of the final LayerNorm; it sets how much the rectified channels weigh in the cosine.
-            ``match`` takes the one that gives them the norm that CLIP's own structural channels have on the training
-            set, as ``drseg rank`` measures it.
+            ``match`` gives them the norm of CLIP's own structural channels on the training set, as measured by
+            ``drseg rank``.
         backend: kernel backend; null takes the best that can run.
     """
 
@@ -164,14 +164,14 @@ class FusionConfig:
     """How the original and the refined correlation are joined (UGAF, Eq. 12-13, and the rows of Table 4).
 
     Args:
-        kind: ``ugaf``; ``mean``, ``concat`` or ``separate`` of Table 4; ``replace`` (the refined map takes the place of
-            the canonical one) or ``sum`` (it is added to each original one), readings of Table 2 without UGAF, which
-            the paper does not tell; ``none`` is the baseline without prior, graph and refined correlation (first row of
-            Table 2); ``cosine`` is the dual encoder alone, its
-            logits being scaled cosines: it makes a CLIP out of random weights.
+        kind: ``ugaf``, or ``mean``, ``concat`` or ``separate`` of Table 4. The paper does not say what Table 2 has
+            without UGAF. Two readings of it are ``replace`` (the refined map takes the place of the canonical one) and
+            ``sum`` (it is added to each original one). ``none`` is the baseline without prior, graph and refined
+            correlation (first row of Table 2). ``cosine`` is the dual encoder alone, with scaled cosines as logits. It
+            makes a CLIP out of random weights.
         branch: what the refined correlation is made of: CLIP's features rectified over the ``graph``, or the
             ``prior``'s own features in the joint space (RSKT-Seg, GSNet), without split and graph.
-        original: of CLIP's correlation the fusion gets one map per rotation (``stack``), or their ``mean``.
+        original: what the fusion gets of CLIP's correlation: one map per rotation (``stack``), or their ``mean``.
         tau: temperature of Eq. 12; null makes it a learned parameter that starts at 0.01.
         gate: form of Eq. 13; ``none`` leaves the factor out.
         detach_gate: do not send gradients through the uncertainty.
@@ -194,9 +194,9 @@ class AggregatorConfig:
     """Cost aggregation over space and classes.
 
     Args:
-        kind: ``efficient``: reduced-key spatial attention and class attention (RSKT-Seg); ``swin``: shifted windows
-            and a linear-attention class transformer (CAT-Seg, whose ``heads`` are 4 and ``mlp_hidden`` 512); ``conv``:
-            wide depth-wise convolutions and the same class transformer (SED).
+        kind: ``efficient`` has reduced-key spatial attention and class attention (RSKT-Seg). ``swin`` has shifted
+            windows and a linear-attention class transformer (CAT-Seg, with ``heads`` 4 and ``mlp_hidden`` 512).
+            ``conv`` has wide depth-wise convolutions and the same class transformer (SED).
         layers: number of aggregation layers. Published values of the benchmark's code: 3 (ViT-B) and 2 (ViT-L) in its
             files, 5 (DLRSD) and 3 or 2 (iSAID, ViT-B or L) for its released weights.
         width: channels of the aggregated cost volume.
@@ -205,7 +205,7 @@ class AggregatorConfig:
         window: side of the windows of ``swin``, in cells.
         class_pooling: side of the pooling before the class attention of ``swin`` and ``conv``, in training and in
             evaluation.
-        class_slots: length to which ``swin`` and ``conv`` fill up the class axis by a learned token; 0 does not.
+        class_slots: length to which ``swin`` and ``conv`` fill up the class axis with a learned token; 0 turns it off.
     """
 
     kind: Literal["efficient", "swin", "conv"] = "efficient"
@@ -223,9 +223,9 @@ class DecoderConfig:
     """Two up-sampling stages, each guided by one CLIP block, and by one block of the prior where asked.
 
     Args:
-        kind: ``upsampling``, or SED's three stages that aggregate and up-sample in turn (``gradual``): there is no
-            other aggregation then, and of what follows they have nothing; their widths are halves, quarters and eighths
-            of ``aggregator.width``. CLIP may then be a ConvNeXt.
+        kind: ``upsampling``, or SED's three stages that aggregate and up-sample in turn (``gradual``). With
+            ``gradual`` there is no other aggregation, and the options below have no effect. The widths of its stages
+            are a half, a quarter and an eighth of ``aggregator.width``. CLIP may then be a ConvNeXt.
         widths: output channels of the two stages.
         guidance_widths: guidance channels joined in the two stages.
         guidance_hidden: channels of the up-sampled guidance before it is reduced to ``guidance_widths``.
@@ -254,8 +254,8 @@ class ProposalConfig:
     Args:
         kind: ``none``, ``side_adapter`` (SAN) or ``calibrated`` (SCAN).
         queries: mask proposals of an image.
-        image_size: side in pixels of the image that the side network sees, in patches of 16 (SAN: 640); null is CLIP's
-            own, in patches half as wide as CLIP's.
+        image_size: side in pixels of the image that the side network sees, in patches of 16 (SAN: 640). Null takes
+            CLIP's image, in patches half as wide as CLIP's.
         width: channels of the side network.
         layers: transformer layers of the side network; the last two are supervised.
         heads: attention heads of the side network.
@@ -302,19 +302,19 @@ class TrainConfig:
         clip_learning_rate_scale: factor on the base rate for the CLIP parameters.
         weight_decay: decoupled weight decay; none for normalisation layers and embeddings.
         gradient_clip: bound on the global L2 norm of the gradient.
-        edge_eps: AdamW's epsilon for the MLP of Eq. 8. The degrees divide most of its gradient away: at 1e-8, AdamW's
-            own, the MLP of the tiny preset takes a tenth of the steps that other parameters take.
-        precision: ``float32`` (the protocol), or ``bfloat16`` for the linear maps and convolutions (autocast); weights,
+        edge_eps: AdamW's epsilon for the MLP of Eq. 8. The degrees divide most of its gradient away. At AdamW's usual
+            1e-8, the steps of this MLP in the tiny preset are a tenth of those of other parameters.
+        precision: ``float32`` (the protocol), or ``bfloat16`` for the linear maps and convolutions (autocast). Weights,
             correlations, sums and the loss stay in float32.
         loss: ``binary`` cross-entropy of every class and pixel (the protocol), or ``softmax`` cross-entropy over the
             classes at the resolution of the logits.
-        alignment_weight: weight of an additional softmax cross-entropy on the original correlation (over 0.1): it
-            tells a CLIP with random weights what to match. 0 in the protocol, whose CLIP is trained already.
+        alignment_weight: weight of an additional softmax cross-entropy on the original correlation (over 0.1). It
+            teaches a CLIP with random weights what to match. It is 0 in the protocol, whose CLIP is trained already.
         schedule: learning rate over time.
         warmup_iterations: steps of linear warm-up.
         ignore_mode: pixels of id 255 are negative for every class (``zeros``, the protocol) or left out (``masked``).
-        unlabelled: with ``ignore_mode`` ``zeros``, images without any label have no part in the loss (``left_out``), or
-            are negative for every class too, as in the benchmark's code (``negative``).
+        unlabelled: with ``ignore_mode`` ``zeros``: images without any label have no part in the loss (``left_out``), or
+            are negative for every class, as in the benchmark's code (``negative``).
         color_jitter: photometric distortion of the training images.
         workers: data loading processes.
         checkpoint_every: steps between checkpoints.
@@ -370,9 +370,9 @@ class ReadingConfig:
     """How the pixels of a user's own images become 8-bit RGB. A training writes what it used into its run.
 
     Args:
-        scale: what becomes 0 and 255: ``LOW,HIGH``, three such pairs with ``;`` between them, or ``auto`` (2 and 98 %);
-            null leaves 8-bit values alone and is ``auto`` for others.
-        nodata: value of pixels where nothing is, besides what the files declare.
+        scale: values that become 0 and 255: ``LOW,HIGH``, three such pairs with ``;`` between them, or ``auto`` (2 and
+            98 %). Null leaves 8-bit values alone and is ``auto`` for others.
+        nodata: value of pixels without data, besides what the files declare.
         bands: numbers of red, green and blue from 1, such as ``4,3,2``; null finds them.
         gsd: side of a pixel in metres that the model is trained for; null takes that of the images.
         depth: type of the stored values that ``scale`` is for, such as ``uint16``; set by the training.

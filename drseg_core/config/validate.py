@@ -20,7 +20,7 @@ def _at_least(bound: float) -> tuple[str, Callable[[Any], bool]]:
 _POSITIVE: tuple[str, Callable[[Any], bool]] = ("above 0", lambda value: value > 0)
 _SHARE: tuple[str, Callable[[Any], bool]] = ("0 to below 1", lambda value: 0 <= value < 1)
 _SEED: tuple[str, Callable[[Any], bool]] = (f"0 to below {SEED_LIMIT}", lambda value: 0 <= value < SEED_LIMIT)
-# null passes everywhere: where an option may not be null its type says so; of a pair both values are checked
+# null passes here, because the type says where it is allowed; both values of a pair are checked
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seed": _SEED,
     "model.clip.image_size": _at_least(1),

@@ -17,13 +17,13 @@ from drseg_core.errors import ConfigError
 __all__ = ["ZeroShotConfig", "load_zero_shot"]
 
 VARIANTS = ("value", "value_residual", "maskclip", "sclip", "clearclip", "naclip", "segearth", "proxyclip")
-"""Dense features, of :mod:`drseg_core.models.dense_features`; here, so that a command line knows them without torch."""
+"""Dense features of :mod:`drseg_core.models.dense_features`; here, so that a command line knows them without torch."""
 
 NO_PRIOR = "none"
-"""The name of a prior that is not there."""
+"""The name that means: no prior."""
 
 DECAY = 0.16
-"""LPOSS's, for each cell of 16 pixels."""
+"""The decay of LPOSS, for each cell of 16 pixels."""
 
 IN_METRES = {"decay": "decay_per_metre", "radius": "radius_metres"}
 """Options in cells, and those that take their place in metres."""
@@ -33,10 +33,11 @@ IN_METRES = {"decay": "decay_per_metre", "radius": "radius_metres"}
 class ZeroShotConfig:
     """Every option of :func:`drseg_core.zero_shot`.
 
-    Of ``clip`` name and weights are read, of ``prior`` all but its image size, which is the window. Which defaults are
-    best was not compared here, as CLIP's weights were not at hand: variant and templates are those of their papers,
-    the window is CLIP's own input with half overlap, ``alpha``, ``gamma`` and ``decay`` are LPOSS's (per cell of 16
-    pixels), and ``k`` is that of DR-Seg.
+    Only name and weights of ``clip`` are read. The image size of ``prior`` is not read: the window takes its place.
+
+    The defaults were not compared here, because CLIP's weights were not at hand. Variant and templates are those of
+    their papers. The window is CLIP's own input with half overlap. ``alpha``, ``gamma`` and ``decay`` are LPOSS's (per
+    cell of 16 pixels), and ``k`` is DR-Seg's.
 
     Args:
         clip: image and text towers.
@@ -48,19 +49,19 @@ class ZeroShotConfig:
         batch_size: windows per forward pass.
         k: neighbours of a cell in the graph of the scene.
         gamma: exponent of the prior's cosine.
-        decay: spatial decay for each cell of distance; null is 0.16 where ``decay_per_metre`` is null too.
-        decay_per_metre: the same for each metre on the ground, in the place of ``decay``; the sides of a pixel in the
+        decay: spatial decay for each cell of distance; null means 0.16, if ``decay_per_metre`` is null too.
+        decay_per_metre: the decay for each metre on the ground, instead of ``decay``. The sides of a pixel in the
             middle of the scene may differ by at most 5 %.
-        radius: cells farther apart than so many are no neighbours; null is no limit.
-        radius_metres: the same in metres on the ground, in the place of ``radius``.
+        radius: cells farther apart than this many cells are no neighbours; null is no limit.
+        radius_metres: the radius in metres on the ground, instead of ``radius``.
         select: neighbours by the whole weight (``affinity``), or by the ``cosine`` alone.
         alpha: share of the neighbours, in [0, 1).
-        steps: that many steps of propagation; null solves to the end, 0 leaves the graph out.
-        refine: spread the logits over pixels of like colour too (:mod:`drseg_core.nn.pixel_propagation`). On real
+        steps: number of propagation steps; null solves to the end, 0 leaves the graph out.
+        refine: also spread the logits over pixels of like colour (:mod:`drseg_core.nn.pixel_propagation`). On real
             labelled pieces it moved few outlines (``docs/zero_shot.md``), so it is off by default.
-        logit_scale: factor of the cosines before the softmax that gives scores; CLIP's own came to 100.
-        max_cells: one graph of more cells is refused.
-        super_tile: with a radius and steps, a scene of more cells goes in overlapping parts of at most so many, and
+        logit_scale: factor of the cosines before the softmax that gives scores; CLIP's own training ended at 100.
+        max_cells: a single graph of more cells is refused.
+        super_tile: most cells of one part. With a radius and steps, a larger scene is mapped in overlapping parts, and
             the map is the same. The default takes about 2 GB with a prior of 768 channels.
 
     Raises:
@@ -122,12 +123,12 @@ class ZeroShotConfig:
 
     @property
     def has_reach(self) -> bool:
-        """Whether what becomes of a cell depends on cells within a reach alone, so that a scene can go in parts."""
+        """Whether a cell depends only on cells within a reach, so that a scene can be mapped in parts."""
         return self.steps is not None and (self.radius is not None or self.radius_metres is not None)
 
 
 def zero_shot_presets() -> tuple[str, ...]:
-    """Names that :func:`load_zero_shot` takes beside paths."""
+    """Names that :func:`load_zero_shot` takes, besides paths."""
     folder = resources.files("drseg_core.config") / "presets" / "zero_shot"
     return tuple(sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")))
 

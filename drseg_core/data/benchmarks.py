@@ -2,11 +2,11 @@
 """The eight benchmark sets: class names, colours and folders, as the benchmark's release has them.
 
 Sources: the registration files and prompt lists of RSKT-Seg, whose protocol the paper follows. Masks hold ids 0 to
-T - 1 in the order of the class names, 255 = ignore (the release calls such folders ``D2masks``; a sibling folder
-``OVS_label`` holds ids that are one higher and cannot be used). Names are prompts: their wording is part of a result.
+T - 1 in the order of the class names, 255 = ignore. The release calls such folders ``D2masks``. A sibling folder
+``OVS_label`` holds ids that are one higher, and cannot be used. Names are prompts: their wording is part of a result.
 
-Two readings are this project's own. The release has training and validation parts of DLRSD and iSAID only; for the
-other sets the split folder is named after theirs, and ``drseg data prepare`` fills it. And where the folder of all
+Two readings are this project's own. The release has training and validation parts only of DLRSD and iSAID. For the
+other sets the split folder has a name after theirs, and ``drseg data prepare`` fills it. And if the folder of all
 images is missing, ``all`` is the union of the split folders.
 """
 
@@ -28,15 +28,15 @@ class Benchmark:
     """One set.
 
     Args:
-        name: what ``NAME:ROOT`` and the commands call it.
-        title: what the paper calls it.
+        name: its name in ``NAME:ROOT`` and in commands.
+        title: its name in the paper.
         class_names: prompts in id order.
         palette: RGB of each class, in the same order.
         all_folder: folder with every image, below the common root.
         split_folder: folder of one split; ``{}`` is its name.
         images: name of the folder of images in both.
         masks: name of the folder of masks in both.
-        image_side: side in pixels of the square images; None where they are not all of one size.
+        image_side: side in pixels of the square images; None if they are not all of one size.
     """
 
     name: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A look at every file of a data set: what is in it, and all that is wrong with it, not only the first fault."""
+"""A look at every file of a data set: its contents, and all of its faults, not only the first one."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.extras import require
 
 FOLDER = "folder"
-"""Kind of a user's own set, beside the names of the benchmark sets."""
+"""Kind of a user's own set; the other kinds are names of benchmark sets."""
 
 FEW_IDS = 3
 """Masks of a split that hold fewer ids than this, of five classes or more, look collapsed."""
 
 
 MOSTLY = 0.5
-"""Share of pixels without a known class from which on it is worth a word."""
+"""Share of pixels without a known class from which on there is a warning."""
 
 
 class Finding(NamedTuple):
@@ -59,7 +59,7 @@ class SplitReport:
 
 @dataclass
 class CheckReport:
-    """The result: ``problems`` make the set unusable, ``warnings`` are to be looked at."""
+    """The result: ``problems`` make the set unusable, ``warnings`` should be looked at."""
 
     kind: str
     root: Path
@@ -246,7 +246,7 @@ def _has_palette(path: Path) -> bool:
 
 
 def _judge(report: CheckReport, split: str, found: SplitReport) -> None:
-    """What the histogram of a whole split tells."""
+    """Findings from the histogram of a whole split."""
     names = report.class_names
     present = [int(i) for i in np.flatnonzero(found.pixels) if i != IGNORE]
     if present and 0 not in present and _other_ids(found, len(names)) == [len(names)]:
@@ -284,7 +284,7 @@ def _judge(report: CheckReport, split: str, found: SplitReport) -> None:
 
 
 def _unknown(found: SplitReport, present: Sequence[int], split: str, classes: int) -> list[Finding]:
-    """What the pixels of 255 tell, which means that nothing is known there."""
+    """Findings from the pixels of 255, whose class is unknown."""
     ignored, total = int(found.pixels[IGNORE]), int(found.pixels.sum())
     if not total or not ignored:
         return []
@@ -325,9 +325,9 @@ def _verify(report: CheckReport, home: Path, parts: Sequence[Path]) -> None:
 
 
 def overlay_sheet(report: CheckReport, *, samples: int = 16, cell: int = 160) -> Image8:
-    """Images beside themselves with their masks on them, evenly drawn from all splits, with a legend.
+    """Images, each beside a copy with its mask on it, evenly drawn from all splits, with a legend.
 
-    Colours are those of the benchmark set. A mask that is shifted or of other classes is seen at a glance.
+    Colours are those of the benchmark set. So a shifted mask, or one of other classes, is seen at a glance.
 
     Returns:
         (H, W, 3) uint8.

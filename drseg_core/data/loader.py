@@ -26,8 +26,11 @@ _ORDER, _AUGMENT = 1, 2
 
 
 class TrainingBatch(NamedTuple):
-    """``image`` (B, 3, S, S) float32 in [0, 1], ``mask`` (B, S, S) uint8 with 255 = ignore, and ``position``: samples
-    drawn, over all processes, before this batch."""
+    """One batch.
+
+    ``image`` (B, 3, S, S) is float32 in [0, 1], ``mask`` (B, S, S) uint8 with 255 = ignore. ``position`` is the number
+    of samples drawn before this batch, over all processes.
+    """
 
     image: Tensor
     mask: Tensor
@@ -35,7 +38,7 @@ class TrainingBatch(NamedTuple):
 
 
 class _Failure(NamedTuple):
-    """A sample that could not be made. It travels as text: not every exception survives the way between processes."""
+    """A sample that could not be made. It is sent as text: some exceptions cannot be sent between processes."""
 
     kind: str
     message: str
@@ -85,8 +88,8 @@ def _collate(samples: list[tuple[Tensor, Tensor] | _Failure]) -> tuple[Tensor, T
 
 
 def _start_worker(worker: int) -> None:
-    # an interrupt goes to the whole process group; the main process alone answers it. A handler of the main
-    # process for SIGTERM would keep its workers alive
+    # an interrupt goes to the whole process group, and only the main process answers it; a SIGTERM handler that
+    # workers inherit from it would keep them alive
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -121,7 +124,7 @@ def training_batches(
         dataset: the samples.
         crop_size: side S of the square crops in pixels.
         batch_size: images per step over all processes; ``world_size`` must divide it. Process ``rank`` gets slice
-            ``rank`` of every batch, so all together see what one process would.
+            ``rank`` of every batch. So all processes together see the same as a single one.
         seed: seed of order and augmentation.
         start: position to begin at; ``position + batch_size`` of the last batch that was used continues exactly.
         color_jitter: distort colours.

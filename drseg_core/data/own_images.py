@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of a user's own set, read as a scene is: the same types, bands, nodata and scale.
 
-8-bit RGB, gray and palette images go the quick way of :mod:`drseg_core.data.images`, which gives the same pixels;
-what only GDAL can tell (16-bit and float, more bands, colour interpretation, nodata) goes through
+8-bit RGB, gray and palette images are read by :mod:`drseg_core.data.images`, which is quick and gives the same pixels.
+Images that need GDAL (16-bit and float, more bands, colour interpretation, nodata) are read by
 :class:`drseg_core.data.raster.RasterReader`.
 """
 
@@ -51,14 +51,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rgb:
-    """``image`` (H, W, 3) uint8 and ``valid`` (H, W), None where all pixels are."""
+    """``image`` (H, W, 3) uint8 and ``valid`` (H, W); None if all pixels are valid."""
 
     image: NDArray[np.uint8]
     valid: NDArray[np.bool_] | None = None
 
 
 def through_gdal(path: Path, max_pixels: int) -> bool:
-    """Whether an image holds what only GDAL tells. Reads the header.
+    """Whether an image needs GDAL. Reads the header.
 
     Raises:
         DatasetError: it is not an image.
@@ -81,7 +81,7 @@ def through_gdal(path: Path, max_pixels: int) -> bool:
 
 
 def own_size(path: Path, *, max_pixels: int, mask: bool = False) -> tuple[int, int]:
-    """(height, width) by the header, also of files that are too large to be decoded at a time, as GDAL reads parts.
+    """(height, width) by the header, also of files too large to be decoded at once, since GDAL reads parts.
 
     Raises:
         DatasetError: not an image, or too large for what opens it.
@@ -166,7 +166,7 @@ def read_rgb(path: Path, reading: Reading, *, max_pixels: int) -> Rgb:
 
 
 def _opaque(path: Path, max_pixels: int) -> NDArray[np.bool_] | None:
-    """Where a PNG is not wholly transparent; None where it is nowhere."""
+    """Where a PNG is not wholly transparent; None if no pixel is transparent."""
     from PIL import ImageOps
 
     with opened(path, max_pixels) as image:
@@ -201,15 +201,16 @@ def _applied(path: Path, image: NDArray[np.uint8], valid: NDArray[np.bool_] | No
 
 
 def settle(config: ReadingConfig, paths: Sequence[Path], *, max_pixels: int, name: str) -> ReadingConfig:
-    """Options for a whole set: a scale that is to be measured is measured once, over all of its images.
+    """Options for a whole set: if a scale has to be measured, this is done once, over all of its images.
 
-    What was chosen is said; so is a value that looks like nodata, or bands that may not be red, green and blue.
+    Log lines say what was chosen, and warn of a value that looks like nodata and of bands that may not be red, green
+    and blue.
 
     Args:
         config: the options.
         paths: the images.
         max_pixels: bound on the pixels of a file.
-        name: of the set, for what is said.
+        name: name of the set, for log lines.
 
     Raises:
         DatasetError: some images are 8-bit and others are not, or one cannot be read.
@@ -257,7 +258,7 @@ def settle(config: ReadingConfig, paths: Sequence[Path], *, max_pixels: int, nam
 
 
 def _pixel_side(paths: Sequence[Path]) -> float | None:
-    """Side of a pixel in metres, the middle one of the first images that have a place; None without any."""
+    """Side of a pixel in metres, the median of the first images with a georeference; None without any."""
     sides = []
     if installed("rasterio"):
         for path in [path for path in paths if path.suffix.lower() in (".tif", ".tiff")][:8]:
@@ -268,7 +269,7 @@ def _pixel_side(paths: Sequence[Path]) -> float | None:
 
 
 def _warn_of_nodata(paths: Sequence[Path], reading: Reading, max_pixels: int) -> None:
-    """Say where the first 8-bit images have a value that looks like nodata."""
+    """Warn if the first 8-bit images have a value that looks like nodata."""
     for path in paths[:4]:
         try:
             found = read_rgb(path, replace(reading, scale=None), max_pixels=max_pixels)

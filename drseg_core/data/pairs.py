@@ -67,8 +67,8 @@ class PairDataset(SegmentationDataset):
     header (sizes must agree, a mask must be one) and no pixels. :mod:`drseg_core.data.images` says which formats are
     converted and which refused.
 
-    Decoders do not notice a flipped bit in a JPEG or raw TIFF. Where a folder's ``home`` holds ``manifest.sha256``
-    (lines of ``sha256sum``, paths relative to it), every file of the split is read once and held to it.
+    Decoders do not notice a flipped bit in a JPEG or raw TIFF. If a folder's ``home`` holds ``manifest.sha256`` (lines
+    of ``sha256sum``, paths relative to it), every file of the split is read once and compared with it.
 
     Args:
         root: the folder that names are relative to.
@@ -76,9 +76,9 @@ class PairDataset(SegmentationDataset):
         folders: where the files are.
         layout: what is expected below ``root``, for errors.
         max_pixels: larger files are refused before they are decoded.
-        reading: how the images of a user's own set are read; None takes 8-bit RGB alone, as benchmark sets have it.
-        window: side of the windows in which large images of such a set are read, each a sample of its own; None takes
-            every image as a whole.
+        reading: how the images of a user's own set are read; None takes only 8-bit RGB, as in benchmark sets.
+        window: side of the windows in which large images of such a set are read. Each window is a sample of its own.
+            None takes every image as a whole.
 
     Raises:
         DatasetError: no image, files without partner, sizes that differ (the first ten are named), a link that leaves
@@ -151,7 +151,7 @@ class PairDataset(SegmentationDataset):
         return type(self).__name__
 
     def _cut(self, side: int) -> list[tuple[int, tuple[int, int, int, int] | None]]:
-        """Samples as the number of their pair, and their window where the pair is large."""
+        """Samples as the number of their pair, with a window if the pair is large."""
         parts: list[tuple[int, tuple[int, int, int, int] | None]] = []
         large = 0
         for number, (height, width) in enumerate(self.sizes):
@@ -172,7 +172,7 @@ class PairDataset(SegmentationDataset):
         return parts
 
     def large(self, index: int) -> tuple[int, int] | None:
-        """(height, width) of an image that :meth:`part` reads better than the whole of it; None of all others."""
+        """(height, width) of an image that is better read by :meth:`part` than as a whole; None for all others."""
         if self._reading is None or self._parts is not None:
             return None
         height, width = self.sizes[index]
@@ -244,8 +244,8 @@ class PairDataset(SegmentationDataset):
     def fingerprint(self) -> str:
         """SHA-256 of class names, file names and file contents.
 
-        Reads every file once, at the speed of the disk, and keeps the answer: decoders do not notice a flipped bit in
-        a JPEG or an uncompressed TIFF, so nothing less tells whether two runs saw the same data.
+        Reads every file once, at the speed of the disk, and keeps the answer. Decoders do not notice a flipped bit in a
+        JPEG or an uncompressed TIFF. So only the contents tell whether two runs saw the same data.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256()

@@ -4,29 +4,33 @@
 Numbers of two protocols cannot be compared, even where the set and the metric have the same names. The four:
 
 ``rskt``
-    The benchmark that the paper follows (RSKT-Seg). Every image of every set, so the columns of DLRSD and iSAID
-    include the images that were trained on. LoveDA has 8 classes: "no-data" is a prompt and is scored. Whole images:
-    shortest edge to 640 (longest at most 2560), then to the model's size whatever the aspect ratio. Classes that occur
-    in the truth are averaged. Two faults of that code are part of it. The resized image is padded to multiples of 32 at
-    its right and lower edge, and what comes out of the model is stretched over the image, padding and all: by nothing
-    where an image is square, by 51 pixels at the right edge of VDD's 4000 x 3000. And a training image without any
-    label teaches that every class is absent (``train.unlabelled``, which a study sets and ``drseg train`` has).
+    The benchmark that the paper follows (RSKT-Seg). It scores every image of every set. So the columns of DLRSD and
+    iSAID include the images that were trained on. LoveDA has 8 classes: "no-data" is a prompt and is scored. Images are
+    seen whole: shortest edge to 640 (longest at most 2560), then to the model's size whatever the aspect ratio. Classes
+    that occur in the truth are averaged.
+
+    Two faults of that code are part of the protocol. First, the resized image is padded to multiples of 32 at its right
+    and lower edge. The output of the model is then stretched over the image with its padding. A square image is not
+    shifted by this, the right edge of VDD's 4000 x 3000 by 51 pixels. Second, a training image without any label
+    teaches that every class is absent (``train.unlabelled``, an option of ``drseg train`` that studies set).
 ``clean``
-    What ``rskt`` should be: held-out images only and only classes that are something. DLRSD and iSAID are scored on
-    ``val``; the other six on every image, as long as the model was not trained on the same set (``drseg evaluate``
-    refuses that). LoveDA's no-data is ignored, as its makers ask, so it has 7 classes. Images are not padded, and those
-    without a label have no part in the loss. Otherwise as ``rskt``.
+    What ``rskt`` should be: only held-out images, and only real classes. DLRSD and iSAID are scored on ``val``. The
+    other six are scored on every image, unless the model was trained on the same set (``drseg evaluate`` refuses that).
+    LoveDA's no-data is ignored, as its makers ask, so it has 7 classes. Images are not padded, and those without a
+    label have no part in the loss. Otherwise as ``rskt``.
 ``ovrs``
-    OVRS on its four sets: the same images and classes as ``rskt``, but sliding windows: the image at 640 x 640, four
-    windows of 384 at stride 256 and the whole image at 384, their scores averaged.
+    OVRS on its four sets, with the same images and classes as ``rskt``, but in sliding windows. The image is resized to
+    640 x 640. The scores of four windows of 384 at stride 256, and of the whole image at 384, are averaged.
 ``segearth``
-    SegEarth-OV, a public protocol for who has the original archives only. Validation images (test for UAVid and VDD),
+    SegEarth-OV, a public protocol that needs only the original archives. Validation images (test for UAVid and VDD),
     other class names, 16 classes of iSAID with background, 7 of LoveDA and UAVid (cars are one class). Long side at
-    448, windows of 224 at stride 112. A class that is only predicted counts as 0. Potsdam, Vaihingen and iSAID are cut
-    differently than in the benchmark (``drseg data prepare potsdam --patch 512 --edges shift``; 14 test tiles then
-    give the 2,016 images it states, so its stride is 512 in effect). It does not know DLRSD. Three things are not as
-    there: frames of UAVid stay whole instead of crops of 1280 x 1080, only the first of several names of a class is a
-    prompt, and no score threshold sends pixels to the background.
+    448, windows of 224 at stride 112. A class that is only predicted counts as 0. It does not have DLRSD.
+
+    Potsdam, Vaihingen and iSAID are cut differently than in the benchmark (``drseg data prepare potsdam --patch 512
+    --edges shift``). 14 test tiles then give the 2,016 images that it states, so its stride is 512 in effect.
+
+    Three things differ from its code. Frames of UAVid stay whole, instead of crops of 1280 x 1080. Only the first of
+    several names of a class is a prompt. No score threshold sends pixels to the background.
 """
 
 from __future__ import annotations
@@ -54,8 +58,9 @@ class Views:
         window: side of the windows; None has none.
         stride: pixels from one window to the next.
         whole: the model also sees the whole resized image.
-        pad: what both sides of the resized image are filled up to a multiple of, with CLIP's mean colour, to be
-            stretched over the image like the rest (a fault of the public code); None does not. Not with windows.
+        pad: both sides of the resized image are padded to a multiple of it, with CLIP's mean colour. The padding is
+            then stretched over the image like the rest (a fault of the public code). None pads nothing. Not with
+            windows.
     """
 
     edge: int
@@ -74,7 +79,7 @@ class SetView:
     Args:
         split: the images.
         class_names: prompts in id order.
-        new_id: new id by the set's own, where they differ; what is left out is ignored.
+        new_id: new id of each of the set's ids, if they differ; ids left out are ignored.
         image_side: side in pixels that the images must have; None takes any.
     """
 
@@ -225,7 +230,7 @@ def open_protocol(protocol: Protocol, spec: str) -> SegmentationDataset:
 
 
 def check_held_out(protocol: Protocol, spec: str, trained_on: str) -> None:
-    """Refuse to call a score clean that is on the images of the training.
+    """Refuse a protocol of held-out images for the images of the training.
 
     Args:
         protocol: the protocol.
@@ -233,7 +238,7 @@ def check_held_out(protocol: Protocol, spec: str, trained_on: str) -> None:
         trained_on: the data of the training.
 
     Raises:
-        ConfigError: the same set, and the protocol scores more than its ``val``.
+        ConfigError: both are the same set, and the protocol scores more than its ``val``.
     """
     name, trained = spec.partition(":")[0], trained_on.partition(":")[0]
     if protocol.held_out and name == trained and protocol.view(name).split == ALL:

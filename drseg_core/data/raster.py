@@ -27,7 +27,7 @@ CACHE_MB = 64
 """GDAL's cache of blocks; its own default is a twentieth of the memory."""
 
 WHOLE_MB = 128
-"""A file that can only be decoded as a whole is worth a word from this size on."""
+"""A file that can only be decoded as a whole gets a warning from this size on."""
 
 _SAMPLED_SIDE = 1024
 _COLORS = ("red", "green", "blue")
@@ -47,16 +47,16 @@ _REMOTE = re.compile(rb"://|/vsi(curl|s3|gs|az|adls|oss|swift|webhdfs)")
 class RasterReader:
     """An open raster.
 
-    8-bit values are taken as they are, others are stretched linearly: by the scale that is given, or each band between
-    its 2nd and 98th percentile, measured once per file on valid pixels of a reduced copy (at most 1024 pixels a side).
-    A single band is repeated three times, or looked up in its colour table. Pixels are used as the file stores them; an
-    EXIF rotation is not applied, so that a map lies on the file's own grid.
+    8-bit values are taken as they are, others are stretched linearly. This is done by the given scale, or for each band
+    between its 2nd and 98th percentile. Percentiles are measured once per file, on valid pixels of a reduced copy (at
+    most 1024 pixels a side). A single band is repeated three times, or looked up in its colour table. Pixels are used
+    as the file stores them. An EXIF rotation is not applied, so that a map lies on the file's own grid.
 
     Red, green and blue are the bands whose colour interpretation says so, else those whose descriptions do (``B04``,
     ``red``), else 1, 2, 3. ``band_source`` says which.
 
-    A pixel is invalid where the file says so in all its bands (nodata value, alpha 0, mask band), where all bands that
-    are used have the value ``reading.nodata``, or where one of them is not finite.
+    A pixel is invalid if the file says so in all its bands (nodata value, alpha 0, mask band). It is also invalid if
+    all used bands have the value ``reading.nodata``, or if one of them is not finite.
     """
 
     def __init__(self, source: Any, path: Path, reading: Reading, *, origin: str = "read_scene") -> None:
@@ -125,13 +125,13 @@ class RasterReader:
         return (1, 2, 3), "the first three, as nothing says which"
 
     def described_bands(self) -> tuple[int, ...] | None:
-        """Red, green and blue by the descriptions of the bands; None where they do not tell."""
+        """Red, green and blue by the descriptions of the bands; None if these do not tell."""
         texts = [_EDGE.sub("", text or "") for text in self.source.descriptions]
         found = [[i + 1 for i, text in enumerate(texts) if pattern.search(text)] for pattern in _DESCRIBED]
         return tuple(some[0] for some in found) if all(len(some) == 1 for some in found) else None
 
     def band_warning(self) -> str | None:
-        """What to say where the choice of bands may be wrong."""
+        """A warning if the choice of bands may be wrong."""
         if self.reading.bands is not None or self.source.count < 3:
             return None
         described = self.described_bands()
@@ -146,14 +146,14 @@ class RasterReader:
         return None
 
     def nodata_warning(self) -> str | None:
-        """What to say of a nodata value that no pixel can have."""
+        """A warning of a nodata value that no pixel can have."""
         value = self.reading.nodata
         if value is None or any(holds(np.dtype(self.source.dtypes[band - 1]), value) for band in self.bands):
             return None
         return f"{self.path.name}: --nodata {value:.10g} is no value of {self.dtype}, so it leaves nothing out"
 
     def window_warning(self) -> str | None:
-        """What to say of a file that GDAL has to decode as a whole; None where parts of it can be read."""
+        """A warning of a file that GDAL has to decode as a whole; None if parts of it can be read."""
         from PIL import Image
 
         block = max(h * w for h, w in self.source.block_shapes)
@@ -192,7 +192,7 @@ class RasterReader:
         return Window(0, 0, self.width, self.height)
 
     def extreme_value(self) -> tuple[float, float] | None:
-        """A value that looks like nodata which nobody declared, and its share of the valid pixels."""
+        """A value that looks like undeclared nodata, and its share of the valid pixels."""
         value, valid = self.sample()
         return None if self._colors is not None else extreme_value(value, valid)
 
@@ -204,7 +204,7 @@ class RasterReader:
 
     @property
     def scale_warning(self) -> str | None:
-        """What to say where the scale of the run is for values of another type."""
+        """A warning if the scale of the run is for values of another type."""
         if self.reading.scale == self._given:
             return None
         return (
@@ -214,7 +214,7 @@ class RasterReader:
 
     @functools.cached_property
     def limits(self) -> NDArray[np.float32] | None:
-        """What becomes 0 and 255, as :func:`stretched` takes it; None where values stay. Measured when it is needed."""
+        """Values that become 0 and 255, for :func:`stretched`; None if values stay. Measured when needed."""
         if self._given is not None:
             return limits_array(self._given)
         if self._colors is not None or self.is_byte and not self.reading.measure:
@@ -225,7 +225,7 @@ class RasterReader:
         return limits.astype(np.float32)[:, :, None, None]
 
     def pairs(self) -> list[tuple[float, float]] | None:
-        """LOW and HIGH of each band; None where 8-bit values stay."""
+        """LOW and HIGH of each band; None if 8-bit values stay."""
         if self.limits is None:
             return None
         return [(float(low), float(high)) for low, high in self.limits[:, :, 0, 0].T]
@@ -289,7 +289,7 @@ def points_elsewhere(path: str | os.PathLike[str]) -> bool:
 
 
 def _pointer(path: str | os.PathLike[str]) -> bytes | None:
-    """All of a file that only says where pixels or shapes are; None of any other."""
+    """The content of a file that only says where pixels or shapes are; None for any other."""
     # what cannot be read is said where it is opened
     with contextlib.suppress(OSError), open(path, "rb") as file:
         content = file.read(1024)

@@ -27,7 +27,7 @@ from drseg_core.files import own_prefix, parse_json, remove_dead
 
 RASTERS = (".tif", ".tiff", ".vrt", ".img", ".png")
 SMALLEST = 64
-"""Side below which what remains at the edges is left out."""
+"""Side below which the rest at an edge is left out."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class TileOptions:
     Args:
         size: side of a tile in pixels.
         field: column of a vector file with the class.
-        classes: names by the number in a raster of labels; None takes those that the file tells.
+        classes: names by the number in a raster of labels; None takes those of the file.
         background: class of pixels that no polygon covers; None leaves them unknown (255).
         val_share: share of the ground that is for validation.
-        nodata: value of the scene's pixels where nothing is, besides what the file declares.
+        nodata: value of the scene's pixels without data, besides what the file declares.
     """
 
     size: int = 512
@@ -129,7 +129,7 @@ def _raster_names(source: Any) -> Sequence[str] | None:
 
 
 class VectorLabels:
-    """Class ids of polygons, burnt into a tile; where two overlap the later one counts."""
+    """Class ids of polygons, burnt into a tile; if two overlap, the later one counts."""
 
     def __init__(self, shapes: Shapes, scene: RasterReader, options: TileOptions) -> None:
         self.shapes, self.transform = shapes, scene.transform
@@ -160,16 +160,17 @@ class VectorLabels:
 def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: TileOptions | None = None) -> Tiled:
     """Cut a scene and its labels into ``OUT/{train,val}/{images,masks}/*.tif`` with ``OUT/classes.txt``.
 
-    Tiles keep the stored values, bands and place of the scene. The tiles for validation are one strip of ground, of all
-    such strips the one whose classes are most like those of the whole scene; the tiles beside it are in neither part,
-    so that no tile for validation touches one for training. Tiles without a label or without data are left out.
+    Tiles keep the stored values, bands and georeference of the scene. The tiles for validation are one strip of ground.
+    Of all such strips it is the one whose classes are most like those of the whole scene. The tiles beside it are in
+    neither part, so that no tile for validation touches one for training. Tiles without a label or without data are
+    left out.
 
     Args:
         scene: a raster that GDAL reads.
-        labels: raster of class numbers, or polygons with a column of class names; on another grid or in another CRS
-            they are brought onto the scene's.
+        labels: raster of class numbers, or polygons with a column of class names. From another grid or CRS they are
+            brought onto that of the scene.
         out: new or empty folder; it appears complete or not at all.
-        options: how.
+        options: how the scene is cut.
 
     Raises:
         ConfigError: an option does not fit, or ``out`` is in use.
@@ -221,10 +222,10 @@ class Stored(NamedTuple):
 
 
 def _stored(scene: RasterReader, options: TileOptions) -> Stored:
-    """As the scene is, so that tiles are read as it is.
+    """The storage of the scene, so that tiles are read as it is.
 
     Raises:
-        ConfigError: its type has no such value as ``options.nodata``.
+        ConfigError: its type cannot hold ``options.nodata``.
     """
     source = scene.source
     dtype = np.result_type(*source.dtypes)
@@ -239,7 +240,7 @@ def _stored(scene: RasterReader, options: TileOptions) -> Stored:
     with contextlib.suppress(ValueError):
         colors = source.colormap(1)
     flags = [flag.name for flag in source.mask_flag_enums[0]]
-    # a file declares one value only; beside another one of the scene's own the pixels themselves say it
+    # a file declares only one value; if the scene has another one, the pixels themselves say it
     given = options.nodata
     two = given is not None and declared is not None and not np.array_equal(given, declared, equal_nan=True)
     masked = two or "per_dataset" in flags and "alpha" not in flags
@@ -278,7 +279,7 @@ def _on_grid(source: Any, scene: RasterReader, path: Path) -> Iterator[Any]:
 
 
 def tiles_of(height: int, width: int, size: int) -> Iterator[Tile]:
-    """Tiles side by side; what remains at the right and at the bottom is a smaller tile, or left out if it is tiny."""
+    """Tiles side by side; the rest at the right and at the bottom is a smaller tile, or left out if it is tiny."""
     for row, top in enumerate(range(0, height, size)):
         for column, left in enumerate(range(0, width, size)):
             tile = Tile(row, column, top, left, min(size, height - top), min(size, width - left))
@@ -320,7 +321,7 @@ def split_tiles(
 ) -> tuple[Mapping[str, list[Tile]], int]:
     """Tiles for training and for validation, and how many lie between them and are in neither.
 
-    The strip of whole rows or columns of tiles is taken whose share of each class is nearest to that of all tiles.
+    The strip consists of whole rows or columns of tiles. Its share of each class is the nearest to that of all tiles.
     """
     total = counts.sum(0) / counts.sum()
     best: tuple[float, str, int, int] | None = None

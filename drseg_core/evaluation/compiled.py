@@ -13,10 +13,10 @@ from drseg_core.errors import BackendUnavailableError, ConfigError
 
 
 def compiled_network(network: Any, device: torch.device) -> Callable[..., Any]:
-    """What ``torch.compile`` makes of a model that is called without gradients; it compiles in its first calls.
+    """``torch.compile`` of a model that is called without gradients; it compiles in its first calls.
 
-    On a CPU the weights are constants of the compiled code, stored once in the order and dtype that its products read,
-    beside the model's own: later changes of the model have no effect.
+    On a CPU the compiled code has its own copy of the weights, in the order and dtype that its products read. So later
+    changes of the model have no effect.
 
     Args:
         network: a module.
@@ -25,7 +25,7 @@ def compiled_network(network: Any, device: torch.device) -> Callable[..., Any]:
     Raises:
         ConfigError: it is no module.
 
-    Calls raise BackendUnavailableError where it cannot be compiled, as without a compiler of C++.
+    Calls raise BackendUnavailableError if it cannot be compiled, for example without a C++ compiler.
     """
     if not isinstance(network, nn.Module):
         raise ConfigError(f"compiled: model cannot be compiled; expected a torch module, got {type(network).__name__}")

@@ -64,38 +64,40 @@ def evaluate(
 ) -> dict[str, Any]:
     """Predict every image of a data set and score all pixels together.
 
-    Several processes take turns with whole batches and sum their counts, which are integers, so on like machines their
-    result is that of one process to the last bit. All of them get it.
+    Several processes take turns with whole batches, and sum their counts. Counts are integers. So on machines of one
+    kind the result is that of a single process, to the last bit. All processes get it.
 
     Args:
         model: see :class:`Predictor`.
         class_names: the prompts; name ``c`` stands for mask id ``c``. They may be worded differently from the data
-            set's own names, and names beyond those are distractors that only cost.
+            set's own names. Further names are distractors, which can only lower the score.
         dataset: images and masks.
         evaluation: mode, tiles and batch size.
-        views: how a protocol shows images to the model; takes the place of mode and tiles.
+        views: how a protocol shows images to the model; replaces mode and tiles.
         subsets: named lists of class ids to be averaged on their own, such as held-out classes.
         device: where to run; by default where the model is.
-        processes: those that share the work; by default this one is alone.
-        boundary: also score the outlines (see :mod:`drseg_core.evaluation.boundary`), which takes its time.
+        processes: the processes that share the work; by default only this one.
+        boundary: also score the outlines (see :mod:`drseg_core.evaluation.boundary`), which takes time.
         prior_cache: folder that keeps the features of the frozen prior for other vocabularies and other checkpoints
-            (see :class:`drseg_core.models.prior_cache.PriorCache`); the scores are the same to the last bit.
+            (see :class:`drseg_core.models.prior_cache.PriorCache`). The scores are the same to the last bit.
         prior_cache_bytes: bound on that folder.
         precision: ``float32``, ``bfloat16`` or ``auto``, see :class:`Predictor`.
         compiled: run the model compiled, see :class:`Predictor`.
         progress: show a progress bar, in the first process.
 
     Returns:
-        a dictionary that JSON can hold (a mean over nothing is None). In percent: ``mIoU`` (convention ``present``),
-        ``mACC``, ``fwIoU``, ``pACC``, ``mIoU_conventions``, ``per_class`` {name: iou, accuracy, pixels}, ``subsets``
-        {name: mIoU, mACC, classes}; further ``confusion`` (rows = truth), ``images``, ``ignored_pixels``,
-        ``images_all_ignored``, ``calibration`` {error, bins, error_auroc}, ``class_names_sha256`` (the names are part
-        of the model's input), ``precision`` and ``compiled``, and where asked ``boundary`` {mIoU, share, per_class}.
+        A dictionary that JSON can hold (a mean over nothing is None).
+
+        * In percent: ``mIoU`` (convention ``present``), ``mACC``, ``fwIoU``, ``pACC``, ``mIoU_conventions``,
+          ``per_class`` {name: iou, accuracy, pixels}, ``subsets`` {name: mIoU, mACC, classes}.
+        * Counts: ``confusion`` (rows = truth), ``images``, ``ignored_pixels``, ``images_all_ignored``.
+        * ``calibration`` {error, bins, error_auroc}, and if asked for ``boundary`` {mIoU, share, per_class}.
+        * The setting: ``class_names_sha256`` (the names are part of the model's input), ``precision``, ``compiled``.
 
     Raises:
-        ConfigError: fewer names than the data set has classes, an unknown id in ``subsets``, or a ``prior_cache`` that
-            is no folder or for a model without a prior.
-        BackendUnavailableError: bfloat16 on a device without, or a model that cannot be compiled.
+        ConfigError: fewer names than the data set has classes, an unknown id in ``subsets``, a ``prior_cache`` that is
+            no folder, or one for a model without a prior.
+        BackendUnavailableError: bfloat16 on a device without it, or a model that cannot be compiled.
         DatasetError: the data set is empty or a sample cannot be read.
         ResourceError: ``prior_cache`` cannot be written.
 

@@ -40,8 +40,10 @@ class Prediction(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of an image whose first pixel is (``top``, ``left``); ``score_of(c)`` gives (n, m) the scores of class c,
-    as long as the next piece is not asked for."""
+    """A part of an image whose first pixel is (``top``, ``left``).
+
+    ``score_of(c)`` gives the scores (n, m) of class c, until the next piece is asked for.
+    """
 
     top: int
     left: int
@@ -59,7 +61,7 @@ class Box(NamedTuple):
 
 
 class PredictsPieces(Protocol):
-    """What maps a scene: a :class:`Predictor`, or what else gives its pieces.
+    """Maps a scene piece by piece: a :class:`Predictor`, or another class with these methods.
 
     Each piece begins at the first row of the part that was read last before it, and lies within that part.
     """
@@ -77,7 +79,7 @@ class PredictsPieces(Protocol):
     def pieces(
         self, read: ReadWindow, height: int, width: int, *, wanted: Collection[int] | None = None
     ) -> Iterator[Piece]:
-        """All pieces, or those with these numbers: each has the same bits, whichever others are asked for."""
+        """All pieces, or those with these numbers. A piece has the same bits, whichever others are asked for."""
         ...
 
 
@@ -96,10 +98,10 @@ ReadRows = Callable[[int, int], Tensor]
 class Predictor:
     """Predicts with a fixed vocabulary; the text is encoded once.
 
-    ``whole`` hands the image to the model in one piece, which resizes it to its own input size whatever the aspect
-    ratio, and enlarges the sigmoid of the logits to the image (the benchmark protocol, except for its detour over a
-    shortest edge of 640). ``tile`` does so with overlapping tiles, blends them with smooth weights, and holds only a
-    part of one row of tiles in memory (:meth:`pieces`).
+    ``whole`` gives the model the image in one piece. The model resizes it to its own input size whatever the aspect
+    ratio. The sigmoid of the logits is enlarged to the image. This is the benchmark protocol, except for its detour
+    over a shortest edge of 640. ``tile`` does the same with overlapping tiles, and blends them with smooth weights. It
+    holds only a part of one row of tiles in memory (:meth:`pieces`).
 
     The class of a pixel is the one with the highest score, the lowest id on ties; there is no threshold.
 
@@ -107,25 +109,25 @@ class Predictor:
         model: a :class:`drseg_core.models.segmenter.Segmenter`, or anything with its ``tokenize``, ``encode_text`` and
             ``forward``.
         class_names: the vocabulary, 1 to 255 names.
-        synonyms: the words that stand for each class, of which the best counts; its name alone by default.
+        synonyms: the words of each class, of which the best counts; by default only its name.
         mode: ``whole`` or ``tile``.
         tile_size: side of a tile in pixels, a multiple of 16.
         overlap: pixels shared by neighbouring tiles.
         batch_size: images or tiles per forward pass.
         device: where to run; by default where the model's parameters are.
-        precision: of linear maps and convolutions: ``float32``, ``bfloat16``, or ``auto``, which takes bfloat16 where
-            the processor has units for it. Weights, correlations, selection and sums stay float32
-            (``docs/speed.md`` has what it changes).
-        compiled: run what ``torch.compile`` makes of the model: the first call takes minutes, and on a CPU a compiler
-            of C++. Its weights must not change from then on.
+        precision: dtype of linear maps and convolutions: ``float32``, ``bfloat16``, or ``auto``, which takes bfloat16
+            if the processor has units for it. Weights, correlations, selection and sums stay float32.
+            ``docs/speed.md`` says what it changes.
+        compiled: run the model compiled by ``torch.compile``. The first call takes minutes, and a CPU needs a C++
+            compiler. The weights must not change from then on.
 
     Raises:
         ConfigError: unknown mode or precision, or tile sizes that cannot cover an image.
         DatasetError: no class name, too many, or one twice.
-        BackendUnavailableError: bfloat16 on a device without.
+        BackendUnavailableError: bfloat16 on a device without it.
 
-    Calls raise NumericalError where the model's logits are not finite, and BackendUnavailableError where the model
-    cannot be compiled.
+    Calls raise NumericalError if the model's logits are not finite, and BackendUnavailableError if the model cannot be
+    compiled.
 
     Examples:
         >>> import torch, drseg_core as drseg
@@ -209,7 +211,7 @@ class Predictor:
         return results
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """What the model says of one batch of tiles (B, 3, side, side) uint8: scores and uncertainty as it has them."""
+        """Scores and uncertainty of one batch of tiles (B, 3, side, side) uint8, at the model's own resolution."""
         return self._forward(image)
 
     @torch.no_grad()
@@ -224,14 +226,14 @@ class Predictor:
         return self.per_class(logits).float().sigmoid(), output.uncertainty.float()
 
     def per_class(self, value: Tensor) -> Tensor:
-        """(B, T, h, w) of what the model has for every word (B, W, h, w): of each class the best."""
+        """Values (B, W, h, w) of every word to (B, T, h, w): the best word of each class."""
         if value.shape[1] == len(self.class_names):
             return value
         return torch.stack([part.amax(1) for part in value.split(self._counts, dim=1)], dim=1)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which the model computes with ``precision``."""
-        # autocast around the caller's own code stays as it is where float32 is asked for
+        # with float32, autocast around the caller's own code stays as it is
         reduced = self.precision != torch.float32
         return torch.autocast(self.device.type, self.precision) if reduced else contextlib.nullcontext()
 
@@ -266,7 +268,7 @@ class Predictor:
 
         Args:
             width: W of the image.
-            columns: width of a strip; by default what keeps the sums of a strip below ``SUMS_BYTES``.
+            columns: width of a strip; by default the largest that keeps the sums of a strip below ``SUMS_BYTES``.
         """
         if columns is None:
             fitting = SUMS_BYTES // (4 * (len(self.class_names) + 2) * self.tile_size)
@@ -304,9 +306,9 @@ class Predictor:
         """Predict an image that is read as it is needed; the pieces cover every pixel once.
 
         In ``tile`` mode strips of columns follow each other, each from top to bottom. Tiles on the border of two strips
-        are computed for both, so strips do not depend on each other, and a pixel's sums have the same order however
-        wide they are. A tile without a valid pixel is not computed. Which tiles share a forward pass depends on the
-        image alone, so a piece has the same bits whichever others are wanted.
+        are computed for both. So strips do not depend on each other, and a pixel's sums have the same order however
+        wide the strips are. A tile without a valid pixel is not computed. Which tiles share a forward pass depends only
+        on the image. So a piece has the same bits, whichever others are wanted.
 
         Args:
             read: gives a part of the image.
@@ -356,8 +358,8 @@ class Predictor:
     ) -> Iterator[Piece]:
         """Predict columns ``left`` to ``right`` (exclusive) in ``bands`` of rows from top to bottom, all or some.
 
-        Each pixel's score is the weighted mean of the tiles that cover it, its weights summing to one. An image
-        smaller than a tile is mirrored to the tile's size. Memory: (T + 2) x tile_size x (right - left) float32.
+        Each pixel's score is the mean of the tiles that cover it, with weights that sum to one. An image smaller than a
+        tile is mirrored to the tile's size. Memory: (T + 2) x tile_size x (right - left) float32.
         """
         side, classes = self.tile_size, len(self.class_names)
         row_start = tile_starts(height, side, self.overlap)
@@ -376,7 +378,7 @@ class Predictor:
                 total.zero_()
             before = number
             image, valid = read(top, min(top + side, height), begin, end)
-            # pinned where a thread has read it so: then the copy waits for nothing
+            # pinned if the reading thread pinned it: then the copy waits for nothing
             band = mirrored(image, side).to(self.device, non_blocking=True)
             used = [x for x in column_start if valid is None or valid[:, x - begin : x - begin + side].any()]
             for first in range(0, len(used), self.batch_size):
@@ -399,7 +401,7 @@ class Predictor:
                     yield Piece(top, left, nothing, _constant(blank))
                 continue
             if asked:
-                # where nothing was computed the weight is zero, and nothing is valid
+                # the weight is zero where nothing was computed, and nothing is valid there
                 mean = total[:-1, :done].div_(total[-1, :done].clamp_min(1e-12))
                 best, index = mean[:-1].amax(0), mean[:-1].argmax(0).to(torch.uint8)
                 yield Piece(top, left, Prediction(index.cpu(), best.cpu(), mean[-1].cpu()), mean.__getitem__)

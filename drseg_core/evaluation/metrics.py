@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segmentation metrics from one confusion matrix over the whole set.
 
-Pixels whose truth is 255 count nowhere: not as truth, and predictions on them are no false positives.
+Pixels whose truth is 255 do not count: not as truth, and predictions on them are no false positives.
 
 The mean IoU has been averaged in three ways under one name. With TP, FP, FN per class, IoU = TP / (TP + FP + FN):
 

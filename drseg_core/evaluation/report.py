@@ -15,8 +15,10 @@ __all__ = ["SheetRow", "heat", "markdown_table", "overlay_sheet"]
 
 
 class SheetRow(NamedTuple):
-    """One scene of an overlay sheet: ``image`` (3, H, W) uint8, the others (H, W): ids, 255 = ignore, and
-    ``uncertainty`` in [0, 1]. What is None stays blank. Tensors are taken too.
+    """One scene of an overlay sheet.
+
+    ``image`` is (3, H, W) uint8. The others are (H, W): ids with 255 = ignore, and ``uncertainty`` in [0, 1]. None
+    stays blank. Tensors are taken too.
 
     Examples:
         >>> from drseg_core.data import open_dataset
@@ -87,7 +89,7 @@ def heat(value: Any) -> Image8:
 def overlay_sheet(rows: Sequence[SheetRow], class_names: Sequence[str], *, cell: int = 160) -> Image8:
     """A sheet of scenes: image, truth, dual encoder, DR-Seg and uncertainty side by side, with a legend.
 
-    The uncertainty is stretched to its own range in each scene: it is the pattern that shows, not the level.
+    The uncertainty is stretched to its own range in each scene. So it shows the pattern, not the level.
 
     Args:
         rows: the scenes; columns that are None in all of them are left out.

@@ -30,10 +30,10 @@ def resized_size(height: int, width: int, views: Views) -> tuple[int, int]:
 class ViewPredictor(Predictor):
     """Predicts with the views of a protocol; all views of a pixel count the same.
 
-    With windows, scores are enlarged to the resized image and averaged there, the windows first and then their mean
-    with the whole image, and the mean is enlarged to the image; without, the scores are enlarged to the image at once,
-    those of padding included where the protocol pads.
-    Images go through the model one by one.
+    With windows, scores are enlarged to the resized image and averaged there: first over the windows, then that mean
+    with the whole image. The result is enlarged to the image. Without windows, scores are enlarged to the image at
+    once. If the protocol pads, the scores of the padding are stretched over the image too. Images go through the model
+    one by one.
 
     Args:
         model: see :class:`Predictor`.
@@ -82,7 +82,7 @@ class ViewPredictor(Predictor):
         return _at_size(mean, (int(image.shape[1]), int(image.shape[2])))
 
     def _windows(self, image: Tensor, side: int, stride: int) -> Tensor:
-        """Mean (T + 1, H, W) of scores and uncertainty over the windows; they are smaller where the image is."""
+        """Mean (T + 1, H, W) of scores and uncertainty over the windows; these are smaller if the image is."""
         _, height, width = image.shape
         rows, columns = min(side, height), min(side, width)
         corners = [
@@ -106,7 +106,7 @@ class ViewPredictor(Predictor):
 
 
 def _padded(image: Tensor, multiple: int) -> Tensor:
-    """(3, H, W) float32 with both sides up to a multiple: what is 0 after CLIP's normalisation, right and below."""
+    """(3, H, W) float32, padded right and below to a multiple, with the colour that CLIP normalises to 0."""
     _, height, width = image.shape
     mean = 255 * torch.tensor(PIXEL_MEAN, device=image.device)
     canvas = mean[:, None, None].repeat(1, -(-height // multiple) * multiple, -(-width // multiple) * multiple)

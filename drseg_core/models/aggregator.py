@@ -3,9 +3,9 @@
 
 The benchmark's efficient form is here, tensor for tensor RSKT-Seg's (arXiv 2509.12040; LiBingyu01/RSKT-Seg,
 EfficientAggregator): spatial attention with keys and values reduced by two, class attention on maps reduced by two.
-CAT-Seg's is in :mod:`drseg_core.models.baselines.swin`. Guidance enters queries and keys; because a
-linear map of a concatenation is a sum of two linear maps, the guidance part is computed once per image (or class) and
-broadcast, never expanded to B x T.
+CAT-Seg's is in :mod:`drseg_core.models.baselines.swin`. Guidance enters queries and keys. A linear map of a
+concatenation is a sum of two linear maps. So the guidance part is computed once per image (or class) and broadcast,
+never expanded to B x T.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class GatedMLP(nn.Module):
 class SpatialBlock(nn.Module):
     """Attention among the places of each class map, then a gated MLP with a 7x7 depth-wise convolution.
 
-    Keys and values are of places reduced by two, each by a convolution and a LayerNorm of its own: values of the maps,
-    keys of the maps beside the guidance, at twice the width.
+    Places are reduced by two for keys and values, each with its own convolution and LayerNorm. Values come from the
+    maps, keys from the maps and the guidance together, at twice the width.
 
     Args:
         width: channels.
@@ -147,7 +147,7 @@ class Aggregator(nn.Module):
         heads: attention heads; must divide ``width``.
         mlp_hidden: width inside the MLPs.
         window: side of the windows of ``swin``, in cells.
-        class_pooling: pooling of the maps before the classes of ``swin`` and ``conv`` attend, in training and in
+        class_pooling: pooling of the maps before the class attention of ``swin`` and ``conv``, in training and in
             evaluation.
         class_slots: length of the class axis of ``swin`` and ``conv``.
     """

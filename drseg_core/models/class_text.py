@@ -18,7 +18,9 @@ __all__ = ["ClassText", "class_logits", "encode_classes"]
 
 
 class ClassText(NamedTuple):
-    """What names become: ``embedding`` (W, C), of length 1, of all words, and ``counts``, how many of them in turn
+    """Text features of class names.
+
+    ``embedding`` (W, C) has the features of all words, each of length 1. ``counts`` says how many consecutive words
     belong to each of the T classes.
 
     Examples:
@@ -42,24 +44,24 @@ def encode_classes(
 ) -> ClassText:
     """Class names to text features.
 
-    Of each word the L2-normalised text features are averaged over the templates and normalised again (CLIP's prompt
-    ensemble; all papers of :func:`drseg_core.models.dense_features.dense_features` do so, with the 80 templates for
-    ImageNet, which speak of photos of objects: the templates here speak of views from above). The words of a class
-    compete, see :func:`class_logits`.
+    For each word the L2-normalised text features are averaged over the templates and normalised again. This is CLIP's
+    prompt ensemble, which all papers of :func:`drseg_core.models.dense_features.dense_features` use. They have the 80
+    templates for ImageNet, which speak of photos of objects. The templates here speak of views from above. The words of
+    a class compete, see :func:`class_logits`.
 
     Args:
-        clip: whose text tower is used.
+        clip: its text tower is used.
         classes: names; a class of several words is a sequence of them, or one text with ``", "`` between them.
         templates: sentences with one ``{}``.
-        background: prompts of one more class, the last: what is there but is not asked for.
+        background: prompts of one more class, the last, for all else in the image.
 
     Returns:
         Features of all words in turn, on the device and in the dtype of the text tower.
 
     Raises:
         TypeError: ``classes`` is one text.
-        ConfigError: no class, no template, a class without a word, an empty word, one that is too long, or a template
-            that is not usable.
+        ConfigError: no class, no template, a class without a word, an empty word, a word that is too long, or a
+            template that cannot be used.
 
     Examples:
         >>> import drseg_core as drseg
@@ -85,17 +87,17 @@ def encode_classes(
 
 
 def class_logits(features: Tensor, text: ClassText) -> Tensor:
-    """The product of dense features with text, of each class that of its best word, in float32 or wider.
+    """The product of dense features with text, for each class with its best word, in float32 or wider.
 
     Args:
-        features: (B, C, h, w), as they are: those of length 1 give cosines.
-        text: of :func:`encode_classes`.
+        features: (B, C, h, w), not normalised here; features of length 1 give cosines.
+        text: from :func:`encode_classes`.
 
     Returns:
         (B, T, h, w).
 
     Raises:
-        ValueError: another number of channels.
+        ValueError: features and text have different numbers of channels.
 
     Examples:
         >>> import torch

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """CLIP as a dense encoder: an adapter on open_clip's vision transformers.
 
-open_clip builds the architecture and names the weights; the forward passes here are the adapter's own, because the
-dense features need the last block's value path (:meth:`VisionTower.forward`), any grid size, and query, key and value
-projections that can be trained apart.
+open_clip builds the architecture and names the weights. The forward passes are the adapter's own. Dense features need
+the last block's value path (:meth:`VisionTower.forward`), any grid size, and query, key and value projections that can
+be trained separately.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TINY_STAGES: dict[str, Any] = {
 }
 ARCHITECTURES: Mapping[str, dict[str, Any]] = {"drseg-tiny": TINY, "drseg-tiny-convnext": TINY_STAGES}
 
-# what OpenAI's own state dicts carry beside weights
+# entries of OpenAI's own state dicts that are not weights
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
@@ -213,7 +213,7 @@ class StageTower(nn.Module):
         super().__init__()
         trunk = visual.trunk
         self.stem, self.stages = trunk.stem, trunk.stages
-        # of timm's head the norm alone; it pools, and here every place is an image of its own
+        # only the norm of timm's head: the head pools, and here every place is an image of its own
         self.norm = nn.Sequential(trunk.norm_pre, trunk.head.norm)
         self.head = visual.head
         widths = [info["num_chs"] for info in trunk.feature_info]
@@ -226,7 +226,7 @@ class StageTower(nn.Module):
 
         Args:
             pixels: (B, 3, H, W) normalised.
-            blocks: not looked at.
+            blocks: ignored.
             guided: how many leading images have those outputs; None for all.
         """
         x, kept = self.stem(pixels), []
@@ -268,13 +268,13 @@ class ClipEncoder(nn.Module):
     Args:
         config: architecture, weights and what is trained.
         read_weights: False leaves the initial weights random, for a checkpoint that holds all of them.
-        file: where the published weights that ``config`` names already lie; by default they are fetched.
-        offline: never connect: published weights without ``file`` are refused.
+        file: local file of the published weights that ``config`` names; by default they are fetched.
+        offline: never connect to a network: published weights without ``file`` are refused.
         hierarchical: whether the image tower may be a ConvNeXt.
 
     Raises:
         ValueError: unknown or unsupported architecture, or weights that need another activation.
-        CheckpointError: weights that cannot be had or do not fit.
+        CheckpointError: weights are not available or do not fit.
     """
 
     pixel_mean: Tensor
@@ -318,16 +318,17 @@ class ClipEncoder(nn.Module):
         return side, side
 
     def forward(self, image: Tensor, guided: int | None = None, rotations: int = 1) -> DenseFeatures:
-        """(B, 3, H, W) RGB in [0, 1] to dense features of it in ``rotations`` orientations, the unturned batch first.
+        """(B, 3, H, W) RGB in [0, 1] to dense features in ``rotations`` orientations, the unturned batch first.
 
-        The first ``guided`` images of all have guidance maps too.
+        The first ``guided`` images of these also have guidance maps.
         """
         pixels = (image - self.pixel_mean) / self.pixel_deviation
         return self.visual(rotate(pixels, rotations), self.config.guidance_blocks, guided)
 
     def tokenize(self, class_names: Sequence[str], template: str | None = None) -> Tensor:
-        """Prompts of the classes as token ids (T, L), int64, L the longest prompt; ``template`` in place of the
-        configured one.
+        """Prompts of the classes as token ids (T, L), int64, L the longest prompt.
+
+        ``template`` replaces the configured one.
 
         Raises:
             ConfigError: an empty name, or one too long for the text encoder.
@@ -395,7 +396,7 @@ def _architecture(name: str) -> dict[str, Any]:
 
 
 def patch_side(name: str) -> int | None:
-    """Side in pixels of a patch of an architecture; None for what is no transformer of open_clip.
+    """Side in pixels of a patch of an architecture; None if it is no transformer of open_clip.
 
     Raises:
         ValueError: an unknown architecture.
@@ -494,7 +495,7 @@ def _load(model: Any, state: dict[str, Tensor], name: str) -> None:
 
     own = model.state_dict()
     state = {key: value for key, value in state.items() if key not in OPENAI_EXTRAS and key != "attn_mask"}
-    # neither is used here, and checkpoints store them as numbers or as vectors of one
+    # neither is used here, and some checkpoints store them as numbers, others as vectors of one
     for key in ("logit_scale", "logit_bias"):
         state.pop(key, None)
         if key in own:

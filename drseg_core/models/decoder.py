@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder: two up-sampling stages from the aggregated cost volume to logits at four times the token grid.
 
-Each stage joins guidance from one inner CLIP block, and from one of the prior and of a second CLIP where asked. A
-convolution of ``cat(x, g)`` is ``conv_x(x) + conv_g(g)``; the guidance half is computed once per image and broadcast
-over the classes, so guidance is never expanded by B x T.
+Each stage joins guidance from one inner CLIP block, and if asked from one block of the prior and of a second CLIP. A
+convolution of ``cat(x, g)`` is ``conv_x(x) + conv_g(g)``. The guidance half is computed once per image and broadcast
+over the classes. So guidance is never expanded by B x T.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class GuidedConv(nn.Module):
     def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
         """``x`` (B*T, width, h, w) and ``guidance`` (B, guidance_width, h, w) to (B*T, out_width, h, w)."""
         maps = self.conv(x)
-        # in place, as no backward needs the sum's parts: at this resolution memory is what costs
+        # in place to save memory, which is scarce at this resolution; no backward needs the parts of the sum
         maps.unflatten(0, (guidance.shape[0], -1)).add_(self.conv_guidance(guidance)[:, None])
         return maps
 
@@ -44,8 +44,8 @@ class GuidedConv(nn.Module):
 class GuidanceAttention(nn.Module):
     """Guidance weighted by the maps it will join, ``g + a_channel g + a_place g`` (caoql98/OVRS, model_ours.py).
 
-    The weights are linear maps of the decoded maps' mean over the classes: of its mean over places, one per channel of
-    the guidance, and of its mean over channels, one per place.
+    The weights come from the decoded maps' mean over the classes. A linear map of its mean over places gives one weight
+    per channel of the guidance. A linear map of its mean over channels gives one per place.
 
     Args:
         width: channels of the decoded maps.
@@ -151,7 +151,7 @@ class Decoder(nn.Module):
         self.guidance = _projections(guidance_dim, (2, 4), guidance_hidden, guidance_widths)
         self.prior_guidance: nn.ModuleList | None = None
         if prior_dim is not None:
-            # on a grid twice as fine the first is RSKT-Seg's 1x1 convolution, the second a transposed one by two
+            # on a grid twice as fine the first is RSKT-Seg's 1x1 convolution, the second a transposed one of stride two
             factors = (2 // prior_scale, 4 // prior_scale)
             self.prior_guidance = _projections(prior_dim, factors, guidance_hidden, guidance_widths)
         self.remote_guidance: nn.ModuleList | None = None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense CLIP features without training: what papers put in the place of the last block of the image tower.
+"""Dense CLIP features without training: what papers put in place of the last block of the image tower.
 
-CLIP is trained to match its class token alone with a text. All blocks but the last run as they are; the last one's
-attention is exchanged for one under which a patch keeps its own meaning. With x the tokens (class token first) that
-enter it, ``q``, ``k``, ``v`` its projections of ``ln_1(x)`` in each head, ``s = (head width)**-0.5`` and ``O`` its
-output projection, every variant is one entry of the table at :func:`dense_features`.
+CLIP is trained to match only its class token with a text. All blocks but the last run as they are. The attention of the
+last block is exchanged for one with which a patch keeps its own meaning. Every variant is one row of the table at
+:func:`dense_features`. There, x are the tokens that enter the block, class token first. ``q``, ``k`` and ``v`` are its
+projections of ``ln_1(x)`` in each head, ``s`` is ``(head width)**-0.5``, and ``O`` the output projection.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from drseg_core.models.clip import SplitAttention, VisionTower
 
 __all__ = ["VARIANTS", "DenseOptions", "dense_features", "neighbourhood", "prior_attention"]
 
-# the projections of a token that are compared with those of all tokens, each by a softmax of its own
+# projections of a token that are compared with those of all tokens, each with its own softmax
 COMPARED: dict[str, tuple[str, ...]] = {
     "sclip": ("q_proj", "k_proj"),
     "clearclip": ("q_proj",),
@@ -39,9 +39,9 @@ class DenseOptions:
 
     Args:
         sigma: ``naclip``, standard deviation of the neighbourhood in cells, > 0.
-        beta: ``proxyclip``, share of the mean cosine that is taken off, >= 0.
-        gamma: ``proxyclip``, factor of what is left, > 0.
-        class_share: ``segearth``, how much of the class token is taken off every patch, >= 0.
+        beta: ``proxyclip``, share of the mean cosine that is subtracted, >= 0.
+        gamma: ``proxyclip``, factor of the difference, > 0.
+        class_share: ``segearth``, share of the class token that is subtracted from every patch, >= 0.
 
     Raises:
         ValueError: a number is out of range.
@@ -93,28 +93,31 @@ def dense_features(
     ========================  ==============================================  =============  ==========================
 
     ``G`` is :func:`neighbourhood`, ``softmax(gamma (S - beta mean(S)))`` is :func:`prior_attention`. Then follow
-    ``ln_post``, the joint projection and L2 normalisation. ``segearth`` takes ``class_share`` times the class token,
-    normalised and of the same exchanged block, off every normalised patch, and does not normalise again.
+    ``ln_post``, the joint projection and L2 normalisation. ``segearth`` then subtracts ``class_share`` times the class
+    token from every patch, and does not normalise again. That class token is normalised, and comes from the same
+    exchanged block.
 
-    The formulas are those of the papers' public code, as it was in 2026. Differences: position embeddings are resized
-    to the grid itself (most of that code resizes by a factor a little larger); windows and images are not resized
-    here; the mean of ``proxyclip`` is over one image, not over a batch, and see :func:`prior_attention`; the learned
-    up-sampler of ``segearth`` is left out.
+    The formulas are those of the papers' public code, as it was in 2026, with these differences:
+
+    * Position embeddings are resized to the grid itself. Most of that code resizes by a slightly larger factor.
+    * Windows and images are not resized here.
+    * The mean of ``proxyclip`` is over one image, not over a batch. :func:`prior_attention` has another difference.
+    * The learned up-sampler of ``segearth`` is left out.
 
     Args:
         tower: CLIP's image tower.
         pixels: (B, 3, H, W) normalised as the tower expects, H and W multiples of its patch.
         variant: one of ``VARIANTS``.
-        prior: (B, D, h', w') patch features of the same images, for ``proxyclip`` alone, of any length but 0.
-        options: numbers of the variants; the papers' by default.
+        prior: (B, D, h', w') patch features of the same images, of any length but 0; only for ``proxyclip``.
+        options: numbers of the variants; by default those of the papers.
 
     Returns:
-        (B, C, h, w) on the tower's grid, of ``proxyclip`` on the prior's, in the dtype of the tower. All have length 1
-        but those of ``segearth``.
+        (B, C, h, w) on the tower's grid (``proxyclip``: on the prior's grid), in the dtype of the tower. All have
+        length 1, except those of ``segearth``.
 
     Raises:
-        ValueError: an unknown variant, pixels of a wrong size, or a prior that is missing, of no use or of a wrong
-            shape.
+        ValueError: an unknown variant, pixels of a wrong size, or a prior that is missing, of a wrong shape, or given
+            to a variant that needs none.
 
     Examples:
         >>> import torch, drseg_core as drseg
@@ -134,7 +137,7 @@ def dense_features(
     last: Any = tower.blocks[-1]
     seen = last.ln_1(x)
     if prior is not None:
-        # patches only: the class token has no place in the prior
+        # patches only: the prior has no cell for the class token
         mixed = last.attn.out_proj(_guided(last.attn, seen[:, 1:], grid, prior, options))
         grid = (prior.shape[2], prior.shape[3])
     elif variant in COMPARED:
@@ -154,9 +157,9 @@ def dense_features(
 
 
 def neighbourhood(grid: tuple[int, int], sigma: float) -> Tensor:
-    """What NACLIP adds to its attention's logits: ``exp(-distance**2 / (2 sigma**2))`` of two cells of the grid.
+    """The term that NACLIP adds to its attention's logits: ``exp(-distance**2 / (2 sigma**2))`` of two grid cells.
 
-    Nothing is added to or from the class token, which takes part nevertheless.
+    The class token takes part in the attention, with nothing added.
 
     Args:
         grid: (h, w).
@@ -178,17 +181,16 @@ def neighbourhood(grid: tuple[int, int], sigma: float) -> Tensor:
 
 
 def prior_attention(prior: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Tensor:
-    """ProxyCLIP's attention: with ``S`` the cosines of a prior's patches, ``softmax(gamma (S - beta mean(S)))`` over
-    the patches where it is not negative.
+    """ProxyCLIP's attention: ``softmax(gamma (S - beta mean(S)))`` over the patches where this is not negative.
 
-    Where even a patch's own cosine is below ``beta`` times the mean, in an image that looks the same all over, the
-    paper's code leaves nothing to attend to and gives NaN. Here nothing is masked then: all of a constant image counts
-    alike.
+    ``S`` are the cosines of a prior's patches. In an image that looks the same everywhere, even a patch's own cosine
+    may be below ``beta`` times the mean. The paper's code then leaves nothing to attend to, and gives NaN. Here nothing
+    is masked in that case: all patches of a constant image count the same.
 
     Args:
         prior: (B, D, h, w) features, finite.
-        beta: share of the mean that is taken off. The mean is over one image.
-        gamma: factor of what is left.
+        beta: share of the mean that is subtracted. The mean is over one image.
+        gamma: factor of the difference.
 
     Returns:
         (B, hw, hw) weights, each row of sum 1, in the dtype of the prior.

@@ -37,17 +37,17 @@ _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 class PriorCache:
     """A folder with one file per batch of images, named after all that decides its features.
 
-    That is the prior (weights, architecture, block, kind of features, normalisation), the pixels after they were
-    resized, and, because sums round otherwise there, the batch, the device, the number of threads and the versions of
-    torch and timm. So what is read is what would be computed, to the last bit; with another batch size, or on another
-    machine, it is computed again. A file takes 2.4 MB per image with the default prior.
+    That is the prior (weights, architecture, block, kind of features, normalisation) and the resized pixels. It is also
+    the batch, the device, the number of threads and the versions of torch and timm, because sums round by them. So the
+    values read are those that would be computed, to the last bit. With another batch size, or on another machine, they
+    are computed again. A file takes 2.4 MB per image with the default prior.
 
-    A full folder loses files that were not used since this cache was opened, the oldest first. Where there are none,
-    nothing more is kept: an evaluation goes through its images in one order, and who gave up the oldest of them for the
-    newest would find none the next time.
+    A full folder loses files that were not used since this cache was opened, the oldest first. If there are none left,
+    nothing more is kept. An evaluation goes through its images in one order. If the newest image replaced the oldest,
+    the next evaluation would find none of its images.
 
     Args:
-        folder: made where it is not there.
+        folder: made if it is not there.
         prior: its weights must not change from here on.
         limit: bound on the bytes of all its files.
 
@@ -77,15 +77,15 @@ class PriorCache:
         self._used: set[Path] = set()
         self._bytes = sum(size for _, size, _ in self._files())
         self._full = False
-        # what is read and written is nothing for a compiler: compiled models step out for it
+        # a compiler cannot follow files, so compiled models step out for them
         self.maps: Callable[..., PriorMaps] = torch.compiler.disable(self._looked_up)
 
     def _looked_up(
         self, image: Tensor, blocks: tuple[int, ...], compute: Callable[[Tensor, tuple[int, ...]], PriorMaps]
     ) -> PriorMaps:
-        """What ``compute(image, blocks)`` gives, from its file where there is one; see ``maps``.
+        """The result of ``compute(image, blocks)``, from its file if there is one; see ``maps``.
 
-        A file that is damaged or of something else is replaced, with a warning.
+        A damaged or foreign file is replaced, with a warning.
 
         Raises:
             ResourceError: a file cannot be written (disk full, read-only).
@@ -111,7 +111,7 @@ class PriorCache:
     def _files(self) -> list[tuple[float, int, Path]]:
         """When each file was last used, its bytes, and where it is; others may remove some meanwhile."""
         found = []
-        # no file of anybody else's, whatever folder this is
+        # whatever folder this is, files that this class did not write are left alone
         for path in (path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
@@ -119,7 +119,7 @@ class PriorCache:
         return sorted(found)
 
     def _has_room(self, more: int) -> bool:
-        """Whether so many bytes may be added, after files that were not used since this cache was opened are gone."""
+        """Whether ``more`` bytes may be added, after removing files not used since this cache was opened."""
         if self._bytes + more <= self.limit or self._full:
             return not self._full
         files = self._files()
@@ -169,7 +169,7 @@ def prior_cache(model: Any, folder: str | os.PathLike[str], limit: int = CACHE_B
 
 
 def _precision(kind: str) -> list[str | None]:
-    """What rounds products: autocast, and the older and the newer settings of float32."""
+    """The settings that round products: autocast, and the older and the newer ones of float32."""
     autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
     try:
         older = torch.get_float32_matmul_precision()
@@ -186,7 +186,7 @@ def _names(blocks: tuple[int, ...]) -> list[str]:
 
 
 def _read(path: Path, key: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The tensors of a file, None where there is none that can be used."""
+    """The tensors of a file; None if there is no usable one."""
     if not path.exists():
         return None
     try:

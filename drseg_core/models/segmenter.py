@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every model here has in common: CLIP, prompts, one call, and how its parameters are trained."""
+"""The common part of every model here: CLIP, prompts, one call, and how its parameters are trained."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ class Proposals(NamedTuple):
 class SegmenterOutput(NamedTuple):
     """One forward pass.
 
-    ``logits`` (B, T, 4h, 4w), of the dual encoder alone (B, T, h, w), of SED (B, T, 8h, 8w); ``uncertainty``
-    (B, 1, h, w) in [0, 1]; ``original`` (B, T, h, w) cosines, mean over the orientations; ``refined`` (B, T, h, w)
-    those of the refined correlation, None where there is none.
+    * ``logits`` (B, T, 4h, 4w); of the dual encoder alone (B, T, h, w), of SED (B, T, 8h, 8w).
+    * ``uncertainty`` (B, 1, h, w) in [0, 1].
+    * ``original`` (B, T, h, w): cosines, mean over the orientations.
+    * ``refined`` (B, T, h, w): cosines of the refined correlation; None if the model has none.
 
     Examples:
         >>> import torch, drseg_core as drseg
@@ -68,10 +69,10 @@ class SegmenterOutput(NamedTuple):
 
 
 class SupervisedOutput(NamedTuple):
-    """One forward pass in the training of a method with losses of its own; the first four as in evaluation.
+    """One forward pass in the training of a method with its own losses; the first four fields are as in evaluation.
 
-    ``auxiliary`` logits (B, T, _, _) have the loss of the logits too (SED). The loss of ``proposals``, of every
-    supervised layer, takes its place (SAN, SCAN).
+    ``auxiliary`` are logits (B, T, _, _) with the same loss as ``logits`` (SED). For ``proposals``, of every supervised
+    layer, another loss takes its place (SAN, SCAN).
 
     Examples:
         >>> import torch
@@ -98,7 +99,7 @@ class Segmenter(nn.Module):
 
     Raises:
         ValueError: options that do not fit together.
-        CheckpointError: CLIP weights that cannot be had.
+        CheckpointError: CLIP's weights are not available.
 
     Examples:
         >>> import drseg_core as drseg
@@ -142,7 +143,7 @@ class Segmenter(nn.Module):
 
     @property
     def trains_text(self) -> bool:
-        """Whether class embeddings change in a training; where not, they are encoded once and handed on."""
+        """Whether class embeddings change in a training; if not, they are encoded only once."""
         return any(parameter.requires_grad for parameter in self.clip.text.parameters())
 
     def dense_features(self, image: Tensor) -> Tensor:

@@ -22,8 +22,10 @@ __all__ = ["ZeroShot", "ZeroShotMaps", "ZeroShotOutput"]
 
 
 class ZeroShotMaps(NamedTuple):
-    """``features`` (B, C, h, w) as :func:`drseg_core.models.dense_features.dense_features` gives them, and ``prior``
-    (B, D, h, w) on the same grid, None where there is none.
+    """Dense features of an image before the classes are known.
+
+    ``features`` (B, C, h, w) are from :func:`drseg_core.models.dense_features.dense_features`. ``prior`` (B, D, h, w)
+    is on the same grid; None without a prior.
 
     Examples:
         >>> import torch, drseg_core as drseg
@@ -56,10 +58,10 @@ class ZeroShotOutput(NamedTuple):
 
 
 def check_choices(variant: str, rotations: int, grid: str = "clip", *, has_prior: bool) -> None:
-    """Whether :class:`ZeroShot` takes these, before there is any encoder.
+    """Check the options of :class:`ZeroShot` before any encoder is made.
 
     Raises:
-        ValueError: it does not.
+        ValueError: :class:`ZeroShot` does not take them.
     """
     for name, value, choices in (
         ("variant", variant, VARIANTS),
@@ -78,21 +80,21 @@ def check_choices(variant: str, rotations: int, grid: str = "clip", *, has_prior
 class ZeroShot(nn.Module):
     """An image and class names to logits on a grid of patches, with nothing trained.
 
-    The modules it is given become frozen and stay in evaluation mode. An image is seen whole, at its own resolution
-    (:meth:`forward`, :meth:`maps`), or in overlapping windows (:meth:`windows`), which a larger scene blends itself.
-    Averages over turns and windows are taken of features; the papers average logits, which is the same but for classes
-    of several words.
+    The given modules are frozen and stay in evaluation mode. An image is seen whole at its own resolution
+    (:meth:`forward`, :meth:`maps`), or in overlapping windows (:meth:`windows`). A larger scene blends its windows
+    itself. Features are averaged over turns and windows. The papers average logits, which differs only for classes of
+    several words.
 
     Args:
         clip: image and text towers.
         prior: structural prior, for the graph that rectifies the logits, and for ``proxyclip``.
-        variant: of :func:`drseg_core.models.dense_features.dense_features`. The default is what its paper found best
-            on aerial images; it was not compared here, as CLIP's weights were not at hand.
+        variant: see :func:`drseg_core.models.dense_features.dense_features`. The default is what its paper found best
+            on aerial images. It was not compared here, because CLIP's weights were not at hand.
         options: numbers of the variants.
-        rotations: 1, or 4: the mean over quarter turns of the image, each turned back. Of the prior the unturned
-            features are turned with the image.
-        grid: on which the maps are: ``clip``'s patches, to which the prior is resampled, or the ``prior``'s, to which
-            the features are resampled bilinearly, as LPOSS does.
+        rotations: 1, or 4 for the mean over quarter turns of the image, each turned back. The prior is computed only
+            unturned, and its features are turned with the image.
+        grid: grid of the maps. With ``clip`` the prior is resampled to CLIP's patches. With ``prior`` the features are
+            resampled bilinearly to the prior's grid, as LPOSS does.
 
     Raises:
         ValueError: an unknown option, or a prior that is needed and missing.
@@ -135,7 +137,7 @@ class ZeroShot(nn.Module):
         templates: Sequence[str] = AERIAL_TEMPLATES,
         background: Sequence[str] = (),
     ) -> ClassText:
-        """:func:`encode_classes` with the own text tower."""
+        """:func:`encode_classes` with this model's text tower."""
         return encode_classes(self.clip, classes, templates, background)
 
     def forward(self, image: Tensor, text: ClassText) -> ZeroShotOutput:
@@ -150,7 +152,7 @@ class ZeroShot(nn.Module):
 
     @torch.no_grad()
     def maps(self, image: Tensor) -> ZeroShotMaps:
-        """What :meth:`forward` knows of an image before it knows the classes.
+        """The part of :meth:`forward` that does not depend on the classes.
 
         Args:
             image: (B, 3, H, W) RGB in [0, 1], H and W multiples of CLIP's patch.
@@ -194,14 +196,14 @@ class ZeroShot(nn.Module):
     ) -> ZeroShotMaps:
         """:meth:`maps` of an image of any size in overlapping windows at its own resolution.
 
-        The windows are those of :func:`drseg_core.models.tiling.tile_starts`, counted in cells, so the cells of two
-        windows lie on each other; each cell's features are the weighted mean of the windows that cover it. The papers
-        weigh all windows alike (``blend="equal"``) and blend enlarged logits.
+        The windows are those of :func:`drseg_core.models.tiling.tile_starts`, counted in cells. So the cells of
+        overlapping windows coincide. The features of a cell are the weighted mean of the windows that cover it. The
+        papers weigh all windows alike (``blend="equal"``) and blend enlarged logits.
 
         Args:
-            image: (B, 3, H, W) RGB in [0, 1], any size; mirrored at its lower and right edge to whole cells, and to
-                one window where it is smaller.
-            side: of a window in pixels, a multiple of a cell. The papers have 224 or 336.
+            image: (B, 3, H, W) RGB in [0, 1], any size. It is mirrored at its lower and right edge to whole cells, and
+                to one window if it is smaller.
+            side: side of a window in pixels, a multiple of a cell. The papers have 224 or 336.
             overlap: pixels shared by neighbouring windows, a multiple of a cell. The papers have half of ``side``.
             batch_size: windows per forward pass.
             blend: weights fall off smoothly over the overlap, or are all equal.
@@ -231,7 +233,7 @@ class ZeroShot(nn.Module):
         return ZeroShotMaps(features, prior[0] if prior else None)
 
     def parts(self, image: Tensor) -> list[Tensor]:
-        """:meth:`maps` as a list, without a prior that is not there."""
+        """:meth:`maps` as a list, without ``prior`` if it is None."""
         return [part for part in self.maps(image) if part is not None]
 
     def window_grid(self, side: int, overlap: int, batch_size: int = 1, blend: str = "smooth") -> Windows:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's blocks as drop-in modules, SPSD, PDGR and UGAF; and label propagation, which needs no training."""
+"""The paper's blocks as drop-in modules (SPSD, PDGR, UGAF), and label propagation, which needs no training."""
 
 from drseg_core.nn.label_propagation import LabelPropagation, propagate_labels, propagation_graph, solve_labels
 from drseg_core.nn.pdgr import PDGR

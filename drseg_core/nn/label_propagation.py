@@ -28,11 +28,11 @@ __all__ = [
 
 Select = Literal["affinity", "cosine"]
 
-# what LPOSS publishes for patches of 16 pixels: k = 400 with the node itself, whose edge it then drops, and
-# sigma = 0.01 for each pixel
+# what LPOSS publishes for patches of 16 pixels: sigma = 0.01 for each pixel, and k = 400 with the node itself, whose
+# edge it then drops
 LPOSS_GRAPH: dict[str, Any] = {"k": 399, "gamma": 3.0, "decay": 0.16, "select": "cosine"}
 
-# weights may be as small as a decay makes them, and what is added to their sums must be smaller still
+# a decay can make weights very small, and what is added to their sums must be smaller still
 _EPS = 1e-20
 
 # float32 values in the widest register
@@ -53,17 +53,19 @@ def propagation_graph(
     """The symmetric, normalised k-NN graph on which labels are propagated.
 
     Edge weights are ``w_ij = max(cos(d_i, d_j), 0)**gamma * exp(-decay * distance_ij)`` for the ``k`` neighbours j of
-    i, and 0 for all other j and for i itself; the operator is ``S = D^-1/2 (W + W^T) D^-1/2`` with ``D`` the row sums
-    of ``W + W^T``, as in the public code of LPOSS (arXiv 2503.19777). ``degree_normalize(norm="sym_undirected")`` gives
-    half of it: its degrees ``d`` are those of ``(W + W^T) / 2``, half of ``D``, so ``w_ij / (2 sqrt(d_i d_j))`` plus
-    the same of ``W^T`` is ``S`` term by term. :func:`smooth` applies it.
+    i. They are 0 for all other j and for i itself. The operator is ``S = D^-1/2 (W + W^T) D^-1/2`` with ``D`` the row
+    sums of ``W + W^T``, as in the public code of LPOSS (arXiv 2503.19777). :func:`smooth` applies it.
 
-    The distance is in cells, not in shares of the grid, so it means the same in a window and in a whole scene.
+    The graph holds one half of ``S``, from ``degree_normalize(norm="sym_undirected")``. The degrees ``d`` of that norm
+    are those of ``(W + W^T) / 2``, half of ``D``. So ``w_ij / (2 sqrt(d_i d_j))`` plus the same of ``W^T`` is ``S``
+    term by term.
 
-    LPOSS chooses the k by the cosine alone and multiplies by the spatial factor afterwards: ``select="cosine"``, and
-    with ``**LPOSS_GRAPH`` this is its graph. By default the k best by the whole weight are chosen. Differences: no
-    node is its own neighbour here (LPOSS takes it as one of its k, then clears the diagonal); a cell is a node once
-    (LPOSS has one for every window that covers it).
+    The distance is in cells, not in shares of the grid. So it means the same in a window and in a whole scene.
+
+    By default the k best by the whole weight are chosen. LPOSS chooses the k by the cosine alone, and multiplies by the
+    spatial factor afterwards. That is ``select="cosine"``, and with ``**LPOSS_GRAPH`` this is its graph. Two
+    differences are left. No node is its own neighbour here, while LPOSS takes it as one of its k, then clears the
+    diagonal. Each cell is one node here, while LPOSS has a node for every window that covers the cell.
 
     Args:
         prior: (B, N, D) or (N, D) features, as ``knn_graph`` takes them, or what ``prepare_prior`` made of them.
@@ -71,9 +73,9 @@ def propagation_graph(
         k: neighbours of each node besides itself, >= 1; a grid with fewer cells uses all.
         gamma: exponent of the cosine, > 0.
         decay: spatial decay for each cell of distance, >= 0; LPOSS's sigma times the pixels of a patch.
-        select: neighbours are the largest by ``affinity``, all of the weight, or by ``cosine``.
-        radius: cells farther apart than so many are no neighbours, >= 0; None is no limit. With one, what a node
-            depends on has a reach (:func:`reach_of_steps`).
+        select: neighbours are the largest by ``affinity``, the whole weight, or by ``cosine``.
+        radius: cells farther apart than this many cells are no neighbours, >= 0; None is no limit. With a radius, a
+            node depends only on cells within a reach (:func:`reach_of_steps`).
         backend: one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
 
     Returns:
@@ -85,8 +87,8 @@ def propagation_graph(
         BackendUnavailableError: the named backend cannot run here.
 
     Note:
-        A node whose prior is not finite, or whose cosines are all negative, has no edges: it keeps its own label, and
-        others are as if it were not there.
+        A node whose prior is not finite, or whose cosines are all negative, has no edges. It keeps its own label, and
+        the others are as if it were not there.
 
     Examples:
         >>> import torch
@@ -110,7 +112,7 @@ def weight_graph(
     radius: float | None = None,
     backend: str | None = None,
 ) -> Graph:
-    """:func:`propagation_graph` with the weights ``w_ij`` for coefficients, as they are before degrees divide them."""
+    """:func:`propagation_graph` with the weights ``w_ij`` as coefficients, before they are divided by degrees."""
     name = "propagation_graph"
     check_count(name, "k", k)
     if k == 0:
@@ -129,7 +131,7 @@ def weight_graph(
         grid,
         # a grid of one cell has one padded slot
         min(k, max(nodes.shape[-2] - 1, 1)),
-        # the op counts distances in shares of the longest, and the power comes after it
+        # the op counts distances in shares of the longest, and the power is taken after it
         decay=0.0 if by_cosine else decay * longest / gamma,
         form="additive" if by_cosine else "multiplicative",
         include_self=False,
@@ -198,17 +200,18 @@ def _start(name: str, labels: Tensor, graph: Graph, alpha: float) -> Tensor:
 
 
 def _widened(labels: Tensor) -> Tensor:
-    """With columns of zeros up to one vector register: fewer are added one by one on a CPU, several times as slow."""
+    """Columns of zeros up to one vector register: a CPU adds fewer columns one by one, several times as slowly."""
     missing = _LANES - labels.shape[-1]
     return F.pad(labels, (0, missing)) if labels.device.type == "cpu" and 0 < missing < _LANES else labels
 
 
 def reach_of_steps(radius: float, steps: int) -> int:
-    """Cells, down or across, within which is all that decides what a node becomes in ``propagate_labels``.
+    """Distance in cells, down or across, within which all lies that decides a node's result in ``propagate_labels``.
 
-    A step brings labels along one edge, or against it. The degrees that divide the last edge count what ends in its
-    nodes, so they depend on the choices of nodes one edge further, and those on the priors of all that these could have
-    chosen, one edge further still: ``steps + 2`` edges, none of which spans more than ``radius`` whole cells.
+    A step brings labels along one edge, or against it. The last edge is divided by the degrees of its nodes, which
+    count the edges that end there. So the degrees depend on what nodes one edge further chose. That depends on the
+    priors of all nodes that these could have chosen, another edge further. In all these are ``steps + 2`` edges, and
+    none spans more than ``radius`` whole cells.
 
     Examples:
         >>> from drseg_core.nn.label_propagation import reach_of_steps
@@ -230,18 +233,16 @@ def propagate_labels(
 ) -> Tensor:
     """``steps`` times ``F <- alpha S F + (1 - alpha) Y`` from ``F = Y`` (Zhou et al. 2004, step 3 of their algorithm).
 
-    What a node becomes depends on labels at most ``steps`` edges away, and on priors at most two edges further: a
-    neighbour's degree counts the edges that end in it, and those depend on all that could have been chosen instead
-    (:func:`reach_of_steps`).
-    After many steps it is what :func:`solve_labels` gives with ``scaled=True``.
+    A node's result depends on labels at most ``steps`` edges away, and on priors at most two edges further
+    (:func:`reach_of_steps`). After many steps it is the result of :func:`solve_labels` with ``scaled=True``.
 
     Args:
         labels: Y, (B, N, T) or (N, T) logits, probabilities or features, finite.
-        graph: of :func:`propagation_graph`.
-        steps: how often, >= 0.
+        graph: from :func:`propagation_graph`.
+        steps: number of steps, >= 0.
         alpha: share of the neighbours, in [0, 1).
         backend: one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
-        stepped: is called with 1 after each step, for a progress bar.
+        stepped: called with 1 after each step, for a progress bar.
 
     Returns:
         F, shape and dtype of ``labels``, computed in float32 (float64 for float64 labels), without gradient.
@@ -279,25 +280,26 @@ def solve_labels(
     must_converge: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """``F = (I - alpha S)^-1 Y``, what labels come to (Zhou et al. 2004), by conjugate gradients as in LPOSS's code.
+    """``F = (I - alpha S)^-1 Y``, the limit of the labels (Zhou et al. 2004), by conjugate gradients as LPOSS has it.
 
-    ``S`` is symmetric with eigenvalues in [-1, 1], so the matrix is positive definite, and the number of iterations
-    grows as ``(1 - alpha)**-0.5``. All columns of Y are solved at once; each stops where the norm of its residual is
-    ``tolerance`` times that of its own Y. Where a graph falls apart into pieces each is solved by itself.
+    ``S`` is symmetric with eigenvalues in [-1, 1]. So the matrix is positive definite, and the number of iterations
+    grows as ``(1 - alpha)**-0.5``. All columns of Y are solved at once. Each stops when the norm of its residual is
+    ``tolerance`` times the norm of its own Y. If a graph falls apart into pieces, each piece is solved by itself.
 
-    Nothing is centred: what is added to all classes of a node adds the same to all classes of every node.
+    Nothing is centred: a number added to all classes of a node adds another to all classes of every node, the same for
+    each class.
 
-    LPOSS's code leaves out the factor ``1 - alpha`` (``scaled=False``), which changes no largest class, and stops
+    LPOSS's code leaves out the factor ``1 - alpha`` (``scaled=False``), which never changes the largest class. It stops
     after ten iterations, converged or not (``max_iterations=10, must_converge=False``).
 
     Args:
         labels: Y, (B, N, T) or (N, T) logits, probabilities or features, finite.
-        graph: of :func:`propagation_graph`.
+        graph: from :func:`propagation_graph`.
         alpha: share of the neighbours, in [0, 1); LPOSS has 0.95.
-        scaled: times ``1 - alpha``, so that F has the scale of Y and is the limit of :func:`propagate_labels`.
+        scaled: multiply by ``1 - alpha``, so that F has the scale of Y and is the limit of :func:`propagate_labels`.
         tolerance: largest norm of a residual, relative to its right-hand side, > 0.
-        max_iterations: of the slowest column, >= 1.
-        must_converge: False returns what has been reached by then.
+        max_iterations: most iterations of any column, >= 1.
+        must_converge: False returns what is reached after ``max_iterations``.
         backend: one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
 
     Returns:
@@ -344,7 +346,7 @@ def solve_labels(
         if not going.any():
             break
         image = direction - alpha * operator.propagate(direction, backend=backend)
-        # a column that is done has no direction left, or keeps what it has
+        # a column that is done has no direction left, or keeps its value
         step = torch.where(going, length / (direction * image).sum(-2, keepdim=True), 0)
         x = x + step * direction
         residual = residual - step * image
@@ -363,13 +365,13 @@ def solve_labels(
 
 
 class LabelPropagation(nn.Module):
-    """Graph, labels and solver in one, on maps: what :class:`drseg_core.nn.PDGR` is to a training, without one.
+    """Graph and solver in one module, on maps: like :class:`drseg_core.nn.PDGR`, but without training.
 
     Args:
-        k, gamma, decay, select, radius: of :func:`propagation_graph`.
+        k, gamma, decay, select, radius: see :func:`propagation_graph`.
         alpha: share of the neighbours, in [0, 1).
-        steps: that many of :func:`propagate_labels`; None solves to the end by :func:`solve_labels`.
-        scaled, tolerance, max_iterations, must_converge: of :func:`solve_labels`.
+        steps: steps of :func:`propagate_labels`; None solves to the end by :func:`solve_labels`.
+        scaled, tolerance, max_iterations, must_converge: see :func:`solve_labels`.
         backend: one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
 
     Shape:
@@ -433,7 +435,7 @@ class LabelPropagation(nn.Module):
         Args:
             labels: logits or features.
             prior: on the same grid.
-            split: of features with T channels: its structural ones are spread, its semantic ones stay as they are.
+            split: a split of T channels. The structural ones are spread, the semantic ones stay as they are.
         """
         _check_map("labels", labels)
         _check_map("prior", prior)

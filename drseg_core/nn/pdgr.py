@@ -78,19 +78,20 @@ class PDGR(nn.Module):
     """Rectifies a feature map by message passing on a graph that a frozen prior lays over it.
 
     Every cell is a node. Its ``k`` neighbours are the cells of highest affinity (Eq. 7), which joins the cosine of the
-    prior's features with a spatial decay. Edges are weighted by a softplus MLP on the two prior features (Eq. 8), and
-    the features are propagated ``layers`` times with degree-normalised coefficients (Eq. 9), ReLU between the layers
-    and LayerNorm after the last. Weights and degrees are shared by the layers.
+    prior's features with a spatial decay. A softplus MLP on the two prior features weighs each edge (Eq. 8). Then the
+    features are propagated ``layers`` times with degree-normalised coefficients (Eq. 9). ReLU stands between the
+    layers, LayerNorm after the last. All layers share weights and degrees.
 
-    Gradients flow to the features and to this module's parameters; none to the prior or to the choice of neighbours.
+    Gradients flow to the features and to this module's parameters, not to the prior or to the choice of neighbours.
 
     Args:
         channels: C, channels of the feature map.
         prior_dim: D, channels of the prior.
         k: neighbours per node; a grid with fewer cells uses all of them.
-        affinity: reading of Eq. 7: ``exp`` exp(gamma cos - decay dist), ``linear`` gamma cos - decay dist, ``power``
-            max(cos, 0)**gamma exp(-decay dist), ``product`` gamma cos exp(-decay dist), ``gauss`` as ``exp`` with
-            dist squared. ``dist`` is the distance of two cells divided by the longest on the grid.
+        affinity: reading of Eq. 7. ``exp`` is ``exp(gamma cos - decay dist)``, ``linear`` is
+            ``gamma cos - decay dist``, ``power`` is ``max(cos, 0)**gamma exp(-decay dist)``, ``product`` is
+            ``gamma cos exp(-decay dist)``. ``gauss`` is ``exp`` with ``dist`` squared. ``dist`` is the distance of two
+            cells divided by the longest on the grid.
         gamma: feature scale of Eq. 7, > 0.
         decay: spatial decay of Eq. 7 (lambda), >= 0.
         self_loop: ``in_topk`` makes the node one of its own neighbours, ``exclude`` leaves it out, ``extra`` leaves it
@@ -105,16 +106,17 @@ class PDGR(nn.Module):
         residual: add the input to the output.
         use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity (negative affinities count as 0).
         norm_scale: initial weight of the final LayerNorm.
-        resample_prior: bring a prior map on another grid to that of the features: by means where the sizes divide,
-            otherwise bilinearly. By default it is refused.
-        keep_format: return a map in the memory format of the features: contiguous for contiguous ones, otherwise
-            channels last. False spares contiguous features a copy, and returns channels last always.
+        resample_prior: bring a prior map on another grid to the grid of the features: by means if the sizes divide,
+            otherwise bilinearly. By default such a prior is refused.
+        keep_format: return a map in the memory format of the features: contiguous for contiguous features, otherwise
+            channels last. False always returns channels last, which spares contiguous features a copy.
         backend: kernel backend of all ops, one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
 
     Shape:
         features (B, C, h, w) and prior (B, D, h, w) to (B, C, h, w), in the dtype of the features (under autocast: of
         the linear maps). The prior may have any floating-point dtype. B, h and w may be 0. Either may be tokens,
-        (B, N, C) or (B, N, D) with N = h * w, row by row; features that are need ``grid=(h, w)`` and come back as such.
+        (B, N, C) or (B, N, D) with N = h * w, row by row. Features as tokens need ``grid=(h, w)``, and come back as
+        tokens.
 
     Note:
         A cell whose prior is not finite gets a NaN output and influences no other cell.
@@ -223,7 +225,7 @@ class PDGR(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __prepare_scriptable__(self) -> None:
-        # torch.jit.script asks every module for it first, and its own error has a dozen lines
+        # torch.jit.script asks every module for this first, and its own error has a dozen lines
         raise TypeError("PDGR: TorchScript cannot compile it; expected torch.export, got torch.jit.script")
 
     def extra_repr(self) -> str:
@@ -255,7 +257,7 @@ class PDGR(nn.Module):
         return nodes
 
     def _for_batch(self, graph: Graph, batch: int, nodes: int, columns: bool) -> tuple[Tensor, Tensor, Csc | None]:
-        """Index, coefficients and columns of a given graph, the only one of a batch as that of each sample."""
+        """Index, coefficients and columns of a given graph; a graph of one sample serves all samples of a batch."""
         if not isinstance(graph, Graph):
             raise TypeError(f"PDGR: graph is no graph; expected drseg_core.ops.Graph, got {type(graph).__name__}")
         index, coefficient, lists = graph
@@ -276,20 +278,20 @@ class PDGR(nn.Module):
         return positive**self.gamma if self.affinity == "power" else self.gamma * positive
 
     def graph(self, prior: Tensor, *, grid: tuple[int, int] | None = None, columns: bool = True) -> Graph:
-        """Neighbours and propagation coefficients for a prior, which several calls may share: ``pdgr(x, graph=graph)``.
+        """Neighbours and propagation coefficients for a prior. Several calls may share them: ``pdgr(x, graph=graph)``.
 
         Its coefficients carry gradients to the parameters of the edge MLP.
 
         Args:
             prior: (B, D, h, w), or tokens (B, N, D) on ``grid``.
             grid: (h, w) of tokens.
-            columns: list the edges by the nodes in which they end, too; whatever goes against the edges, a gradient
-                among it, takes longer without.
+            columns: also list the edges by the nodes in which they end. Without this list, gradients and all else
+                that goes against the edges take longer.
 
         Returns:
-            ``index`` (B, N, K) int32, ``coefficient`` (B, N, K) and ``csc``, where N = h * w and K is ``k``, plus one
-            slot with ``self_loop="extra"``. With ``norm="sym_undirected"`` it is half of the operator, and
-            ``propagate_transposed`` the other.
+            ``index`` (B, N, K) int32, ``coefficient`` (B, N, K) and ``csc``, with N = h * w. K is ``k``, plus one
+            slot with ``self_loop="extra"``. With ``norm="sym_undirected"`` this is half of the operator, and
+            ``propagate_transposed`` is the other half.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type, dtype or shape.
@@ -300,14 +302,14 @@ class PDGR(nn.Module):
 
     @torch.no_grad()
     def edges(self, prior: Tensor, *, grid: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Neighbours and the weights of Eq. 8, before Eq. 9 divides them by degrees: to look at, without gradient.
+        """Neighbours and the weights of Eq. 8, before Eq. 9 divides them by degrees. To look at, without gradient.
 
         Args:
             prior: (B, D, h, w), or tokens (B, N, D) on ``grid``.
             grid: (h, w) of tokens.
 
         Returns:
-            ``index`` (B, N, K) int32 as ``graph`` has it, ``weight`` (B, N, K), and ``real`` (B, N, K) bool, False in
+            ``index`` (B, N, K) int32 as in ``graph``, ``weight`` (B, N, K), and ``real`` (B, N, K) bool, False in
             padded slots.
 
         Raises:
@@ -324,7 +326,7 @@ class PDGR(nn.Module):
     def _graph(
         self, nodes: Tensor, grid: tuple[int, int], columns: bool, apart: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Csc | None]:
-        """Index, coefficients, the scales that ``apart`` may leave to ``graph_layer``, and columns of a graph."""
+        """Index, coefficients, scales that ``apart`` may leave to ``graph_layer``, and columns of a graph."""
         index, edges, score = self._edges(nodes.detach(), grid)
         lists = columns_of(index, self.backend) if columns else None
         if not self.use_affinity_as_weight and self.self_loop != "extra":
@@ -342,7 +344,7 @@ class PDGR(nn.Module):
         include_self = self.self_loop == "in_topk"
         decay = self.decay if self.affinity == "product" else self.decay / self.gamma
         prepared = prepare_prior(nodes, backend=self.backend)
-        # without itself a node has one candidate less; where it is alone, one padded slot shows a prior that is NaN
+        # without itself a node has one candidate less; a node that is alone has one padded slot, to show a NaN prior
         # which of both is less, a program for every size does not know yet
         lesser, greater = (min, max) if isinstance(count, int) else (torch.sym_min, torch.sym_max)
         k: Any = lesser(self.k, count if include_self else greater(count - 1, 1))
@@ -403,7 +405,7 @@ class PDGR(nn.Module):
             features: (B, C, h, w), or tokens (B, N, C) on ``grid``.
             prior: (B, D, h, w), or tokens (B, N, D) on the grid of the features.
             grid: (h, w) of tokens.
-            graph: in place of a prior what ``graph`` made of it, of the same batch or of one sample for all.
+            graph: from ``graph``, in place of a prior; of the same batch, or of one sample for all.
 
         Returns:
             In the shape of ``features``.

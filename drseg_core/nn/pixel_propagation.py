@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels of pixels spread to those beside them of a like colour: after the second propagation of LPOSS+ (2025)."""
+"""Labels of pixels spread to nearby pixels of like colour: after the second propagation of LPOSS+ (2025)."""
 
 from __future__ import annotations
 
@@ -30,19 +30,21 @@ def propagate_pixels(
 ) -> Tensor:
     """``steps`` times ``F <- alpha D^-1 W F + (1 - alpha) Y`` from ``F = Y``, over the pixels of an image.
 
-    Neighbours of a pixel are the others of a square of ``2 radius + 1`` pixels around it, with weights ``w_ij =
-    exp(-|c_i - c_j| / colour)`` of their colours c, the channels over 255; ``D`` are the row sums of ``W``. Those are
-    the edges of LPOSS+ (arXiv 2503.19777). Differences: it has the colours in CIELAB and a square of 13 pixels, divides
-    by ``D^-1/2`` from both sides, and solves to the end by conjugate gradients. Here what a pixel hears is a mean, so
-    logits keep their scale, and it has a reach (:func:`reach_of_pixels`), so a scene can be done in parts.
+    Neighbours of a pixel are the others of a square of ``2 radius + 1`` pixels around it. Their weights are
+    ``w_ij = exp(-|c_i - c_j| / colour)`` with colours c, the channels over 255. ``D`` are the row sums of ``W``.
+
+    These are the edges of LPOSS+ (arXiv 2503.19777). It has the colours in CIELAB and a square of 13 pixels, divides by
+    ``D^-1/2`` from both sides, and solves to the end by conjugate gradients. Here a pixel gets a mean, so logits keep
+    their scale. And it depends only on pixels within a reach (:func:`reach_of_pixels`), so a scene can be done in
+    parts.
 
     Args:
         logits: Y, (T, H, W), floating-point, finite.
         image: (C, H, W) uint8.
-        valid: (H, W) bool; what is not has no neighbours and is none. None means all.
+        valid: (H, W) bool; a pixel that is not valid has no neighbours and is no neighbour. None means all are valid.
         radius: pixels, >= 1.
         colour: distance at which a weight has fallen to 1 / e, > 0; between black and white it is ``sqrt(C)``.
-        steps: how often, >= 0.
+        steps: number of steps, >= 0.
         alpha: share of the neighbours, in [0, 1).
 
     Returns:
@@ -92,7 +94,7 @@ def propagate_pixels(
         degree[here[1:]] += weight
         degree[there[1:]] += weight
         edges.append((here, there, weight))
-    # where there is nobody to hear from, all of its own
+    # a pixel without neighbours keeps all of its own
     alone = degree == 0
     scale, kept = alpha / torch.where(alone, 1, degree), torch.where(alone, 1, 1 - alpha)
     found = torch.empty_like(logits)
@@ -110,8 +112,9 @@ def propagate_pixels(
 
 
 def reach_of_pixels(radius: int, steps: int) -> int:
-    """Pixels, down or across, within which is all that decides what :func:`propagate_pixels` makes of one: an edge for
-    each step. The sum that divides a mean is of edges that it counts itself.
+    """Distance in pixels, down or across, within which all lies that decides a pixel in :func:`propagate_pixels`.
+
+    That is one edge for each step. A mean is divided by the sum of the same edges, so nothing further counts.
 
     Examples:
         >>> from drseg_core.nn.pixel_propagation import reach_of_pixels
@@ -125,7 +128,7 @@ _Place = tuple[slice, slice, slice]
 
 
 def _pairs(size: tuple[int, int], radius: int) -> Iterator[tuple[_Place, _Place]]:
-    """Every pair of neighbours once: the pixels that have one so far below or to the right, and those."""
+    """Every pair of neighbours once: the pixels with a neighbour at an offset below or to the right, and the latter."""
     for down in range(radius + 1):
         for across in range(-radius, radius + 1):
             if (down or across > 0) and down < size[0] and abs(across) < size[1]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Semantic-purity guided channel split (SPSD): which channels carry class meaning, and which carry structure.
 
-The ranking is made once, offline, from class prototypes of the frozen CLIP encoder (Eq. 1-4); the module then
-slices feature maps by fixed channel indices (Eq. 5-6).
+The ranking is made once, offline, from class prototypes of the frozen CLIP encoder (Eq. 1-4). The module then slices
+feature maps by fixed channel indices (Eq. 5-6).
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class RankingOptions:
     Args:
         alpha: weight of the entropy term in Eq. 4, in [0, 1]; the similarity term has ``1 - alpha``.
         entropy_activation: Eq. 1 takes ``max(z, 0)``, ``|z|``, or ``z`` minus the channel's smallest value.
-        dead_channel_entropy: entropy of a channel that no class activates: ``uniform`` (log T, so that it is not
-            taken for a selective one) or ``zero``.
-        similarity: pair measure of Eq. 3: ``z_m z_n``, ``-|z_m - z_n|``, ``exp(-(z_m - z_n)^2 / s)`` with ``s`` the
-            mean squared cross-class difference over all channels, or ``sign(z_m) sign(z_n)``.
+        dead_channel_entropy: entropy of a channel that no class activates: ``uniform`` (log T, so that it does not
+            count as selective) or ``zero``.
+        similarity: pair measure of Eq. 3: ``z_m z_n``, ``-|z_m - z_n|``, ``exp(-(z_m - z_n)^2 / s)``, or
+            ``sign(z_m) sign(z_n)``. ``s`` is the mean squared cross-class difference over all channels.
         rank_ties: equal values are ranked in channel order, or share their average rank.
     """
 
@@ -87,8 +87,8 @@ def rank_by_prototypes(
 ) -> ChannelRanking:
     """Score every channel by how purely it carries class meaning (Eq. 1-4).
 
-    ``a_ck = mean_m act(z_mc)``, ``p_ck = a_ck / sum_k a_ck``, ``H_c = -sum_k p_ck log p_ck``;
-    ``S_c`` is the mean over pairs of prototypes of different classes of their per-channel similarity;
+    ``a_ck = mean_m act(z_mc)``, ``p_ck = a_ck / sum_k a_ck``, ``H_c = -sum_k p_ck log p_ck``.
+    ``S_c`` is the mean per-channel similarity over all pairs of prototypes of different classes.
     ``g_c = alpha (1 - rank(H_c)) + (1 - alpha) (1 - rank(S_c))`` with ascending ranks divided by ``C - 1``.
 
     Classes without a prototype take no part. Computed in float64 on the tensor's device.
@@ -141,9 +141,9 @@ def split_by_score(score: Tensor, semantic_ratio: float) -> tuple[Tensor, Tensor
 
 
 class SPSD(nn.Module):
-    """Slices a feature map into semantic and structural channels, and puts it together again (Eq. 5-6).
+    """Slices a feature map into semantic and structural channels, and joins them again (Eq. 5-6).
 
-    Without a ranking the first ``floor(rho C)`` channels are the semantic ones, until :meth:`set_ranking`.
+    Without a ranking the first ``floor(rho C)`` channels are semantic, until :meth:`set_ranking` is called.
 
     Args:
         channels: C.
@@ -212,7 +212,7 @@ class SPSD(nn.Module):
         tokens = structural.new_empty((semantic.shape[0], *semantic.shape[2:], self.channels), dtype=kind)
         for part, index in ((semantic, self.semantic_index), (structural, self.structural_index)):
             given = (-1, index, part.movedim(1, -1).to(kind))
-            # a transform may follow one part alone, and writes into nothing that it does not follow
+            # a transform (vmap, say) may track one part alone, and cannot write into a tensor that it does not track
             batched = torch._C._are_functorch_transforms_active()
             tokens = tokens.index_copy(*given) if batched else tokens.index_copy_(*given)
         return tokens.movedim(-1, 1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Uncertainty-guided adaptive fusion (UGAF) of the original and the refined correlation, and its simpler rivals.
 
-Every fusion has one call, ``fusion(original (B,R,T,h,w), refined (B,1,T,h,w) | None) -> FusionOutput``, acts on each
-class map alone (classes are folded into the batch), and so takes any number of classes T at any time.
+Every fusion has one call, ``fusion(original (B,R,T,h,w), refined (B,1,T,h,w) | None) -> FusionOutput``. It acts on each
+class map alone, with the classes folded into the batch. So it takes any number of classes T at any time.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _Fusion(nn.Module):
 
 
 class NoFusion(_Fusion):
-    """The baseline: 7x7 convolution of the original maps alone; the refined map is not looked at."""
+    """The baseline: 7x7 convolution of the original maps alone; the refined map is not read."""
 
     def __init__(self, rotations: int, width: int, *, tau: float | None = 0.01) -> None:
         super().__init__(width, tau)
@@ -129,8 +129,10 @@ class SeparateFusion(_Fusion):
 
 
 class ReplaceFusion(NoFusion):
-    """The baseline with the refined map in the place of the canonical one, which is the first; the paper does not say
-    what its Table 2 has in place of UGAF, and this is what the graph alone changes."""
+    """The baseline with the refined map in place of the canonical one, which is the first.
+
+    The paper does not say what its Table 2 has in place of UGAF. This fusion shows what the graph alone changes.
+    """
 
     def _embed(self, original: Tensor, refined: Tensor | None) -> Tensor:
         return self.embed(torch.cat((_required(refined), original[:, 1:]), dim=1))
@@ -171,8 +173,8 @@ class MultiScaleBlock(nn.Module):
 class UGAF(nn.Module):
     """Lets the refined map speak where the original one is uncertain (Eq. 12-13).
 
-    The uncertainty ``U`` (Eq. 12) is the class entropy of the mean original map; the gate, the factor of Eq. 13, is
-    made of it and weighs the refined map ``M_r``:
+    The uncertainty ``U`` (Eq. 12) is the class entropy of the mean original map. The gate is the factor of Eq. 13. It
+    is made of ``U`` and weighs the refined map ``M_r``:
 
     * ``sigmoid_proj``: ``sigmoid(a U + b) M_r`` (a, b learned, from 4 and -2);
     * ``residual``: ``(1 + sigmoid(a U + b)) M_r``;
@@ -285,7 +287,7 @@ def build_fusion(
     head: Literal["conv1x1", "conv7x7"] = "conv1x1",
     multi_scale: Literal["dilation", "kernel"] = "dilation",
 ) -> UGAF | _Fusion:
-    """The fusion of that name; options that a kind does not have are not looked at.
+    """The fusion of that name; options that a kind does not have are ignored.
 
     Examples:
         >>> import torch
@@ -335,8 +337,8 @@ def _fold(maps: Tensor) -> Tensor:
 
 
 def _channels_last(maps: Tensor) -> Tensor:
-    # convolutions of few channels run twice as fast so on a CPU, and the token layers that follow see
-    # (B*T, h*w, width) without a copy; one channel alone is both formats, so its result has to be asked for
+    # In this format convolutions of few channels are twice as fast on a CPU. The token layers that follow see
+    # (B*T, h*w, width) without a copy. A single channel has both formats, so the result is asked for its format.
     return maps.contiguous(memory_format=torch.channels_last)
 
 

@@ -128,9 +128,9 @@ def _waves(batch: int, height: int, width: int, count: int, random: torch.Genera
 def dino_like_prior(batch: int, height: int, width: int, channels: int, random: torch.Generator) -> Tensor:
     """Features with the structure of a self-supervised vision transformer's on an aerial image.
 
-    A few regions with curved, soft borders and one direction each, a smooth field inside them, noise per patch, a mean
-    that all share, outlier channels of 10 to 20 times the usual size, 2 % exact copies of other patches, and a
-    rectangle of zeros (nodata) on about 3 % of the area.
+    It has a few regions with curved, soft borders and one direction each, a smooth field inside them, and noise per
+    patch. All patches share a mean. Outlier channels have 10 to 20 times the usual size. 2 % of the patches are exact
+    copies of others, and a rectangle of zeros (nodata) covers about 3 % of the area.
 
     Args:
         batch, height, width, channels: B, h, w, D; N = h * w nodes.

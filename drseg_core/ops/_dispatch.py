@@ -2,8 +2,8 @@
 """Which implementation of an op runs, and why not another.
 
 An op's table lists its backends from the most to the least preferred. One predicate, ``why_not``, serves the choice,
-the error for a backend named in vain and ``drseg doctor``. Nothing falls back silently. A fused op has the kernels
-that somebody wrote for it; with any other backend that has all of its parts, it runs those.
+the error for a named backend that cannot run, and ``drseg doctor``. Nothing falls back silently. A fused op has kernels
+of its own on some backends. On another backend it runs its parts, if that backend has all of them.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ class Backend:
         run_backward: what computes its gradients, or None for an op without any.
         why_not: given a device type, says why this backend cannot run there, or returns None when it can.
         dtypes: dtypes of the op's floating-point tensors that it computes in.
-        by_name_only: device types on which it runs for who names it and for nobody else.
-        raw: whether it takes, or gives, what others have no use for: of the ops that weigh edges see ``_edges.py``; of
-            ``graph_layer``, last, what the gradient to coefficients is added to, and scales; rounded rows from
-            ``prepare_prior`` for ``knn_graph``.
-        refuses: given sizes and options of a call, says why they are not for this backend, or returns None.
+        by_name_only: device types on which it runs only if it is named.
+        raw: whether it takes or gives more than plain arguments. For ops that weigh edges see ``_edges.py``.
+            ``graph_layer`` takes scales, and a tensor to which it adds the gradient to the coefficients, as last
+            arguments. ``prepare_prior`` gives rounded rows to ``knn_graph``.
+        refuses: given sizes and options of a call, says why this backend does not take them, or returns None.
     """
 
     name: str
@@ -140,23 +140,25 @@ def register_backend(
     dtypes: Sequence[torch.dtype] | None = None,
     preferred: bool = False,
 ) -> None:
-    """Add an implementation of an op; dispatch, ``drseg doctor``, the contract tests and the benchmark know it then.
+    """Add an implementation of an op. Dispatch, ``drseg doctor``, the contract tests and the benchmark then know it.
 
     Modules named in the environment variable ``DRSEG_BACKENDS`` (separated by commas) are imported with
-    ``drseg_core.ops``: one file that calls this is enough. Fused ops whose parts a backend has run on it too.
+    ``drseg_core.ops``. So one file that calls this function is enough. A fused op runs on the backend too, if the
+    backend has all of its parts.
 
     Args:
-        op: name of the op. name: of the backend, a word of your choice.
-        run: the forward. It takes what the op's ``reference.py`` takes, in that order, and returns what it returns, in
-            new tensors. A function without an argument ``csc`` is not given the graph's columns.
+        op: name of the op.
+        name: name of the backend, a word of your choice.
+        run: the forward. It takes the arguments of the op's ``reference.py`` in that order, and returns the same
+            values in new tensors. A function without an argument ``csc`` is not given the graph's columns.
         why_not: given a device type (``"cpu"``, ``"cuda"``), says in a few words why ``run`` cannot run there, or
             returns None when it can.
-        run_backward: the gradients, as the function of that name in ``reference.py``; None where the op has none.
-        dtypes: what the op's floating-point tensors may be; None says all that its reference takes.
-        preferred: take it unasked, before every other backend; otherwise it runs where it is named.
+        run_backward: the gradients, as the function of that name in ``reference.py``; None if the op has none.
+        dtypes: dtypes of the op's floating-point tensors; None means all that its reference takes.
+        preferred: choose it before every other backend. Otherwise it runs only if it is named.
 
     Raises:
-        ValueError: there is no such op, or it has a backend of that name already.
+        ValueError: there is no such op, or it already has a backend of that name.
 
     Examples:
         >>> from drseg_core.ops import backend_report, register_backend
@@ -243,8 +245,8 @@ def resolve(
         tensor: its first tensor; device and dtype decide.
         requested: a backend's name, or ``"auto"`` for the most preferred one that can run.
         case: sizes and options that some backend may refuse.
-        others: its other floating-point tensors by name, whose dtypes decide as well: of a wider one the result would
-            have the dtype and not the precision.
+        others: its other floating-point tensors by name. Their dtypes decide as well: with a wider one the result
+            would have that dtype, but not its precision.
 
     Raises:
         BackendUnavailableError: the named backend cannot run; the message says why.
@@ -291,7 +293,8 @@ def resolve(
 def asked_once(function: Run) -> Run:
     """What ``torch.compiler.assume_constant_result`` makes of a function: a compiler calls it and keeps the result.
 
-    That one imports the compiler, and with it triton, which takes as long again as torch itself.
+    The function of torch is not used, because it imports the compiler, and with it triton. That takes as long as
+    importing torch itself.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -339,7 +342,7 @@ def _for_onnx() -> bool:
 def requested_backend(op: str, backend: str | None) -> str:
     """What a public function's ``backend`` argument asks for: the argument, then ``use_backend``, then ``auto``.
 
-    Whoever cannot follow a call of ours is refused here, where every one of them passes.
+    Every call passes here. So a tracer that cannot follow our ops is refused here.
     """
     compiling = is_compiling()
     if _get_tracing_state() is not None or (compiling and _for_onnx()):
@@ -359,10 +362,10 @@ def requested_backend(op: str, backend: str | None) -> str:
 def use_backend(name: str | None) -> Iterator[None]:
     """Within the block every op whose ``backend`` is None uses this one.
 
-    The block counts for the thread or the asyncio task that is in it, and for tasks that begin there; a thread that is
-    started in it begins without. A backward runs on the backend of its forward wherever it runs, but what
-    ``torch.utils.checkpoint`` computes again asks anew: on a GPU in a thread of autograd's, outside of every block. The
-    ``backend`` of an op or of a module is the same everywhere.
+    The block holds for the thread or asyncio task that enters it, and for tasks started in it. It does not hold for
+    threads started in it. A backward always runs on the backend of its forward. But what ``torch.utils.checkpoint``
+    computes again chooses anew. On a GPU that happens in a thread of autograd, outside of every block. The ``backend``
+    argument of an op or a module holds everywhere.
 
     Examples:
         >>> import torch
@@ -386,9 +389,9 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def last_backend(op: str) -> str | None:
-    """Name of the backend that computed ``op`` last in this thread; None where none did.
+    """Name of the backend that computed ``op`` last in this thread; None if none did.
 
-    What autograd computes in a thread of its own, on a GPU, is not seen from here; it is the backend of the forward.
+    On a GPU autograd computes in a thread of its own, which is not seen from here. It uses the backend of the forward.
 
     Examples:
         >>> from drseg_core import ops
@@ -403,8 +406,8 @@ def backend_report() -> list[dict[str, Any]]:
 
     Returns:
         Rows with the keys ``op``, ``backend``, ``device``, ``available``, ``reason`` (None when available) and
-        ``place``: 0 for what runs where no backend is named, 1 for what would without that, and so on; None for what
-        never does.
+        ``place``. The backend of place 0 runs if none is named, that of place 1 if the first were not there, and so
+        on. None means: only if named, or not at all.
 
     Examples:
         >>> from drseg_core import ops
@@ -430,9 +433,9 @@ _AS_IT_IS = contextlib.nullcontext()
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """An op's body runs below autograd but not below autocast, which would round what it computes in float32.
 
-    The precision of float32 products is a setting of the whole process, which no op may change. So none of them asks
-    the library for such a product where the setting allows less: a kernel of ours multiplies, and references ask for
-    none.
+    The precision of float32 products is a setting of the whole process, which no op may change. So where the setting
+    allows less, no op asks the library for such a product. A kernel of ours multiplies. References need no such
+    product.
     """
     if torch.is_autocast_enabled(tensor.device.type):
         return torch.autocast(tensor.device.type, enabled=False)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops that weigh edges may be given, and its plain form for the backends that take nothing else.
+"""Arguments of the ops that weigh edges, and their plain form for backends that take nothing else.
 
-Our kernels read projections as they leave a product, and scores in place of a mask; other backends are given
-``source``, ``target`` and a mask of their own.
+Our kernels read projections as they leave a product, and scores in place of a mask. Other backends are given plain
+``source``, ``target`` and a mask.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _others(halves: Halves, vector: Tensor, bias: Tensor) -> dict[str, Tensor | 
 def resolve(
     op: str, halves: Halves, vector: Tensor, bias: Tensor, backend: str, case: Mapping[str, Any] | None = None
 ) -> _dispatch.Backend:
-    """The backend that computes ``op`` on all of these dtypes, and takes the ``case``."""
+    """The backend that computes ``op`` in all of these dtypes and takes the ``case``."""
     return _dispatch.resolve(op, halves[0], backend, case, **_others(halves, vector, bias))
 
 
@@ -77,7 +77,7 @@ def run_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients to source, target, vector, bias and source_bias, empty where they are not asked for.
 
-    ``saved`` is the incoming gradient and what the forward kept; halves in one have one gradient, that of source.
+    ``saved`` is the incoming gradient and what the forward kept. Halves in one tensor have one gradient, to source.
     """
     if chosen.raw:
         given = (*saved, halves, *edges, *options, output_mask, csc)

@@ -39,16 +39,16 @@ def knn_between(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The k rows of ``prior`` with the highest cosine for every row of ``query``, equal ones by ascending index.
 
-    Both sets, as many rows of the query at a time as the prior has, lie in two rows of one grid, and ``knn_graph``
-    chooses among those of the other row: every backend that has it takes this too. It computes four times the scores
-    that the question has (4 N times M, or 4 N times N for a smaller query), and never stores M x N of them.
+    Both sets are laid out as the two rows of one grid, N rows of the query at a time. ``knn_graph`` then chooses from
+    the other row of the grid. So it runs on every backend that has ``knn_graph``. It computes four times the scores
+    that are needed: 4 N M, or 4 N^2 for a smaller query. It never stores all M x N of them.
 
     Args:
         query: (B, M, D) or (M, D) features, float32, float64, float16 or bfloat16; need not be normalised.
         prior: (B, N, D) or (N, D) in the same dtype, on the same device.
         k: neighbours per row of the query, at most N unless ``pad``.
         return_score: return the cosines too.
-        pad: where there are fewer than k candidates, fill up with -1.
+        pad: fill up with -1 if there are fewer than k candidates.
         backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
@@ -61,8 +61,8 @@ def knn_between(
         BackendUnavailableError: the named backend cannot run here.
 
     Note:
-        A row of the prior that is not finite is chosen by no one. A row of the query that is not has -1 in all slots,
-        with score NaN. Slots that these leave without a candidate are padded.
+        A row of the prior that is not finite is never chosen. A row of the query that is not finite has -1 in all
+        slots, with score NaN. Slots without a candidate are padded.
 
     Examples:
         >>> import torch
@@ -90,7 +90,7 @@ def knn_between(
         )
     requested = requested_backend("knn_graph", backend)
     if not torch.compiler.is_compiling():
-        # the error of a backend named in vain is about the choice, not about the preparation
+        # if the named backend cannot run, the error is about the choice, not about the preparation
         _dispatch.resolve("knn_graph", query, requested, {"nodes": 2 * prior.shape[-2]})
     many = query.dim() == 3
     given = [prepare_prior(value if many else value[None], backend=backend) for value in (query, prior)]
@@ -125,7 +125,7 @@ def _side_by_side(query: PreparedPrior, prior: PreparedPrior) -> PreparedPrior:
         if above is None or below is None:
             fields.append(None)
             continue
-        # what fills the last grid up lies in the query's row, where nobody looks, and what it chooses is dropped
+        # padding of the last grid lies in the query's row, which is never chosen from; what it chooses is dropped
         shape: Any = (above.shape[0], grids * candidates - rows, *above.shape[2:])
         above = torch.cat([above, above.new_zeros(shape)], dim=1).unflatten(1, (grids, candidates)).flatten(0, 1)
         fields.append(torch.cat([above, below.repeat_interleave(grids, dim=0)], dim=1))

@@ -14,9 +14,9 @@ from drseg_core.ops._registration import PLAIN
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """A table for ``ExportedProgram.run_decompositions``: every operator by its reference, in plain PyTorch.
 
-    A program without our operators runs where this package is not, for whatever takes torch's own, and has the sizes
-    that it was exported for, dynamic ones too. It is slower than the references are, and stores all N x N scores; one
-    with a dynamic batch or grid also the hidden layer of every edge, N x K x E.
+    A program without our operators runs where this package is not installed. It keeps the sizes it was exported for,
+    dynamic ones too. It is slower than the references, and stores all N x N scores. With a dynamic batch or grid it
+    also stores the hidden layer of every edge, N x K x E.
 
     Examples:
         >>> import torch

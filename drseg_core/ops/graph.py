@@ -14,9 +14,9 @@ from drseg_core.ops.graph_propagate.api import Incoming, graph_propagate, incomi
 class Graph(NamedTuple):
     """A sparse operator on the features of nodes: its edges, their coefficients, and its columns.
 
-    ``Graph.of`` makes the columns; without them everything works, and what goes against the edges lists them anew in
-    every call. Columns belong to their index: a graph with another is another ``Graph.of``. Of an undirected one (see
-    ``degree_normalize``) the operator is ``propagate(x) + propagate_transposed(x)``.
+    ``Graph.of`` makes the columns. Without them everything works, but each call that goes against the edges lists them
+    anew. Columns belong to one index: for another index call ``Graph.of`` again. The operator of an undirected graph
+    (see ``degree_normalize``) is ``propagate(x) + propagate_transposed(x)``.
 
     Args:
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
@@ -70,12 +70,13 @@ class Graph(NamedTuple):
 class Undirected(NamedTuple):
     """``S = A + A^T`` of a graph's operator ``A``, applied many times: conjugate gradients, label propagation.
 
-    On a CPU the edges are listed once more by the node in which they end, with their coefficients: eight bytes an edge,
-    and the step against the edges takes as long as that along them. All else is as the graph itself has it.
+    On a CPU a second list holds the edges by the node in which they end, with their coefficients. It takes eight bytes
+    an edge. With it the step against the edges takes as long as the step along them. Elsewhere the graph itself is
+    used.
 
     Args:
         graph: ``A``.
-        incoming: those lists, or None.
+        incoming: the second list, or None.
 
     Examples:
         >>> import torch

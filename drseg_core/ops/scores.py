@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one may want to know of the scores of ``knn_graph`` beyond their use: their order, and their parts."""
+"""The order and the parts of the scores of ``knn_graph``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ScoreParts(NamedTuple):
 
     Args:
         cosine: (B, N, K) or (N, K) cosines of the features of both ends of an edge.
-        spatial: same shape, what the distance of both ends subtracts from them (``additive``, ``gauss``), or by what it
-            multiplies them (``multiplicative``, ``product``).
+        spatial: same shape, the term of the distance. It is subtracted from the cosine (``additive``, ``gauss``), or
+            multiplied with it (``multiplicative``, ``product``).
 
     Examples:
         >>> import torch
@@ -44,7 +44,7 @@ def sort_by_score(index: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         score: their scores, of the same shape.
 
     Returns:
-        Both in descending score, equal scores as they were: by ascending index, and padding last.
+        Both in descending score. Equal scores keep their order, which is by ascending index. Padding comes last.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
@@ -87,8 +87,8 @@ def score_parts(
         backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
-        Both of the shape of ``index``, float32 (float64 for float64 features), without gradients. In a padded slot they
-        are those of the node and itself. Nothing of size N x N or N x K x D is made.
+        Both of the shape of ``index``, float32 (float64 for float64 features), without gradients. A padded slot has
+        the terms of the node with itself. Nothing of size N x N or N x K x D is made.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
@@ -120,7 +120,7 @@ def score_parts(
     prepared = prior if isinstance(prior, PreparedPrior) else prepare_prior(prior, backend=backend)
     unit = prepared.scaled.to(prepared.inverse_norm.dtype) * prepared.inverse_norm.unsqueeze(-1)
     batched = (unit, index) if index.dim() == 3 else (unit[None], index[None])
-    # a sum along edges has these products for the gradient of its coefficients
+    # the gradient of a sum along edges to its coefficients consists of these products
     none = unit.new_zeros(batched[1].shape)
     given = (batched[0], *batched, none, False, [False, True], None, None, requested)
     cosine = torch.ops.drseg.graph_propagate_backward(*given)[1].view(index.shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is finished of a map, in a folder beside it: whoever makes the rest begins there."""
+"""The finished blocks of a map, in a folder beside it, from which the next call goes on."""
 
 from __future__ import annotations
 
@@ -53,8 +53,10 @@ def share(numbers: Sequence[int], part: int, parts: int) -> Sequence[int]:
 
 
 class BlockStore:
-    """Named groups of arrays in a folder. Each is written as a whole or not at all, and carries a checksum over its
-    bytes, its name and the key of the folder, so that what is damaged or of another map is never taken.
+    """Named groups of arrays in a folder.
+
+    Each group is written as a whole or not at all. It carries a checksum over its bytes, its name and the key of the
+    folder. So a group that is damaged or of another map is never taken.
 
     Args:
         folder: made when the first group is saved.
@@ -81,7 +83,7 @@ class BlockStore:
 
     @classmethod
     def at(cls, folder: str | Path) -> BlockStore:
-        """What lies in a folder, of whatever facts, to be read."""
+        """The store in a folder, whatever its facts, for reading."""
         store = cls(folder, {})
         with contextlib.suppress(FileNotFoundError):
             store._text = (store.folder / _KEY).read_text(encoding="utf-8")
@@ -92,7 +94,7 @@ class BlockStore:
         """Begin, or go on where these facts left off.
 
         Args:
-            alone: what is there of other facts is removed; otherwise it is refused, as others may be at it.
+            alone: remove blocks of other facts. Otherwise they are refused, because another process may use them.
 
         Raises:
             ConfigError: the folder is of another map.
@@ -114,11 +116,12 @@ class BlockStore:
 
     @contextlib.contextmanager
     def claim(self, *, alone: bool) -> Iterator[None]:
-        """Keep other calls away while this one is at the map: all of them, or with ``alone=False`` those that would be
-        alone. It ends with the process at the latest; a file system without locks keeps nobody away.
+        """Lock the map against other calls: against all, or with ``alone=False`` against those with ``alone=True``.
+
+        The lock ends with the process at the latest. A file system without locks keeps nobody away.
 
         Raises:
-            ConfigError: another call is at it.
+            ConfigError: another call works at the map.
         """
         mode = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
         self._lock(mode)
@@ -175,7 +178,7 @@ class BlockStore:
         return digest.digest()
 
     def remove_empty(self) -> None:
-        """Leave no folder in which nothing is finished."""
+        """Remove the folder if nothing in it is finished."""
         if not (self.folder / _DONE).exists() and not any(self.folder.glob("*.block")):
             self.remove()
 
@@ -189,7 +192,7 @@ class BlockStore:
             file.write(view)
 
     def load(self, name: str) -> dict[str, NDArray[Any]] | None:
-        """A group of arrays; None, and a word, where it is not there or not sound."""
+        """A group of arrays; None if it is missing, or with a warning if it is damaged."""
         path = self._path(name)
         try:
             content = path.read_bytes()
@@ -202,11 +205,11 @@ class BlockStore:
             return {key: arrays[key] for key in arrays.files}
 
     def finishing(self, outputs: Mapping[Path, Path], blended: Sequence[str] = ()) -> None:
-        """Note what the complete outputs are, before they are put in place.
+        """Note the complete outputs, before they are put in place.
 
         Args:
             outputs: each output with the complete file that becomes it.
-            blended: the neighbours that have a share in them.
+            blended: the neighbours with a share in them.
         """
         marks = {out.name: _mark(now) for out, now in outputs.items()}
         write_text_atomic(self.folder / _DONE, json.dumps({"outputs": marks, "blended": sorted(blended)}))
@@ -226,12 +229,12 @@ class BlockStore:
             return {}
 
     def remove_blocks(self) -> None:
-        """Leave nothing but the note of what is complete."""
+        """Remove all but the note of complete outputs."""
         for path in self.folder.glob("*.block"):
             path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Leave nothing. It is gone at once: what a killed process left of it is removed with its unfinished files."""
+        """Remove all, at once: if the process is killed, the rest counts as unfinished files and is removed later."""
         out = self.folder.with_suffix("")
         gone = self.folder.with_name(f"{own_prefix(out)}work.part")
         with contextlib.suppress(FileNotFoundError):
@@ -241,8 +244,10 @@ class BlockStore:
 
 
 def note_complete(first: Path, outputs: Sequence[Path]) -> None:
-    """Note in the folder of a call's first scene that all outputs of the call are in place, so that the folders of the
-    others may go before it."""
+    """Note in the folder of a call's first scene that all outputs of the call are in place.
+
+    So the folders of the other scenes may be removed before it.
+    """
     write_text_atomic(first / _COMPLETE, json.dumps({str(path.absolute()): _mark(path) for path in outputs}))
 
 
@@ -255,6 +260,6 @@ def is_complete(first: Path, output: Path) -> bool:
 
 
 def _mark(path: Path) -> list[int]:
-    """What a file keeps where it is renamed."""
+    """Properties of a file that stay the same if it is renamed."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns]

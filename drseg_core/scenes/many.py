@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many scenes in one call, by one process or several: somebody makes the missing blocks, then maps are written."""
+"""Many scenes in one call, by one process or several: the missing blocks are made first, then maps are written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Processes(Protocol):
 
 
 class Shard(NamedTuple):
-    """Part ``number``, from 0, among ``count`` calls that know nothing of each other.
+    """Part ``number``, from 0, of ``count`` independent calls.
 
     Examples:
         >>> from drseg_core.scenes.many import Shard
@@ -50,10 +50,10 @@ class Shard(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> Shard:
-        """What ``--shard`` takes.
+        """A shard from the value of ``--shard``.
 
         Raises:
-            ConfigError: it is no ``i/n`` with i from 1 to n.
+            ConfigError: it is not ``i/n`` with i from 1 to n.
         """
         first, _, last = text.partition("/")
         if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
@@ -62,8 +62,10 @@ class Shard(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a scene: ``state`` is ``mapped``, ``shared`` (its blocks of this shard are made), ``failed`` or
-    ``not reached``; ``error`` in one line with its ``exit_code``; the ``files``; and the ``seconds`` it took here.
+    """What became of a scene.
+
+    ``state`` is ``mapped``, ``shared`` (its blocks of this shard are made), ``failed`` or ``not reached``. ``error`` is
+    one line, with its ``exit_code``. ``files`` were written, and ``seconds`` is the time it took here.
 
     Examples:
         >>> from drseg_core.scenes.many import Outcome
@@ -96,33 +98,35 @@ def map_scenes(
     finish: Callable[[Sequence[Outcome]], object] = lambda outcomes: None,
     progress: bool = True,
 ) -> list[Outcome]:
-    """Map scenes into the files they name. Finished blocks lie beside each output until all scenes are mapped, so a
-    call that was interrupted goes on where it stopped, with the bytes of one that was not.
+    """Map scenes into the files they name.
 
-    Several processes share the blocks of every scene, and then the writing of the maps. What a block is, and which
-    tiles share a forward pass, does not depend on their number.
+    Finished blocks lie beside each output until all scenes are mapped. So an interrupted call goes on where it stopped,
+    and the result has the same bytes.
+
+    Several processes share the blocks of every scene, and then the writing of the maps. Blocks, and which tiles share a
+    forward pass, do not depend on the number of processes.
 
     Args:
         mapper: the model.
-        scenes: of :func:`drseg_core.scenes.sources.with_outputs`.
-        explain: one line and an exit code for what a scene raised.
-        processes: those that work together; this one alone by default.
-        shard: make only a part of the blocks, and write no map: a call without it does, once all parts are made.
+        scenes: from :func:`drseg_core.scenes.sources.with_outputs`.
+        explain: gives one line and an exit code for an exception of a scene.
+        processes: the processes that work together; by default only this one.
+        shard: make only a part of the blocks, and no map. A call without it writes the maps once all parts are made.
         cluster: its workers make the blocks, and this process writes the maps.
-        mosaic: maps of scenes that overlap on one grid agree there: their scores are blended. It takes the room of the
-            scores of all classes while the call runs.
-        keep_going: a scene that fails is listed, and the others go on.
+        mosaic: blend the scores of scenes that overlap on one grid, so that their maps agree there. While the call
+            runs, this takes disk for the scores of all classes.
+        keep_going: list a scene that fails, and go on with the others.
         overwrite: replace outputs.
         report: JSON file of the outcomes.
-        done: told of each scene that is mapped or failed in this process.
-        finish: what follows once all maps are there, in the first process; a call that is stopped in it goes on there.
+        done: called with each scene that is mapped or failed in this process.
+        finish: called in the first process once all maps are there. A call that is stopped there goes on there.
         progress: show progress bars.
 
     Returns:
-        One outcome for each scene. In the first process, those of all; in others, only its own are complete.
+        One outcome for each scene. They are all complete in the first process. In another one, only its own are.
 
     Raises:
-        Exception: what the first scene that fails raises, unless ``keep_going``.
+        Exception: that of the first scene that fails, unless ``keep_going``.
 
     Examples:
         >>> from drseg_core.cli.failures import failure
@@ -176,7 +180,7 @@ class _Alone:
 
 
 class _Call:
-    """The scenes of one call, and what has become of them."""
+    """The scenes of one call, and their outcomes."""
 
     def __init__(
         self,
@@ -260,7 +264,7 @@ class _Call:
         return [number for number, found in enumerate(self.outcomes) if found.state == "not reached"]
 
     def _agree(self, processes: Processes) -> None:
-        """All that one process knows, all know; and none goes on before the others are here."""
+        """Share what each process knows with all, and wait until all are here."""
         for outcomes in processes.gather(self.outcomes):
             for number, found in enumerate(outcomes):
                 if self.outcomes[number].state == "not reached" and found.state != "not reached":
@@ -302,7 +306,7 @@ class _Call:
         self.outcomes[number] = self.outcomes[number]._replace(seconds=round(seconds, 3))
 
     def check_present(self) -> None:
-        """What was mapped is still there: a folder may be moved, or a disk taken away, while the call goes on."""
+        """Check that finished maps are still there: a folder may be moved, or a disk removed, during the call."""
         for number, found in enumerate(self.outcomes):
             gone = next((name for name in found.files if not Path(name).exists()), None)
             if gone is not None:
@@ -314,7 +318,7 @@ class _Call:
                     raise error
 
     def tidy(self, *, mapped: bool) -> None:
-        """Remove what was kept where nothing is left to do, or say what is kept."""
+        """Remove the blocks if nothing is left to do, or say which are kept."""
         if mapped and all(found.state == "mapped" for found in self.outcomes):
             # the first folder says so until the others are gone: killed in between, the call goes on from there
             note_complete(self.folders[0], [Path(name) for found in self.outcomes for name in found.files])

@@ -22,7 +22,7 @@ from drseg_core.scenes.outputs import Part
 _log = logging.getLogger(__name__)
 
 _APART = 1e-3
-"""By what share of a pixel two grids may differ and be one."""
+"""Share of a pixel by which two grids may differ and still count as one."""
 _HELD = 4
 """Blocks of neighbours that are held at a time."""
 
@@ -55,8 +55,10 @@ class Neighbour(NamedTuple):
 
 
 def neighbours(grids: Sequence[Grid | None], folders: Sequence[Path]) -> list[tuple[Neighbour, ...]]:
-    """The neighbours of each scene; None is one that cannot be opened, and has none. Scenes that overlap and lie on
-    different grids are left apart, with a word."""
+    """The neighbours of each scene; a scene that cannot be opened is None, and has none.
+
+    Scenes that overlap on different grids are left apart, with a warning.
+    """
     found: list[list[Neighbour]] = [[] for _ in grids]
     for (i, one), (j, other) in _near(grids):
         # where the first pixel of the other lies, and its last corner
@@ -82,7 +84,7 @@ def neighbours(grids: Sequence[Grid | None], folders: Sequence[Path]) -> list[tu
 
 
 def _near(grids: Sequence[Grid | None]) -> Iterator[tuple[tuple[int, Grid], tuple[int, Grid]]]:
-    """Pairs of one CRS whose boxes meet: of thousands of tiles they are few, and only these are looked at closely."""
+    """Pairs of one CRS whose boxes meet: few of thousands of tiles, and only these are compared closely."""
     placed = [(number, grid) for number, grid in enumerate(grids) if grid is not None and grid.crs is not None]
     systems: list[Any] = []
     for _, grid in placed:
@@ -102,7 +104,7 @@ def _corners(grid: Grid) -> list[tuple[float, float]]:
 
 
 class _Layer(NamedTuple):
-    """What one scene says of the pixels of a block."""
+    """The values of one scene in a block."""
 
     weight: NDArray[np.float32]
     scores: NDArray[np.float32]
@@ -112,14 +114,14 @@ class _Layer(NamedTuple):
 class Mosaic:
     """Blends the parts of a map with those of its neighbours.
 
-    Where two or more scenes are valid, the scores of each class are their mean, weighted by how many pixels it is to
-    the scene's edge, and so is the uncertainty. The sums have one order, so all maps have the same bits there.
+    If two or more scenes are valid in a pixel, the scores of each class and the uncertainty are their mean. The weight
+    of a scene is the distance to its edge in pixels. The sums have one order, so all maps have the same bits there.
 
     Args:
-        folder: of the scene's own blocks.
+        folder: folder of the scene's own blocks.
         size: (H, W) of the scene.
         others: its neighbours.
-        blocks: where the blocks of a scene of some size lie.
+        blocks: gives the places of the blocks of a scene by its size.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class Mosaic:
         self._load = functools.lru_cache(maxsize=_HELD)(_load)
 
     def blended(self, part: Part) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]] | None:
-        """Which pixels of a part are shared, and for these scores (T, n, m) and uncertainty (n, m); None if none is."""
+        """The shared pixels of a part, with their scores (T, n, m) and uncertainty (n, m); None if none is shared."""
         block = Box(part.top, part.top + part.label.shape[0], part.left, part.left + part.label.shape[1])
         met = [other for other in self._others if other.meets(block)]
         if not met or part.class_scores is None:

@@ -19,9 +19,11 @@ from drseg_core.scenes.writer import describe_classes, describe_levels, raster_l
 class Part(NamedTuple):
     """A block of a map whose first pixel is (``top``, ``left``), as it is written and kept.
 
-    ``label`` (n, m) uint8, 255 where nothing is valid; ``uncertainty`` (n, m) float32, NaN there; ``picture`` what
-    :meth:`Overlay.sampled` takes of the image; ``score`` (n, m) and ``probabilities`` (T, n, m) uint8 in steps, where
-    they were asked for; ``class_scores`` (T, n, m) float32 of the predicted classes where a neighbour has a share.
+    * ``label`` (n, m) uint8, 255 in invalid pixels.
+    * ``uncertainty`` (n, m) float32, NaN in invalid pixels.
+    * ``picture``: the pixels that :meth:`Overlay.sampled` takes of the image.
+    * ``score`` (n, m) and ``probabilities`` (T, n, m) uint8 in steps, if asked for.
+    * ``class_scores`` (T, n, m) float32 of the predicted classes, if a neighbouring scene has a share.
     """
 
     top: int
@@ -58,7 +60,7 @@ class Overlay:
         return int(self.count.sum())
 
     def sampled(self, top: int, left: int, value: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """What the picture takes of a part (..., n, m) whose first pixel is (top, left)."""
+        """The pixels for the picture, of a part (..., n, m) whose first pixel is (top, left)."""
         return value[..., -top % self.step :: self.step, -left % self.step :: self.step]
 
     def add(self, part: Part) -> None:
@@ -77,8 +79,8 @@ class Overlay:
 
 
 class Rasters:
-    """The rasters of a map while they are written; ``files`` and ``temporary`` are what
-    :class:`drseg_core.scenes.files.SceneFiles` says."""
+    """The rasters of a map while they are written; ``files`` and ``temporary`` as in
+    :class:`drseg_core.scenes.files.SceneFiles`."""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mapping a scene would take, before it is done: ``drseg predict --dry-run``."""
+"""Tiles, memory and time that a map would take, before it is made: ``drseg predict --dry-run``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ _REPEATS = 2
 
 
 class Plan(NamedTuple):
-    """Size in pixels, side of a pixel in metres, tiles to compute at most, bands, memory above the model in MB, seconds
-    that the model takes for them, MB on the disk while they are written, and whether polygons are traced then."""
+    """What a map would take.
+
+    In order: size in pixels, side of a pixel in metres, most tiles to compute, bands, and memory above the model in MB.
+    Then seconds of the model for the tiles, MB on the disk while files are written, and whether polygons are traced.
+    """
 
     height: int
     width: int

@@ -37,10 +37,10 @@ class Found(NamedTuple):
 
 
 def check_suffix(path: Path) -> str:
-    """The suffix of a file of polygons, which is its format.
+    """The suffix of a file of polygons, which decides the format.
 
     Raises:
-        ConfigError: none that is written.
+        ConfigError: a suffix of no format that is written.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(
@@ -61,21 +61,21 @@ def write_polygons(
 ) -> int:
     """Trace the areas of a class map and write them.
 
-    Areas below ``min_area`` join the neighbour they share the longest border with, until all are as large or have no
-    neighbour but nodata. Borders are simplified by half a pixel at most, which changes no area. The scene is never in
-    memory; the polygons are traced by GDAL from a file.
+    An area below ``min_area`` joins the neighbour with which it shares the longest border. This goes on until all areas
+    are large enough or have no neighbour but nodata. Borders are simplified by at most half a pixel, which changes no
+    area. GDAL traces the polygons from a file, so the scene is never in memory.
 
     Args:
         classes: the class raster.
         scores: raster of the best scores, in steps with a scale.
         temporary: where the result is put.
-        path: what messages call it.
-        names: of the classes.
-        min_area: in m2, or in pixels where the map has no place.
+        path: its name in messages.
+        names: names of the classes.
+        min_area: in m2, or in pixels if the map has no georeference.
         progress: show a progress bar.
 
     Returns:
-        How many there are.
+        The number of polygons.
 
     Raises:
         ResourceError: it cannot be written.
@@ -131,7 +131,7 @@ def _on_ground(transform: Any, points: NDArray[np.float64]) -> NDArray[np.float6
 
 
 def _chunks(found: Iterator[Found], *, empty: bool = False) -> Iterator[list[Found]]:
-    """Some at a time; ``empty`` gives one empty list where there is nothing, so that a file is written."""
+    """Some at a time; ``empty`` gives one empty list if there are none, so that a file is written."""
     some = list(islice(found, AT_A_TIME))
     if empty or some:
         yield some
@@ -150,7 +150,7 @@ def _columns(some: Sequence[Found], names: Sequence[str]) -> list[NDArray[Any]]:
 
 
 def _geojson(temporary: Path, found: Iterator[Found], names: Sequence[str], crs: Any, layer: str) -> int:
-    """GeoJSON as its standard (RFC 7946) has it. GDAL would read all that is written for each part that is added."""
+    """GeoJSON as in RFC 7946. Not by GDAL, which reads the whole file again for each part that is added."""
     import shapely
     from rasterio.warp import transform
 

@@ -52,20 +52,22 @@ _log = logging.getLogger(__name__)
 __all__ = ["SceneFiles", "Work", "plan", "predict", "predict_scene"]
 
 OPEN, BLOCKS = "open", "blocks"
-"""The first and the last step of what is made of a scene; those of a ``GraphPredictor`` come between."""
+"""The first and the last step of a map; the steps of a ``GraphPredictor`` come between."""
 
 
 class Work(NamedTuple):
     """How the blocks of a map are kept, and who makes them.
 
-    They lie in a folder beside the output (:func:`drseg_core.scenes.block_store.work_folder`) until the map is
-    complete, and whoever makes it takes those that are there.
+    Blocks lie in a folder beside the output (:func:`drseg_core.scenes.block_store.work_folder`) until the map is
+    complete. Blocks that are there already are not computed again.
 
-    ``facts`` are what makes the model; ``step`` is the only one to do, and of it one ``part`` among ``parts``, with
-    nothing written but blocks (:data:`OPEN` makes none and only prepares the folder); ``alone`` says that no other
-    process is at this map, so blocks of another model or scene, or with other options, may be removed. ``neighbours``
-    have a share in the map where they overlap, but for those ``left_out``; all their blocks must be there before it is
-    written, and its own blocks stay.
+    * ``facts`` identify the model.
+    * ``step`` is the only step to do, and ``part`` the one among ``parts`` of it. Then only blocks are written.
+      :data:`OPEN` makes no blocks and only prepares the folder.
+    * ``alone`` says that no other process works at this map. So blocks of another model, of another scene or with other
+      options may be removed.
+    * ``neighbours`` have a share in the map where they overlap, except those ``left_out``. All their blocks must be
+      there before the map is written, and its own blocks stay.
 
     Examples:
         >>> import drseg_core as drseg
@@ -121,33 +123,33 @@ def predict(
     compiled: bool = False,
     progress: bool = True,
 ) -> SceneFiles:
-    """Map an image of any size by class names: what ``drseg predict`` does.
+    """Map an image of any size by class names, as ``drseg predict`` does.
 
     Args:
-        model: what :func:`drseg_core.load` gives, or what it takes. A model that is given is left on ``device``.
-        image: GeoTIFF, PNG, JPEG or what else GDAL reads.
-        classes: names to tell apart, any words, or what :func:`drseg_core.data.vocabulary.parse_classes` gives, with
-            synonyms and colours; those of the training by default.
+        model: from :func:`drseg_core.load`, or what that takes. A model from there is left on ``device``.
+        image: GeoTIFF, PNG, JPEG or another format of GDAL.
+        classes: names to tell apart, any words; or the result of :func:`drseg_core.data.vocabulary.parse_classes`, with
+            synonyms and colours. By default those of the training.
         threshold: pixels whose best score is below it become the class "other".
-        out: class raster to write, ``.tif``; see :func:`predict_scene` for what it holds and what is written beside it.
+        out: class raster to write, ``.tif``. :func:`predict_scene` says what it holds and what is written beside it.
         scores: also write the score of the best class, ``map_scores.tif``.
         probabilities: also write the scores of all classes, ``map_probabilities.tif``.
         polygons: vector file to write, ``.gpkg``, ``.geojson`` or ``.parquet``.
         min_area: areas below it, in m2, join a neighbour in the polygons.
-        overwrite: replace existing outputs, and remove what belonged to them and is not written again.
-        bands: one or three band numbers from 1; by default those that the file calls red, green and blue, else the
+        overwrite: replace existing outputs, and remove files of theirs that are not written again.
+        bands: one or three band numbers from 1. By default those that the file calls red, green and blue, else the
             first three, or the only one.
-        nodata: value of pixels where nothing is, besides what the file declares.
-        scale: what becomes 0 and 255: ``"0,3000"``, three such pairs with ``;`` between them, or ``"auto"``; by default
-            what the run was trained with.
-        gsd: side in metres of the pixels that the scene is read and mapped in, such as those of the training; its own
-            by default.
-        aoi: vector file of the part that is mapped; the map covers its box.
+        nodata: value of pixels without data, besides what the file declares.
+        scale: values that become 0 and 255: ``"0,3000"``, three such pairs with ``;`` between them, or ``"auto"``. By
+            default those of the training.
+        gsd: side in metres of the pixels in which the scene is read and mapped, such as those of the training. By
+            default the scene's own.
+        aoi: vector file of the part to map; the map covers its box.
         mode: ``tile`` at native resolution, or the ``whole`` image in one piece.
         tile_size: side of a tile in pixels; the run's by default, like the next two.
         overlap: pixels shared by neighbouring tiles.
         batch_size: tiles per forward pass.
-        device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA if there is one.
         precision: ``float32``, ``bfloat16`` or ``auto``, see :class:`drseg_core.evaluation.inference.Predictor`.
         compiled: run the model compiled, see there.
         progress: show a progress bar.
@@ -159,7 +161,8 @@ def predict(
         ConfigError: an option does not fit, or an output exists.
         CheckpointError: the model cannot be read.
         RasterError: the image cannot be read in full.
-        BackendUnavailableError: the device is not here, has no bfloat16, or the model cannot be compiled.
+        BackendUnavailableError: this machine has no such device, the device has no bfloat16, or the model cannot be
+            compiled.
         ResourceError: an output cannot be written in full.
 
     Examples:
@@ -199,9 +202,12 @@ def predict(
 class Mapper(NamedTuple):
     """A model with its options, ready for any number of scenes.
 
-    ``write(image, out, polygons=, overwrite=, work=, progress=)`` maps one as :func:`predict_scene` does; ``facts`` are
-    what makes the model, ``steps`` what is made of a scene before its blocks; ``grid(image)`` says where a scene lies.
-    ``reading`` are the options of ``open_scene`` for its scenes, and ``predictor(scene)`` maps one that is open.
+    * ``write(image, out, polygons=, overwrite=, work=, progress=)`` maps a scene as :func:`predict_scene` does.
+    * ``facts`` identify the model.
+    * ``steps`` are made of a scene before its blocks.
+    * ``grid(image)`` says where a scene lies.
+    * ``reading`` are the options of ``open_scene`` for its scenes.
+    * ``predictor(scene)`` maps an open scene.
     """
 
     write: Callable[..., SceneFiles]
@@ -285,9 +291,9 @@ def plan(
     compiled: bool = False,
     **tiles: Any,
 ) -> Plan:
-    """What ``drseg predict`` takes: size, tiles, bands, memory, time, and disk with its blocks. Nothing is written.
+    """Size, tiles, bands, memory, time, and disk with blocks that ``drseg predict`` would take. Nothing is written.
 
-    Args and errors are those of :func:`predict`; ``tiles`` are ``mode``, ``tile_size``, ``overlap`` and ``batch_size``.
+    Args and errors are those of :func:`predict`. ``tiles`` are ``mode``, ``tile_size``, ``overlap`` and ``batch_size``.
 
     Examples:
         >>> from drseg_core.scenes.predict import plan
@@ -320,7 +326,7 @@ def _prepared(
     arithmetic: Mapping[str, Any],
     given: ReadingConfig,
 ) -> tuple[Predictor, Vocabulary, Reading, float | None]:
-    """The model with its vocabulary, how scenes are read, and the pixels that it was trained on, in metres."""
+    """The model with its vocabulary, how scenes are read, and the side in metres of the pixels of its training."""
     place = select_device(device)
     run = model if isinstance(model, LoadedRun) else load(model)
     if classes is not None and not isinstance(classes, Vocabulary):
@@ -341,10 +347,10 @@ def _prepared(
 
 
 def check_threshold(name: str, threshold: float | None) -> None:
-    """A score below which pixels become "other" is one, or None.
+    """Check the score below which pixels become "other"; None is allowed.
 
     Raises:
-        ConfigError: it is no number from 0 to 1.
+        ConfigError: it is not a number from 0 to 1.
     """
     if threshold is not None and not 0 <= threshold <= 1:
         raise ConfigError(f"{name}: threshold is out of range; expected 0 to 1, got {threshold}")
@@ -375,19 +381,19 @@ def predict_scene(
 ) -> SceneFiles:
     """Predict a scene of any size and write its map.
 
-    The class raster is uint8 with the class ids, 255 = nodata where the scene is invalid, a colour table, and the names
-    in its tags; beside it lie GDAL's category names and attribute table and a style for QGIS. Uncertainty, scores and
-    probabilities are uint8 as well, with scale and offset in the metadata: the uncertainty over the range that it has,
-    scores from 0 to 1 in steps of 0.004. All rasters are Cloud Optimized GeoTIFFs and have exactly the scene's CRS,
-    transform (also rotated or south-up), ground control points and RPCs; a scene without georeference gives a map
-    without. The overlay is reduced to ``overlay_side`` and has a legend of the classes that occur. The table of areas
-    says how they were measured.
+    The class raster is uint8. It has the class ids, 255 (nodata) in invalid pixels, a colour table, and the names in
+    its tags. Beside it lie GDAL's category names and attribute table, and a style for QGIS. Uncertainty, scores and
+    probabilities are uint8 too, with scale and offset in the metadata: the uncertainty over its own range, scores from
+    0 to 1 in steps of 0.004. All rasters are Cloud Optimized GeoTIFFs. They have exactly the scene's CRS, transform
+    (also rotated or south-up), ground control points and RPCs. A scene without georeference gives a map without. The
+    overlay is reduced to ``overlay_side`` and has a legend of the classes that occur. The table of areas says how they
+    were measured.
 
     Nothing appears before all files are complete.
 
     Args:
-        predictor: in ``tile`` mode a part of one row of tiles is in memory at a time, at most 1 GB besides the model
-            with up to 100 classes; in ``whole`` mode it is the scene.
+        predictor: in ``tile`` mode a part of one row of tiles is in memory at a time: at most 1 GB besides the model,
+            with up to 100 classes. In ``whole`` mode the scene is in memory.
         image_path: a raster file that GDAL reads, such as GeoTIFF, PNG or JPEG.
         out_path: the class raster, ``.tif``.
         class_names: names for tags and legend; the predictor's own by default.
@@ -397,16 +403,16 @@ def predict_scene(
         probabilities: also write the scores of all classes, ``map_probabilities.tif``.
         polygons: vector file to write, ``.gpkg``, ``.geojson`` or ``.parquet``.
         min_area: areas below it, in m2, join a neighbour in the polygons.
-        overwrite: replace existing outputs, and remove what belonged to them and is not written again.
+        overwrite: replace existing outputs, and remove files of theirs that are not written again.
         bands: one or three band numbers from 1; by default those that the file calls red, green and blue.
         reading: scale, nodata and bands.
-        gsd: side in metres of the pixels that the scene is read and mapped in; its own by default.
-        trained_gsd: that of the training, for a word where it is another.
-        aoi: vector file of the part that is mapped; the map covers its box.
+        gsd: side in metres of the pixels in which the scene is read and mapped; by default its own.
+        trained_gsd: ``gsd`` of the training; if it differs, a line says so.
+        aoi: vector file of the part to map; the map covers its box.
         overlay_side: bound on the overlay's longer side in pixels.
         tags: further metadata of the class raster.
-        work: keep finished blocks beside the output, take those that are there, or make some of them alone. The
-            result has the same bits.
+        work: keep finished blocks beside the output, reuse those that are there, or make only some of them. The result
+            has the same bits.
         progress: show a progress bar.
 
     Raises:
@@ -465,7 +471,7 @@ def predict_scene(
             options["neighbours"] = sorted((Path(other.folder).name, *other[1:]) for other in work.neighbours)
             facts = {"model": work.facts, "options": options, **computing_facts(predictor), **scene_facts(scene, aoi)}
             store = BlockStore(work_folder(out_path), facts)
-            # blocks of one that has neighbours are still there, and may be wanted
+            # blocks of a map with neighbours are still there, and a neighbour may need them
             done = store.finished(files.present(), [other.folder for other in work.blended])
             if done and (work.step is None or not work.neighbours):
                 _log.info("%s is complete", files.classes)
@@ -479,7 +485,7 @@ def predict_scene(
         check_place(scene)
         check_disks(files, scene.height * scene.width, len(legend.names), blocks=store is not None)
         if store is not None and work is not None:
-            # those that share the blocks of a map write it one at a time
+            # processes that share the blocks of a map write it one at a time
             stack.enter_context(store.claim(alone=work.step is None or work.alone))
             store.open(alone=work.alone)
             if work.alone:
@@ -495,7 +501,7 @@ def predict_scene(
         if work is not None and work.step is not None:
             parts.make(work)
             return files
-        # the class raster is entered first, so it is put in place last: where it is, the others are
+        # the class raster is entered first, so it is put in place last: if it is there, all others are
         places: list[Any] = [path and stack.enter_context(_replaced(path)) for path in files]
         temporary = SceneFiles(*places)
         if files.polygons is not None and files.scores is None:
@@ -536,7 +542,7 @@ def _replaced(path: Path) -> Iterator[Path]:
 
 
 class _Parts:
-    """The parts of a map, as they are written: kept ones, and those that are made while others are read and written."""
+    """The parts of a map as they are written: kept ones, and new ones, made while others are read and written."""
 
     def __init__(
         self,
@@ -560,13 +566,13 @@ class _Parts:
         self._writer = stack.enter_context(gdal_thread("write"))
 
     def share(self, folder: str, work: Work) -> None:
-        """From now on keep what neighbours need, and blend with what they have."""
+        """From now on keep what neighbours need, and blend with what they kept."""
         size = self.scene.height, self.scene.width
         self.neighbours = work.neighbours
         self.mosaic = Mosaic(folder, size, work.blended, self.predictor.blocks)
 
     def make(self, work: Work) -> None:
-        """Keep what one process makes of one step."""
+        """Make and keep the share of one process in one step."""
         size = self.scene.height, self.scene.width
         if work.step == OPEN:
             return
@@ -603,7 +609,7 @@ class _Parts:
             if kept is not None:
                 yield Part.of(kept)
                 continue
-            # one that is damaged was not foreseen
+            # a damaged block was not counted in advance
             part = next(made) if number in absent else next(self._made([number]))
             behind(self._keep, number, part)
             yield part
@@ -633,7 +639,7 @@ class _Parts:
         return (image.pin_memory() if device is not None and device.type == "cuda" else image), valid
 
     def _made(self, wanted: Collection[int] | None) -> Iterator[Part]:
-        """What the model makes of some blocks, or of all."""
+        """Parts computed by the model, for some blocks or for all."""
         size = self.scene.height, self.scene.width
         read = ReadAhead(self._read, self.predictor.reads(*size, wanted=wanted), self._reader)
         origin, band = (0, 0), (np.empty(0, np.uint8), np.empty(0, np.bool_))
@@ -678,14 +684,14 @@ class _Parts:
         return label
 
     def _levels(self, score_of: Callable[[int], NDArray[np.float32]], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
-        """Steps of all bands. A class that was added for what has a low score has none itself."""
+        """Steps of all bands. The class added for low scores has no band of its own."""
         nothing = np.zeros(valid.shape, np.float32)
         classes = len(self.predictor.class_names)
         bands = range(len(self.legend.names))
         return np.stack([as_levels(score_of(band) if band < classes else nothing, valid) for band in bands])
 
     def _blended(self, part: Part) -> Part:
-        """A part with its share of the neighbours."""
+        """A part blended with its neighbours."""
         found = None if self.mosaic is None else self.mosaic.blended(part)
         if found is None:
             return part

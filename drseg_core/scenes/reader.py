@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes as they are read, in part or at another resolution, and what is said of how they are."""
+"""Scenes as they are read, in part or at another resolution, and lines that say how."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from drseg_core.data.vector import Shapes, read_shapes
 from drseg_core.errors import ConfigError, RasterError
 
 PIECE = 1024
-"""Side in stored pixels of what is averaged at a time."""
+"""Side in stored pixels of a piece that is averaged at a time."""
 
 NEAR = 1.5
-"""By which factor a scene's pixels may differ from those of the training before it is worth a word."""
+"""Factor by which a scene's pixels may differ from those of the training without a word."""
 
 _log = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ _log = logging.getLogger(__name__)
 class SceneReader(RasterReader):
     """A raster on its own grid, or on the part and at the resolution that :meth:`place` chooses.
 
-    Windows, height, width and transform are then those of the chosen grid. At another resolution pixels are averages of
-    the valid ones they cover, or between them where they are smaller; validity and palette colours are the nearest.
+    Windows, height, width and transform are then those of the chosen grid. At another resolution a pixel is the average
+    of the valid ones it covers, or is interpolated if it is smaller. Validity and palette colours are the nearest.
     """
 
     _grid: Any = None
@@ -47,12 +47,12 @@ class SceneReader(RasterReader):
 
     @property
     def gsd(self) -> float | None:
-        """Side of a pixel in metres; None where the scene has no place."""
+        """Side of a pixel in metres; None if the scene has no georeference."""
         return pixel_side(self.crs, self.transform, self.height, self.width)
 
     @property
     def sides(self) -> tuple[float, float] | None:
-        """Sides of a pixel in metres, across and down; None where the scene has no place."""
+        """Sides of a pixel in metres, across and down; None if the scene has no georeference."""
         return pixel_sides(self.crs, self.transform, self.height, self.width)
 
     @property
@@ -72,10 +72,10 @@ class SceneReader(RasterReader):
 
         Args:
             gsd: side of a pixel in metres.
-            aoi: vector file; what is outside its shapes is invalid, and outside their box is no part of the grid.
+            aoi: vector file. Pixels outside its shapes are invalid, and the grid ends at the box of the shapes.
 
         Raises:
-            ConfigError: the scene has no place, or too few pixels are left.
+            ConfigError: the scene has no georeference, or too few pixels are left.
             DatasetError: ``aoi`` cannot be read, or lies elsewhere.
         """
         from affine import Affine
@@ -117,7 +117,7 @@ class SceneReader(RasterReader):
         west, south, east, north = area.bounds()
         grid = self.transform
         corners = np.array([~grid @ (x, y) for x in (west, east) for y in (south, north)])
-        # the hundredth of a pixel that the bends of a line may add makes no row
+        # the bends of a line may add a hundredth of a pixel, which makes no row
         left, top = np.maximum(np.floor(corners.min(0) + 0.01), 0).astype(int)
         right, bottom = np.minimum(np.ceil(corners.max(0) - 0.01), (self.width, self.height)).astype(int)
         if left >= right or top >= bottom:
@@ -182,7 +182,7 @@ class SceneReader(RasterReader):
     def _inside(
         self, corner: tuple[int, int], size: tuple[int, int], shape: tuple[int, ...] | None = None
     ) -> NDArray[np.bool_]:
-        """Which pixels of a part of the grid are within the shapes; of ``shape`` pixels where it is a reduced copy."""
+        """Which pixels of a part of the grid are within the shapes; of ``shape`` pixels for a reduced copy."""
         from affine import Affine
         from rasterio.features import geometry_mask
 
@@ -199,10 +199,10 @@ class SceneReader(RasterReader):
 
 
 class Lines(NamedTuple):
-    """Rows or columns of another resolution: what they take of the stored ones ``first`` to ``last`` (exclusive).
+    """Rows or columns of another resolution, and their shares of the stored ones ``first`` to ``last`` (exclusive).
 
-    Each takes those within its own extent; one that is smaller than a stored one takes as much as if it were as large,
-    which is a linear interpolation between their middles.
+    Each takes the stored ones within its own extent. One that is smaller than a stored one takes as much as if it were
+    as large. That is a linear interpolation between their middles.
     """
 
     first: int
@@ -215,14 +215,14 @@ class Lines(NamedTuple):
     def of(cls, begin: int, end: int, factor: float, count: int) -> Lines:
         middle = (np.arange(begin, end) + 0.5) * factor
         half = max(factor, 1.0) / 2
-        # a rounded edge takes no part of a pixel beside it
+        # an edge that is off by rounding takes no part of the next pixel
         low, high = (np.clip(np.round(middle + side, 9), 0, count) for side in (-half, half))
         first, last = int(low[0]), math.ceil(high[-1])
         nearest = np.clip(middle.astype(np.int64), first, last - 1)
         return cls(first, last, low - first, high - first, nearest - first)
 
     def summed(self, value: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-        """Sums of the stored values along an axis, by how much of each is taken."""
+        """Sums of the stored values along an axis, weighted by the share of each."""
         value = np.moveaxis(value, axis, -1)
         total = np.concatenate([np.zeros((*value.shape[:-1], 1)), np.cumsum(value, -1)], -1)
 
@@ -245,16 +245,16 @@ def open_scene(
     """Open a scene for reading.
 
     Args:
-        path: a raster file that GDAL reads, such as GeoTIFF, PNG, JPEG or VRT; or its address in one of GDAL's virtual
+        path: a raster file that GDAL reads, such as GeoTIFF, PNG, JPEG or VRT. Or its address in one of GDAL's virtual
             file systems, a text that begins with ``/vsi``.
-        bands: one or three band numbers from 1, as red, green and blue; by default what the file says.
+        bands: one or three band numbers from 1, as red, green and blue; by default as the file says.
         reading: nodata, scale and bands.
-        gsd: side in metres of the pixels it is read in; its own by default.
-        aoi: vector file of the part that is read; all of it by default.
+        gsd: side in metres of the pixels in which it is read; by default its own.
+        aoi: vector file of the part that is read; by default the whole scene.
 
     Raises:
         RasterError: no such file, not an image, or no usable band.
-        ConfigError: ``bands`` are not in the file, or it has no place for ``gsd`` and ``aoi``.
+        ConfigError: ``bands`` are not in the file, or ``gsd`` or ``aoi`` is given and it has no georeference.
     """
     reading = reading or Reading()
     if bands is not None:
@@ -279,7 +279,7 @@ def describe(scene: SceneReader, trained_gsd: float | None = None) -> None:
         how = "measured, 2 and 98 % of this scene" if measured else "as given or as in training"
         _log.info("%s: %s scaled by %s (%s)", name, scene.dtype, scale_text(pairs), how)
     extreme = None
-    # what is damaged is said where it is used
+    # damaged files are reported where they are used
     with contextlib.suppress(RasterError):
         extreme = scene.extreme_value()
     hints = (scene.scale_warning, scene.window_warning(), scene.band_warning(), scene.nodata_warning())

@@ -19,13 +19,13 @@ BLOCK = 512
 """Side of the blocks of our maps."""
 
 SIDE = BLOCK
-"""Of the parts that are looked at one after the other."""
+"""Side of the parts that are worked on one after the other."""
 
 _ROWS = 64
 
 
 class Regions(NamedTuple):
-    """Of each number its class, pixels, m2 (NaN without a place) and mean score. Nodata has numbers too: class 255."""
+    """Class, pixels, m2 (NaN without georeference) and mean score by number. Nodata has numbers too: class 255."""
 
     label: NDArray[np.uint8]
     pixels: NDArray[np.int64]
@@ -38,15 +38,15 @@ def find_regions(
 ) -> Regions:
     """Number the areas of one class whose pixels touch by their sides.
 
-    Beginning with the smallest, each area below ``min_area`` joins the neighbour with which it has the longest border,
-    until none is left that has a neighbour. Nodata joins nothing, and nothing joins it.
+    Beginning with the smallest, each area below ``min_area`` joins the neighbour with which it has the longest border.
+    This goes on until no such area with a neighbour is left. Nodata joins nothing, and nothing joins it.
 
     Args:
         labels: open class raster.
         scores: open raster of the best scores, in steps with a scale.
         own: raster to write, with the number of the area of each pixel.
-        min_area: in m2, or in pixels where the map has no place.
-        done: is told of pixels that are looked at, :func:`passes` times all.
+        min_area: in m2, or in pixels if the map has no georeference.
+        done: called with the number of pixels worked on; in all :func:`passes` times all pixels.
     """
     import rasterio
 
@@ -111,7 +111,7 @@ def find_regions(
 
 
 def _numbers(path: Path, size: tuple[int, int]) -> Any:
-    """A raster of numbers, which takes the place of memory."""
+    """A raster of numbers, used in place of memory."""
     import rasterio
 
     profile: dict[str, Any] = {"driver": "GTiff", "count": 1, "dtype": "int32", "bigtiff": "if_safer"}
@@ -120,7 +120,7 @@ def _numbers(path: Path, size: tuple[int, int]) -> Any:
 
 
 def passes(min_area: float) -> int:
-    """How often all pixels are looked at."""
+    """How often all pixels are worked on."""
     return 3 if min_area > 0 else 2
 
 
@@ -148,7 +148,7 @@ def _numbered(value: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.u
 
 
 def _joined(count: int, one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of each of ``count`` things the lowest that links lead to."""
+    """For each of ``count`` things the lowest one that links lead to."""
     root = np.arange(count)
     while True:
         a, b = root[one], root[other]
@@ -166,7 +166,7 @@ def _links(one: NDArray[Any], other: NDArray[Any], same: NDArray[np.bool_]) -> N
 
 
 def _weights(pixel: PixelArea, top: int, left: int, height: int, width: int) -> NDArray[np.float64]:
-    """m2 of the pixels of each row of a part; NaN without a place."""
+    """m2 of the pixels of each row of a part; NaN without georeference."""
     if not pixel.known:
         return np.full((height, 1), np.nan)
     rows = range(0, height, _ROWS)
@@ -194,7 +194,7 @@ def _borders(
     nodata: NDArray[np.bool_],
     done: Callable[[int], object],
 ) -> dict[int, dict[int, int]]:
-    """Of each area that has a small neighbour, or is small: its neighbours, and the pixel sides they share."""
+    """For each area that is small or has a small neighbour: its neighbours, and the pixel sides they share."""
     codes, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for top, left, height, width in _parts(*numbers.shape):
         window, up, before = _extended(top, left, height, width)
@@ -217,12 +217,12 @@ def _borders(
 def _eliminated(
     size: list[float], label: NDArray[np.uint8], borders: dict[int, dict[int, int]], smallest: float
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Join the small ones: what each area belongs to then, and the class of that."""
+    """Join the small areas: the area to which each then belongs, and the class of that."""
     label = label.copy()
     root = np.arange(len(size))
 
     def join(one: int, other: int) -> int:
-        """Make one of two neighbours, which are of one class now; what stays is that with more neighbours."""
+        """Make one of two neighbours, now of one class; the one with more neighbours stays."""
         gone, kept = sorted((one, other), key=lambda i: (len(borders[i]), -i))
         root[gone] = kept
         size[kept] += size[gone]

@@ -42,18 +42,21 @@ COLUMNS = 32
 """Classes whose logits are spread at a time."""
 
 REFINING: dict[str, Any] = {"radius": 3, "colour": 0.03, "steps": 10, "alpha": 0.95}
-"""What ``refine`` asks of ``propagate_pixels``; ``docs/zero_shot.md`` has what was measured of it."""
+"""Options of ``propagate_pixels`` for ``refine``; ``docs/zero_shot.md`` has measurements."""
 
 _log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 64 * 2**20
-# what is around a smaller block would be worked on more than once
+# the smaller a block, the more its surroundings are worked on more than once
 _REFINED_BYTES = 256 * 2**20
 
 
 class SceneCells(NamedTuple):
-    """``logits`` (N, T) float32 and ``prior`` (N, D), L2-normalised and NaN where nothing is valid, None without one;
-    ``valid`` (h, w) bool with ``h * w = N``. On the CPU."""
+    """The cells of a scene, on the CPU.
+
+    ``logits`` (N, T) are float32. ``prior`` (N, D) is L2-normalised, NaN in invalid cells, and None without a prior.
+    ``valid`` (h, w) is bool with ``h * w = N``.
+    """
 
     logits: Tensor
     prior: Tensor | None
@@ -61,8 +64,11 @@ class SceneCells(NamedTuple):
 
 
 class CellRow(NamedTuple):
-    """What a row of windows makes of its cells: ``valid`` (n, w) bool; ``logits`` (n * w, T) and ``prior`` (n * w, D)
-    as :class:`SceneCells` has them, None where nothing was computed yet."""
+    """The cells of a row of windows.
+
+    ``valid`` (n, w) is bool. ``logits`` (n * w, T) and ``prior`` (n * w, D) are as in :class:`SceneCells`, None if
+    nothing was computed yet.
+    """
 
     valid: Tensor
     logits: Tensor | None = None
@@ -72,24 +78,24 @@ class CellRow(NamedTuple):
 class GraphPredictor:
     """Maps a scene by words: :class:`drseg_core.models.zero_shot.ZeroShot` in windows, one graph over all of them.
 
-    The scene is read twice: in windows, whose maps are blended into cells (:meth:`collect`), and in blocks, for
-    which the spread logits are enlarged (:meth:`pieces`), and with ``refine`` spread over the pixels of the block and
-    around it. A cell without a valid pixel has no edges, and no share in any pixel. What was made of a scene is kept
-    where there is a ``store``.
+    The scene is read twice. First in windows, whose maps are blended into cells (:meth:`collect`). Then in blocks, for
+    which the spread logits are enlarged (:meth:`pieces`). With ``refine`` they are also spread over the pixels of the
+    block and around it. A cell without a valid pixel has no edges, and no share in any pixel. With a ``store`` finished
+    work is kept.
 
-    A pixel's score is the softmax of its logits times ``logit_scale``, and its uncertainty the entropy of the softmax,
-    divided by its largest.
+    A pixel's score is the softmax of its logits times ``logit_scale``. Its uncertainty is the entropy of the softmax,
+    divided by the largest possible.
 
     Args:
         model: on ``device``.
-        text: of ``model.encode``.
+        text: from ``model.encode``.
         class_names: one for each class of ``text``.
         config: windows, graph and propagation.
         decay: for each cell of distance.
         radius: cells farther apart are no neighbours; None is no limit.
         device: where the model is and the graph is made.
         folder: where a large prior is kept.
-        block: side in pixels of the blocks; by default what a bound on memory gives.
+        block: side in pixels of the blocks; by default chosen by a bound on memory.
         progress: show progress bars.
 
     Raises:
@@ -97,13 +103,13 @@ class GraphPredictor:
     """
 
     steps = ("cells", "graph")
-    """What is made before the pieces."""
+    """The steps before the pieces."""
 
     store: BlockStore | None = None
-    """Keeps what was made of a scene, if there is one."""
+    """Keeps finished work, if it is there."""
 
     watch: Callable[[Graph, Graph], object] | None = None
-    """Is given the weights of each graph, and the graph."""
+    """Called with the weights of each graph, and the graph."""
 
     def __init__(
         self,
@@ -237,7 +243,7 @@ class GraphPredictor:
         if len(tiles) > 1 and not self.store.has("spread"):
             self.spread(self.collect(read, height, width), share(range(len(tiles)), part, parts))
         elif len(tiles) <= 1 and part == 0:
-            # one graph is the work of one
+            # one graph is the work of one process
             self._spread_cells(read, height, width)
 
     def _spread_cells(self, read: ReadWindow, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -263,7 +269,7 @@ class GraphPredictor:
         folder = self.folder or Path(tempfile.gettempdir())
         check_room(folder, nodes * width * 2, "zero_shot")
         try:
-            # without a name: nothing is left of it, however this ends
+            # a file without a name, so nothing is left of it, however this process ends
             with tempfile.TemporaryFile(dir=folder) as file:
                 kept = torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape))
             return kept.fill_(torch.nan)
@@ -291,7 +297,7 @@ class GraphPredictor:
         """The parts of a scene that are graphs of their own.
 
         Raises:
-            ConfigError: a part of ``super_tile`` cells has no room for what decides what becomes of one.
+            ConfigError: a part of ``super_tile`` cells cannot hold all cells that decide a single one.
         """
         halo = None
         if self.config.has_reach:
@@ -304,8 +310,8 @@ class GraphPredictor:
 
         Args:
             cells: of the scene.
-            wanted: numbers of the super-tiles, of which several are kept each; all by default. Elsewhere nothing is
-                said.
+            wanted: numbers of the super-tiles to compute; by default all. The result is undefined elsewhere. If there
+                are several super-tiles, each is kept.
         """
         if cells.prior is None:
             return cells.logits
@@ -352,7 +358,7 @@ class GraphPredictor:
             try:
                 return solve_labels(labels, graph, alpha=config.alpha)
             except NumericalError as error:
-                # the options that it names are none of a map
+                # the error names options that a map does not have
                 raise NumericalError(
                     "zero_shot: the propagation did not converge; expected an alpha further below 1, or steps, "
                     f"got alpha {config.alpha}"
@@ -380,7 +386,7 @@ class GraphPredictor:
                 yield self._around(block, height, width)
 
     def _around(self, block: Box, height: int, width: int) -> Box:
-        """What decides what becomes of a block's pixels."""
+        """The box of all pixels that decide those of a block."""
         reach = reach_of_pixels(REFINING["radius"], REFINING["steps"]) if self.config.refine else 0
         return Box(
             max(block.top - reach, 0),
@@ -413,8 +419,7 @@ class GraphPredictor:
 
 
 def pixel_bytes(classes: int) -> int:
-    """Of each pixel of a block that is refined: weights of its edges; logits before and after, and scores; and what is
-    worked on."""
+    """Bytes of each pixel of a refined block: weights of its edges, logits before and after, scores, and workspace."""
     radius = REFINING["radius"]
     return 4 * (2 * radius * (radius + 1) + 3 * classes + 24)
 
@@ -422,13 +427,13 @@ def pixel_bytes(classes: int) -> int:
 def refined_block(
     enlarged: Enlarged, image: Tensor, known: np.ndarray | None, outer: Box, block: Box, device: torch.device
 ) -> Tensor:
-    """Logits (T, n, m) of a block's pixels after ``propagate_pixels``, as all pixels of the scene at once would give.
+    """Logits (T, n, m) of a block's pixels after ``propagate_pixels``, the same as for the whole scene at once.
 
     Args:
-        enlarged: the logits of any block.
+        enlarged: gives the enlarged logits of any block.
         image: the pixels of ``outer``.
         known: which of them are valid.
-        outer: the block and all that has a share in it.
+        outer: the block and all pixels with a share in it.
         block: within it.
         device: where the pixels are worked on.
     """

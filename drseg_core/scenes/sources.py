@@ -21,15 +21,17 @@ from drseg_core.scenes.files import scene_files
 __all__ = ["Scene", "list_scenes", "with_outputs"]
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
-"""Of the files that are taken from a folder."""
+"""Suffixes of the files that are taken from a folder."""
 
 _ADDRESS = {"http://": "/vsicurl/http://", "https://": "/vsicurl/https://", "s3://": "/vsis3/"}
 _FIELDS = ("name", "number", "folder")
 
 
 class Scene(NamedTuple):
-    """An ``image``, or its remote address as GDAL has it; the ``name`` that patterns take; where the map and its
-    polygons go.
+    """One scene to map.
+
+    ``image`` is a file, or a remote address in GDAL's form. ``name`` is what patterns take. The others say where the
+    map and its polygons go.
 
     Examples:
         >>> from drseg_core.scenes.sources import Scene
@@ -47,13 +49,13 @@ def list_scenes(words: Sequence[str], *, asset: str | None = None, remote: bool 
     """The scenes that words stand for, each once, in their order.
 
     Args:
-        words: files; folders, for the images in them; globs; ``@FILE``, for a text file with one word a line; STAC
-            items or item collections (``.json``, ``.geojson``); addresses of http, https or s3 where ``remote``.
-        asset: of a STAC item: the key of its image.
-        remote: scenes may lie elsewhere, also those a file such as a VRT points to.
+        words: files, folders (the images in them), globs, STAC items or item collections (``.json``, ``.geojson``), or
+            ``@FILE`` (a text file with one word a line). With ``remote`` also addresses of http, https or s3.
+        asset: key of the image in a STAC item.
+        remote: allow scenes that lie elsewhere, also those that a file such as a VRT points to.
 
     Raises:
-        ConfigError: a word stands for nothing, or for something remote.
+        ConfigError: a word stands for nothing, or for something remote without ``remote``.
         DatasetError: a list or a STAC file cannot be read.
 
     Examples:
@@ -71,7 +73,7 @@ def list_scenes(words: Sequence[str], *, asset: str | None = None, remote: bool 
 
 
 def _expanded(words: Iterable[str], asset: str | None, lists: tuple[Path, ...] = ()) -> Iterator[Scene]:
-    """``lists`` are those that name these words, one in the other."""
+    """The scenes of words; ``lists`` are the nested list files that name them."""
     for word in words:
         path = Path(word)
         if word.startswith("@"):
@@ -100,10 +102,10 @@ def _expanded(words: Iterable[str], asset: str | None, lists: tuple[Path, ...] =
 
 
 def address(word: str) -> str:
-    """What GDAL calls something remote.
+    """A remote address in GDAL's form.
 
     Raises:
-        ConfigError: it is of a kind that is not known here.
+        ConfigError: its kind is not supported.
     """
     if word.startswith("/vsi"):
         return word
@@ -114,7 +116,7 @@ def address(word: str) -> str:
 
 
 def _check_near(image: str) -> None:
-    """Refuse what lies elsewhere, and files that point there."""
+    """Refuse remote images, and files that point to them."""
     if image.startswith("/vsi"):
         raise ConfigError(f"predict: {image} is remote; expected a file, or --remote")
     if points_elsewhere(image):
@@ -152,7 +154,7 @@ def _asset_scene(path: Path, name: str, href: str) -> Scene:
 
 
 def _file_name(text: str) -> str:
-    """An id as part of a path: it may have any characters, and the map stays in its folder."""
+    """An id as a file name: an id may have any characters, but the map must stay in its folder."""
     name = re.sub(r"[/\\\0]", "_", text)
     return "_" if name in ("", ".", "..") else name
 
@@ -179,13 +181,13 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
     """The scenes with where their maps go.
 
     Args:
-        scenes: of :func:`list_scenes`.
+        scenes: from :func:`list_scenes`.
         out: a file for a single scene; a folder, for ``{name}.tif`` in it; or a pattern with ``{name}``, ``{number}``
-            (from 1) or ``{folder}``, that of the scene.
-        polygons: a file or pattern likewise.
+            (from 1) or ``{folder}`` (that of the scene).
+        polygons: a file or pattern in the same way.
 
     Raises:
-        ConfigError: an unknown field, two maps would have a file in common, or one would replace a scene.
+        ConfigError: an unknown field, two maps with a file in common, or a map that would replace a scene.
 
     Examples:
         >>> from drseg_core.scenes.sources import list_scenes, with_outputs
@@ -221,7 +223,7 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
 
 
 def _read_files(scenes: Iterable[Scene]) -> dict[Any, tuple[str, bool]]:
-    """Every name of every file that the scenes are read from: the scene, and whether the file is the scene itself."""
+    """For every name of every file that is read: the scene, and whether the file is the scene itself."""
     found: dict[Any, tuple[str, bool]] = {}
     for scene in scenes:
         if not scene.image.startswith("/vsi"):
@@ -244,7 +246,7 @@ def _members(image: str) -> Iterator[Path]:
 
 
 def _names(path: Path) -> list[Any]:
-    """What a file may be found by: its name, what a link stands for, and what two links to one file have in common."""
+    """All names of a file: its own, the target of a link, and what two links to one file have in common."""
     names: list[Any] = [_entry(path), path.resolve()]
     with contextlib.suppress(OSError):
         found = path.stat()
@@ -253,7 +255,7 @@ def _names(path: Path) -> list[Any]:
 
 
 def _entry(path: Path) -> Path:
-    """The one name of what would be replaced: a link itself, not what it stands for."""
+    """The name of the file that would be replaced: a link itself, not its target."""
     return _real(path.parent.absolute()) / path.name
 
 

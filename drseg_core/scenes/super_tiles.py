@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A grid of cells in overlapping parts, each a graph of its own, that together give what one graph gives."""
+"""A grid of cells in overlapping parts, each with its own graph, that together give the same as one graph."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ __all__ = ["SuperTile", "super_tiles"]
 
 
 class SuperTile(NamedTuple):
-    """A part from ``top`` to ``bottom`` and from ``left`` to ``right``, within a larger one (``outer_...``) that holds
-    all that decides what becomes of its cells.
+    """A part from ``top`` to ``bottom`` and from ``left`` to ``right``.
+
+    It lies within a larger part (``outer_...``) that holds all cells that decide its own.
 
     Examples:
         >>> from drseg_core.scenes.super_tiles import super_tiles
@@ -38,7 +39,7 @@ class SuperTile(NamedTuple):
         return self.outer_bottom - self.outer_top, self.outer_right - self.outer_left
 
     def outer(self, value: Tensor, width: int) -> Tensor:
-        """Rows (N', C) of the larger part, of rows (N, C) of a grid so many cells wide."""
+        """Rows (N', C) of the larger part, from rows (N, C) of a grid ``width`` cells wide."""
         part = value.unflatten(0, (-1, width))[self.outer_top : self.outer_bottom, self.outer_left : self.outer_right]
         return part.flatten(0, 1)
 
@@ -56,9 +57,9 @@ def super_tiles(grid: tuple[int, int], halo: int | None, limit: int) -> list[Sup
 
     Args:
         grid: (h, w) cells.
-        halo: cells by which the larger part reaches beyond its own, as far as the grid goes; None where nothing
-            less than the whole grid will do.
-        limit: cells.
+        halo: cells by which a larger part reaches beyond its part, as far as the grid goes; None if only the whole
+            grid will do.
+        limit: most cells of a larger part.
 
     Raises:
         ConfigError: a single cell and its halo take more than the limit.
@@ -71,7 +72,7 @@ def super_tiles(grid: tuple[int, int], halo: int | None, limit: int) -> list[Sup
     h, w = grid
     if halo is None or h * w <= limit:
         return [SuperTile(0, h, 0, w, 0, h, 0, w)]
-    # narrow parts, little else than halo, only where no others are small enough
+    # narrow parts are little else than halo, so they come only if no others are small enough
     for counts in (_ordinary, _any):
         rows, columns = ([_stretches(side, count, halo) for count in counts(side, halo)] for side in grid)
         fitting = [(down, across) for down in rows for across in columns if down.longest * across.longest <= limit]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GeoTIFF results that lie exactly on the grid of the scene they were made from: Cloud Optimized, with overviews."""
+"""GeoTIFF results on exactly the grid of their scene: Cloud Optimized, with overviews."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COG = {"driver": "COG", "compress": "DEFLATE", "blocksize": 512, "bigtiff": "IF
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Whatever stops the writing of ``path`` becomes a ResourceError that names it."""
+    """Any error while ``path`` is written becomes a ResourceError that names it."""
     import rasterio
     from rasterio._err import CPLE_BaseError
 
@@ -54,17 +54,17 @@ def raster_like(
 ) -> Iterator[Any]:
     """A new GeoTIFF with the size, CRS, transform, ground control points and RPCs of an open scene.
 
-    What is written goes into a file beside ``temporary``; when the context ends it becomes a Cloud Optimized GeoTIFF
-    at ``temporary``, which is read once more.
+    Values are written into a file beside ``temporary``. When the context ends, this becomes a Cloud Optimized GeoTIFF
+    at ``temporary``, which is read once more as a check.
 
     Args:
-        scene: what :func:`drseg_core.scenes.reader.open_scene` gives.
+        scene: from :func:`drseg_core.scenes.reader.open_scene`.
         temporary: where the result is put.
-        path: what messages call it.
-        dtype: of the values that are written.
-        nodata: of these.
-        count: bands.
-        resampling: of the overviews.
+        path: its name in messages.
+        dtype: dtype of the values that are written.
+        nodata: nodata value of these.
+        count: number of bands.
+        resampling: how overviews are resampled.
         stretch: the result is 8-bit, from the lowest value that was written to the highest, with scale and offset in
             the metadata.
 
@@ -91,7 +91,7 @@ def raster_like(
         **_georeference(scene),
     }
     working, scaled = (temporary.with_name(f"{temporary.stem}.{word}.tif") for word in ("work", "scaled"))
-    # nothing may be left beside the file: what a GeoTIFF cannot hold GDAL would put into an .aux.xml
+    # nothing may be left beside the file, and GDAL puts what a GeoTIFF cannot hold into an .aux.xml
     with rasterio.Env(GDAL_PAM_ENABLED="NO"), warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         try:
@@ -117,7 +117,7 @@ def raster_like(
 
 
 def check_place(scene: Any) -> None:
-    """Refuse, before all work, a CRS or transform that GeoTIFF cannot keep.
+    """Refuse a CRS or transform that GeoTIFF cannot keep, before any work is done.
 
     Raises:
         RasterError: the message names it.
@@ -162,7 +162,7 @@ def _place(target: Any, scene: Any) -> None:
 
 
 def _stretched(working: Path, scaled: Path, scene: Any) -> None:
-    """Floating point values in 8 bits, over the range they have."""
+    """Floating point values in 8 bits, over their own range."""
     import rasterio
 
     low, high = np.inf, -np.inf
@@ -187,13 +187,13 @@ def _stretched(working: Path, scaled: Path, scene: Any) -> None:
 def _optimized(working: Path, temporary: Path, resampling: str) -> None:
     import rasterio.shutil
 
-    # the place is taken by an empty file, which GDAL would not replace
+    # an empty file takes the place, and GDAL would not replace it
     temporary.unlink()
     rasterio.shutil.copy(working, temporary, overview_resampling=resampling, **_COG)
 
 
 def _verified(path: Path) -> tuple[Any, Any]:
-    """CRS and transform of what was written. GDAL may report a full disk only in its log: so it must decode."""
+    """CRS and transform of the written file, which is decoded, since GDAL may report a full disk only in its log."""
     import rasterio
 
     with rasterio.open(path) as check:

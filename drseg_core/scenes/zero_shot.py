@@ -41,13 +41,15 @@ __all__ = ["SceneZeroShot", "ZeroShotMap", "zero_shot"]
 
 BACKGROUND = "background"
 _SQUARE = 0.05
-"""By what share the sides of a pixel may differ where distances are in metres."""
+"""Share by which the sides of a pixel may differ if distances are in metres."""
 _READING = ("bands", "nodata", "scale", "gsd", "aoi")
 
 
 class ZeroShotMap(NamedTuple):
-    """``class_index`` (H, W) uint8, 255 where the scene has no data; ``score`` of that class and ``uncertainty``
-    (H, W) float32, from 0 to 1, NaN there; the ``class_names``; and the ``files`` where some were written.
+    """A map in memory.
+
+    ``class_index`` (H, W) is uint8, 255 where the scene has no data. ``score`` of that class and ``uncertainty``
+    (H, W) are float32 from 0 to 1, NaN without data. ``class_names`` are the classes, ``files`` what was written.
 
     Examples:
         >>> import drseg_core as drseg
@@ -69,7 +71,7 @@ class SceneZeroShot:
     Args:
         model: dense CLIP features and a prior.
         config: windows, graph and propagation.
-        facts: what the metadata of a map say of the weights.
+        facts: what the metadata of a map say about the weights.
         device: where the model runs.
 
     Raises:
@@ -98,14 +100,14 @@ class SceneZeroShot:
         progress: bool = False,
         **options: Any,
     ) -> ZeroShotMap:
-        """Map a scene into arrays, and into files where ``out`` is given.
+        """Map a scene into arrays, and into files if ``out`` is given.
 
         Args:
             image: see :func:`drseg_core.scenes.predict.predict`.
             classes: names, or one text such as ``"building; road, street; tree#00ff00"``.
             out: class raster to write, ``.tif``.
             progress: show progress bars.
-            options: those of :meth:`write`; what is of files alone goes with ``out``.
+            options: those of :meth:`write`; options of files need ``out``.
 
         Raises:
             ConfigError: an option does not fit, too many cells, or an output exists.
@@ -156,15 +158,17 @@ class SceneZeroShot:
         work: Work | None = None,
         **reading: Any,
     ) -> SceneFiles:
-        """Map a scene into files alone, in bounded memory: what ``drseg predict zero-shot`` does.
+        """Map a scene only into files, in bounded memory, as ``drseg predict zero-shot`` does.
+
+        Args not listed are those of :func:`drseg_core.scenes.predict.predict`.
 
         Args:
-            image: see :func:`drseg_core.scenes.predict.predict`, as all that is not said here.
+            image: see :func:`drseg_core.scenes.predict.predict`.
             classes: names, or one text such as ``"building; road, street; tree#00ff00"``.
             out: class raster to write, ``.tif``.
-            background: prompts of one more class, the last: what is there but is not asked for.
+            background: prompts of one more class, the last, for all else in the scene.
             templates: sentences with one ``{}``, over which the features of a word are averaged.
-            arrays: is given what :meth:`predict` returns.
+            arrays: list that gets one collector of the arrays of :meth:`predict`.
             work: see :func:`drseg_core.scenes.predict.predict_scene`.
             reading: ``bands``, ``nodata``, ``scale``, ``gsd``, ``aoi``.
 
@@ -190,7 +194,7 @@ class SceneZeroShot:
                 background,
                 templates,
                 folder=Path(out).absolute().parent,
-                # what it takes is said once
+                # the needs are printed only once
                 limited=work is None or work.alone,
                 progress=progress,
             )
@@ -216,7 +220,7 @@ class SceneZeroShot:
         )
 
     def mapper(self, classes: Vocabulary | str | Sequence[str], **options: Any) -> Mapper:
-        """For any number of scenes, with the options of :meth:`write`."""
+        """A mapper of any number of scenes, with the options of :meth:`write`."""
 
         def write(image: str | Path, out: str | Path, **how: Any) -> SceneFiles:
             return self.write(image, classes, out, **options, **how)
@@ -244,7 +248,7 @@ class SceneZeroShot:
         templates: Sequence[str] = AERIAL_TEMPLATES,
         **reading: Any,
     ) -> ZeroShotPlan:
-        """What :meth:`write` would take: cells, memory and time. Nothing is written. Args and errors are its own.
+        """Cells, memory and time that :meth:`write` would take. Nothing is written. Args and errors as there.
 
         Examples:
             >>> import drseg_core as drseg
@@ -269,7 +273,7 @@ class SceneZeroShot:
         limited: bool = True,
         progress: bool = False,
     ) -> tuple[GraphPredictor, Vocabulary]:
-        """What maps an open scene, and the classes with that of ``background``; see :meth:`write`.
+        """The predictor of an open scene, and the classes with that of ``background``; see :meth:`write`.
 
         Args:
             folder: where a large prior is kept.
@@ -308,7 +312,7 @@ class SceneZeroShot:
         return decay, config.radius if config.radius_metres is None else config.radius_metres / side
 
     def _tags(self, legend: Vocabulary, templates: Sequence[str], predictor: GraphPredictor) -> dict[str, str]:
-        """What made a map, for its metadata."""
+        """Options and weights of a map, for its metadata."""
         options = {
             field.name: getattr(self.config, field.name)
             for field in dataclasses.fields(self.config)
@@ -336,7 +340,7 @@ def zero_shot(
     device: str | None = None,
     **options: Any,
 ) -> SceneZeroShot:
-    """The door to maps from words alone: CLIP's dense features, rectified over one exact graph of the whole scene.
+    """Maps from words alone: CLIP's dense features, rectified over one exact graph of the whole scene.
 
     Args:
         preset: ``b`` (CLIP ViT-B/16), ``l`` (ViT-L/14 at 336), ``tiny`` (random weights, means nothing), or a YAML
@@ -346,15 +350,15 @@ def zero_shot(
         prior: another prior: a file, ``hub:owner/name/file``, an architecture of timm, ``ARCHITECTURE:FILE``,
             ``none`` (no graph), or ``random``.
         offline: never connect to a network.
-        device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA if there is one.
         options: any option of the configuration, such as ``variant``, ``rotations``, ``window``, ``overlap``, ``k``,
             ``alpha``, ``steps``, ``decay``, ``decay_per_metre``, ``radius``, ``radius_metres``, ``super_tile``,
-            ``refine``; and ``prior_layer``, the block whose features are taken.
+            ``refine``. And ``prior_layer``, the block of the prior whose features are taken.
 
     Raises:
         ConfigError: an option is unknown or does not fit.
-        CheckpointError: weights that are not here and cannot be fetched; the message says what to bring.
-        BackendUnavailableError: the device is not here.
+        CheckpointError: weights are missing and cannot be fetched; the message says which files to bring.
+        BackendUnavailableError: this machine has no such device.
 
     Examples:
         >>> import drseg_core as drseg
@@ -375,7 +379,7 @@ def zero_shot(
 def configured(
     preset: str | os.PathLike[str], *, clip: str | None = None, prior: str | None = None, **options: Any
 ) -> ZeroShotConfig:
-    """A preset with options, all that can be known of them without any weights checked. See :func:`zero_shot`."""
+    """A preset with options, checked as far as possible without weights. See :func:`zero_shot`."""
     config = load_zero_shot(preset)
     layer = options.pop("prior_layer", None)
     known = [field.name for field in dataclasses.fields(config) if field.name not in ("clip", "prior")]
@@ -383,7 +387,7 @@ def configured(
     if unknown := sorted(given.keys() - known):
         raise ConfigError(f"zero_shot: option {unknown[0]} is unknown; expected one of {', '.join(known)}")
     share = config.overlap / config.window
-    # one of a pair takes the place of the preset's other
+    # an option of such a pair replaces the preset's other one
     replaced = {b: None for pair in IN_METRES.items() for a, b in (pair, pair[::-1]) if a in given}
     config = config_from_dict({**dataclasses.asdict(config), **replaced, **given}, ZeroShotConfig, "zero_shot")
     towers = dataclasses.replace(choose_clip(config.clip, clip), image_size=config.window)
@@ -421,11 +425,11 @@ def _check_windows(window: int, overlap: int, patch: int) -> None:
 def check_words(
     classes: Vocabulary | str | Sequence[str], background: Sequence[str] = (), templates: Sequence[str] = ()
 ) -> Vocabulary:
-    """The classes, as far as words can be checked without a text encoder.
+    """The classes, checked as far as words can be without a text encoder.
 
     Raises:
-        ConfigError: a template without exactly one ``{}``, or a class that has the name of the background.
-        DatasetError: names that are no class names.
+        ConfigError: a template does not have exactly one ``{}``, or a class has the name of the background.
+        DatasetError: a name is no class name.
     """
     legend = _vocabulary(classes)
     for template in templates:
@@ -439,10 +443,10 @@ def check_words(
 
 
 def check_metres(config: ZeroShotConfig, scene: SceneReader) -> None:
-    """Metres have one meaning in a scene, if any is asked for.
+    """Check that distances in metres, if an option has them, are the same in both directions of a scene.
 
     Raises:
-        ConfigError: it has no place, or pixels that are no squares on the ground.
+        ConfigError: the scene has no georeference, or its pixels are not square on the ground.
     """
     for cells, metres in IN_METRES.items():
         if getattr(config, metres) is None:
@@ -460,7 +464,7 @@ def check_metres(config: ZeroShotConfig, scene: SceneReader) -> None:
 
 
 class _Arrays:
-    """Gives the pieces of a predictor on, and keeps what is in them."""
+    """Passes on the pieces of a predictor, and keeps their values."""
 
     def __init__(self, predictor: GraphPredictor, threshold: float | None = None) -> None:
         self.class_names, self._predictor, self._threshold = predictor.class_names, predictor, threshold

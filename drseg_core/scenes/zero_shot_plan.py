@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a map from words would take, before it is made."""
+"""Cells, memory and time that a map from words would take, before it is made."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ _PROBES = 32, 80
 """Sides of the grids whose graphs are timed."""
 
 _ITERATIONS = 30
-"""Products with the graph that a solution took with the defaults."""
+"""Products with the graph until the solver converged, with the defaults."""
 
 
 class ZeroShotPlan(NamedTuple):
-    """Size in pixels, side of a pixel in metres, windows to compute at most, bands, size of the grid in cells, sizes of
-    its super-tiles with what they share (one for a scene that is one graph), memory above the model in MB, MB on the
-    disk, and the seconds that the model, the graph and the refined pixels take.
+    """What a map would take.
 
-    The time of the graph is drawn on from small ones of noise; that of a scene, which is smoother, is shorter.
+    In order: size in pixels, side of a pixel in metres, most windows to compute, bands, and size of the grid in cells.
+    Then sizes of its super-tiles with their overlap (one if the scene is a single graph), and memory above the model in
+    MB. Last, MB on the disk, and the seconds for the model, the graph and the refined pixels.
+
+    The time of the graph is extrapolated from small graphs of noise. A scene is smoother, so its graph takes less.
     """
 
     height: int
@@ -54,7 +56,7 @@ class ZeroShotPlan(NamedTuple):
 
     @property
     def graphs(self) -> str:
-        """How many, of how many cells."""
+        """How many graphs, and of how many cells."""
         cells = f"{self.grid[1]} x {self.grid[0]} = {self.cells} cells"
         if len(self.tiles) == 1:
             return f"one graph: {cells}"
@@ -129,7 +131,7 @@ def plan_cells(predictor: GraphPredictor, scene: SceneReader, *, time_model: boo
 
 
 def check_cells(plan: ZeroShotPlan, config: ZeroShotConfig) -> None:
-    """Say what the graph takes, or refuse it where it is too large.
+    """Say what the graph takes, or refuse it if it is too large.
 
     Raises:
         ConfigError: the message says what it would take.
@@ -155,8 +157,10 @@ def _model_seconds(predictor: GraphPredictor, count: int) -> float:
 
 
 def _graph_seconds(predictor: GraphPredictor, parts: list[int], width: int) -> float:
-    """Of graphs of so many nodes: as it grows from one size of noise to the next for the choice of neighbours, linear
-    for the propagation."""
+    """Seconds for graphs of ``parts`` nodes each.
+
+    The choice of neighbours is extrapolated by its growth between two sizes of noise, the propagation linearly.
+    """
     config, random = predictor.config, torch.Generator().manual_seed(0)
     made: list[float] = []
     step = 0.0
@@ -173,7 +177,7 @@ def _graph_seconds(predictor: GraphPredictor, parts: list[int], width: int) -> f
         made.append(middle - begin)
         step = time.perf_counter() - middle
     few, many = (side**2 for side in _PROBES)
-    # a spatial decay or a radius leaves out what is far, so it is between linear and quadratic
+    # a spatial decay or a radius leaves out far cells, so the growth is between linear and quadratic
     power = min(max(math.log(made[2] / made[1]) / math.log(many / few), 1.0), 2.0)
     steps = _ITERATIONS if config.steps is None else config.steps
     rounds = -(-len(predictor.class_names) // COLUMNS)
@@ -181,7 +185,7 @@ def _graph_seconds(predictor: GraphPredictor, parts: list[int], width: int) -> f
 
 
 def _pixel_seconds(predictor: GraphPredictor, height: int, width: int) -> float:
-    """As a block of noise takes, and what is around it."""
+    """Seconds for the pixels, from a block of noise with its margin."""
     side, classes = predictor.block, len(predictor.class_names)
     some = min(side, 256)
     logits = torch.randn(classes, some, some, device=predictor.device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells while it trains: log.jsonl, log.csv, TensorBoard when it is installed, and a progress bar."""
+"""Logs of a run while it trains: log.jsonl, log.csv, TensorBoard if it is installed, and a progress bar."""
 
 from __future__ import annotations
 

@@ -86,18 +86,18 @@ def train(
 ) -> Path:
     """Train a model and leave it in a run folder.
 
-    Under ``torchrun`` the processes share every batch; on the CPU the result of a run without a time limit, stopped and
-    resumed any number of times, is bit for bit that of a run that was never stopped. Processes that ``torchrun`` starts
-    again after a failure (``--max-restarts``) go on from the last checkpoint.
+    Under ``torchrun`` the processes share every batch. Processes that ``torchrun`` starts again after a failure
+    (``--max-restarts``) go on from the last checkpoint. On the CPU a run without a time limit may be stopped and
+    resumed any number of times. Its result is then, bit for bit, that of a run that was never stopped.
 
     Args:
         config: model, optimisation and seed.
         data: data set, see :func:`drseg_core.data.open_dataset`; its split ``train`` is used.
         out: run folder; new or empty, unless ``resume``.
         resume: go on after the newest undamaged checkpoint in ``out``.
-        init: run folder, checkpoint folder or weight file; its weights are the first ones wherever they fit.
-        device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA where there is one.
-        show_progress: a progress bar, or lines where stderr is no terminal.
+        init: run folder, checkpoint folder or weight file; its weights are the initial ones wherever they fit.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes CUDA if there is one.
+        show_progress: show a progress bar, or lines if stderr is not a terminal.
         on_step: called after every step with the number of steps taken.
 
     Returns:
@@ -181,7 +181,7 @@ def train(
 
 
 def _resumed_reading(config: Config, checkpoint: Checkpoint) -> ReadingConfig:
-    """What a run's start measured holds for all of it, so that a configuration without it is no other one."""
+    """The values that the start of a run measured hold for all of it; a configuration without them is the same one."""
     kept = config_from_dict(checkpoint.config.get("reading", {}), ReadingConfig, str(checkpoint.path))
     own = config.reading
     if own.scale is None or own.scale == AUTO:
@@ -211,7 +211,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.parameter_groups(config.train), config.train)
         self.parameters = [value for entry in self.optimizer.param_groups for value in entry["params"]]
         self.tokens = self.model.tokenize(dataset.class_names).to(group.device)
-        # the initial weights above are the same in all processes, what they drop out below is not
+        # the initial weights above are the same in all processes; dropout below differs
         seed_everything(config.seed + group.rank)
         self.fingerprint = dataset.fingerprint()
         self.step = self.position = self.skipped = 0
@@ -370,7 +370,7 @@ class Trainer:
                     raise TrainingStopped(message, shared.signal)
 
     def _text(self) -> Tensor:
-        """What the model is given of the class names: their embeddings, where the text encoder is frozen."""
+        """The class names as the model takes them: embeddings if the text encoder is frozen."""
         if self.model.trains_text:
             return self.tokens
         with torch.no_grad(), self._autocast():

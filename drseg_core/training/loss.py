@@ -22,8 +22,8 @@ ALIGNMENT_TEMPERATURE = 0.1
 def softmax_loss(logits: Tensor, mask: Tensor) -> LossSum:
     """Sum of softmax cross-entropies over the classes at the resolution of the logits, and the number of terms in it.
 
-    The mask is brought to the size of the logits (nearest), which is what makes this loss cheap: it trains the dual
-    encoder alone. Pixels of id 255 are left out; without any other the total is 0 with zero gradients.
+    The mask is brought to the size of the logits (nearest), so this loss is cheap. It trains only the dual encoder.
+    Pixels of id 255 are left out. If there are no others, the total is 0 with zero gradients.
 
     Args:
         logits: (B, T, h, w), one score per class; any float dtype, the sum is taken in float32 or wider.
@@ -81,9 +81,9 @@ def segmentation_loss(
 ) -> LossSum:
     """Sum of binary cross-entropies with logits, and the number of terms in it.
 
-    ``sum_{b,t,x} softplus(l_btx) - sum_{b,x valid} l_{b,y(b,x),x}``, which is the cross-entropy against the one-hot
-    mask without that mask ever being made. The logits are first brought to the size of the mask (bilinear). An image
-    without a single labelled pixel tells nothing and has no part in the loss, unless it is asked for.
+    ``sum_{b,t,x} softplus(l_btx) - sum_{b,x valid} l_{b,y(b,x),x}``. This is the cross-entropy against the one-hot
+    mask, without ever making that mask. The logits are first brought to the size of the mask (bilinear). An image
+    without a single labelled pixel tells nothing. It has no part in the loss, unless ``unlabelled`` asks for it.
 
     Args:
         logits: (B, T, h, w), one score per class; any float dtype, the sum is taken in float32 or wider.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of methods that propose masks: proposals are matched with true segments, one to one, and learn them.
 
-As SAN and SCAN train (arXiv 2302.12242, 2312.04089), which take it from Mask2Former (arXiv 2112.01527): the Hungarian
-method by the classes, the binary cross-entropy and the dice loss of the masks, the latter two at points drawn where
+SAN and SCAN train so (arXiv 2302.12242, 2312.04089), after Mask2Former (arXiv 2112.01527). The Hungarian method matches
+by the classes, the binary cross-entropy and the dice loss of the masks. The latter two are taken at points drawn where
 masks are uncertain.
 """
 
@@ -53,8 +53,8 @@ def proposal_loss(
         unlabelled: images without a label are ``left_out``, or ``negative``: all their proposals are no object.
 
     Returns:
-        Three parts per layer, weighted: cross-entropies over the weights of their classes, and the losses of matched
-        masks over their number.
+        Three weighted parts per layer: cross-entropies divided by the weights of their classes, and the two losses of
+        matched masks divided by their number.
     """
     truth = segments(mask)
     return tuple(part for layer in proposals for part in _layer_loss(layer, truth, unlabelled == "negative"))

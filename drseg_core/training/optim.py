@@ -26,8 +26,8 @@ def build_optimizer(groups: Iterable[dict[str, Any]], train: TrainConfig) -> tor
 def movement(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """How far each part of the model moved in the last step, by the first word of its groups' names.
 
-    The root mean square of AdamW's step over its learning rate, without the decay: about one where gradients keep their
-    sign, less where they change it, and near zero where they are as small as the group's epsilon.
+    This is the root mean square of AdamW's step over its learning rate, without the decay. It is about one if gradients
+    keep their sign, less if they change it, and near zero if they are as small as the group's epsilon.
     """
     squares: dict[str, list[torch.Tensor]] = {}
     counts: dict[str, int] = {}

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class DenseEncoder(Protocol):
-    """What the calibration needs of a model."""
+    """The part of a model that the calibration needs."""
 
     def dense_features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, C, h, w)."""
@@ -43,10 +43,10 @@ def rank_channels(
 ) -> ChannelFile:
     """Sample class prototypes on a training set and rank the channels by them.
 
-    Every image is seen once, unrotated and whole. The mask is brought to the feature grid, each pixel feature is
-    L2-normalised, and a uniform sample of at most ``options.prototypes_per_class`` of them (ten times as many for
-    k-means, which makes that many centroids of them) is kept per class, so memory does not grow with the data. The norm
-    of the features is measured on all places, labelled or not.
+    Every image is seen once, unrotated and whole. The mask is brought to the feature grid, and each pixel feature is
+    L2-normalised. A uniform sample of at most ``options.prototypes_per_class`` features is kept per class, so memory
+    does not grow with the data. For k-means the sample is ten times as large, and is reduced to that many centroids.
+    The norm of the features is measured on all places, labelled or not.
 
     Args:
         model: gives dense CLIP features; its weights are not changed.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A map as one HTML file to look at: what is on it, and the graph that made it."""
+"""A map as one HTML file to look at, with the graph that made it."""

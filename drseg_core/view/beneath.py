@@ -14,7 +14,7 @@ from drseg_core.view.of_words import beneath_words
 
 
 def beneath_of(predictor_of: Callable[[SceneReader], Any]) -> Callable[[SceneReader, tuple[str, ...], int], Beneath]:
-    """What :func:`drseg_core.view.page.write_page` asks for, of the predictor that made a map.
+    """The ``beneath`` of :func:`drseg_core.view.page.write_page`, for the predictor that made a map.
 
     Args:
         predictor_of: gives it for an open scene, as :class:`drseg_core.scenes.predict.Mapper` does.

@@ -24,12 +24,12 @@ _ROWS = 256
 class Part(NamedTuple):
     """A graph on a grid of cells, of which some nodes have their edges here.
 
-    ``top`` and ``left`` are the first pixel, ``cell`` the height and width of a cell in pixels, ``grid`` (h, w), and
-    ``stride`` how many nodes apart the kept ones are, down and across.
+    ``top`` and ``left`` are the first pixel, ``cell`` is the height and width of a cell in pixels, ``grid`` is (h, w).
+    ``stride`` is the distance of kept nodes, down and across.
 
-    Of each of the n kept nodes ``neighbour`` (n, K) has the neighbours, ascending, ``weight`` (n, K) the weights, and
-    ``forth`` and ``back`` (n, K) the coefficients of Eq. 9 that bring the neighbour's features here and these to the
-    neighbour (0 where this node is none of its neighbours). ``degree`` (N,) are the sums of all nodes' weights.
+    For each of the n kept nodes ``neighbour`` (n, K) has the neighbours, ascending, and ``weight`` (n, K) the weights.
+    ``forth`` (n, K) are the coefficients of Eq. 9 that bring the neighbour's features here. ``back`` (n, K) bring these
+    to the neighbour (0 if this node is none of its neighbours). ``degree`` (N,) are the sums of all nodes' weights.
     ``real`` (n, K) is False in padded slots.
     """
 
@@ -47,9 +47,12 @@ class Part(NamedTuple):
 
 
 class Beneath(NamedTuple):
-    """``parts`` are the graphs, none where ``why_not`` says why; ``original`` and ``refined`` (T, h, w) float32 are the
-    correlations of Eq. 10 and 11 in cells of ``step`` pixels, NaN where nothing is known, None where there is none;
-    ``words`` say what the coefficients are."""
+    """What lies beneath a map.
+
+    ``parts`` are the graphs; if there are none, ``why_not`` says why. ``original`` and ``refined`` (T, h, w) float32
+    are the correlations of Eq. 10 and 11 in cells of ``step`` pixels. They are NaN in unknown cells, or None if there
+    are none. ``words`` say what the coefficients are.
+    """
 
     parts: list[Part]
     why_not: str

@@ -25,9 +25,9 @@ from drseg_core.view.pyramid import CELLS, CLASSES, PICTURE, VALUES, Level, Read
 class Layer(NamedTuple):
     """One thing to see.
 
-    ``key`` names it on the page and ``title`` for people; ``kind`` is ``picture`` (colours), ``classes`` (numbers of
-    classes) or ``values`` (0 to 250 are ``low`` to ``high``). ``scales`` has the tiles of one raster, or of one for
-    each class, of which the page shows the chosen one. ``step`` is how many pixels of the scene one of the raster is.
+    ``key`` names it on the page, and ``title`` names it for people. ``kind`` is ``picture`` (colours), ``classes``
+    (numbers of classes) or ``values`` (0 to 250 are ``low`` to ``high``). ``scales`` has the tiles of one raster, or of
+    one for each class, of which the page shows the chosen one. ``step`` is the side of its pixels in scene pixels.
     """
 
     key: str
@@ -160,10 +160,10 @@ def picture_layer(scene: SceneReader, found: MapReader) -> Layer:
 
 
 def on_grid_of(scene: SceneReader, found: MapReader) -> None:
-    """Read a scene as it was when its map was made: with the map's size of pixels, and the part that it has.
+    """Read a scene as it was read for its map: with the map's pixel size, and the part that the map covers.
 
     Raises:
-        ConfigError: the map is not one of this scene.
+        ConfigError: the map is not of this scene.
     """
     elsewhere = ConfigError(
         f"view: --image is not what the map was made of; expected the scene of {found.path} "

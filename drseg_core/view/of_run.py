@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trained run knows beneath a map: the graph of each tile, and both correlations of each class."""
+"""What a trained run computed beneath a map: the graph of each tile, and both correlations of each class."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def of_run(
     progress: bool = True,
     **tiles: Any,
 ) -> Callable[[SceneReader, tuple[str, ...], int], Beneath]:
-    """What :func:`drseg_core.view.page.write_page` asks for what a run knows beneath a map.
+    """The ``beneath`` of :func:`drseg_core.view.page.write_page` for a trained run.
 
     Args:
-        run: that made the map.
+        run: the run that made the map.
         device: where the model runs.
         progress: show a progress bar.
         tiles: ``mode``, ``tile_size``, ``overlap`` and ``batch_size`` of the map; the run's by default.
@@ -55,8 +55,8 @@ def beneath_run(
 ) -> Beneath:
     """Run the model over a scene once more, tile by tile, and keep what it computes on the way to a map.
 
-    A pixel is in several tiles where they overlap; the correlations are blended as the scores of the map are, and each
-    tile has a graph of its own.
+    Where tiles overlap, a pixel is in several of them. The correlations are blended like the scores of the map, and
+    each tile has its own graph.
 
     Args:
         predictor: of the run; its mode and tiles are those of the map.

@@ -85,22 +85,22 @@ def write_page(
 ) -> Page:
     """Write a map as one HTML file with everything in it.
 
-    On it are the scene, the classes with the area of each, what lies beside the map (uncertainty, scores,
-    probabilities), and what ``beneath`` computes: the graph of each node and both correlations of each class. Where all
-    of it takes more than ``max_mb``, the largest layer loses its finest scale until it fits.
+    The page has the scene, the classes with the area of each, and the rasters beside the map (uncertainty, scores,
+    probabilities). From ``beneath`` it has the graph of each node and both correlations of each class. If all this
+    takes more than ``max_mb``, the largest layer loses its finest scale, until it fits.
 
     Args:
         map_path: class raster of ``drseg predict``.
-        out: file to write, replaced where it exists; ``map.html`` beside the map by default.
-        image: the scene that the map was made of.
-        reading: how it is read: bands, nodata and scale.
-        gsd: side of a pixel in metres that the map was asked for; by default what the map has.
-        aoi: vector file of the part that was mapped; by default where the map has classes.
-        beneath: such as :func:`drseg_core.view.of_run.beneath_run`; it needs ``image``.
+        out: file to write, replaced if it exists; ``map.html`` beside the map by default.
+        image: the scene of the map.
+        reading: how the scene is read: bands, nodata and scale.
+        gsd: side of a pixel in metres that was given for the map; by default that of the map.
+        aoi: vector file of the part that was mapped; by default the part where the map has classes.
+        beneath: computes the graphs, such as :func:`drseg_core.view.of_run.beneath_run`; it needs ``image``.
         max_mb: size of the page in millions of bytes.
 
     Raises:
-        ConfigError: the image is not that of the map, or the page cannot be so small.
+        ConfigError: the image is not the scene of the map, or the page cannot be that small.
         RasterError: map or image cannot be read.
 
     Examples:

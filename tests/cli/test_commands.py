@@ -13,6 +13,7 @@ from PIL import Image
 
 from drseg_core.checkpoints.channels import load_channels
 from drseg_core.checkpoints.checkpoint import newest_checkpoint
+from drseg_core.cli import doctor
 
 
 def test_train_writes_a_run_and_says_what_is_next(drseg, run, data):
@@ -189,6 +190,13 @@ def test_demo_is_started_with_its_arguments(drseg, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "drseg_core.cli.demo", fake)
     assert drseg("demo", "--out", tmp_path / "demo", "--seed", 3)[0] == 0
     assert calls[0][0] == tmp_path / "demo" and calls[0][1]["seed"] == 3
+
+
+def test_doctor_says_which_backend_runs_only_if_named(monkeypatch):
+    row = {"op": "csc", "device": "cpu", "available": True, "reason": None}
+    rows = [{**row, "backend": "native", "place": 0}, {**row, "backend": "triton", "place": None}]
+    monkeypatch.setattr("drseg_core.ops.backend_report", lambda: rows)
+    assert list(doctor.kernel_lines()) == ["csc on cpu: native", "  triton: only if named (interpreted)"]
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "rank", "evaluate", "predict", "doctor"])

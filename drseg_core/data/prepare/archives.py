@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Unpacking archives from elsewhere: only inside the target, only files and folders, only so much.
 
-Every member is judged before the first byte is written. Refused are names that are absolute, climb (``..``), hold a
-drive letter, a backslash or a NUL, or occur twice; links, devices, pipes and sparse files; encrypted members; and more
-members or bytes than the limits. While writing, a member that is longer or shorter than its header says ends the work,
-and what was written of the archive is removed.
+Every member is judged before the first byte is written. Refused are:
+
+* names that are absolute, climb (``..``), hold a drive letter, a backslash or a NUL, or occur twice
+* links, devices, pipes and sparse files
+* encrypted members
+* more members or bytes than the limits
+
+If a member turns out longer or shorter than its header says, the work ends, and what was written is removed.
 """
 
 from __future__ import annotations

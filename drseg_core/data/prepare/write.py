@@ -108,17 +108,17 @@ def prepare(
 
     Args:
         name: the set.
-        raw: folder with the original archives, or with what is in them.
-        out: the common root of the sets; the set gets a folder of its own in it.
-        options: how images are cut; the benchmark's way by default.
+        raw: folder with the original archives, or with their contents.
+        out: the common root of the sets; the set gets its own folder in it.
+        options: how images are cut; by default as in the benchmark.
         limits: bounds on an archive.
         max_pixels: larger originals are refused.
         progress: show a progress bar.
 
     Raises:
-        ConfigError: unknown set, options out of range or other than those of the work that is to go on, ``out``
-            inside ``raw``, or a folder there that is not of this function's making.
-        ArchiveError: an archive that is refused.
+        ConfigError: the set is unknown, an option is out of range, or ``out`` is inside ``raw``. Or the folder of the
+            set is not from this function, or was begun with other options.
+        ArchiveError: an archive is refused.
         DatasetError: files missing, damaged, or with unknown labels.
         ResourceError: too little room on the disk.
 

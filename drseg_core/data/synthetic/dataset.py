@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Procedural overhead scenes with a compositional vocabulary, in two worlds.
 
-``objects``: six kinds of object in six colours on soil; six of the 36 combinations never occur in scenes of the
-``seen`` vocabulary, so a model trained on those can be asked for them by name. ``landscape``: the harder one, see
+``objects`` has six kinds of object in six colours on soil. Six of the 36 combinations never occur in scenes of the
+``seen`` vocabulary. So a model trained on those scenes can be asked for the six by name. ``landscape`` is harder, see
 :mod:`drseg_core.data.synthetic.landscape`. A scene is a pure function of (seed, split, index, world, domain,
 vocabulary, size).
 """

@@ -2,10 +2,10 @@
 """Harder procedural scenes: textured ground, thin structures, small objects, shadows on everything, another domain.
 
 The objects of :mod:`drseg_core.data.synthetic` differ by colour and stand apart on soil, which a dual encoder alone
-nearly solves. Here the ground is several classes of which three have one colour and differ by texture, roads and
-hedges are a few pixels wide, cars are smaller than a patch, and shadows fall on whatever lies there. Test scenes may
-come from another ``domain``: another sensor, sun, season and ground sampling distance than any training scene. What is
-drawn was fixed before any method was compared on it.
+nearly solves. Here the ground has several classes. Three of them have one colour and differ only by texture. Roads and
+hedges are a few pixels wide, cars are smaller than a patch, and shadows fall on everything. Test scenes may come from
+another ``domain``: another sensor, sun, season and ground sampling distance than any training scene. What is drawn was
+fixed before any method was compared on it.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ TAPS = 4
 PATCH = 16
 # supervised layers of the side network, its last ones
 SUPERVISED = 2
-# SCAN's balance of what the side network says and what CLIP says, which it searches per vocabulary: that of its files
+# SCAN's balance of side network and CLIP, as in its files; its authors search it per vocabulary
 CLIP_SHARE = 0.7
 # keeps a proposal's token from seeing the class token and the other proposals
 HIDDEN = -100.0
@@ -54,8 +54,11 @@ class SideLayer(nn.Module):
 
 
 class SideOutput(NamedTuple):
-    """Of one supervised layer: query states (B, Q, width), mask logits (B, Q, h', w') on the side grid, and attention
-    bias (B, clip_heads, Q, hw) on CLIP's grid, None where none is made."""
+    """Output of one supervised layer.
+
+    Query states (B, Q, width), mask logits (B, Q, h', w') on the side grid, and attention bias (B, clip_heads, Q, hw)
+    on CLIP's grid (None if none is made).
+    """
 
     query: Tensor
     mask: Tensor
@@ -71,7 +74,7 @@ class SideNetwork(nn.Module):
         grid: patches (h, w) at the side network's image size, for the position embedding.
         clip_width: channels of CLIP's states.
         clip_heads: heads of the attention bias; 0 makes none.
-        taps: how many of CLIP's states are added, the first before the layers, the others after one layer each.
+        taps: how many of CLIP's states are added: the first before the layers, the others after one layer each.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class SideNetwork(nn.Module):
             grid: CLIP's (h, w).
 
         Returns:
-            What each supervised layer says in training, the last layer otherwise.
+            In training the output of each supervised layer, otherwise that of the last layer.
         """
         patches = self.embed(pixels)
         side, batch, queries = patches.shape[2:], len(pixels), len(self.query)
@@ -143,16 +146,20 @@ class SideNetwork(nn.Module):
 class ProposalSegmenter(Segmenter):
     """SAN (``side_adapter``) or SCAN (``calibrated``).
 
-    A side network proposes masks. SAN: copies of CLIP's class token, one per proposal, run beside CLIP's last blocks
-    with an attention bias from the side network, and are compared with the class embeddings. SCAN: the proposals gather
-    CLIP's own dense features (semantic integration) and are compared with the class embeddings; copies of the class
-    token look at the proposal's places only, all others being replaced by the class token (contextual shift), and their
-    say is weighed against the proposals' own in evaluation. A learned embedding stands for no object. What a class has
-    at a place are the shares of all masks there times their class probabilities; the logits are their logarithm.
+    A side network proposes masks. In both methods a learned embedding stands for no object. The score of a class at a
+    place is the sum over all masks of their share there times their class probability. The logits are its logarithm.
 
-    Simplified, of SCAN: its proposals come from SAN's side network instead of Mask2Former, its semantic integration has
-    no frequency filter and no class token, and CLIP looks at the whole image with a bias instead of at crops. A CLIP
-    that begins with random weights has to learn to recognise masks: its scale is learned, and so is SCAN's shift.
+    * SAN: copies of CLIP's class token, one per proposal, run beside CLIP's last blocks with an attention bias from the
+      side network. Then they are compared with the class embeddings.
+    * SCAN: the proposals gather CLIP's own dense features (semantic integration) and are compared with the class
+      embeddings. Copies of the class token look only at the proposal's places, with all other places replaced by the
+      class token (contextual shift). In evaluation their result is weighed against the proposals' own.
+
+    SCAN is simplified. Its proposals come from SAN's side network instead of Mask2Former. Its semantic integration has
+    no frequency filter and no class token. CLIP looks at the whole image with a bias, not at crops.
+
+    A CLIP that begins with random weights has to learn to recognise masks. So its scale is learned, and SCAN's shift
+    too.
 
     Args:
         config: ``proposals.kind`` must not be ``none``.
@@ -160,7 +167,7 @@ class ProposalSegmenter(Segmenter):
 
     Raises:
         ValueError: options that do not fit together.
-        CheckpointError: CLIP weights that cannot be had.
+        CheckpointError: CLIP's weights are not available.
     """
 
     def __init__(self, config: ModelConfig, *, read_clip: bool = True) -> None:
@@ -197,7 +204,7 @@ class ProposalSegmenter(Segmenter):
         channels = self.clip.embed_dim
         self.integrate = Integration(options.width, channels, options.heads) if options.kind == "calibrated" else None
         self.no_object = nn.Parameter(channels**-0.5 * torch.randn(1, channels))
-        # CLIP's own scale, or one that is learned where there is none
+        # CLIP's own scale, or a learned one if there is none
         self.learns = config.clip.weights is None
         scale = torch.tensor(10.0 if self.learns else 100.0).log()
         self.logit_scale = nn.Parameter(scale, requires_grad=self.learns)

@@ -15,7 +15,7 @@ from drseg_core.models.clip import VisionTower, open_clip_model
 
 
 class RemoteGuidance(nn.Module):
-    """Outputs of two inner blocks of a frozen image tower; of the tower no more is kept than they need.
+    """Outputs of two inner blocks of a frozen image tower; only the part of the tower that they need is kept.
 
     Args:
         config: architecture, weights, input size and blocks.
@@ -23,7 +23,7 @@ class RemoteGuidance(nn.Module):
 
     Raises:
         ValueError: unknown or unsupported architecture, no such block, or an image size that is no multiple of a patch.
-        CheckpointError: weights that cannot be had or do not fit.
+        CheckpointError: weights are not available or do not fit.
     """
 
     pixel_mean: Tensor

@@ -54,7 +54,7 @@ class GradualStage(nn.Module):
         self.space = ConvNextBlock(width)
         self.classes = LinearClassBlock(width, heads, 4 * width, pooling=pooling, slots=0, guided=False)
         self.up = nn.ConvTranspose2d(width, width - guidance_width, 2, stride=2)
-        # of both what it was before and the correlation there is one per class
+        # the former maps and the correlation are both one per class
         self.join = GuidedConv(width, guidance_width, out_width)
         self.norm_join = group_norm(out_width)
         self.conv = nn.Conv2d(out_width, out_width, 3, padding=1, bias=False)
@@ -123,7 +123,7 @@ class GradualDecoder(nn.Module):
             correlation: (B, T, h, w).
 
         Returns:
-            Logits (B, T, 8h, 8w); in training those before each stage too, which send no gradient beyond their heads.
+            Logits (B, T, 8h, 8w). In training also logits before each stage, which send no gradient beyond their heads.
         """
         batch, _, classes = embedding.shape[:3]
         x, maps = embedding.transpose(1, 2).flatten(0, 1), correlation.flatten(0, 1)[:, None]
@@ -151,7 +151,7 @@ class GradualSegmenter(Segmenter):
 
     Raises:
         ValueError: options that do not fit together.
-        CheckpointError: CLIP weights that cannot be had.
+        CheckpointError: CLIP's weights are not available.
     """
 
     hierarchical = True

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 class WindowBlock(nn.Module):
     """Attention inside windows of each class map, then an MLP.
 
-    Where the smaller side of the grid is at most ``window``, windows have that side and are not shifted. Grids are
-    filled up to whole windows; what was filled is attended to by nobody.
+    If the smaller side of the grid is at most ``window``, windows have that side and are not shifted. Grids are padded
+    to whole windows, and no cell attends to the padding.
 
     Args:
         width: channels.
@@ -70,9 +70,9 @@ def _partition(maps: Tensor, window: int, shift: int) -> tuple[Tensor, int, int]
 
 
 def _labels(grid: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor | None:
-    """(windows, window^2): cells of one label may attend to each other; None where all of a window may.
+    """(windows, window^2): cells of one label may attend to each other; None if all of a window may.
 
-    Cells that wrapped around are no neighbours of those they came to lie beside, and filled-up cells of nobody.
+    Cells that wrapped around are no neighbours of the cells now beside them. Padding is no neighbour of any cell.
     """
     if not shift and not grid[0] % window and not grid[1] % window:
         return None

@@ -15,8 +15,8 @@ from drseg_core.ops.csc import registration
 class Csc(NamedTuple):
     """A graph by its columns: for each node the edges that end in it.
 
-    Nodes and edges are counted through the whole batch: node ``j`` of sample ``b`` is ``b * N + j``, and an edge is its
-    place in ``index.flatten()``.
+    Nodes and edges are counted through the whole batch. Node ``j`` of sample ``b`` is ``b * N + j``. The number of an
+    edge is its place in ``index.flatten()``.
 
     Args:
         indptr: (B * N + 1,) int32; node ``j`` has ``perm[indptr[j] : indptr[j + 1]]``.
@@ -45,17 +45,17 @@ def csc_of(op: str, given: Csc | None, index: Tensor, validate: bool) -> tuple[T
 
 
 def columns_of(index: Tensor, backend: str | None = None) -> Csc:
-    """``csc`` by the backend that is named, or where it has none by the one that runs unasked: the lists are equal."""
+    """``csc`` by the named backend, or by the default one if that has no ``csc``: the lists are equal."""
     requested = requested_backend("csc", backend)
     known = any(found.name == requested for found in table("csc"))
     return Csc(*registration.csc(index if index.dim() == 3 else index[None], requested if known else "auto"))
 
 
 def csc(index: Tensor, *, backend: str | None = None) -> Csc:
-    """The columns of a graph, which sums against the direction of its edges go along.
+    """The columns of a graph, for sums against the direction of its edges.
 
-    Made once, they serve every op on the same ``index``: a backward, ``graph_propagate(..., transpose=True)``, degrees
-    that count incoming edges. ``Graph`` keeps them.
+    Made once, they serve every op on the same ``index``: a backward, ``graph_propagate(..., transpose=True)``, and
+    degrees of incoming edges. ``Graph`` keeps them.
 
     Args:
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too. Values outside

@@ -32,8 +32,8 @@ def degree_normalize(
 ) -> Tensor:
     """Propagation coefficients from edge weights and degrees (arXiv 2604.02010, Eq. 9).
 
-    With ``j = index_ik``, ``row_i`` the sum of the weights that leave node i and ``column_j`` the sum of those that
-    end in node j:
+    Here ``j = index_ik``. ``row_i`` is the sum of the weights that leave node i, ``column_j`` the sum of the weights
+    that end in node j.
 
     * ``sym_row``: ``w_ik / sqrt((row_i + eps) (row_j + eps))``,
     * ``sym_count``: ``w_ik / K``, the degree being the number of slots,
@@ -48,7 +48,7 @@ def degree_normalize(
         index: same shape, neighbour indices, int32 or int64.
         norm: see above.
         eps: added to every degree, at least 1e-20: gradients of a row of zeros grow as ``eps**-1.5``.
-        csc: ``csc(index)``, which degrees of incoming edges and gradients go along; None makes it in every call.
+        csc: ``csc(index)``, for degrees of incoming edges and for gradients; None makes it in every call.
         validate: refuse negative or non-finite weights and indices outside [0, N) (synchronises a GPU).
         backend: one of ``backend_names()``; None takes the best that can run.
 

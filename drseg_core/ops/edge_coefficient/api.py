@@ -80,25 +80,27 @@ def edge_coefficient(
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor | None]:
-    """Propagation coefficients from the projections of the nodes: ``edge_weight`` and ``degree_normalize`` in one
-    (arXiv 2604.02010, Eq. 8 and 9).
+    """``edge_weight``, then ``degree_normalize``, in one op (arXiv 2604.02010, Eq. 8 and 9).
 
     A backend without a kernel for both runs its two ops.
 
     Args:
         source: (B, N, E) or (N, E), half of the edge MLP's first layer for the node itself; float32, float64, float16
-            or bfloat16. target: same shape, half for the neighbour; None where ``source`` (..., 2E) is both.
+            or bfloat16.
+        target: same shape, half for the neighbour. None means that ``source`` (..., 2E) holds both.
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
-        vector: (E,) second layer, or (1, E), the weight of ``nn.Linear(E, 1)``. bias: () or (1,), its bias.
+        vector: (E,) second layer, or (1, E), the weight of ``nn.Linear(E, 1)``.
+        bias: () or (1,), the bias of the second layer.
         inverse_norm, source_bias: as in ``edge_weight``.
         mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
-        score: in place of a mask the scores of ``knn_graph``, shape of ``index``: where ``-inf`` the slot is padding.
+        score: the scores of ``knn_graph`` in place of a mask, shape of ``index``; a slot with ``-inf`` is padding.
         norm: see ``degree_normalize``.
         eps: added to every degree, at least 1e-20: gradients of a row of zeros grow as ``eps**-1.5``.
-        apart: return a pair for ``graph_layer``, whose ``scale`` is the second: where a kernel takes it so, which saves
-            a pass over the edges, the first are weights and the second scales (B, N), otherwise coefficients and None.
-            The pair may be used for nothing else: a gradient to the weights is led through the scales, too.
-        csc: ``csc(index)``, which degrees of incoming edges and gradients go along; None makes it in every call.
+        apart: return a pair for ``graph_layer``. If a kernel can leave the scales to that op, which saves a pass over
+            the edges, the pair is weights and scales (B, N). Otherwise it is coefficients and None. The second one is
+            the ``scale`` of ``graph_layer``. Use the pair for nothing else, because a gradient to the weights goes
+            through the scales too.
+        csc: ``csc(index)``, for degrees of incoming edges and for gradients; None makes it in every call.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.
 

@@ -29,27 +29,28 @@ def edge_weight(
     """Weight of every edge by a two-layer MLP with softplus output (arXiv 2604.02010, Eq. 8).
 
     ``w_ik = softplus(vector . relu(source_i + target_j) + bias)`` with ``j = index_ik``. The first layer of
-    ``MLP([d_i || d_j])`` is linear, so its two halves are computed once per node (``source = d W_a^T + b``,
-    ``target = d W_b^T``) and the concatenation of every edge never exists.
+    ``MLP([d_i || d_j])`` is linear. So its two halves are computed once per node (``source = d W_a^T + b``,
+    ``target = d W_b^T``), and the concatenation of every edge never exists.
 
     Args:
         source: (B, N, E) or (N, E), half of the first layer for the node itself; float32, float64, float16, bfloat16.
-        target: same shape, half for the neighbour; None where ``source`` (..., 2E) is both, one behind the other.
+        target: same shape, half for the neighbour. None means that ``source`` (..., 2E) holds both, one after the
+            other.
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
         vector: (E,) second layer, or (1, E), the weight of ``nn.Linear(E, 1)``.
-        bias: () or (1,), its bias.
-        inverse_norm: (B, N) or (N,), float32 or float64; both halves of a node are multiplied by it. So the halves of
-            normalised features are those of the features as they are. It gets no gradient.
-        source_bias: (E,), added to ``source`` after that: the bias of the first layer.
+        bias: () or (1,), the bias of the second layer.
+        inverse_norm: (B, N) or (N,), float32 or float64. Both halves of a node are multiplied by it. So halves of
+            unnormalised features become those of normalised ones. It gets no gradient.
+        source_bias: (E,), bias of the first layer, added to ``source`` after ``inverse_norm`` is applied.
         mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
-        score: in place of a mask the scores of ``knn_graph``, shape of ``index``: where ``-inf`` the slot is padding.
-        csc: ``csc(index)``, which the gradient to ``target`` goes along; None makes it in every backward.
+        score: the scores of ``knn_graph`` in place of a mask, shape of ``index``; a slot with ``-inf`` is padding.
+        csc: ``csc(index)``, for the gradient to ``target``; None makes it in every backward.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
-        (B, N, K) weights >= 0, float32 (float64 if an input is): half precision would underflow to 0. Differentiable
-        once to ``source``, ``target``, ``vector``, ``bias`` and ``source_bias``.
+        (B, N, K) weights >= 0, float32 (float64 if an input is), because half precision would underflow to 0.
+        Differentiable once to ``source``, ``target``, ``vector``, ``bias`` and ``source_bias``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.

@@ -115,12 +115,13 @@ def graph_layer(
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``graph_propagate`` with what follows it in one pass: bias and activation (arXiv 2604.02010, Eq. 9).
+    """``graph_propagate``, bias and activation in one pass (arXiv 2604.02010, Eq. 9).
 
-    ``y_i = activation(sum_k coefficient_ik x_j + bias)`` with ``j = index_ik``; with ``undirected`` the sum also runs
+    ``y_i = activation(sum_k coefficient_ik x_j + bias)`` with ``j = index_ik``. With ``undirected`` the sum also runs
     over the edges that end in i, as ``graph_propagate`` does with ``transpose``. ``layer_norm`` normalises each row:
     ``norm_weight (z - mean(z)) / sqrt(var(z) + eps) + norm_bias``. The value before the activation is never rounded to
-    half precision. A backend without a kernel for all of it runs its ``graph_propagate`` and the library's functions.
+    half precision. A backend without a kernel for the whole op runs its ``graph_propagate`` and the library's
+    functions.
 
     Args:
         x: (B, N, C) or (N, C) node features; float32, float64, float16 or bfloat16.
@@ -131,18 +132,18 @@ def graph_layer(
         activation: ``none``, ``relu`` or ``layer_norm``.
         eps: of ``layer_norm``, > 0.
         undirected: follow every edge in both directions.
-        scale: (B, N) or (N,), float32 or float64, from ``edge_coefficient(apart=True)``: a coefficient is multiplied by
-            the scales of both ends of its edge. Without gradient here. None multiplies nothing.
-        csc: ``csc(index)``, which reversed edges and the gradient to ``x`` go along; None makes it in every call.
-        hand_on: return the coefficient as well, for the next layer over the same graph: the gradients that all layers
-            have for it are then added up where they are computed, not in passes of their own. It shares its memory.
+        scale: (B, N) or (N,), float32 or float64, from ``edge_coefficient(apart=True)``. A coefficient is multiplied by
+            the scales of both ends of its edge. It gets no gradient here. None multiplies nothing.
+        csc: ``csc(index)``, for reversed edges and for the gradient to ``x``; None makes it in every call.
+        hand_on: also return the coefficient, for the next layer over the same graph. The kernels of the layers then add
+            up their gradients to it, without extra passes. It shares the memory of the one given.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
         (B, N, C) in the dtype of ``x``; sums in float32 (float64 if ``x`` or ``coefficient`` is) and rounds once.
-        Differentiable once to ``x``, ``coefficient``, ``bias``, ``norm_weight`` and ``norm_bias``. With ``hand_on`` a
-        pair, of which the second is ``coefficient``.
+        Differentiable once to ``x``, ``coefficient``, ``bias``, ``norm_weight`` and ``norm_bias``. With ``hand_on``, a
+        pair of this and ``coefficient``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.

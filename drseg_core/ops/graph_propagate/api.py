@@ -29,9 +29,9 @@ class Incoming(NamedTuple):
 
 
 def incoming(index: Tensor, coefficient: Tensor, csc: Csc) -> Incoming | None:
-    """What every ``graph_propagate(..., transpose=True)`` on a CPU gathers anew, once; None where it is of no use.
+    """The lists that every ``graph_propagate(..., transpose=True)`` on a CPU makes anew, made once; None if of no use.
 
-    The coefficients are copied: with others it is another list.
+    The coefficients are copied, so other coefficients need another list.
     """
     if index.device.type != "cpu" or index.numel() >= 2**31:
         return None
@@ -43,9 +43,9 @@ def incoming(index: Tensor, coefficient: Tensor, csc: Csc) -> Incoming | None:
 
 
 def propagate_incoming(x: Tensor, lists: Incoming | None, *, backend: str | None = None) -> Tensor | None:
-    """``graph_propagate(..., transpose=True)``, the same bits, along lists; None where its backend does not take them.
+    """``graph_propagate(..., transpose=True)``, the same bits, along lists; None if its backend does not take them.
 
-    Only the native one does, and only where nobody asks for gradients.
+    Only the native backend takes them, and only without gradients.
     """
     requested = requested_backend("graph_propagate", backend)
     if lists is None or not registration.takes_incoming(x, lists.coefficient, requested):
@@ -66,7 +66,7 @@ def graph_propagate(
 ) -> Tensor:
     """Sum of the neighbours' features, weighted by the edges' coefficients (arXiv 2604.02010, Eq. 9).
 
-    ``y_i = sum_k coefficient_ik x_j`` with ``j = index_ik``; with ``transpose`` the edges are followed backwards:
+    ``y_i = sum_k coefficient_ik x_j`` with ``j = index_ik``. With ``transpose`` the edges are followed backwards:
     ``y_j = sum over (i, k) with index_ik = j of coefficient_ik x_i``.
 
     Args:
@@ -74,7 +74,7 @@ def graph_propagate(
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
         coefficient: shape of ``index``, a floating-point dtype, not necessarily that of ``x``.
         transpose: follow the edges from neighbour to node.
-        csc: ``csc(index)``, which the transpose and the gradient to ``x`` go along; None makes it in every call.
+        csc: ``csc(index)``, for the transpose and for the gradient to ``x``; None makes it in every call.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.
 

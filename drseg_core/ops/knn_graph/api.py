@@ -136,8 +136,8 @@ def knn_graph(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The k nodes of highest affinity for every node of a grid (arXiv 2604.02010, Eq. 7).
 
-    With ``cos_ij`` the cosine of two features and ``delta_ij`` the distance of two cells divided by the longest
-    distance on the grid, nodes are ordered by
+    ``cos_ij`` is the cosine of two features, ``delta_ij`` the distance of two cells over the longest on the grid. Nodes
+    are ordered by
 
     * ``additive``: ``cos_ij - decay * delta_ij`` (the exponential and the linear reading of Eq. 7),
     * ``gauss``: ``cos_ij - decay * delta_ij**2``,
@@ -148,19 +148,19 @@ def knn_graph(
 
     Args:
         prior: (B, N, D) or (N, D) features, float32, float64, float16 or bfloat16; need not be normalised. Or what
-            ``prepare_prior`` made of them, where the normalised features are used elsewhere too.
+            ``prepare_prior`` made of them, if the normalised features are used elsewhere too.
         grid: (h, w) with ``h * w = N``.
         k: neighbours per node, at most N (N - 1 without the node itself) unless ``pad``.
         decay: strength of the spatial decay (lambda / gamma of Eq. 7), >= 0 and in the range of the scores' dtype.
         form: how cosine and distance are joined, see above.
         include_self: every node is one of its own k neighbours; otherwise never.
-        return_score: return the scores too (``sort_by_score`` orders by them, ``score_parts`` takes them apart); with
-            ``rough`` they tell only which slots are padding, and may be off by a thousandth: a kernel that chooses by
-            rounded features need not compute them (the choice is the same).
-        pad: where there are fewer than k candidates, fill up with the row's own index (see ``padding_mask``).
-        precision: ``exact`` ranks float32 affinities; nothing less is offered yet.
-        radius: cells farther apart than so many cells are no candidates, >= 0; None is no limit. Where it leaves a node
-            fewer than k, it takes ``pad``.
+        return_score: return the scores too. ``sort_by_score`` orders by them, ``score_parts`` takes them apart. With
+            ``rough`` they may be off by a thousandth, and only tell which slots are padding. A kernel that chooses by
+            rounded features then need not compute them. The choice is the same.
+        pad: fill up with the row's own index if there are fewer than k candidates (see ``padding_mask``).
+        precision: ``exact`` ranks float32 affinities; it is the only one so far.
+        radius: cells farther apart than this many cells are no candidates, >= 0; None is no limit. It needs ``pad`` if
+            it leaves a node fewer than k candidates.
         check_finite: refuse non-finite features (synchronises a GPU) instead of containing them.
         backend: one of ``backend_names()``; None takes the best that can run.
 
@@ -174,13 +174,15 @@ def knn_graph(
         BackendUnavailableError: the named backend cannot run here.
 
     Note:
-        A zero feature has cosine 0 with every node. Scores are equal where they are as computed. Features that differ
-        by a power of two are one feature to every backend; those that are parallel and of other lengths have cosines
-        that round apart by a last bit, so which of them comes first may differ between backends. A node with a
-        non-finite feature is chosen by no other node; all its own slots hold its own index with score NaN, and the
-        other rows are as if it were not there: if that leaves them fewer than k candidates, they are padded. On a GPU
-        the library multiplies, whose last bits may depend on the number of images in the batch; not under
-        ``torch.use_deterministic_algorithms``.
+        A zero feature has cosine 0 with every node. Scores are equal if they are equal as computed. To every backend,
+        features that differ by a power of two are the same. Parallel features of other lengths may have cosines that
+        differ in the last bit. Which of them comes first may then differ between backends.
+
+        A node with a non-finite feature is chosen by no other node. All its own slots hold its own index with score
+        NaN. The other rows are as if it were not there, and are padded if fewer than k candidates are left.
+
+        On a GPU the library multiplies, and its last bits may depend on the number of images in the batch. Under
+        ``torch.use_deterministic_algorithms`` they do not.
 
     Examples:
         >>> import torch
@@ -194,7 +196,7 @@ def knn_graph(
     _check(nodes, grid, k, decay, form, include_self, return_score, pad, precision, radius, check_finite)
     requested = requested_backend("knn_graph", backend)
     if not torch.compiler.is_compiling():
-        # the error of a backend named in vain is about this op, not about the preparation
+        # if the named backend cannot run, the error is about this op, not about the preparation
         _dispatch.resolve("knn_graph", nodes, requested, {"nodes": nodes.shape[-2]})
     if check_finite:
         _checks.check_finite_rows("knn_graph", "prior", nodes)
@@ -219,7 +221,7 @@ def padding_mask(index: Tensor, *, include_self: bool = True) -> Tensor:
 
     Args:
         index: (B, N, K) or (N, K) neighbour indices of ``knn_graph``.
-        include_self: as given to ``knn_graph``: the first slot with the own index is then a real neighbour.
+        include_self: as given to ``knn_graph``; if True, the first slot with the row's own index is a real neighbour.
 
     Returns:
         bool tensor of the shape of ``index``: the ``mask`` of ``edge_weight``.

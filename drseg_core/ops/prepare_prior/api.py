@@ -15,15 +15,16 @@ from drseg_core.ops.prepare_prior import registration
 
 
 class PreparedPrior(NamedTuple):
-    """Features of a prior with what normalises them: work shared by the selection and by linear maps.
+    """Scaled features of a prior with their inverse norms, computed once for the selection and for linear maps.
 
     Args:
-        scaled: (B, N, D) or (N, D), contiguous, each row times a power of two that brings its largest entry near one
-            (float16: as given, its products cannot leave the range of float32).
+        scaled: (B, N, D) or (N, D), contiguous. Each row is multiplied by the power of two that brings its largest
+            entry near one. Rows of float16 stay as given, since their products cannot leave the range of float32.
         inverse_norm: (B, N) or (N,), float32 (float64 for float64 features): inverse L2 norms of the scaled rows, 0 for
             a zero row, NaN for a row with a non-finite value.
-        rounded: (B, N, D) or (N, D), the scaled rows in float16, where a kernel chooses by those; otherwise None.
-        residual: (B, N) or (N,), a bound on the length of a row's rounding errors over its own; None without rounded.
+        rounded: (B, N, D) or (N, D), the scaled rows in float16, if a kernel chooses by them; otherwise None.
+        residual: (B, N) or (N,), a bound on the length of a row's rounding error over the row's own length; None
+            without ``rounded``.
 
     Examples:
         >>> import torch
@@ -40,16 +41,16 @@ class PreparedPrior(NamedTuple):
     residual: Tensor | None = None
 
     def project(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A linear map of the rows, and what makes it one of the L2-normalised rows.
+        """A linear map of the rows, and the factors that make it a map of the L2-normalised rows.
 
-        The ops that weigh edges take both: a product is narrower than the rows, and they read it anyway.
+        The ops that weigh edges take both. They read the product anyway, and it is narrower than the rows.
 
         Args:
             weight: (E, D).
 
         Returns:
-            (B, N, E) or (N, E) in the dtype of ``weight``, under autocast in autocast's, and ``inverse_norm``, by
-            which its rows are still to be multiplied; None where they have been.
+            The product, (B, N, E) or (N, E), in the dtype of ``weight`` (under autocast: of autocast). And
+            ``inverse_norm``, by which its rows are still to be multiplied; None if they are normalised already.
         """
         scaled, factor = self.scaled, self.inverse_norm
         if scaled.dtype == torch.float16:
@@ -62,7 +63,7 @@ class PreparedPrior(NamedTuple):
 
 
 def prepare_prior(prior: Tensor, *, backend: str | None = None) -> PreparedPrior:
-    """Normalisation of a prior, done once for ``knn_graph`` and for the edge MLP. It carries no gradient.
+    """Normalise a prior once, for ``knn_graph`` and for the edge MLP. The result carries no gradient.
 
     Args:
         prior: (B, N, D) or (N, D) features, float32, float64, float16 or bfloat16.
