@@ -53,3 +53,18 @@ def test_the_notebook() -> None:
                 exec("".join(cell["source"]), names)
     assert names["index"].shape == (1, 144, 8) and names["found"].class_index.shape == (80, 120)
     assert names["spread"][0, [0, 60, 143]].argmax(-1).tolist() == [0, 1, 2]
+
+
+def test_propagation_gives_the_same_before_and_after() -> None:
+    assert run("propagation_like_lposs", 16) < 1e-5
+
+
+def test_a_graph_of_ones_own() -> None:
+    out = run("own_graph")
+    assert out.shape == (1, 192, 32) and out.isfinite().all()
+
+
+def test_a_kernel_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("benchmark_a_kernel", "graph_propagate", "odd_37_nodes", 2)
+    assert {"native", "reference"} <= set(found) and all(found.values())
+    assert "wrong" not in capsys.readouterr().out
