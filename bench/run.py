@@ -190,7 +190,7 @@ def _race(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
         )
     worse = [str(job) for job, verdict in verdicts if verdict.fails]
     if all(verdict.verdict == "new" for _, verdict in verdicts):
-        # nobody was compared with anybody: neither better nor worse
+        # nothing was compared: neither better nor worse
         print(f"bench: --base {args.base} has none of these jobs; expected one that it can do", file=sys.stderr)
         return 2
     if args.gate:
