@@ -4,10 +4,10 @@
     python -m bench aot              # check against bench/aot_baseline.json
     python -m bench aot --update     # write the figures there
 
-Shared memory, registers, stack and spills are read from the compiler and held to each device's limits; against the
-baseline of the same Triton version none may grow by more than a tenth, nor may the instructions that a program issues
-(``issue``, from the machine code and the trips of the kernel's loops at one fixed size). The PTX must keep float32
-products in float32, use no local arrays, fuse nothing and form no address from a 32-bit product.
+Shared memory, registers, stack and spills are read from the compiler and held to each device's limits. None may grow by
+more than a tenth over the baseline of the same Triton version. The same holds for the instructions that a program
+issues (``issue``, from the machine code and the trips of the kernel's loops at one fixed size). The PTX must keep
+float32 products in float32, use no local arrays, fuse nothing and form no address from a 32-bit product.
 """
 
 from __future__ import annotations

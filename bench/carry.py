@@ -5,10 +5,10 @@
     python -m bench carry build/carried --arch 90 --tune 5             and the first five candidates of every table
     TRITON_CACHE_DIR=build/carried python -m bench profile             there
 
-The folder is Triton's own cache. Its names are made of the kernel's source, its arguments' types and Triton itself, so
-it must be filled with the version of Triton, for the version of Python, that will read it (``carried.json`` says
-which): kernels of another one lie there unused. The launchers run on CPU tensors with the sizes of the device and
-kernels that are compiled and not called; what they compute is not looked at.
+The folder is Triton's own cache. Its names are made of the kernel's source, its arguments' types and Triton itself. So
+it must be filled for the versions of Triton and Python that will read it (``carried.json`` says which). Kernels of
+other versions lie there unused. The launchers run on CPU tensors with the sizes of the device. Kernels are compiled and
+not called, and results are ignored.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 
     python -m bench compare OLD.jsonl NEW.jsonl
 
-Times are normalised by the ceilings each run measured, so that a slow hour of the machine is not the code's. Beside
-each verdict stands the smallest slowdown that these rows can tell from noise: of the times, of one or two samples, of
-what lies between two runs, and of ceilings that moved, for which the machine or chance may be the reason. Stored rows
+Times are normalised by the ceilings that each run measured, so that a slow hour of the machine does not count against
+the code. Beside each verdict stands the smallest slowdown that these rows can tell from noise. The noise is that of the
+times, of one or two samples, of two separate runs, and of ceilings that moved, by the machine or by chance. Stored rows
 are weaker evidence than the race of ``python -m bench run --base REF --gate``, which is the gate.
 
 Exit code 0: nothing slower or lost; 1: something is; 2: the files cannot be compared.

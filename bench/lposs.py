@@ -4,10 +4,11 @@
     python -m bench lposs
     python -m bench lposs --rounds 5 --out bench/results/FOLDER/lposs.jsonl
 
-The algorithm is restated from the paper and what its code does: 400 neighbours by cosine, the node itself among them;
-weights ``cos**3 * exp(-0.16 * distance)``, no loops; ``W + W^T`` normalised by its degrees; of ``(I - 0.95 S) x = y``
-ten steps of conjugate gradients for every class, one class after another. Sides are measured in turns, and both in
-seconds of the clock and of the processor, which a busy machine changes less. Needs faiss-cpu and scipy (extra bench).
+The algorithm is restated from the paper and from what its code does. There are 400 neighbours by cosine, the node
+itself among them. Weights are ``cos**3 * exp(-0.16 * distance)``, without loops. ``W + W^T`` is normalised by its
+degrees. ``(I - 0.95 S) x = y`` is solved by ten steps of conjugate gradients, one class after another. The two sides
+are measured in turns, in seconds of the clock and of the processor, which a busy machine changes less. Needs faiss-cpu
+and scipy (extra bench).
 """
 
 from __future__ import annotations

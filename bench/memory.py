@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory: on a GPU from torch's allocator, on the CPU from the system, whose high-water mark never comes down:
-there a measurement that must not see the ones before it gets a process of its own."""
+"""Peak memory: on a GPU from torch's allocator, on the CPU from the system.
+
+The system's high-water mark never comes down. So on the CPU a measurement that must not see earlier ones gets a process
+of its own.
+"""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@
     python -m bench model --config vitb --mode inference --precision autocast --compiled yes --kept-prior
     python -m bench model --config tiny --mode training --precision autocast --compiled yes --device cpu
 
-Random weights, random images, 17 classes; under ``autocast`` the products are bfloat16. Every row comes from a process
-of its own. Class names are encoded once, but for a training that trains their encoder. Times are wall-clock: the host's
-part counts. The parts are those of the step as it is launched one operator at a time (``parts.py``), so a compiled
-row has none; on a GPU they are times of kernels, and their sum over the step's time is how busy the card is.
+Random weights, random images, 17 classes. Under ``autocast`` the products are bfloat16. Every row comes from a process
+of its own. Class names are encoded once, except in a training of their encoder. Times are wall-clock, with the host's
+part. The parts are those of a step that is launched one operator at a time (``parts.py``), so a compiled row has none.
+On a GPU they are times of kernels, and their sum over the step's time tells how busy the card is.
 """
 
 from __future__ import annotations

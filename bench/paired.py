@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two versions of the project against each other: each in a process of its own, taking turns, judged by their pairs.
 
-One round is a turn of each; a pair is the ratio of their times in a round, so what slows the machine for longer than a
-round cancels. A turn is the fastest of a few calls: interruptions only add. Processes differ by luck (where their
-memory lies), so a verdict of slower counts only if a second pair of fresh processes comes to it as well.
+One round is a turn of each. A pair is the ratio of their times in a round, so a load that lasts longer than a round
+cancels. A turn is the fastest of a few calls, because interruptions only add time. Processes differ by luck (where
+their memory lies). So a verdict of slower counts only if a second pair of fresh processes comes to it as well.
 
     verdict    the median of the ratios and its interval (order statistics, 99.8 %)
     slower     the interval lies above 1 + tolerance, or after all rounds the median above 1 + 1.5 tolerance

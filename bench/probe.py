@@ -5,9 +5,9 @@
     python -m bench probe --device cpu --only product           # tiny sizes: shows that it runs
 
 Products of the library in three dtypes, a sort, copies, a gather, a scatter, and a chain of kernels that do nothing. On
-a GPU each is a CUDA graph, timed with a cold cache (read over), with a warm one, and with one that was written over,
-which says what dirty lines cost. ``amount`` is FLOP of a product, bytes moved of everything else; a chain has none, and
-its time per kernel is the gap between two nodes of a graph.
+a GPU each is a CUDA graph. It is timed with a cold cache (read over), with a warm one, and with one that was written
+over, which shows the cost of dirty lines. ``amount`` is the FLOP of a product, and the bytes moved by everything else.
+A chain has none. Its time per kernel is the gap between two nodes of a graph.
 """
 
 from __future__ import annotations

@@ -5,13 +5,15 @@
     python -m bench rank --target 120 --write kernels/drseg_kernels/tuned    # tables where nobody has timed one
     python -m bench rank --against bench/results/nvidia_h100_80gb_hbm3/tune.log    # how well it orders what was timed
 
-Of each kernel that the tuner times with a table's sizes: the instructions that a warp issues (``sass.py``) times its
-warps, over all schedulers of the device, longer where registers, shared memory or the number of programs leave a
-scheduler too few warps to take turns; and the bytes that it gathers by index, at the rate of an H100's caches. All of
-it is added up. Nothing is fitted, and what the code does not show is left out: launches, sorts, products of the
-library, waiting for memory. So it is an order, not a time. ``--write`` puts the first of each table into the tables of
-an architecture, but for ``knn_graph``, most of whose time is the library's, and where somebody has timed one. Exit
-codes: 0, 1 (no nvdisasm, or a log without anything that can be compared), 2 (usage).
+The predicted time is a sum over the kernels that the tuner times with a table's sizes. One part is the instructions
+that a warp issues (``sass.py``) times its warps, over all schedulers of the device. It takes longer if registers,
+shared memory or the number of programs leave a scheduler too few warps to take turns. The other part is the bytes
+gathered by index, at the rate of an H100's caches. Nothing is fitted. What the code does not show is left out:
+launches, sorts, products of the library, waiting for memory. So it is an order, not a time.
+
+``--write`` puts the first of each table into the tables of an architecture. It leaves out timed tables, and
+``knn_graph``, most of whose time is the library's. Exit codes: 0, 1 (no nvdisasm, or a log without anything that can be
+compared), 2 (usage).
 """
 
 from __future__ import annotations

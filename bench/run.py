@@ -8,19 +8,20 @@
     python -m bench run --op graph_propagate --case paper_vitl_24x24 --mode fwd+bwd --dtype bfloat16
     python -m bench run --base HEAD~1 --gate                    this checkout against another version
 
-``pdgr`` is the whole module beside the module as the paper writes it, factored, compiled, and its matrix products
-alone; ``knn_graph`` is the selection beside plain torch and faiss: both at the large cases, with a random and with a
-DINO-like prior. ``--data case`` times the backends of one op on its own inputs. The edge MLP of cases ``*_e256`` is
-256 wide, that of all others as wide as PDGR has it by default. ``--dtype`` of ``pdgr`` is ``float32``, ``autocast``
-(bfloat16 autocast, both maps in float32) or ``bfloat16`` (the same with both maps in bfloat16). All that is compared is
-interleaved in one process and the median counts. On a GPU that is a CUDA graph with a cold cache; beside it stand the
-median with a warm cache (``warm_p50_ms``), of calls that are launched one by one (``eager_p50_ms``), and of what such a
-call holds the host (``host_p50_ms``). A row is written only where its result passed the gate; where one did not, the
-exit code is 1.
+``pdgr`` compares the whole module with the module as the paper writes it, factored, compiled, and with its matrix
+products alone. ``knn_graph`` compares the selection with plain torch and faiss. Both run at the large cases, with a
+random and with a DINO-like prior. ``--data case`` times the backends of one op on its own inputs. The edge MLP is 256
+wide in cases ``*_e256``, and has PDGR's default width in all others. ``--dtype`` of ``pdgr`` is ``float32``,
+``autocast`` (bfloat16 autocast, both maps in float32) or ``bfloat16`` (the same with both maps in bfloat16).
 
-With ``--base`` the engine races itself at a git ref, which is checked out and built in a throw-away folder: two
-processes take turns, and the ratio of their pairs counts (see paired.py). With ``--gate`` a slowdown beyond noise, more
-memory, or a case that is lost or wrong makes the exit code 1; a version that has none of the cases makes it 2.
+All contenders are interleaved in one process, and the median counts. On a GPU that is the median of a CUDA graph with a
+cold cache. Beside it stand the medians with a warm cache (``warm_p50_ms``), of calls launched one by one
+(``eager_p50_ms``), and of the time that such a call holds the host (``host_p50_ms``). A row is written only if its
+result passed the gate. If one did not, the exit code is 1.
+
+With ``--base`` the engine races itself at a git ref, which is checked out and built in a throw-away folder. Two
+processes take turns, and the ratio of their pairs counts (see paired.py). With ``--gate`` the exit code is 1 after a
+slowdown beyond noise, more memory, or a case that is lost or wrong. It is 2 for a version that has none of the cases.
 """
 
 from __future__ import annotations
@@ -152,8 +153,8 @@ def _measure(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
 def _race(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
     # a stop from outside ends the program by the way that takes the worktree and the processes along
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # where the threads of a process lie is luck that lasts as long as it: of two processes with two threads each, one
-    # took 2.1 ms and the other 7.9 for the same call (2 cores of an Intel Xeon, 2026-11)
+    # Where the threads of a process lie is luck that lasts as long as the process. Of two processes with two threads
+    # each, one took 2.1 ms and the other 7.9 for the same call (2 cores of an Intel Xeon, 2026-11).
     threads = args.threads or (1 if args.device == "cpu" else None)
     try:
         new = source.working_tree()
@@ -189,7 +190,7 @@ def _race(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
         )
     worse = [str(job) for job, verdict in verdicts if verdict.fails]
     if all(verdict.verdict == "new" for _, verdict in verdicts):
-        # nobody was compared with anybody: neither better nor worse
+        # nothing was compared: neither better nor worse
         print(f"bench: --base {args.base} has none of these jobs; expected one that it can do", file=sys.stderr)
         return 2
     if args.gate:

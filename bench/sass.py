@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Machine code of a compiled kernel (SASS): its loops, and how many instructions one warp issues.
 
-A loop is what a backward edge of the control flow closes, and its step is read from the register that its exit
-compares: where the compiler has unrolled a loop, the step is a multiple of the source's. Every instruction that can be
-reached counts as one issue slot, guarded or not; what only a call leads to (the slow path of a division) does not.
+A backward edge of the control flow closes a loop. Its step is read from the register that its exit compares. If the
+compiler has unrolled a loop, the step is a multiple of the source's. Every reachable instruction counts as one issue
+slot, guarded or not. Code that only a call leads to (the slow path of a division) does not count.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     python -m bench scenes                                     # the tiny preset, 1536 x 1536 pixels
     python -m bench scenes --preset vitb --device cuda --size 8192x8192 --out bench/results/FOLDER/scenes.jsonl
 
-Three things are timed in turns: the forward passes of all tiles alone; the whole map as drseg predict makes it, which
-reads, writes and keeps blocks in threads of their own; and the same in one thread. The maps of both must have the same
-bytes, or no row is written.
+Three things are timed in turns: the forward passes of all tiles alone, the whole map by drseg predict, and the same map
+in one thread. drseg predict reads, writes and keeps blocks in threads of their own. Both maps must have the same bytes,
+or no row is written.
 """
 
 from __future__ import annotations

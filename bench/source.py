@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project as it was at a git ref, in a throw-away worktree, with the native library built from its own sources and
-with the benchmark of this checkout: what measures and judges is the same on both sides."""
+"""The project at a git ref, in a throw-away worktree.
+
+Its native library is built from its own sources. Its benchmark is that of this checkout, so both sides are measured and
+judged in the same way.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def _same(row: dict[str, Any], key: dict[str, Any], but: str = "") -> bool:
 
 
 def is_timed(path: Path, key: dict[str, Any]) -> bool:
-    """Whether a table has an entry that somebody timed for this key, on whichever device."""
+    """Whether a table has a timed entry for this key, of any device."""
     if not path.exists():
         return False
     rows = json.loads(path.read_text(encoding="utf-8"))["configurations"]

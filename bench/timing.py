@@ -135,11 +135,10 @@ class GraphSampler:
 def interleave(contenders: Sequence[Contender], device: str = "cpu", beside: bool = True) -> list[list[float]]:
     """Seconds of every timed call, a list for each contender; those with fewer repeats are spread over the rounds.
 
-    On a GPU every call is one CUDA graph where it can be captured, and its row says so (``cuda_graph``). Timing begins
-    when the clock stays what it is, or after a second (``settled``); ``gpu`` is the state right
-    after a contender's last call. With ``beside`` each is followed by a call with a warm cache and one that is launched
-    kernel by kernel; their medians go to the fields ``warm_p50_ms``, ``eager_p50_ms`` and ``host_p50_ms``, the last of
-    them until the call has returned.
+    On a GPU every call is one CUDA graph if it can be captured, and its row says so (``cuda_graph``). Timing begins
+    when the clock is steady, or after a second (``settled``). ``gpu`` is the state right after a contender's last call.
+    With ``beside`` each call is followed by one with a warm cache, and one that is launched kernel by kernel. Their
+    medians go to the fields ``warm_p50_ms`` and ``eager_p50_ms``. ``host_p50_ms`` is the time until the latter returns.
     """
     seconds: list[list[float]] = [[] for _ in contenders]
     others: list[list[tuple[float, float, float]]] = [[] for _ in contenders]

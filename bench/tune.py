@@ -4,13 +4,13 @@
     python -m bench tune --op knn_graph --case grid_64x64        # one op at one size; both may be repeated
     python -m bench tune --dry-run --target 120                  # what would be timed, without a GPU
 
-Of the candidates of a table the rule's own choice is timed and the five that ``rank.py`` predicts to be fastest
-(``--candidates N``, ``--all``): of all that an H100 has timed, the best of these five took 1.00 times the fastest.
+Two kinds of candidates are timed: the rule's own choice, and the five that ``rank.py`` predicts to be fastest
+(``--candidates N``, ``--all``). Of all candidates timed on an H100, the best of these five took 1.00 times the fastest.
 
-The tables are ``kernels/drseg_kernels/tuned/<architecture>/<table>.json``, read by ``drseg_kernels._launch``; entries
+The tables are ``kernels/drseg_kernels/tuned/<architecture>/<table>.json``, read by ``drseg_kernels._launch``. Entries
 of another device, dtype, width or size stay. A candidate must fit the device's shared memory and agree with the
-reference before it is timed; all that pass are timed in turns, each as a CUDA graph where it can be captured, and the
-lowest median is kept. Exit codes: 0, 1 (no candidate passed), 2 (usage), 5 (no CUDA device).
+reference before it is timed. All that pass are timed in turns, as CUDA graphs if they can be captured, and the lowest
+median is kept. Exit codes: 0, 1 (no candidate passed), 2 (usage), 5 (no CUDA device).
 """
 
 from __future__ import annotations

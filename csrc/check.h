@@ -38,7 +38,7 @@ inline ScalarType check_floating(const char* op, const torch::stable::Tensor& te
   return dtype;
 }
 
-// Memory for a result. Torch 2.10 says in its log alone that there is none; whoever catches the error must see it too.
+// Memory for a result. If there is none, torch 2.10 says so only in its log, but the error must say it too.
 inline torch::stable::Tensor allocate(
     const torch::stable::Tensor& like,
     torch::headeronly::IntHeaderOnlyArrayRef size,

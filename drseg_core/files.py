@@ -156,7 +156,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def parse_json(text: str) -> Any:
-    """``json.loads`` of a file that may be anybody's: all that it cannot read is a ValueError.
+    """``json.loads`` of a file from any source: every failure to read it is a ValueError.
 
     Examples:
         >>> from drseg_core.files import parse_json
@@ -173,7 +173,7 @@ def parse_json(text: str) -> Any:
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8 so that ``path`` holds all of it or what it held before.
+    """Write ``text`` as UTF-8, so that ``path`` holds all of it, or its former content.
 
     Examples:
         >>> from drseg_core.files import write_text_atomic

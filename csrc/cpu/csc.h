@@ -83,7 +83,7 @@ class Csc {
   Csc(const Csc&) = delete;
   Csc& operator=(const Csc&) = delete;
 
-  // The edge at a place, counted within the sample, whatever the caller's list holds; and the node it leaves, a
+  // The edge at a place, counted within the sample, clamped whatever the caller's list holds. And the node it leaves: a
   // quotient by one multiplication, exact below 2**32 (Lemire, Kaser and Kurz 2019).
   int64_t edge(int64_t place) const { return std::clamp<int64_t>(perm_[place] - first_, 0, edges_ - 1); }
   int32_t start(int64_t edge) const {

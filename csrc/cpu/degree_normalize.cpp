@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Propagation coefficients from edge weights and degrees, and the gradient through the degrees of both ends.
 //
-// One sample is one task of sums in ascending edge order: the work is small beside that of the other ops, and the bits
-// do not depend on the number of threads.
+// One sample is one task of sums in ascending edge order. So the bits do not depend on the number of threads, and the
+// work is small beside that of the other ops.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dot products of every row of one block with every row of another.
 //
-// A dot product is summed by lane along the row and folded in a fixed order, so its bits depend on its two rows alone:
+// A dot product is summed by lane along the row and folded in a fixed order. So its bits depend only on its two rows:
 // not on the block, not on the place in it, and not on which of the two comes first. Equal rows have equal scores.
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace drseg {
 
-// Rows are padded with zeros to a multiple of this many bytes, and a row takes one such unit more than it needs:
+// Rows are padded with zeros to a multiple of this many bytes. A row takes one such unit more than it needs, because
 // rows a power of two apart would share their cache sets.
 constexpr int64_t kRowUnit = 64;
 

@@ -2,8 +2,8 @@
 // softplus(vector . relu(source_i + target_j) + bias) for every edge, and its gradients.
 //
 // No hidden activation is stored: the backward computes the ReLU's mask again. Every sum has one order, so the bits do
-// not depend on the number of threads: rows add their edges in ascending order, ends add theirs by the graph's columns, and
-// the gradient to `vector` adds partial sums of fixed chunks of rows.
+// not depend on the number of threads. Rows add their edges in ascending order, ends add theirs by the graph's columns.
+// The gradient to `vector` adds partial sums of fixed chunks of rows.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

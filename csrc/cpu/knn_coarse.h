@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Large grids of many channels: as in knn_large.h, but a block's scores are bounded from both sides first (coarse.h).
-// What can reach a row's threshold waits, in bounds, until there is not room for another block; then the lower bounds
-// raise the threshold, and only where that leaves too many is all of it computed, and the best remain.
+// Candidates that can reach a row's threshold wait, as bounds, until there is no room for another block. Then the lower
+// bounds raise the threshold. Only if that leaves too many are all of them computed, and the best remain.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k nodes of highest affinity for every node, exactly, without an N x N matrix: small grids in knn_small.h, large
-// ones in knn_large.h, those of many channels in knn_coarse.h.
+// The k nodes of highest affinity for every node, exactly, without an N x N matrix. Small grids are in knn_small.h,
+// large ones in knn_large.h, those of many channels in knn_coarse.h.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -18,12 +18,12 @@
 
 namespace drseg {
 
-// So many nodes are put in order by counting, for each, those that come before it: no branches.
+// Up to this many nodes are ordered without branches: for each, those that come before it are counted.
 constexpr int64_t kMostCounted = 256;
 
-// The best decay between any two cells of two blocks so many blocks apart, and the largest norm (as scaled) of each
-// block: together they bound every score between the blocks. NaN is no decay, and its cells are no neighbours: blocks
-// that see nothing else of each other are never multiplied.
+// The best decay between any two cells of two blocks by their distance in blocks, and the largest norm (as scaled) of
+// each block. Together they bound every score between the blocks. NaN stands for cells that may not be neighbours.
+// Blocks that have nothing but NaN between them are never multiplied.
 template <class T>
 struct Bounds {
   int64_t columns;

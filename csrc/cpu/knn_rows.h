@@ -83,8 +83,8 @@ void copy_rows(const Problem<T>& problem, const T* prior, const T* inverse, Rows
 }
 
 // Scores of one row with some others: NaN where either node is not finite. All scores are made here, and a product is
-// rounded before anything is subtracted from it, so that equal dots and decays are equal scores wherever they are
-// computed: a fused multiply-subtract in one place and none in another would order ties.
+// rounded before anything is subtracted from it. So equal dots and decays give equal scores wherever they are computed.
+// A fused multiply-subtract in one place and none in another would order ties.
 template <class T, int kBytes>
 DRSEG_INLINE void finish_scores(
     const Problem<T>& problem, T own, const T* inverse, const T* dot, const T* decay, int64_t count, T* score) {

@@ -93,8 +93,8 @@ DRSEG_INLINE int64_t set_places(const uint8_t* flag, int64_t count, int32_t* pla
   return found;
 }
 
-// A key between two others: halfway by score, which finds a place among even scores fast; every third time halfway by
-// key, which ends after as many steps as a key has bits.
+// A key between two others. Halfway by score finds a place among evenly spread scores fast. Every third time it is
+// halfway by key, which ends after as many steps as a key has bits.
 template <class T>
 DRSEG_INLINE Key<T> between(Key<T> low, Key<T> high, int step) {
   const Key<T> middle = (low & high) + ((low ^ high) >> 1);

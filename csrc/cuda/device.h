@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The words in which the kernels of this folder are written. nvcc makes instructions of them; with DRSEG_EMULATE a host
-// compiler runs the same source in tests/emulator, where every access is looked at.
+// The words in which the kernels of this folder are written. nvcc makes instructions of them. With DRSEG_EMULATE a host
+// compiler runs the same source in tests/emulator, where every access is checked.
 //
 // Memory is reached through Global and Shared: `get`, `set`, and `get_as`, `set_as` for several elements at once. There
 // is no other pointer, so the emulator sees all of it.
@@ -95,8 +95,8 @@ class Global {
  public:
   __host__ __device__ Global(T* start, int64_t) : start_(start) {}
 
-  // What begins with element i. Places that are counted from it fit into 32 bits, and their address is one instruction;
-  // without the statement that hides it, the compiler would add up 64 bits in every use, to save the registers.
+  // The memory from element i on. Places counted from there fit into 32 bits, and their address is one instruction. The
+  // asm statement hides the pointer: else the compiler would add up 64 bits in every use, to save the registers.
   DRSEG_DEVICE Global from(int64_t i) const {
     T* start = start_ + i;
     asm volatile("" : "+l"(start));

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients of the weights of edges in a small graph, from those of their logits, the slopes (arXiv 2604.02010, Eq. 8).
 //
-// As in graph_layer.cuh a block keeps GROUP x 16 bytes of every row of an image in shared memory: targets for the
-// gradient to the sources, along the rows of the graph, and sources for that to the targets, along its columns.
+// As in graph_layer.cuh a block keeps GROUP x 16 bytes of every row of an image in shared memory. These are targets for
+// the gradient to the sources, along the rows of the graph, and sources for that to the targets, along its columns.
 //
 // Order of a sum over edges: a group of lanes takes every so many'th edge in ascending order, then a tree over the
 // groups. Of a parameter: a group of lanes takes such edges of every 16th row of a block, then a tree over the groups,
@@ -40,9 +40,9 @@ struct SlopeSizes {
   static size_t bytes(int nodes) { return (nodes + 1) * NODE_BYTES + LINK_BYTES + 2 * GROUP * 8 * sizeof(float); }
 };
 
-// The gradient to the near rows, and, along ROWS, the parts (blocks, 2 E + 1) that a block has in those to the vector,
-// the bias of the first layer and that of the second. `far` are the rows at the other ends. Along columns, `list` (E) has
-// the links from `begin` (B * N + 1) on.
+// The gradient to the near rows. Along ROWS also the parts (blocks, 2 E + 1) of each block in the gradients to the
+// vector, the bias of the first layer and that of the second. `far` are the rows at the other ends. Along columns,
+// `list` (E) has the links from `begin` (B * N + 1) on.
 template <class T, int GROUP, int WARPS, bool ROWS>
 DRSEG_KERNEL(WARPS * LANES, 2)
 slopes_to_rows(

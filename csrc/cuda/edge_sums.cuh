@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums over the channels of both ends of an edge, for all edges of the rows of a small graph.
 //
-// A warp has ROWS rows and keeps a sum for each of their edges in registers, while the far rows of the whole image pass
-// through shared memory, so many channels at a time that GROUP lanes read them at once. Global memory is read once a
+// A warp has ROWS rows and keeps a sum for each of their edges in registers. Meanwhile the far rows of the whole image
+// pass through shared memory, as many channels at a time as GROUP lanes read at once. Global memory is read once a
 // block, and not once an edge.
 //
 // Order of a sum: a lane takes every so many'th channel in ascending order, then a tree over the GROUP lanes.
@@ -42,8 +42,8 @@ struct EdgeSizes {
 };
 
 // The sums of this warp's edges, in shared memory: that of row r of the warp and a slot at r * ROOM + slot.
-// `number(node)` is the edge's for a far node of the batch; `begin(channel)` starts a lane's part of the channels;
-// `own(row, channel, values)` is its part of a near row of the batch; `add(c, own, far, number, total)` takes a channel.
+// `number(node)` is the number of an edge by its far node in the batch. `begin(channel)` starts a lane's part of the
+// channels. `own(row, channel, values)` is its part of a near row. `add(c, own, far, number, total)` adds a channel.
 template <class T, int GROUP, int WARPS, int ROWS, int SLOTS, class Number, class Begin, class Own, class Add>
 DRSEG_DEVICE Shared<float> sum_edges(
     const Global<const T>& far, const Global<const int>& index, const EdgeRows& how, int64_t sample, int first,

@@ -2,7 +2,7 @@
 // Weighted sums of neighbours' rows in a small graph with the bias and activation that follow, and their gradients
 // (arXiv 2604.02010, Eq. 9).
 //
-// A block keeps GROUP x 16 bytes of every row of an image in shared memory, and gathers from there: each row is read
+// A block keeps GROUP x 16 bytes of every row of an image in shared memory, and gathers from there. So each row is read
 // from global memory once a block, and not once an edge. Whole rows never meet in a block, so LayerNorm is a launch of
 // its own.
 //

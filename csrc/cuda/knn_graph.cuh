@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k best of every row of a small graph, from products that a library has made: a warp is a row, and a lane keeps the
-// keys of every 32nd column in registers. No key is sorted; the k-th is found by bisection with counts.
+// The k best of every row of a small graph, from products that a library has made. A warp is a row, and a lane keeps the
+// keys of every 32nd column in registers. No key is sorted: the k-th is found by bisection with counts.
 //
-// From products of rows rounded to float16 the choice is the same: what a bound on the rounding leaves open around the
-// k-th place is computed again from the float32 rows (the bound is derived in kernels/drseg_kernels/knn_rounded.py).
+// From products of rows rounded to float16 the choice is the same. A bound on the rounding leaves some scores around the
+// k-th place open. They are computed again from the float32 rows (kernels/drseg_kernels/knn_rounded.py has the bound).
 #pragma once
 
 #include "cuda/warp.cuh"

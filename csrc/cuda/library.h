@@ -58,8 +58,8 @@ inline unsigned blocks(int64_t all, int64_t each) { return unsigned((all + each 
 // A block's shared memory on the smallest of the architectures.
 constexpr size_t LEAST_SHARED = 99 << 10;
 
-// Into so many parts are an image's rows cut that the device is busy for the shortest time: every block reads the
-// image first, which takes as long as a sixteenth of its rows.
+// The rows of an image are cut into as many parts as keep the device busy for the shortest time. Every block first
+// reads the image, which takes as long as a sixteenth of its rows.
 inline int rows_of_block(int64_t nodes, int64_t others, int at_once) {
   int64_t best = nodes, least = INT64_MAX;
   for (int64_t parts = 1; parts <= std::min<int64_t>(nodes, 64); ++parts) {
@@ -85,8 +85,8 @@ inline Parameter parameter(const Tensor& tensor) {
 
 // ------------------------------------------------------------------ operators
 
-// (B, N, D) -> scaled, inverse norms (B, N), and if `rounds` the scaled rows in float16 and a bound (B, N) on the length
-// of their rounding errors over their own; otherwise both are empty
+// (B, N, D) -> scaled rows and inverse norms (B, N). If `rounds`, also the scaled rows in float16, and a bound (B, N) on
+// the length of their rounding errors over their own. Otherwise both are empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> prepare_prior(const Tensor& prior, bool rounds);
 
 // Fills index (B, N, k) int32 and score (B, N, k) of the images from `first` on whose products (images, N, N) these are.
@@ -108,23 +108,23 @@ bool check_halves(
     const char* op, const Tensor& source, const std::optional<Tensor>& target, const std::optional<Tensor>& inverse_norm,
     const std::optional<Tensor>& shift, const Tensor& index, const Tensor& vector);
 
-// From the gradients of the logits, `slope` (B, N, K), if `need_rows` those to source and, in one row (2 E + 1), to the
-// vector and both biases; and, along the columns (`indptr`, `perm`) if they are given, to target, which is the second half
-// of source where there is none.
+// Gradients from those of the logits, `slope` (B, N, K). If `need_rows`, those to source and, in one row (2 E + 1), to
+// the vector and both biases. Along the columns (`indptr`, `perm`), if they are given, that to target. Without a target
+// it is the second half of source.
 std::tuple<Tensor, Tensor, Tensor> edge_gradients(
     const Tensor& slope, const Tensor& source, std::optional<Tensor> target, std::optional<Tensor> inverse_norm,
     std::optional<Tensor> shift, const Tensor& index, const Tensor& vector, std::optional<Tensor> indptr,
     std::optional<Tensor> perm, bool need_rows);
 
-// The layer (B, N, C) in the dtype of x, and what LayerNorm was given, in float32, with mean and rstd (B, N); empty for
-// the other activations, which count none, relu, layer_norm. Rows are multiples of 16 bytes.
+// The layer (B, N, C) in the dtype of x. Then the input of LayerNorm in float32, with mean and rstd (B, N); empty for
+// other activations. `activation` counts none, relu, layer_norm. Rows are multiples of 16 bytes.
 std::tuple<Tensor, Tensor, Tensor, Tensor> graph_layer(
     const Tensor& x, const Tensor& index, const Tensor& coefficient, std::optional<Tensor> scale,
     std::optional<Tensor> bias, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, int64_t activation,
     double eps);
 
-// From the gradient to the sums, those to x, along the columns (`indptr`, `perm`) if they are given, and, if
-// `need_coefficient`, to the coefficients, in float32 and with `added` on top; otherwise empty.
+// Gradients from that of the sums. Along the columns (`indptr`, `perm`), if they are given, that to x. If
+// `need_coefficient`, that to the coefficients, in float32 and with `added` on top. Otherwise they are empty.
 std::tuple<Tensor, Tensor> graph_layer_backward(
     const Tensor& grad, const Tensor& x, const Tensor& index, const Tensor& coefficient, std::optional<Tensor> scale,
     std::optional<Tensor> indptr, std::optional<Tensor> perm, std::optional<Tensor> added, bool need_coefficient);

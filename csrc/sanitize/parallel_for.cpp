@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The parallel loop of builds for ThreadSanitizer: threads that are started and joined here.
 //
-// Torch's pool is not instrumented, so the sanitizer would not see that a loop begins after what came before it and
-// ends before what follows, and would call both a race. Loops are cut finer than torch would, to have more to compare.
+// Torch's pool is not instrumented. So the sanitizer would not see that a loop begins after the code before it and ends
+// before the code after it, and would call both a race. Loops are cut finer than in torch, to have more to compare.
 
 #include <torch/csrc/stable/c/shim.h>
 

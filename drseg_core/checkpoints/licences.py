@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Under whose terms the weights inside a model stand: notes for who passes them on. No legal advice."""
+"""The licences of the weights inside a model, as notes for passing it on. No legal advice."""
 
 from __future__ import annotations
 

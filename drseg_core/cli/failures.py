@@ -73,6 +73,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def visible(text: str) -> str:
-    """Text for a terminal: names of files and classes may hold what it obeys, which is shown as an escape instead."""
+    """Text for a terminal: control characters, which file and class names may hold, are shown as escapes."""
     escaped = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
     return "".join(escaped)

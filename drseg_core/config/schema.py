@@ -367,7 +367,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class ReadingConfig:
-    """How the pixels of a user's own images become 8-bit RGB. A training writes what it used into its run.
+    """How the pixels of a user's own images become 8-bit RGB. A training writes the values it used into its run.
 
     Args:
         scale: values that become 0 and 255: ``LOW,HIGH``, three such pairs with ``;`` between them, or ``auto`` (2 and

@@ -110,7 +110,7 @@ class Protocol:
     unlabelled: Literal["left_out", "negative"] = "left_out"
 
     def view(self, name: str) -> SetView:
-        """What it makes of a set.
+        """The view of a set.
 
         Raises:
             ConfigError: the protocol does not cover the set.

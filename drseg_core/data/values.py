@@ -13,7 +13,7 @@ STRETCH = (2.0, 98.0)
 """Percentiles that become 0 and 255 where a scale is measured."""
 
 NODATA_SHARE = 0.05
-"""A single extreme value in more than this share of the pixels is taken for a nodata value that nobody declared."""
+"""A single extreme value in more than this share of the pixels is taken for an undeclared nodata value."""
 _USED_FOR_NODATA = {0, -1, -99, -999, -9999, -99999, -32768, -32767, 32767, 65535}
 
 

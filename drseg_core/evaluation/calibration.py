@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a score means what it says, and which value of a pixel tells best that its class is wrong."""
+"""Whether scores are calibrated, and which value of a pixel tells best that its class is wrong."""
 
 from __future__ import annotations
 

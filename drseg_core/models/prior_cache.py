@@ -152,7 +152,7 @@ class PriorCache:
 
 @contextlib.contextmanager
 def prior_cache(model: Any, folder: str | os.PathLike[str], limit: int = CACHE_BYTES) -> Iterator[PriorCache]:
-    """Inside, the prior of ``model`` reads its features from ``folder`` and keeps there what it computes.
+    """In this context the prior of ``model`` reads its features from ``folder``, and keeps new ones there.
 
     Raises:
         ConfigError: the model has no prior, the folder is a file, or the limit is negative.

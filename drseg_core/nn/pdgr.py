@@ -345,7 +345,7 @@ class PDGR(nn.Module):
         decay = self.decay if self.affinity == "product" else self.decay / self.gamma
         prepared = prepare_prior(nodes, backend=self.backend)
         # without itself a node has one candidate less; a node that is alone has one padded slot, to show a NaN prior
-        # which of both is less, a program for every size does not know yet
+        # a compiled program for every size does not know yet which of both is less
         lesser, greater = (min, max) if isinstance(count, int) else (torch.sym_min, torch.sym_max)
         k: Any = lesser(self.k, count if include_self else greater(count - 1, 1))
         index, score = knn_graph(

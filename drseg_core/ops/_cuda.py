@@ -23,7 +23,7 @@ LIBRARY = Library("drseg_native_cuda", "DRSEG_NATIVE_CUDA_LIBRARY")
 
 @functools.cache
 def _load() -> tuple[str | None, tuple[str, ...]]:
-    """Why the library is not there, or None; and what it was built for: ``cpu``, or architectures such as ``90a``."""
+    """Why the library is not there, or None. And its build target: ``cpu``, or architectures such as ``90a``."""
     reason = LIBRARY.load()
     if reason is not None:
         return reason, ()

@@ -24,7 +24,7 @@ _USUAL = frozenset([Tensor, torch.nn.Parameter, bool, int, float, str, type(None
 
 
 def usual(arguments: Sequence[Any]) -> bool:
-    """Whether nobody but torch's eager mode looks at a call: no compiler, transform or dispatch mode.
+    """Whether only torch's eager mode sees a call: no compiler, transform or dispatch mode.
 
     Nor may a tensor be the lazy negative of another, which the dispatcher would make of it first.
     """
@@ -120,7 +120,7 @@ class Differentiable(Function):
 
     @classmethod
     def call(cls, *arguments: Any) -> Any:
-        """``apply``, without what it does for transforms and missing arguments where there are none."""
+        """``apply``, without its work for transforms and missing arguments, if there are none."""
         return super(Function, cls).apply(*arguments) if usual(arguments) else cls.apply(*arguments)  # type: ignore[misc]
 
     def __init_subclass__(cls) -> None:

@@ -144,6 +144,6 @@ def _make(
     try:
         mapper.write(scene.image, scene.out, polygons=scene.polygons, overwrite=overwrite, work=work, progress=False)
     except DRSegError as error:
-        # without what it refers to, which may be no text
+        # without its cause and context, which may not be text
         return type(error)(str(error))
     return None

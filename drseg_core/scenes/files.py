@@ -24,7 +24,7 @@ BLOCK_BYTES = 5.0
 """Of each pixel in a block that is kept: class and uncertainty; each band of scores adds one."""
 
 PAGE_MARK = b'<meta name="generator" content="drseg">'
-"""What begins a page of a map: a page of somebody else is nobody's leftover."""
+"""The beginning of a page of a map; a page that does not begin so is never removed."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,8 +92,10 @@ def scene_files(
 
 
 def leftovers(files: SceneFiles) -> list[Path]:
-    """What a former map of the same name left that would be taken for a part of this one, as GDAL and SQLite do, and as
-    people do with a page."""
+    """Files of a former map of the same name that would be taken for a part of this one.
+
+    GDAL and SQLite would take them so, and people would take a page so.
+    """
     path = files.classes
     bands = [path.with_name(f"{path.stem}_{word}.tif") for word in ("scores", "probabilities")]
     pictures = (path, files.overlay, files.uncertainty, *bands)

@@ -220,7 +220,7 @@ class _Call:
         rank, world_size = processes.rank, processes.world_size
         first, count = (0, 1) if shard is None else shard
         parts = count * world_size
-        # who removes what is of other options: nobody, where other calls may be at it
+        # which process removes blocks of other options: none, if other calls may use them
         if rank == 0:
             for number in self._left():
                 self._do(number, Work(self.mapper.facts, OPEN, alone=shard is None))

@@ -202,7 +202,7 @@ def _geopackage(temporary: Path, found: Iterator[Found], names: Sequence[str], c
 
 
 def _parquet(temporary: Path, found: Iterator[Found], names: Sequence[str], crs: Any, layer: str) -> int:
-    """GeoParquet 1.1: WKB in a column, and what it means in the metadata."""
+    """GeoParquet 1.1: WKB in a column, described in the metadata."""
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 

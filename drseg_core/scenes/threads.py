@@ -36,7 +36,7 @@ def gdal_thread(name: str) -> Iterator[ThreadPoolExecutor]:
 
 
 class ReadAhead:
-    """Reads the next part while the last one is worked on. A part that nobody foresaw is read when it is asked for.
+    """Reads the next part while the last one is worked on. A part that was not foreseen is read when it is asked for.
 
     Args:
         read: gives a part of the scene; only ever called in ``executor``.

@@ -353,7 +353,7 @@ def _work(tasks: Connection, threads: int, device: str | None) -> None:
     with contextlib.suppress(OSError):
         os.setsid()
     torch.set_num_threads(threads)
-    # until nobody asks, or waits for an answer, any more
+    # until no process asks or waits for an answer any more
     with contextlib.suppress(EOFError, OSError):
         while True:
             task = tasks.recv()

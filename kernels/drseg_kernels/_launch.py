@@ -7,13 +7,15 @@ A table is ``tuned/<architecture>/<table>.json``, e.g. ``tuned/sm_90/graph_layer
     {"configurations": [{"dtype": "float32", "channels": 384, "nodes": 576, "k": 128,
                          "device": "NVIDIA H100 80GB HBM3", "configuration": {"block_m": 16, ...}}, ...]}
 
-An entry is for the dtype and the width (``channels``: E, C or K, see ``rule``) that it was timed for and for no other,
-and for at most its ``nodes`` and ``k``. Of those that apply the first one counts that was timed on this very device
-(``device``, which may be missing), else the first of the architecture. ``knn_graph`` has a ``Selection`` and no
-``channels``, every other op a ``Tile``; beside the tables of the ops there are ``graph_gradients`` for both gradients
-of a propagation in one, ``graph_propagate_dot`` for that to coefficients alone, and ``graph_layer_rows`` for what
-``graph_layer`` does row by row. The rules are what was fastest or nearly so on an H100 (2026-11), those of
-``graph_layer`` and ``graph_gradients`` by arithmetic.
+An entry holds only for the dtype and the width (``channels``: E, C or K, see ``rule``) for which it was timed, and for
+at most its ``nodes`` and ``k``. If several apply, the first one that was timed on this very device counts (``device``,
+which may be missing), else the first of the architecture. ``knn_graph`` has a ``Selection`` and no ``channels``. Every
+other op has a ``Tile``.
+
+Three tables are not named after an op. ``graph_gradients`` is for both gradients of a propagation in one,
+``graph_propagate_dot`` for the gradient to coefficients alone, ``graph_layer_rows`` for the row-wise part of
+``graph_layer``. The rules are what was fastest or nearly so on an H100 (2026-11). Those of ``graph_layer`` and
+``graph_gradients`` were found by arithmetic.
 """
 
 from __future__ import annotations
@@ -34,15 +36,15 @@ TUNED = Path(__file__).parent / "tuned"
 # Shared memory that one block may take on the smallest device in view (sm_86, sm_89, sm_120), bytes.
 SMALLEST_SHARED = 101_376
 
-# Scores that live at a time, bytes. Products of so many are nearly as fast as the library's largest: on an H100
-# (2026-11) 16384 nodes take 10.3 ms, with 128 MiB too; what the cache holds of them matters less.
+# Bytes of scores that live at a time. Products of this size are nearly as fast as the library's largest: on an H100
+# (2026-11) 16384 nodes take 10.3 ms, and the same with 128 MiB. How much of it the cache holds matters less.
 TILE_BYTES = 64 << 20
 
 # only the first axis of a CUDA grid is longer
 LARGEST_GRID_Y = 65_535
 
-# The fusion of multiply and add is pinned on where a kernel is sums of products, which it makes half as long and no
-# result of which is compared bit for bit with another backend's.
+# The fusion of multiply and add is pinned on in kernels that are sums of products. It halves their length, and none of
+# their results is compared bit for bit with another backend's.
 FMA = {"enable_fp_fusion": True}
 
 

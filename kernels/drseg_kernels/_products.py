@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dot products of rows in float32: the library's where it adds them up in float32, ours where a setting allows it less.
+"""Dot products of rows in float32: the library's if it adds in float32, ours if a setting allows it less.
 
 Settings of the whole process are read and never changed: another thread would see it.
 """

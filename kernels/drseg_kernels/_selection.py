@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores as keys, and the best k of them: what the kernels of ``knn_graph`` share.
 
-Scores are ranked as int32 keys (``ordered_bits``). No key is ever sorted: the k-th is found by bisection with counts,
-and where candidates stand in ascending index, equal keys at the border go to the first of them by a running count.
+Scores are ranked as int32 keys (``ordered_bits``). No key is ever sorted. The k-th is found by bisection with counts.
+Of equal keys at the border a running count takes the first ones, since candidates stand in ascending index.
 """
 
 from __future__ import annotations

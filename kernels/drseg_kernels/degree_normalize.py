@@ -2,8 +2,8 @@
 """Propagation coefficients from edge weights and degrees, and the gradient through both degrees (arXiv 2604.02010,
 Eq. 9).
 
-A program is one node. Every sum has one order: the slots of a row, or the edges that end in a node by its columns,
-in steps of BLOCK_N, then a tree over the BLOCK_N.
+A program is one node. Every sum has one order. It takes the slots of a row, or the edges that end in a node (by the
+columns), in steps of BLOCK_N, then a tree over the BLOCK_N.
 """
 
 from __future__ import annotations

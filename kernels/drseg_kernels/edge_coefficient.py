@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Edge weights and their degree normalisation in one op (arXiv 2604.02010, Eq. 8 and 9).
 
-Forward: a program is a node; it computes the weights of its slots and, from the registers, their sum. A degree at the
-other end of an edge is another program's, so the coefficients take a second launch, and ``sym_inout`` and
-``sym_undirected``, whose degrees count incoming edges, a third between the two. Backward: ``sym_row`` has one degree a
-node, so that one launch leads the gradient through it to the weights and on to the logits; the other norms take
-``degree_normalize``'s. The rest is ``edge_weight``'s.
+Forward: a program is a node. It computes the weights of its slots and, from the registers, their sum. The degree at the
+other end of an edge is computed by another program, so the coefficients take a second launch. The degrees of
+``sym_inout`` and ``sym_undirected`` count incoming edges, and take a third launch between the two.
+
+Backward: ``sym_row`` has one degree a node. So one launch leads the gradient through it to the weights and on to the
+logits. The other norms take the launches of ``degree_normalize``. The rest is that of ``edge_weight``.
 
 The order of every sum is that of the two ops.
 """

@@ -5,10 +5,12 @@
 the bias of the first layer. ``hidden_ij`` is then ``r_i source_i + source_bias + r_j target_j``.
 
 Nothing of the size of all edges times the hidden width is stored: the backward computes the mask of the ReLU again.
-Every sum has one order, whatever the device does first. Forward: the hidden units of an edge in steps of BLOCK_N, then
-a tree over the BLOCK_N. Gradient to ``source``: the slots of a row in steps of BLOCK_M, then a tree over the BLOCK_M;
-to ``target`` the same over the edges that end in a node, by the graph's columns; to ``vector``, ``bias`` and
-``source_bias`` sums of chunks of rows, then of the chunks, both in ascending order.
+Every sum has one order, whatever the device does first:
+
+* Forward: the hidden units of an edge in steps of BLOCK_N, then a tree over the BLOCK_N.
+* Gradient to ``source``: the slots of a row in steps of BLOCK_M, then a tree over the BLOCK_M.
+* Gradient to ``target``: the same over the edges that end in a node, by the graph's columns.
+* Gradient to ``vector``, ``bias`` and ``source_bias``: sums of chunks of rows, then of the chunks, both ascending.
 """
 
 from __future__ import annotations

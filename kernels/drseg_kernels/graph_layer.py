@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Propagation with what follows it in one launch: bias, then ReLU or LayerNorm (arXiv 2604.02010, Eq. 9).
+"""Propagation, then bias, then ReLU or LayerNorm, in one launch (arXiv 2604.02010, Eq. 9).
 
-Forward, one launch: the sums of ``graph_propagate``; a program that holds whole rows normalises them before it writes.
-Rows that are wider than a program take a second launch. Backward, two launches: one leads the gradient through
-LayerNorm or ReLU and adds up chunks of rows for the parameters; one is the backward of ``graph_propagate``, and some of
-its programs add the chunks in ascending order. What is wide or undirected takes more.
+Forward is one launch: the sums of ``graph_propagate``. A program that holds whole rows normalises them before it
+writes. Rows wider than a program take a second launch.
 
-LayerNorm keeps what it was given, in float32 whatever the dtype of the features, and each row's mean and rstd. Its
-gradient goes on in bfloat16 where it came so, otherwise in float32.
+Backward is two launches. The first leads the gradient through LayerNorm or ReLU, and adds up chunks of rows for the
+parameters. The second is the backward of ``graph_propagate``, and some of its programs add the chunks in ascending
+order. Wide rows and undirected graphs take more launches.
+
+LayerNorm keeps its input in float32, whatever the dtype of the features, and each row's mean and rstd. A gradient that
+comes in bfloat16 goes on in bfloat16, others in float32.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 """Weighted sums of neighbour features ``y_i = sum_k coefficient_ik x_j``, their transpose and gradients
 (arXiv 2604.02010, Eq. 9).
 
-A program is one node and some channels, and loads the features of each edge; the transpose goes along the columns of
+A program is one node and some channels, and loads the features of each edge. The transpose goes along the columns of
 the graph. Every sum has one order: the edges in steps of BLOCK_M, then a tree over the BLOCK_M. Gradient to a
 coefficient: the channels in steps of BLOCK_N, then a tree.
 
-Where a program holds all channels, it computes both gradients: what it gathers for the one is what the other needs.
+A program that holds all channels computes both gradients, since both need the same gathered features.
 """
 
 from __future__ import annotations

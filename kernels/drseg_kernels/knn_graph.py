@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Neighbours of the highest affinity: tiles of dot products from the library, merged into lists of the best.
 
-The library multiplies a tile of rows by columns, in float32 or, where only the choice matters, in float16, from whose
-result ``knn_rounded.py`` makes the same choice; one kernel per tile turns the products into scores with the
-decay table, drops what does not beat the row's k-th best so far, and selects among the k best so far and the rest of
-the tile. Tiles come in ascending order of their columns, so both lists are in ascending index already: the lowest index
-wins a tie by its place, and nothing is ever sorted or cut short.
+The library multiplies a tile of rows by columns in float32. If only the choice matters it may multiply in float16, from
+which ``knn_rounded.py`` makes the same choice. Then one kernel per tile turns the products into scores with the decay
+table. It drops scores that do not beat the row's k-th best so far, and selects among the k best so far and the rest of
+the tile. Tiles come in ascending order of their columns, so both lists are in ascending index already. The lowest index
+wins a tie by its place. Nothing is ever sorted or cut short.
 
-One tile that is no power of two wide is cut in two, so that 576 columns are 512 and 64 and not 1024: both parts are
-selected from at once.
+A tile whose width is no power of two is cut in two parts, which are selected from at once. So 576 columns are 512 and
+64, not 1024.
 """
 
 from __future__ import annotations

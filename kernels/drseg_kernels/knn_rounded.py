@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same choice of neighbours from products of rounded rows: float16, which a tensor core multiplies.
 
-What rounding makes of a score is bounded. With ``r`` the length of a row's rounding errors over its own,
+The rounding error of a score is bounded. With ``r`` the length of a row's rounding error over the row's own length,
 
     | <x_i, x_j> - <h_i, h_j> |  <=  |x_i - h_i| |x_j| + |h_i| |x_j - h_j|  <=  |x_i| |x_j| (r_i + r_j + r_i r_j),
 
-so that a cosine, and a score from which decay is subtracted, is off by at most ``e = r_i + max_j r_j (1 + r_i) +
-slack``, and by nothing in a row of zeros. (Where decay is a factor, scores are small and close together, and the bound
-is neither: those forms have float32 products.) Take any border from the k-th best of the rounded scores down to the
-next. The k that reach it are in truth above ``border - e``, so what was found more than ``2 e`` below it is not chosen;
-the others are in truth below ``border + e``, so what was found more than ``2 e`` above it is. The scores between, two
-or three in a row, are computed once more from the float32 rows. Ties are among those, so the lowest index wins them.
+So a cosine, and a score from which decay is subtracted, is off by at most ``e = r_i + max_j r_j (1 + r_i) + slack``. In
+a row of zeros it is exact. (Forms where decay is a factor have float32 products: their scores are small and close
+together, and the bound is not.)
 
-``slack`` is for the sums. A tensor core adds 16 products to a sum at a time; it brings all 17 to the exponent of the
-largest and cuts off what does not fit in 24 bits. Each of the 17 loses less than ``2**-23`` of the largest, which is at
-most ``|h_i| |h_j|``: over D channels ``(17 / 16) D 2**-23``. Twice that is taken, and 8 more for the few roundings
-behind the product: ``slack = (D + 8) 2**-22``. What the decay's subtraction rounds goes with the k-th score.
+Take any border from the k-th best of the rounded scores down to the next. The exact scores of the k that reach it are
+above ``border - e``. So a rounded score more than ``2 e`` below the border is not chosen. The exact scores of the
+others are below ``border + e``. So a rounded score more than ``2 e`` above the border is chosen. The scores between,
+two or three in a row, are computed once more from the float32 rows. Ties are among those, so the lowest index wins
+them.
 
-An image of several tiles has lists of more than k, of the best by rounded rows; the rest of a row's scores is below all
-of its list. Where that is not far enough below, no list says what is left to decide, and a kernel computes the whole
-row in float32. Such rows are those of a prior that is alike everywhere.
+``slack`` is for the sums. A tensor core adds 16 products to a sum at a time. It brings all 17 to the exponent of the
+largest, and cuts off what does not fit in 24 bits. Each of the 17 loses less than ``2**-23`` of the largest, which is
+at most ``|h_i| |h_j|``: over D channels ``(17 / 16) D 2**-23``. Twice that is taken, and 8 more for the few roundings
+behind the product: ``slack = (D + 8) 2**-22``. The rounding of the decay's subtraction goes with the k-th score.
+
+An image of several tiles has lists that hold more than k, the best by rounded rows. The rest of a row's scores is below
+all of its list. If it is not far enough below, the list does not decide, and a kernel computes the whole row in
+float32. That happens if all rows of a prior are alike.
 """
 
 from __future__ import annotations
@@ -481,8 +484,8 @@ def knn_rounded(
             )
 
 
-# what a list has beyond k, at least: as many scores as were ever found around a border; and the largest k of a list,
-# for a merge holds all of it in registers
+# Least entries of a list beyond k, as many as the most scores ever found around a border. And the largest k of a list,
+# since a merge holds all of it in registers.
 SPARE, LARGEST_LISTED = 16, 240
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A prior's rows scaled by exact powers of two, and the inverse of their L2 norms, in one pass over memory.
 
-A program is one row. It reads the row twice, the second time from the cache, and writes it once: 38 MB for 8 x 576
-nodes of 1024 channels, which an H100 moves in 0.015 ms, where the reference's dozen launches take 0.13 (2026-11). A map
-(B, D, h, w) is read as it lies, some cells of all channels at a time, and needs no transposed copy. Neither kernel has
-been timed yet.
+A program is one row. It reads the row twice, the second time from the cache, and writes it once. That is 38 MB for 8 x
+576 nodes of 1024 channels. An H100 moves them in 0.015 ms, while the reference's dozen launches take 0.13 (2026-11). A
+map (B, D, h, w) is read as it lies, some cells of all channels at a time, and needs no transposed copy. Neither kernel
+has been timed yet.
 
-On request it writes float32 rows once more, rounded to float16, and how long what was lost is: a selection that knows
-this can take products of the rounded rows (``knn_rounded.py``).
+On request it also writes float32 rows rounded to float16, and the length of each row's rounding error. With these a
+selection can take products of the rounded rows (``knn_rounded.py``).
 """
 
 from __future__ import annotations

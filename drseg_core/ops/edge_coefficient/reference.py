@@ -33,7 +33,7 @@ def compose(
         eps: float,
         csc: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Coefficients and weights (B, N, K), and scales (S, B, N) with S from ``ENDS``, which nobody needs here.
+        """Coefficients and weights (B, N, K), and scales (S, B, N) with S from ``ENDS``, which are not used here.
 
         ``csc`` are ``indptr`` and ``perm`` of the graph's columns, if they are known.
         """

@@ -50,7 +50,7 @@ def _run_native_backward(
 
 
 def takes_incoming(x: Tensor, coefficient: Tensor, backend: str) -> bool:
-    """Whether the backend that runs for ``x`` gathers from listed edges, and nobody asks for gradients."""
+    """Whether the backend that runs for ``x`` gathers from listed edges, and no gradients are needed."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or differentiated(x, coefficient):
         return False
     return _dispatch.resolve("graph_propagate", x, backend, coefficient=coefficient).run is _run_native
