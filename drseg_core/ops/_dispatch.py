@@ -301,6 +301,12 @@ def asked_once(function: Run) -> Run:
 
 
 @asked_once
+def has_backend(op: str, name: str) -> bool:
+    """Whether an op has a backend of that name, wherever it runs."""
+    return any(found.name == name for found in table(op))
+
+
+@asked_once
 def _takes_raw(op: str, device: str, requested: str, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
     first, *others = (torch.empty(0, dtype=dtype, device=device) for dtype in dtypes)
     try:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from drseg_core.ops import _checks
-from drseg_core.ops._dispatch import requested_backend, table
+from drseg_core.ops._dispatch import has_backend, requested_backend
 from drseg_core.ops.csc import registration
 
 
@@ -47,7 +47,7 @@ def csc_of(op: str, given: Csc | None, index: Tensor, validate: bool) -> tuple[T
 def columns_of(index: Tensor, backend: str | None = None) -> Csc:
     """``csc`` by the named backend, or by the default one if that has no ``csc``: the lists are equal."""
     requested = requested_backend("csc", backend)
-    known = any(found.name == requested for found in table("csc"))
+    known = has_backend("csc", requested)
     return Csc(*registration.csc(index if index.dim() == 3 else index[None], requested if known else "auto"))
 
 
