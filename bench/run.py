@@ -107,7 +107,10 @@ def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[j
         known = ", ".join(PRECISIONS)
         print(f"bench: pdgr is measured in {known} and left out; got --dtype {args.dtype}", file=sys.stderr)
     if not chosen:
-        parser.error("no such op has such a case; expected pdgr at a large case, or an op in a dtype (--list has them)")
+        where = "" if not args.case else f" at {', '.join(args.case)}"
+        parser.error(
+            f"nothing to measure of {', '.join(ops)}{where}; expected a line of --list (pdgr has large cases only)"
+        )
     if args.out is not None and args.out.is_dir():
         parser.error(f"--out is a folder; expected a file to add rows to, got {args.out}")
     if args.gate and args.base is None:

@@ -160,7 +160,8 @@ def _to_bring(missing: Sequence[Published], why: str) -> CheckpointError:
         for source in missing
     ]
     return CheckpointError(
-        f"zero_shot: weights are missing; expected {'; and '.join(wanted)}; got none: {why}{_cache()}"
+        f"zero_shot: weights are missing; expected {'; and '.join(wanted)}; got none: {why}{_cache()}; "
+        "--clip random --prior random tries the way without any, and such a map means nothing"
     )
 
 

@@ -76,6 +76,8 @@ def why_not(device: str, *symbols: str) -> str | None:
     if reason is not None:
         return reason
     if (device == "cpu") != (built_for == ("cpu",)):
+        if device == "cpu":
+            return "CUDA C++ kernels need a CUDA device"
         return f"the native CUDA library was built for {' '.join(built_for)}, not for {device}"
     if device not in ("cpu", "cuda"):
         return f"the native CUDA library has no {device} kernels"
