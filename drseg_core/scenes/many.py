@@ -321,7 +321,9 @@ class _Call:
         """Remove the blocks if nothing is left to do, or say which are kept."""
         if mapped and all(found.state == "mapped" for found in self.outcomes):
             # the first folder says so until the others are gone: killed in between, the call goes on from there
-            note_complete(self.folders[0], [Path(name) for found in self.outcomes for name in found.files])
+            # another call may have come to the same end, and removed that folder
+            with contextlib.suppress(FileNotFoundError):
+                note_complete(self.folders[0], [Path(name) for found in self.outcomes for name in found.files])
             for folder in filter(Path.is_dir, reversed(self.folders)):
                 store = BlockStore(folder, {})
                 # another call may have come to it by now

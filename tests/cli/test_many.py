@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from drseg_core.scenes.predict import run_mapper
 from tests.cli.conftest import ROOT
@@ -206,7 +207,9 @@ def test_a_disk_that_fills_keeps_what_is_finished(drseg, run, scenes, whole, tmp
     out, report = tmp_path / "maps", tmp_path / "report.json"
     order = [scenes / f"{number}.tif" for number in (1, 2, 4, 3, 0)]
     words = [str(w) for w in ("predict", run, *order, "--out", f"{out}/", "--device", "cpu", "--report", report)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    # blocks are those of a number of threads
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
     done = subprocess.run(
         [sys.executable, "-c", FILLED, str(allowed), *words], env=environment, capture_output=True, text=True
     )
