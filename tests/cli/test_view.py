@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from drseg_core.scenes.synthetic import write_synthetic_scene
 from tests.cli.conftest import ROOT
@@ -147,7 +148,9 @@ def test_a_call_killed_at_its_page_goes_on_there(drseg, run, scene, tmp_path, se
     words = [
         str(w) for w in ("predict", run, scene, *second, "--out", f"{out}/{{name}}.tif", "--device", "cpu", "--view")
     ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    # what is kept is of a number of threads
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
     done = subprocess.run([sys.executable, "-c", TORN, *words], env=environment, capture_output=True)
     assert done.returncode == -9, done.stderr
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tif")}
