@@ -161,7 +161,7 @@ def _to_bring(missing: Sequence[Published], why: str) -> CheckpointError:
     ]
     return CheckpointError(
         f"zero_shot: weights are missing; expected {'; and '.join(wanted)}; got none: {why}{_cache()}; "
-        "--clip random --prior random tries the way without any, and such a map means nothing"
+        f"{' '.join(f'{source.option} random' for source in missing)} tries the way, to a map that means nothing"
     )
 
 
