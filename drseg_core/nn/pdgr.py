@@ -51,8 +51,6 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def _nodes(name: str, value: Tensor, width: int, grid: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
     """The nodes (B, N, C) of a map (B, C, h, w), or of tokens on ``grid``, and the grid."""
-    if value is None:
-        raise TypeError(f"PDGR: {name} is missing; expected a tensor, or graph= in place of a prior, got None")
     check_tensor("PDGR", name, value, None)
     shape = value.shape
     if len(shape) == 4 and shape[1] == width:
