@@ -14,13 +14,15 @@ ROOT = HERE.parents[1]
 
 # the contract of an op lies with the op's own tests
 sys.path[:0] = [str(HERE), str(ROOT / "tests" / "ops"), str(ROOT / "tests" / "emulator")]
-from interpreted import INTERPRETED, Interpreted, patch_once  # noqa: E402 - beside this file
+from interpreted import INTERPRETED, Interpreted  # noqa: E402 - beside this file
 
 pytest.register_assert_rewrite("contract", "oracle", "edges", "test_csc", "test_knn_graph")
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    patch_once()
+    import interpreter_speed
+
+    interpreter_speed.patch()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,39 +18,6 @@ CONTRACTS = sorted(
     (path.name for path in HERE.glob("contract_*.py")),
     key=lambda name: ("degree_normalize" not in name, -(HERE / name).stat().st_size),
 )
-
-
-def patch_once() -> None:
-    """Let Triton's interpreter take the place of its language once in this process.
-
-    It does so in every launch and every call of a device function, ``tl.sum`` among them: 40 % of a contract's time.
-    A number that comes at run time is an array of one there. Triton 3.6 asks NumPy for its ``int``, which 2.4 refuses.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch = getattr(interpreter, "_patch_lang", None)
-    if patch is None:
-        return
-    done: set[int] = set()
-
-    class Stays:
-        def restore(self) -> None:
-            pass
-
-    def patched(function: Any) -> Stays:
-        # a module's names are patched when the first of its functions runs
-        if id(function.__globals__) not in done:
-            done.add(id(function.__globals__))
-            patch(function)
-            tl.tensor.__index__ = _index
-        return Stays()
-
-    interpreter._patch_lang = patched
-
-
-def _index(number: Any) -> int:
-    return int(number.handle.data.item())
 
 
 class Interpreted:
