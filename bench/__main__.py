@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,7 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"bench: command is unknown; expected one of {', '.join(COMMANDS)}, got {command}", file=sys.stderr)
         return 2
-    code: int = importlib.import_module(f"bench.{command}").main(rest)
+    try:
+        code: int = importlib.import_module(f"bench.{command}").main(rest)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever read, such as head, has enough; the interpreter would complain when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return code
 
 

@@ -128,7 +128,8 @@ def _print_backends(device: str) -> None:
 
 def _measure(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
     failed = missing = False
-    for job in chosen:
+    for number, job in enumerate(chosen, 1):
+        print(f"[{number}/{len(chosen)}] {job}", file=sys.stderr, flush=True)
         try:
             rows, refused = jobs.measure(
                 job, repeats=args.repeats, slow=args.slow_repeats, with_memory=args.memory, device=args.device,

@@ -37,6 +37,7 @@ from drseg_core.checkpoints.checkpoint import (
     whole_folder,
 )
 from drseg_core.checkpoints.licences import licence_notes
+from drseg_core.checkpoints.published import without_retries
 from drseg_core.checkpoints.run import (
     CHANNELS,
     CLASSES,
@@ -315,7 +316,8 @@ def _fetched(name: str, **options: Any) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES, **options))
+        with without_retries():
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES, **options))
     except Exception as error:
         raise CheckpointError(
             f"from_pretrained: {name} cannot be fetched; expected a folder, or owner/name on the hub and a network, "

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,11 +131,24 @@ def fetched(sources: Sequence[Published], *, offline: bool = False) -> list[Path
     paths = []
     for source, path in zip(sources, found, strict=True):
         try:
-            paths.append(path or _download(source))
+            with without_retries():
+                paths.append(path or _download(source))
         except Exception as error:
             left = [other for other in missing if located(other) is None]
             raise _to_bring(left, f"{type(error).__name__}: {first_line(error)}") from error
     return paths
+
+
+@contextlib.contextmanager
+def without_retries() -> Iterator[None]:
+    """Keep the hub's lines on each retry from the log: our one line says what failed and what to do."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _download(source: Published) -> Path:

@@ -22,7 +22,8 @@ USAGE = "drseg train --config PRESET|FILE --data DATA --out RUN [options]"
 EPILOG = """\
 examples:
   drseg train --config tiny --data folder:tiles --out run
-  drseg train --config tiny --data folder:tiles --out run --train.seconds 300 --seed 1
+  drseg train --config tiny --data folder:tiles --out run --train.iterations 500 --seed 1
+  drseg train --config tiny --data folder:tiles --out run --train.seconds 300
   drseg train --data folder:tiles --out run --resume
   drseg train --config vitl --data dlrsd:datasets --out paper
   drseg train --config vitb --data folder:tiles --out big --model.clip.weights clip.safetensors

@@ -35,7 +35,6 @@ class Plan(NamedTuple):
     def text(self) -> str:
         """For a person."""
         side = "" if self.gsd is None else f", {self.gsd:.3g} m each"
-        hours, rest = divmod(round(self.seconds), 3600)
         traced = ("then the polygons are traced",) if self.polygons else ()
         return "\n".join(
             (
@@ -44,10 +43,24 @@ class Plan(NamedTuple):
                 f"bands: {', '.join(map(str, self.bands))}",
                 f"memory above the model: {self.memory_mb:.0f} MB",
                 f"disk while it is written: about {self.disk_mb:.0f} MB",
-                f"time of the model: {hours} h {rest // 60} min {rest % 60} s",
+                f"time of the model: {time_text(self.seconds)}",
                 *traced,
             )
         )
+
+
+def time_text(seconds: float) -> str:
+    """A time for a person, in one unit.
+
+    Examples:
+        >>> from drseg_core.scenes.plan import time_text
+        >>> [time_text(seconds) for seconds in (0.2, 40, 1500, 220_000)]
+        ['less than a second', '40 seconds', '25 minutes', '61 hours']
+    """
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second" if seconds >= 0.5 else "less than a second"
 
 
 def plan_scene(predictor: Predictor, scene: SceneReader, *, probabilities: bool = False) -> Plan:

@@ -15,6 +15,7 @@ from drseg_core.data.raster import CACHE_MB
 from drseg_core.errors import ConfigError
 from drseg_core.nn.label_propagation import smooth
 from drseg_core.nn.pixel_propagation import propagate_pixels, reach_of_pixels
+from drseg_core.scenes.plan import time_text
 from drseg_core.scenes.reader import SceneReader
 from drseg_core.scenes.scene_graph import COLUMNS, PRIOR_BYTES, REFINING, GraphPredictor, pixel_bytes
 
@@ -77,9 +78,9 @@ class ZeroShotPlan(NamedTuple):
                 f"bands: {', '.join(map(str, self.bands))}",
                 self.graphs,
                 f"memory above the model: {self.memory_mb:.0f} MB{disk}",
-                f"time of the model: {_duration(self.model_seconds)}",
-                f"time of the graph: about {_duration(self.graph_seconds)}",
-                *((f"time of the pixels: about {_duration(self.pixel_seconds)}",) if self.pixel_seconds else ()),
+                f"time of the model: {time_text(self.model_seconds)}",
+                f"time of the graph: about {time_text(self.graph_seconds)}",
+                *((f"time of the pixels: about {time_text(self.pixel_seconds)}",) if self.pixel_seconds else ()),
             )
         )
 
@@ -136,7 +137,7 @@ def check_cells(plan: ZeroShotPlan, config: ZeroShotConfig) -> None:
     Raises:
         ConfigError: the message says what it would take.
     """
-    cost = f"about {plan.memory_mb:.0f} MB, and {_duration(plan.graph_seconds)} for the graph"
+    cost = f"about {plan.memory_mb:.0f} MB, and {time_text(plan.graph_seconds)} for the graph"
     if not config.has_reach and plan.cells > config.max_cells:
         raise ConfigError(
             f"zero_shot: the scene has too many cells for one graph; expected at most {config.max_cells} "
@@ -196,8 +197,3 @@ def _pixel_seconds(predictor: GraphPredictor, height: int, width: int) -> float:
     halo = 2 * reach_of_pixels(REFINING["radius"], REFINING["steps"])
     rows, columns = (sum(min(side + halo, n) for _ in range(0, n, side)) for n in (height, width))
     return each * rows * columns
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min {rest % 60} s"

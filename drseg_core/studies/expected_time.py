@@ -77,11 +77,3 @@ def _timed(call: object, device: torch.device, *, warm: bool) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic() - begin
-
-
-def time_text(seconds: float) -> str:
-    """``40 seconds``, ``25 minutes`` or ``61 hours``."""
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds"

@@ -16,8 +16,9 @@ from drseg_core.data.benchmarks import BENCHMARKS
 from drseg_core.errors import ConfigError
 from drseg_core.evaluation.report import markdown_table
 from drseg_core.files import write_text_atomic
+from drseg_core.scenes.plan import time_text
 from drseg_core.studies import paper
-from drseg_core.studies.expected_time import expected_seconds, time_text
+from drseg_core.studies.expected_time import expected_seconds
 from drseg_core.studies.plan import PlannedVariant
 from drseg_core.studies.report import spread, text_of
 from drseg_core.studies.runner import run_variants

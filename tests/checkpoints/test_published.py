@@ -38,6 +38,7 @@ class Hub:
 
     def download(self, repository: str, file: str) -> str:
         self.asked.append(f"{repository}/{file}")
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
         if f"{repository}/{file}" not in self.published:
             raise huggingface_hub.errors.EntryNotFoundError("no such file")
         path = self.path(repository, file)
@@ -113,6 +114,15 @@ def test_the_cache_comes_first(hub: Hub) -> None:
     ]
     hub.asked.clear()
     assert fetched(sources) == paths == fetched(sources, offline=True) and hub.asked == []
+
+
+def test_retries_are_not_printed(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(CheckpointError):
+        fetched(two())
+    assert hub.asked and not any("Retrying" in record.getMessage() for record in caplog.records)
+    # and only while weights are fetched
+    logging.getLogger("huggingface_hub").warning("another")
+    assert caplog.records[-1].getMessage() == "another"
 
 
 def test_all_licences_are_shown_before_the_first_download(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:

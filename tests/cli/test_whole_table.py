@@ -11,7 +11,7 @@ import pytest
 
 from drseg_core.errors import ConfigError
 from drseg_core.studies import expected_time, needs, paper, runner
-from drseg_core.studies.expected_time import expected_seconds, time_text
+from drseg_core.studies.expected_time import expected_seconds
 from drseg_core.studies.plan import PlannedVariant, plan, plan_variant
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import training_study
@@ -122,9 +122,6 @@ class TestTime:
     def test_every_method_is_measured(self, planned) -> None:
         seconds = [expected_seconds([item], 1) for item in planned]
         assert all(0 < one < 60 for one in seconds) and len(set(seconds)) == 8
-
-    def test_text(self) -> None:
-        assert [time_text(one) for one in (40, 1500, 220_000)] == ["40 seconds", "25 minutes", "61 hours"]
 
 
 def _device(item: PlannedVariant) -> str | None:

@@ -237,7 +237,7 @@ def test_refined_pixels_are_those_of_the_whole_scene(mapper: SceneZeroShot, scen
 def test_a_plan_knows_of_refined_pixels(mapper: SceneZeroShot, scene: Path) -> None:
     plain, refined = mapper.plan(scene, NAMES), changed(mapper, refine=True).plan(scene, NAMES)
     assert plain.pixel_seconds == 0 and "time of the pixels" not in plain.text()
-    assert refined.pixel_seconds > 0 and "time of the pixels: about 0 h 0 min" in refined.text()
+    assert refined.pixel_seconds > 0 and "time of the pixels: about " in refined.text()
     assert refined.memory_mb - plain.memory_mb == pytest.approx(H * W * 4 * (24 + 3 * 3 + 24) / 2**20)
 
 
@@ -486,7 +486,8 @@ def test_a_scene_with_too_many_cells_is_refused_before_the_work(mapper, scene, t
     small = changed(mapper, max_cells=50)
     monkeypatch.setattr(GraphPredictor, "collect", None)
     with pytest.raises(
-        ConfigError, match=r"expected at most 50 \(--max-cells\), got 12 x 7 = 84, which take about .* MB, and 0 h"
+        ConfigError,
+        match=r"expected at most 50 \(--max-cells\), got 12 x 7 = 84, which take about .* MB, and .* for the graph",
     ):
         small.predict(scene, NAMES, out=tmp_path / "map.tif")
     assert list(tmp_path.iterdir()) == []
