@@ -176,6 +176,19 @@ def test_a_method_is_added_as_the_page_says(monkeypatch):
     build_model(config.model)
 
 
+OPS = [path.parent.name for path in (ROOT / "drseg_core" / "ops").glob("*/registration.py")]
+IN_CUDA = [path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu") if path.stem != "library"]
+
+
+@pytest.mark.parametrize(("title", "ops"), [("A Triton kernel", OPS), ("A CUDA C++ kernel", IN_CUDA)])
+def test_kernels_lie_where_the_page_says(title: str, ops: list[str]):
+    section = (DOCS / "extending.md").read_text(encoding="utf-8").split(f"## {title}\n")[1].split("\n## ")[0]
+    patterns = re.findall(r"`([\w/.]*<op>[\w/.]*)`", section)
+    assert len(patterns) >= 2 and len(ops) >= 4
+    places = [ROOT / ("csrc/cuda" if "/" not in pattern else "") / pattern for pattern in patterns]
+    assert [path for place in places for op in ops if not (path := Path(str(place).replace("<op>", op))).exists()] == []
+
+
 # the drawing of the rooms
 
 
