@@ -130,7 +130,7 @@ def read_scores(files: Sequence[str | Path], weights: str) -> list[dict[str, str
             ) from error
         if digest != weights:
             raise ConfigError(
-                f"read_scores: {file} is of another model; expected weights {weights[:12]}, got {digest[:12]}"
+                f"read_scores: {file} belongs to another model; expected weights {weights[:12]}, got {digest[:12]}"
             )
         rows.append(row)
     return rows

@@ -148,7 +148,7 @@ def load_channels(
         ) from None
     except Exception as error:
         raise CheckpointError(
-            f"load_channels: {path} is no channel ranking; expected a file made by drseg rank"
+            f"load_channels: {path} is not a channel ranking; expected a file made by drseg rank"
         ) from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
@@ -164,11 +164,11 @@ def load_channels(
         raise CheckpointError(f"load_channels: {path} energy is not usable; expected (C,) finite values of at least 0")
     if channels is not None and len(score) != channels:
         raise CheckpointError(
-            f"load_channels: {path} is of another model; expected {channels} channels, got {len(score)}"
+            f"load_channels: {path} belongs to another model; expected {channels} channels, got {len(score)}"
         )
     found = metadata.get("backbone")
     if backbone is not None and found != backbone:
         raise CheckpointError(
-            f"load_channels: {path} is of another model; expected backbone {backbone!r}, got {found!r}"
+            f"load_channels: {path} belongs to another model; expected backbone {backbone!r}, got {found!r}"
         )
     return content

@@ -68,7 +68,7 @@ class Checkpoint:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(
-                f"resume: {path} unsafe or unreadable content refused; {first_line(error)}"
+                f"resume: {path} holds unsafe or unreadable content, which is refused; {first_line(error)}"
             ) from error
         if not isinstance(state, dict):
             raise CheckpointError(
@@ -236,7 +236,7 @@ def check_kinds(description: dict[str, Any]) -> None:
         if not isinstance(description.get(name), kind) or isinstance(description[name], bool):
             raise ValueError(f"{name} is no {kind.__name__}")
     if not all(isinstance(name, str) for name in description["class_names"]):
-        raise ValueError("class_names are no text")
+        raise ValueError("class_names are not text")
 
 
 def content_hash(content: Any) -> str:

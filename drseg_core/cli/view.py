@@ -65,7 +65,7 @@ def run(args: Any) -> None:
         raise ConfigError("view: --run needs the scene; expected --image too")
     if args.run is not None and asked_for([args.run]):
         raise ConfigError(
-            f"view: --run is no run; expected one, got {args.run}: drseg predict {args.run} --view has it"
+            f"view: --run is not a run; expected one, got {args.run}: drseg predict {args.run} --view has it"
         )
     if args.max_mb <= 0:
         raise ConfigError(f"view: --max-mb is out of range; expected more than 0, got {args.max_mb}")

@@ -70,7 +70,7 @@ def parse_bands(text: str) -> tuple[int, ...]:
     except ValueError:
         bands = ()
     if len(bands) not in (1, 3) or min(bands) < 1:
-        raise ConfigError(f"--bands is no list of band numbers; expected for example 4,3,2, got {text!r}")
+        raise ConfigError(f"--bands is not a list of band numbers; expected for example 4,3,2, got {text!r}")
     return bands
 
 

@@ -60,7 +60,9 @@ class FolderDataset(PairDataset):
         if not str(root) or not is_folder(folder):
             raise DatasetError(f"FolderDataset: {folder} is not a folder; expected {layout}")
         if split in ("", ".", "..") or Path(split).name != split:
-            raise DatasetError(f"FolderDataset: split {split!r} is not a folder name; expected such as train or val")
+            raise DatasetError(
+                f"FolderDataset: split {split!r} is not a folder name; expected for example train or val"
+            )
         self.split = split
         names = read_class_names(folder / "classes.txt")
         parts = PairFolder(folder / split / "images", folder / split / "masks", folder)

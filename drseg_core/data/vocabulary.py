@@ -83,7 +83,7 @@ def parse_classes(text: str) -> Vocabulary:
         parts = [match.groups() for match in found if match is not None]
         if len(parts) < len(found):
             raise ConfigError(
-                f"--classes has a colour that is none; expected such as #808080 behind a word, got {item.strip()!r}"
+                f"--classes has a colour that cannot be read; expected for example #808080, got {item.strip()!r}"
             )
         words = tuple(" ".join(word.split()) for word, _ in parts)
         if any(map(has_control, words)):

@@ -106,7 +106,9 @@ class BlockStore:
                     f"predict: {self.folder} is of another model, scene, device or other options; expected {path} as "
                     "this call has it, or no such folder"
                 )
-            _log.warning("%s is of another model, scene, device or other options, and is begun anew", self.folder)
+            _log.warning(
+                "%s belongs to another model, scene, device or set of options; it is started again", self.folder
+            )
             self.remove()
             if self._held is not None:
                 self._unlock()
@@ -199,7 +201,7 @@ class BlockStore:
         except FileNotFoundError:
             return None
         if self._checksum(name, memoryview(content)[_DIGEST:]) != content[:_DIGEST]:
-            _log.warning("%s is damaged or of another map, and is made again", path)
+            _log.warning("%s is damaged or belongs to another map; it is made again", path)
             return None
         with np.load(io.BytesIO(content[_DIGEST:]), allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}

@@ -48,8 +48,8 @@ def damaged(path: Path, **changes) -> Path:
         ({"structural_index": torch.tensor([4, 5, 6, 8])}, "no partition"),
         ({"score": torch.full((8,), torch.nan)}, "score is not usable"),
         ({"score": torch.ones(8, dtype=torch.long)}, "score is not usable"),
-        ({"score": None}, "no channel ranking"),
-        ({"extra": torch.ones(1)}, "no channel ranking"),
+        ({"score": None}, "not a channel ranking"),
+        ({"extra": torch.ones(1)}, "not a channel ranking"),
         ({"energy": torch.full((8,), -1.0)}, "energy is not usable"),
         ({"energy": torch.ones(7)}, "energy is not usable"),
         ({"metadata": {"format_version": 9}}, "expected at most 2, got 9"),
@@ -77,9 +77,9 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="not found"):
         load_channels(tmp_path / "absent")
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(CheckpointError, match="no channel ranking"):
+    with pytest.raises(CheckpointError, match="not a channel ranking"):
         load_channels(tmp_path / "text")
     content = (tmp_path / "c.safetensors").read_bytes()
     (tmp_path / "c.safetensors").write_bytes(content[:-5])
-    with pytest.raises(CheckpointError, match="no channel ranking"):
+    with pytest.raises(CheckpointError, match="not a channel ranking"):
         load_channels(tmp_path / "c.safetensors")

@@ -348,7 +348,9 @@ def test_the_card_shows_scores_of_this_model_only(run, with_prior, data, tmp_pat
     (card,) = read_scores([file], found["weights_sha256"])
     assert (card["protocol"], card["mIoU"]) == ("rskt", "-")
     hub.asked.clear()
-    with pytest.raises(ConfigError, match=r"metrics.json is of another model; expected weights \w{12}, got \w{12}$"):
+    with pytest.raises(
+        ConfigError, match=r"metrics.json belongs to another model; expected weights \w{12}, got \w{12}$"
+    ):
         push_to_hub(with_prior[0], "somebody/drseg", results=[file])
     for text in ("{}", "[]", "no JSON", None):
         file.unlink() if text is None else file.write_text(text)

@@ -166,7 +166,7 @@ def test_a_killed_call_goes_on(process, drseg, run, scenes, whole, tmp_path):
     started.communicate()
     assert list(out.glob("*.work/*.block")) and not list(out.glob("4.tif"))
     code, _, errors = drseg(*words)
-    assert code == 0 and "begun anew" not in errors and content(out) == content(whole)
+    assert code == 0 and "started again" not in errors and content(out) == content(whole)
 
 
 def test_blocks_of_another_precision_are_of_another_map(run):
@@ -225,4 +225,4 @@ def test_a_disk_that_fills_keeps_what_is_finished(drseg, run, scenes, whole, tmp
     assert not [path for path in out.rglob("*") if ".part" in path.name]
     # with room again the same command goes on
     code, _, errors = drseg(*words)
-    assert code == 0 and "begun anew" not in errors and content(out) == content(whole), errors
+    assert code == 0 and "started again" not in errors and content(out) == content(whole), errors

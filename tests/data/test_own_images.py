@@ -261,7 +261,7 @@ def test_options_as_text():
     assert np.allclose(parse_scale(scale_text(pairs)), pairs, rtol=1e-7)
     assert parse_reading(ReadingConfig(scale="auto")).measure and parse_reading(ReadingConfig()).plain
     for wrong in ("red", "0", "1,2", "1,2,3,4", ""):
-        with pytest.raises(ConfigError, match="--bands is no list of band numbers; expected for example 4,3,2"):
+        with pytest.raises(ConfigError, match="--bands is not a list of band numbers; expected for example 4,3,2"):
             parse_bands(wrong)
     for wrong in ("", "5", "9,1", "1,1", "0,1;0,2", "nan,1", "a,b"):
         with pytest.raises(ConfigError, match="--scale is not usable; expected auto, LOW,HIGH"):

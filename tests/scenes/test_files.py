@@ -82,7 +82,11 @@ def test_two_outputs_are_two_files(tmp_path):
 def test_report_and_sheet_are_two_files(drseg, folder, tmp_path):
     words = ["data", "check", "folder", folder, "--out", tmp_path / "a.png", "--sheet", tmp_path / "a.png"]
     code, _, errors = drseg(*words)
-    assert code == 2 and "--sheet is --out; expected two files" in errors and not (tmp_path / "a.png").exists()
+    assert (
+        code == 2
+        and "--sheet and --out are the same file; expected two files" in errors
+        and not (tmp_path / "a.png").exists()
+    )
 
 
 def test_nothing_of_a_former_map_stays(tmp_path):

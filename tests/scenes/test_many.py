@@ -244,7 +244,7 @@ def test_blocks_of_another_map_are_never_taken(folder, tmp_path, change, monkeyp
         mapper.write(scene, out, work=work._replace(alone=False), progress=False)
     assert len(list(work_folder(out).glob("*.block"))) == 16
     mapper.write(scene, out, work=Work(work.facts), progress=False)
-    assert "is begun anew" in caplog.text
+    assert "it is started again" in caplog.text
     plain = mapper.write(scene, tmp_path / "plain.tif", progress=False)
     assert out.read_bytes() == plain.classes.read_bytes()
 

@@ -184,7 +184,7 @@ class ProposalSegmenter(Segmenter):
             )
         if options.image_size is not None and (options.image_size < PATCH or options.image_size % PATCH):
             raise ValueError(
-                f"ProposalSegmenter: proposals.image_size is no multiple of a patch; expected one of {PATCH}, "
+                f"ProposalSegmenter: proposals.image_size does not fit the patch; expected a multiple of {PATCH}, "
                 f"got {options.image_size}"
             )
         # evenly from the stem to where recognition begins
