@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Generator
@@ -23,6 +24,23 @@ prepare()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device, and the kernels on it")
     parser.addoption("--cpuinfo", type=Path, metavar="FILE", help="what is read in place of /proc/cpuinfo")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> Generator[None, Any, Any]:
+    """The folders of a module's fixture go with it: those of a whole run would fill a disk."""
+    if fixturedef.scope != "module" or "tmp_path_factory" not in fixturedef.argnames:
+        return (yield)
+    base = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    before, made = set(base.iterdir()), []
+    # registered before the fixture's own, it runs after that
+    fixturedef.addfinalizer(lambda: [shutil.rmtree(path, ignore_errors=True) for path in made])
+    try:
+        return (yield)
+    finally:
+        made += set(base.iterdir()) - before
 
 
 def share_cores(workers: int) -> None:
