@@ -54,6 +54,7 @@ class Mutant:
         after: what stands there instead.
         tests: as pytest takes them, each of which must fail.
         only: an expression for pytest's ``-k``, where a test has many cases.
+        every: whether each test must fail, or one of them.
     """
 
     what: str
@@ -62,6 +63,7 @@ class Mutant:
     after: str
     tests: tuple[str, ...]
     only: str = ""
+    every: bool = True
 
 
 def mutants(folder: Path = HERE) -> list[Mutant]:
@@ -178,16 +180,20 @@ def run_tests(tree: Path, mutant: Mutant, planted: bool) -> dict[str, str]:
 
     words = ["-q", "-p", "no:cacheprovider", f"--rootdir={tree}", *mutant.tests]
     words += ["-k", mutant.only] if mutant.only else []
-    words += ["-x"] if len(mutant.tests) == 1 else []
+    words += ["-x"] if len(mutant.tests) == 1 or not mutant.every else []
     code = int(pytest.main(words, plugins=[Failures()]))
     package = sys.modules.get("drseg_core")
     if package is not None and not Path(str(package.__file__)).is_relative_to(tree):
         return {"state": "broken", "why": f"drseg_core is {package.__file__}"}
+    if code == 2 and not mutant.every and planted:
+        # what is imported at the head of a test fails before it
+        return {"state": "killed"}
     if code not in (0, 1):
         return {"state": "broken", "why": f"pytest ended with {code}"}
     if not planted:
         return {"state": "pass" if code == 0 else "fail"}
-    left = [test for test in mutant.tests if test not in failed]
+    # a file that cannot be imported fails as a whole, with code 2
+    left = [test for test in mutant.tests if test not in failed] if mutant.every or not failed else []
     return {"state": "survived", "why": ", ".join(left)} if left else {"state": "killed"}
 
 
@@ -366,6 +372,13 @@ def run(chosen: list[Mutant], root: Path, place: Path, jobs: int, fresh: bool, s
     return said
 
 
+def load() -> None:
+    """Load once what every child needs; the package itself is that of its own copy."""
+    functools.reduce(lambda _, name: __import__(name), ("pytest", "numpy", "torch"), None)
+    # children have sessions of their own, and end with this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], add_help=True)
     parser.add_argument("--only", default="", help="mutants in whose file, words or tests this occurs")
@@ -386,10 +399,7 @@ def main(words: list[str] | None = None) -> int:
         of_file = [m for m in chosen if m.file in changed]
         of_tests = [m for m in chosen if m not in of_file and any(t.split("::")[0] in changed for t in m.tests)]
         chosen = of_file + of_tests
-    # what every child needs is loaded once; the package itself is that of its own copy
-    functools.reduce(lambda _, name: __import__(name), ("pytest", "numpy", "torch"), None)
-    # children have sessions of their own, and end with this process
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    load()
     began, place = time.monotonic(), ROOT / "build" / "mutants"
     place.mkdir(parents=True, exist_ok=True)
     with (place / "lock").open("w") as lock:
