@@ -8,8 +8,8 @@
 STABLE_TORCH_LIBRARY(drseg_native, m) {
   m.def("prepare_prior(Tensor prior, bool scale=True) -> (Tensor, Tensor)");
   m.def(
-      "knn_graph(Tensor prior, Tensor inverse_norm, Tensor table, int k, int form, bool include_self) "
-      "-> (Tensor, Tensor)");
+      "knn_graph(Tensor prior, Tensor inverse_norm, Tensor table, int k, int form, bool include_self, "
+      "int first=0, int? last=None) -> (Tensor, Tensor)");
   m.def("csc(Tensor index) -> (Tensor, Tensor)");
   m.def(
       "edge_weight(Tensor source, Tensor target, Tensor index, Tensor vector, Tensor bias, Tensor? mask) -> Tensor");

@@ -16,10 +16,11 @@ using torch::stable::Tensor;
 // (B,N,D) -> (B,N,D), (B,N)
 std::tuple<Tensor, Tensor> prepare_prior(const Tensor& prior, bool scale);
 
-// The k best of every node, ascending, with their scores. `form` counts additive, gauss, multiplicative, product.
-// (B,N,D), (B,N), (h,w) -> (B,N,k) int32, (B,N,k)
+// The k best of every node, ascending, with their scores; or those of n nodes, from `first` to before `last`.
+// `form` counts additive, gauss, multiplicative, product. (B,N,D), (B,N), (h,w) -> (B,n,k) int32, (B,n,k)
 std::tuple<Tensor, Tensor> knn_graph(
-    const Tensor& prior, const Tensor& inverse_norm, const Tensor& table, int64_t k, int64_t form, bool include_self);
+    const Tensor& prior, const Tensor& inverse_norm, const Tensor& table, int64_t k, int64_t form, bool include_self,
+    int64_t first, std::optional<int64_t> last);
 
 // The edges that end in each node, ascending. (B,N,K) int32 -> (B*N+1,) int32, (B*N*K,) int32
 std::tuple<Tensor, Tensor> csc(const Tensor& index);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k nodes of highest affinity for every node, exactly, without an N x N matrix. Small grids are in knn_small.h,
-// large ones in knn_large.h, those of many channels in knn_coarse.h.
+// The k nodes of highest affinity for every node, or for some, exactly, without an N x N matrix. Small grids are in
+// knn_small.h, large ones in knn_large.h, those of many channels in knn_coarse.h.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,6 +8,7 @@
 #include <atomic>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -53,6 +54,7 @@ void large_grid(
     Candidates<T> candidates(problem.others(), 2);
     Scratch<T> scratch(candidates.room, problem.k);
     for (int64_t which = next(); which < blocks; which = next()) {
+      if (!problem.wants(problem.grid.blocks[which])) continue;
       DRSEG_CALL(search, T, &problem, &rows, &bounds, &candidates, &scratch, which, index, score);
     }
   });
@@ -82,6 +84,7 @@ void coarse_grid(
     CoarseCandidates candidates(problem.others());
     CoarseScratch scratch(candidates.room, problem.k);
     for (int64_t which = next(); which < blocks; which = next()) {
+      if (!problem.wants(problem.grid.blocks[which])) continue;
       DRSEG_CALL(
           search_coarse, float, &problem, &rows, &bounds, &coarse, &candidates, &scratch, which, index, score);
     }
@@ -91,7 +94,7 @@ void coarse_grid(
 template <class T>
 void run(
     const Tensor& prior, const Tensor& inverse_norm, const Tensor& table, const Form form, bool include_self,
-    Tensor& index, Tensor& score) {
+    int64_t first, int64_t last, Tensor& index, Tensor& score) {
   const int64_t batch = prior.size(0), nodes = prior.size(1), channels = prior.size(2), k = index.size(2);
   const int64_t h = table.size(0), w = table.size(1);
   const T* decay_table = table.const_data_ptr<T>();
@@ -99,7 +102,7 @@ void run(
   const Grid grid = small ? raster_grid(h, w) : patch_grid(h, w);
   const Decay<T> decay(decay_table, h, w);
   const Problem<T> problem{
-      grid, decay, channels, k, form == kAdditive || form == kGauss, form == kMultiplicative, include_self};
+      grid, decay, channels, k, form == kAdditive || form == kGauss, form == kMultiplicative, include_self, first, last};
   const T *rows = prior.const_data_ptr<T>(), *inverse = inverse_norm.const_data_ptr<T>();
   int32_t* chosen = index.mutable_data_ptr<int32_t>();
   T* value = score.mutable_data_ptr<T>();
@@ -109,23 +112,24 @@ void run(
   }
   Bounds<T> bounds(problem, decay_table);
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t sample = b * nodes;
+    const int64_t sample = b * nodes, slot = b * (last - first) * k;
     const T* image = rows + sample * channels;
     if constexpr (std::is_same_v<T, float>) {
       if (Coarse::available() && nodes >= kCoarseGrid && channels >= kCoarseChannels &&
           channels <= Coarse::kMostChannels && bounds.ascending) {
-        coarse_grid(problem, image, inverse + sample, bounds, chosen + sample * k, value + sample * k);
+        coarse_grid(problem, image, inverse + sample, bounds, chosen + slot, value + slot);
         continue;
       }
     }
-    large_grid(problem, image, inverse + sample, bounds, chosen + sample * k, value + sample * k);
+    large_grid(problem, image, inverse + sample, bounds, chosen + slot, value + slot);
   }
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> knn_graph(
-    const Tensor& prior, const Tensor& inverse_norm, const Tensor& table, int64_t k, int64_t form, bool include_self) {
+    const Tensor& prior, const Tensor& inverse_norm, const Tensor& table, int64_t k, int64_t form, bool include_self,
+    int64_t first, std::optional<int64_t> end) {
   constexpr const char* op = "drseg_native::knn_graph";
   const ScalarType dtype = check_floating(op, prior);
   check_operand(op, "prior", prior, 3, dtype);
@@ -135,13 +139,15 @@ std::tuple<Tensor, Tensor> knn_graph(
   STD_TORCH_CHECK(table.size(0) * table.size(1) == prior.size(1), op, ": table does not have one entry per node");
   STD_TORCH_CHECK(k >= 0 && form >= kAdditive && form <= kProduct, op, ": k or form is out of range");
   STD_TORCH_CHECK(prior.size(1) <= std::numeric_limits<int32_t>::max(), op, ": too many nodes");
-  Tensor index = drseg::allocate(prior, {prior.size(0), prior.size(1), k}, ScalarType::Int);
-  Tensor score = drseg::allocate(prior, {prior.size(0), prior.size(1), k});
+  const int64_t last = end.value_or(prior.size(1));
+  STD_TORCH_CHECK(0 <= first && first <= last && last <= prior.size(1), op, ": first or last is out of range");
+  Tensor index = drseg::allocate(prior, {prior.size(0), last - first, k}, ScalarType::Int);
+  Tensor score = drseg::allocate(prior, {prior.size(0), last - first, k});
   if (index.numel() == 0) return {index, score};
   if (dtype == ScalarType::Double) {
-    run<double>(prior, inverse_norm, table, Form(form), include_self, index, score);
+    run<double>(prior, inverse_norm, table, Form(form), include_self, first, last, index, score);
   } else {
-    run<float>(prior, inverse_norm, table, Form(form), include_self, index, score);
+    run<float>(prior, inverse_norm, table, Form(form), include_self, first, last, index, score);
   }
   return {index, score};
 }

@@ -93,11 +93,13 @@ struct Candidates {
         node(kBlock * room + 1),
         count(kBlock) {}
 
-  // Empties all rows. Those that want nothing, or are not finite, hold up nothing.
+  // Empties all rows. Those that are not wanted, want nothing, or are not finite, hold up nothing.
   void start(const Problem<T>& problem, const Rows<T>& rows, const Block& block) {
     std::fill(count.begin(), count.end(), 0);
     for (int64_t r = 0; r < kBlock; ++r) {
-      const bool searching = r < block.count && problem.others() > 0 && !std::isnan(rows.inverse[block.first + r]);
+      const bool searching = r < block.count && problem.others() > 0 &&
+                             problem.wants(int64_t(problem.grid.node[block.first + r])) &&
+                             !std::isnan(rows.inverse[block.first + r]);
       threshold[r] = (searching ? -1 : 1) * std::numeric_limits<T>::infinity();
     }
   }
@@ -163,6 +165,7 @@ DRSEG_INLINE void write_block(
   constexpr int64_t lanes = 2 * kBytes / sizeof(int32_t);
   for (int64_t r = 0; r < block.count; ++r) {
     const int64_t node = problem.grid.node[block.first + r], count = candidates.count[r];
+    if (!problem.wants(node)) continue;
     const bool finite = !std::isnan(rows.inverse[block.first + r]);
     const T* score = candidates.score.data() + r * candidates.room;
     const int32_t* name = candidates.node.data() + r * candidates.room;
@@ -188,7 +191,7 @@ DRSEG_INLINE void write_block(
     }
     write_row(
         problem, node, finite, candidates.own[r], scratch.node.data(), scratch.score.data(), count,
-        index + node * problem.k, out + node * problem.k);
+        index + (node - problem.first) * problem.k, out + (node - problem.first) * problem.k);
   }
 }
 

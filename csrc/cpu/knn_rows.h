@@ -30,9 +30,17 @@ struct Problem {
   const Decay<T>& decay;
   int64_t channels, k;
   bool subtract, clamp, include_self;
+  int64_t first, last;  // the nodes whose neighbours are wanted: the rows of the result
 
   // neighbours to be chosen beside the node itself
   int64_t others() const { return k - (include_self && k > 0 ? 1 : 0); }
+
+  bool wants(int64_t node) const { return first <= node && node < last; }
+
+  bool wants(const Block& block) const {
+    const int32_t* node = grid.node.data() + block.first;
+    return std::any_of(node, node + block.count, [this](int32_t n) { return wants(int64_t(n)); });
+  }
 };
 
 // The features of one image by position, in rows that dot_block() can take.

@@ -81,12 +81,12 @@ template <class T, int kBytes>
 DRSEG_INLINE void select_rows(
     const Problem<T>* problem, const std::vector<SmallImage<T>>* images, int32_t* index, T* out, int64_t first,
     int64_t last) {
-  const int64_t nodes = problem->grid.nodes(), k = problem->k;
+  const int64_t nodes = problem->grid.nodes(), k = problem->k, wanted = problem->last - problem->first;
   Selection<T> work(nodes, k);
   std::vector<T> picked(k);
   for (int64_t row = first; row < last; ++row) {
-    const SmallImage<T>& image = (*images)[row / nodes];
-    const int64_t node = row % nodes;
+    const SmallImage<T>& image = (*images)[row / wanted];
+    const int64_t node = problem->first + row % wanted;
     const T* score = image.score.get() + node * nodes;
     const bool finite = !std::isnan(image.rows.inverse[node]);
     const int32_t* slot = work.slot.data();
@@ -102,7 +102,7 @@ DRSEG_LEVELS(select_small, select_rows)
 template <class T>
 void small_grids(
     const Problem<T>& problem, int64_t batch, const T* prior, const T* inverse, int32_t* index, T* score) {
-  const int64_t nodes = problem.grid.nodes();
+  const int64_t nodes = problem.grid.nodes(), wanted = problem.last - problem.first;
   std::vector<std::pair<int32_t, int32_t>> pairs;
   const int32_t blocks = static_cast<int32_t>(problem.grid.blocks.size());
   for (int32_t one = 0; one < blocks; ++one)
@@ -125,8 +125,8 @@ void small_grids(
     torch::stable::parallel_for(0, count * static_cast<int64_t>(pairs.size()), 1, [&](int64_t first, int64_t last) {
       DRSEG_CALL(score_small, T, &problem, &images, &pairs, first, last);
     });
-    const int64_t offset = start * nodes * problem.k;
-    torch::stable::parallel_for(0, count * nodes, 16, [&](int64_t first, int64_t last) {
+    const int64_t offset = start * wanted * problem.k;
+    torch::stable::parallel_for(0, count * wanted, 16, [&](int64_t first, int64_t last) {
       DRSEG_CALL(select_small, T, &problem, &images, index + offset, score + offset, first, last);
     });
   }

@@ -113,6 +113,27 @@ def weight_graph(
     backend: str | None = None,
 ) -> Graph:
     """:func:`propagation_graph` with the weights ``w_ij`` as coefficients, before they are divided by degrees."""
+    options: dict[str, Any] = {"gamma": gamma, "decay": decay, "select": select}
+    index, score = choose_neighbours(prior, grid, k, **options, radius=radius, backend=backend)
+    return weigh_neighbours(index, score, grid, **options, backend=backend)
+
+
+def choose_neighbours(
+    prior: Tensor | PreparedPrior,
+    grid: tuple[int, int],
+    k: int = 75,
+    *,
+    gamma: float = 1.0,
+    decay: float = 0.0,
+    select: Select = "affinity",
+    radius: float | None = None,
+    rows: tuple[int, int] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Neighbours of :func:`weight_graph` and the scores by which they were chosen, (B, n, K) each.
+
+    They are those of the n nodes from ``rows[0]`` to before ``rows[1]``, by default of all.
+    """
     name = "propagation_graph"
     check_count(name, "k", k)
     if k == 0:
@@ -126,7 +147,7 @@ def weight_graph(
     check_tensor(name, "prior", nodes, ("B", "N", "D"))
     by_cosine = select == "cosine"
     longest = max(math.hypot(grid[0] - 1, grid[1] - 1), 1.0)
-    index, score = knn_graph(
+    return knn_graph(
         prior,
         grid,
         # a grid of one cell has one padded slot
@@ -138,11 +159,25 @@ def weight_graph(
         return_score=True,
         pad=True,
         radius=radius,
+        rows=rows,
         backend=backend,
     )
+
+
+def weigh_neighbours(
+    index: Tensor,
+    score: Tensor,
+    grid: tuple[int, int],
+    *,
+    gamma: float = 1.0,
+    decay: float = 0.0,
+    select: Select = "affinity",
+    backend: str | None = None,
+) -> Graph:
+    """What :func:`weight_graph` makes of the result of :func:`choose_neighbours` for all nodes."""
     # padded slots have score -inf, and those of a prior that is not finite NaN: neither is an edge
     weight = torch.where(score > 0, score, 0) ** gamma
-    if by_cosine and decay:
+    if select == "cosine" and decay:
         weight *= torch.exp(-decay * _distance(index, grid[1], weight.dtype))
     return Graph.of(index, weight, backend=backend)
 

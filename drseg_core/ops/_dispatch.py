@@ -73,6 +73,8 @@ class Backend:
             ``graph_layer`` takes scales, and a tensor to which it adds the gradient to the coefficients, as last
             arguments. ``prepare_prior`` gives rounded rows to ``knn_graph``.
         refuses: given sizes and options of a call, says why this backend does not take them, or returns None.
+        some_rows: whether ``knn_graph`` takes a pair of nodes, first and end, as its last argument ``rows``. Any other
+            backend chooses for all nodes.
     """
 
     name: str
@@ -83,11 +85,12 @@ class Backend:
     by_name_only: tuple[str, ...] = ()
     raw: bool = False
     refuses: Refusal | None = None
+    some_rows: bool = False
 
 
-def reference_backend(run: Run, run_backward: Run | None = None) -> Backend:
-    """The op's meaning in plain PyTorch, which runs wherever torch does."""
-    return Backend("reference", run, run_backward, lambda device: None)
+def reference_backend(run: Run, run_backward: Run | None = None, **traits: Any) -> Backend:
+    """The op's meaning in plain PyTorch, which runs wherever torch does; ``traits`` as in ``Backend``."""
+    return Backend("reference", run, run_backward, lambda device: None, **traits)
 
 
 # forward and backward of a fused op from those of each of its parts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,6 @@ def why_not(device: str, *symbols: str) -> str | None:
     return _load() or LIBRARY.lacks(*symbols)
 
 
-def backend(run: Run, run_backward: Run | None, *symbols: str) -> Backend:
-    """What calls the library's operators ``symbols``."""
-    return Backend("native", run, run_backward, lambda device: why_not(device, *symbols))
+def backend(run: Run, run_backward: Run | None, *symbols: str, **traits: Any) -> Backend:
+    """What calls the library's operators ``symbols``; ``traits`` as in ``Backend``."""
+    return Backend("native", run, run_backward, lambda device: why_not(device, *symbols), **traits)

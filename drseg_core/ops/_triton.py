@@ -53,7 +53,7 @@ def launcher(op: str, function: str) -> Run:
         function_of_it: Run = getattr(importlib.import_module(f"drseg_kernels.{op}"), function)
         return function_of_it
 
-    return lambda *arguments: found()(*arguments)
+    return lambda *arguments, **options: found()(*arguments, **options)
 
 
 def backend(op: str, backward: bool = True, **traits: Any) -> Backend:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +27,13 @@ from drseg_core.nn.label_propagation import (
     propagate_labels,
     reach_of_steps,
     solve_labels,
-    weight_graph,
+    weigh_neighbours,
 )
 from drseg_core.nn.pixel_propagation import propagate_pixels, reach_of_pixels
 from drseg_core.ops import Graph
 from drseg_core.scenes.block_store import BlockStore, share
 from drseg_core.scenes.enlarged import Enlarged
+from drseg_core.scenes.graph_rows import Neighbours, choose_parts, join_parts, missing_parts, row_parts
 from drseg_core.scenes.super_tiles import SuperTile, super_tiles
 
 PRIOR_BYTES = 2**30
@@ -102,8 +103,8 @@ class GraphPredictor:
         ValueError: windows that do not fit the model.
     """
 
-    steps = ("cells", "graph")
-    """The steps before the pieces."""
+    steps = ("cells", "rows", "graph")
+    """The steps before the pieces: features, neighbours of a graph that is one, and what the graph makes of logits."""
 
     store: BlockStore | None = None
     """Keeps finished work, if it is there."""
@@ -239,12 +240,41 @@ class GraphPredictor:
             for _ in self._rows(read, height, width, own):
                 pass
             return
-        tiles = self.tiles(self.windows.grid(height, width)) if self.has_graph else []
-        if len(tiles) > 1 and not self.store.has("spread"):
+        grid = self.windows.grid(height, width)
+        tiles = self.tiles(grid) if self.has_graph else []
+        if step == "rows":
+            if len(tiles) == 1 and not self.store.has("spread"):
+                self._choose(read, height, width, share(range(len(row_parts(grid))), part, parts))
+        elif len(tiles) > 1 and not self.store.has("spread"):
             self.spread(self.collect(read, height, width), share(range(len(tiles)), part, parts))
         elif len(tiles) <= 1 and part == 0:
-            # one graph is the work of one process
+            # its rows are there: what is left of one graph is a small part of the work
             self._spread_cells(read, height, width)
+
+    def _choose(self, read: ReadWindow, height: int, width: int, numbers: Sequence[int]) -> None:
+        """Keep some parts of the rows of the whole scene's graph."""
+        if self.store is None or not (missing := missing_parts(self.store, numbers)):
+            return
+        prior = self.collect(read, height, width).prior
+        # a scene without data has none
+        if prior is not None:
+            for _ in self._parts(prior.to(self.device), self.windows.grid(height, width), missing, self.store):
+                pass
+
+    def _parts(
+        self, prior: Tensor, grid: tuple[int, int], numbers: Sequence[int], store: BlockStore | None
+    ) -> Iterator[Neighbours]:
+        from tqdm import tqdm
+
+        parts = row_parts(grid)
+        total = sum(end - first for first, end in (parts[number] for number in numbers))
+        with tqdm(total=total, desc="neighbours", unit="cell", disable=not self.progress or len(parts) == 1) as bar:
+            options = {**self._weighing, "k": self.config.k, "radius": self.radius}
+            yield from choose_parts(prior, grid, options, numbers, store=store, chosen=bar.update)
+
+    @property
+    def _weighing(self) -> dict[str, Any]:
+        return {"gamma": self.config.gamma, "decay": self.decay, "select": self.config.select}
 
     def _spread_cells(self, read: ReadWindow, height: int, width: int) -> tuple[Tensor, Tensor]:
         """The spread logits (N, T) and the valid cells (h, w), kept once they are made."""
@@ -276,17 +306,13 @@ class GraphPredictor:
         except OSError as error:
             raise ResourceError(f"zero_shot: {folder} has no room for the prior; {error.strerror}") from error
 
-    def graph(self, prior: Tensor, grid: tuple[int, int]) -> Graph:
-        """The graph of a prior (N, D)."""
-        config = self.config
-        weights = weight_graph(
-            prior,
-            grid,
-            config.k,
-            gamma=config.gamma,
-            decay=self.decay,
-            select=config.select,
-            radius=self.radius,
+    def graph(self, prior: Tensor, grid: tuple[int, int], store: BlockStore | None = None) -> Graph:
+        """The graph of a prior (N, D); with a store its rows are kept, and those that are there are taken."""
+        # always in the same parts: on a GPU the last bits of a score may depend on how many rows are multiplied
+        parts = range(len(row_parts(grid)))
+        # without a name for the scores, or for who holds the normalised prior: they go once they are read
+        weights = weigh_neighbours(
+            *join_parts(self._parts(prior, grid, parts, store), len(prior), prior.device), grid, **self._weighing
         )
         graph = normalized_graph(weights)
         if self.watch is not None:
@@ -322,7 +348,7 @@ class GraphPredictor:
         tiles, parts = self.tiles(grid), range(0, spread.shape[1], COLUMNS)
         own = [number for number in range(len(tiles)) if wanted is None or number in wanted]
         total = len(own) * len(parts) * (self.config.steps or 0)
-        store = self.store if len(tiles) > 1 else None
+        store, whole = (self.store, None) if len(tiles) > 1 else (None, self.store)
         with tqdm(total=total, desc="steps", disable=not self.progress or not total) as bar:
             for number in own:
                 kept = None if store is None else store.load(f"graph-{number}")
@@ -331,19 +357,25 @@ class GraphPredictor:
                     continue
                 h, w = tiles[number].grid
                 _log.info("graph %d of %d: %d x %d = %d cells", number + 1, len(tiles), w, h, w * h)
-                found = self._spread_tile(cells.logits, cells.prior, tiles[number], grid[1], bar.update)
+                found = self._spread_tile(cells.logits, cells.prior, tiles[number], grid[1], bar.update, whole)
                 if store is not None:
                     store.save(f"graph-{number}", {"logits": found.numpy()})
                 tiles[number].put(spread, found, grid[1])
         return spread
 
     def _spread_tile(
-        self, logits: Tensor, prior: Tensor, tile: SuperTile, width: int, stepped: Callable[[int], object]
+        self,
+        logits: Tensor,
+        prior: Tensor,
+        tile: SuperTile,
+        width: int,
+        stepped: Callable[[int], object],
+        store: BlockStore | None,
     ) -> Tensor:
-        """Logits (N', T) of the larger part of a super-tile."""
+        """Logits (N', T) of the larger part of a super-tile; the store keeps the rows of its graph."""
         steps = self.config.steps
         how = "solved to the end, mostly within a few dozen iterations" if steps is None else f"{steps} steps"
-        graph = self.graph(tile.outer(prior, width).to(self.device), tile.grid)
+        graph = self.graph(tile.outer(prior, width).to(self.device), tile.grid, store)
         classes = logits.shape[1]
         _log.info("%d classes over %d edges: %s", classes, graph.index.numel(), how)
         found = []

@@ -29,7 +29,18 @@ from drseg_kernels.knn_rounded import LARGEST_LISTED, knn_from_lists, knn_rounde
 # one binary serves every size: knowing that a size is a multiple of 16 would widen the loads of the products, and
 # lose as much by moving them between the registers of threads afterwards
 @triton.jit(
-    do_not_specialize=["first_image", "first_row", "first_column", "rows", "columns", "nodes", "width", "k"],
+    do_not_specialize=[
+        "first_image",
+        "first_row",
+        "first_column",
+        "rows",
+        "columns",
+        "nodes",
+        "begin",
+        "wanted",
+        "width",
+        "k",
+    ],
 )
 def _knn_graph_fwd_kernel_merge(
     product_ptr,
@@ -43,6 +54,8 @@ def _knn_graph_fwd_kernel_merge(
     rows,
     columns,
     nodes,
+    begin,
+    wanted,
     width,
     k,
     JOIN: tl.constexpr,
@@ -53,10 +66,11 @@ def _knn_graph_fwd_kernel_merge(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Merges a tile of dot products (images, rows, columns) into ``index`` and ``score`` (B, N, k).
+    """Merges a tile of dot products (images, rows, columns) into ``index`` and ``score`` (B, wanted, k).
 
-    FIRST: nothing has been merged into these rows yet. BLOCK_M rows of the tile per program; BLOCK_N and TAIL together
-    are at least ``columns``, BLOCK_K at least ``k``; all are powers of two, but for a TAIL of 0.
+    These are ``wanted`` nodes from ``begin`` on. FIRST: nothing has been merged into these rows yet. BLOCK_M rows of
+    the tile per program; BLOCK_N and TAIL together are at least ``columns``, BLOCK_K at least ``k``; all are powers of
+    two, but for a TAIL of 0.
     """
     image = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -64,9 +78,9 @@ def _knn_graph_fwd_kernel_merge(
     i = (first_row + r).to(tl.int32)
     tile_row = image * rows + r
     image += first_image
-    node = image * nodes + first_row + r
-    inverse_own = tl.load(inverse_norm_ptr + node, mask=row, other=0.0)
     sample = image * nodes
+    inverse_own = tl.load(inverse_norm_ptr + sample + first_row + r, mask=row, other=0.0)
+    place = image * wanted + first_row - begin + r
     c = tl.arange(0, BLOCK_N)
     key, value, j = scored_columns(
         product_ptr,
@@ -113,7 +127,7 @@ def _knn_graph_fwd_kernel_merge(
         head_value,
         head_j,
         row,
-        node,
+        place,
         i,
         inverse_own == inverse_own,
         k,
@@ -148,22 +162,26 @@ def _merge_tiles(
     chosen: Selection,
     index: Tensor,
     score: Tensor,
+    begin: int = 0,
 ) -> None:
-    """Fills ``index`` and ``score`` (B, N, k) from products of ``rows`` (B, N, D); arguments as in ``knn_graph``."""
+    """Fills ``index`` and ``score`` (B, n, k) of the n nodes from ``begin`` on from products of ``rows`` (B, N, D).
+
+    Other arguments are as in ``knn_graph``.
+    """
     batch, nodes, _ = rows.shape
-    k = index.shape[-1]
+    _, wanted, k = index.shape
     tile_columns = min(chosen.block_n, nodes)
     fitting_rows = chosen.tile_bytes // (4 * tile_columns)
-    tile_rows = min(fitting_rows, nodes)
+    tile_rows = min(fitting_rows, wanted)
     # images share a tile where they fit; the library may sum in another order for another number of images
-    images = 1 if torch.are_deterministic_algorithms_enabled() else max(1, fitting_rows // nodes)
+    images = 1 if torch.are_deterministic_algorithms_enabled() else max(1, fitting_rows // wanted)
     images = min(batch, images, LARGEST_GRID_Y)
     buffer = torch.empty(images * tile_rows * tile_columns, dtype=torch.float32, device=rows.device)
     with on_device_of(rows):
         for image in range(0, batch, images):
             part = rows[image : image + images]
-            for row in range(0, nodes, tile_rows):
-                left = part[:, row : row + tile_rows]
+            for row in range(begin, begin + wanted, tile_rows):
+                left = part[:, row : min(row + tile_rows, begin + wanted)]
                 for column in range(0, nodes, tile_columns):
                     right = part[:, column : column + tile_columns]
                     shape = (left.shape[0], left.shape[1], right.shape[1])
@@ -181,6 +199,8 @@ def _merge_tiles(
                         shape[1],
                         shape[2],
                         nodes,
+                        begin,
+                        wanted,
                         table.shape[1],
                         k,
                         **constants(nodes, k, form, include_self, column == 0, chosen),
@@ -199,6 +219,7 @@ def knn_graph(
     rounded: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    rows: tuple[int, int] | None = None,
     sizes: Selection | None = None,
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -213,24 +234,26 @@ def knn_graph(
         include_self: the node itself is always, or never, among its neighbours.
         rounded, residual: (B, N, D) float16 and (B, N) float32 of ``prepare_prior``, or None. With them the choice is
             the same, and scores may be off by as much as the rounding makes of them (``knn_rounded.py``).
+        rows: first and end of the n nodes whose neighbours are wanted; by default all. It goes without ``rounded``.
         sizes: of tiles and programs; by default those of the architecture's table, then a rule.
         counts: (B, N) int32, where it is written how many scores of a row were computed again; None counts nothing.
 
     Returns:
-        ``index`` (B, N, k) int32, ascending in each row, and ``score`` (B, N, k) float32. Slots without a candidate
+        ``index`` (B, n, k) int32, ascending in each row, and ``score`` (B, n, k) float32. Slots without a candidate
         come last and hold the row's own index with score ``-inf``, or NaN in a row that is not finite.
     """
     batch, nodes, _ = prior.shape
-    index = torch.empty(batch, nodes, k, dtype=torch.int32, device=prior.device)
-    score = torch.empty(batch, nodes, k, dtype=torch.float32, device=prior.device)
+    begin, end = rows or (0, nodes)
+    index = torch.empty(batch, end - begin, k, dtype=torch.int32, device=prior.device)
+    score = torch.empty(batch, end - begin, k, dtype=torch.float32, device=prior.device)
     if index.numel() == 0:
         return index, score
     chosen = sizes or sizes_of("knn_graph", prior.device, prior.dtype, nodes, k)
     prior, inverse_norm, table = prior.contiguous(), inverse_norm.contiguous(), table.contiguous()
     whole = nodes <= chosen.block_n
     fits = (whole or k <= LARGEST_LISTED) and JOIN_OF[form] == "subtract"
-    if rounded is None or residual is None or not fits or not products_are_wide():
-        _merge_tiles(prior, inverse_norm, table, form, include_self, chosen, index, score)
+    if rows is not None or rounded is None or residual is None or not fits or not products_are_wide():
+        _merge_tiles(prior, inverse_norm, table, form, include_self, chosen, index, score, begin)
         return index, score
     rounded, residual = rounded.contiguous(), residual.contiguous()
     if whole:

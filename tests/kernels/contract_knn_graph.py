@@ -139,6 +139,16 @@ def test_every_configuration_gives_the_same_bits(k, include_self, form, chosen, 
     check_exactly(prepared(2, (3, 12), 8, device), k, form, include_self, chosen)
 
 
+@pytest.mark.promise("C2")
+@pytest.mark.parametrize("chosen", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("rows", [(0, 5), (7, 33), (35, 36), (4, 4)], ids=str)
+def test_some_rows_of_every_configuration(rows, chosen, device):
+    given = (*prepared(3, (3, 12), 8, device), 17, "additive", False)
+    expected = reference.knn_graph(*given)
+    for value, right in zip(kernels.knn_graph(*given, rows=rows, sizes=chosen), expected, strict=True):
+        torch.testing.assert_close(value, right[:, rows[0] : rows[1]], rtol=0, atol=0, equal_nan=True)
+
+
 def test_one_row_per_program(device):
     check_exactly(prepared(2, (1, 17), 8, device), 3, "additive", True, ROW_BY_ROW)
 

@@ -41,6 +41,11 @@ for _name in (
     "test_map_seen_as_tokens",
     "test_samples_are_independent_and_runs_repeat",
     "test_prior_is_not_written_and_gets_no_gradient",
+    # some rows alone are chosen from float32 products
+    "test_some_rows_are_those_of_all",
+    "test_some_rows_of_the_op",
+    "test_a_backend_that_knows_no_rows_chooses_for_all",
+    "test_rows_that_are_none",
 ):
     del globals()[_name]
 

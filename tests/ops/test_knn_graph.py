@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 import os
+from typing import Any
 
 import oracle
 import pytest
@@ -94,10 +96,12 @@ def test_sizes_around_block_borders(nodes, k, backend):
     check(inputs, *ops.knn_graph(**inputs, return_score=True))
 
 
-def select(prior: Tensor, inverse: Tensor, table: Tensor, k: int, form: str, include_self: bool, backend: str):
+def select(
+    prior: Tensor, inverse: Tensor, table: Tensor, k: int, form: str, include_self: bool, backend: str, **options: Any
+):
     """What a backend computes, after normalisation and of any table: integers stay exact."""
     chosen = _dispatch.resolve("knn_graph", prior, backend)
-    return chosen.run(prior, inverse, table, k, form, include_self)
+    return chosen.run(prior, inverse, table, k, form, include_self, **options)
 
 
 @pytest.mark.promise("C2")
@@ -599,6 +603,7 @@ def test_opcheck(dtype):
     for form in (prior, prior.mT.contiguous().mT, prior.repeat(1, 1, 2)[..., ::2], prior[:1].expand(prior.shape)):
         opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, None, None, *options))
         opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, None, None, *options, 2.5))
+        opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, None, None, *options, None, [2, 9]))
 
 
 @pytest.mark.promise("C46")
@@ -745,3 +750,71 @@ def test_a_radius_with_fewer_candidates_than_k():
             ops.knn_graph(prior, (3, 4), 2, radius=wrong)
     with pytest.raises(TypeError, match="radius must be a number; expected float, got str"):
         ops.knn_graph(prior, (3, 4), 2, radius="far")
+
+
+@pytest.mark.promise("C2")
+@pytest.mark.parametrize(
+    "rows", [(0, 1), (7, 50), (100, 164), (1300, 1301), (0, 1301), (60, 60)], ids=lambda rows: f"{rows[0]}-{rows[1]}"
+)
+@pytest.mark.parametrize("grid", [(1, 1301), (33, 35), (6, 8)], ids=str)
+def test_some_rows_are_those_of_all(grid, rows, backend):
+    """Of scores that are exact in any order, and full of ties: rows that cut blocks, and that are none or all."""
+    nodes = grid[0] * grid[1]
+    rows = min(rows[0], nodes), min(rows[1], nodes)
+    random = torch.Generator().manual_seed(nodes)
+    prior = torch.randint(-2, 3, (2, nodes, 5), generator=random).float()
+    prior[1, nodes // 3] = torch.nan
+    table = torch.randint(0, 4, grid, generator=random).float()
+    inverse = torch.ones(2, nodes).masked_fill(prior.isnan().any(-1), torch.nan)
+    if not next(found for found in _dispatch.table("knn_graph") if found.name == backend).some_rows:
+        pytest.skip("it chooses for all nodes")
+    given = (prior, inverse, table, 9, "additive", False)
+    expected = reference.knn_graph(*given)
+    for value, right in zip(select(*given, backend, rows=rows), expected, strict=True):
+        assert value.shape == (2, rows[1] - rows[0], 9)
+        torch.testing.assert_close(value, right[:, rows[0] : rows[1]], rtol=0, atol=0, equal_nan=True)
+
+
+def test_some_rows_of_the_op(backend):
+    inputs = make_inputs(CASES[2])
+    both = ops.knn_graph(**inputs, return_score=True)
+    some = ops.knn_graph(**inputs, rows=(3, 20), return_score=True)
+    assert torch.equal(some[0], both[0][:, 3:20])
+    # the library of a GPU may round otherwise
+    torch.testing.assert_close(some[1], both[1][:, 3:20])
+    assert torch.equal(ops.knn_graph(**inputs, rows=torch.tensor([3, 20]).tolist()), both[0][:, 3:20])
+    image = {**inputs, "prior": inputs["prior"][0]}
+    assert torch.equal(ops.knn_graph(**image, rows=(0, 1)), both[0][0, :1])
+
+
+def test_a_backend_that_knows_no_rows_chooses_for_all(monkeypatch):
+    asked = []
+
+    def whole(*arguments):
+        asked.append(arguments)
+        return reference.knn_graph(*arguments)
+
+    table = tuple(
+        dataclasses.replace(found, run=whole, some_rows=False, raw=False) if found.name == "reference" else found
+        for found in _dispatch.table("knn_graph")
+    )
+    own = _dispatch.table
+    monkeypatch.setattr(_dispatch, "table", lambda op: table if op == "knn_graph" else own(op))
+    prior = torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(0))
+    index = ops.knn_graph(prior, (3, 4), 3, rows=(5, 9), backend="reference")
+    assert len(asked) == 1 and index.shape == (1, 4, 3)
+    assert torch.equal(index, ops.knn_graph(prior, (3, 4), 3)[:, 5:9])
+
+
+def test_rows_that_are_none():
+    prior = torch.ones(12, 2)
+    for wrong, said in (
+        ((3, 2), r"rows is out of range; expected first <= end <= N = 12, got 3, 2"),
+        ((0, 13), r"expected first <= end <= N = 12, got 0, 13"),
+        ((-1, 3), r"rows must not be negative; expected rows >= 0, got -1"),
+        (5, r"rows is not a pair; expected \(first, end\), got 5"),
+    ):
+        with pytest.raises(ValueError, match=f"^knn_graph: .*{said}"):
+            ops.knn_graph(prior, (3, 4), 2, rows=wrong)
+    with pytest.raises(TypeError, match="rows must be an integer; expected int, got float"):
+        ops.knn_graph(prior, (3, 4), 2, rows=(0, 2.5))

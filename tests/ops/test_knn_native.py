@@ -45,3 +45,17 @@ def test_large_grids_give_the_same_bits_for_any_threads():
         torch.set_num_threads(threads)
     for index, score in found[1:]:
         assert torch.equal(index, found[0][0]) and torch.equal(score, found[0][1])
+
+
+@pytest.mark.promise("C24")
+@pytest.mark.parametrize(("grid", "channels"), [((43, 50), 100), ((33, 35), 20), ((20, 30), 20)], ids=str)
+@pytest.mark.parametrize("form", ["additive", "multiplicative"])
+def test_some_rows_have_the_bits_that_they_have_among_all(grid, channels, form):
+    """Searched coarsely first, searched in blocks, and all scores at once; rows end within blocks."""
+    nodes = grid[0] * grid[1]
+    options = {"decay": 2.0, "form": form, "include_self": False, "return_score": True, "backend": "native"}
+    prior = dino_like_prior(2, *grid, channels, torch.Generator().manual_seed(0))
+    whole = ops.knn_graph(prior, grid, 30, **options)
+    for first, end in ((0, 8 * grid[1]), (101, 160), (nodes - 1, nodes)):
+        some = ops.knn_graph(prior, grid, 30, rows=(first, end), **options)
+        assert all(torch.equal(value, right[:, first:end]) for value, right in zip(some, whole, strict=True))

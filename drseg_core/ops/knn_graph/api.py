@@ -31,6 +31,7 @@ def _check(
     pad: bool,
     precision: str,
     radius: float | None,
+    rows: tuple[int, int] | None,
     check_finite: bool,
 ) -> None:
     op = "knn_graph"
@@ -64,6 +65,12 @@ def _check(
     _checks.check_choice(op, "precision", precision, PRECISIONS)
     if radius is not None:
         _checks.check_number(op, "radius", radius)
+    if rows is not None:
+        if not isinstance(rows, (tuple, list)) or len(rows) != 2:
+            raise ValueError(f"{op}: rows is not a pair; expected (first, end), got {' '.join(repr(rows).split())}")
+        first, end = (_checks.check_count(op, "rows", value) for value in rows)
+        if not first <= end <= nodes:
+            raise ValueError(f"{op}: rows is out of range; expected first <= end <= N = {nodes}, got {first}, {end}")
     if pad or nodes == 0:
         return
     candidates = nodes if include_self else nodes - 1
@@ -96,6 +103,7 @@ def knn_graph(
     pad: bool = ...,
     precision: Literal["exact"] = ...,
     radius: float | None = ...,
+    rows: tuple[int, int] | None = ...,
     check_finite: bool = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -114,6 +122,7 @@ def knn_graph(
     pad: bool = ...,
     precision: Literal["exact"] = ...,
     radius: float | None = ...,
+    rows: tuple[int, int] | None = ...,
     check_finite: bool = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -131,6 +140,7 @@ def knn_graph(
     pad: bool = False,
     precision: Literal["exact"] = "exact",
     radius: float | None = None,
+    rows: tuple[int, int] | None = None,
     check_finite: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -161,12 +171,15 @@ def knn_graph(
         precision: ``exact`` ranks float32 affinities; it is the only one so far.
         radius: cells farther apart than this many cells are no candidates, >= 0; None is no limit. It needs ``pad`` if
             it leaves a node fewer than k candidates.
+        rows: (first, end), the neighbours of nodes ``first`` to ``end - 1`` alone, among all nodes; None is all of
+            them. So a large graph can be made in parts, each with memory for its own rows.
         check_finite: refuse non-finite features (synchronises a GPU) instead of containing them.
         backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
-        ``index`` (B, N, k) int32, each row ascending with its padding last. With ``return_score`` also ``score``
-        (B, N, k), float32 (float64 for float64 features), ``-inf`` in padded slots. Neither carries a gradient.
+        ``index`` (B, N, k) int32, each row ascending with its padding last; (B, end - first, k) of ``rows``. With
+        ``return_score`` also ``score`` of the same shape, float32 (float64 for float64 features), ``-inf`` in padded
+        slots. Neither carries a gradient.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
@@ -181,8 +194,9 @@ def knn_graph(
         A node with a non-finite feature is chosen by no other node. All its own slots hold its own index with score
         NaN. The other rows are as if it were not there, and are padded if fewer than k candidates are left.
 
-        On a GPU the library multiplies, and its last bits may depend on the number of images in the batch. Under
-        ``torch.use_deterministic_algorithms`` they do not.
+        On a CPU ``rows`` have the bits that they have among all. On a GPU the library multiplies, and its last bits may
+        depend on the number of rows, and of images in the batch. Under ``torch.use_deterministic_algorithms`` they do
+        not depend on that of images.
 
     Examples:
         >>> import torch
@@ -193,7 +207,8 @@ def knn_graph(
     """
     nodes = prior.scaled if isinstance(prior, PreparedPrior) else prior
     grid, k, decay = _checks.numbers(grid), _checks.number(k), _checks.number(decay)
-    _check(nodes, grid, k, decay, form, include_self, return_score, pad, precision, radius, check_finite)
+    rows = None if rows is None else _checks.numbers(rows)
+    _check(nodes, grid, k, decay, form, include_self, return_score, pad, precision, radius, rows, check_finite)
     requested = requested_backend("knn_graph", backend)
     if not torch.compiler.is_compiling():
         # if the named backend cannot run, the error is about this op, not about the preparation
@@ -201,7 +216,8 @@ def knn_graph(
     if check_finite:
         _checks.check_finite_rows("knn_graph", "prior", nodes)
     given = prior if isinstance(prior, PreparedPrior) else prepare_prior(prior, backend=backend)
-    if return_score is True:
+    # rounded rows are for whole tiles
+    if return_score is True or rows is not None:
         given = given._replace(rounded=None, residual=None)
     elif given.rounded is not None:
         _checks.check_shape(
@@ -209,7 +225,7 @@ def knn_graph(
         )
     arguments = given if nodes.dim() == 3 else [None if value is None else value[None] for value in given]
     reach = None if radius is None else float(_checks.number(radius))
-    options = (*grid, k, float(decay), form, include_self, requested, reach)
+    options = (*grid, k, float(decay), form, include_self, requested, reach, None if rows is None else list(rows))
     index, score = registration.knn_graph(*arguments, *options)
     if nodes.dim() == 2:
         index, score = index[0], score[0]

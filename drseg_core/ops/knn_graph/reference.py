@@ -84,6 +84,7 @@ def knn_graph(
     include_self: bool,
     *,
     block: int | None = None,
+    rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Neighbours and scores of prepared features.
 
@@ -95,15 +96,17 @@ def knn_graph(
         form: ``additive``, ``gauss`` (both subtract the table), ``multiplicative`` or ``product``.
         include_self: the node itself is always, or never, among its neighbours.
         block: rows of scores computed at once; by default as many as take 32 MB.
+        rows: first and end of the n nodes whose neighbours are wanted; by default all.
 
     Returns:
-        ``index`` (B, N, k) int32 and ``score`` (B, N, k); see ``drseg_core.ops.knn_graph``.
+        ``index`` (B, n, k) int32 and ``score`` (B, n, k); see ``drseg_core.ops.knn_graph``.
     """
     batch, nodes, _ = prior.shape
     w = table.shape[1]
     wide = torch.float64 if prior.dtype == torch.float64 else torch.float32
-    index = torch.empty(batch, nodes, k, dtype=torch.int32, device=prior.device)
-    score = torch.empty(batch, nodes, k, dtype=wide, device=prior.device)
+    begin, end = rows or (0, nodes)
+    index = torch.empty(batch, end - begin, k, dtype=torch.int32, device=prior.device)
+    score = torch.empty(batch, end - begin, k, dtype=wide, device=prior.device)
     if index.numel() == 0:
         return index, score
     block = block or max(1, _BLOCK_BYTES // (nodes * 8))
@@ -111,11 +114,11 @@ def knn_graph(
     y, x = everyone // w, everyone % w
     for b in range(batch):
         # of float32 the library might multiply less than its digits, as the process is set
-        rows, inverse = prior[b].double(), inverse_norm[b]
+        feature, inverse = prior[b].double(), inverse_norm[b]
         bad = inverse.isnan()
-        for first in range(0, nodes, block):
-            own = everyone[first : first + block]
-            cosine = (rows[own] @ rows.T).to(wide) * inverse[own, None] * inverse
+        for first in range(begin, end, block):
+            own = everyone[first : min(first + block, end)]
+            cosine = (feature[own] @ feature.T).to(wide) * inverse[own, None] * inverse
             decay = table[(y[own, None] - y).abs(), (x[own, None] - x).abs()]
             value = combine(cosine, decay, form)
             # NaN of cells that are too far apart
@@ -125,9 +128,9 @@ def knn_graph(
             # a bad node keeps to itself: it has no neighbour but its own index in every slot
             key = key.masked_fill(bad[own, None] & ~diagonal, -torch.inf)
             chosen, found = select(key, own, k)
-            index[b, own] = chosen.int()
+            index[b, own - begin] = chosen.int()
             picked = value.gather(1, chosen).masked_fill(~found, -torch.inf)
-            score[b, own] = picked.masked_fill(bad[own, None], torch.nan)
+            score[b, own - begin] = picked.masked_fill(bad[own, None], torch.nan)
     return index, score
 
 

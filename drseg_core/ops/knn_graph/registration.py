@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,18 @@ _FORMS = ("additive", "gauss", "multiplicative", "product")
 
 
 def _run_native(
-    prior: Tensor, inverse_norm: Tensor, table: Tensor, k: int, form: str, include_self: bool
+    prior: Tensor,
+    inverse_norm: Tensor,
+    table: Tensor,
+    k: int,
+    form: str,
+    include_self: bool,
+    *,
+    rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     # half-precision features are exact in float32
     given = _native.operands(prior, inverse_norm, table)
-    return torch.ops.drseg_native.knn_graph(*given, k, _FORMS.index(form), include_self)
+    return torch.ops.drseg_native.knn_graph(*given, k, _FORMS.index(form), include_self, *(rows or ()))
 
 
 # products of so many bytes at a time stay in a GPU's second cache
@@ -89,10 +96,10 @@ def _run_cuda(
 
 _dispatch.add_table(
     "knn_graph",
-    _native.backend(_run_native, None, "knn_graph"),
+    _native.backend(_run_native, None, "knn_graph", some_rows=True),
     _cuda.backend(_run_cuda, None, "select", refuses=_refused_by_cuda, raw=True),
-    _triton.backend("knn_graph", backward=False, raw=True),
-    _dispatch.reference_backend(reference.knn_graph),
+    _triton.backend("knn_graph", backward=False, raw=True, some_rows=True),
+    _dispatch.reference_backend(reference.knn_graph, some_rows=True),
 )
 
 
@@ -140,14 +147,22 @@ def _run(
     include_self: bool,
     backend: str,
     radius: float | None = None,
+    rows: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     chosen = _dispatch.resolve("knn_graph", prior, backend, {"nodes": prior.shape[1]})
     table = decay_table((height, width), decay, form, inverse_norm, radius)
     raw = (rounded, residual) if chosen.raw else ()
     # a table of its own, subtracted as that of others is
     form = "additive" if form == reference.ACROSS else form
+    given = (prior, inverse_norm, table, k, form, include_self, *raw)
     with _dispatch.without_autocast(prior):
-        return chosen.run(prior, inverse_norm, table, k, form, include_self, *raw)
+        if rows is None:
+            return chosen.run(*given)
+        first, last = rows
+        if chosen.some_rows:
+            return chosen.run(*given, rows=(first, last))
+        index, score = chosen.run(*given)
+        return index[:, first:last], score[:, first:last]
 
 
 def _plain(
@@ -163,8 +178,11 @@ def _plain(
     include_self: bool,
     backend: str,
     radius: float | None = None,
+    rows: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return reference.knn_graph_at_once(prior, inverse_norm, height, width, k, decay, form, include_self, radius)
+    given = (prior, inverse_norm, height, width, k, decay, form, include_self, radius)
+    index, score = reference.knn_graph_at_once(*given)
+    return (index, score) if rows is None else (index[:, rows[0] : rows[1]], score[:, rows[0] : rows[1]])
 
 
 def _fake(
@@ -175,16 +193,23 @@ def _fake(
     height: int,
     width: int,
     k: int,
-    *options: Any,
+    decay: float,
+    form: str,
+    include_self: bool,
+    backend: str,
+    radius: float | None = None,
+    rows: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    shape = (*prior.shape[:2], k)
+    nodes = prior.shape[1] if rows is None else rows[1] - rows[0]
+    shape = (prior.shape[0], nodes, k)
     return prior.new_empty(shape, dtype=torch.int32), prior.new_empty(shape, dtype=widest(prior))
 
 
 knn_graph = define(
     "knn_graph",
     "(Tensor prior, Tensor inverse_norm, Tensor? rounded, Tensor? residual, SymInt height, SymInt width, SymInt k, "
-    "float decay, str form, bool include_self, str backend, float? radius=None) -> (Tensor, Tensor)",
+    "float decay, str form, bool include_self, str backend, float? radius=None, int[]? rows=None) -> "
+    "(Tensor, Tensor)",
     _run,
     _fake,
     _plain,
