@@ -63,7 +63,8 @@ def write_polygons(
 
     An area below ``min_area`` joins the neighbour with which it shares the longest border. This goes on until all areas
     are large enough or have no neighbour but nodata. Borders are simplified by at most half a pixel, which changes no
-    area. GDAL traces the polygons from a file, so the scene is never in memory.
+    area. Each polygon is simplified by itself, so two neighbours may overlap there, or leave a gap. GDAL traces the
+    polygons from a file, so the scene is never in memory.
 
     Args:
         classes: the class raster.

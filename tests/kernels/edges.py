@@ -35,7 +35,8 @@ def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def moved(value: Any, to: str) -> Any:
         if isinstance(value, tuple):
-            return tuple(moved(part, to) for part in value)
+            parts = [moved(part, to) for part in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         return value.to(to) if isinstance(value, Tensor) else value
 
     @functools.wraps(function)
@@ -43,7 +44,7 @@ def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
         result = function(
             *(moved(value, DEVICE) for value in args), **{name: moved(value, DEVICE) for name, value in options.items()}
         )
-        return tuple(moved(value, "cpu") for value in result) if isinstance(result, tuple) else moved(result, "cpu")
+        return moved(result, "cpu")
 
     return call
 
