@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -504,13 +505,15 @@ def test_features_that_are_not_finite(scene: Path) -> None:
         broken.predict(scene, NAMES)
 
 
-def test_a_solution_that_is_not_reached(mapper: SceneZeroShot, scene: Path) -> None:
+def test_a_solution_that_is_not_reached(mapper: SceneZeroShot, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # whether a thousand iterations suffice at an alpha next to 1 is up to the processor's rounding
+    monkeypatch.setattr(scene_graph, "solve_labels", functools.partial(scene_graph.solve_labels, max_iterations=3))
     with pytest.raises(
         NumericalError,
         match="zero_shot: the propagation did not converge; expected an alpha further below 1, or steps, got alpha "
-        "0.999999999$",
+        "0.999$",
     ):
-        changed(mapper, alpha=0.999999999).predict(scene, NAMES)
+        changed(mapper, alpha=0.999).predict(scene, NAMES)
 
 
 @pytest.mark.parametrize(
