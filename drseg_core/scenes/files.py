@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from drseg_core.errors import ConfigError, RasterError
-from drseg_core.files import check_room, free_bytes
+from drseg_core.files import check_room, free_bytes, remove_dead
 from drseg_core.scenes.polygons import check_suffix
 
 LEAST_BYTES = 0.01
@@ -147,6 +147,8 @@ def check_outputs(
             check_input_stays(path, [source], "out is the scene itself")
             check_input_stays(path, inputs, "an output is an input")
             if path.is_dir() or path.exists() and not overwrite:
+                # a call that was killed as it tidied may have left a folder for which nobody else would look
+                remove_dead(path)
                 raise ConfigError(f"predict_scene: {path} exists; expected a new path, or overwrite")
             if path.resolve() in seen:
                 raise ConfigError(f"predict_scene: two outputs are one file; expected another path than {path}")

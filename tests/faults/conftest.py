@@ -124,8 +124,10 @@ def places(calls: list[Call], count: int, seed: int) -> list[int]:
         for _, same in itertools.groupby(enumerate(calls, 1), key=lambda pair: pair[1].kind)
     ]
     draw = random.Random(seed)
-    chosen = [kinds[n % len(kinds)] for n in draw.sample(range(len(kinds)), min(count, len(kinds)))]
+    chosen = draw.sample(kinds, min(count, len(kinds)))
     chosen += draw.choices(kinds, k=count - len(chosen))
+    # when all is done but to tidy up
+    chosen[0] = kinds[-1]
     return sorted(draw.choice(kind) for kind in chosen)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from drseg_core import files
-from drseg_core.errors import ResourceError
+from drseg_core.errors import ConfigError, ResourceError
 from drseg_core.files import atomic_path, check_room, own_prefix
 from drseg_core.scenes.predict import predict_scene
 from drseg_core.scenes.writer import written
@@ -56,6 +56,20 @@ def test_unfinished_files_of_dead_processes_go(tmp_path):
         assert temporary.name.startswith(own)
         temporary.write_text("whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "map.tif"])
+
+
+@pytest.mark.promise("C45")
+def test_what_a_call_left_that_was_killed_as_it_tidied_goes(tmp_path):
+    image = write(tmp_path / "in.tif", np.zeros((3, 40, 40), np.uint8))
+    predict_scene(predictor(), image, tmp_path / "map.tif", progress=False)
+    files_of_map = sorted(path.name for path in tmp_path.iterdir())
+    own = own_prefix(tmp_path / "map.tif")
+    folder = tmp_path / f"{own.replace(str(os.getpid()), str(dead_process()))}work.part"
+    folder.mkdir()
+    (folder / "key.json").write_text("{}")
+    with pytest.raises(ConfigError, match="map.tif exists; expected a new path, or overwrite"):
+        predict_scene(predictor(), image, tmp_path / "map.tif", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == files_of_map
 
 
 def test_a_folder_of_many_files_is_not_listed_for_each(tmp_path, monkeypatch):
