@@ -93,7 +93,7 @@ def test_killed_at_a_system_call(inject, words, undisturbed, tmp_path):
 @pytest.mark.promise("C28", "C38")
 def test_refused_at_a_system_call(inject, words, undisturbed, tmp_path):
     right, calls = undisturbed
-    for number, at in enumerate(places(calls, 4, seed=1)):
+    for number, at in enumerate(places(calls, 3, seed=1)):
         error, once = ((errno.ENOSPC, False), (errno.EIO, True), (errno.ENOSPC, True))[number % 3]
         run = tmp_path / str(number) / "run"
         run.parent.mkdir()
