@@ -36,7 +36,7 @@ CONTROLS: Mapping[str, str] = {
     RANDOM: "an encoder's architecture without what it learned",
     OWN: "the features that are rectified are their own prior: nothing comes from elsewhere",
     REAL: "a published prior, from `make real`",
-    ORACLE: "the true classes as prior: the most that a graph of this kind can give",
+    ORACLE: "the true classes as prior: as far as there are enough, no neighbour is of another class",
 }
 """Each control, and what it isolates."""
 

@@ -27,8 +27,10 @@ from drseg_core.checkpoints.versions import device_name, git_revision, library_v
 from drseg_core.config.schema import DinoConfig
 from drseg_core.device import select_device
 from drseg_core.files import write_text_atomic
+from drseg_core.models.dense_features import dense_features
 from drseg_core.models.dino import DinoPrior
 from drseg_core.models.prior_cache import PriorCache
+from drseg_core.models.segmenter import Segmenter
 from drseg_core.nn.resample import resample
 from drseg_core.studies import controls
 from drseg_core.studies.controls import WEIGHTS, Neighbours, Weights
@@ -40,12 +42,18 @@ from drseg_core.studies.seeds import measure_seeds
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import DRSEG
 from drseg_core.studies.zero_shot import class_text, clip_model, pixels_below, sampled
-from drseg_core.training.rank_channels import dense_features
 
 NAME, TITLE = "training-free", "Does the graph help without training?"
 KS, DECAYS, STEPS = (4, 8, 20, 75), (0.0, 1.0), (1, 2, 4)
 IMAGES, QUICK_IMAGES = 40, 2
-CONTRAST, DENSE = "captions alone", "pixel labels"
+CONTRAST, CLEAR, DENSE = "captions alone", "captions alone, ClearCLIP", "pixel labels"
+# by the kind of the stand-in for CLIP and the form of its last block: as DR-Seg reads CLIP, and a form that reads CLIP
+# better where nothing was trained on pixels
+STAND_INS = {
+    ("contrast", "value_residual"): CONTRAST,
+    ("contrast", "clearclip"): CLEAR,
+    ("dense", "value_residual"): DENSE,
+}
 DINO_PROTOTYPES, CNN_PROTOTYPES = "DINOv2, prototypes", "EfficientNet-lite0, prototypes"
 # raised when the same models and images would give other scores
 VERSION = 1
@@ -66,10 +74,11 @@ NO_GRAPH = Way(controls.NONE)
 
 
 def ways(priors: Sequence[str]) -> list[Way]:
-    """All that are measured, the first of them no graph at all. Distance alone knows no decay."""
+    """All that are measured, the first of them no graph at all."""
     found = [NO_GRAPH]
     for prior in priors:
-        for decay in DECAYS if prior != controls.DISTANCE else (1.0,):
+        # without decay equal cosines would be told apart by the numbers of their cells
+        for decay in (1.0,) if prior in (controls.DISTANCE, controls.ORACLE) else DECAYS:
             # with equal cosines all of Eq. 7's weights are equal too
             for weights in WEIGHTS if prior != controls.DISTANCE else WEIGHTS[:1]:
                 found += [Way(prior, k, decay, weights, steps) for k in KS for steps in STEPS]
@@ -89,14 +98,15 @@ def training_free(setting: Setting, out: Path, *, jobs: int = 1, command: str = 
     problems: dict[str, str] = {}
     commits: set[str] = set()
     real = published_prior(setting, 224)
-    for title, start in ((CONTRAST, "contrast"), (DENSE, "dense")):
+    for start in ("contrast", "dense"):
         planned = plan(dataclasses.replace(setting, start=start), [DRSEG], out)
         # what is there of published weights decides what is measured
         measured = measure_seeds(f"{NAME}-{_digest(real)}", measure_landscapes, planned, jobs)
         commits |= set(measured.commits)
-        problems |= {f"{title}, {seed}": problem for seed, problem in measured.problems.items()}
-        for test, by_seed in measured.found.items():
-            found.setdefault(title, {})[test] = by_seed
+        problems |= {f"{start}, {seed}": problem for seed, problem in measured.problems.items()}
+        for name, by_seed in measured.found.items():
+            form, _, test = name.partition(": ")
+            found.setdefault(STAND_INS[start, form], {})[test] = by_seed
     parted = real_folds(setting)
     if parted:
         kept = _kept_real(setting, parted, out)
@@ -159,28 +169,39 @@ class Seen(NamedTuple):
 
 @torch.no_grad()
 def measure_landscapes(planned: PlannedVariant) -> dict[str, Any]:
-    """``{test set: scores}`` of the stand-in for CLIP of a seed, see :func:`scores`."""
+    """``{form: test set: scores}`` of the stand-in for CLIP of a seed, see :func:`scores`."""
     setting = planned.setting
     model = clip_model(planned)
     random = DinoPrior(dataclasses.replace(setting.config.model.dino, weights=None, seed=planned.seed))
     real = _with_cache(published_prior(setting, 224), planned.out)
+    forms = [form for start, form in STAND_INS if start == setting.start]
     found = {}
     for test in setting.tests:
         dataset, _ = setting.open_test(test)
         text = class_text(model, dataset.class_names)
-        seen = []
+        seen: dict[str, list[Seen]] = {form: [] for form in forms}
         for place in sampled(dataset, _images(setting)):
             sample = dataset[place]
-            feature = dense_features(model, sample.image[None])[0].float()
-            grid = (feature.shape[1], feature.shape[2])
-            pixels = pixels_below(sample.mask, grid, len(text))
-            logits = F.normalize(controls.nodes(feature), dim=1) @ text.T
-            priors = _priors(sample.image[None].float() / 255, grid, feature, pixels, random, real)
-            seen.append(Seen(logits, pixels, priors))
-        centre = torch.cat([one.logits for one in seen]).mean(dim=0)
-        found[test.name] = scores(seen, [centre] * len(seen), [test.name] * len(seen), planned.seed)
+            image = sample.image[None].float() / 255
+            for form in forms:
+                feature = _read(model, image, form)
+                grid = (feature.shape[1], feature.shape[2])
+                pixels = pixels_below(sample.mask, grid, len(text))
+                logits = controls.nodes(feature) @ text.T
+                seen[form].append(Seen(logits, pixels, _priors(image, grid, feature, pixels, random, real)))
+        for form, own in seen.items():
+            centre = torch.cat([one.logits for one in own]).mean(dim=0)
+            found[f"{form}: {test.name}"] = scores(own, [centre] * len(own), [test.name] * len(own), planned.seed)
         _log.info("%s: seed %d on %s is scored", NAME, planned.seed, test.name)
     return found
+
+
+def _read(model: Segmenter, image: Tensor, form: str) -> Tensor:
+    """(C, h, w) features of an image (1, 3, H, W) in [0, 1], each of length 1."""
+    side = (model.config.clip.image_size, model.config.clip.image_size)
+    image = F.interpolate(image, size=side, mode="bilinear", align_corners=False)
+    pixels = (image - model.clip.pixel_mean) / model.clip.pixel_deviation
+    return dense_features(model.clip.visual, pixels, form)[0].float()
 
 
 def _with_cache(config: DinoConfig | None, out: Path) -> DinoPrior | None:

@@ -17,6 +17,7 @@ from drseg_core.files import write_text_atomic
 from drseg_core.studies import controls, figures
 from drseg_core.studies.controls import CONTROLS, WEIGHTS
 from drseg_core.studies.training_free import (
+    CLEAR,
     CNN_PROTOTYPES,
     CONTRAST,
     DECAYS,
@@ -182,16 +183,16 @@ def _explained(content: Mapping[str, Any]) -> str:
     pieces = f" Real pieces: {', '.join(content['pieces'])}." if content["pieces"] else " No real pieces were given."
     parts = [
         f"Logits are spread over a graph, and nothing is trained after the encoder. *{CONTRAST}* and *{DENSE}* are the "
-        f"stand-ins for CLIP, after {steps[CONTRAST]} and {steps[DENSE]} steps, seeds {seeds}. They are asked by name "
-        f"on {content['images']} images of each test set of the landscapes. *prototypes* are cosines to class means of "
-        f"an encoder's features, fitted on other pieces.{pieces} Of several images each is scored once, with the "
-        "others fitted; a single one is cut into halves, each an image of its own. So no edge reaches what was fitted "
-        "on.\n",
+        f"stand-ins for CLIP, after {steps[CONTRAST]} and {steps[DENSE]} steps, seeds {seeds}, read as DR-Seg reads "
+        f"CLIP. *{CLEAR}* has another last block (arXiv 2407.12442). They are asked by name on {content['images']} "
+        "images of each test set of the landscapes. *prototypes* are cosines to class means of an encoder's features, "
+        f"fitted on other pieces.{pieces} Of several images each is scored once, with the others fitted; a single one "
+        "is cut into halves, each an image of its own. So no edge reaches what was fitted on.\n",
         "*Raw*: logits as they are. *Class-centred*: less the mean of each class, over the cells of the set, or of the "
         "pieces that were fitted on. A cell's class is that of all pixels below it.\n",
         "\n".join(f"* *{name}*: {text}." for name, text in CONTROLS.items()) + "\n",
-        "*Learned start*: Eq. 8 with initial weights. K counts the node itself. Distance alone knows no other decay, "
-        "and its weights are equal in every form.\n",
+        "*Learned start*: Eq. 8 with initial weights. K counts the node itself. Distance alone and the oracle "
+        "are measured with decay 1: their many equal cosines need it.\n",
     ]
     return "\n".join(parts)
 
@@ -280,7 +281,7 @@ def _in_words(found: Mapping[str, Any]) -> str:
         rows = found[encoder]["ways"].get(f"{prior}; decay 1; {weights}")
         return "-" if rows is None else _text(rows[KS.index(k)][STEPS.index(2)][1:3])
 
-    named = [encoder for encoder in (CONTRAST, DENSE) if encoder in found]
+    named = [encoder for encoder in (CONTRAST, CLEAR, DENSE) if encoder in found]
     real = [encoder for encoder in (DINO_PROTOTYPES, CNN_PROTOTYPES) if encoder in found]
     lines.append(
         "Before: "
@@ -316,7 +317,7 @@ def _draw(content: Mapping[str, Any], path: Path) -> None:
         return
     found = content["found"]
     shown = [prior for prior in CONTROLS if prior != controls.NONE]
-    figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.0), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(found), figsize=(2.2 + 2.4 * len(found), 3.0), sharey=True, squeeze=False)
     for axis, (encoder, own) in zip(axes[0], found.items(), strict=True):
         for shift, color, (title, rows) in zip(
             (-0.15, 0.15), (figures.ACCENT, figures.PAPER), own["heads"].items(), strict=True

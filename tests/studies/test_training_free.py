@@ -37,8 +37,8 @@ def seen() -> Seen:
 
 
 def test_ways_are_the_whole_grid_and_begin_with_none() -> None:
-    found = ways([controls.DISTANCE, controls.COLOUR])
-    assert found[0] == NO_GRAPH and len(set(found)) == len(found) == 1 + 4 * 3 + 2 * 4 * 4 * 3
+    found = ways([controls.DISTANCE, controls.COLOUR, controls.ORACLE])
+    assert found[0] == NO_GRAPH and len(set(found)) == len(found) == 1 + 4 * 3 + 2 * 4 * 4 * 3 + 4 * 4 * 3
     assert Way(controls.COLOUR, 20, 0.0, "exp(cos / 0.1)", 4) in found
 
 
@@ -134,7 +134,7 @@ def test_a_trial_says_so_and_has_every_encoder(trial: Path) -> None:
     assert heading == f"# {study.TITLE}" and first == f"**{training_free_page.TRIAL}**"
     content = json.loads((trial / "training-free.json").read_text())
     assert content["title"].endswith("(a trial)") and content["quick"] is True
-    assert list(content["found"]) == [study.CONTRAST, study.DENSE, DINO_PROTOTYPES, CNN_PROTOTYPES]
+    assert list(content["found"]) == [study.CONTRAST, study.CLEAR, study.DENSE, DINO_PROTOTYPES, CNN_PROTOTYPES]
     for own in content["found"].values():
         for rows in own["heads"].values():
             assert list(rows) == list(controls.CONTROLS) and rows[controls.NONE][0]["gain"] == [0, 0]
