@@ -202,7 +202,7 @@ def make_setting(
         seeds: see :class:`Setting`; 0, 1 and 2 by default.
         steps: training steps of a variant; 300 where CLIP has random weights, otherwise those of the configuration.
         start: see :class:`Setting`.
-        start_steps: steps of the dual encoder, where CLIP has random weights; of both kinds.
+        start_steps: steps of the dual encoder of ``start``, where CLIP has random weights.
         protocol: see :class:`Setting`.
         prior_v1: see :class:`Setting`.
         prior_steps: see :class:`Setting`; for the landscapes and a random prior only.
@@ -224,7 +224,7 @@ def make_setting(
             f"model.proposals.kind {base.model.proposals.kind} and model.fusion.kind {base.model.fusion.kind}"
         )
     if quick:
-        steps, start_steps = steps or 4, start_steps or 6
+        steps = steps or 4
     elif steps is None and base.model.clip.weights is None:
         steps = VARIANT_STEPS
     options: dict[str, Any] = {} if steps is None else {"train.iterations": steps}
@@ -255,14 +255,15 @@ def make_setting(
     names = [test.name for test in sets]
     if len(set(names)) < len(names):
         raise ConfigError(f"study: test sets have one name; expected different names, got {', '.join(names)}")
+    own = {} if start_steps is None else {start: start_steps}
     return Setting(
         config=override(base, options),
         data=data,
         tests=sets,
         seeds=tuple(seeds),
         start=start,
-        start_steps=START_STEPS if start_steps is None else start_steps,
-        contrast_steps=CONTRAST_STEPS if start_steps is None else start_steps,
+        start_steps=own.get("dense", 6 if quick else START_STEPS),
+        contrast_steps=own.get("contrast", 6 if quick else CONTRAST_STEPS),
         protocol=protocol,
         prior_v1=prior_v1,
         prior_steps=prior_steps,

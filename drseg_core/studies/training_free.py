@@ -366,11 +366,13 @@ def _counts(seen: Seen, centre: Tensor, seed: int) -> Tensor:
     """(ways, 2, T, T) pixels by truth and guess, raw and centred."""
     both = torch.cat((seen.logits, seen.logits - centre), dim=1)
     found = [both, *_all_spread(both, seen.priors, seed)]
-    classes, pixels = seen.pixels.shape[1], seen.pixels.float()
-    guess = torch.stack(found).unflatten(2, (2, classes)).argmax(dim=3)
-    # (ways, N, 2) to (ways, 2, T, N); pixel counts stay far below what float32 counts exactly
-    chosen = F.one_hot(guess, classes).permute(0, 2, 3, 1).float()
-    return (chosen @ pixels).mT.double()
+    cells, classes = seen.pixels.shape
+    guess = torch.stack(found).unflatten(2, (2, classes)).argmax(dim=3).transpose(1, 2).reshape(-1, cells)
+    row = guess + classes * torch.arange(len(guess))[:, None]
+    counts = torch.zeros(len(guess) * classes, classes)
+    # pixels of an image stay far below what float32 counts exactly
+    counts.index_add_(0, row.flatten(), seen.pixels.float().repeat(len(guess), 1))
+    return counts.view(-1, 2, classes, classes).mT.double()
 
 
 def _all_spread(x: Tensor, priors: Mapping[str, Tensor], seed: int) -> Iterator[Tensor]:

@@ -171,4 +171,6 @@ def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="start is not usable; expected dense or contrast"):
         make_setting(start="captions")
     assert SETTING.suffix == "-contrast" and SETTING.record()["start_steps"] == 2
+    dense = make_setting(start_steps=9)
+    assert (dense.start_steps, dense.contrast_steps) == (9, 2000) and make_setting(start="contrast").start_steps == 1500
     assert make_setting().suffix == "" and make_setting().record()["start"] == "dense"

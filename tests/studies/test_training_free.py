@@ -122,7 +122,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # half of the graphs are enough to see that all of it runs
     patch.setattr(study, "WEIGHTS", ("flat", "learned start"))
     patch.setattr(study, "DECAYS", (1.0,))
-    problems = study.training_free(make_setting(quick=True, start_steps=1), out, command="drseg study training-free")
+    problems = study.training_free(make_setting(quick=True), out, command="drseg study training-free")
     patch.undo()
     assert problems == {}
     return out
@@ -150,7 +150,7 @@ def test_what_is_measured_is_kept(trial: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(study, "measure_landscapes", again)
     monkeypatch.setattr(study, "measure_pieces", again)
     before = json.loads((trial / "training-free.json").read_text())
-    setting = make_setting(quick=True, start_steps=1)
+    setting = make_setting(quick=True)
     assert study.training_free(setting, trial, command="drseg study training-free") == {}
     assert json.loads((trial / "training-free.json").read_text())["found"] == before["found"]
 
