@@ -30,12 +30,14 @@ from drseg_core.studies.training_free import (
     Way,
 )
 
-# fixed before any of them was scored: few neighbours of equal weight, and what a training of PDGR begins with
+# fixed before any of them was scored: few neighbours of equal weight, what a training of PDGR begins with, and as many
+# neighbours with weights that tell them apart
 HEADS = {
     "K 8, equal weights": Way("", 8, 1.0, "flat", 2),
     "K 75, weights of Eq. 8 as a training begins": Way("", 75, 1.0, "learned start", 2),
+    "K 75, weights exp(cos / 0.1)": Way("", 75, 1.0, "exp(cos / 0.1)", 2),
 }
-FEW, PAPER = HEADS
+FEW, PAPER, SHARP = HEADS
 VIEWS = ("raw", "class-centred")
 TRIAL = "A trial of the program, not a result: a few drawn pictures, encoders that learned next to nothing."
 # of a trial: what stands in the place of names of what was not there
@@ -277,10 +279,6 @@ def _in_words(found: Mapping[str, Any]) -> str:
         rows = found[encoder]["heads"][title].get(prior)
         return "-" if rows is None or rows[0]["real less"] is None else _text(rows[0]["real less"])
 
-    def way(encoder: str, prior: str, k: int, weights: str) -> str:
-        rows = found[encoder]["ways"].get(f"{prior}; decay 1; {weights}")
-        return "-" if rows is None else _text(rows[KS.index(k)][STEPS.index(2)][1:3])
-
     named = [encoder for encoder in (CONTRAST, CLEAR, DENSE) if encoder in found]
     real = [encoder for encoder in (DINO_PROTOTYPES, CNN_PROTOTYPES) if encoder in found]
     lines.append(
@@ -302,8 +300,8 @@ def _in_words(found: Mapping[str, Any]) -> str:
     ]
     lines.append(f"What DINOv2 itself adds there: {'; '.join(told)}.")
     told = [
-        f"for {one} {way(one, controls.REAL, 75, 'learned start')} as a training begins, "
-        f"{way(one, controls.REAL, 75, 'exp(cos / 0.1)')} with exp(cos / 0.1)"
+        f"for {one} {gain(one, PAPER, controls.REAL)} as a training begins, {gain(one, SHARP, controls.REAL)} with "
+        f"exp(cos / 0.1), of which {less(one, SHARP, controls.COLOUR)} over colour and position"
         for one in (*named, *real)
     ]
     lines.append(f"K 75 over DINOv2's graph: {'; '.join(told)}.")
@@ -320,7 +318,7 @@ def _draw(content: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(found), figsize=(2.2 + 2.4 * len(found), 3.0), sharey=True, squeeze=False)
     for axis, (encoder, own) in zip(axes[0], found.items(), strict=True):
         for shift, color, (title, rows) in zip(
-            (-0.15, 0.15), (figures.ACCENT, figures.PAPER), own["heads"].items(), strict=True
+            (-0.2, 0.0, 0.2), (figures.ACCENT, figures.PAPER, figures.INK), own["heads"].items(), strict=True
         ):
             there = [place for place, prior in enumerate(shown) if prior in rows]
             gains = [rows[shown[place]][0]["gain"] for place in there]
