@@ -30,8 +30,8 @@ from drseg_core.studies.training_free import (
     Way,
 )
 
-# fixed before any of them was scored: few neighbours of equal weight, what a training of PDGR begins with, and as many
-# neighbours with weights that tell them apart
+# named on other features, before any of them was scored here: few neighbours of equal weight, what a training of PDGR
+# begins with, and as many neighbours with weights that tell them apart
 HEADS = {
     "K 8, equal weights": Way("", 8, 1.0, "flat", 2),
     "K 75, weights of Eq. 8 as a training begins": Way("", 75, 1.0, "learned start", 2),
@@ -267,44 +267,27 @@ def _steps(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _in_words(found: Mapping[str, Any]) -> str:
-    """Five lines of result; ± is half of the 95 % interval over images."""
-    lines = []
-    before = {encoder: [_mean(values) for values in own["before"]] for encoder, own in found.items()}
+    """Five lines of result, of raw logits: intervals without zero are counted, and all of them follow."""
 
-    def gain(encoder: str, title: str, prior: str) -> str:
-        rows = found[encoder]["heads"][title].get(prior)
-        return "-" if rows is None else _text(rows[0]["gain"])
+    def told(title: str, prior: str, what: str, up: str, down: str) -> str:
+        entries = [own["heads"][title].get(prior, [{}])[0].get(what) for own in found.values()]
+        known = [entry for entry in entries if entry is not None]
+        more, less = (sum(sign * mean > half for mean, half in known) for sign in (1, -1))
+        values = ", ".join("-" if entry is None else _text(entry) for entry in entries)
+        return f"{up} with {more} of {len(entries)} encoders and {down} with {less} ({values})"
 
-    def less(encoder: str, title: str, prior: str) -> str:
-        rows = found[encoder]["heads"][title].get(prior)
-        return "-" if rows is None or rows[0]["real less"] is None else _text(rows[0]["real less"])
-
-    named = [encoder for encoder in (CONTRAST, CLEAR, DENSE) if encoder in found]
-    real = [encoder for encoder in (DINO_PROTOTYPES, CNN_PROTOTYPES) if encoder in found]
-    lines.append(
-        "Before: "
-        + "; ".join(f"{one} has mIoU {before[one][0]:.1f}, class-centred {before[one][1]:.1f}" for one in found)
-        + "."
+    before = ", ".join(f"{_mean(own['before'][0]):.1f} ({encoder})" for encoder, own in found.items())
+    real, gains = controls.REAL, ("gain", "gains", "loses")
+    less = ("real less", "beats it", "is beaten")
+    lines = (
+        f"With no graph mIoU is {before}. Gains below are in this order, ± half of the 95 % interval.",
+        f"DINOv2's graph, K 8 and equal weights: {told(FEW, real, *gains)}.",
+        f"The same against distance alone: {told(FEW, controls.DISTANCE, *less)}. Against colour and position: "
+        f"{told(FEW, controls.COLOUR, *less)}.",
+        f"DINOv2's graph, K 75 as a training begins: {told(PAPER, real, *gains)}. With weights exp(cos / 0.1): "
+        f"{told(SHARP, real, *gains)}.",
+        f"The true classes as prior, K 75 and exp(cos / 0.1): {told(SHARP, controls.ORACLE, *gains)}.",
     )
-    for encoders, where in ((named, "landscapes"), (real, "real pieces")):
-        told = [
-            f"for {one} DINOv2's graph gains {gain(one, FEW, controls.REAL)} (distance alone "
-            f"{gain(one, FEW, controls.DISTANCE)}, oracle {gain(one, FEW, controls.ORACLE)})"
-            for one in encoders
-        ]
-        lines.append(f"K 8 with equal weights on {where}: {'; '.join(told) or 'not run'}.")
-    told = [
-        f"for {one} {less(one, FEW, controls.DISTANCE)} over distance alone, "
-        f"{less(one, FEW, controls.COLOUR)} over colour and position, {less(one, FEW, controls.OWN)} over own features"
-        for one in (*named, *real)
-    ]
-    lines.append(f"What DINOv2 itself adds there: {'; '.join(told)}.")
-    told = [
-        f"for {one} {gain(one, PAPER, controls.REAL)} as a training begins, {gain(one, SHARP, controls.REAL)} with "
-        f"exp(cos / 0.1), of which {less(one, SHARP, controls.COLOUR)} over colour and position"
-        for one in (*named, *real)
-    ]
-    lines.append(f"K 75 over DINOv2's graph: {'; '.join(told)}.")
     return "\n".join(f"{place}. {line}" for place, line in enumerate(lines, 1)) + "\n"
 
 
@@ -340,8 +323,11 @@ def _draw(content: Mapping[str, Any], path: Path) -> None:
     names = [prior if not content["quick"] else _OF_A_TRIAL.get(prior, prior) for prior in shown]
     axes[0, 0].set_yticks(range(len(shown)), names)
     axes[0, 0].invert_yaxis()
-    axes[0, 0].legend(frameon=False, fontsize=6, loc="best")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), ncols=len(HEADS), loc="lower center", frameon=False, fontsize=8
+    )
     if content["quick"]:
         figure.suptitle(TRIAL, fontsize=9)
-    figure.tight_layout()
+    # the legend stands below
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figures.save(figure, path)
