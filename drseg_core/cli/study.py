@@ -67,6 +67,14 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     )
     parser.add_argument("--steps", type=int | None, metavar="N", help="training steps of a variant")
     parser.add_argument(
+        "--start",
+        type=str,
+        default="dense",
+        metavar="dense|contrast",
+        help="what stands for CLIP if it has random weights: a dual encoder trained on pixel labels, or on captions "
+        "alone; files of the latter are named NAME-contrast",
+    )
+    parser.add_argument(
         "--start-steps", type=int | None, metavar="N", help="steps of the dual encoder, if CLIP has random weights"
     )
     parser.add_argument(
@@ -137,6 +145,7 @@ def run(args: Any) -> None:
     options: dict[str, Any] = {
         "seeds": None if args.seeds is None else _seeds(args.seeds),
         "steps": args.steps,
+        "start": args.start,
         "start_steps": args.start_steps,
         "protocol": args.protocol,
         "prior_v1": args.prior_v1,

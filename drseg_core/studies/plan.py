@@ -19,6 +19,7 @@ from drseg_core.checkpoints.run import plain_config
 from drseg_core.config.load import override
 from drseg_core.config.schema import Config, DinoConfig
 from drseg_core.data.manifest import file_sha256
+from drseg_core.studies.contrast import contrast_file
 from drseg_core.studies.prior import prior_file
 from drseg_core.studies.setting import Setting, fingerprint
 from drseg_core.studies.tables import Variant
@@ -29,10 +30,10 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Start:
-    """The dual encoder that stands for CLIP: its configuration, and where its run is."""
+    """The dual encoder that stands for CLIP: its configuration, and where its run is, or its weight file."""
 
     config: Config
-    folder: Path
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,17 @@ def plan_variant(setting: Setting, variant: Variant, seed: int, out: Path) -> Pl
     start = None
     if setting.needs_start:
         begin = setting.start_config(seed)
-        start = Start(begin, _folder(out, f"start-{seed}", begin, setting, None))
+        if setting.start == "contrast":
+            data = fingerprint(setting.data, "train")
+            start = Start(begin, contrast_file(begin, data, setting.contrast_steps, out))
+        else:
+            start = Start(begin, _folder(out, f"start-{seed}", begin, setting, None))
     config, prior = setting.variant_config(dict(variant.options), seed), None
     if setting.prior_steps and config.model.fusion.kind not in ("none", "cosine"):
         prior = config.model.dino
         taught = prior_file(prior, setting.prior_data, setting.prior_steps, out)
         config = override(config, {"model.dino.weights": str(taught)})
-    folder = _folder(out, f"cell-{seed}", config, setting, None if start is None else start.folder.name)
+    folder = _folder(out, f"cell-{seed}", config, setting, None if start is None else start.path.name)
     return PlannedVariant(setting, variant, seed, out, config, folder, start, prior)
 
 

@@ -183,7 +183,7 @@ def _features(
         return piece.image[None, :, rows][..., columns].to(device).float() / 255, None
 
     def maps(image: Tensor) -> list[Tensor]:
-        return [resample(_encoded(encoder, image), grid) for encoder in named]
+        return [resample(encoded(encoder, image), grid) for encoder in named]
 
     bands = [band.parts for band in blended_bands(maps, read, height, width, windows, batch_size=4)]
     found = {
@@ -195,7 +195,7 @@ def _features(
     return found | {COLOUR: colour_features(whole, windows.cell), DISTANCE: torch.ones(1, h, w)}
 
 
-def _encoded(encoder: DinoPrior, image: Tensor) -> Tensor:
+def encoded(encoder: DinoPrior, image: Tensor) -> Tensor:
     """The prior's features; of a convolutional network its last two stages side by side, each of length 1."""
     if hasattr(encoder.encoder.blocks[0], "attn"):
         return encoder.maps(image).features
@@ -209,8 +209,12 @@ def colour_features(image: Tensor, cell: int) -> Tensor:
     the cosines of colours as they are do not differ."""
     mean = F.avg_pool2d(image, cell)
     deviation = (F.avg_pool2d(image.square(), cell) - mean.square()).clamp_min(0).sqrt()
-    both = torch.cat((mean, deviation))
-    centred = both - both.mean(dim=(1, 2), keepdim=True)
+    return standardised(torch.cat((mean, deviation)))
+
+
+def standardised(feature: Tensor) -> Tensor:
+    """Each channel of (C, h, w) with mean 0 and mean square 1."""
+    centred = feature - feature.mean(dim=(1, 2), keepdim=True)
     return centred / centred.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp_min(1e-6)
 
 

@@ -15,6 +15,7 @@ from drseg_core.studies.propagation import propagation
 from drseg_core.studies.setting import make_setting
 from drseg_core.studies.tables import training_study_names, training_study_title
 from drseg_core.studies.training import run_training_study
+from drseg_core.studies.training_free import training_free
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def studies() -> dict[str, Study]:
         Study("correlation-maps", "Original and refined correlation, and logits (Fig. 7)", correlation_maps),
         Study("neighbour-purity", "What the graph of a prior connects", neighbour_purity),
         Study("propagation", "Labels spread over the graph of a real prior, on real images", propagation),
+        Study("training-free", "Does the graph help without training? With all controls", training_free),
     ]
     setting = make_setting()
     for name in training_study_names():

@@ -168,6 +168,7 @@ def markdown(
     lines += [
         f"Trained on `{facts['data']}`, {facts['steps']} steps"
         + (f" after {facts['start_steps']} of the dual encoder" if facts["start_steps"] else "")
+        + (", which saw captions alone" if facts.get("start") == "contrast" else "")
         + (f", the prior taught for {facts['prior_steps']} steps{TAUGHT}" if facts["prior_steps"] else "")
         + f", seeds {', '.join(map(str, facts['seeds']))}; scored on "
         + ", ".join(f"{test['name']} (`{test['spec']}`)" for test in facts["tests"])

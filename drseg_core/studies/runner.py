@@ -32,6 +32,7 @@ from drseg_core.config.schema import Config
 from drseg_core.errors import DRSegError
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.files import parse_json, write_text_atomic
+from drseg_core.studies.contrast import pretrain
 from drseg_core.studies.plan import PlannedVariant
 from drseg_core.studies.prior import teach_prior
 from drseg_core.studies.setting import Setting, scored_fingerprint
@@ -66,17 +67,24 @@ def scored_sets(setting: Setting) -> list[dict[str, Any]]:
 
 
 def train_start(planned: PlannedVariant) -> Path | None:
-    """The dual encoder that stands for CLIP, trained where it is not yet; None where none is needed."""
+    """The dual encoder that stands for CLIP, trained where it is not yet: a run folder or a weight file. None where
+    none is needed."""
     start = planned.start
     if start is None:
         return None
-    _train(start.config, planned.setting, start.folder, init=None)
-    return start.folder
+    setting = planned.setting
+    if setting.start == "dense":
+        _train(start.config, setting, start.path, init=None)
+    elif not start.path.is_file():
+        begin = time.monotonic()
+        pretrain(start.config, setting.data, setting.contrast_steps, start.path)
+        _note_seconds(start.path, train=time.monotonic() - begin)
+    return start.path
 
 
 def train_starts(planned: Sequence[PlannedVariant], jobs: int, devices: Sequence[str] = ()) -> dict[Path, str]:
-    """Train the dual encoders of variants, each once; returns why some could not be, by folder."""
-    firsts = sorted({item.start.folder: item for item in planned if item.start is not None}.items())
+    """Train the dual encoders of variants, each once; returns why some could not be, by path."""
+    firsts = sorted({item.start.path: item for item in planned if item.start is not None}.items())
     tasks: list[Task] = [(train_start, (item,)) for _, item in firsts]
     found = run_tasks(tasks, jobs, devices)
     return {
@@ -141,8 +149,8 @@ def seconds(planned: Sequence[PlannedVariant]) -> float:
     """What training and scoring the variants that are complete took, and the dual encoders that they start from, one
     process after another."""
     complete = [item for item in planned if (item.folder / SCORES).is_file()]
-    folders = {item.folder for item in complete} | {item.start.folder for item in complete if item.start is not None}
-    return sum(sum((read_json(folder / SECONDS) or {}).values()) for folder in folders)
+    folders = {item.folder for item in complete} | {item.start.path for item in complete if item.start is not None}
+    return sum(sum((read_json(_seconds_file(folder)) or {}).values()) for folder in folders)
 
 
 def score(loaded: LoadedRun, setting: Setting) -> dict[str, Any]:
@@ -205,8 +213,8 @@ def run_variants(
     train_priors(missing)
     failed = train_starts(missing, jobs, devices)
     for item in missing:
-        if item.start is not None and item.start.folder in failed:
-            report(item.folder, None, failed[item.start.folder])
+        if item.start is not None and item.start.path in failed:
+            report(item.folder, None, failed[item.start.path])
             del unique[item.folder]
     folders = list(unique)
     tasks: list[Task] = [(run_variant, (item,)) for item in unique.values()]
@@ -223,7 +231,7 @@ def _train(config: Config, setting: Setting, folder: Path, init: Path | None) ->
         # stopped before its first checkpoint: to go on would be to go on from other weights than the first ones
         _clear(folder)
     # stopped runs count
-    begin = time.monotonic() - (read_json(folder / SECONDS) or {}).get("train", 0.0)
+    begin = time.monotonic() - (read_json(_seconds_file(folder)) or {}).get("train", 0.0)
     try:
         train(
             config,
@@ -239,9 +247,15 @@ def _train(config: Config, setting: Setting, folder: Path, init: Path | None) ->
             _note_seconds(folder, train=time.monotonic() - begin)
 
 
-def _note_seconds(folder: Path, **spent: float) -> None:
-    found = (read_json(folder / SECONDS) or {}) | {what: round(value, 1) for what, value in spent.items()}
-    write_text_atomic(folder / SECONDS, json.dumps(found) + "\n")
+def _seconds_file(path: Path) -> Path:
+    """Where the seconds of a run folder, or of a weight file, are noted."""
+    return path.with_suffix(".json") if path.suffix == ".safetensors" else path / SECONDS
+
+
+def _note_seconds(path: Path, **spent: float) -> None:
+    file = _seconds_file(path)
+    found = (read_json(file) or {}) | {what: round(value, 1) for what, value in spent.items()}
+    write_text_atomic(file, json.dumps(found) + "\n")
 
 
 def _clear(folder: Path) -> None:

@@ -44,7 +44,7 @@ def measure_seeds(name: str, measure: Measure, planned: Sequence[PlannedVariant]
     """
     paths = {item.seed: _path(name, item) for item in planned}
     failed = train_starts([item for item in planned if not paths[item.seed].is_file()], jobs)
-    starts = {item.seed: None if item.start is None else failed.get(item.start.folder) for item in planned}
+    starts = {item.seed: None if item.start is None else failed.get(item.start.path) for item in planned}
     problems = {f"seed {seed}": problem for seed, problem in starts.items() if problem is not None}
     left = [item for item in planned if starts[item.seed] is None]
     tasks: list[Task] = [(_measured, (paths[item.seed], measure, item)) for item in left]

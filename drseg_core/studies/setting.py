@@ -22,7 +22,8 @@ BARE = {"model.fusion.kind": "cosine", "model.rotations": 1, "model.decoder.remo
 START = {**BARE, "train.loss": "softmax", "train.alignment_weight": 0.0}
 # what follows adapts it as the benchmark adapts CLIP: gently
 ADAPT = {"train.clip_learning_rate_scale": 0.2, "train.batch_size": 2}
-START_STEPS, VARIANT_STEPS = 1500, 300
+START_STEPS, CONTRAST_STEPS, VARIANT_STEPS = 1500, 2000, 300
+STARTS = ("dense", "contrast")
 
 WORLD = "synthetic:world=landscape"
 # of scenes that nothing else is drawn from
@@ -55,7 +56,10 @@ class Setting:
         data: training data, see :func:`drseg_core.data.open_dataset`; its split ``train`` is used.
         tests: what is scored; a study reports the plain mean over them.
         seeds: each variant is trained once per seed of initial weights and order.
-        start_steps: steps of the dual encoder that stands for CLIP where ``config`` names no weights.
+        start: how the dual encoder that stands for CLIP is trained where ``config`` names no weights: ``dense`` on
+            pixel labels, or ``contrast`` on captions alone (see :mod:`drseg_core.studies.contrast`).
+        start_steps: steps of the ``dense`` dual encoder.
+        contrast_steps: steps of the other.
         protocol: name of the benchmark protocol that ``tests`` are scored by, which also says what training images
             without a label are; None scores images as they are.
         prior_v1: weight file of RS-DINOv1, for Tables 1 and 3.
@@ -74,7 +78,9 @@ class Setting:
     data: str
     tests: tuple[ScoredSet, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
+    start: str = "dense"
     start_steps: int = START_STEPS
+    contrast_steps: int = CONTRAST_STEPS
     protocol: str | None = None
     prior_v1: str | None = None
     prior_steps: int = 0
@@ -91,8 +97,14 @@ class Setting:
     def needs_start(self) -> bool:
         return self.config.model.clip.weights is None
 
+    @property
+    def steps_of_start(self) -> int:
+        return self.contrast_steps if self.start == "contrast" else self.start_steps
+
     def start_config(self, seed: int) -> Config:
         """The dual encoder that every variant of a seed starts from."""
+        if self.start == "contrast":
+            return override(self.config, {**BARE, "train.iterations": self.contrast_steps, "seed": seed})
         steps = {"train.iterations": self.start_steps, "train.checkpoint_every": self.start_steps, "seed": seed}
         return override(self.config, {**START, **steps, "train.seconds": None})
 
@@ -124,7 +136,8 @@ class Setting:
             "tests": [dataclasses.asdict(test) for test in self.tests],
             "protocol": self.protocol,
             "seeds": list(self.seeds),
-            "start_steps": self.start_steps if self.needs_start else None,
+            "start": self.start if self.needs_start else None,
+            "start_steps": self.steps_of_start if self.needs_start else None,
             "steps": self.config.train.iterations,
             "prior_steps": self.prior_steps,
             "matched": self.matched,
@@ -133,8 +146,13 @@ class Setting:
 
     @property
     def suffix(self) -> str:
-        """What tells files of another prior, or of methods with other sizes, apart."""
-        marks = {"-matched": self.matched, "-released": self.released, "-taught": self.prior_steps}
+        """What tells files of another prior or start, or of methods with other sizes, apart."""
+        marks = {
+            "-matched": self.matched,
+            "-released": self.released,
+            "-taught": self.prior_steps,
+            "-contrast": self.start == "contrast",
+        }
         return (f"-{self.part}" if self.part else "") + "".join(mark for mark, there in marks.items() if there)
 
     @property
@@ -163,6 +181,7 @@ def make_setting(
     tests: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     steps: int | None = None,
+    start: str = "dense",
     start_steps: int | None = None,
     protocol: str | None = None,
     prior_v1: str | None = None,
@@ -182,7 +201,8 @@ def make_setting(
         tests: ``[NAME=]SPEC`` each; for the landscapes their own domain and the shifted one, all names as prompts.
         seeds: see :class:`Setting`; 0, 1 and 2 by default.
         steps: training steps of a variant; 300 where CLIP has random weights, otherwise those of the configuration.
-        start_steps: steps of the dual encoder, where CLIP has random weights.
+        start: see :class:`Setting`.
+        start_steps: steps of the dual encoder of ``start``, where CLIP has random weights.
         protocol: see :class:`Setting`.
         prior_v1: see :class:`Setting`.
         prior_steps: see :class:`Setting`; for the landscapes and a random prior only.
@@ -204,7 +224,7 @@ def make_setting(
             f"model.proposals.kind {base.model.proposals.kind} and model.fusion.kind {base.model.fusion.kind}"
         )
     if quick:
-        steps, start_steps = steps or 4, start_steps or 6
+        steps = steps or 4
     elif steps is None and base.model.clip.weights is None:
         steps = VARIANT_STEPS
     options: dict[str, Any] = {} if steps is None else {"train.iterations": steps}
@@ -221,6 +241,11 @@ def make_setting(
             "study: prior_steps needs a random prior and the landscapes of seed 0; expected no --prior-steps with "
             f"weights {base.model.dino.weights!r} and data {data!r}"
         )
+    if start not in STARTS or (start != "dense" and base.model.clip.weights is not None):
+        raise ConfigError(
+            f"study: start is not usable; expected {' or '.join(STARTS)}, and contrast only where CLIP has no weights, "
+            f"got {start!r} with weights {base.model.clip.weights!r}"
+        )
     if not tests:
         raise ConfigError("study: tests are missing; expected --test NAME=SPEC for data other than the landscapes")
     seeds = (0, 1, 2) if seeds is None else seeds
@@ -230,12 +255,15 @@ def make_setting(
     names = [test.name for test in sets]
     if len(set(names)) < len(names):
         raise ConfigError(f"study: test sets have one name; expected different names, got {', '.join(names)}")
+    own = {} if start_steps is None else {start: start_steps}
     return Setting(
         config=override(base, options),
         data=data,
         tests=sets,
         seeds=tuple(seeds),
-        start_steps=START_STEPS if start_steps is None else start_steps,
+        start=start,
+        start_steps=own.get("dense", 6 if quick else START_STEPS),
+        contrast_steps=own.get("contrast", 6 if quick else CONTRAST_STEPS),
         protocol=protocol,
         prior_v1=prior_v1,
         prior_steps=prior_steps,

@@ -94,6 +94,9 @@ _WITHOUT_UGAF: dict[str, tuple[str, dict[str, Any]]] = {
     "sum": ("the refined map added to the original ones", {"model.fusion.kind": "sum"}),
 }
 _WITHOUT_SPSD = {"model.spsd.semantic_ratio": 0.0}
+# a control that the paper lacks: every node has itself alone, so PDGR is its linear layers and no prior has a say in it
+_WITHOUT_GRAPH = {"model.graph.k": 1}
+_OF_K_1 = "Rows with K 1 are none of the paper's: PDGR without a graph, so what they gain is its linear layers'."
 
 
 def _quarters(setting: Setting) -> tuple[int | None, ...]:
@@ -282,13 +285,18 @@ def _table2(setting: Setting) -> TrainingStudy:
         "pdgr_ugaf": ("+ PDGR + UGAF", _WITHOUT_SPSD),
         "all": ("all (DR-Seg)", {}),
     }
-    variants = tuple(Variant(name, title, options, paper.TABLE2[name]) for name, (title, options) in rows.items())
+    variants = [Variant(name, title, options, paper.TABLE2[name]) for name, (title, options) in rows.items()]
+    variants += [
+        Variant(f"{name}_k1", f"{title}, K 1", {**options, **_WITHOUT_GRAPH})
+        for name, (title, options) in rows.items()
+        if name in ("pdgr", "all")
+    ]
     note = (
         "Without SPSD the graph acts on all channels; without UGAF the refined map takes the place of the canonical "
         "one, and the rest is the baseline's. The paper does not tell what it has there; table2-readings has what else "
-        "it may be."
-    )
-    return TrainingStudy("table2", "Modules (Table 2)", variants, note, reference="all")
+        "it may be. "
+    ) + _OF_K_1
+    return TrainingStudy("table2", "Modules (Table 2)", tuple(variants), note, reference="all")
 
 
 def _table2_readings(setting: Setting) -> TrainingStudy:
@@ -328,10 +336,13 @@ def _table3(setting: Setting) -> TrainingStudy:
             variants.append(
                 Variant(f"{name}_{version}", title, {**method_options(name), **options}, row, why_not=reason)
             )
-    note = ""
+    # the prior's version is all the same to it
+    without_graph = {**method_options("drseg"), **_WITHOUT_GRAPH}
+    variants.append(Variant("drseg_k1", f"{METHODS['drseg'].title}, K 1", without_graph))
+    note = _OF_K_1
     if random:
         start = "random weights" if not setting.prior_steps else "weights taught alike"
-        note = f"Both priors have {start} here: prior v1 is a plain vision transformer, v3 one with rotary positions."
+        note += f" Both priors have {start} here: prior v1 is a plain vision transformer, v3 one with rotary positions."
     return TrainingStudy("table3", "Priors (Table 3)", tuple(variants), note, reference="drseg_v3")
 
 
@@ -349,11 +360,10 @@ def _table5(setting: Setting) -> TrainingStudy:
 
 
 def _table6(setting: Setting) -> TrainingStudy:
-    variants = tuple(
-        Variant(f"k_{k}", f"K {k}", {"model.graph.k": k}, row, value=float(k)) for k, row in paper.TABLE6.items()
-    )
-    note = "K is a number of nodes, and a grid has as many nodes as CLIP has tokens: 576 in the paper."
-    return TrainingStudy("table6", "Neighbours (Table 6)", variants, note, axis="neighbours K", reference="k_75")
+    rows: dict[int, PaperRow | None] = {1: None, **paper.TABLE6}
+    variants = [Variant(f"k_{k}", f"K {k}", {"model.graph.k": k}, row, value=float(k)) for k, row in rows.items()]
+    note = f"K is a number of nodes, and a grid has as many nodes as CLIP has tokens: 576 in the paper. {_OF_K_1}"
+    return TrainingStudy("table6", "Neighbours (Table 6)", tuple(variants), note, axis="neighbours K", reference="k_75")
 
 
 def _remote_tower(setting: Setting) -> tuple[dict[str, Any], str | None]:

@@ -19,6 +19,7 @@ from drseg_core.data import IGNORE, SegmentationDataset
 from drseg_core.device import select_device
 from drseg_core.evaluation.metrics import ConfusionMatrix
 from drseg_core.models.segmenter import Segmenter
+from drseg_core.models.weights import load_into, load_weights
 from drseg_core.studies.plan import PlannedVariant
 from drseg_core.studies.runner import train_start
 from drseg_core.studies.setting import BARE
@@ -29,11 +30,14 @@ def clip_model(planned: PlannedVariant) -> Segmenter:
     """CLIP as it is before any adaptation: published weights, or the dual encoder of the seed."""
     device = select_device(planned.setting.device)
     start = train_start(planned)
-    if start is not None:
+    if start is not None and start.is_dir():
         return load_run(start).model.eval().to(device)
     bare = override(planned.setting.config, {**BARE, "seed": planned.seed})
     torch.manual_seed(planned.seed)
-    return model_of(bare).eval().to(device)
+    model = model_of(bare)
+    if start is not None:
+        load_into(model, load_weights(start)[0], name=str(start))
+    return model.eval().to(device)
 
 
 def sampled(dataset: SegmentationDataset, images: int) -> list[int]:

@@ -92,6 +92,7 @@ def test_other_files_are_no_studies(drseg, tmp_path):
         (("table2", "--out", "x", "--released"), "released does not belong to table2"),
         (("table1", "--out", "x", "--released", "--matched"), "released does not belong to table1 --matched"),
         (("table2", "--out", "x", "--steps", "0"), "steps is out of range"),
+        (("table2", "--out", "x", "--start", "captions"), "start is not usable; expected dense or contrast"),
         (("table2", "--out", "x", "--data", "folder:y"), "tests are missing"),
     ],
 )

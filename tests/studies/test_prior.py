@@ -143,7 +143,7 @@ def test_studies_that_moved_in_the_middle_of_a_training_go_on(tmp_path):
             planned.config,
             setting.data,
             planned.folder,
-            init=planned.start.folder,
+            init=planned.start.path,
             show_progress=False,
             on_step=_stop,
         )

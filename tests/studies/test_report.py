@@ -71,6 +71,8 @@ def test_the_page_says_what_was_not_run_and_what_it_is_compared_with():
     assert f"-3.0 ± {math.sqrt(8):.1f}" in lines["LOW (mean of 2; seed 1: it broke)"]
     assert "protocol rskt" in page and "The paper orders" not in page and "the paper orders 1 pairs" in page
     assert "of HIGH" in page and "`drseg study t`; trained at commit abc\n" in page
+    page = markdown(study, scores, {}, {**facts, "start_steps": 7, "start": "contrast"})
+    assert "5 steps after 7 of the dual encoder, which saw captions alone, seeds" in page
     page = markdown(study, scores, {}, {**facts, "seconds": 90.1})
     assert "`drseg study t`; trained at commit abc; 2 minutes, one process after another\n" in page
 

@@ -113,7 +113,7 @@ def test_complete_variants_are_taken_as_they_are(setting, finished, tmp_path, mo
 def test_what_the_variants_took_is_counted_once(setting, finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "out")
     folders = [
-        plan_variant(setting, PLAIN, 0, out).start.folder,
+        plan_variant(setting, PLAIN, 0, out).start.path,
         *(plan_variant(setting, c, 0, out).folder for c in (PLAIN, OTHER)),
     ]
     for place, folder in enumerate(folders):

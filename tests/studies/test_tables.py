@@ -95,6 +95,26 @@ def test_table_2_without_ugaf_is_no_row_of_table_4(quick):
     assert readings["pdgr_sum"].paper == paper.TABLE2["pdgr"] and len(readings) == 6
 
 
+@pytest.mark.parametrize(
+    ("table", "names"),
+    [
+        ("table2", {"pdgr_k1": "pdgr", "all_k1": "all"}),
+        ("table3", {"drseg_k1": "drseg_v3"}),
+        ("table6", {"k_1": "k_75"}),
+    ],
+)
+def test_tables_about_the_graph_have_a_row_without_one(quick, table, names):
+    """It is the row beside it with the node alone, and none of the paper's."""
+    study = training_study(table, quick)
+    variants = {variant.name: variant for variant in study.variants}
+    for name, beside in names.items():
+        assert variants[name].paper is None and variants[name].title.endswith("K 1")
+        assert variants[name].options == {**variants[beside].options, "model.graph.k": 1}
+        assert quick.variant_config(dict(variants[name].options), 0).model.graph.k == 1
+    assert "K 1 are none of the paper's" in study.note
+    assert sum(variant.options.get("model.graph.k") == 1 for variant in study.variants) == len(names)
+
+
 def test_every_row_of_the_paper_s_table_1():
     """All means follow from their cells but two, so a slip of a digit shows here."""
     assert [list(methods) for methods in paper.TABLE1.values()] == 4 * [
