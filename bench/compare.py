@@ -157,9 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     width = max(len(" ".join(one.key)) for one in found)
+    print(f"{'':{width}}  new/old, each normalised by what its machine can reach; above 1 took longer")
     for one in found:
         ratio = "    -" if one.ratio is None else f"{one.ratio:5.2f}"
-        tells = "" if one.resolution is None else f"  tells {100 * one.resolution:.0f} % from noise"
+        tells = "" if one.resolution is None else f"  a difference below {100 * one.resolution:.0f} % is noise"
         raw = (
             ""
             if one.ratio is None or one.normalised

@@ -134,6 +134,11 @@ def rows_of(
     return rows
 
 
+COLUMNS_EXPLAINED = """\
+/ engine: time of a row as a multiple of the engine's, so above 1 the engine is faster. of ceiling: share of what the
+machine can reach, above 1 where work was skipped. Sizes of microseconds measure how threads wait: try --threads 1."""
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows for a reader."""
     lines = [[heading for heading, _, _ in _COLUMNS]]

@@ -128,6 +128,7 @@ def _print_backends(device: str) -> None:
 
 def _measure(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
     failed = missing = False
+    explained = False
     for number, job in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {job}", file=sys.stderr, flush=True)
         try:
@@ -147,7 +148,8 @@ def _measure(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
             print(f"{job}: refused: {problem}", file=sys.stderr)
         failed |= bool(refused)
         if rows:
-            print(record.table(rows), flush=True)
+            print(record.table(rows) + ("" if explained else f"\n{record.COLUMNS_EXPLAINED}"), flush=True)
+            explained = True
             if args.out:
                 record.append(args.out, rows)
     # what was asked for and cannot run here has a code of its own

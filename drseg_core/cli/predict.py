@@ -18,6 +18,7 @@ from drseg_core.config.reading import parse_bands
 USAGE = 'drseg predict RUN IMAGE [IMAGE ...] --out map.tif [--classes "building; field"] [options]'
 EPILOG = """\
 examples:
+  drseg predict zero-shot scene.tif --classes "building; road; tree" --out map.tif
   drseg predict run scene.tif --classes "building; field; pavement" --out map.tif
   drseg predict run scene.tif --classes "road, parking lot#808080; roof#c83232" --threshold 0.3 --out map.tif
   drseg predict run scene.tif --classes @classes.txt --out map.tif
@@ -27,9 +28,8 @@ examples:
   drseg predict run scenes/ "more/*.tif" @list.txt --out maps/{name}.tif --keep-going --report report.json
   torchrun --nproc-per-node 4 -m drseg_core predict run scenes/ --out maps/
   drseg predict run scenes/ --out maps/ --shard 3/20        # in a job array; then once without --shard
-  drseg predict zero-shot scene.tif --classes "building; road; tree" --out map.tif
 
-The last example maps without a trained run. drseg predict zero-shot --help lists its options.
+The first example maps without a trained run. drseg predict zero-shot --help lists its options.
 
 Files written:
   map.tif              class raster (Cloud Optimized GeoTIFF) with a colour table

@@ -47,7 +47,12 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     from drseg_core.config.zero_shot import VARIANTS
 
     parser.usage, parser.epilog = USAGE, EPILOG
-    parser.add_argument("run", type=str, metavar="PRESET", help="zero-shot, zero-shot:b, zero-shot:l or zero-shot:FILE")
+    parser.add_argument(
+        "run",
+        type=str,
+        metavar="PRESET",
+        help="zero-shot, zero-shot:b, zero-shot:l or zero-shot:FILE; zero-shot:tiny only tries the command",
+    )
     parser.add_argument("image", type=str, nargs="+", metavar="IMAGE", help=IMAGE_HELP)
     classes = parser.add_argument_group("classes")
     classes.add_argument(

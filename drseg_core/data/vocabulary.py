@@ -47,7 +47,9 @@ class Vocabulary(NamedTuple):
     def text(self) -> str:
         """How the classes were understood."""
         shown = [words[0] + (f" (or {', '.join(words[1:])})" if words[1:] else "") for words in self.synonyms]
-        return "; ".join(shown)
+        # commas alone are the natural way to write several classes, and mean one
+        hint = " - one class only; classes have ; between them" if len(shown) == 1 and len(self.synonyms[0]) > 1 else ""
+        return "; ".join(shown) + hint
 
     def with_other(self) -> Vocabulary:
         """The same with a class for pixels that are none of them; the one of that name where there is one."""

@@ -59,7 +59,7 @@ def _nodes(name: str, value: Tensor, width: int, grid: tuple[int, int] | None) -
             raise ValueError(f"PDGR: grid does not match {name}; expected {own} or None for a map, got {grid}")
         return value.flatten(2).transpose(1, 2), own
     if grid is None:
-        forms = f"(B, {width}, h, w)"
+        forms = f"(B, {width}, h, w), or tokens with grid=(h, w)"
     elif len(shape) == 3 and shape[1] == grid[0] * grid[1] and shape[2] == width:
         return value, grid
     else:
@@ -251,6 +251,8 @@ class PDGR(nn.Module):
             wanted = (
                 f"same B, h, w as {tuple(features.shape)}" if features.dim() == 4 else f"B and grid {grid} of features"
             )
+            # a map on another grid can be brought to that of the features
+            wanted += "" if own == grid or nodes.shape[0] != features.shape[0] or tokens else ", or resample_prior=True"
             raise ValueError(f"PDGR: prior does not match features; expected the {wanted}, got {tuple(prior.shape)}")
         if features.device != prior.device:
             raise ValueError(f"PDGR: prior is on another device; expected {features.device}, got {prior.device}")

@@ -55,12 +55,12 @@ def time_text(seconds: float) -> str:
     Examples:
         >>> from drseg_core.scenes.plan import time_text
         >>> [time_text(seconds) for seconds in (0.2, 40, 1500, 220_000)]
-        ['less than a second', '40 seconds', '25 minutes', '61 hours']
+        ['a second', '40 seconds', '25 minutes', '61 hours']
     """
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second" if seconds >= 0.5 else "less than a second"
+    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
 
 
 def plan_scene(predictor: Predictor, scene: SceneReader, *, probabilities: bool = False) -> Plan:

@@ -45,7 +45,7 @@ BeneathOf = Callable[[SceneReader, tuple[str, ...], int], Beneath]
 
 
 class Page(NamedTuple):
-    """``path`` of a page, its ``size`` in bytes, and ``notes``: what was sampled on it, and how.
+    """``path`` of a page, its ``size`` in bytes, and ``notes``: what a reader must know, such as what was sampled.
 
     Examples:
         >>> import drseg_core as drseg
@@ -117,6 +117,7 @@ def write_page(
         raise ConfigError("view: the image is missing; expected the scene of the map in image, as the run reads it")
     with open_map(path) as found:
         classes, areas = class_layer(found)
+        warning = str(found.source.tags().get("warning", ""))
         layers, below = [classes, *value_layers(found)], Beneath([], "no run was given", 1, None, None)
         if image is not None:
             with open_scene(image, reading=reading, gsd=gsd, aoi=aoi) as scene:
@@ -136,7 +137,9 @@ def write_page(
             "why_no_graph": below.why_not,
         }
     layers = fitted(layers, int(max_mb * 1e6) - len(_json(content)) - len(_template()) - _REST)
-    notes = [_sampled(layer) for layer in layers if layer.finest > layer.step]
+    # such as of random weights: a page is passed on without the map that says so
+    notes = [warning] if warning else []
+    notes += [_sampled(layer) for layer in layers if layer.finest > layer.step]
     if below.parts and below.parts[0].stride > 1:
         notes.append(f"Graph: edges of the nodes of one row and column in {below.parts[0].stride}")
     content |= {"layers": [_described(layer) for layer in layers], "notes": notes}

@@ -59,8 +59,8 @@ def slower(by: float) -> dict[str, float]:
 def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], verdict: str, code: int):
     old, new = write(tmp_path / "old", row()), write(tmp_path / "new", row(**changes))
     assert compare.main([str(old), str(new)]) == code
-    out = capsys.readouterr().out
-    assert verdict in out and "from noise" in out
+    heading, line = capsys.readouterr().out.splitlines()
+    assert "new/old" in heading and verdict in line and "is noise" in line
 
 
 def test_the_last_row_of_the_same_counts_and_lost_rows_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

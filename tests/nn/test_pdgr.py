@@ -719,7 +719,7 @@ def test_memory_format_of_the_result(dtype, residual):
 REFUSED: dict[str, tuple[Any, str]] = {
     "tokens without a grid": (
         lambda m, x, p: m(_tokens(x), p),
-        r"features has .*; expected \(B, 6, h, w\), got \(2, 12, 6",
+        r"features has .*; expected \(B, 6, h, w\), or tokens with grid=\(h, w\), got \(2, 12, 6",
     ),
     "another grid": (
         lambda m, x, p: m(_tokens(x), p, grid=(3, 5)),
@@ -728,7 +728,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a map on another grid": (lambda m, x, p: m(x, p, grid=(4, 3)), r"grid does not match features; expected \(3, 4\)"),
     "tokens and a map": (
         lambda m, x, p: m(_tokens(x), p.mT, grid=(3, 4)),
-        r"prior does not match features; expected the B and grid \(3, 4\) of features, got \(2, 5, 4, 3\)$",
+        r"prior does not match features; expected the B and grid \(3, 4\) of features, or resample_prior=True, got",
     ),
     "no pair": (lambda m, x, p: m(_tokens(x), p, grid=12), r"grid is not a pair; expected \(h, w\), got 12$"),
     "prior and graph": (lambda m, x, p: m(x, p, graph=m.graph(p)), r"prior and graph say the same; .*, got both$"),

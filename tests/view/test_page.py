@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,15 @@ def test_a_picture_keeps_what_is_valid_exactly():
     pixels[..., 3] = 255 * (pixels[..., 3] > 100)
     (level,) = pyramid(lambda a, b, c, d: pixels[a:b, c:d], 40, 50, PICTURE)
     assert np.array_equal(decoded(level.tiles[0])[..., 3], pixels[..., 3])
+
+
+def test_a_map_of_random_weights_says_so_on_its_page(mapped, tmp_path):
+    path = tmp_path / "map.tif"
+    shutil.copy(mapped.map, path)
+    with rasterio.open(path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as file:
+        file.update_tags(warning="CLIP has random weights: this map means nothing")
+    page = write_page(path, tmp_path / "page.html")
+    assert page.notes == ["CLIP has random weights: this map means nothing"] == content(page.path)["notes"]
 
 
 @pytest.mark.promise("C52")
