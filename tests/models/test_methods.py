@@ -293,7 +293,7 @@ class TestProposals:
             build_model(method("san", model__proposals__recognition_blocks=4).model)
         with pytest.raises(ValueError, match="heads does not divide width"):
             build_model(method("san", model__proposals__heads=5).model)
-        with pytest.raises(ValueError, match="image_size is no multiple of a patch; expected one of 16, got 100"):
+        with pytest.raises(ValueError, match="image_size does not fit the patch; expected a multiple of 16, got 100"):
             build_model(method("san", model__proposals__image_size=100).model)
         with pytest.raises(ValueError, match="kind is unknown"):
             ProposalSegmenter(method("catseg").model)

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 SOURCES = {".py", ".cpp", ".h", ".cu"}
 TEXTS = SOURCES | {".md", ".toml", ".yaml", ".yml", ".txt", ".cff", ".in", ""}
 LARGEST = 40_000
+# nobody edits it: a line for each test
+GENERATED = "docs/promises.md"
 
 
 def _listed() -> list[Path]:
@@ -128,7 +130,7 @@ def test_licence_line():
 def test_no_file_is_two_files():
     assert len(FILES) > 60
     texts = [path for path in FILES if path.suffix in TEXTS]
-    assert [str(path.relative_to(ROOT)) for path in texts if path.stat().st_size > LARGEST] == []
+    assert [str(path.relative_to(ROOT)) for path in texts if path.stat().st_size > LARGEST] in ([], [GENERATED])
 
 
 def test_no_path_of_a_developers_machine():

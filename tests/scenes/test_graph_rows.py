@@ -186,7 +186,7 @@ def test_rows_of_another_graph_are_never_taken(scenes, tmp_path, monkeypatch, ca
     assert len(list(out.glob("*.work/rows-*.block"))) == 6
     made = watched(monkeypatch)
     mapped(words(k=5), scenes, out)
-    assert "begun anew" in caplog.text and made.all == row_parts(GRID)
+    assert "started again" in caplog.text and made.all == row_parts(GRID)
 
 
 def test_a_scene_without_data_has_no_rows(tmp_path, monkeypatch):
