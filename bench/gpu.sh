@@ -82,6 +82,8 @@ if [ -z "$DRY" ]; then
     TUNE_CASES=${TUNE_CASES:-paper_vitl_24x24 paper_vitl_24x24_e256 grid_64x64}
     TESTS=${TESTS:-$(echo tests/kernels/contract_*.py) tests/nn/test_cuda.py}
     ASKED="tiny or paper or prepare_prior or csc or cuda or halves or as_it_lies or handed_on or scales_are"
+    # some rows of a graph, as processes share them
+    ASKED="$ASKED or some_rows"
     # neighbours by rounded rows, what the library's products lose, and products of our own
     ASKED="$ASKED or left_to_a_layer or slack or computed_again or no_list or it_must_be or in_lists or our_own or than_float32"
     TESTS_K=${TESTS_K:-$ASKED}

@@ -127,8 +127,7 @@ def _print_backends(device: str) -> None:
 
 
 def _measure(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
-    failed = missing = False
-    explained = False
+    failed = missing = explained = False
     for number, job in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {job}", file=sys.stderr, flush=True)
         try:

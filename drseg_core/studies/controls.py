@@ -24,7 +24,7 @@ from drseg_core.ops import (
     score_parts,
     sort_by_score,
 )
-from drseg_core.studies.propagation import colour_features, standardised
+from drseg_core.studies.propagation import colour_features, nodes, standardised
 
 NONE, DISTANCE, COLOUR = "no graph", "distance alone", "colour and position"
 RANDOM, OWN, REAL, ORACLE = "random encoder", "own features", "DINOv2", "oracle"
@@ -53,11 +53,6 @@ class Neighbours(NamedTuple):
     def first(self, k: int) -> Neighbours:
         """The graph of fewer neighbours: K counts the node itself."""
         return Neighbours(self.node[:, :k].contiguous(), self.cosine[:, :k].contiguous())
-
-
-def nodes(feature: Tensor) -> Tensor:
-    """(D, h, w) to (N, D) float32."""
-    return feature.flatten(1).T.float().contiguous()
 
 
 def no_graph(grid: tuple[int, int]) -> Neighbours:

@@ -330,14 +330,15 @@ def _all_logits(fold: Fold, features: Mapping[int, Mapping[str, Tensor]], cell: 
     """(N, classifiers x T) logits of the cells of a test piece, side by side."""
     found = []
     for encoder, kind in CLASSIFIERS.values():
-        rows = torch.cat([_nodes(features[id(piece)][encoder]) for piece in fold.train])
+        rows = torch.cat([nodes(features[id(piece)][encoder]) for piece in fold.train])
         label = torch.cat([cell_labels(piece.mask, cell).flatten() for piece in fold.train])
         classifier = fit_classifier(kind, rows, label, fold.classes)
-        found.append(classifier(_nodes(features[id(fold.test)][encoder])))
+        found.append(classifier(nodes(features[id(fold.test)][encoder])))
     return torch.cat(found, dim=1)
 
 
-def _nodes(feature: Tensor) -> Tensor:
+def nodes(feature: Tensor) -> Tensor:
+    """(D, h, w) to (hw, D) float32."""
     return feature.flatten(1).T.float().contiguous()
 
 
@@ -350,7 +351,7 @@ def cell_labels(mask: Tensor, cell: int) -> Tensor:
 
 
 def _spread(logits: Tensor, prior: Tensor, kind: GraphSetting) -> Tensor:
-    graph = propagation_graph(_nodes(prior), (prior.shape[1], prior.shape[2]), kind.k, gamma=GAMMA, decay=kind.decay)
+    graph = propagation_graph(nodes(prior), (prior.shape[1], prior.shape[2]), kind.k, gamma=GAMMA, decay=kind.decay)
     return solve_labels(logits, graph, alpha=kind.alpha)
 
 

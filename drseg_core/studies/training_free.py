@@ -36,7 +36,7 @@ from drseg_core.studies import controls
 from drseg_core.studies.controls import WEIGHTS, Neighbours, Weights
 from drseg_core.studies.pieces import Fold, Piece, folds, read_pieces, synthetic_pieces
 from drseg_core.studies.plan import PlannedVariant, plan
-from drseg_core.studies.propagation import encoded, fit_classifier
+from drseg_core.studies.propagation import encoded, fit_classifier, nodes
 from drseg_core.studies.runner import read_json
 from drseg_core.studies.seeds import measure_seeds
 from drseg_core.studies.setting import Setting
@@ -187,7 +187,7 @@ def measure_landscapes(planned: PlannedVariant) -> dict[str, Any]:
                 feature = _read(model, image, form)
                 grid = (feature.shape[1], feature.shape[2])
                 pixels = pixels_below(sample.mask, grid, len(text))
-                logits = controls.nodes(feature) @ text.T
+                logits = nodes(feature) @ text.T
                 seen[form].append(Seen(logits, pixels, _priors(image, grid, feature, pixels, random, real)))
         for form, own in seen.items():
             centre = torch.cat([one.logits for one in own]).mean(dim=0)
@@ -319,10 +319,10 @@ def _prototype_logits(
     fold: Fold, name: str, feature: Mapping[tuple[str, int], Tensor], grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """(N, T) cosines of a test piece to class prototypes, and their means (T,) on the pieces these were fitted on."""
-    rows = torch.cat([controls.nodes(feature[name, id(piece)]) for piece in fold.train])
+    rows = torch.cat([nodes(feature[name, id(piece)]) for piece in fold.train])
     label = torch.cat([_labels(piece.mask, grid, fold.classes) for piece in fold.train])
     classify = fit_classifier("prototypes", rows, label, fold.classes)
-    return classify(controls.nodes(feature[name, id(fold.test)])), classify(rows).mean(dim=0)
+    return classify(nodes(feature[name, id(fold.test)])), classify(rows).mean(dim=0)
 
 
 def _labels(mask: Tensor, grid: tuple[int, int], classes: int) -> Tensor:

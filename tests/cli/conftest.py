@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,28 @@ SMALL = {
     "evaluation.tile_size": 32,
     "evaluation.overlap": 8,
 }
+
+
+def in_child(work: Callable[[], int], log: Path, seconds: int) -> tuple[int, str]:
+    """Exit code, or minus the signal, and what was printed, of ``work`` in a child of this process."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            # not what pytest listens to
+            sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(seconds)
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), log.read_text(encoding="utf-8", errors="replace")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,10 +12,7 @@ import json
 import os
 import resource
 import shutil
-import signal
-import sys
 import tarfile
-import traceback
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +24,7 @@ from PIL import Image
 
 from drseg_core.cli.main import main
 from drseg_core.errors import DRSegError
+from tests.cli.conftest import in_child
 
 rasterio = pytest.importorskip("rasterio")
 
@@ -214,27 +212,14 @@ CASES = (1000 if DEEP else 63) // len(KINDS)
 
 
 def limited(function: Callable[[], int], log: Path) -> tuple[int, str]:
-    """Exit code, or minus the signal, and what was printed, of a child of this process with little time and memory."""
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            # not what pytest listens to
-            sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
-            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (size + GIGABYTES * 2**30,) * 2)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(SECONDS)
-            code = function()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), log.read_text(encoding="utf-8", errors="replace")
+    """``function`` in a child of this process with little time and memory."""
+
+    def work() -> int:
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + GIGABYTES * 2**30,) * 2)
+        return function()
+
+    return in_child(work, log, SECONDS)
 
 
 @pytest.mark.promise("C54")

@@ -10,11 +10,9 @@ import platform
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +20,7 @@ from typing import NamedTuple
 import pytest
 from tqdm import tqdm
 
-from tests.cli.conftest import data, folder, one_thread, run, small
+from tests.cli.conftest import data, folder, in_child, one_thread, run, small
 
 __all__ = ["data", "folder", "one_thread", "run", "small"]
 
@@ -30,6 +28,8 @@ HERE = Path(__file__).parent
 # a command that hangs is a fault too
 SECONDS = 120
 RENAME = 82
+# an exit code that no command has
+REFUSED = 98
 
 
 class Call(NamedTuple):
@@ -83,30 +83,18 @@ def inject(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     def call(work: Callable[[], int], folder: Path, *, at: int = 0, error: int = 0, once: bool = True) -> Done:
         log, listing = place / "log", place / "calls"
         listing.write_text("")
-        child = os.fork()
-        if child == 0:
-            code = 99
-            try:
-                output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(output, 1)
-                os.dup2(output, 2)
-                sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
-                # its lock is shared by processes: one that was killed would hold it for all that come after
-                tqdm.set_lock(threading.RLock())
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.alarm(SECONDS)
-                watched = f"{folder.resolve()}/".encode()
-                if refused := ctypes.CDLL(str(library)).arm(watched, at, error, once, str(listing).encode()):
-                    code = 98
-                    raise OSError(refused, os.strerror(refused))
-                code = work()
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said = log.read_text(encoding="utf-8", errors="replace")
-        if code == 98:
+
+        def armed() -> int:
+            # its lock is shared by processes: one that was killed would hold it for all that come after
+            tqdm.set_lock(threading.RLock())
+            watched = f"{folder.resolve()}/".encode()
+            if refused := ctypes.CDLL(str(library)).arm(watched, at, error, once, str(listing).encode()):
+                print(os.strerror(refused))
+                return REFUSED
+            return work()
+
+        code, said = in_child(armed, log, SECONDS)
+        if code == REFUSED:
             pytest.skip(f"faults at system calls need seccomp ({said.splitlines()[-1]})")
         lines = [line.split(" ", 1) for line in listing.read_text().splitlines()]
         return Done(code, said, [Call(int(number), path) for number, path in lines])

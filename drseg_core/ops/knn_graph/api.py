@@ -216,8 +216,7 @@ def knn_graph(
     if check_finite:
         _checks.check_finite_rows("knn_graph", "prior", nodes)
     given = prior if isinstance(prior, PreparedPrior) else prepare_prior(prior, backend=backend)
-    # rounded rows are for whole tiles
-    if return_score is True or rows is not None:
+    if return_score is True:
         given = given._replace(rounded=None, residual=None)
     elif given.rounded is not None:
         _checks.check_shape(
