@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from drseg_core.errors import ConfigError
 from drseg_core.studies.channels import activation_sparsity, channel_masking, retention
+from drseg_core.studies.evidence import NAME, TITLE, evidence
 from drseg_core.studies.graph import neighbour_purity
 from drseg_core.studies.maps import correlation_maps
 from drseg_core.studies.propagation import propagation
@@ -45,6 +46,7 @@ def studies() -> dict[str, Study]:
         Study("neighbour-purity", "What the graph of a prior connects", neighbour_purity),
         Study("propagation", "Labels spread over the graph of a real prior, on real images", propagation),
         Study("training-free", "Does the graph help without training? With all controls", training_free),
+        Study(NAME, TITLE, evidence),
     ]
     setting = make_setting()
     for name in training_study_names():

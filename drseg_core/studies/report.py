@@ -72,11 +72,11 @@ def order(variants: Sequence[Variant], scores: Mapping[str, Scores]) -> Order | 
     for first, second in itertools.combinations(known, 2):
         assert first.paper is not None and second.paper is not None
         expected = (second.paper.miou or 0.0) - (first.paper.miou or 0.0)
-        differences = _differences(scores[first.name], scores[second.name])
-        if expected == 0 or not differences:
+        apart = differences(scores[first.name], scores[second.name])
+        if expected == 0 or not apart:
             continue
         # as the paper has it: above 0
-        agreeing = [value if expected > 0 else -value for value in differences]
+        agreeing = [value if expected > 0 else -value for value in apart]
         pairs += 1
         same += statistics.fmean(agreeing) > 0
         always += all(value > 0 for value in agreeing)
@@ -85,7 +85,7 @@ def order(variants: Sequence[Variant], scores: Mapping[str, Scores]) -> Order | 
     return Order(pairs, same, always, never, equal) if pairs else None
 
 
-def _differences(first: Scores, second: Scores) -> list[float]:
+def differences(first: Scores, second: Scores) -> list[float]:
     """mIoU of the second less that of the first, seed by seed."""
     found = []
     for seed in first.keys() & second.keys():
@@ -122,7 +122,7 @@ def _against(scores: Mapping[str, Scores], name: str, reference: str) -> str | N
 
 def difference_text(first: Scores, second: Scores) -> str | None:
     """mIoU of the second less that of the first, seed by seed: mean ± deviation; None where no seed has both."""
-    found = _differences(first, second)
+    found = differences(first, second)
     if not found:
         return None
     deviation = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every study of whether the graph helps, in one call, and one page that sets them side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from drseg_core.checkpoints.versions import library_versions
+from drseg_core.evaluation.report import markdown_table
+from drseg_core.files import write_text_atomic
+from drseg_core.scenes.plan import time_text
+from drseg_core.studies import figures, report
+from drseg_core.studies.expected_time import expected_seconds
+from drseg_core.studies.plan import PlannedVariant
+from drseg_core.studies.runner import run_variants
+from drseg_core.studies.setting import Setting
+from drseg_core.studies.training import StudyFiles
+from drseg_core.studies.training_free import training_free
+from drseg_core.studies.training_free_page import interval
+
+NAME = "evidence"
+TITLE = "Does the graph help? All studies that ask"
+STUDIES = ("table2", "table3", "table6")
+# rows of the tables, and what each is compared with; rows of a sweep are compared with its default
+_PAIRS = {
+    "table2": (("pdgr", "baseline"), ("pdgr_k1", "baseline"), ("pdgr", "pdgr_k1"), ("all", "all_k1")),
+    "table3": (("drseg_v1", "drseg_k1"), ("drseg_v3", "drseg_k1")),
+}
+_log = logging.getLogger(__name__)
+
+
+class Compared(NamedTuple):
+    """A row less another, seed by seed, in points of the mean over the test sets; ``half`` of the 95 % interval."""
+
+    study: str
+    row: str
+    against: str
+    mean: float
+    half: float
+    by_seed: tuple[float, ...]
+
+    @property
+    def wins(self) -> bool:
+        """Whether it is above in every seed, and its interval above zero."""
+        return min(self.by_seed) > 0 and self.mean > self.half
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} ± {self.half:.1f}" if self.half == self.half else f"{self.mean:+.1f}"
+
+
+def evidence(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:
+    """Run ``training-free`` and all trained studies about the graph; says before how long they take, then what is left.
+
+    Where CLIP has random weights, the dual encoder that stands for it learned from captions alone. Each study keeps its
+    own files, ``OUT/evidence.md`` compares their rows. What is complete is taken as it is.
+
+    Args:
+        setting: what they are run on.
+        out: folder of the studies.
+        jobs: processes.
+        command: as it was typed, for the pages.
+
+    Returns:
+        Why parts failed, by study and name.
+    """
+    trained = dataclasses.replace(setting, start="contrast") if setting.needs_start else setting
+    files = [StudyFiles(name, trained, out, command) for name in STUDIES]
+    owners = {id(item): one for one in files for item in one.planned}
+    planned = list({item.folder: item for one in files for item in one.planned}.values())
+    expected = time_text(expected_seconds(planned, jobs))
+    _log.info("study evidence: %d trainings, about %s without reading and optimiser", len(planned), expected)
+    problems = {f"training-free, {name}": one for name, one in training_free(setting, out, jobs=jobs).items()}
+    begin, ended = time.monotonic(), set[Path]()
+
+    def done(item: PlannedVariant, scores: dict[str, Any] | None, problem: str | None) -> None:
+        owners[id(item)].add(item, scores, problem)
+        ended.add(item.folder)
+        missing = len(planned) - len(ended)
+        if missing:
+            left = time_text((time.monotonic() - begin) / len(ended) * missing)
+            _log.info("study evidence: %d of %d trainings, about %s left", len(ended), len(planned), left)
+
+    run_variants([item for one in files for item in one.planned], jobs=jobs, done=done)
+    for one in files:
+        one.write()
+        one.draw()
+        problems |= {f"{one.name}, {name}": problem for name, problem in one.problems.items()}
+    name, by_study = NAME + setting.suffix, {one.study.name: compared(one) for one in files}
+    content = {
+        "study": name,
+        "title": TITLE,
+        **trained.record(),
+        "command": command,
+        "versions": library_versions(),
+        "not_run": problems,
+        "found": {study: [pair._asdict() for pair in pairs] for study, pairs in by_study.items()},
+    }
+    write_text_atomic(out / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    write_text_atomic(out / f"{name}.md", page(by_study, trained, command))
+    _draw([pair for pairs in by_study.values() for pair in pairs], out / f"{name}.png")
+    return problems
+
+
+def compared(files: StudyFiles) -> list[Compared]:
+    """The pairs of a study of which some seed has both."""
+    study = files.study
+    titles = {variant.name: variant.title for variant in study.variants}
+    reference = "k_1" if study.name == "table6" else study.reference
+    pairs = _PAIRS.get(study.name) or [(name, reference) for name in titles if name != reference]
+    found = []
+    for row, against in pairs:
+        apart = report.differences(files.scores.get(against, {}), files.scores.get(row, {})) if against else []
+        if against and apart:
+            mean, half = interval(torch.tensor([apart], dtype=torch.float64))
+            found.append(Compared(files.name, titles[row], titles[against], mean, half, tuple(apart)))
+    return found
+
+
+def page(by_study: Mapping[str, Sequence[Compared]], setting: Setting, command: str) -> str:
+    """The rows side by side, and what they say in five lines."""
+    rows = [
+        {
+            "study": f"[{pair.study}]({pair.study}.md)",
+            "row": pair.row,
+            "less": pair.against,
+            "mIoU": str(pair),
+            "above in seeds": f"{sum(value > 0 for value in pair.by_seed)} of {len(pair.by_seed)}",
+            "wins": "yes" if pair.wins else "no",
+        }
+        for pairs in by_study.values()
+        for pair in pairs
+    ]
+    quick = ["This is a quick run: it shows that the command ends, and nothing else.", ""] if setting.quick else []
+    lines = [
+        f"# {TITLE}",
+        "",
+        *quick,
+        *[f"{place}. {line}" for place, line in enumerate(_in_words(by_study), 1)],
+        "",
+        "Points of mIoU over all test sets, a row less another: mean over the seeds "
+        f"({', '.join(map(str, setting.seeds))}), ± half of its 95 % interval. *Wins*: above in every seed, and the "
+        "interval above zero. K 1 is PDGR without a graph: each node has itself alone. What it gains is the gain of "
+        "PDGR's linear layers.",
+        "",
+        markdown_table(rows),
+        "The same question without training: [training-free](training-free.md).",
+        "",
+        f"`{command}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _draw(pairs: Sequence[Compared], path: Path) -> None:
+    """Every row's difference with its interval."""
+    plt = figures.pyplot()
+    if plt is None or not pairs:
+        return
+    figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.28 * len(pairs)))
+    for place, pair in enumerate(pairs):
+        color = figures.ACCENT if pair.wins else figures.INK
+        half = pair.half if pair.half == pair.half else 0.0
+        axis.errorbar(pair.mean, place, xerr=half, fmt="o", color=color, ecolor=color, markersize=4)
+        axis.plot(pair.by_seed, [place] * len(pair.by_seed), "|", color=color, markersize=7)
+    axis.axvline(0, color=figures.INK, linewidth=0.8)
+    axis.set_yticks(range(len(pairs)), [f"{pair.row} less {pair.against}" for pair in pairs], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("mIoU, points; bars: 95 % interval over seeds", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figures.save(figure, path)
+
+
+def _in_words(by_study: Mapping[str, Sequence[Compared]]) -> list[str]:
+    modules = {(pair.row, pair.against): pair for pair in by_study.get("table2", ())}
+
+    def of(row: str, against: str) -> str:
+        found = modules.get((row, against))
+        return "not scored" if found is None else str(found)
+
+    others = [pair for name, pairs in by_study.items() if name.startswith("sweep-") for pair in pairs]
+    winners = [f"{pair.row} ({pair.study}, {pair})" for pair in others if pair.wins]
+    neighbours = by_study.get("table6", [])
+    best = max(neighbours, key=lambda pair: statistics.fmean(pair.by_seed), default=None)
+    return [
+        f"PDGR in place of the canonical map: {of('+ PDGR', 'baseline')} against the baseline.",
+        f"The same without a graph (K 1): {of('+ PDGR, K 1', 'baseline')}.",
+        f"So the graph's own part is {of('+ PDGR', '+ PDGR, K 1')}. In all of DR-Seg it is "
+        f"{of('all (DR-Seg)', 'all (DR-Seg), K 1')}.",
+        "Of all numbers of neighbours "
+        + ("none was scored." if best is None else f"{best.row} gains most against K 1: {best}."),
+        f"Of {len(others)} other ways to start, these win: {', '.join(winners) or 'none'}.",
+    ]

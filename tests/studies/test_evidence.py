@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from drseg_core.studies import evidence
+from drseg_core.studies.setting import make_setting
+from drseg_core.studies.training import StudyFiles
+
+
+def scores(*by_seed):
+    return {seed: {"source": {"mIoU": value}, "shifted": {"mIoU": value - 1}} for seed, value in enumerate(by_seed)}
+
+
+@pytest.fixture
+def files(tmp_path):
+    setting = dataclasses.replace(make_setting(quick=True, seeds=(0, 1, 2)), start="contrast")
+    return lambda name: StudyFiles(name, setting, tmp_path)
+
+
+def test_a_row_is_compared_seed_by_seed(files):
+    table = files("table2")
+    table.scores = {"baseline": scores(30, 32, 34), "pdgr": scores(31, 33.1, 35.2), "pdgr_k1": scores(31, 33, 34.9)}
+    found = {(pair.row, pair.against): pair for pair in evidence.compared(table)}
+    assert list(found) == [
+        ("+ PDGR", "baseline"),
+        ("+ PDGR, K 1", "baseline"),
+        ("+ PDGR", "+ PDGR, K 1"),
+    ]
+    gain = found["+ PDGR", "baseline"]
+    assert gain.by_seed == pytest.approx((1, 1.1, 1.2)) and gain.mean == pytest.approx(1.1)
+    # of three values the t of 97.5 % is 4.303
+    assert gain.half == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3) and gain.wins
+    # above or level in every seed is not above in every seed
+    assert not found["+ PDGR", "+ PDGR, K 1"].wins and str(gain) == "+1.1 ± 0.2"
+
+
+@pytest.mark.parametrize(("apart", "wins"), [((1, 1.1, 1.2), True), ((0.1, 1, 3), False), ((-0.1, 5, 5), False)])
+def test_what_wins(apart, wins, files):
+    table = files("table6")
+    table.scores = {"k_1": scores(0, 0, 0), "k_75": scores(*apart)}
+    (pair,) = evidence.compared(table)
+    assert (pair.row, pair.against, pair.wins) == ("K 75", "K 1", wins)
+
+
+def test_one_seed_never_wins(files):
+    table = files("table6")
+    table.scores = {"k_1": scores(1), "k_20": scores(9)}
+    (pair,) = evidence.compared(table)
+    assert not pair.wins and str(pair) == "+8.0"
+
+
+def test_the_page_says_it_in_five_lines(files):
+    tables = {name: files(name) for name in ("table2", "table6")}
+    tables["table2"].scores = {"baseline": scores(30, 32, 34), "pdgr": scores(31, 33.1, 35.2)}
+    tables["table6"].scores = {"k_1": scores(0, 0, 0), "k_20": scores(1, 1, 1), "k_75": scores(2, 2, 2)}
+    pairs = {name: evidence.compared(table) for name, table in tables.items()}
+    text = evidence.page(pairs, tables["table2"].setting, "drseg study evidence")
+    lines = text.split("\n\n")
+    told = next(part for part in lines if part.startswith("1. ")).splitlines()
+    assert len(told) == 5
+    assert told[0] == "1. PDGR in place of the canonical map: +1.1 ± 0.2 against the baseline."
+    assert "not scored" in told[1] and "K 75 gains most against K 1: +2.0 ± 0.0" in told[3]
+    assert "| [table6-contrast](table6-contrast.md) | K 20 | K 1 | +1.0 ± 0.0 | 3 of 3 | yes |" in text
