@@ -18,6 +18,7 @@ COMMANDS = {
     "model": "the whole model, and what each of its parts takes",
     "lposs": "label propagation on a k-NN graph beside faiss and scipy",
     "busy": "the tiny model alone and beside a busy process, by how threads wait",
+    "long": "hours of training, maps and graphs: whether memory, open files or caches grow",
     "presets": "a training step and a scored image of every set under both presets",
     "scenes": "a whole map beside the model's own forward passes, with threads that read and write and without",
     "tune": "find the fastest launch sizes on a GPU and write its tables",
