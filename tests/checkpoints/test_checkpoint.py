@@ -8,12 +8,14 @@ import random
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from drseg_core.checkpoints import checkpoint as module
+from drseg_core.checkpoints import lock
 from drseg_core.checkpoints.checkpoint import (
     DESCRIPTION,
     FOLDER,
@@ -39,7 +41,7 @@ CONFIG = {"model": {"k": 3}, "seed": 0}
 NAMES = ("field", "tank")
 
 
-def save(run: Path, step: int, *, size: int = 50, keep: int = 2) -> Path:
+def save(run: Path, step: int, *, size: int = 50, **options: Any) -> Path:
     return save_checkpoint(
         run,
         step,
@@ -47,7 +49,7 @@ def save(run: Path, step: int, *, size: int = 50, keep: int = 2) -> Path:
         training={"step": step, "random": [random_state()], "optimizer": {"state": {0: {"exp_avg": torch.ones(size)}}}},
         config=CONFIG,
         class_names=NAMES,
-        keep=keep,
+        **options,
     )
 
 
@@ -83,10 +85,14 @@ def test_the_folder_is_as_readable_as_any_other(tmp_path):
 
 
 @pytest.mark.promise("C28")
-@pytest.mark.parametrize(("keep", "left"), [(0, 2), (1, 2), (2, 2), (3, 3)])
-def test_the_newest_generations_stay(tmp_path, keep, left):
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [({}, 2), *(({"keep": keep}, left) for keep, left in ((0, 2), (1, 2), (2, 2), (3, 3)))],
+    ids=str,
+)
+def test_the_newest_generations_stay(tmp_path, options, left):
     for step in (1, 2, 3, 4, 5):
-        save(tmp_path, step, keep=keep)
+        save(tmp_path, step, **options)
     assert names(tmp_path) == [f"step-{step:08d}" for step in range(6 - left, 6)]
 
 
@@ -364,6 +370,18 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, fork):
     assert "pid" in (tmp_path / ".lock").read_text()
     with run_lock(tmp_path):
         pass
+
+
+def test_the_holder_is_named_where_a_longer_name_stood(tmp_path, fork):
+    (tmp_path / ".lock").write_text(json.dumps({"pid": 123456789, "host": "a-host-with-a-longer-name" * 5}))
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_forked_worker_knows_of_no_lock(tmp_path, fork):
+    # it would close files of its own that have the same numbers, in its own children
+    with run_lock(tmp_path):
+        assert lock._held and fork(lambda: os._exit(len(lock._held))) == 0
 
 
 def test_a_worker_that_outlives_its_trainer_does_not_hold_the_lock(tmp_path, fork):
