@@ -247,6 +247,7 @@ def test_memory_and_disk_are_7(drseg, small, data, tmp_path, monkeypatch):
         (MemoryError(), 7, "allocation refused; lower --tile-size"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), 7, "20.00 GiB"),
         (OSError(errno.ENOSPC, "No space left on device"), 7, "No space left"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), 7, "/x cannot be written: the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x"),
         (ImportError("no module"), 5, "drseg doctor"),
         (RuntimeError("operator torchvision::nms does not exist"), 5, "do not fit together"),
