@@ -194,6 +194,40 @@ def test_the_model_has_the_kernels_scales_and_parts(device):
     torch.testing.assert_close(got.cpu(), expected, rtol=2 * UNIT, atol=0)
 
 
+@pytest.mark.promise("C4")
+def test_small_entries_beside_large_ones_keep_their_digits(device):
+    """Entries of 2**-12 of the largest, which meets a zero."""
+    x, weight = draw(6, 64) * 2.0**-12, draw(7, 64, seed=1) * 2.0**-12
+    x[:, 0], weight[:, 1] = 1.0, 1.0
+    x[:, 1], weight[:, 0] = 0.0, 0.0
+    got = kernels.linear_map(x[None].to(device), weight.to(device))[0]
+    # of the small entries alone: nothing of the large ones is in the sum
+    worst, _ = errors(got, x[:, 2:], weight[:, 2:])
+    assert worst <= 4
+
+
+@pytest.mark.promise("C11")
+def test_finite_entries_alone_decide_on_a_scale(device):
+    """Exponents of both operands, as the first kernel writes them."""
+    x = torch.ones(3, 64)
+    x[0, 0], x[1, 5], x[2, 7] = torch.inf, torch.nan, -torch.inf
+    found: list[Tensor] = []
+    empty = torch.empty
+
+    def noted(*size: int, **how: object) -> Tensor:
+        made = empty(*size, **how)
+        if made.dtype == torch.int32:
+            found.append(made)
+        return made
+
+    torch.empty = noted
+    try:
+        kernels.multiply(kernels.rows_of(x.to(device)), kernels.rows_of(torch.ones(2, 64, device=device)), 64)
+    finally:
+        torch.empty = empty
+    assert found[0].tolist() == [[1] * 5]
+
+
 @pytest.mark.promise("C5")
 def test_rows_of_any_size(device):
     """Products of the largest and the smallest numbers; what leaves the range does so at the end."""

@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from drseg_core import ops
 from drseg_core.errors import BackendUnavailableError
-from drseg_core.ops.linear_map import reference
+from drseg_core.ops import _triton
+from drseg_core.ops.linear_map import reference, registration
 from drseg_core.ops.linear_map.cases import make_inputs
 from drseg_core.testing import CASES
 
@@ -112,6 +114,22 @@ def test_empty(x, weight):
 def test_a_kernel_that_cannot_run_is_an_error():
     with pytest.raises(BackendUnavailableError, match="^linear_map: backend triton cannot run on cpu: Triton kernels"):
         ops.linear_map(torch.ones(2, 3), torch.ones(4, 3), backend="triton")
+
+
+@pytest.mark.parametrize("capability,pays", [((8, 0), True), ((9, 0), True), ((8, 6), False), ((12, 0), False)])
+def test_parts_are_for_tensor_cores_of_full_rate(capability, pays, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    _triton._why_not.cache_clear()
+    try:
+        with FakeTensorMode():
+            x = torch.empty(2, 3, 4, device="cuda")
+            assert registration.has_kernel(x, "auto") is pays and registration.has_kernel(x, "triton")
+            # these are the library's everywhere, and so is what another backend has no kernel for
+            assert not registration.has_kernel(x.double(), "auto") and not registration.has_kernel(x, "reference")
+            assert not registration.has_kernel(x, "somebody_else_s")
+    finally:
+        _triton._why_not.cache_clear()
 
 
 @pytest.mark.promise("C44")

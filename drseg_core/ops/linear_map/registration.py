@@ -39,8 +39,10 @@ _dispatch.add_table(
 
 def _has_kernel(tensor: Tensor, requested: str) -> bool:
     if requested == "auto":
-        if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) not in FULL_RATE:
-            requested = "reference"
+        # without a card to ask, a program is made for one of another machine
+        if tensor.is_cuda and torch.cuda.is_available():
+            if torch.cuda.get_device_capability(tensor.device) not in FULL_RATE:
+                requested = "reference"
     elif not _dispatch.has_backend("linear_map", requested):
         requested = "reference"
     return _dispatch.resolve("linear_map", tensor, requested).run is not reference.linear_map
