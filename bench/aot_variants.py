@@ -65,6 +65,7 @@ def variants(target: Any) -> Iterator[Variant]:
     seen = set()
     for found in (
         _prepare_prior,
+        _linear_map,
         _knn_graph,
         _csc,
         _edge_weight,
@@ -105,6 +106,26 @@ def _prepare_prior(device: Any) -> Iterator[Variant]:
         options = {"num_warps": warps, **FMA}
         name = _name("prepare_prior planes", words, warps)
         yield Variant(name, op._prepare_prior_kernel_planes, types, constants, options, 16_384, sizes)
+
+
+def _linear_map(device: Any) -> Iterator[Variant]:
+    from drseg_kernels import linear_map as op
+    from drseg_kernels._launch import FMA
+
+    sizes = op.sizes_of(device)
+    flags = ("LEFT_DOWN", "LEFT_GROUPED", "RIGHT_DOWN", "RIGHT_GROUPED")
+    for kernel, words, shared in (
+        # of rows, and of a map; for the gradient to them; for that to the weight, of rows and of a map
+        *((op._linear_map_kernel_split, {**dict(zip(flags, map(bool, given), strict=True)), **op.SPLIT}, 16_384)
+          for given in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 0, 1, 0), (1, 0, 1, 0), (1, 0, 0, 1))),
+        (op._linear_map_kernel_product, sizes, op.shared_bytes(sizes)),
+    ):  # fmt: skip
+        constants = {name: value for name, value in words.items() if name.isupper()}
+        options = {**FMA, **{name: value for name, value in words.items() if name.islower()}}
+        types = {"left_ptr": "*fp32", "right_ptr": "*fp32", "parts_ptr": "*fp16", "exponent_ptr": "*i32"}
+        types = {name: of for name, of in {**types, "out_ptr": "*fp32"}.items() if name in kernel.arg_names}
+        name = _name(f"linear_map {kernel.__name__.split('_kernel_')[1]}", constants, words["num_warps"])
+        yield Variant(name, kernel, types, constants, options, shared, ("stride", "piece"))
 
 
 def _knn_graph(device: Any) -> Iterator[Variant]:

@@ -86,8 +86,10 @@ if [ -z "$DRY" ]; then
     ASKED="$ASKED or some_rows"
     # neighbours by rounded rows, what the library's products lose, and products of our own
     ASKED="$ASKED or left_to_a_layer or slack or computed_again or no_list or it_must_be or in_lists or our_own or than_float32"
+    # linear maps by float16 parts: their error beside float32's, and what a tensor core cuts off
+    ASKED="$ASKED or no_less_accurate or scales_and_parts or any_size or not_finite_keeps or pdgr_multiplies"
     TESTS_K=${TESTS_K:-$ASKED}
-    SANITIZED=${SANITIZED:-test_agrees_with_the_oracle and tiny_3x4 and float32 or test_gap_rule and tiny and float32 or test_in_small_pieces}
+    SANITIZED=${SANITIZED:-test_agrees_with_the_oracle and tiny_3x4 and float32 or test_gap_rule and tiny and float32 or test_in_small_pieces or test_gradients_come_through}
     REPEATS=7
     PROBE_REPEATS=11
     SECONDS_IN_ALL=${SECONDS_IN_ALL:-540}

@@ -4,15 +4,16 @@
     python -m bench probe --out probe.jsonl
     python -m bench probe --device cpu --only product           # tiny sizes: shows that it runs
 
-Products of the library in three dtypes, a sort, copies, a gather, a scatter, and a chain of kernels that do nothing. On
-a GPU each is a CUDA graph. It is timed with a cold cache (read over), with a warm one, and with one that was written
-over, which shows the cost of dirty lines. ``amount`` is the FLOP of a product, and the bytes moved by everything else.
-A chain has none. Its time per kernel is the gap between two nodes of a graph.
+Products of the library in three dtypes, linear maps by float16 parts, a sort, copies, a gather, a scatter, and a chain
+of kernels that do nothing. On a GPU each is a CUDA graph. It is timed with a cold cache (read over), with a warm one,
+and with one that was written over, which shows the cost of dirty lines. ``amount`` is the FLOP of a product, and the
+bytes moved by everything else. A chain has none. Its time per kernel is the gap between two nodes of a graph.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 
 from bench import record
 from bench.timing import GraphSampler, gpu_state, seconds_of, settle_clocks
-from drseg_core.ops import csc, prepare_prior
+from drseg_core.ops import csc, linear_map, prepare_prior
 from drseg_core.testing import Case
 
 # sizes of the paper's batch, and what a CPU goes through in no time
@@ -86,6 +87,48 @@ def _products(case: Case, device: str) -> Iterator[Probe]:
                 yield Probe(f"product to float32: {name}", run, dtype, flop, shape)
 
 
+@contextlib.contextmanager
+def _rounded() -> Iterator[None]:
+    """Within the block the library may multiply float32 as TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _maps(case: Case, device: str) -> Iterator[Probe]:
+    """Linear maps by float16 parts, forward and both gradients, and the library's as TF32.
+
+    Those in float32 and in float16 are among the products.
+    """
+    dtype, backend = torch.float32, "triton" if device == "cuda" else "reference"
+    for name, channels, width in (
+        ("both projections", case.prior, 2 * case.hidden),
+        ("layer", case.channels, case.channels),
+    ):
+        x = _random(case.batch, case.nodes, channels, like=dtype, device=device)
+        grad = _random(case.batch, case.nodes, width, like=dtype, device=device)
+        weight = _random(width, channels, like=dtype, device=device)
+        rows = case.batch * case.nodes
+        shape, flop = f"1x{rows}x{channels}x{width}", 2 * rows * channels * width
+        as_map = x.mT.contiguous().mT
+        yield Probe(f"linear_map: {name}", partial(linear_map, x, weight, backend=backend), dtype, flop, shape)
+        yield Probe(
+            f"linear_map: {name}, a map", partial(linear_map, as_map, weight, backend=backend), dtype, flop, shape
+        )
+        for of, mask in (("features", [True, False]), ("weight", [False, True])):
+            back = partial(torch.ops.drseg.linear_map_backward, grad, x, weight, mask, backend)
+            yield Probe(f"linear_map: {name}, to the {of}", back, dtype, flop, shape)
+
+        def rounded(x: Tensor = x, weight: Tensor = weight) -> Tensor:
+            with _rounded():
+                return F.linear(x, weight)
+
+        yield Probe(f"product as TF32: {name}", rounded, dtype, flop, shape)
+
+
 def _moves(case: Case, device: str) -> Iterator[Probe]:
     rows, edges = case.batch * case.nodes, case.batch * case.nodes * case.neighbours
     near = torch.randint(0, case.nodes, (case.batch, case.nodes, case.neighbours), device=device)
@@ -140,6 +183,7 @@ def _chains(device: str) -> Iterator[Probe]:
 def probes(device: str) -> Iterator[Probe]:
     case = SIZES[device]
     yield from _products(case, device)
+    yield from _maps(case, device)
     yield from _moves(case, device)
     yield from _chains(device)
 

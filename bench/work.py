@@ -184,6 +184,18 @@ def _planes(s: _Sizes) -> Work:
     return Work(s.case.batch * _cdiv(s.case.nodes, s.m), (loop, loop))
 
 
+def _split(s: _Sizes) -> Work:
+    # of a layer's map; nearly all programs have rows of the features, and none of the weight's two loops
+    loop, other = s.over(s.case.channels, int(s.constants["BLOCK_D"])), Bound(0, 1)
+    return Work(_cdiv(s.rows, s.m) + _cdiv(s.case.channels, s.m), (loop, loop, other, other))
+
+
+def _linear_product(s: _Sizes) -> Work:
+    from drseg_kernels.linear_map import TERMS
+
+    return Work(_cdiv(s.rows, s.m) * _cdiv(s.case.channels, s.n), (s.over(s.case.channels, TERMS),))
+
+
 def _csc_chunks(s: _Sizes) -> Work:
     from drseg_kernels.csc import chunks_of
 
@@ -201,6 +213,8 @@ def _csc_scan(s: _Sizes) -> Work:
 _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "_prepare_prior_kernel": _prepare_prior,
     "_prepare_prior_kernel_planes": _planes,
+    "_linear_map_kernel_split": _split,
+    "_linear_map_kernel_product": _linear_product,
     "_csc_kernel_count": _csc_chunks,
     "_csc_kernel_scan": _csc_scan,
     "_csc_kernel_place": _csc_chunks,

@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from drseg_core.nn.resample import resample
 from drseg_core.ops import (
@@ -19,6 +18,7 @@ from drseg_core.ops import (
     edge_weight,
     graph_layer,
     knn_graph,
+    linear_map,
     padding_mask,
     prepare_prior,
 )
@@ -37,16 +37,6 @@ _FORM: dict[str, Literal["additive", "gauss", "multiplicative", "product"]] = {
     "product": "product",
     "gauss": "gauss",
 }
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x`` (B, N, C) times ``weight`` (E, C); what lies in memory as (B, C, N) is read as it lies."""
-    if x.is_contiguous() or x.stride(1) != 1:
-        return F.linear(x, weight)
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
-        # autocast, which leaves float64 alone, would make a copy for every image
-        weight = weight.to(torch.get_autocast_dtype(x.device.type))
-    return torch.bmm(x, weight.t().expand(x.shape[0], -1, -1))
 
 
 def _nodes(name: str, value: Tensor, width: int, grid: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
@@ -364,9 +354,9 @@ class PDGR(nn.Module):
         # a copy, but one product; two parameters that shared their memory would be lost to those who save them by it
         both = torch.cat([self.edge_source.weight, self.edge_target.weight])
         if self.normalize_prior:
-            halves, inverse_norm = prepared.project(both)
+            halves, inverse_norm = prepared.project(both, backend=self.backend)
         else:
-            halves, inverse_norm = _linear(nodes.to(both.dtype), both), None
+            halves, inverse_norm = linear_map(nodes.to(both.dtype), both, backend=self.backend), None
         edges: dict[str, Any] = {
             "source": halves,
             "target": None,
@@ -430,7 +420,7 @@ class PDGR(nn.Module):
             raise ValueError("PDGR: prior and graph say the same; expected one of them, got both")
         for layer, weight in enumerate(self.weights):
             last = layer == len(self.weights) - 1
-            x = _linear(x, weight)
+            x = linear_map(x, weight, backend=self.backend)
             x, coefficient = graph_layer(
                 x,
                 index,

@@ -15,6 +15,7 @@ from drseg_core.ops.graph import Graph
 from drseg_core.ops.graph_layer.api import graph_layer
 from drseg_core.ops.graph_propagate.api import graph_propagate
 from drseg_core.ops.knn_graph.api import knn_graph, padding_mask
+from drseg_core.ops.linear_map.api import linear_map
 from drseg_core.ops.prepare_prior.api import PreparedPrior, prepare_prior
 from drseg_core.ops.scores import ScoreParts, score_parts, sort_by_score
 
@@ -35,6 +36,7 @@ __all__ = [
     "knn_between",
     "knn_graph",
     "last_backend",
+    "linear_map",
     "padding_mask",
     "prepare_prior",
     "register_backend",

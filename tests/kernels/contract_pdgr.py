@@ -19,7 +19,7 @@ from drseg_core.nn import PDGR
 from drseg_core.ops import _dispatch
 
 OPS = ("csc", "knn_graph", "edge_weight", "degree_normalize", "graph_propagate")
-FUSED = ("prepare_prior", "csc", "knn_graph", "edge_coefficient", "graph_layer")
+FUSED = ("prepare_prior", "linear_map", "csc", "knn_graph", "edge_coefficient", "graph_layer")
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,8 @@ def test_autocast_in_half_precision():
 
 @pytest.mark.promise("C25")
 @pytest.mark.parametrize(
-    "options,expected", [({}, FUSED), ({"self_loop": "extra"}, ("prepare_prior", *OPS[:4], "graph_layer"))]
+    "options,expected",
+    [({}, FUSED), ({"self_loop": "extra"}, ("prepare_prior", "linear_map", *OPS[:4], "graph_layer"))],
 )
 def test_the_fused_ops_run_where_they_can(options, expected):
     module, features, prior = make(**options)

@@ -118,6 +118,26 @@ def test_the_baseline_has_a_row_for_every_variant():
     assert baseline and all(set(rows) == wanted for rows in baseline.values())
 
 
+ADDITIONS = """
+import re
+from bench import aot
+target = aot.TARGETS[1]
+variant = next(one for one in aot.variants(target) if one.name.startswith("linear_map product"))
+ptx, _ = aot.build(variant, target)
+print(len(re.findall(r"\\badd(?:\\.rn)?\\.f32\\b", ptx)), ptx.count("wgmma.mma_async"))
+"""
+
+
+@pytest.mark.promise("C4")
+def test_sums_of_a_step_are_added_outside_of_the_tensor_core(tmp_path):
+    """One for each of a thread's results, 64 x 128 over 128 threads. Folded into products they would be none."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", ADDITIONS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    # and three products of 64 terms, 16 at a time
+    assert done.returncode == 0 and done.stdout.split() == ["64", "12"], done.stdout + done.stderr
+
+
 @pytest.mark.promise("C4", "C26")
 @pytest.mark.parametrize("name", ["prepare_prior", "knn_graph product"])
 def test_kernels_are_really_compiled(name, tmp_path):

@@ -29,9 +29,10 @@ from drseg_core.errors import BackendDtypeError, BackendUnavailableError
 from drseg_core.nn import PDGR
 from drseg_core.ops import _cuda, _dispatch, _library, _native, _triton
 from drseg_core.ops.graph_propagate import reference as propagate
+from drseg_core.ops.linear_map.cases import make_inputs as make_linear_inputs
 from drseg_core.testing import CASES
 
-OPS = ("prepare_prior", "knn_graph", "csc", "edge_weight", "degree_normalize", "graph_propagate")
+OPS = ("prepare_prior", "linear_map", "knn_graph", "csc", "edge_weight", "degree_normalize", "graph_propagate")
 NO_TRITON = "Triton kernels need a CUDA device (TRITON_INTERPRET=1 interprets them on the CPU, slowly)"
 ROOT = Path(__file__).parents[2]
 HEAVY = ("triton", "timm", "open_clip", "torchvision", "rasterio", "matplotlib")
@@ -41,6 +42,8 @@ def arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     if op in ("prepare_prior", "knn_graph"):
         prior = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
         return {"prior": prior} | ({"grid": (3, 4), "k": 3} if op == "knn_graph" else {})
+    if op == "linear_map":
+        return make_linear_inputs(CASES[0], dtype)
     if op == "csc":
         return {"index": SUBJECTS["edge_weight"].make_inputs(CASES[0], dtype)["index"]}
     return {**SUBJECTS, **FUSED}[op].make_inputs(CASES[0], dtype)
@@ -790,7 +793,7 @@ def test_no_precision_setting_reaches_an_op_and_all_are_left_alone(way, monkeypa
         random = torch.Generator().manual_seed(0)
         prior = torch.randn(1, 196, 768, generator=random)
         found += ops.knn_graph(prior, (14, 14), 9, return_score=True)
-        for op in OPS[3:]:
+        for op in OPS[4:]:
             found += run(SUBJECTS[op], SUBJECTS[op].make_inputs(CASES[2]), getattr(ops, op)).values()
         return [value for value in found if isinstance(value, Tensor)]
 

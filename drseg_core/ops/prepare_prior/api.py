@@ -6,11 +6,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from drseg_core.ops import _checks
 from drseg_core.ops._dispatch import requested_backend, takes_raw
+from drseg_core.ops.linear_map.api import linear_map
 from drseg_core.ops.prepare_prior import registration
 
 
@@ -40,13 +40,14 @@ class PreparedPrior(NamedTuple):
     rounded: Tensor | None = None
     residual: Tensor | None = None
 
-    def project(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def project(self, weight: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor | None]:
         """A linear map of the rows, and the factors that make it a map of the L2-normalised rows.
 
         The ops that weigh edges take both. They read the product anyway, and it is narrower than the rows.
 
         Args:
             weight: (E, D).
+            backend: as in ``linear_map``.
 
         Returns:
             The product, (B, N, E) or (N, E), in the dtype of ``weight`` (under autocast: of autocast). And
@@ -55,11 +56,12 @@ class PreparedPrior(NamedTuple):
         scaled, factor = self.scaled, self.inverse_norm
         if scaled.dtype == torch.float16:
             # not scaled, so that a product could leave the range of float16
-            return F.linear((scaled.float() * factor[..., None]).to(weight.dtype), weight), None
+            unit = (scaled.float() * factor[..., None]).to(weight.dtype)
+            return linear_map(unit, weight, backend=backend), None
         # autocast leaves float64 alone
         if not torch.is_autocast_enabled(scaled.device.type) or torch.float64 in (scaled.dtype, weight.dtype):
             scaled = scaled.to(weight.dtype)
-        return F.linear(scaled, weight), factor
+        return linear_map(scaled, weight, backend=backend), factor
 
 
 def prepare_prior(prior: Tensor, *, backend: str | None = None) -> PreparedPrior:
