@@ -195,7 +195,10 @@ RAW, PLAIN = {"NORMED": True, "SHIFT": True}, {"NORMED": False, "SHIFT": False}
 _FIXED = {
     **{f"{name}_ptr": "*fp32" for name in ("weight", "slope", "part", "row", "column", "dot", "coefficient")},
     **{f"{name}_ptr": "*fp32" for name in ("inverse", "shift", "scale", "grad_shift", "grad_bias", "grad_vector")},
-    **{f"{name}_ptr": "*fp32" for name in ("vector", "bias", "grad_norm_weight", "grad_norm_bias")},
+    **{
+        f"{name}_ptr": "*fp32"
+        for name in ("exponent", "grad_exponent", "vector", "bias", "grad_norm_weight", "grad_norm_bias")
+    },
     **{f"{name}_ptr": "*fp32" for name in ("given", "mean", "rstd", "moment", "norm_weight", "norm_bias")},
     **{f"{name}_ptr": "*i32" for name in ("index", "indptr", "perm", "count", "degree")},
     "mask_ptr": "*fp32",
@@ -211,9 +214,12 @@ def _variant(
     constants: dict[str, Any],
     even: bool = True,
     options: dict[str, Any] | None = None,
+    exponent: bool = False,
 ) -> Variant:
     """A kernel of the ops on edges; every pointer that is not of one type always is one to ``dtype``."""
     names = kernel.arg_names
+    of_exponents = {"exponent_ptr", "grad_exponent_ptr"} & {*names}
+    absent = dict.fromkeys(() if exponent else of_exponents)
     sizes = {key: value for key, value in tile.constants().items() if key in names}
     types = {name: _FIXED.get(name, f"*{dtype}") for name in names if name.endswith("_ptr") or name == "eps"}
     if constants.get("MASK") == "flags":
@@ -222,11 +228,13 @@ def _variant(
     words = {"dtype": dtype, **constants, **sizes}
     if not even:
         words["even"] = False
+    if exponent:
+        words["exponent"] = True
     return Variant(
         _name(f"{op} {part}", words, tile.num_warps),
         kernel,
         types,
-        {**constants, **sizes},
+        {**constants, **sizes, **absent},
         options or tile.options(),
         tile.shared_bytes(),
         ("width", "stride", "channels") if even else (),
@@ -257,6 +265,9 @@ def _edge_weight(device: Any) -> Iterator[Variant]:
     yield _variant(name, op._edge_weight_fwd_kernel, usual, "fp32", {**PLAIN, "MASK": "flags"}, even=False)
     for tile in others:
         yield _variant(name, op._edge_weight_fwd_kernel, tile, "fp32", {**PLAIN, "MASK": "none"})
+    unknown = {**RAW, "SLOPES": False, "NEED_SOURCE": True, "NEED_PARAMETERS": True}
+    yield _variant(name, op._edge_weight_fwd_kernel, usual, "fp32", {**RAW, "MASK": "scores"}, exponent=True)
+    yield _variant(name, op._edge_weight_bwd_kernel_source, op.two_sums(usual), "fp32", unknown, exponent=True)
 
 
 def _edge_coefficient(device: Any) -> Iterator[Variant]:
@@ -274,6 +285,8 @@ def _edge_coefficient(device: Any) -> Iterator[Variant]:
     (slots,) = _tiles("degree_normalize", device, (576, 75, 75))[:1]
     for apart in (True, False):
         yield _variant(name, op._edge_coefficient_bwd_kernel_slope, slots, "fp32", {"APART": apart})
+    yield _variant(name, forward, usual, "fp32", {"NORM": "sym_row", **RAW, "MASK": "scores"}, exponent=True)
+    yield _variant(name, op._edge_coefficient_bwd_kernel_slope, slots, "fp32", {"APART": True}, exponent=True)
 
 
 def _csc(device: Any) -> Iterator[Variant]:

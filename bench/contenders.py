@@ -74,7 +74,11 @@ class FactoredPDGR(nn.Module):
     def select(self, unit: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, N, D) unit rows to (B, N, K) neighbours; exp does not change the order and is left out."""
         decay = self.engine.decay / self.engine.gamma * grid_distance(grid, unit.device)
-        return (unit @ unit.mT - decay).topk(min(self.engine.k, unit.shape[1]), dim=-1, sorted=False).indices
+        return (
+            (unit @ unit.mT - decay)
+            .topk(min(self.engine.neighbour_count(unit.shape[1]), unit.shape[1]), dim=-1, sorted=False)
+            .indices
+        )
 
     def forward(self, features: Tensor, prior: Tensor, index: Tensor | None = None) -> Tensor:
         """(B, C, h, w) and (B, D, h, w) to (B, C, h, w); ``index`` (B, N, K) takes the place of the selection."""

@@ -12,10 +12,11 @@ STABLE_TORCH_LIBRARY(drseg_native, m) {
       "int first=0, int? last=None) -> (Tensor, Tensor)");
   m.def("csc(Tensor index) -> (Tensor, Tensor)");
   m.def(
-      "edge_weight(Tensor source, Tensor target, Tensor index, Tensor vector, Tensor bias, Tensor? mask) -> Tensor");
+      "edge_weight(Tensor source, Tensor target, Tensor index, Tensor vector, Tensor bias, Tensor? mask, "
+      "Tensor? exponent=None) -> Tensor");
   m.def(
       "edge_weight_backward(Tensor grad, Tensor weight, Tensor source, Tensor target, Tensor index, Tensor vector, "
-      "Tensor? indptr, Tensor? perm) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? indptr, Tensor? perm, Tensor? exponent=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("degree_normalize(Tensor weight, Tensor index, int norm, float eps) -> Tensor");
   m.def("degree_normalize_backward(Tensor grad, Tensor weight, Tensor index, int norm, float eps) -> Tensor");
   m.def(

@@ -25,15 +25,17 @@ std::tuple<Tensor, Tensor> knn_graph(
 // The edges that end in each node, ascending. (B,N,K) int32 -> (B*N+1,) int32, (B*N*K,) int32
 std::tuple<Tensor, Tensor> csc(const Tensor& index);
 
-// softplus(vector . relu(source_i + target_j) + bias). (B,N,E), (B,N,E), (B,N,K) int32, (E,), (), (B,N,K) -> (B,N,K)
+// softplus(vector . relu(source_i + target_j) + bias), times exp(exponent) where there is one.
+// (B,N,E), (B,N,E), (B,N,K) int32, (E,), (), (B,N,K), (B,N,K) -> (B,N,K)
 Tensor edge_weight(
     const Tensor& source, const Tensor& target, const Tensor& index, const Tensor& vector, const Tensor& bias,
-    std::optional<Tensor> mask);
+    std::optional<Tensor> mask, std::optional<Tensor> exponent);
 
-// Gradients to source, target, vector and bias (1,). `indptr` and `perm` are those of `csc`, or both are made here.
-std::tuple<Tensor, Tensor, Tensor, Tensor> edge_weight_backward(
+// Gradients to source, target, vector, bias (1,) and exponent, of which there may be none. `indptr` and `perm` are
+// those of `csc`, or both are made here.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> edge_weight_backward(
     const Tensor& grad, const Tensor& weight, const Tensor& source, const Tensor& target, const Tensor& index,
-    const Tensor& vector, std::optional<Tensor> indptr, std::optional<Tensor> perm);
+    const Tensor& vector, std::optional<Tensor> indptr, std::optional<Tensor> perm, std::optional<Tensor> exponent);
 
 // `norm` counts sym_row, sym_count, sym_inout, row, sym_undirected. (B,N,K), (B,N,K) int32 -> (B,N,K)
 Tensor degree_normalize(const Tensor& weight, const Tensor& index, int64_t norm, double eps);

@@ -40,7 +40,7 @@ class ConfigError(DRSegError, ValueError):
         >>> from drseg_core.config.load import load_config
         >>> load_config("large")
         Traceback (most recent call last):
-        drseg_core.errors.ConfigError: load_config: large not found; expected a YAML file or one of tiny, vitb, vitl
+        drseg_core.errors.ConfigError: load_config: large not found; expected a YAML file or one of paper, tiny, ...
     """
 
     exit_code = 2

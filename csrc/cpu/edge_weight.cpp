@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// softplus(vector . relu(source_i + target_j) + bias) for every edge, and its gradients.
+// softplus(vector . relu(source_i + target_j) + bias) for every edge, times exp(exponent) where there is one, and its
+// gradients.
 //
 // No hidden activation is stored: the backward computes the ReLU's mask again. Every sum has one order, so the bits do
 // not depend on the number of threads. Rows add their edges in ascending order, ends add theirs by the graph's columns.
@@ -63,7 +64,8 @@ DRSEG_INLINE void logits_of(const Edges<T>& edges, const T* source, const T* con
 }
 
 template <class T, int kBytes>
-DRSEG_INLINE void weigh_rows(Edges<T> edges, const bool* mask, T* weight, int64_t first, int64_t last) {
+DRSEG_INLINE void weigh_rows(
+    Edges<T> edges, const bool* mask, const T* exponent, T* weight, int64_t first, int64_t last) {
   constexpr int kCount = 8;
   for (int64_t row = first; row < last; ++row) {
     const T* source = edges.source + row * edges.hidden;
@@ -81,9 +83,16 @@ DRSEG_INLINE void weigh_rows(Edges<T> edges, const bool* mask, T* weight, int64_
       logits_of<T, kBytes, 1>(edges, source, &target, out + k);
     }
     softplus(out, edges.slots);
+    const bool* present = mask == nullptr ? nullptr : mask + row * edges.slots;
     // a product, so that a row that is not finite stays visible
-    if (mask != nullptr)
-      for (k = 0; k < edges.slots; ++k) out[k] *= T(mask[row * edges.slots + k]);
+    if (exponent != nullptr)
+      for (k = 0; k < edges.slots; ++k) {
+        const T factor = exp_of(exponent[row * edges.slots + k]);
+        // what padding has does not matter
+        out[k] *= present == nullptr || present[k] ? factor : T(0);
+      }
+    else if (present != nullptr)
+      for (k = 0; k < edges.slots; ++k) out[k] *= T(present[k]);
   }
 }
 
@@ -182,10 +191,19 @@ DRSEG_INLINE void slopes(const T* grad, const T* weight, T* slope, int64_t first
   softplus_slope(grad + first, weight + first, slope + first, last - first);
 }
 
+// The same with exponents, and the gradient to these.
+template <class T, int kBytes>
+DRSEG_INLINE void slopes_and_exponents(
+    const T* grad, const T* weight, const T* exponent, T* slope, T* grad_exponent, int64_t first, int64_t last) {
+  scaled_slope(grad + first, weight + first, exponent + first, slope + first, last - first);
+  for (int64_t n = first; n < last; ++n) grad_exponent[n] = grad[n] * weight[n];
+}
+
 DRSEG_LEVELS(weigh, weigh_rows)
 DRSEG_LEVELS(source_gradient, source_chunks)
 DRSEG_LEVELS(target_gradient, target_nodes)
 DRSEG_LEVELS(slope_of, slopes)
+DRSEG_LEVELS(scaled_slope_of, slopes_and_exponents)
 
 template <class T>
 Edges<T> edges_of(const Tensor& source, const Tensor& target, const Tensor& index, const Tensor& vector, T bias) {
@@ -198,27 +216,34 @@ int64_t grain(int64_t slots, int64_t hidden) { return std::max<int64_t>(1, 65536
 template <class T>
 void forward(
     const Tensor& source, const Tensor& target, const Tensor& index, const Tensor& vector, const Tensor& bias,
-    const bool* mask, Tensor& weight) {
+    const bool* mask, const std::optional<Tensor>& exponent, Tensor& weight) {
   const Edges<T> edges = edges_of<T>(source, target, index, vector, *bias.const_data_ptr<T>());
+  const T* power = exponent.has_value() ? exponent->const_data_ptr<T>() : nullptr;
   T* out = weight.mutable_data_ptr<T>();
   torch::stable::parallel_for(
       0, source.size(0) * edges.nodes, grain(edges.slots, edges.hidden), [&](int64_t first, int64_t last) {
-        DRSEG_CALL(weigh, T, edges, mask, out, first, last);
+        DRSEG_CALL(weigh, T, edges, mask, power, out, first, last);
       });
 }
 
 template <class T>
 void backward(
     const Tensor& grad, const Tensor& weight, const Tensor& source, const Tensor& target, const Tensor& index,
-    const Tensor& vector, const Columns& columns, Tensor& grad_source, Tensor& grad_target, Tensor& grad_vector,
-    Tensor& grad_bias) {
+    const Tensor& vector, const Columns& columns, const std::optional<Tensor>& exponent, Tensor& grad_source,
+    Tensor& grad_target, Tensor& grad_vector, Tensor& grad_bias, Tensor& grad_exponent) {
   const Edges<T> edges = edges_of<T>(source, target, index, vector, T(0));
   const int64_t batch = source.size(0), rows = batch * edges.nodes, count = rows * edges.slots;
   const auto slope = std::make_unique_for_overwrite<T[]>(count);
   const auto end = std::make_unique_for_overwrite<int32_t[]>(count);
   const T *outer = grad.const_data_ptr<T>(), *value = weight.const_data_ptr<T>();
+  const T* power = exponent.has_value() ? exponent->const_data_ptr<T>() : nullptr;
+  T* to_exponent = grad_exponent.mutable_data_ptr<T>();
   torch::stable::parallel_for(0, count, 16384, [&](int64_t first, int64_t last) {
-    DRSEG_CALL(slope_of, T, outer, value, slope.get(), first, last);
+    if (power == nullptr) {
+      DRSEG_CALL(slope_of, T, outer, value, slope.get(), first, last);
+    } else {
+      DRSEG_CALL(scaled_slope_of, T, outer, value, power, slope.get(), to_exponent, first, last);
+    }
     for (int64_t e = first; e < last; ++e) end[e] = static_cast<int32_t>(clamp_index(edges.index[e], edges.nodes));
   });
 
@@ -260,11 +285,19 @@ ScalarType check(
   return dtype;
 }
 
+void check_exponent(
+    const char* op, const std::optional<Tensor>& exponent, const Tensor& index, ScalarType dtype) {
+  if (!exponent.has_value()) return;
+  check_operand(op, "exponent", *exponent, 3, dtype);
+  check_leading(op, "exponent", *exponent, index);
+  STD_TORCH_CHECK(exponent->size(2) == index.size(2), op, ": exponent and index differ in K");
+}
+
 }  // namespace
 
 Tensor edge_weight(
     const Tensor& source, const Tensor& target, const Tensor& index, const Tensor& vector, const Tensor& bias,
-    std::optional<Tensor> mask) {
+    std::optional<Tensor> mask, std::optional<Tensor> exponent) {
   constexpr const char* op = "drseg_native::edge_weight";
   const ScalarType dtype = check(op, source, target, index, vector);
   STD_TORCH_CHECK(bias.numel() == 1 && bias.scalar_type() == dtype, op, ": bias is not one number of source's dtype");
@@ -273,20 +306,21 @@ Tensor edge_weight(
     check_leading(op, "mask", *mask, index);
     STD_TORCH_CHECK(mask->size(2) == index.size(2), op, ": mask and index differ in K");
   }
+  check_exponent(op, exponent, index, dtype);
   Tensor weight = drseg::allocate(source, {index.size(0), index.size(1), index.size(2)});
   if (weight.numel() == 0) return weight;
   const bool* present = mask.has_value() ? mask->const_data_ptr<bool>() : nullptr;
   if (dtype == ScalarType::Double) {
-    forward<double>(source, target, index, vector, bias, present, weight);
+    forward<double>(source, target, index, vector, bias, present, exponent, weight);
   } else {
-    forward<float>(source, target, index, vector, bias, present, weight);
+    forward<float>(source, target, index, vector, bias, present, exponent, weight);
   }
   return weight;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> edge_weight_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> edge_weight_backward(
     const Tensor& grad, const Tensor& weight, const Tensor& source, const Tensor& target, const Tensor& index,
-    const Tensor& vector, std::optional<Tensor> indptr, std::optional<Tensor> perm) {
+    const Tensor& vector, std::optional<Tensor> indptr, std::optional<Tensor> perm, std::optional<Tensor> exponent) {
   constexpr const char* op = "drseg_native::edge_weight_backward";
   const ScalarType dtype = check(op, source, target, index, vector);
   check_operand(op, "grad", grad, 3, dtype);
@@ -295,17 +329,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edge_weight_backward(
     check_leading(op, "grad or weight", *tensor, index);
     STD_TORCH_CHECK(tensor->size(2) == index.size(2), op, ": grad, weight and index differ in K");
   }
+  check_exponent(op, exponent, index, dtype);
   const Columns columns = check_columns(op, indptr, perm, index);
   Tensor grad_source = drseg::allocate_like(source), grad_target = drseg::allocate_like(target);
   Tensor grad_vector = drseg::allocate_like(vector), grad_bias = drseg::allocate(vector, {1});
+  Tensor grad_exponent = exponent.has_value() ? drseg::allocate_like(grad) : drseg::allocate(grad, {0});
   if (dtype == ScalarType::Double) {
     backward<double>(
-        grad, weight, source, target, index, vector, columns, grad_source, grad_target, grad_vector, grad_bias);
+        grad, weight, source, target, index, vector, columns, exponent, grad_source, grad_target, grad_vector,
+        grad_bias, grad_exponent);
   } else {
     backward<float>(
-        grad, weight, source, target, index, vector, columns, grad_source, grad_target, grad_vector, grad_bias);
+        grad, weight, source, target, index, vector, columns, exponent, grad_source, grad_target, grad_vector,
+        grad_bias, grad_exponent);
   }
-  return {grad_source, grad_target, grad_vector, grad_bias};
+  return {grad_source, grad_target, grad_vector, grad_bias, grad_exponent};
 }
 
 }  // namespace drseg

@@ -11,9 +11,8 @@
 
 namespace drseg {
 
-// exp(-a) for a >= 0, down to the subnormal numbers; NaN passes.
-DRSEG_INLINE float exp_negative(float a) {
-  a = a > 104.f ? 104.f : a;
+// exp(-a) for a of -89 to 104, from infinity over the subnormal numbers to zero; NaN passes.
+DRSEG_INLINE float exp_minus(float a) {
   // the nearest integer appears in the low bits of a sum of this size, whatever `a` is
   constexpr float shift = 12582912.f;
   const float sum = a * -1.44269504f + shift;
@@ -39,6 +38,17 @@ DRSEG_INLINE float exp_negative(float a) {
   std::memcpy(&second, &second_bits, sizeof(second));
   return value * first * second;
 }
+
+// exp(-a) for a >= 0.
+DRSEG_INLINE float exp_negative(float a) { return exp_minus(a > 104.f ? 104.f : a); }
+
+// exp(x) for every x.
+DRSEG_INLINE float exp_of(float x) {
+  x = x > 89.f ? 89.f : x;
+  return exp_minus(x < -104.f ? 104.f : -x);
+}
+
+DRSEG_INLINE double exp_of(double x) { return std::exp(x); }
 
 DRSEG_INLINE float softplus_of(float x) {
   const float e = exp_negative(std::fabs(x));
@@ -81,6 +91,15 @@ DRSEG_INLINE void softplus(T* value, int64_t count) {
 template <class T>
 DRSEG_INLINE void softplus_slope(const T* grad, const T* weight, T* slope, int64_t count) {
   for (int64_t n = 0; n < count; ++n) slope[n] = grad[n] * slope_of_value(weight[n]);
+}
+
+// The same for weights that are softplus times exp(exponent). A weight of zero has no slope, whatever its exponent is.
+template <class T>
+DRSEG_INLINE void scaled_slope(const T* grad, const T* weight, const T* exponent, T* slope, int64_t count) {
+  for (int64_t n = 0; n < count; ++n) {
+    const T factor = exp_of(exponent[n]), value = factor * slope_of_value(weight[n] / factor);
+    slope[n] = grad[n] * (weight[n] == 0 ? T(0) : value);
+  }
 }
 
 }  // namespace drseg

@@ -40,7 +40,7 @@ def preset_names() -> tuple[str, ...]:
 
 
 def load_config(source: str | os.PathLike[str]) -> Config:
-    """Read a preset by name (``tiny``, ``vitb``, ``vitl``) or a YAML file by path.
+    """Read a preset by name (``paper``, ``tiny``, ``vitb``, ``vitl``) or a YAML file by path.
 
     What a file leaves out keeps its default.
 
@@ -234,7 +234,8 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
         words = [word for part in rest if typing.get_origin(part) is typing.Literal for word in typing.get_args(part)]
         if isinstance(value, str) and words:
             return _convert(typing.Literal[tuple(words)], value, place)
-        return _convert(rest[0], value, place)
+        # of two kinds of numbers the one that it is
+        return _convert(next((part for part in rest if type(value) is part), rest[0]), value, place)
     if origin is typing.Literal:
         # True == 1, so the type has to agree too
         if any(value == choice and type(value) is type(choice) for choice in parameters):

@@ -117,7 +117,7 @@ class GraphConfig:
     """Prior-driven graph rectification (PDGR), Eq. 7-9.
 
     Args:
-        k: neighbours per node.
+        k: neighbours per node; a number above 0 and below 1 is a share of the nodes.
         grid: the grid whose cells are nodes. With ``clip`` the prior is averaged to CLIP's grid. With ``prior`` the
             structural channels are enlarged to the prior's finer grid, and averaged back afterwards.
         affinity: form of Eq. 7.
@@ -136,11 +136,15 @@ class GraphConfig:
         use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity.
         norm_scale: initial weight of the final LayerNorm; it sets how much the rectified channels weigh in the cosine.
             ``match`` gives them the norm of CLIP's own structural channels on the training set, as measured by
-            ``drseg rank``.
+            ``drseg rank``. With ``residual`` and 0 the graph changes nothing at first.
+        edge_temperature: start of a learned t > 0, by which Eq. 8's weight is multiplied with ``exp((cos - 1) / t)``;
+            null leaves the factor out.
+        edge_decay: start of a learned mu > 0, by which Eq. 8's weight is multiplied with ``exp(-mu dist)``, where
+            ``dist`` is that of Eq. 7; null leaves the factor out.
         backend: kernel backend; null takes the best that can run.
     """
 
-    k: int = 75
+    k: int | float = 75
     grid: Literal["clip", "prior"] = "clip"
     affinity: Literal["exp", "linear", "power", "product", "gauss"] = "exp"
     gamma: float = 1.0
@@ -156,6 +160,8 @@ class GraphConfig:
     residual: bool = False
     use_affinity_as_weight: bool = False
     norm_scale: float | Literal["match"] = 1.0
+    edge_temperature: float | None = None
+    edge_decay: float | None = None
     backend: str | None = None
 
 

@@ -98,6 +98,8 @@ class DRSeg(Segmenter):
                 use_affinity_as_weight=graph.use_affinity_as_weight,
                 # a training sets what is measured
                 norm_scale=1.0 if graph.norm_scale == "match" else graph.norm_scale,
+                edge_temperature=graph.edge_temperature,
+                edge_decay=graph.edge_decay,
                 # what follows reads tokens
                 keep_format=False,
                 backend=graph.backend,

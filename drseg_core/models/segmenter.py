@@ -27,6 +27,9 @@ EMBEDDINGS = (
     "side.position",
     "side.query",
     "side.query_position",
+    # logarithms: decay would pull the numbers to 1
+    "edge_log_temperature",
+    "edge_log_decay",
 )
 EDGE = "pdgr.edge_"
 """How the names of the parameters of Eq. 8's MLP begin."""
@@ -153,8 +156,8 @@ class Segmenter(nn.Module):
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
         """AdamW groups of everything that is trained.
 
-        CLIP has its own rate; normalisation layers and embeddings have no weight decay; Eq. 8's MLP has its own
-        epsilon.
+        CLIP has its own rate; normalisation layers, embeddings and logarithms have no weight decay; the weights of
+        Eq. 8 have their own epsilon.
         """
         exempt = {
             id(parameter)

@@ -21,9 +21,11 @@ from drseg_core.ops import (
     linear_map,
     padding_mask,
     prepare_prior,
+    score_parts,
 )
-from drseg_core.ops._checks import check_choice, check_count, check_flag, check_grid, check_number, check_tensor
+from drseg_core.ops._checks import check_choice, check_count, check_flag, check_grid, check_number, check_tensor, number
 from drseg_core.ops.csc.api import Csc, columns_of
+from drseg_core.ops.prepare_prior.api import PreparedPrior
 
 Affinity = Literal["exp", "linear", "power", "product", "gauss"]
 SelfLoop = Literal["in_topk", "exclude", "extra"]
@@ -57,6 +59,21 @@ def _nodes(name: str, value: Tensor, width: int, grid: tuple[int, int] | None) -
     raise ValueError(f"PDGR: {name} has the wrong shape; expected {forms}, got {tuple(shape)}")
 
 
+def _neighbours(value: object) -> int | float:
+    """``k``, a count or a share."""
+    share = number(value)
+    if not isinstance(share, float):
+        return check_count("PDGR", "k", value)
+    if not 0 < share < 1:
+        raise ValueError(f"PDGR: k is no share; expected an integer, or a share above 0 and below 1, got {share}")
+    return share
+
+
+def _logarithm(start: float | None) -> nn.Parameter | None:
+    """A learned number > 0 by its logarithm; of one dimension, as FSDP wants it."""
+    return None if start is None else nn.Parameter(torch.empty(1))
+
+
 def _size(name: str, value: int) -> int:
     count = check_count("PDGR", name, value)
     if count == 0:
@@ -77,7 +94,8 @@ class PDGR(nn.Module):
     Args:
         channels: C, channels of the feature map.
         prior_dim: D, channels of the prior.
-        k: neighbours per node; a grid with fewer cells uses all of them.
+        k: neighbours per node; a grid with fewer cells uses all of them. A float in (0, 1) is a share of the cells, to
+            the nearest number and at least one.
         affinity: reading of Eq. 7. ``exp`` is ``exp(gamma cos - decay dist)``, ``linear`` is
             ``gamma cos - decay dist``, ``power`` is ``max(cos, 0)**gamma exp(-decay dist)``, ``product`` is
             ``gamma cos exp(-decay dist)``. ``gauss`` is ``exp`` with ``dist`` squared. ``dist`` is the distance of two
@@ -95,7 +113,12 @@ class PDGR(nn.Module):
         dropout: dropout probability between the layers.
         residual: add the input to the output.
         use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity (negative affinities count as 0).
-        norm_scale: initial weight of the final LayerNorm.
+        norm_scale: initial weight of the final LayerNorm. With ``residual`` and 0 the output is the input at first.
+            Training leaves that start: the weight has a gradient, and once it is not 0 all else has one too.
+        edge_temperature: start of a learned t > 0; multiplies Eq. 8's weight by ``exp((cos - 1) / t)``. None leaves the
+            factor out. It is ``exp(cos / t)`` less what the degrees divide away, so that nothing overflows.
+        edge_decay: start of a learned mu > 0; multiplies Eq. 8's weight by ``exp(-mu dist)``. None leaves it out. Both
+            are kept as logarithms, so they stay positive. The choice of neighbours knows neither.
         resample_prior: bring a prior map on another grid to the grid of the features: by means if the sizes divide,
             otherwise bilinearly. By default such a prior is refused.
         keep_format: return a map in the memory format of the features: contiguous for contiguous features, otherwise
@@ -109,7 +132,8 @@ class PDGR(nn.Module):
         tokens.
 
     Note:
-        A cell whose prior is not finite gets a NaN output and influences no other cell.
+        A cell whose prior is not finite gets a NaN output and influences no other cell. One whose prior is zero has
+        cosine 0 with every cell, so a small ``edge_temperature`` leaves it nearly without neighbours.
 
     Examples:
         >>> import torch
@@ -128,7 +152,7 @@ class PDGR(nn.Module):
         channels: int,
         prior_dim: int,
         *,
-        k: int = 75,
+        k: int | float = 75,
         affinity: Affinity = "exp",
         gamma: float = 1.0,
         decay: float = 1.0,
@@ -143,6 +167,8 @@ class PDGR(nn.Module):
         residual: bool = False,
         use_affinity_as_weight: bool = False,
         norm_scale: float = 1.0,
+        edge_temperature: float | None = None,
+        edge_decay: float | None = None,
         resample_prior: bool = False,
         keep_format: bool = True,
         backend: str | None = None,
@@ -151,12 +177,16 @@ class PDGR(nn.Module):
         channels, prior_dim = _size("channels", channels), _size("prior_dim", prior_dim)
         edge_hidden, layers = _size("edge_hidden", edge_hidden), _size("layers", layers)
         hidden = channels if hidden is None else _size("hidden", hidden)
-        k = check_count("PDGR", "k", k)
+        k = _neighbours(k)
         check_choice("PDGR", "affinity", affinity, get_args(Affinity))
         check_choice("PDGR", "self_loop", self_loop, get_args(SelfLoop))
         check_choice("PDGR", "norm", norm, get_args(Norm))
         gamma, decay = check_number("PDGR", "gamma", gamma, positive=True), check_number("PDGR", "decay", decay)
         dropout, norm_scale = check_number("PDGR", "dropout", dropout), check_number("PDGR", "norm_scale", norm_scale)
+        if edge_temperature is not None:
+            edge_temperature = check_number("PDGR", "edge_temperature", edge_temperature, positive=True)
+        if edge_decay is not None:
+            edge_decay = check_number("PDGR", "edge_decay", edge_decay, positive=True)
         for name, flag in {
             "normalize_prior": normalize_prior,
             "bias": bias,
@@ -181,6 +211,8 @@ class PDGR(nn.Module):
         self.edge_target = nn.Linear(prior_dim, edge_hidden, bias=False)
         self.edge_vector = nn.Parameter(torch.empty(edge_hidden))
         self.edge_bias = nn.Parameter(torch.empty(1))
+        self.edge_temperature, self.edge_decay = edge_temperature, edge_decay
+        self.edge_log_temperature, self.edge_log_decay = _logarithm(edge_temperature), _logarithm(edge_decay)
         widths = [channels] + [hidden] * (layers - 1) + [channels]
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(out, into)) for into, out in zip(widths[:-1], widths[1:], strict=True)
@@ -200,6 +232,12 @@ class PDGR(nn.Module):
         nn.init.uniform_(self.edge_source.bias, -bound, bound)
         nn.init.uniform_(self.edge_vector, -1 / math.sqrt(len(self.edge_vector)), 1 / math.sqrt(len(self.edge_vector)))
         nn.init.constant_(self.edge_bias, math.log(math.e - 1))
+        for value, start in (
+            (self.edge_log_temperature, self.edge_temperature),
+            (self.edge_log_decay, self.edge_decay),
+        ):
+            if value is not None and start is not None:
+                nn.init.constant_(value, math.log(start))
         for weight in self.weights:
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         for bias in self.biases or []:
@@ -219,10 +257,25 @@ class PDGR(nn.Module):
         raise TypeError("PDGR: TorchScript cannot compile it; expected torch.export, got torch.jit.script")
 
     def extra_repr(self) -> str:
+        starts = {"edge_temperature": self.edge_temperature, "edge_decay": self.edge_decay}
         return (
             f"{self.channels}, {self.prior_dim}, k={self.k}, affinity={self.affinity!r}, gamma={self.gamma}, "
             f"decay={self.decay}, self_loop={self.self_loop!r}, norm={self.norm!r}"
-        )
+        ) + "".join(f", {name}={value}" for name, value in starts.items() if value is not None)
+
+    def neighbour_count(self, nodes: int) -> int:
+        """Neighbours per node on a grid of some number of cells, of which there may be fewer: ``k``, or its share.
+
+        Examples:
+            >>> from drseg_core.nn import PDGR
+            >>> PDGR(8, 16, k=0.13).neighbour_count(576), PDGR(8, 16, k=0.13).neighbour_count(1)
+            (75, 1)
+        """
+        if isinstance(self.k, int):
+            return self.k
+        # a compiled program for every size does not know the size yet
+        share: Any = torch.sym_int(self.k * nodes + 0.5)
+        return max(share, 1) if isinstance(share, int) else torch.sym_max(share, 1)
 
     def _check_dtype(self, features: Tensor) -> None:
         own = self.output_norm.weight.dtype
@@ -339,7 +392,7 @@ class PDGR(nn.Module):
         # without itself a node has one candidate less; a node that is alone has one padded slot, to show a NaN prior
         # a compiled program for every size does not know yet which of both is less
         lesser, greater = (min, max) if isinstance(count, int) else (torch.sym_min, torch.sym_max)
-        k: Any = lesser(self.k, count if include_self else greater(count - 1, 1))
+        k: Any = lesser(self.neighbour_count(count), count if include_self else greater(count - 1, 1))
         index, score = knn_graph(
             prepared,
             grid,
@@ -366,8 +419,23 @@ class PDGR(nn.Module):
             "inverse_norm": inverse_norm,
             "source_bias": self.edge_source.bias,
             "score": score,
+            "exponent": self._exponent(prepared, grid, index),
         }
         return index, edges, score
+
+    def _exponent(self, prepared: PreparedPrior, grid: tuple[int, int], index: Tensor) -> Tensor | None:
+        """Logarithms (B, N, K) of what multiplies the weights of Eq. 8; None where nothing does."""
+        if self.edge_log_temperature is None and self.edge_log_decay is None:
+            return None
+        # cosines from the scores would lose digits where the decay is large
+        cosine, distance = score_parts(prepared, grid, index, decay=1.0, backend=self.backend)
+        exponent = torch.zeros_like(cosine)
+        if self.edge_log_temperature is not None:
+            # rounding may lift a cosine above 1, which a small temperature would blow up
+            exponent = exponent + (cosine - 1).clamp_max(0) * torch.exp(-self.edge_log_temperature)
+        if self.edge_log_decay is not None:
+            exponent = exponent - distance * torch.exp(self.edge_log_decay)
+        return exponent
 
     def _weighted(
         self, index: Tensor, edges: dict[str, Any], score: Tensor, lists: Csc | None

@@ -182,6 +182,7 @@ def check_edges(
     source_bias: Tensor | None,
     mask: Tensor | None,
     score: Tensor | None,
+    exponent: Tensor | None,
 ) -> Tensor:
     """The arguments of the ops that weigh edges; the vector (E,), also of a (1, E)."""
     if isinstance(vector, Tensor) and vector.dim() == 2 and not vector.is_nested and vector.shape[0] == 1:
@@ -211,7 +212,10 @@ def check_edges(
         check_tensor(op, "score", score, ("B", "N", "K"))
         if mask is not None:
             raise ValueError(f"{op}: score and mask say the same; expected one of them, got both")
+    if exponent is not None:
+        check_tensor(op, "exponent", exponent, ("B", "N", "K"), (torch.float32, torch.float64))
     given = {"source": source, "target": target, "vector": vector, "bias": bias, "source_bias": source_bias}
+    given["exponent"] = exponent
     check_same_device(op, **given, index=index, inverse_norm=inverse_norm, mask=mask, score=score)
     check_no_tangent(op, **{name: value for name, value in given.items() if value is not None})
     check_shape(op, "vector", vector, (width,), "(E,)")
@@ -221,7 +225,7 @@ def check_edges(
         raise ValueError(
             f"{op}: index does not match source; expected {tuple(source.shape[:-1])} before K, got {tuple(index.shape)}"
         )
-    for name, value in (("mask", mask), ("score", score)):
+    for name, value in (("mask", mask), ("score", score), ("exponent", exponent)):
         if value is not None:
             check_shape(op, name, value, tuple(index.shape), "the shape of index")
     return vector

@@ -133,6 +133,21 @@ def _with_columns(run: Any, model: Any) -> Any:
     return lambda *arguments: run(*arguments[:-1])
 
 
+def _takes_exponent(run: Any, model: Any) -> bool:
+    """Whether ``run`` takes the last arguments of ``model``, which may be given an exponent."""
+    if run is None or model is None:
+        return True
+    try:
+        own = inspect.signature(run).parameters
+    except (TypeError, ValueError):
+        return False
+    return all(name in own for name in ("csc", "exponent") if name in inspect.signature(model).parameters)
+
+
+def _refuses_exponent(case: Mapping[str, Any]) -> str | None:
+    return "it takes no exponent" if case.get("exponent") else None
+
+
 def register_backend(
     op: str,
     name: str,
@@ -153,7 +168,8 @@ def register_backend(
         op: name of the op.
         name: name of the backend, a word of your choice.
         run: the forward. It takes the arguments of the op's ``reference.py`` in that order, and returns the same
-            values in new tensors. A function without an argument ``csc`` is not given the graph's columns.
+            values in new tensors. A function without an argument ``csc`` is not given the graph's columns. One without
+            ``exponent`` refuses edges that have exponents.
         why_not: given a device type (``"cpu"``, ``"cuda"``), says in a few words why ``run`` cannot run there, or
             returns None when it can.
         run_backward: the gradients, as the function of that name in ``reference.py``; None if the op has none.
@@ -181,7 +197,9 @@ def register_backend(
         raise ValueError(f"register_backend: name is taken; expected another than {name!r} for {op}, got it again")
     model = next(backend for backend in table(op) if backend.name == "reference")
     given = (_with_columns(run, model.run), _with_columns(run_backward, model.run_backward))
-    added = Backend(name, *given, why_not, model.dtypes if dtypes is None else tuple(dtypes))
+    takes = _takes_exponent(run, model.run) and _takes_exponent(run_backward, model.run_backward)
+    refuses = None if takes else _refuses_exponent
+    added = Backend(name, *given, why_not, model.dtypes if dtypes is None else tuple(dtypes), refuses=refuses)
     add_table(op, *((added, *_tables[op]) if preferred else (*_tables[op], added)))
 
 
@@ -202,12 +220,16 @@ def _composed(parts: Sequence[str], compose: Compose, widens: bool, backends: Se
     def why_not(device: str) -> str | None:
         return next(filter(None, (backend.why_not(device) for backend in backends)), None)
 
+    def refuses(case: Mapping[str, Any]) -> str | None:
+        return next(filter(None, (backend.refuses(case) for backend in backends if backend.refuses)), None)
+
     def given(dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if widens and dtype != torch.float64 else dtype
 
     dtypes = tuple(dtype for dtype in FLOAT_DTYPES if all(given(dtype) in backend.dtypes for backend in backends))
     by_name = tuple(device for backend in backends for device in backend.by_name_only)
-    return Backend(name, noted(forward), noted(backward) if differentiable else None, why_not, dtypes, by_name)
+    runs_backward = noted(backward) if differentiable else None
+    return Backend(name, noted(forward), runs_backward, why_not, dtypes, by_name, refuses=refuses)
 
 
 @functools.cache
@@ -312,8 +334,9 @@ def has_backend(op: str, name: str) -> bool:
 @asked_once
 def _takes_raw(op: str, device: str, requested: str, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
     first, *others = (torch.empty(0, dtype=dtype, device=device) for dtype in dtypes)
+    case = {"exponent": True} if "exponent" in names else None
     try:
-        return resolve(op, first, requested, **dict(zip(names, others, strict=True))).raw
+        return resolve(op, first, requested, case, **dict(zip(names, others, strict=True))).raw
     except (BackendUnavailableError, BackendDtypeError):
         # the op itself says so, in words that the compiler lets through
         return False
@@ -322,7 +345,8 @@ def _takes_raw(op: str, device: str, requested: str, names: tuple[str, ...], dty
 def takes_raw(op: str, tensor: Tensor, requested: str, **others: Tensor | None) -> bool:
     """Whether the backend that ``resolve`` finds is ``raw``; a compiler asks once."""
     if not torch.compiler.is_compiling():
-        return resolve(op, tensor, requested, **others).raw
+        case = None if others.get("exponent") is None else {"exponent": True}
+        return resolve(op, tensor, requested, case, **others).raw
     given = {name: other for name, other in others.items() if other is not None}
     dtypes = (tensor.dtype, *(other.dtype for other in given.values()))
     return _takes_raw(op, tensor.device.type, requested, tuple(given), dtypes)

@@ -41,28 +41,48 @@ def plain_mask(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask.ne(-torch.inf)
 
 
-def _others(halves: Halves, vector: Tensor, bias: Tensor) -> dict[str, Tensor | None]:
+def _others(halves: Halves, vector: Tensor, bias: Tensor, exponent: Tensor | None) -> dict[str, Tensor | None]:
     names = ("target", "inverse_norm", "source_bias")
-    return {"vector": vector, "bias": bias, **dict(zip(names, halves[1:], strict=True))}
+    return {"vector": vector, "bias": bias, **dict(zip(names, halves[1:], strict=True)), "exponent": exponent}
 
 
 def resolve(
-    op: str, halves: Halves, vector: Tensor, bias: Tensor, backend: str, case: Mapping[str, Any] | None = None
+    op: str,
+    halves: Halves,
+    vector: Tensor,
+    bias: Tensor,
+    exponent: Tensor | None,
+    backend: str,
+    case: Mapping[str, Any] | None = None,
 ) -> _dispatch.Backend:
-    """The backend that computes ``op`` in all of these dtypes and takes the ``case``."""
-    return _dispatch.resolve(op, halves[0], backend, case, **_others(halves, vector, bias))
+    """The backend for ``op`` in all of these dtypes and takes the ``case``, and an exponent if there is one."""
+    if exponent is not None:
+        case = {**(case or {}), "exponent": True}
+    return _dispatch.resolve(op, halves[0], backend, case, **_others(halves, vector, bias, exponent))
 
 
-def takes_raw(op: str, halves: Halves, vector: Tensor, bias: Tensor, backend: str) -> bool:
+def takes_raw(op: str, halves: Halves, vector: Tensor, bias: Tensor, exponent: Tensor | None, backend: str) -> bool:
     """Whether that backend takes the arguments as they come."""
-    return _dispatch.takes_raw(op, halves[0], backend, **_others(halves, vector, bias))
+    return _dispatch.takes_raw(op, halves[0], backend, **_others(halves, vector, bias, exponent))
 
 
-def run(chosen: _dispatch.Backend, halves: Halves, edges: Sequence[Tensor], mask: Tensor | None, *options: Any) -> Any:
+def _last(exponent: Tensor | None) -> tuple[Tensor, ...]:
+    """An exponent as the last argument of a backend, which may know of none."""
+    return () if exponent is None else (exponent,)
+
+
+def run(
+    chosen: _dispatch.Backend,
+    halves: Halves,
+    edges: Sequence[Tensor],
+    mask: Tensor | None,
+    exponent: Tensor | None,
+    *options: Any,
+) -> Any:
     """The forward of an op; ``edges`` are index, vector and bias."""
     if chosen.raw:
-        return chosen.run(halves, *edges, mask, *options)
-    return chosen.run(*plain_halves(halves), *edges, plain_mask(mask), *options)
+        return chosen.run(halves, *edges, mask, *options, *_last(exponent))
+    return chosen.run(*plain_halves(halves), *edges, plain_mask(mask), *options, *_last(exponent))
 
 
 def run_backward(
@@ -74,20 +94,25 @@ def run_backward(
     options: Sequence[Any],
     output_mask: Sequence[bool],
     csc: tuple[Tensor, Tensor] | None,
+    exponent: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Gradients to source, target, vector, bias and source_bias, empty where they are not asked for.
+    """Gradients to source, target, vector, bias, source_bias and exponent, empty where they are not asked for.
 
     ``saved`` is the incoming gradient and what the forward kept. Halves in one tensor have one gradient, to source.
     """
-    if chosen.raw:
-        given = (*saved, halves, *edges, *options, output_mask, csc)
-        return asked_for(_dispatch.gradients(op, chosen, *given), output_mask)
     source, target, inverse_norm, source_bias = halves
-    wants_source, wants_target, wants_vector, wants_bias, wants_shift = output_mask
+    to_exponent = () if exponent is None else output_mask[5:]
+    if chosen.raw:
+        mask = [*output_mask[:5], *to_exponent]
+        given = (*saved, halves, *edges, *options, mask, csc, *_last(exponent))
+        found = asked_for(_dispatch.gradients(op, chosen, *given), mask)
+        return found if to_exponent else (*found, source.new_empty(0))
+    wants_source, wants_target, wants_vector, wants_bias, wants_shift = output_mask[:5]
     stacked = target is None
     mask = [wants_source or wants_shift, wants_source if stacked else wants_target, wants_vector, wants_bias]
-    given = (*saved, *plain_halves(halves), *edges, *options, mask, csc)
-    to_source, to_target, to_vector, to_bias = asked_for(_dispatch.gradients(op, chosen, *given), mask)
+    mask += to_exponent
+    given = (*saved, *plain_halves(halves), *edges, *options, mask, csc, *_last(exponent))
+    to_source, to_target, to_vector, to_bias, *last = asked_for(_dispatch.gradients(op, chosen, *given), mask)
     to_shift = source.new_empty(0)
     if source_bias is not None and wants_shift:
         to_shift = to_source.sum(tuple(range(to_source.dim() - 1))).to(source_bias.dtype)
@@ -100,4 +125,4 @@ def run_backward(
         parts = [value * inverse_norm.unsqueeze(-1) if value.numel() else value for value in parts]
     like = (source, source if target is None else target)
     parts = [value.to(half.dtype) for value, half in zip(parts, like, strict=True)]
-    return (*parts, to_vector, to_bias, to_shift)
+    return (*parts, to_vector, to_bias, to_shift, *(last or [source.new_empty(0)]))

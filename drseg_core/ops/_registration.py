@@ -63,7 +63,8 @@ def define(
         # as the fake promises, however a backend lays out its result
         return found.contiguous() if isinstance(found, Tensor) else tuple(value.contiguous() for value in found)
 
-    PLAIN[op] = plain or (lambda *arguments: run(*arguments[:-1], "reference"))
+    place = list(inspect.signature(run).parameters).index("backend")
+    PLAIN[op] = plain or (lambda *arguments: run(*arguments[:place], "reference", *arguments[place + 1 :]))
     name = f"drseg::{op}"
     torch.library.define(name, schema)
     torch.library.impl(name, "default", without_autograd)

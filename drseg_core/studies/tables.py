@@ -135,6 +135,12 @@ _SWEEPS: dict[str, tuple[str, str, tuple[Any, ...] | Callable[[Setting], tuple[A
         ("sym_row", "sym_count", "sym_inout", "row", "sym_undirected"),
     ),
     "self-loop": ("Self edge (Eq. 9)", "model.graph.self_loop", ("in_topk", "exclude", "extra")),
+    "edge-temperature": (
+        "Weights of Eq. 8 that start as exp(cos / t), t learned",
+        "model.graph.edge_temperature",
+        (None, 1.0, 0.3, 0.1, 0.03),
+    ),
+    "edge-decay": ("Learned spatial decay of Eq. 8's weights", "model.graph.edge_decay", (None, 0.5, 2.0, 8.0)),
     "norm-scale": ("Initial weight of the graph's LayerNorm", "model.graph.norm_scale", (0.1, 0.3, 1.0, 3.0)),
     "residual": ("Residual around the graph", "model.graph.residual", (False, True)),
     "hidden": ("Width between the graph's layers", "model.graph.hidden", (None, 128, 256)),
@@ -390,6 +396,33 @@ def _remote_clip(setting: Setting) -> TrainingStudy:
     return TrainingStudy("sweep-remote-clip", title, variants, reference=reference)
 
 
+_SHARES = (0.01, 0.03, 0.06, 0.13, 0.3)
+
+
+def _neighbour_share(setting: Setting) -> TrainingStudy:
+    own = setting.config.model.graph.k
+    given = Variant("neighbour-share_as-configured", f"K {own:g}", {"model.graph.k": own})
+    shares = (
+        Variant(f"neighbour-share_{share:g}", f"{100 * share:g} % of the nodes", {"model.graph.k": share})
+        for share in _SHARES
+        if share != own
+    )
+    return TrainingStudy(
+        "sweep-neighbour-share", "Neighbours K as a share of the grid", (given, *shares), reference=given.name
+    )
+
+
+def _residual_start(setting: Setting) -> TrainingStudy:
+    residual, scale = "model.graph.residual", "model.graph.norm_scale"
+    variants = (
+        Variant("residual-start_no", "no residual", {residual: False}),
+        Variant("residual-start_1", "residual, LayerNorm from 1", {residual: True, scale: 1.0}),
+        Variant("residual-start_0", "residual, LayerNorm from 0: the input at first", {residual: True, scale: 0.0}),
+    )
+    reference = None if setting.config.model.graph.residual else variants[0].name
+    return TrainingStudy("sweep-residual-start", "Residual that starts as the input", variants, reference=reference)
+
+
 _TABLES = {
     "table1": _table1,
     "table2": _table2,
@@ -399,6 +432,8 @@ _TABLES = {
     "table5": _table5,
     "table6": _table6,
     "sweep-remote-clip": _remote_clip,
+    "sweep-neighbour-share": _neighbour_share,
+    "sweep-residual-start": _residual_start,
 }
 
 
@@ -421,7 +456,7 @@ def _is_number(value: Any) -> bool:
 
 def _shown(name: str, value: Any) -> str:
     if value is None:
-        return {"tau": "learned", "hidden": "channels", "dino-layer": "last"}[name]
+        return {"tau": "learned", "hidden": "channels", "dino-layer": "last"}.get(name, "off")
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if _is_number(value) else str(value)

@@ -29,8 +29,9 @@ class LiteralPDGR(nn.Module):
 
     def __init__(self, engine: PDGR) -> None:
         super().__init__()
-        if (engine.affinity, engine.self_loop, engine.norm) != ("exp", "in_topk", "sym_row"):
-            raise ValueError("LiteralPDGR: engine has other options; expected the defaults of Eq. 7 and 9")
+        given = (engine.affinity, engine.self_loop, engine.norm, engine.edge_temperature, engine.edge_decay)
+        if given != ("exp", "in_topk", "sym_row", None, None):
+            raise ValueError("LiteralPDGR: engine has other options; expected the defaults of Eq. 7 to 9")
         self.engine = engine
 
     def forward(self, features: Tensor, prior: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ class LiteralPDGR(nn.Module):
         m = self.engine
         batch, _, h, w = features.shape
         nodes = h * w
-        k = min(m.k, nodes)
+        k = min(m.neighbour_count(nodes), nodes)
         unit = F.normalize(prior.detach().flatten(2).transpose(1, 2), dim=-1)
         cell = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).view(-1, 2)
         distance = torch.cdist(cell.to(unit), cell.to(unit))
@@ -69,6 +70,16 @@ class LiteralPDGR(nn.Module):
         return m.output_norm(x).transpose(1, 2).unflatten(2, (h, w))
 
 
+def _pairs(prior: Tensor, h: int, w: int) -> tuple[Tensor, Tensor, float]:
+    """Cosines (B, N, N), distances in cells (N, N), and the longest distance on the grid."""
+    length = prior.norm(dim=-1, keepdim=True)
+    unit = torch.where(length > 0, prior / length, 0)
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    cell = torch.stack([y.flatten(), x.flatten()], -1).double()
+    delta = (cell[:, None] - cell).norm(dim=-1)
+    return unit @ unit.mT, delta, max(((h - 1) ** 2 + (w - 1) ** 2) ** 0.5, 1.0)
+
+
 def dense_affinity(module: PDGR, prior: Tensor, h: int, w: int) -> Tensor:
     """Eq. 7 as printed, in the module's reading, for every pair: (B, N, D) in float64 to (B, N, N).
 
@@ -79,13 +90,7 @@ def dense_affinity(module: PDGR, prior: Tensor, h: int, w: int) -> Tensor:
         >>> dense_affinity(PDGR(channels=4, prior_dim=6, decay=0.0), torch.zeros(1, 4, 6).double(), 2, 2)[0, 0].tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
-    length = prior.norm(dim=-1, keepdim=True)
-    unit = torch.where(length > 0, prior / length, 0)
-    cosine = unit @ unit.mT
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    cell = torch.stack([y.flatten(), x.flatten()], -1).double()
-    delta = (cell[:, None] - cell).norm(dim=-1)
-    longest = max(((h - 1) ** 2 + (w - 1) ** 2) ** 0.5, 1.0)
+    cosine, delta, longest = _pairs(prior, h, w)
     gamma, decay = module.gamma, module.decay
     if module.affinity == "exp":
         return torch.exp(gamma * cosine) * torch.exp(-decay * delta / longest)
@@ -114,7 +119,7 @@ def dense_neighbours(module: PDGR, affinity: Tensor, excluded: Tensor | None = N
         key[:, excluded] = -torch.inf
     inside = module.self_loop == "in_topk"
     key.diagonal(dim1=1, dim2=2).fill_(torch.inf if inside else -torch.inf)
-    best = key.sort(dim=2, descending=True, stable=True).indices[..., : module.k]
+    best = key.sort(dim=2, descending=True, stable=True).indices[..., : module.neighbour_count(key.shape[2])]
     return torch.zeros_like(key).scatter(2, best, 1.0).bool() & (key > -torch.inf)
 
 
@@ -149,6 +154,11 @@ def dense_pdgr(module: PDGR, features: Tensor, prior: Tensor, excluded: Tensor |
     hidden = F.linear(pair, first, module.edge_source.bias).relu()
     # the threshold takes torch's switch to a linear function out of sight
     weight = F.softplus(hidden @ module.edge_vector + module.edge_bias, threshold=700) * neighbours
+    cosine, delta, longest = _pairs(d, h, w)
+    if module.edge_log_temperature is not None:
+        weight = weight * torch.exp((cosine - 1) / module.edge_log_temperature.exp())
+    if module.edge_log_decay is not None:
+        weight = weight * torch.exp(-module.edge_log_decay.exp() * delta / longest)
     if module.use_affinity_as_weight:
         weight = weight * affinity.clamp_min(0)
     if module.self_loop == "extra":

@@ -15,12 +15,11 @@ def ordered_bits(value):
 
 
 @triton.jit
-def exp_negative(a):
-    """exp(-a) for a >= 0 in float32, within two units in the last place down to 2**-126; NaN passes.
+def exp_minus(a):
+    """exp(-a) for a of -89 to 104 in float32, within two units in the last place down to 2**-126; NaN passes.
 
     The hardware's exponential is exact in the absolute, so it loses digits in proportion to a.
     """
-    a = tl.where(a > 104.0, 104.0, a)
     # the nearest integer appears in the low bits of a sum of this size
     total = a * -1.44269504 + 12582912.0
     n = total - 12582912.0
@@ -39,6 +38,20 @@ def exp_negative(a):
     first = ((half + 127) << 23).to(tl.float32, bitcast=True)
     second = ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
     return value * first * second
+
+
+@triton.jit
+def exp_negative(a):
+    """exp(-a) for a >= 0 as ``exp_minus`` has it."""
+    a = tl.where(a > 104.0, 104.0, a)
+    return exp_minus(a)
+
+
+@triton.jit
+def exp_of(x):
+    """exp(x) for every x as ``exp_minus`` has it, infinite above 88.7."""
+    x = tl.where(x > 89.0, 89.0, x)
+    return exp_minus(tl.where(x < -104.0, 104.0, -x))
 
 
 @triton.jit
@@ -69,6 +82,16 @@ def softplus_slope(w):
     series = series * w - 0.5
     series = series * w + 1.0
     return tl.where(w < 0.5, w * series, 1.0 - exp_negative(w))
+
+
+@triton.jit
+def scaled_slope(weight, exponent):
+    """The derivative of softplus times exp(exponent), where that product is ``weight``.
+
+    A weight of zero has no slope, whatever its exponent is.
+    """
+    factor = exp_of(exponent)
+    return tl.where(weight == 0.0, 0.0, factor * softplus_slope(weight / factor))
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drseg_kernels._blocks import softplus_slope, within
+from drseg_kernels._blocks import scaled_slope, softplus_slope, within
 from drseg_kernels._launch import Tile, on_device_of, sizes_of
 from drseg_kernels.csc import csc as columns_of
 from drseg_kernels.degree_normalize import (
@@ -47,6 +47,7 @@ def _edge_coefficient_fwd_kernel(
     vector_ptr,
     bias_ptr,
     mask_ptr,
+    exponent_ptr,
     weight_ptr,
     start_ptr,
     coefficient_ptr,
@@ -77,6 +78,7 @@ def _edge_coefficient_fwd_kernel(
             vector_ptr,
             bias_ptr,
             mask_ptr,
+            exponent_ptr,
             node,
             k,
             nodes,
@@ -104,18 +106,21 @@ def _edge_coefficient_fwd_kernel(
 def _edge_coefficient_bwd_kernel_slope(
     grad_ptr,
     weight_ptr,
+    exponent_ptr,
     index_ptr,
     indptr_ptr,
     perm_ptr,
     scale_ptr,
     slope_ptr,
+    grad_exponent_ptr,
     nodes,
     slots,
     APART: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """slope (B * N, slots) of the edges of one node with norm ``sym_row``: gradients of the logits, directly and
-    through the one degree of the node, which its edges in both directions have a share in.
+    through the one degree of the node, which its edges in both directions have a share in. With exponents also the
+    gradients of these.
 
     APART: the gradient is one of the weights, and has been multiplied by the scales of both ends.
     """
@@ -154,7 +159,12 @@ def _edge_coefficient_bwd_kernel_slope(
             value = value * scale * tl.load(scale_ptr + other, mask=slot, other=0.0)
         value = value + through_degree
         weight = tl.load(weight_ptr + edge, mask=slot, other=0.0)
-        tl.store(slope_ptr + edge, value * softplus_slope(weight), mask=slot)
+        if exponent_ptr is None:
+            slope = softplus_slope(weight)
+        else:
+            tl.store(grad_exponent_ptr + edge, value * weight, mask=slot)
+            slope = scaled_slope(weight, tl.load(exponent_ptr + edge, mask=slot, other=0.0))
+        tl.store(slope_ptr + edge, value * slope, mask=slot)
 
 
 def edge_coefficient(
@@ -167,13 +177,14 @@ def edge_coefficient(
     eps: float,
     apart: bool = False,
     csc: tuple[Tensor, Tensor] | None = None,
+    exponent: Tensor | None = None,
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients (B, N, K), weights (B, N, K) and scales (S, B, N) with S from ``ENDS``, in float32.
 
     Args:
-        halves, index, vector, bias, mask: as in ``edge_weight``.
+        halves, index, vector, bias, mask, exponent: as in ``edge_weight``.
         norm, eps: as in ``degree_normalize``.
         apart: of ``sym_row``, leave the scales to whoever uses the weights: these come first, and nothing second.
         csc: columns of the graph; made here where they are needed and None.
@@ -200,6 +211,7 @@ def edge_coefficient(
             vector.contiguous(),
             bias,
             present,
+            None if exponent is None else exponent.contiguous(),
             weight,
             start,
             coefficient,
@@ -236,22 +248,35 @@ def _slope_or_grad(
     eps: float,
     apart: bool,
     csc: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor | None, Tensor, tuple[Tensor, Tensor] | None]:
-    """The gradients of the logits, or None and those of the weights; and the columns where they were needed."""
+    exponent: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
+    """The gradients of the logits, or None and those of the weights; the columns where they were needed; and with the
+    gradients of the logits those of the exponents."""
     if index.numel() and norm == "sym_row":
         slope, near = torch.empty_like(weight), index.contiguous()
+        to_exponent = None if exponent is None else torch.empty_like(weight)
         csc = csc or columns_of(index)
         common = common_of(weight, index)
         with on_device_of(index):
             _edge_coefficient_bwd_kernel_slope[(index.shape[0] * index.shape[1],)](
-                grad.contiguous(), weight, near, *csc, scale, slope, *index.shape[1:], APART=apart, **common
+                grad.contiguous(),
+                weight,
+                None if exponent is None else exponent.contiguous(),
+                near,
+                *csc,
+                scale,
+                slope,
+                to_exponent,
+                *index.shape[1:],
+                APART=apart,
+                **common,
             )
-        return slope, grad, csc
+        return slope, grad, csc, to_exponent
     if index.numel() and ENDS[norm]:
         csc = csc or columns_of(index)
         known = (scale[0].flatten(), scale[-1].flatten())
-        return None, degree_normalize_backward(grad, weight, index, norm, eps, csc, known=known), csc
-    return None, degree_normalize_backward(grad, weight, index, norm, eps), csc
+        return None, degree_normalize_backward(grad, weight, index, norm, eps, csc, known=known), csc, None
+    return None, degree_normalize_backward(grad, weight, index, norm, eps), csc, None
 
 
 def logit_gradients(
@@ -268,7 +293,7 @@ def logit_gradients(
 
     For a backend that has kernels for the edge MLP alone. Arguments as in ``edge_coefficient_backward``.
     """
-    slope, grad, csc = _slope_or_grad(grad, weight, scale, index, norm, eps, apart, csc)
+    slope, grad, csc, _ = _slope_or_grad(grad, weight, scale, index, norm, eps, apart, csc)
     # softplus'(x) = 1 - exp(-softplus(x)); a masked slot has weight 0 and so slope 0
     return -grad * torch.expm1(-weight) if slope is None else slope, csc
 
@@ -286,15 +311,18 @@ def edge_coefficient_backward(
     apart: bool,
     output_mask: Sequence[bool],
     csc: tuple[Tensor, Tensor] | None = None,
+    exponent: Tensor | None = None,
     *,
     tile: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to ``source``, ``target``, ``vector``, ``bias`` and ``source_bias`` in their dtypes.
+) -> tuple[Tensor, ...]:
+    """Gradients to ``source``, ``target``, ``vector``, ``bias``, ``source_bias`` and, where there is one, ``exponent``,
+    in their dtypes.
 
     Args:
         grad: (B, N, K), of the coefficients, or ``apart`` of the weights, through their scales at both ends but not
             through the degrees in these. weight, scale: as the forward returned them. The other arguments as there.
         output_mask: as in ``edge_weight_backward``.
     """
-    slope, grad, csc = _slope_or_grad(grad, weight, scale, index, norm, eps, apart, csc)
-    return edge_weight_backward(grad, weight, halves, index, vector, bias, output_mask, csc, slope=slope, tile=tile)
+    slope, grad, csc, to_exponent = _slope_or_grad(grad, weight, scale, index, norm, eps, apart, csc, exponent)
+    given = (grad, weight, halves, index, vector, bias, output_mask, csc, exponent)
+    return edge_weight_backward(*given, slope=slope, to_exponent=to_exponent, tile=tile)

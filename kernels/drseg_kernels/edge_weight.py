@@ -4,6 +4,9 @@
 ``source`` and ``target`` may come as they leave a product: one behind the other in a row, not yet normalised, without
 the bias of the first layer. ``hidden_ij`` is then ``r_i source_i + source_bias + r_j target_j``.
 
+With exponents a weight is multiplied by ``exp(exponent)``. Without them their pointers are None, which the compiler
+leaves out.
+
 Nothing of the size of all edges times the hidden width is stored: the backward computes the mask of the ReLU again.
 Every sum has one order, whatever the device does first:
 
@@ -24,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drseg_kernels._blocks import softplus, softplus_slope, within
+from drseg_kernels._blocks import exp_of, scaled_slope, softplus, softplus_slope, within
 from drseg_kernels._launch import Tile, ceil_div, on_device_of, sizes_of
 from drseg_kernels.csc import csc as columns_of
 
@@ -47,6 +50,7 @@ def weights_of(
     vector_ptr,
     bias_ptr,
     mask_ptr,
+    exponent_ptr,
     node,
     k,
     nodes,
@@ -84,13 +88,21 @@ def weights_of(
         hidden = own[None, :] + other
         total += tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL) * vector[None, :]
     weight = softplus(tl.sum(total, axis=1) + tl.load(bias_ptr).to(tl.float32))
+    if exponent_ptr is not None:
+        factor = exp_of(tl.load(exponent_ptr + edge, mask=slot, other=0.0))
     if MASK != "none":
         # a product, not a choice: a row that is not finite must not look healthy because its slots are padding
         present = tl.load(mask_ptr + edge, mask=slot, other=0)
         if MASK == "scores":
             # of a slot that is none; that of a row that is not finite is NaN
             present = tl.where(present == -float("inf"), 0.0, 1.0)
-        weight = weight * present.to(tl.float32)
+        present = present.to(tl.float32)
+        if exponent_ptr is not None:
+            # what padding has does not matter
+            present = tl.where(present == 0.0, 0.0, factor)
+        weight = weight * present
+    elif exponent_ptr is not None:
+        weight = weight * factor
     return weight
 
 
@@ -104,6 +116,7 @@ def _edge_weight_fwd_kernel(
     vector_ptr,
     bias_ptr,
     mask_ptr,
+    exponent_ptr,
     weight_ptr,
     nodes,
     slots,
@@ -115,8 +128,9 @@ def _edge_weight_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_M edges of one node: rows of source and target (B * N, width) ``stride`` apart, index, mask and weight
-    (B * N, slots); NORMED multiplies both rows by ``inverse`` (B * N,), SHIFT adds ``shift`` (width,) to source."""
+    """BLOCK_M edges of one node: rows of source and target (B * N, width) ``stride`` apart; index, mask, exponent and
+    weight (B * N, slots); NORMED multiplies both rows by ``inverse`` (B * N,), SHIFT adds ``shift`` (width,) to source.
+    """
     node = tl.program_id(0)
     k = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     weight = weights_of(
@@ -128,6 +142,7 @@ def _edge_weight_fwd_kernel(
         vector_ptr,
         bias_ptr,
         mask_ptr,
+        exponent_ptr,
         node,
         k,
         nodes,
@@ -147,6 +162,7 @@ def _edge_weight_fwd_kernel(
 def _edge_weight_bwd_kernel_source(
     grad_ptr,
     weight_ptr,
+    exponent_ptr,
     source_ptr,
     target_ptr,
     inverse_ptr,
@@ -154,6 +170,7 @@ def _edge_weight_bwd_kernel_source(
     index_ptr,
     vector_ptr,
     slope_ptr,
+    grad_exponent_ptr,
     grad_source_ptr,
     part_ptr,
     rows,
@@ -173,7 +190,8 @@ def _edge_weight_bwd_kernel_source(
     """Some hidden units of a chunk of rows: grad_source, and in part (chunks, width + 1, or with SHIFT 2 width + 1) the
     chunk's contributions to the gradients of vector, of source_bias and, last, of bias.
 
-    SLOPES: the gradients of the logits, slope (rows, slots), are known; otherwise they are written here.
+    SLOPES: the gradients of the logits, slope (rows, slots), are known; otherwise they are written here, and those of
+    the exponents where these are.
     """
     begin = tl.program_id(0).to(tl.int64) * chunk
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -204,7 +222,13 @@ def _edge_weight_bwd_kernel_source(
             else:
                 # a masked slot has weight 0 and so slope 0
                 slope = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
-                slope = slope * softplus_slope(tl.load(weight_ptr + edge, mask=slot, other=0.0))
+                weight = tl.load(weight_ptr + edge, mask=slot, other=0.0)
+                if exponent_ptr is None:
+                    slope = slope * softplus_slope(weight)
+                else:
+                    if tl.program_id(1) == 0:
+                        tl.store(grad_exponent_ptr + edge, slope * weight, mask=slot)
+                    slope = slope * scaled_slope(weight, tl.load(exponent_ptr + edge, mask=slot, other=0.0))
                 if tl.program_id(1) == 0:
                     tl.store(slope_ptr + edge, slope, mask=slot)
             to_bias += slope
@@ -419,6 +443,7 @@ def edge_weight(
     vector: Tensor,
     bias: Tensor,
     mask: Tensor | None = None,
+    exponent: Tensor | None = None,
     *,
     tile: Tile | None = None,
 ) -> Tensor:
@@ -430,6 +455,7 @@ def edge_weight(
         vector: (E,). bias: one number.
         index: (B, N, K) int32 or int64, clamped into [0, N).
         mask: (B, N, K) bool, or scores; the weight is 0 where it is False, or ``-inf``.
+        exponent: (B, N, K) float32, or None; multiplies the weight by its exponential.
         tile: sizes of a program; by default those of the architecture's table, then a rule.
     """
     batch, nodes, slots = index.shape
@@ -446,6 +472,7 @@ def edge_weight(
             vector.contiguous(),
             bias,
             present,
+            None if exponent is None else exponent.contiguous(),
             weight,
             nodes,
             slots,
@@ -468,25 +495,30 @@ def edge_weight_backward(
     bias: Tensor,
     output_mask: Sequence[bool],
     csc: tuple[Tensor, Tensor] | None = None,
+    exponent: Tensor | None = None,
     *,
     slope: Tensor | None = None,
+    to_exponent: Tensor | None = None,
     tile: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to ``source``, ``target``, ``vector``, ``bias`` and ``source_bias`` in their dtypes.
+) -> tuple[Tensor, ...]:
+    """Gradients to ``source``, ``target``, ``vector``, ``bias``, ``source_bias`` and, where there is one, ``exponent``,
+    in their dtypes.
 
     Args:
         grad, weight: (B, N, K); the other arguments as in ``edge_weight``.
         output_mask: which gradients to compute; the others are empty, the last three if none of them is asked. Halves
             in one have one gradient, which the first entry asks for.
         csc: columns of the graph; made here where they are needed and None.
+        exponent: as in the forward.
         slope: (B, N, K) float32 gradients of the logits, where they are known; ``grad`` and ``weight`` are not read.
+        to_exponent: the gradient to ``exponent``, where ``slope`` is known.
     """
     batch, nodes, slots = index.shape
     rows, flags, width, stride = laid_out(halves)
     count = batch * nodes
     stacked = halves[1] is None
     wants_source, wants_target = output_mask[0], output_mask[0] if stacked else output_mask[1]
-    wants_parameters = any(output_mask[2:])
+    wants_parameters = any(output_mask[2:5])
     # the sums of source's gradients are those of source_bias
     wants_rows = wants_source or (wants_parameters and flags["SHIFT"])
     needed = (wants_rows, wants_target and not stacked, *(wants_parameters,) * 2, wants_parameters and flags["SHIFT"])
@@ -495,8 +527,12 @@ def edge_weight_backward(
         torch.empty(value.shape if need else (0,), dtype=value.dtype, device=value.device)
         for value, need in zip(like, needed, strict=True)
     )
+    known = slope is not None
+    if exponent is not None and not known:
+        to_exponent = torch.empty(index.shape, dtype=torch.float32, device=index.device)
+    last = () if to_exponent is None else (to_exponent,)
     if index.numel() == 0:
-        return tuple(value.zero_() for value in grads)  # type: ignore[return-value]
+        return tuple(value.zero_() for value in (*grads, *last))
     grad_source, grad_target, grad_vector, grad_bias, grad_shift = grads
     chosen = tile or sizes_of("edge_weight", index.device, rows[0].dtype, nodes, slots, width)
     near, vector = index.contiguous(), vector.contiguous()
@@ -505,7 +541,6 @@ def edge_weight_backward(
     columns = (2 * width if flags["SHIFT"] else width) + 1
     part = torch.empty(chunks if wants_parameters else 0, columns, dtype=torch.float32, device=index.device)
     common: dict[str, Any] = {**flags, **chosen.constants(), **chosen.options()}
-    known = slope is not None
     if slope is None:
         slope = torch.empty(index.shape, dtype=torch.float32, device=index.device)
     else:
@@ -516,10 +551,12 @@ def edge_weight_backward(
             _edge_weight_bwd_kernel_source[(chunks, blocks if wants_rows or wants_parameters else 1)](
                 grad.contiguous(),
                 weight.contiguous(),
+                None if exponent is None or known else exponent.contiguous(),
                 *rows,
                 near,
                 vector,
                 slope,
+                None if exponent is None or known else to_exponent,
                 grad_source,
                 part,
                 count,
@@ -555,4 +592,4 @@ def edge_weight_backward(
                 chunks,
                 **common,
             )
-    return grad_source if wants_source else grad_source.new_empty(0), *grads[1:]  # type: ignore[return-value]
+    return grad_source if wants_source else grad_source.new_empty(0), *grads[1:], *last

@@ -46,7 +46,7 @@ def test_a_printed_configuration_is_read_back(drseg, tmp_path):
     assert yaml.safe_load(text)["train"]["seconds"] == 2.5
 
 
-@pytest.mark.parametrize("preset", ["tiny", "vitb", "vitl"])
+@pytest.mark.parametrize("preset", ["paper", "tiny", "vitb", "vitl"])
 def test_presets_by_name(drseg, preset):
     assert yaml.safe_load(drseg("train", "--config", preset, "--print_config")[1])["model"]["clip"]["name"]
 

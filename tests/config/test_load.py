@@ -9,14 +9,14 @@ import pytest
 
 from drseg_core.config.load import config_from_dict, load_config, override, parse_config, preset_names, to_yaml
 from drseg_core.config.methods import apply_method
-from drseg_core.config.schema import Config, ModelConfig
+from drseg_core.config.schema import Config, GraphConfig, ModelConfig
 from drseg_core.config.validate import validate
 from drseg_core.errors import ConfigError
 
 
 def test_presets() -> None:
-    assert preset_names() == ("tiny", "vitb", "vitl")
-    assert load_config("vitl") == Config()
+    assert preset_names() == ("paper", "tiny", "vitb", "vitl")
+    assert load_config("vitl") == load_config("paper") == Config()
     vitb = load_config("vitb").model
     assert vitb.clip.name == "ViT-B-16-quickgelu" and vitb.clip.image_size == 384
     assert vitb.clip.guidance_blocks == (3, 7) and vitb.graph == Config().model.graph
@@ -44,7 +44,34 @@ def test_presets_give_nothing_that_is_the_default(name: str) -> None:
     compare(yaml.safe_load(text), Config())
 
 
-@pytest.mark.parametrize("name", ["tiny", "vitb", "vitl"])
+def test_the_paper_s_graph_is_written_out() -> None:
+    """A default that changes leaves it as it is."""
+    import yaml
+
+    import drseg_core.config
+
+    text = (Path(drseg_core.config.__file__).parent / "presets" / "paper.yaml").read_text()
+    given = yaml.safe_load(text)["model"]["graph"]
+    # which kernel computes it is no matter of the paper
+    assert {*given} == {field.name for field in dataclasses.fields(GraphConfig)} - {"backend"}
+    stated = {"k": 75, "layers": 2, "residual": False, "norm_scale": 1.0, "edge_temperature": None, "edge_decay": None}
+    assert given | stated == given
+    assert parse_config(text).model.graph == dataclasses.replace(GraphConfig(), **given)
+
+
+@pytest.mark.parametrize(("value", "fits"), [(0.13, True), (0, True), (75, True), (1.0, False), (-1, False)])
+def test_neighbours_are_a_count_or_a_share(value: float, fits: bool) -> None:
+    config = parse_config(f"model: {{graph: {{k: {value}}}}}")
+    assert config.model.graph.k == value and type(config.model.graph.k) is type(value)
+    assert parse_config(to_yaml(config)) == config
+    if fits:
+        validate(config)
+        return
+    with pytest.raises(ConfigError, match="model.graph.k is out of range; expected at least 0, or a share above 0"):
+        validate(config)
+
+
+@pytest.mark.parametrize("name", ["paper", "tiny", "vitb", "vitl"])
 def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
     config = load_config(name)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
@@ -118,7 +145,7 @@ def test_refusals_name_file_line_and_key(text: str, message: str) -> None:
 
 @pytest.mark.promise("C51")
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="huge not found; expected a YAML file or one of tiny, vitb, vitl"):
+    with pytest.raises(ConfigError, match="huge not found; expected a YAML file or one of paper, tiny, vitb, vitl"):
         load_config("huge")
     with pytest.raises(ConfigError, match="not found"):
         load_config(tmp_path)
@@ -167,11 +194,11 @@ def test_mask_proposals_have_no_decoder_to_guide(guide):
         assert not getattr(apply_method(guided, method).model.decoder, guide)
 
 
-@pytest.mark.parametrize(("value", "fits"), [(0.5, True), ("match", True), (0.0, False), (-1.0, False)])
+@pytest.mark.parametrize(("value", "fits"), [(0.5, True), ("match", True), (0.0, True), (-1.0, False)])
 def test_the_weight_of_the_layer_norm(value, fits):
     config = override(Config(), {"model.graph.norm_scale": value})
     if fits:
         validate(config)
         return
-    with pytest.raises(ConfigError, match="norm_scale is out of range; expected above 0, or match"):
+    with pytest.raises(ConfigError, match="norm_scale is out of range; expected at least 0, or match"):
         validate(config)

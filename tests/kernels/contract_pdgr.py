@@ -70,6 +70,7 @@ def check(got: dict[str, Tensor], expected: dict[str, Tensor], slack: float) -> 
         {},
         {"norm": "sym_undirected", "self_loop": "exclude", "hidden": 9},
         {"norm": "sym_inout", "self_loop": "extra", "use_affinity_as_weight": True},
+        {"edge_temperature": 0.1, "edge_decay": 1.0},
         {"norm": "row", "affinity": "power", "normalize_prior": False, "k": 30},
         {"layers": 3, "hidden": 4, "bias": False, "residual": True},
     ],

@@ -117,7 +117,8 @@ class KernelContract(OpContract):
         first = self.subject.differentiable[0]
         position = next(n for n, value in enumerate(self.subject.registered(inputs)) if value is inputs[first])
         given[position] = given[position].requires_grad_()
-        opcheck(getattr(torch.ops.drseg, self.subject.name).default, (*given[:-1], self.which))
+        given = [self.which if isinstance(value, str) and value == "auto" else value for value in given]
+        opcheck(getattr(torch.ops.drseg, self.subject.name).default, tuple(given))
 
 
 def check_sizes(subject: Subject, inputs: Inputs, call: Call) -> None:

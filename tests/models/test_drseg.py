@@ -170,6 +170,14 @@ def test_learns_a_colour(tiny) -> None:
     assert losses[-1] < 0.6 * losses[0]
 
 
+def test_learned_numbers_of_edges_have_no_weight_decay(variant) -> None:
+    model = build_model(variant("graph", edge_temperature=0.1, edge_decay=1.0))
+    train = TrainConfig()
+    (group,) = (group for group in model.parameter_groups(train) if group["name"] == "edge_no_decay")
+    assert {id(p) for p in group["params"]} == {id(model.pdgr.edge_log_temperature), id(model.pdgr.edge_log_decay)}
+    assert group["weight_decay"] == 0 and group["eps"] == train.edge_eps and group["lr"] == 2e-4
+
+
 def test_parameter_groups_follow_the_protocol(variant) -> None:
     model = build_model(variant("clip", trainable="all"))
     train = TrainConfig()

@@ -27,13 +27,14 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"norm": "sym_count"},
     {"norm": "sym_undirected", "self_loop": "extra", "residual": True},
+    {"k": 0.5, "edge_temperature": 0.1, "edge_decay": 1.0},
     {"self_loop": "exclude", "use_affinity_as_weight": True, "normalize_prior": False, "keep_format": False},
 ]
 
 
 def pdgr(**options: Any) -> PDGR:
     torch.manual_seed(0)
-    return PDGR(C, D, k=20, edge_hidden=7, **options)
+    return PDGR(C, D, **{"k": 20, "edge_hidden": 7, **options})
 
 
 def maps(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:

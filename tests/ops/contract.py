@@ -185,7 +185,7 @@ def empty_inputs(subject: Subject, axis: str) -> Inputs:
     inputs = subject.make_inputs(ORDINARY, torch.float32)
     for name in subject.node_inputs:
         value = inputs[name]
-        edges = name in ("index", "mask", "coefficient", "weight")
+        edges = name in ("index", "mask", "exponent", "coefficient", "weight")
         size = list(value.shape)
         if axis == "B":
             size[0] = 0

@@ -7,11 +7,12 @@ through what follows.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from oracle import Expected, _dense, _in_degree, _softplus
-from subjects import Inputs, Subject, registered_edges
+from oracle import Expected, _dense, _in_degree, _softplus, share_of
+from subjects import Inputs, Subject, registered_edges, with_exponents
 from torch import Tensor
 
 from drseg_core import ops
@@ -107,8 +108,7 @@ def edge_coefficient(inputs: Inputs, grad: Tensor) -> Expected:
     names = ("source", "target", "vector", "bias")
     given = [inputs[name] for name in names]
     source, target, vector, bias = (value.requires_grad_() for value in _double(*given))
-    index, mask = inputs["index"].long(), inputs.get("mask")
-    share = torch.ones(index.shape, dtype=torch.float64) if mask is None else mask.double()
+    index, share = inputs["index"].long(), share_of(inputs)
     norm, eps = inputs.get("norm", "sym_row"), inputs.get("eps", 1e-6)
     batch, nodes, k = index.shape
     unit = numerics.accumulate_unit(torch.float64 if torch.float64 in [v.dtype for v in given] else torch.float32)
@@ -146,7 +146,8 @@ def edge_coefficient(inputs: Inputs, grad: Tensor) -> Expected:
     # the limits: how far a weight may be off, then a degree, a coefficient, the gradient of a weight, that of a logit
     with torch.no_grad():
         slip = (vector.numel() + numerics.SPARE_UNITS) * unit * (hidden @ vector.abs() + bias.abs())
-        loose = (16 * unit * weight + _softplus(logit + slip) - _softplus(logit)) * share + TINY
+        # of softplus, and of an exponential and its product
+        loose = 20 * unit * weight + (_softplus(logit + slip) - _softplus(logit)) * share + TINY
         count = (k + _in_degree(index).amax() + 2 * numerics.SPARE_UNITS) * unit
         # relative error of a degree, the largest of all nodes; no degree for sym_count
         leaving, ending = outgoing(loose), incoming(loose)
@@ -187,6 +188,10 @@ def edge_coefficient(inputs: Inputs, grad: Tensor) -> Expected:
         ):
             limit = ((terms + numerics.SPARE_UNITS) * unit * total + extra + TINY).reshape(right.shape)
             result[f"grad_{name}"] = (right, limit + numerics.rounding_bound(right, tensor.dtype))
+        if "exponent" in inputs:
+            right = to_weight * weight
+            limit = weight_slip * weight + to_weight.abs() * loose + numerics.SPARE_UNITS * unit * right.abs() + TINY
+            result["grad_exponent"] = (right, limit + numerics.rounding_bound(right, inputs["exponent"].dtype))
     return result
 
 
@@ -250,6 +255,7 @@ def _registered_coefficient(i: Inputs) -> tuple[Any, ...]:
         None,
         None,
         "auto",
+        i.get("exponent"),
     )
 
 
@@ -262,6 +268,13 @@ EDGE_COEFFICIENT = Fused(
     node_inputs=("source", "target", "index", "mask"),
     registered=_registered_coefficient,
     variants=tuple({"norm": norm} for norm in ("sym_row", "sym_count", "sym_inout", "row", "sym_undirected")),
+)
+
+EDGE_COEFFICIENT_EXPONENT = replace(
+    EDGE_COEFFICIENT,
+    make_inputs=with_exponents(_with_mask),
+    differentiable=(*EDGE_COEFFICIENT.differentiable, "exponent"),
+    node_inputs=(*EDGE_COEFFICIENT.node_inputs, "exponent"),
 )
 
 FUSED = {subject.name: subject for subject in (EDGE_COEFFICIENT, GRAPH_LAYER)}

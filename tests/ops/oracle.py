@@ -60,11 +60,17 @@ def _softplus(value: Tensor) -> Tensor:
     return value.clamp_min(0) + torch.log1p(torch.exp(-value.abs()))
 
 
+def share_of(inputs: dict[str, Any]) -> Tensor:
+    """What softplus is multiplied by: 0 of padding, otherwise the exponential of an exponent."""
+    index, mask, exponent = inputs["index"], inputs.get("mask"), inputs.get("exponent")
+    share = torch.ones(index.shape, dtype=torch.float64) if exponent is None else exponent.detach().double().exp()
+    return share if mask is None else share * mask
+
+
 def edge_weight(inputs: dict[str, Any], grad: Tensor) -> Expected:
     given = [inputs[name] for name in ("source", "target", "vector", "bias")]
     source, target, vector, bias = _double(*given)
-    index, mask = inputs["index"].long(), inputs.get("mask")
-    share = torch.ones(index.shape, dtype=torch.float64) if mask is None else mask.double()
+    index, share = inputs["index"].long(), share_of(inputs)
     batch, nodes, k = index.shape
     unit = numerics.accumulate_unit(given[0].dtype)
     near = torch.stack([target[b][index[b]] for b in range(batch)]) if batch else target.new_zeros(0, nodes, k, 1)
@@ -73,8 +79,13 @@ def edge_weight(inputs: dict[str, Any], grad: Tensor) -> Expected:
     slip = (vector.numel() + numerics.SPARE_UNITS) * unit * (hidden @ vector.abs() + bias.abs())
     weight = _softplus(logit) * share
     tiny = torch.finfo(torch.float32).tiny
-    limit = (16 * unit * weight + _softplus(logit + slip) - _softplus(logit)) * share + tiny
+    # of softplus, and of an exponential and its product
+    limit = 20 * unit * weight + (_softplus(logit + slip) - _softplus(logit)) * share + tiny
     result = {"output": (weight, limit)}
+    if "exponent" in inputs:
+        value, limit = grad.double() * weight, grad.double().abs() * limit
+        rounding = numerics.rounding_bound(value, inputs["exponent"].dtype)
+        result["grad_exponent"] = (value, limit + unit * value.abs() + rounding)
 
     grad = grad.double() * share
     slope = grad * torch.sigmoid(logit)

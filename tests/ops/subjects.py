@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import oracle
@@ -60,6 +60,19 @@ def _with_mask(case: Case, dtype: torch.dtype = torch.float32, device: str = "cp
     return inputs
 
 
+def with_exponents(make: Callable[..., Inputs]) -> Callable[..., Inputs]:
+    """The same inputs with an exponent for every edge, of both signs."""
+
+    def inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Inputs:
+        found = make(case, dtype, device, seed)
+        random = torch.Generator().manual_seed(seed + 1)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        found["exponent"] = 2 * torch.randn(found["index"].shape, generator=random, dtype=wide).to(device)
+        return found
+
+    return inputs
+
+
 def registered_edges(i: Inputs) -> tuple[Any, ...]:
     """The arguments that the ops which weigh edges share."""
     names = ("source", "target", "index", "vector", "bias", "inverse_norm", "source_bias", "mask")
@@ -84,7 +97,14 @@ EDGE_WEIGHT = Subject(
     oracle=oracle.edge_weight,
     differentiable=("source", "target", "vector", "bias"),
     node_inputs=("source", "target", "index", "mask"),
-    registered=lambda i: (*registered_edges(i), "auto"),
+    registered=lambda i: (*registered_edges(i), "auto", i.get("exponent")),
+)
+
+EDGE_WEIGHT_EXPONENT = replace(
+    EDGE_WEIGHT,
+    make_inputs=with_exponents(EDGE_WEIGHT.make_inputs),
+    differentiable=(*EDGE_WEIGHT.differentiable, "exponent"),
+    node_inputs=(*EDGE_WEIGHT.node_inputs, "exponent"),
 )
 
 DEGREE_NORMALIZE = Subject(

@@ -358,7 +358,19 @@ CONSTRUCTOR: list[tuple[str, Any, type[Exception], str]] = [
         )
     ),
     ("k", -1, ValueError, "expected k >= 0, got -1$"),
-    ("k", 7.0, TypeError, "expected int, got float$"),
+    ("k", 7.0, ValueError, "an integer, or a share above 0 and below 1, got 7.0$"),
+    ("k", 0.0, ValueError, "an integer, or a share above 0 and below 1, got 0.0$"),
+    ("k", float("nan"), ValueError, "a share above 0 and below 1, got nan$"),
+    *(
+        (name, value, error, rule)
+        for name in ("edge_temperature", "edge_decay")
+        for value, error, rule in (
+            (0.0, ValueError, "finite number > 0, got 0.0$"),
+            (-1.0, ValueError, "finite number > 0, got -1.0$"),
+            (float("inf"), ValueError, "finite number > 0, got inf$"),
+            ("0.1", TypeError, "expected float, got str$"),
+        )
+    ),
     ("k", None, TypeError, "expected int, got NoneType$"),
     ("affinity", "cosine", ValueError, "one of exp, linear, power, product, gauss, got 'cosine'$"),
     ("self_loop", "none", ValueError, "one of in_topk, exclude, extra, got 'none'$"),

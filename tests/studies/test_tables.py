@@ -263,6 +263,30 @@ def test_what_a_sweep_is_compared_with_is_the_configuration(quick):
     assert training_study("sweep-neighbours", other).reference is None
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "first", "others"),
+    [
+        ("edge-temperature", "edge_temperature", None, [1.0, 0.3, 0.1, 0.03]),
+        ("edge-decay", "edge_decay", None, [0.5, 2.0, 8.0]),
+        ("neighbour-share", "k", 33, [0.01, 0.03, 0.06, 0.13, 0.3]),
+    ],
+)
+def test_options_of_the_start_are_compared_with_what_is_configured(quick, name, option, first, others):
+    study = training_study(f"sweep-{name}", quick)
+    found = [variant.options[f"model.graph.{option}"] for variant in study.variants]
+    assert found == [first, *others] and study.reference == study.variants[0].name
+    assert getattr(quick.config.model.graph, option) == first
+
+
+def test_a_residual_that_starts_as_the_input(quick):
+    study = training_study("sweep-residual-start", quick)
+    configs = [quick.variant_config(dict(variant.options), 0).model.graph for variant in study.variants]
+    assert [(graph.residual, graph.norm_scale) for graph in configs] == [(False, 1.0), (True, 1.0), (True, 0.0)]
+    assert study.reference == study.variants[0].name
+    residual = dataclasses.replace(quick, config=override(quick.config, {"model.graph.residual": True}))
+    assert training_study("sweep-residual-start", residual).reference is None
+
+
 def test_blocks_of_the_prior(quick):
     assert [variant.options["model.dino.layer"] for variant in training_study("sweep-dino-layer", quick).variants] == [
         None,

@@ -32,6 +32,7 @@ def edge_coefficient(
     source_bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     score: Tensor | None = ...,
+    exponent: Tensor | None = ...,
     norm: Norm = ...,
     eps: float = ...,
     apart: Literal[False] = ...,
@@ -53,6 +54,7 @@ def edge_coefficient(
     source_bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     score: Tensor | None = ...,
+    exponent: Tensor | None = ...,
     norm: Norm = ...,
     eps: float = ...,
     apart: Literal[True],
@@ -73,6 +75,7 @@ def edge_coefficient(
     source_bias: Tensor | None = None,
     mask: Tensor | None = None,
     score: Tensor | None = None,
+    exponent: Tensor | None = None,
     norm: Norm = "sym_row",
     eps: float = 1e-6,
     apart: bool = False,
@@ -94,6 +97,7 @@ def edge_coefficient(
         inverse_norm, source_bias: as in ``edge_weight``.
         mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
         score: the scores of ``knn_graph`` in place of a mask, shape of ``index``; a slot with ``-inf`` is padding.
+        exponent: as in ``edge_weight``. A weight that is infinite makes coefficients NaN.
         norm: see ``degree_normalize``.
         eps: added to every degree, at least 1e-20: gradients of a row of zeros grow as ``eps**-1.5``.
         apart: return a pair for ``graph_layer``. If a kernel can leave the scales to that op, which saves a pass over
@@ -106,7 +110,7 @@ def edge_coefficient(
 
     Returns:
         (B, N, K) coefficients, float32 (float64 if an input is). Differentiable once to ``source``, ``target``,
-        ``vector``, ``bias`` and ``source_bias``.
+        ``vector``, ``bias``, ``source_bias`` and ``exponent``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
@@ -120,7 +124,9 @@ def edge_coefficient(
         [0.5, 0.5]
     """
     op = "edge_coefficient"
-    vector = _checks.check_edges(op, source, target, index, vector, bias, inverse_norm, source_bias, mask, score)
+    vector = _checks.check_edges(
+        op, source, target, index, vector, bias, inverse_norm, source_bias, mask, score, exponent
+    )
     _checks.check_choice(op, "norm", norm, NORMS)
     eps = _checks.check_number(op, "eps", eps, positive=True)
     if eps < SMALLEST_EPS:
@@ -131,16 +137,17 @@ def edge_coefficient(
     if validate:
         _checks.check_index_values(op, index, source.shape[-2])
     halves = (source, target, inverse_norm, source_bias)
-    leaves = apart and norm == "sym_row" and _edges.takes_raw(op, halves, vector, bias, requested)
+    leaves = apart and norm == "sym_row" and _edges.takes_raw(op, halves, vector, bias, exponent, requested)
     options = (norm, eps, leaves, *csc_of(op, csc, index, validate), requested)
     mask = mask if score is None else score
     if source.dim() == 3:
         given = (source, target, index, vector, bias, inverse_norm, source_bias, mask)
-        found, _, scales = registration.edge_coefficient(*given, *options)
+        found, _, scales = registration.edge_coefficient(*given, *options, exponent)
         scale = scales[0] if leaves else None
     else:
-        target, inverse_norm, mask = (None if value is None else value[None] for value in (target, inverse_norm, mask))
+        per_node = (target, inverse_norm, mask, exponent)
+        target, inverse_norm, mask, exponent = (None if value is None else value[None] for value in per_node)
         given = (source[None], target, index[None], vector, bias, inverse_norm, source_bias, mask)
-        found, _, scales = registration.edge_coefficient(*given, *options)
+        found, _, scales = registration.edge_coefficient(*given, *options, exponent)
         found, scale = found[0], scales[0, 0] if leaves else None
     return (found, scale) if apart else found

@@ -32,12 +32,13 @@ def compose(
         norm: str,
         eps: float,
         csc: tuple[Tensor, Tensor] | None = None,
+        exponent: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Coefficients and weights (B, N, K), and scales (S, B, N) with S from ``ENDS``, which are not used here.
 
         ``csc`` are ``indptr`` and ``perm`` of the graph's columns, if they are known.
         """
-        weight = edge[0](source, target, index, vector, bias, mask)
+        weight = edge[0](source, target, index, vector, bias, mask, *() if exponent is None else (exponent,))
         coefficient = degree[0](weight, index, norm, eps, csc)
         return coefficient, weight, weight.new_zeros(ENDS[norm], *index.shape[:2])
 
@@ -54,9 +55,11 @@ def compose(
         eps: float,
         output_mask: Sequence[bool],
         csc: tuple[Tensor, Tensor] | None = None,
+        exponent: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         grad_weight = degree[1](grad, weight, index, norm, eps, csc)
-        return edge[1](grad_weight, weight, source, target, index, vector, bias, output_mask, csc)
+        given = (grad_weight, weight, source, target, index, vector, bias, output_mask, csc)
+        return edge[1](*given) if exponent is None else edge[1](*given, exponent)
 
     return forward, backward
 

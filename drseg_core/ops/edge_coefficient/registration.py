@@ -28,6 +28,8 @@ _MOST_NODES, _MOST_SLOTS = 1024, 128
 
 
 def _refused_by_cuda(case: Mapping[str, Any]) -> str | None:
+    if case.get("exponent"):
+        return "its kernel takes no exponent"
     if case["norm"] not in _CUDA_NORMS:
         return f"its kernel has no norm {case['norm']}"
     if case["nodes"] > _MOST_NODES or case["slots"] > _MOST_SLOTS:
@@ -178,13 +180,14 @@ def _run(
     indptr: Tensor | None,
     perm: Tensor | None,
     backend: str,
+    exponent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     halves = (source, target, inverse_norm, source_bias)
-    chosen = _edges.resolve("edge_coefficient", halves, vector, bias, backend, _case(norm, index))
+    chosen = _edges.resolve("edge_coefficient", halves, vector, bias, exponent, backend, _case(norm, index))
     options = (norm, eps, apart) if chosen.raw else (norm, eps)
     with _dispatch.without_autocast(source):
         found: tuple[Tensor, Tensor, Tensor] = _edges.run(
-            chosen, halves, (index, vector, bias), mask, *options, columns(indptr, perm)
+            chosen, halves, (index, vector, bias), mask, exponent, *options, columns(indptr, perm)
         )
     return found
 
@@ -207,11 +210,12 @@ def _run_backward(
     indptr: Tensor | None,
     perm: Tensor | None,
     backend: str,
+    exponent: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    halves = (source, target, inverse_norm, source_bias)
-    chosen = _edges.resolve("edge_coefficient", halves, vector, bias, backend, _case(norm, index))
+    halves, edges = (source, target, inverse_norm, source_bias), (index, vector, bias)
+    chosen = _edges.resolve("edge_coefficient", halves, vector, bias, exponent, backend, _case(norm, index))
     options = (norm, eps, apart) if chosen.raw else (norm, eps)
-    given = ((grad, weight, scale), halves, (index, vector, bias), options, output_mask, columns(indptr, perm))
+    given = ((grad, weight, scale), halves, edges, options, output_mask, columns(indptr, perm), exponent)
     with _dispatch.without_autocast(source):
         return _edges.run_backward("edge_coefficient", chosen, *given)
 
@@ -228,9 +232,12 @@ def _fake(
     norm: str,
     eps: float,
     apart: bool,
-    *others: Any,
+    indptr: Tensor | None,
+    perm: Tensor | None,
+    backend: str,
+    exponent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = widest(source, target, vector, bias, inverse_norm, source_bias)
+    wide = widest(source, target, vector, bias, inverse_norm, source_bias, exponent)
     shapes = (index.shape, (0,) if apart else index.shape, (reference.ENDS[norm], *index.shape[:2]))
     first, second, scale = (source.new_empty(shape, dtype=wide) for shape in shapes)
     return first, second, scale
@@ -251,24 +258,28 @@ def _fake_backward(
     eps: float,
     apart: bool,
     output_mask: Sequence[bool],
-    *others: Any,
+    indptr: Tensor | None,
+    perm: Tensor | None,
+    backend: str,
+    exponent: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    return fake_gradients(output_mask, source, target, vector, bias, source_bias)
+    return fake_gradients(output_mask, source, target, vector, bias, source_bias, exponent)
 
 
 _forward = define(
     "edge_coefficient",
     "(Tensor source, Tensor? target, Tensor index, Tensor vector, Tensor bias, Tensor? inverse_norm, "
-    "Tensor? source_bias, Tensor? mask, str norm, float eps, bool apart, Tensor? indptr, Tensor? perm, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor? source_bias, Tensor? mask, str norm, float eps, bool apart, Tensor? indptr, Tensor? perm, str backend, "
+    "Tensor? exponent=None) -> (Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )
 _backward = define(
     "edge_coefficient_backward",
     "(Tensor grad, Tensor weight, Tensor scale, Tensor source, Tensor? target, Tensor index, Tensor vector, "
-    "Tensor bias, Tensor? inverse_norm, Tensor? source_bias, str norm, float eps, bool apart, bool[5] output_mask, "
-    "Tensor? indptr, Tensor? perm, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor bias, Tensor? inverse_norm, Tensor? source_bias, str norm, float eps, bool apart, bool[6] output_mask, "
+    "Tensor? indptr, Tensor? perm, str backend, Tensor? exponent=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )
@@ -291,29 +302,31 @@ class _EdgeCoefficient(Differentiable):
         indptr: Tensor | None,
         perm: Tensor | None,
         backend: str,
+        exponent: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         given = (source, target, index, vector, bias, inverse_norm, source_bias, mask)
-        found: tuple[Tensor, Tensor, Tensor] = _forward(*given, norm, eps, apart, indptr, perm, backend)
+        found: tuple[Tensor, Tensor, Tensor] = _forward(*given, norm, eps, apart, indptr, perm, backend, exponent)
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *given, _, ctx.norm, ctx.eps, ctx.apart, indptr, perm, ctx.backend = inputs
+        *given, _, ctx.norm, ctx.eps, ctx.apart, indptr, perm, ctx.backend, exponent = inputs
         first, weight, scale = output
         ctx.mark_non_differentiable(weight, scale)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(first if ctx.apart else weight, scale, *given, indptr, perm)
+        ctx.save_for_backward(first if ctx.apart else weight, scale, *given, indptr, perm, exponent)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 14
+            return (None,) * 15
         needs = ctx.needs_input_grad
-        mask = [*needs[:2], *needs[3:5], needs[6]]
-        *given, indptr, perm = ctx.saved_tensors
-        given = (grad, *given, ctx.norm, ctx.eps, ctx.apart, mask, indptr, perm, ctx.backend)
-        to_source, to_target, to_vector, to_bias, to_shift = backward_of("edge_coefficient", _backward, mask, *given)
-        return to_source, to_target, None, to_vector, to_bias, None, to_shift, *(None,) * 7
+        mask = [*needs[:2], *needs[3:5], needs[6], needs[14]]
+        *given, indptr, perm, exponent = ctx.saved_tensors
+        given = (grad, *given, ctx.norm, ctx.eps, ctx.apart, mask, indptr, perm, ctx.backend, exponent)
+        to_source, to_target, *found = backward_of("edge_coefficient", _backward, mask, *given)
+        to_vector, to_bias, to_shift, to_exponent = found
+        return to_source, to_target, None, to_vector, to_bias, None, to_shift, *(None,) * 7, to_exponent
 
 
 def edge_coefficient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

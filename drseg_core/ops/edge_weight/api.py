@@ -22,6 +22,7 @@ def edge_weight(
     source_bias: Tensor | None = None,
     mask: Tensor | None = None,
     score: Tensor | None = None,
+    exponent: Tensor | None = None,
     csc: Csc | None = None,
     validate: bool = False,
     backend: str | None = None,
@@ -44,13 +45,16 @@ def edge_weight(
         source_bias: (E,), bias of the first layer, added to ``source`` after ``inverse_norm`` is applied.
         mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
         score: the scores of ``knn_graph`` in place of a mask, shape of ``index``; a slot with ``-inf`` is padding.
+        exponent: shape of ``index``, float32 or float64; multiplies the weight by its exponential. What padding has
+            does not matter. Elsewhere NaN makes the weight NaN, ``-inf`` makes it 0, and above 88 (of float32) it is
+            infinite. A weight of 0 has no gradient.
         csc: ``csc(index)``, for the gradient to ``target``; None makes it in every backward.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
         (B, N, K) weights >= 0, float32 (float64 if an input is), because half precision would underflow to 0.
-        Differentiable once to ``source``, ``target``, ``vector``, ``bias`` and ``source_bias``.
+        Differentiable once to ``source``, ``target``, ``vector``, ``bias``, ``source_bias`` and ``exponent``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
@@ -62,9 +66,15 @@ def edge_weight(
         >>> half, index = torch.zeros(2, 4), torch.tensor([[0, 1], [1, 0]])
         >>> edge_weight(half, half, index, torch.ones(4), torch.zeros(1))[0].tolist()  # softplus(0) = log 2
         [0.6931471824645996, 0.6931471824645996]
+        >>> distance = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> near = edge_weight(half, half, index, torch.ones(4), torch.zeros(1), exponent=-distance)
+        >>> near[0].double().round(decimals=4).tolist()  # log 2, and log 2 / e
+        [0.6931, 0.255]
     """
     op = "edge_weight"
-    vector = _checks.check_edges(op, source, target, index, vector, bias, inverse_norm, source_bias, mask, score)
+    vector = _checks.check_edges(
+        op, source, target, index, vector, bias, inverse_norm, source_bias, mask, score, exponent
+    )
     _checks.check_flag(op, "validate", validate)
     requested = requested_backend(op, backend)
     if validate:
@@ -73,7 +83,8 @@ def edge_weight(
     mask = mask if score is None else score
     if source.dim() == 3:
         given = (source, target, index, vector, bias, inverse_norm, source_bias, mask)
-        return registration.edge_weight(*given, *options)
-    target, inverse_norm, mask = (None if value is None else value[None] for value in (target, inverse_norm, mask))
+        return registration.edge_weight(*given, *options, exponent)
+    per_node = (target, inverse_norm, mask, exponent)
+    target, inverse_norm, mask, exponent = (None if value is None else value[None] for value in per_node)
     given = (source[None], target, index[None], vector, bias, inverse_norm, source_bias, mask)
-    return registration.edge_weight(*given, *options)[0]
+    return registration.edge_weight(*given, *options, exponent)[0]

@@ -29,6 +29,12 @@ def softplus(value: Tensor) -> Tensor:
     return torch.logaddexp(value, torch.zeros((), dtype=value.dtype, device=value.device))
 
 
+def factor_of(exponent: Tensor, mask: Tensor | None) -> Tensor:
+    """exp(exponent), and 0 where ``mask`` is False, whatever the exponent is there."""
+    factor = exponent.exp()
+    return factor if mask is None else factor.masked_fill(~mask, 0)
+
+
 def at_neighbour(value: Tensor, index: Tensor) -> Tensor:
     """Rows of ``value`` (B, N, E) at the ends of the edges ``index`` (B, N, K), all at once: (B, N, K, E)."""
     end = index.long().clamp(0, torch.sym_max(index.shape[1] - 1, 0)).flatten(1)
@@ -42,6 +48,7 @@ def edge_weight(
     vector: Tensor,
     bias: Tensor,
     mask: Tensor | None = None,
+    exponent: Tensor | None = None,
     *,
     block: int | None = None,
 ) -> Tensor:
@@ -50,15 +57,22 @@ def edge_weight(
     Args:
         source: (B, N, E). target: (B, N, E). index: (B, N, K). vector: (E,). bias: ().
         mask: (B, N, K) bool or None.
+        exponent: (B, N, K) or None; the weight is multiplied by its exponential.
         block: rows computed at once; by default as many as take 32 MB.
     """
-    source, target, vector, bias = _wide(source, target, vector, bias)
+    if exponent is None:
+        source, target, vector, bias = _wide(source, target, vector, bias)
+        # a product, not a choice: a row that is not finite must not look healthy because its slots are padding
+        factor = mask
+    else:
+        source, target, vector, bias, exponent = _wide(source, target, vector, bias, exponent)
+        factor = factor_of(exponent, mask)
     batch, nodes, k = index.shape
     if isinstance(batch * nodes, torch.SymInt):
         # a program for every size has no loop over samples
         near = at_neighbour(target, index)
         weight = softplus(((source.unsqueeze(2) + near).relu() * vector).sum(-1) + bias)
-        return weight if mask is None else weight * mask
+        return weight if factor is None else weight * factor
     neighbour = index.long().clamp(0, max(nodes - 1, 0))
     block = _row_block(target, k, block)
     samples = []
@@ -70,8 +84,7 @@ def edge_weight(
             rows.append(softplus((hidden * vector).sum(-1) + bias))
         samples.append(torch.cat(rows) if rows else source.new_empty(0, k))
     weight = torch.stack(samples) if samples else source.new_empty(0, nodes, k)
-    # a product, not a choice: a row that is not finite must not look healthy because its slots are padding
-    return weight if mask is None else weight * mask
+    return weight if factor is None else weight * factor
 
 
 def edge_weight_backward(
@@ -84,23 +97,30 @@ def edge_weight_backward(
     bias: Tensor,
     output_mask: Sequence[bool] = (True,) * 4,
     csc: tuple[Tensor, Tensor] | None = None,
+    exponent: Tensor | None = None,
     *,
     block: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to ``source``, ``target``, ``vector`` and ``bias``, each in its input's dtype.
+) -> tuple[Tensor, ...]:
+    """Gradients to ``source``, ``target``, ``vector`` and ``bias``, each in its input's dtype; a fifth to ``exponent``.
 
     One whose ``output_mask`` is False is an empty tensor. The ReLU mask is computed again. The derivative of softplus
     comes from the saved weight: 1 - exp(-weight). ``csc``, ``indptr`` and ``perm`` of the graph's columns, is needed by
-    nobody here.
+    nobody here. Without an exponent there are four gradients, and four entries of ``output_mask``.
     """
-    wants_source, wants_target, wants_vector, _ = output_mask
-    inputs = (source, target, vector, bias)
-    grad, weight, source, target, vector, _ = _wide(grad, weight, *inputs)
+    wants_source, wants_target, wants_vector, *_ = output_mask
+    inputs = (source, target, vector, bias) if exponent is None else (source, target, vector, bias, exponent)
+    grad, weight, source, target, vector, _, *rest = _wide(grad, weight, *inputs)
     batch, nodes, k = index.shape
     neighbour = index.long().clamp(0, max(nodes - 1, 0))
     block = _row_block(target, k, block)
     # a masked slot has weight 0 and so derivative 0
-    grad_logit = grad * -torch.expm1(-weight)
+    if exponent is None:
+        slope = -torch.expm1(-weight)
+    else:
+        factor = rest[0].exp()
+        # whatever its exponent is
+        slope = torch.where(weight == 0, 0, factor * -torch.expm1(-weight / factor))
+    grad_logit = grad * slope
     grad_source, grad_target = source.new_zeros(source.shape), target.new_zeros(target.shape)
     grad_vector = vector.new_zeros(vector.shape)
     for b in range(batch):
@@ -118,9 +138,8 @@ def edge_weight_backward(
                 grad_source[b, rows] = grad_hidden.sum(1)
             if wants_target:
                 grad_target[b].index_add_(0, near.flatten(), grad_hidden.flatten(0, 1))
-    results = (grad_source, grad_target, grad_vector, grad_logit.sum())
-    source, target, vector, bias = (
+    results = (grad_source, grad_target, grad_vector, grad_logit.sum(), grad * weight)[: len(inputs)]
+    return tuple(
         result.to(given.dtype).reshape(given.shape) if need else given.new_empty(0)
         for result, given, need in zip(results, inputs, output_mask, strict=True)
     )
-    return source, target, vector, bias

@@ -23,11 +23,18 @@ from drseg_core.ops.edge_weight import reference
 
 
 def _run_native(
-    source: Tensor, target: Tensor, index: Tensor, vector: Tensor, bias: Tensor, mask: Tensor | None
+    source: Tensor,
+    target: Tensor,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    exponent: Tensor | None = None,
 ) -> Tensor:
-    given = _native.operands(source, target, vector, bias)
+    last = () if exponent is None else (exponent,)
+    own, near, vector, bias, *given = _native.operands(source, target, vector, bias, *last)
     mask = None if mask is None else mask.contiguous()
-    return torch.ops.drseg_native.edge_weight(*given[:2], _native.neighbours(index), *given[2:], mask)
+    return torch.ops.drseg_native.edge_weight(own, near, _native.neighbours(index), vector, bias, mask, *given)
 
 
 def _run_native_backward(
@@ -40,15 +47,15 @@ def _run_native_backward(
     bias: Tensor,
     output_mask: Sequence[bool],
     csc: tuple[Tensor, Tensor] | None = None,
+    exponent: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    grad, weight, *given = _native.operands(grad, weight, source, target, vector)
-    edges = (*given[:2], _native.neighbours(index), given[2], *_native.columns(csc))
+    last = () if exponent is None else (exponent,)
+    grad, weight, own, near, wide, *given = _native.operands(grad, weight, source, target, vector, *last)
+    edges = (own, near, _native.neighbours(index), wide, *_native.columns(csc))
     # all of them in one pass
-    grads = torch.ops.drseg_native.edge_weight_backward(grad, weight, *edges)
-    return tuple(
-        value.to(like.dtype).reshape(like.shape)
-        for value, like in zip(grads, (source, target, vector, bias), strict=True)
-    )
+    grads = torch.ops.drseg_native.edge_weight_backward(grad, weight, *edges, *given)
+    likes = (source, target, vector, bias, *last)
+    return tuple(value.to(like.dtype).reshape(like.shape) for value, like in zip(grads, likes, strict=False))
 
 
 _dispatch.add_table(
@@ -69,11 +76,12 @@ def _run(
     source_bias: Tensor | None,
     mask: Tensor | None,
     backend: str,
+    exponent: Tensor | None = None,
 ) -> Tensor:
     halves = (source, target, inverse_norm, source_bias)
-    chosen = _edges.resolve("edge_weight", halves, vector, bias, backend)
+    chosen = _edges.resolve("edge_weight", halves, vector, bias, exponent, backend)
     with _dispatch.without_autocast(source):
-        weight: Tensor = _edges.run(chosen, halves, (index, vector, bias), mask)
+        weight: Tensor = _edges.run(chosen, halves, (index, vector, bias), mask, exponent)
     return weight
 
 
@@ -91,12 +99,13 @@ def _run_backward(
     indptr: Tensor | None,
     perm: Tensor | None,
     backend: str,
+    exponent: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     halves = (source, target, inverse_norm, source_bias)
-    chosen = _edges.resolve("edge_weight", halves, vector, bias, backend)
-    edges, csc = (index, vector, bias), columns(indptr, perm)
+    chosen = _edges.resolve("edge_weight", halves, vector, bias, exponent, backend)
+    given = ((grad, weight), halves, (index, vector, bias), (), output_mask, columns(indptr, perm), exponent)
     with _dispatch.without_autocast(source):
-        return _edges.run_backward("edge_weight", chosen, (grad, weight), halves, edges, (), output_mask, csc)
+        return _edges.run_backward("edge_weight", chosen, *given)
 
 
 def _fake(
@@ -107,15 +116,37 @@ def _fake(
     bias: Tensor,
     inverse_norm: Tensor | None,
     source_bias: Tensor | None,
-    *others: Any,
+    mask: Tensor | None,
+    backend: str,
+    exponent: Tensor | None = None,
 ) -> Tensor:
-    return source.new_empty(index.shape, dtype=widest(source, target, vector, bias, inverse_norm, source_bias))
+    wide = widest(source, target, vector, bias, inverse_norm, source_bias, exponent)
+    return source.new_empty(index.shape, dtype=wide)
+
+
+def _fake_backward(
+    grad: Tensor,
+    weight: Tensor,
+    source: Tensor,
+    target: Tensor | None,
+    index: Tensor,
+    vector: Tensor,
+    bias: Tensor,
+    inverse_norm: Tensor | None,
+    source_bias: Tensor | None,
+    output_mask: Sequence[bool],
+    indptr: Tensor | None,
+    perm: Tensor | None,
+    backend: str,
+    exponent: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    return fake_gradients(output_mask, source, target, vector, bias, source_bias, exponent)
 
 
 _forward = define(
     "edge_weight",
     "(Tensor source, Tensor? target, Tensor index, Tensor vector, Tensor bias, Tensor? inverse_norm, "
-    "Tensor? source_bias, Tensor? mask, str backend) -> Tensor",
+    "Tensor? source_bias, Tensor? mask, str backend, Tensor? exponent=None) -> Tensor",
     _run,
     _fake,
 )
@@ -123,12 +154,10 @@ _forward = define(
 _backward = define(
     "edge_weight_backward",
     "(Tensor grad, Tensor weight, Tensor source, Tensor? target, Tensor index, Tensor vector, Tensor bias, "
-    "Tensor? inverse_norm, Tensor? source_bias, bool[5] output_mask, Tensor? indptr, Tensor? perm, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? inverse_norm, Tensor? source_bias, bool[6] output_mask, Tensor? indptr, Tensor? perm, str backend, "
+    "Tensor? exponent=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
-    lambda grad, weight, source, target, index, vector, bias, inverse_norm, source_bias, mask, *others: fake_gradients(
-        mask, source, target, vector, bias, source_bias
-    ),
+    _fake_backward,
 )
 
 
@@ -146,27 +175,29 @@ class _EdgeWeight(Differentiable):
         indptr: Tensor | None,
         perm: Tensor | None,
         backend: str,
+        exponent: Tensor | None,
     ) -> Tensor:
         # the backward alone goes along columns
-        return _forward(source, target, index, vector, bias, inverse_norm, source_bias, mask, backend)
+        return _forward(source, target, index, vector, bias, inverse_norm, source_bias, mask, backend, exponent)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *given, _, indptr, perm, ctx.backend = inputs
-        ctx.save_for_backward(output, *given, indptr, perm)
+        *given, _, indptr, perm, ctx.backend, exponent = inputs
+        ctx.save_for_backward(output, *given, indptr, perm, exponent)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        mask = [*needs[:2], *needs[3:5], needs[6]]
-        *given, indptr, perm = ctx.saved_tensors
-        given = (grad, *given, mask, indptr, perm, ctx.backend)
-        to_source, to_target, to_vector, to_bias, to_shift = backward_of("edge_weight", _backward, mask, *given)
-        return to_source, to_target, None, to_vector, to_bias, None, to_shift, *(None,) * 4
+        mask = [*needs[:2], *needs[3:5], needs[6], needs[11]]
+        *given, indptr, perm, exponent = ctx.saved_tensors
+        given = (grad, *given, mask, indptr, perm, ctx.backend, exponent)
+        to_source, to_target, *found = backward_of("edge_weight", _backward, mask, *given)
+        to_vector, to_bias, to_shift, to_exponent = found
+        return to_source, to_target, None, to_vector, to_bias, None, to_shift, *(None,) * 4, to_exponent
 
 
 def edge_weight(*arguments: Any) -> Tensor:
     if differentiated(*arguments):
         return _EdgeWeight.call(*arguments)
-    *given, _, _, backend = arguments
-    return _forward(*given, backend)
+    *given, _, _, backend, exponent = arguments
+    return _forward(*given, backend, exponent)

@@ -94,6 +94,11 @@ def graph_propagate_backward(
         wide_grad, wide_x = _wide(grad, x)
         start, end = (wide_x, wide_grad) if transpose else (wide_grad, wide_x)
         batch, nodes, k = index.shape
+        if isinstance(batch * nodes, torch.SymInt):
+            # as in the forward
+            near = index.long().clamp(0, torch.sym_max(nodes - 1, 0)).flatten(1)
+            near = end.gather(1, near.unsqueeze(-1).expand(-1, -1, end.shape[-1])).unflatten(1, index.shape[1:])
+            return grad_x, (near * start.unsqueeze(2)).sum(-1).to(coefficient.dtype)
         neighbour = index.long().clamp(0, max(nodes - 1, 0))
         block = _row_block(end, k, block)
         grad_coefficient = coefficient.new_zeros(coefficient.shape)
