@@ -2,6 +2,7 @@
 // The edges that end in each node, for a whole batch.
 
 #include "cpu/csc.h"
+#include "cpu/grain.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -21,7 +22,7 @@ std::tuple<Tensor, Tensor> csc(const Tensor& index) {
   int32_t *begin = indptr.mutable_data_ptr<int32_t>(), *place = perm.mutable_data_ptr<int32_t>();
   begin[0] = 0;
   begin[batch * nodes] = static_cast<int32_t>(batch * edges);
-  torch::stable::parallel_for(0, batch, 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, batch, grain(4 * edges), [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b)
       list_columns(ends + b * edges, nodes, slots, b * edges, begin + b * nodes, place + b * edges);
   });

@@ -105,7 +105,7 @@ void for_ends(
     const int32_t* index, const Columns& columns, int64_t batch, int64_t nodes, int64_t slots, int64_t grain,
     Function function) {
   if (batch >= static_cast<int64_t>(torch::stable::get_num_threads())) {
-    torch::stable::parallel_for(0, batch, 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, batch, std::max<int64_t>(1, grain / std::max<int64_t>(1, nodes)), [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) function(b, Csc(index, columns, b, nodes, slots), 0, nodes);
     });
     return;

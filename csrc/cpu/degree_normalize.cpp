@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/grain.h"
 #include "cpu/level.h"
 #include "ops.h"
 
@@ -138,7 +139,7 @@ void run(const Tensor* grad, const Tensor& weight, const Tensor& index, int64_t 
   const T *given = grad != nullptr ? grad->const_data_ptr<T>() : nullptr, *value = weight.const_data_ptr<T>();
   const int32_t* ends = index.const_data_ptr<int32_t>();
   T* result = out.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, weight.size(0), 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, weight.size(0), grain(4 * edges), [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       const Sample<T> sample{value + b * edges, ends + b * edges, nodes, slots};
       if (given == nullptr) {

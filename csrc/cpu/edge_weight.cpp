@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/grain.h"
 #include "cpu/level.h"
 #include "cpu/csc.h"
 #include "cpu/softplus.h"
@@ -211,8 +212,6 @@ Edges<T> edges_of(const Tensor& source, const Tensor& target, const Tensor& inde
           index.const_data_ptr<int32_t>(), source.size(1), index.size(2), source.size(2), bias};
 }
 
-int64_t grain(int64_t slots, int64_t hidden) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, slots * hidden)); }
-
 template <class T>
 void forward(
     const Tensor& source, const Tensor& target, const Tensor& index, const Tensor& vector, const Tensor& bias,
@@ -221,7 +220,7 @@ void forward(
   const T* power = exponent.has_value() ? exponent->const_data_ptr<T>() : nullptr;
   T* out = weight.mutable_data_ptr<T>();
   torch::stable::parallel_for(
-      0, source.size(0) * edges.nodes, grain(edges.slots, edges.hidden), [&](int64_t first, int64_t last) {
+      0, source.size(0) * edges.nodes, grain(edges.slots * edges.hidden), [&](int64_t first, int64_t last) {
         DRSEG_CALL(weigh, T, edges, mask, power, out, first, last);
       });
 }
@@ -260,7 +259,7 @@ void backward(
 
   T* to_target = grad_target.mutable_data_ptr<T>();
   for_ends(
-      edges.index, columns, batch, edges.nodes, edges.slots, grain(edges.slots, edges.hidden),
+      edges.index, columns, batch, edges.nodes, edges.slots, grain(edges.slots * edges.hidden),
       [&](int64_t b, const Csc& csc, int64_t first, int64_t last) {
         const int64_t offset = b * edges.nodes * edges.hidden;
         const T* given = slope.get() + b * edges.nodes * edges.slots;

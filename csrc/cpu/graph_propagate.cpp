@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/grain.h"
 #include "cpu/level.h"
 #include "cpu/csc.h"
 #include "cpu/vector.h"
@@ -189,11 +190,6 @@ DRSEG_LEVELS(gather_transposed, gather_against)
 DRSEG_LEVELS(gather_lists, gather_listed)
 DRSEG_LEVELS(edge_dot, dot_rows)
 
-// Rows per task, so that a task is worth the hand-over to a thread.
-int64_t grain(int64_t slots, int64_t channels) {
-  return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, slots * channels));
-}
-
 template <class T>
 void propagate(
     const Tensor& x, const Tensor& index, const Tensor& coefficient, bool transpose, const Columns& columns,
@@ -203,13 +199,13 @@ void propagate(
   const T* in = x.const_data_ptr<T>();
   T* out = y.mutable_data_ptr<T>();
   if (!transpose) {
-    torch::stable::parallel_for(0, batch * nodes, grain(slots, channels), [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, batch * nodes, grain(slots * channels), [&](int64_t first, int64_t last) {
       DRSEG_CALL(gather, T, graph, in, out, first, last);
     });
     return;
   }
   for_ends(
-      graph.index, columns, batch, nodes, slots, grain(slots, channels),
+      graph.index, columns, batch, nodes, slots, grain(slots * channels),
       [&](int64_t b, const Csc& csc, int64_t first, int64_t last) {
         const int64_t offset = b * nodes * channels;
         const T* shares = graph.coefficient + b * nodes * slots;
@@ -249,7 +245,7 @@ static void propagate_listed(
       indptr, start.const_data_ptr<int32_t>(), coefficient.const_data_ptr<T>(), x.size(1), channels};
   const T* in = x.const_data_ptr<T>();
   T* out = y.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, rows, grain(start.numel() / rows + 1, channels), [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, rows, grain((start.numel() / rows + 1) * channels), [&](int64_t first, int64_t last) {
     DRSEG_CALL(gather_lists, T, &lists, in, out, first, last);
   });
 }
@@ -279,7 +275,7 @@ static void all_dots(const Tensor& start, const Tensor& end, const Tensor& index
   const Graph<T> graph{index.const_data_ptr<int32_t>(), nullptr, nodes, slots, channels};
   const T *left = start.const_data_ptr<T>(), *right = end.const_data_ptr<T>();
   T* out = dot.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, start.size(0) * nodes, grain(slots, channels), [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, start.size(0) * nodes, grain(slots * channels), [&](int64_t first, int64_t last) {
     DRSEG_CALL(edge_dot, T, graph, left, right, out, first, last);
   });
 }

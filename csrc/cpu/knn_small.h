@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/dot_tile.h"
+#include "cpu/grain.h"
 #include "cpu/knn_rows.h"
 #include "cpu/level.h"
 #include "cpu/select.h"
@@ -102,7 +103,7 @@ DRSEG_LEVELS(select_small, select_rows)
 template <class T>
 void small_grids(
     const Problem<T>& problem, int64_t batch, const T* prior, const T* inverse, int32_t* index, T* score) {
-  const int64_t nodes = problem.grid.nodes(), wanted = problem.last - problem.first;
+  const int64_t nodes = problem.grid.nodes(), wanted = problem.last - problem.first, side = std::min(nodes, kBlock);
   std::vector<std::pair<int32_t, int32_t>> pairs;
   const int32_t blocks = static_cast<int32_t>(problem.grid.blocks.size());
   for (int32_t one = 0; one < blocks; ++one)
@@ -113,7 +114,7 @@ void small_grids(
   for (int64_t b = 0; b < together; ++b) images.emplace_back(nodes, problem.channels);
   for (int64_t start = 0; start < batch; start += together) {
     const int64_t count = std::min(together, batch - start);
-    torch::stable::parallel_for(0, count * blocks, 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, count * blocks, grain(side * problem.channels), [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const Block& block = problem.grid.blocks[task % blocks];
         const int64_t sample = (start + task / blocks) * nodes;
@@ -122,11 +123,12 @@ void small_grids(
             block.first + block.count);
       }
     });
-    torch::stable::parallel_for(0, count * static_cast<int64_t>(pairs.size()), 1, [&](int64_t first, int64_t last) {
+    const int64_t tasks = count * static_cast<int64_t>(pairs.size());
+    torch::stable::parallel_for(0, tasks, grain(side * side * problem.channels), [&](int64_t first, int64_t last) {
       DRSEG_CALL(score_small, T, &problem, &images, &pairs, first, last);
     });
     const int64_t offset = start * wanted * problem.k;
-    torch::stable::parallel_for(0, count * wanted, 16, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, count * wanted, grain(8 * nodes), [&](int64_t first, int64_t last) {
       DRSEG_CALL(select_small, T, &problem, &images, index + offset, score + offset, first, last);
     });
   }

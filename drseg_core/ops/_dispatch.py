@@ -331,22 +331,33 @@ def has_backend(op: str, name: str) -> bool:
     return any(found.name == name for found in table(op))
 
 
+def _is_raw(op: str, tensor: Tensor, requested: str, others: Mapping[str, Tensor | None]) -> bool:
+    case = None if others.get("exponent") is None else {"exponent": True}
+    chosen = resolve(op, tensor, requested, case, **others)
+    if not chosen.raw or chosen.refuses is None or requested != "auto":
+        return chosen.raw
+    # it may refuse the sizes, and leave them to the next one
+    dtypes = {tensor.dtype, *(other.dtype for other in others.values() if other is not None)}
+    device, backends = tensor.device.type, table(op)
+    behind = backends[[backend.name for backend in backends].index(chosen.name) + 1 :]
+    able = (b for b in behind if device not in b.by_name_only and b.why_not(device) is None and dtypes <= {*b.dtypes})
+    return next((backend.raw for backend in able), True)
+
+
 @asked_once
 def _takes_raw(op: str, device: str, requested: str, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
     first, *others = (torch.empty(0, dtype=dtype, device=device) for dtype in dtypes)
-    case = {"exponent": True} if "exponent" in names else None
     try:
-        return resolve(op, first, requested, case, **dict(zip(names, others, strict=True))).raw
+        return _is_raw(op, first, requested, dict(zip(names, others, strict=True)))
     except (BackendUnavailableError, BackendDtypeError):
         # the op itself says so, in words that the compiler lets through
         return False
 
 
 def takes_raw(op: str, tensor: Tensor, requested: str, **others: Tensor | None) -> bool:
-    """Whether the backend that ``resolve`` finds is ``raw``; a compiler asks once."""
+    """Whether the backend that ``resolve`` finds is ``raw``, whatever the sizes are; a compiler asks once."""
     if not torch.compiler.is_compiling():
-        case = None if others.get("exponent") is None else {"exponent": True}
-        return resolve(op, tensor, requested, case, **others).raw
+        return _is_raw(op, tensor, requested, others)
     given = {name: other for name, other in others.items() if other is not None}
     dtypes = (tensor.dtype, *(other.dtype for other in given.values()))
     return _takes_raw(op, tensor.device.type, requested, tuple(given), dtypes)

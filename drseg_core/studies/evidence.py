@@ -29,7 +29,15 @@ from drseg_core.studies.training_free_page import interval
 
 NAME = "evidence"
 TITLE = "Does the graph help? All studies that ask"
-STUDIES = ("table2", "table3", "table6")
+STUDIES = (
+    "table2",
+    "table3",
+    "table6",
+    "sweep-neighbour-share",
+    "sweep-edge-temperature",
+    "sweep-edge-decay",
+    "sweep-residual-start",
+)
 # rows of the tables, and what each is compared with; rows of a sweep are compared with its default
 _PAIRS = {
     "table2": (("pdgr", "baseline"), ("pdgr_k1", "baseline"), ("pdgr", "pdgr_k1"), ("all", "all_k1")),

@@ -299,6 +299,28 @@ def test_a_dtype_that_a_backend_lacks():
         del _dispatch._tables["made_up"], _dispatch._last.of["made_up"]
 
 
+@pytest.mark.parametrize(("next_is_raw", "next_runs"), [(True, True), (False, True), (True, False)])
+def test_arguments_stay_raw_if_whoever_may_get_them_takes_them_raw(next_is_raw, next_runs):
+    """The first may refuse the sizes of a call: what is decided before must hold for the one behind it, too."""
+
+    def why_not(device: str) -> str | None:
+        return None if next_runs else "it was left out"
+
+    parts = (None, None, lambda device: None)
+    table = [
+        _dispatch.Backend("cuda", *parts, raw=True, refuses=lambda case: "too large" if case.get("nodes") else None),
+        _dispatch.Backend("triton", None, None, why_not, raw=next_is_raw),
+        _dispatch.Backend("reference", *parts),
+    ]
+    _dispatch.add_table("made_up", *table)
+    try:
+        assert _dispatch.takes_raw("made_up", torch.ones(2), "auto") is (next_is_raw and next_runs)
+        # who names it is told if it refuses
+        assert _dispatch.takes_raw("made_up", torch.ones(2), "cuda")
+    finally:
+        del _dispatch._tables["made_up"], _dispatch._last.of["made_up"]
+
+
 @pytest.mark.promise("C25", "C41")
 def test_the_report_is_what_the_calls_do():
     rows = ops.backend_report()
