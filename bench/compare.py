@@ -8,7 +8,10 @@ the code. Beside each verdict stands the smallest slowdown that these rows can t
 times, of one or two samples, of two separate runs, and of ceilings that moved, by the machine or by chance. Stored rows
 are weaker evidence than the race of ``python -m bench run --base REF --gate``, which is the gate.
 
-Exit code 0: nothing slower or lost; 1: something is; 2: the files cannot be compared.
+A row is *lost* if the new run did not measure it. Rows of other libraries, and of plain PyTorch, tell how steady the
+machine was, and decide nothing.
+
+Exit code 0: none of our rows is slower or lost; 1: some are; 2: the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ _CASES = {
 }
 # and contenders
 _NAMES = {"floor": "matmul_lower_bound"}
+# whose rows decide: the engine, and its backends one by one
+_OURS = ("engine", "native", "cuda", "triton", "reference")
 _KEY = ("op", "case", "mode", "dtype", "data", "name")
 _TIMES = {"p20_ms", "p50_ms", "p80_ms", "repeats", "sizes"}
 # of one kind of machine
@@ -103,6 +108,10 @@ class Comparison:
     resolution: float | None = None
     normalised: bool = False
 
+    @property
+    def ours(self) -> bool:
+        return self.key[_KEY.index("name")] in _OURS
+
 
 def _standard_error(row: Row) -> float:
     """Of the median, relative: from the percentiles, as if the times were normal."""
@@ -166,5 +175,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if one.ratio is None or one.normalised
             else "  not normalised: a row has no ceilings, or the work is counted in another way"
         )
-        print(f"{' '.join(one.key):{width}}  {ratio}  {one.verdict:6}{tells}{raw}")
-    return int(any(one.verdict in ("slower", "lost") for one in found))
+        whose = "" if one.ours else "  (not ours: decides nothing)"
+        print(f"{' '.join(one.key):{width}}  {ratio}  {one.verdict:6}{tells}{raw}{whose}")
+    return int(any(one.ours and one.verdict in ("slower", "lost") for one in found))

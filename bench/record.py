@@ -57,7 +57,8 @@ def _checkout() -> Row:
     if "DRSEG_COMMIT" in os.environ:
         # a copy on another machine is told what it is a copy of
         return {"commit": os.environ["DRSEG_COMMIT"], "dirty": None}
-    state = _git("status", "--porcelain")
+    # rows and logs that nobody committed change no code
+    state = _git("status", "--porcelain", "--untracked-files=no")
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if state is None else bool(state)}
 
 
@@ -136,7 +137,10 @@ def rows_of(
 
 COLUMNS_EXPLAINED = """\
 / engine: time of a row as a multiple of the engine's, so above 1 the engine is faster. of ceiling: share of what the
-machine can reach, above 1 where work was skipped. Sizes of microseconds measure how threads wait: try --threads 1."""
+machine reached in a product or copy of its own, above 1 where work was skipped, or the machine was faster meanwhile.
+peak MB: what a call takes above its inputs. process MB: all of the process, where it has one for itself. data case: the
+op's own inputs, where backends stand beside each other. Times of microseconds are of threads that wait: try
+--threads 1."""
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -211,8 +211,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     chosen = _chosen(parser, args)
     if args.list or args.dry_run:
+        print("op case mode data dtype")
         for job in chosen:
             print(job)
+        print("\nB images, h x w nodes, D channels of the prior, E units of the edge MLP, C channels, K neighbours:")
+        for case in dict.fromkeys(job.case for job in chosen):
+            sizes = f"B {case.batch}, {case.height} x {case.width}, D {case.prior}, E {case.hidden}"
+            print(f"{case.name}: {sizes}, C {case.channels}, K {case.neighbours}")
         if args.dry_run:
             _print_backends(args.device)
         return 0

@@ -93,10 +93,12 @@ def native_library(tree: Path, cache: Path = ROOT / "build" / "bench") -> Path |
     if library.is_file():
         return library
     home.mkdir(parents=True, exist_ok=True)
+    print(f"bench: building the native library of {tree}: a minute or two", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=home) as scratch:
         made = Path(scratch) / "out"
         command = [cmake, "-S", str(tree), "-B", scratch, "-DCMAKE_BUILD_TYPE=Release", f"-DDRSEG_OUTPUT_DIR={made}"]
-        command.append(f"-DDRSEG_TORCH_DIR={torch.__path__[0]}")
+        # the CUDA kernels are another library, which takes nvcc minutes and which no race uses
+        command += [f"-DDRSEG_TORCH_DIR={torch.__path__[0]}", "-DDRSEG_CUDA=OFF"]
         for step in (command, [cmake, "--build", scratch, "--parallel", str(os.cpu_count() or 1)]):
             done = subprocess.run(step, capture_output=True, text=True, env=os.environ | {"PATH": path})
             if done.returncode:

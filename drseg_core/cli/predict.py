@@ -151,10 +151,13 @@ def areas_text(table: str) -> str:
     """The table of areas as text."""
     rows = list(csv.DictReader(io.StringIO(table)))
     present = [row for row in rows if int(row["pixels"])]
+    absent = [row["class"] for row in rows if not int(row["pixels"])]
     width = max((len(row["class"]) for row in present), default=5)
     known = any(row["area_m2"] for row in present)
     lines = [f"area of each class ({present[0]['method']}):" if known else "share of each class:"] if present else []
     for row in present:
         area = f" {float(row['area_m2']):>16,.1f} m2" if row["area_m2"] else f" {int(row['pixels']):>12,} pixels"
         lines.append(f"  {row['class']:<{width}}{area} {float(row['percent']):6.2f} %")
+    if present and absent:
+        lines.append(f"  no pixel: {'; '.join(absent)}")
     return "\n".join(lines) or "no pixel has a class"

@@ -89,6 +89,8 @@ def write_polygons(
     with warnings.catch_warnings(), rasterio.open(classes) as labels, rasterio.open(scores) as score:
         # the areas need no place
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        # a photograph has no place on a map, and need not have one
+        warnings.filterwarnings("ignore", message="'crs' was not provided", category=UserWarning)
         try:
             with written(path):
                 return writer(temporary, _found(labels, score, own, min_area, progress), names, labels.crs, path.stem)

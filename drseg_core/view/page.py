@@ -169,7 +169,7 @@ def fitted(layers: list[Layer], room: int) -> list[Layer]:
 
 
 def _correlations(below: Beneath) -> list[Layer]:
-    titles = {"original": "Original correlation", "refined": "Refined correlation"}
+    titles = {"original": "Correlation with the name, CLIP's", "refined": "Correlation with the name, refined"}
     maps = {key: getattr(below, key) for key in titles}
     return [cell_layers(key, titles[key], cells, below.step) for key, cells in maps.items() if cells is not None]
 

@@ -64,12 +64,27 @@ def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: d
 
 
 def test_the_last_row_of_the_same_counts_and_lost_rows_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    old = write(tmp_path / "old", row(**slower(9)), row(), row(name="naive"))
-    new = write(tmp_path / "new", row(), row(name="faiss"))
+    old = write(tmp_path / "old", row(**slower(9)), row(), row(mode="fwd+bwd"))
+    new = write(tmp_path / "new", row(), row(mode="fwd", dtype="bfloat16"))
     assert compare.main([str(old), str(new)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in lines if "faiss" in line or "naive" in line] == ["new", "lost"]
-    assert "same" in next(line for line in lines if "engine" in line)
+    assert [line.split()[-1] for line in lines if "bfloat16" in line or "fwd+bwd" in line] == ["new", "lost"]
+    assert "same" in next(line for line in lines if "fwd float32" in line)
+
+
+@pytest.mark.parametrize("name", ["faiss", "naive", "matmul_lower_bound"])
+def test_rows_of_others_decide_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+    old = write(tmp_path / "old", row(), row(name=name), row(name=name, mode="fwd+bwd"))
+    new = write(tmp_path / "new", row(), row(name=name, **slower(9)))
+    assert compare.main([str(old), str(new)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if name in line]
+    assert all("not ours" in line for line in lines) and "slower" in lines[0] and "lost" in lines[1]
+
+
+@pytest.mark.parametrize("name", ["engine", "native", "cuda", "triton", "reference"])
+def test_rows_of_ours_decide(tmp_path: Path, name: str):
+    old, new = write(tmp_path / "old", row(name=name)), write(tmp_path / "new", row(name=name, **slower(9)))
+    assert compare.main([str(old), str(new)]) == 1
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from PIL import Image
 from drseg_core.checkpoints.channels import load_channels
 from drseg_core.checkpoints.checkpoint import newest_checkpoint
 from drseg_core.cli import doctor
+from drseg_core.cli.predict import areas_text
 
 
 def test_train_writes_a_run_and_says_what_is_next(drseg, run, data):
@@ -146,6 +147,12 @@ def test_predict_passes_precision_and_compile_on(drseg, run, folder, tmp_path, m
     words = ["predict", run, folder / "val" / "images" / "0.png", "--out", tmp_path / "map.tif", "--compile"]
     code, _, errors = drseg(*words, "--precision", "bfloat16", *(["--dry-run"] if dry else []))
     assert code == 0 and len(made) == 1 and "precision: bfloat16, compiled" in errors
+
+
+def test_names_without_a_pixel_are_told():
+    table = "class,pixels,percent,area_m2,method\nroad,3,100.0,,no place known\ncar,0,0.0,,no place known\n"
+    assert areas_text(table).splitlines()[-1] == "  no pixel: car"
+    assert "no pixel:" not in areas_text(table.replace(",0,", ",1,"))
 
 
 def test_predict_maps_an_image(drseg, run, folder, tmp_path):

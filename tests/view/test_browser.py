@@ -114,7 +114,14 @@ def test_it_opens_and_names_are_text(opened):
     # the data and the script of the page
     assert opened.page.locator("script").count() == 2
     layers = [text.strip() for text in opened.page.locator("#layers label").all_inner_texts()]
-    assert layers == ["Image", "Classes", "Uncertainty", "Score", "Original correlation", "Refined correlation"]
+    assert layers == [
+        "Image",
+        "Classes",
+        "Uncertainty",
+        "Score",
+        "Correlation with the name, CLIP's",
+        "Correlation with the name, refined",
+    ]
     assert opened.page.locator("#notes li").count() == 0
 
 
@@ -289,7 +296,7 @@ def test_values_of_a_pixel(opened, mapped):
     titles = opened.page.locator("#values dt").all_inner_texts()
     with rasterio.open(mapped.map) as file:
         label = file.read(1)[300, 350]
-    assert texts[0] == NAMES[label] and titles[-1] == "Refined correlation, pond"
+    assert texts[0] == NAMES[label] and titles[-1] == "Correlation with the name, refined, pond"
     for word, text in zip(("uncertainty", "scores"), texts[1:3], strict=True):
         with rasterio.open(mapped.map.with_name(f"map_{word}.tif")) as file:
             value = file.read(1)[300, 350] * file.scales[0] + file.offsets[0]
