@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         if "CUDA error" in text or "Triton Error [CUDA]" in text:
             os._exit(1)
     return report
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """With ``--durations`` also the files of tests that take longest, of which single tests do not tell."""
+    if not config.getoption("durations"):
+        return
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.split("::")[0]] += report.duration
+    terminalreporter.section("slowest files of tests")
+    for file, taken in seconds.most_common(40):
+        terminalreporter.write_line(f"{taken:7.1f} s {file}")
+    terminalreporter.write_line(f"{sum(seconds.values()):7.1f} s in all")
