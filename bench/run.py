@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -224,4 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("bench: --device cuda cannot be used; expected a CUDA device, got a torch without", file=sys.stderr)
         return 5
+    busy = os.getloadavg()[0]
+    if args.device == "cpu" and args.threads != 1 and busy > (os.cpu_count() or 1) / 2:
+        # a thread that waits for one without a core makes a call many times as long
+        words = f"load is {busy:.1f}: others are at work, so times of several threads mislead; try --threads 1"
+        print(f"bench: {words}", file=sys.stderr)
     return _race(chosen, args) if args.base else _measure(chosen, args)

@@ -60,6 +60,7 @@ begin with:
   drseg demo --out demo
   drseg train --config tiny --data folder:DATA --out RUN
   drseg predict RUN scene.tif --classes "building; field; pavement" --out map.tif
+  drseg predict zero-shot scene.tif --classes "building; road; tree" --out map.tif
 
 drseg COMMAND --help tells more about one command.
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from drseg_core.cli import zero_shot
@@ -14,6 +16,7 @@ from drseg_core.cli.evaluate import add_speed_arguments, add_tile_arguments
 from drseg_core.cli.parsers import Parser, add_reading_arguments, given_reading
 from drseg_core.cli.scenes import IMAGE_HELP, OUT_HELP, add_many_arguments, check_scenes, given_scenes, map_and_say
 from drseg_core.config.reading import parse_bands
+from drseg_core.errors import ConfigError
 
 USAGE = 'drseg predict RUN IMAGE [IMAGE ...] --out map.tif [--classes "building; field"] [options]'
 EPILOG = """\
@@ -108,6 +111,8 @@ def run(args: Any) -> None:
     if zero_shot.asked_for([args.run]):
         zero_shot.run(args)
         return
+    if re.sub("[-_ ]", "", args.run.casefold()).startswith("zeroshot") and not Path(args.run).exists():
+        raise ConfigError(f"predict: RUN is no folder; expected zero-shot, zero-shot:l or :FILE, got {args.run!r}")
     reading = given_reading(args)
     scenes = given_scenes(args)
     from drseg_core.checkpoints.pretrained import load

@@ -23,6 +23,9 @@ _WORD = re.compile(r"([^#]*)(?:#([0-9a-fA-F]{6})\s*)?")
 _SHOWN = 8
 
 
+ONE_CLASS = "one class only; classes have ; between them"
+
+
 class Vocabulary(NamedTuple):
     """Class ``names`` in id order, the ``synonyms`` of each (its name first), and ``colors``, None where not given.
 
@@ -47,9 +50,12 @@ class Vocabulary(NamedTuple):
     def text(self) -> str:
         """How the classes were understood."""
         shown = [words[0] + (f" (or {', '.join(words[1:])})" if words[1:] else "") for words in self.synonyms]
-        # commas alone are the natural way to write several classes, and mean one
-        hint = " - one class only; classes have ; between them" if len(shown) == 1 and len(self.synonyms[0]) > 1 else ""
-        return "; ".join(shown) + hint
+        return "; ".join(shown) + (f" - {ONE_CLASS}" if self.looks_like_several else "")
+
+    @property
+    def looks_like_several(self) -> bool:
+        """Whether it is one class of several words: commas, or spaces, are a natural way to write several classes."""
+        return len(self.synonyms) == 1 and len(" ".join(self.synonyms[0]).split()) > 1
 
     def with_other(self) -> Vocabulary:
         """The same with a class for pixels that are none of them; the one of that name where there is one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ from drseg_core.scenes.zero_shot_plan import ZeroShotPlan, check_cells, plan_cel
 __all__ = ["SceneZeroShot", "ZeroShotMap", "zero_shot"]
 
 BACKGROUND = "background"
+_log = logging.getLogger(__name__)
 _SQUARE = 0.05
 """Share by which the sides of a pixel may differ if distances are in metres."""
 _READING = ("bands", "nodata", "scale", "gsd", "aoi")
@@ -519,7 +521,10 @@ def _vocabulary(classes: Vocabulary | str | Sequence[str]) -> Vocabulary:
     if isinstance(classes, Vocabulary):
         return classes
     if isinstance(classes, str):
-        return parse_classes(classes)
+        found = parse_classes(classes)
+        if found.looks_like_several:
+            _log.warning("zero_shot: classes are %s", found.text())
+        return found
     return plain_classes(check_class_names(classes, "zero_shot"))
 
 

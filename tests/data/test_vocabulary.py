@@ -29,6 +29,12 @@ def test_classes_as_they_are_typed(text):
     assert found.table().tolist() == [[128, 128, 128], *palette(3)[1:].tolist()]
 
 
+@pytest.mark.parametrize("text", ["building, road, tree", "building road tree"])
+def test_one_class_of_several_words_is_pointed_out(text):
+    assert parse_classes(text).looks_like_several and parse_classes(text).text().endswith("classes have ; between them")
+    assert not parse_classes("road").looks_like_several and parse_classes("road").text() == "road"
+
+
 def test_a_file_of_classes(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text("\ufeff# mine\nStraße, Weg#ff0000\n\nGebäude; 水体\n", encoding="utf-8")
