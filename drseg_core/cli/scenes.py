@@ -138,7 +138,7 @@ def map_and_say(args: Any, scenes: Sequence[Scene], recipe: Callable[..., Mapper
             workers = functools.partial(recipe, device=args.device)
             cluster = stack.enter_context(open_cluster(args.cluster, workers))
         together = group.world_size > 1
-        many = len(scenes) > 1
+        many, unpaged = len(scenes) > 1, list[str]()
 
         def done(outcome: Outcome) -> None:
             if many and not together:
@@ -150,7 +150,8 @@ def map_and_say(args: Any, scenes: Sequence[Scene], recipe: Callable[..., Mapper
             if not many and outcomes[0].error is None:
                 _say_one(outcomes[0])
             if args.view:
-                write_pages(mapper, [outcome for outcome in outcomes if outcome.state == "mapped"])
+                mapped = [outcome for outcome in outcomes if outcome.state == "mapped"]
+                unpaged.extend(write_pages(mapper, mapped, keep_going=args.keep_going))
 
         mapper = recipe(device=str(group.device) if together else args.device)
         outcomes = map_scenes(
@@ -176,10 +177,16 @@ def map_and_say(args: Any, scenes: Sequence[Scene], recipe: Callable[..., Mapper
         print(f"{word}: {len(outcomes) - len(failed)} of {len(outcomes)} scenes")
     if args.report is not None:
         print(f"written: {args.report}")
+    for words in unpaged:
+        print(f"failed: {words}", file=sys.stderr)
     if failed:
         if not many:
             _say(failed[0])
         error = DRSegError(f"predict: {len(failed)} of {len(outcomes)} scenes failed: {failed[0].image}, ...")
+        error.exit_code = 8
+        raise error
+    if unpaged:
+        error = DRSegError(f"predict: {len(unpaged)} pages of {len(outcomes)} maps failed; {unpaged[0]}")
         error.exit_code = 8
         raise error
     return mapper

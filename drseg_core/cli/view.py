@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from drseg_core.cli.evaluate import add_tile_arguments
 from drseg_core.cli.parsers import Parser, add_reading_arguments, check_output, given_reading
 from drseg_core.config.reading import choose_reading, parse_reading
-from drseg_core.errors import ConfigError
+from drseg_core.errors import ConfigError, DRSegError
 
 if TYPE_CHECKING:
     from drseg_core.scenes.many import Outcome
@@ -100,13 +100,21 @@ def check_page(out: str | Path, *, overwrite: bool, inputs: Sequence[str | Path 
     return path
 
 
-def write_pages(mapper: Mapper, outcomes: Sequence[Outcome]) -> None:
-    """The page of each map that a call has made, beside it."""
+def write_pages(mapper: Mapper, outcomes: Sequence[Outcome], *, keep_going: bool = False) -> list[str]:
+    """The page of each map that a call has made, beside it; with ``keep_going`` returns why some are missing."""
     from drseg_core.view.beneath import beneath_of
     from drseg_core.view.page import write_page
 
+    failed = []
     for outcome in outcomes:
-        say_page(write_page(outcome.out, image=outcome.image, beneath=beneath_of(mapper.predictor), **mapper.reading))
+        beneath = beneath_of(mapper.predictor)
+        try:
+            say_page(write_page(outcome.out, image=outcome.image, beneath=beneath, **mapper.reading))
+        except DRSegError as error:
+            if not keep_going:
+                raise
+            failed.append(f"the page of {outcome.out}: {error}")
+    return failed
 
 
 def say_page(page: Page) -> None:

@@ -213,16 +213,26 @@ class BlockStore:
             outputs: each output with the complete file that becomes it.
             blended: the neighbours with a share in them.
         """
+        # a call that was killed as it put its outputs in place leaves some, which another one replaces
+        former = {out.name: _mark(out) for out in outputs if self.placed(out)}
         marks = {out.name: _mark(now) for out, now in outputs.items()}
-        write_text_atomic(self.folder / _DONE, json.dumps({"outputs": marks, "blended": sorted(blended)}))
+        note = {"outputs": marks, "former": former, "blended": sorted(blended)}
+        write_text_atomic(self.folder / _DONE, json.dumps(note))
 
     def finished(self, outputs: Sequence[Path], blended: Sequence[str] = ()) -> bool:
         """Whether the outputs are those of :meth:`finishing`, all in their place."""
-        return self._note().get("blended") == sorted(blended) and all(self.placed(path) for path in outputs)
+        note = self._note()
+        marks = note.get("outputs", {})
+        return note.get("blended") == sorted(blended) and all(
+            path.exists() and marks.get(path.name) == _mark(path) for path in outputs
+        )
 
     def placed(self, output: Path) -> bool:
-        """Whether this file is one that this map put in its place."""
-        return output.exists() and self._note().get("outputs", {}).get(output.name) == _mark(output)
+        """Whether this file is one that this map put in its place, in the last call or in one that was killed."""
+        note = self._note()
+        return output.exists() and _mark(output) in [
+            note.get(which, {}).get(output.name) for which in ("outputs", "former")
+        ]
 
     def _note(self) -> dict[str, Any]:
         try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 """Suffixes of the files that are taken from a folder."""
 
 _ADDRESS = {"http://": "/vsicurl/http://", "https://": "/vsicurl/https://", "s3://": "/vsis3/"}
+_log = logging.getLogger(__name__)
 _FIELDS = ("name", "number", "folder")
 
 
@@ -88,7 +90,9 @@ def _expanded(words: Iterable[str], asset: str | None, lists: tuple[Path, ...] =
         elif path.suffix.lower() in (".json", ".geojson"):
             yield from _stac(path, asset)
         elif path.is_dir():
-            images = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+            there = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+            # what begins with a dot belongs to a system, or to a call that was killed
+            images = sorted(file for file in there if not file.name.startswith("."))
             if not images:
                 raise ConfigError(f"predict: {word} has no image; expected files such as {', '.join(SUFFIXES[:3])}")
             yield from (Scene(str(file), file.stem) for file in images)
@@ -199,6 +203,8 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
     several = len(scenes) > 1 and Path(out).suffix.lower() not in (".tif", ".tiff")
     if not _fields(out) and (out.endswith("/") or several):
         out = f"{out.rstrip('/')}/{{name}}.tif"
+    if len(scenes) > 1 and "number" not in _fields(out):
+        scenes = _without_maps(scenes, out)
     found: list[Scene] = []
     taken: dict[Path, str] = {}
     read = _read_files(scenes) if len(scenes) > 1 else {}
@@ -220,6 +226,31 @@ def with_outputs(scenes: Sequence[Scene], out: str, polygons: str | None = None)
                 )
         found.append(scene._replace(out=places[0], polygons=places[1]))
     return found
+
+
+def _without_maps(scenes: Sequence[Scene], out: str) -> list[Scene]:
+    """The scenes without those that are maps of others, which an earlier call wrote beside them."""
+    made: dict[Path, str] = {}
+    for scene in scenes:
+        place = Path(_filled(out, {"name": scene.name, "folder": str(Path(scene.image).parent)}))
+        if _is_map(place):
+            files = scene_files(str(place), scores=True, probabilities=True)
+            made |= {_entry(file): scene.image for file in files.present() if file != Path(scene.image)}
+    for scene in scenes:
+        if (owner := made.get(_entry(Path(scene.image)))) is not None:
+            _log.info("predict: %s belongs to the map of %s, and is left out", scene.image, owner)
+    return [scene for scene in scenes if _entry(Path(scene.image)) not in made]
+
+
+def _is_map(path: Path) -> bool:
+    """Whether a file is a class raster that drseg wrote."""
+    if not path.is_file():
+        return False
+    import rasterio
+
+    with contextlib.suppress(rasterio.errors.RasterioError), rasterio.open(path) as source:
+        return "class_names" in source.tags()
+    return False
 
 
 def _read_files(scenes: Iterable[Scene]) -> dict[Any, tuple[str, bool]]:

@@ -33,7 +33,7 @@ from drseg_core.models.zero_shot import ZeroShot, check_choices
 from drseg_core.scenes.block_store import work_folder
 from drseg_core.scenes.files import SceneFiles, check_outputs
 from drseg_core.scenes.mosaic import Grid
-from drseg_core.scenes.predict import Mapper, Work, check_threshold, predict_scene
+from drseg_core.scenes.predict import OPEN, Mapper, Work, check_threshold, predict_scene
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.scene_graph import GraphPredictor, scene_windows
 from drseg_core.scenes.zero_shot_plan import ZeroShotPlan, check_cells, plan_cells
@@ -196,8 +196,8 @@ class SceneZeroShot:
                 background,
                 templates,
                 folder=Path(out).absolute().parent,
-                # the needs are printed only once
-                limited=work is None or work.alone,
+                # printed, and refused, once: before the first of several processes makes anything
+                limited=work is None or work.alone or work.step == OPEN,
                 progress=progress,
             )
         kept: PredictsPieces = predictor
@@ -227,7 +227,10 @@ class SceneZeroShot:
         def write(image: str | Path, out: str | Path, **how: Any) -> SceneFiles:
             return self.write(image, classes, out, **options, **how)
 
-        facts = {"weights": weights_hash(self.model), "config": dataclasses.asdict(self.config), **self.facts}
+        config = dataclasses.asdict(self.config)
+        # who raises it as the refusal says keeps what is made
+        del config["max_cells"]
+        facts = {"weights": weights_hash(self.model), "config": config, **self.facts}
         reading = {name: options[name] for name in _READING if name in options}
 
         def grid(image: str | Path) -> Grid:

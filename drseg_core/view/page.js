@@ -467,7 +467,8 @@
       element("td", `${area.percent.toFixed(2)} %`, row);
     });
     at("method").textContent = data.areas[0].method;
-    at("chooser").hidden = !data.layers.some((layer) => layer.scales.length > 1);
+    const correlated = data.layers.some((layer) => layer.scales.length > 1);
+    at("chooser").hidden = at("correlations").hidden = !correlated;
     for (const note of data.notes) element("li", note, at("notes"));
     for (const bar of document.querySelectorAll(".ramp")) {
       bar.style.background = `linear-gradient(90deg, ${RAMP.map((color) => `rgb(${color})`)})`;
@@ -495,8 +496,10 @@
     new ResizeObserver(look).observe(canvas);
   }
 
+  // a click may come before the graph is unpacked
+  let parts = [];
   build();
-  const parts = await readGraph();
+  parts = await readGraph();
   sayRange();
   fit();
   busy(-1);

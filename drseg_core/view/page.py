@@ -136,7 +136,16 @@ def write_page(
             "graph": {**packed(below.parts), "words": below.words} if below.parts else None,
             "why_no_graph": below.why_not,
         }
-    layers = fitted(layers, int(max_mb * 1e6) - len(_json(content)) - len(_template()) - _REST)
+    room = int(max_mb * 1e6) - len(_template()) - _REST
+    try:
+        layers = fitted(layers, room - len(_json(content)))
+    except ConfigError:
+        if not below.parts:
+            raise
+        # its degrees are of every node, however few have edges here
+        below = below._replace(parts=[])
+        content |= {"graph": None, "why_no_graph": "the graph of so many cells has no room here"}
+        layers = fitted(layers, room - len(_json(content)))
     # such as of random weights: a page is passed on without the map that says so
     notes = [warning] if warning else []
     notes += [_sampled(layer) for layer in layers if layer.finest > layer.step]
@@ -169,7 +178,7 @@ def fitted(layers: list[Layer], room: int) -> list[Layer]:
 
 
 def _correlations(below: Beneath) -> list[Layer]:
-    titles = {"original": "Correlation with the name, CLIP's", "refined": "Correlation with the name, refined"}
+    titles = {"original": "Original correlation", "refined": "Refined correlation"}
     maps = {key: getattr(below, key) for key in titles}
     return [cell_layers(key, titles[key], cells, below.step) for key, cells in maps.items() if cells is not None]
 

@@ -50,6 +50,25 @@ def test_predict_view_and_view_write_the_same_page(drseg, run, scene, tmp_path):
     assert (tmp_path / "third.html").read_text() == "mine" and not (tmp_path / "third.tif").exists()
 
 
+def test_a_page_that_fails_is_listed_and_the_others_are_written(drseg, run, scene, tmp_path, monkeypatch):
+    from drseg_core.errors import ConfigError
+    from drseg_core.view import page
+
+    own = page.write_page
+
+    def write_page(out, **how):
+        if Path(out).stem == "other":
+            raise ConfigError("view: the page cannot be so small")
+        return own(out, **how)
+
+    monkeypatch.setattr(page, "write_page", write_page)
+    write_synthetic_scene(tmp_path / "other.tif", width=40, height=40, seed=1, origin=(1000.0, 1000.0))
+    out = tmp_path / "maps"
+    code, said, err = drseg("predict", run, tmp_path, "--out", out, "--device", "cpu", "--view", "--keep-going")
+    assert code == 8 and f"failed: the page of {out / 'other.tif'}: view: the page cannot be so small" in err
+    assert [path.name for path in out.glob("*.html")] == ["scene.html"] and "mapped: 2 of 2 scenes" in said
+
+
 def test_each_of_many_scenes_has_a_page(drseg, run, scene, tmp_path):
     write_synthetic_scene(tmp_path / "other.tif", width=40, height=40, seed=1, origin=(1000.0, 1000.0))
     (tmp_path / "broken.tif").write_text("none")

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import drseg_core as drseg
+from drseg_core.errors import ConfigError
 from drseg_core.nn.label_propagation import choose_neighbours
 from drseg_core.scenes import cluster, graph_rows, zero_shot_plan
 from drseg_core.scenes.block_store import BlockStore
@@ -127,6 +128,18 @@ def test_workers_of_a_cluster_share_the_rows(scenes, expected, tmp_path, monkeyp
         mapped(words(), scenes, tmp_path / "maps", cluster=cluster.Cluster(client, words))
     assert content(tmp_path / "maps") == expected
     assert made.all == row_parts(GRID) and len(made.by) == 2
+
+
+@pytest.mark.promise("C45")
+def test_a_shard_refuses_what_the_last_call_would_and_a_raised_limit_keeps_its_work(scenes, tmp_path, monkeypatch):
+    out = tmp_path / "maps"
+    with pytest.raises(ConfigError, match="too many cells for one graph"):
+        mapped(words(max_cells=100), scenes, out, shard=Shard(0, 2))
+    assert not list(out.glob("*.work/*.block"))
+    mapped(words(), scenes, out, shard=Shard(0, 2))
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.work/cells-*.block")}
+    mapped(words(max_cells=2 * 10**6), scenes, out, shard=Shard(1, 2))
+    assert kept and all(path.stat().st_mtime_ns == made for path, made in kept.items())
 
 
 @pytest.mark.promise("C45")

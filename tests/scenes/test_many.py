@@ -105,6 +105,61 @@ def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.promise("C45")
+@pytest.mark.parametrize("moments", [(3, 0), (1, 4), (5, 2, 0)], ids=str)
+def test_killed_again_while_outputs_are_put_in_place(folder, expected, tmp_path, monkeypatch, moments):
+    """What one killed call put in its place is known to all that follow, though its marks are of other files."""
+
+    class Killed(BaseException):
+        pass
+
+    scene, out, own = folder / "1.tif", tmp_path / "1.tif", os.replace
+
+    def call(after: int | None) -> None:
+        left = after
+
+        def replace(source: Any, target: Any, **how: Any) -> None:
+            nonlocal left
+            if left is not None and Path(target).parent == tmp_path and not Path(target).name.startswith("."):
+                if left == 0:
+                    raise Killed
+                left -= 1
+            own(source, target, **how)
+
+        monkeypatch.setattr(os, "replace", replace)
+        places = with_outputs(list_scenes([str(scene)]), str(out), str(tmp_path / "1.geojson"))
+        map_scenes(color_mapper(), places, explain=explain, progress=False)
+
+    for moment in moments:
+        with pytest.raises(Killed):
+            call(moment)
+    call(None)
+    assert content(tmp_path) == {
+        name: data for name, data in expected.items() if name.split("_")[0].split(".")[0] == "1"
+    }
+
+
+@pytest.mark.promise("C45")
+def test_maps_beside_their_scenes_are_resumed(folder, tmp_path):
+    for number in (1, 4):
+        (tmp_path / f"{number}.tif").write_bytes((folder / f"{number}.tif").read_bytes())
+
+    def call(words: list[str], **how: Any) -> list[Outcome]:
+        scenes = with_outputs(list_scenes(words), "{folder}/{name}_map.tif")
+        return map_scenes(color_mapper(), scenes, explain=explain, progress=False, **how)
+
+    call([str(tmp_path / "1.tif")])
+    made = (tmp_path / "1_map.tif").stat().st_mtime_ns
+    for words in ([str(tmp_path)], [f"{tmp_path}/*.tif"]):
+        found = call(words, overwrite=True)
+        assert [Path(outcome.image).name for outcome in found] == ["1.tif", "4.tif"]
+    assert (tmp_path / "1_map.tif").stat().st_mtime_ns > made
+    # a scene that has the name of a map, and is none, is never replaced
+    (tmp_path / "1_map.tif").write_bytes((folder / "0.tif").read_bytes())
+    with pytest.raises(ConfigError, match="1_map.tif, an output for .*1.tif, is one of the scenes"):
+        call([str(tmp_path)], overwrite=True)
+
+
+@pytest.mark.promise("C45")
 def test_blocks_that_are_kept_change_nothing(folder, expected, tmp_path):
     outcomes = mapped(color_mapper(), folder, tmp_path / "maps", report=tmp_path / "report.json")
     assert content(tmp_path / "maps") == expected

@@ -117,6 +117,13 @@ def test_stac(place):
             list_scenes(["bad.json"])
 
 
+def test_hidden_files_of_a_folder_are_no_scenes(place):
+    # of macOS, and of a call that was killed
+    for name in ("._a.tif", ".a_map-here-7-x.part.tif"):
+        Path("deep", name).write_bytes(b"")
+    assert images("deep") == ["deep/c.png"]
+
+
 def outs(words: list[str], out: str, polygons: str | None = None) -> list[str]:
     return [str(scene.out) for scene in with_outputs(list_scenes(words), out, polygons)]
 

@@ -119,8 +119,8 @@ def test_it_opens_and_names_are_text(opened):
         "Classes",
         "Uncertainty",
         "Score",
-        "Correlation with the name, CLIP's",
-        "Correlation with the name, refined",
+        "Original correlation",
+        "Refined correlation",
     ]
     assert opened.page.locator("#notes li").count() == 0
 
@@ -296,7 +296,7 @@ def test_values_of_a_pixel(opened, mapped):
     titles = opened.page.locator("#values dt").all_inner_texts()
     with rasterio.open(mapped.map) as file:
         label = file.read(1)[300, 350]
-    assert texts[0] == NAMES[label] and titles[-1] == "Correlation with the name, refined, pond"
+    assert texts[0] == NAMES[label] and titles[-1] == "Refined correlation, pond"
     for word, text in zip(("uncertainty", "scores"), texts[1:3], strict=True):
         with rasterio.open(mapped.map.with_name(f"map_{word}.tif")) as file:
             value = file.read(1)[300, 350] * file.scales[0] + file.offsets[0]

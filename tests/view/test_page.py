@@ -24,7 +24,7 @@ from drseg_core.nn.label_propagation import propagation_graph, weight_graph
 from drseg_core.nn.pdgr import PDGR
 from drseg_core.ops import padding_mask
 from drseg_core.scenes.reader import open_scene
-from drseg_core.view.graph import EDGE_BYTES, make_part, packed, stride_for
+from drseg_core.view.graph import EDGE_BYTES, Beneath, Part, make_part, packed, stride_for
 from drseg_core.view.layers import on_grid_of, open_map
 from drseg_core.view.of_run import beneath_run
 from drseg_core.view.of_words import beneath_words
@@ -163,6 +163,17 @@ def test_what_does_not_fit_is_sampled_and_said(mapped, tmp_path):
     assert said and page.notes == said == content(page.path)["notes"]
     with pytest.raises(ConfigError, match="the page cannot be so small; expected room for layers of"):
         write_page(mapped.map, tmp_path / "small.html", max_mb=0.04)
+
+
+def test_a_graph_of_too_many_cells_is_left_out_and_said(mapped, tmp_path):
+    # random degrees, which no packing makes small
+    degree = torch.rand(300_000).numpy()
+    edge = np.ones((1, 2), np.float32)
+    own = Part(0, 0, (1.0, 1.0), (600, 500), 600, np.zeros((1, 2), np.int32), edge, edge, edge, degree, edge > 0)
+    found = Beneath([own], "", 1, None, None)
+    page = write_page(mapped.map, tmp_path / "page.html", image=mapped.scene, beneath=lambda *_: found, max_mb=1)
+    assert content(page.path)["graph"] is None and "no room" in content(page.path)["why_no_graph"]
+    assert page.size <= 1e6 and not any("Graph" in note for note in page.notes)
 
 
 # graphs

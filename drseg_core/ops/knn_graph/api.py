@@ -194,9 +194,9 @@ def knn_graph(
         A node with a non-finite feature is chosen by no other node. All its own slots hold its own index with score
         NaN. The other rows are as if it were not there, and are padded if fewer than k candidates are left.
 
-        On a CPU ``rows`` have the bits that they have among all. On a GPU the library multiplies, and its last bits may
-        depend on the number of rows, and of images in the batch. Under ``torch.use_deterministic_algorithms`` they do
-        not depend on that of images.
+        On the native backend ``rows`` have the bits that they have among all. Where the library multiplies, the last
+        bits of scores may depend on the number of rows, and of images in the batch: on a GPU and in the reference.
+        Under ``torch.use_deterministic_algorithms`` they do not depend on that of images.
 
     Examples:
         >>> import torch
