@@ -58,7 +58,8 @@ def mapped(tmp_path_factory: pytest.TempPathFactory) -> Mapped:
     return Mapped(scene, folder / "map.tif", predictor)
 
 
-@pytest.fixture(scope="session")
+# no longer: its driver keeps an event loop running in this thread, which tests of other files cannot have
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium, as Debian has it, without a window."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install 'drseg[dev]')")
