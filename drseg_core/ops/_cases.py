@@ -96,6 +96,14 @@ def random_index(case: Case, random: torch.Generator) -> Tensor:
     return score.topk(case.neighbours, dim=-1).indices.sort(-1).values.int()
 
 
+def random_features(case: Case, dtype: torch.dtype, random: torch.Generator) -> Tensor:
+    """(B, N, C) float32 features; saturated ones are 100 (for float16) or 1e15 beside ordinary ones."""
+    x = torch.randn(case.batch, case.nodes, case.channels, generator=random)
+    if case.saturated:
+        x[:, ::3] *= 1e2 if dtype == torch.float16 else 1e15
+    return x
+
+
 def vit_like_prior(case: Case, random: torch.Generator) -> Tensor:
     """(B, N, D) float32 features as a vision transformer makes them: clusters, a shared mean, 2 % exact duplicates.
 

@@ -80,6 +80,19 @@ def places(index, near, outer, stride):
 
 
 @triton.jit
+def tile_of(source_ptr, at_row, row, k, end, terms, near, outer, stride, DOWN: tl.constexpr, GROUPED: tl.constexpr):
+    """Terms ``k`` below ``end`` of some rows, zeros elsewhere; DOWN has the rows as columns."""
+    at = k * stride
+    if GROUPED:
+        at = places(k, near, outer, stride)
+    has = (k < end) & (k < terms)
+    if DOWN:
+        return tl.load(source_ptr + at[:, None] + at_row[None, :], mask=has[:, None] & row[None, :], other=0.0)
+    else:
+        return tl.load(source_ptr + at_row[:, None] + at[None, :], mask=row[:, None] & has[None, :], other=0.0)
+
+
+@triton.jit
 def split_rows(
     source_ptr,
     parts_ptr,
@@ -114,14 +127,9 @@ def split_rows(
         largest = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, length, BLOCK_D):
         k = first + start + tl.arange(0, BLOCK_D)
-        at = k * term_stride
-        if GROUPED:
-            at = places(k, term_near, term_outer, term_stride)
-        has = (k < first + length) & (k < terms)
-        if DOWN:
-            size = tl.load(source_ptr + at[:, None] + at_row[None, :], mask=has[:, None] & row[None, :], other=0.0)
-        else:
-            size = tl.load(source_ptr + at_row[:, None] + at[None, :], mask=row[:, None] & has[None, :], other=0.0)
+        size = tile_of(
+            source_ptr, at_row, row, k, first + length, terms, term_near, term_outer, term_stride, DOWN, GROUPED
+        )
         size = tl.abs(size)
         # neither infinity nor NaN, which compares with nothing
         largest = tl.maximum(largest, tl.where(size < float("inf"), size, 0.0))
@@ -132,15 +140,12 @@ def split_rows(
     to_row = 2 * (r * stride + first)
     for start in range(0, length, BLOCK_D):
         k = first + start + tl.arange(0, BLOCK_D)
-        at = k * term_stride
-        if GROUPED:
-            at = places(k, term_near, term_outer, term_stride)
-        has = (k < first + length) & (k < terms)
+        value = tile_of(
+            source_ptr, at_row, row, k, first + length, terms, term_near, term_outer, term_stride, DOWN, GROUPED
+        )
         if DOWN:
-            value = tl.load(source_ptr + at[:, None] + at_row[None, :], mask=has[:, None] & row[None, :], other=0.0)
             value = value * scale[None, :] * _LIFT
         else:
-            value = tl.load(source_ptr + at_row[:, None] + at[None, :], mask=row[:, None] & has[None, :], other=0.0)
             value = value * scale[:, None] * _LIFT
         high = value.to(tl.float16)
         low = (value - high.to(tl.float32)).to(tl.float16)

@@ -15,7 +15,17 @@ from drseg_kernels import degree_normalize as degree_kernels
 from drseg_kernels import edge_coefficient as kernels
 from drseg_kernels import edge_weight as weight_kernels
 from drseg_kernels._launch import Tile
-from edges import DEVICE, INTERPRETED, KernelContract, check_sizes, crowded_index, on_device, on_kernels, within_padding
+from edges import (
+    DEVICE,
+    INTERPRETED,
+    KernelContract,
+    check_sizes,
+    crowded_index,
+    launches_of,
+    on_device,
+    on_kernels,
+    within_padding,
+)
 from fused import EDGE_COEFFICIENT
 from test_edge_coefficient import TestEdgeCoefficient as _Tests
 from torch import Tensor
@@ -129,20 +139,7 @@ def test_a_node_that_is_not_finite_stays_where_the_reference_has_it(where, value
 
 def test_launches(monkeypatch):
     """The launches of one forward and one backward: a degree elsewhere is the only barrier."""
-    seen = []
-    for module in (kernels, degree_kernels, weight_kernels):
-        for name in [name for name in vars(module) if "_kernel" in name]:
-            kernel = getattr(module, name)
-
-            class Counted:
-                def __init__(self, name: str, kernel: Any) -> None:
-                    self.name, self.kernel = name, kernel
-
-                def __getitem__(self, grid: Any) -> Any:
-                    seen.append(self.name)
-                    return self.kernel[grid]
-
-            monkeypatch.setattr(module, name, Counted(name, kernel))
+    seen = launches_of(monkeypatch, kernels, degree_kernels, weight_kernels)
     inputs = {name: value.to(DEVICE) for name, value in make(6, 3, 4).items()}
     halves = (inputs.pop("source"), inputs.pop("target"), None, None)
     forward = {"sym_row": 2, "row": 2, "sym_count": 1, "sym_inout": 3, "sym_undirected": 3}

@@ -12,7 +12,7 @@ import torch
 from contract import output_gradient
 from drseg_kernels import edge_coefficient as coefficient_kernels
 from drseg_kernels import edge_weight as weight_kernels
-from edges import DEVICE, KernelContract, check_sizes, on_device, on_kernels
+from edges import DEVICE, KernelContract, check_sizes, launches_of, on_device, on_kernels
 from fused import EDGE_COEFFICIENT_EXPONENT
 from subjects import EDGE_WEIGHT_EXPONENT, Inputs
 from test_edge_exponent import TestEdgeCoefficientExponent as _OfCoefficient
@@ -96,20 +96,7 @@ def test_each_gradient_alone_is_that_of_all(norm, needs):
 
 def test_an_exponent_is_no_launch_more(monkeypatch):
     """The fused kernels take it: nothing else runs."""
-    launched = []
-    for module in (coefficient_kernels, weight_kernels):
-        for name in [name for name in vars(module) if "_kernel" in name]:
-            kernel = getattr(module, name)
-
-            class Counted:
-                def __init__(self, name: str, kernel: Any) -> None:
-                    self.name, self.kernel = name, kernel
-
-                def __getitem__(self, grid: Any) -> Any:
-                    launched.append(self.name)
-                    return self.kernel[grid]
-
-            monkeypatch.setattr(module, name, Counted(name, kernel))
+    launched = launches_of(monkeypatch, coefficient_kernels, weight_kernels)
     counts = []
     for exponent in (None, "exponent"):
         inputs = COEFFICIENT.make_inputs(CASES[0])

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from drseg_kernels import csc, degree_normalize, edge_coefficient, edge_weight, graph_layer, graph_propagate
 from drseg_kernels._launch import Tile
-from edges import DEVICE, INTERPRETED
+from edges import DEVICE, INTERPRETED, Noted, launches_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -126,7 +125,7 @@ def test_the_edges_of_a_graph_are_listed_once(options, times, monkeypatch):
     """With an extra edge to itself there are two graphs: the edges that the MLP weighs, and those of propagation."""
     module, features, prior = make(**options)
     seen: list[str] = []
-    monkeypatch.setattr(csc, "_csc_kernel_place", Counted("place", csc._csc_kernel_place, seen))
+    monkeypatch.setattr(csc, "_csc_kernel_place", Noted("place", csc._csc_kernel_place, seen))
     run(module, features, prior, "triton")
     assert len(seen) == times
     with torch.no_grad(), ops.use_backend("triton"):
@@ -230,24 +229,11 @@ def test_the_module_does_not_synchronise():
         module(features, prior).square().sum().backward()
 
 
-class Counted:
-    """A kernel that notes its launches."""
-
-    def __init__(self, name: str, kernel: Any, seen: list[str]) -> None:
-        self.name, self.kernel, self.seen = name, kernel, seen
-
-    def __getitem__(self, grid: Any) -> Any:
-        self.seen.append(self.name)
-        return self.kernel[grid]
-
-
 def test_launches_of_the_layers(monkeypatch):
     """All launches beside the selection and the linear maps, forward and backward."""
     module, features, prior = make()
-    seen: list[str] = []
-    for kernels in (csc, degree_normalize, edge_coefficient, edge_weight, graph_layer, graph_propagate):
-        for name in [name for name in vars(kernels) if "_kernel" in name]:
-            monkeypatch.setattr(kernels, name, Counted(name, getattr(kernels, name), seen))
+    kernels = (csc, degree_normalize, edge_coefficient, edge_weight, graph_layer, graph_propagate)
+    seen = launches_of(monkeypatch, *kernels)
     run(module, features, prior, "triton")
     assert sorted(seen) == sorted(
         [

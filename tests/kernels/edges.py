@@ -30,6 +30,26 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 TINY = next(case for case in CASES if case.name == "tiny_3x4")
 
 
+class Noted:
+    """A kernel that notes its name in a list whenever it is launched."""
+
+    def __init__(self, name: str, kernel: Any, seen: list[str]) -> None:
+        self._name, self._kernel, self._seen = name, kernel, seen
+
+    def __getitem__(self, grid: Any) -> Any:
+        self._seen.append(self._name)
+        return self._kernel[grid]
+
+
+def launches_of(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> list[str]:
+    """A list that fills with the names of the modules' kernels, in the order of their launches."""
+    seen: list[str] = []
+    for module in modules:
+        for name in [name for name in vars(module) if "_kernel" in name]:
+            monkeypatch.setattr(module, name, Noted(name, getattr(module, name), seen))
+    return seen
+
+
 def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function for tensors of the CPU, computed on the device."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from drseg_core.ops._cases import CASES, Case, generator, random_index
+from drseg_core.ops._cases import CASES, Case, generator, random_features, random_index
 
 __all__ = ["CASES", "make_inputs"]
 
@@ -18,9 +18,7 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "c
     Saturated: features of 100 (float16) or 1e15 beside ordinary ones.
     """
     random = generator(case, seed)
-    x = torch.randn(case.batch, case.nodes, case.channels, generator=random)
-    if case.saturated:
-        x[:, ::3] *= 1e2 if dtype == torch.float16 else 1e15
+    x = random_features(case, dtype, random)
     coefficient = torch.rand(case.batch, case.nodes, case.neighbours, generator=random) / case.neighbours
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return {

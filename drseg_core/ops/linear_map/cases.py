@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from drseg_core.ops._cases import CASES, Case, generator
+from drseg_core.ops._cases import CASES, Case, generator, random_features
 
 __all__ = ["CASES", "make_inputs"]
 
@@ -18,8 +18,6 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "c
     Saturated: features of 100 (float16) or 1e15 beside ordinary ones.
     """
     random = generator(case, seed)
-    x = torch.randn(case.batch, case.nodes, case.channels, generator=random)
-    if case.saturated:
-        x[:, ::3] *= 1e2 if dtype == torch.float16 else 1e15
+    x = random_features(case, dtype, random)
     weight = torch.randn(case.channels, case.channels, generator=random) * case.channels**-0.5
     return {"x": x.to(device=device, dtype=dtype), "weight": weight.to(device=device, dtype=dtype)}
