@@ -27,6 +27,7 @@ __all__ = ["BlockStore", "share", "work_folder"]
 
 _DIGEST = 32
 _KEY, _DONE, _COMPLETE, _LOCK = "key.json", "done.json", "complete.json", "lock"
+_SUFFIX = ".block"
 
 
 def work_folder(out: str | Path) -> Path:
@@ -165,10 +166,17 @@ class BlockStore:
             return (self.folder / _KEY).read_text(encoding="utf-8") == self._text
         except (OSError, UnicodeDecodeError):
             # begun, and killed before it had a key: then nothing else is in it
-            return not any(self.folder.glob("*.block"))
+            return not self._groups()
+
+    def _groups(self) -> list[Path]:
+        """Files of all groups; none where another call removes the folder meanwhile, which ``Path.glob`` may raise."""
+        try:
+            return [path for path in self.folder.iterdir() if path.suffix == _SUFFIX]
+        except FileNotFoundError:
+            return []
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.block"
+        return self.folder / f"{name}{_SUFFIX}"
 
     def has(self, name: str) -> bool:
         """Whether there is a group of this name; :meth:`load` says whether it is sound."""
@@ -181,7 +189,7 @@ class BlockStore:
 
     def remove_empty(self) -> None:
         """Remove the folder if nothing in it is finished."""
-        if not (self.folder / _DONE).exists() and not any(self.folder.glob("*.block")):
+        if not (self.folder / _DONE).exists() and not self._groups():
             self.remove()
 
     def save(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -242,7 +250,7 @@ class BlockStore:
 
     def remove_blocks(self) -> None:
         """Remove all but the note of complete outputs."""
-        for path in self.folder.glob("*.block"):
+        for path in self._groups():
             path.unlink(missing_ok=True)
 
     def remove(self) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
 import shutil
@@ -279,6 +281,8 @@ def test_ctrl_c_leaves_nothing(started: Callable[..., subprocess.Popen[str]], tm
 def children_of(number: int) -> list[int]:
     """Processes that a thread of a process has started."""
     found = []
-    for path in Path(f"/proc/{number}/task").glob("*/children"):
-        found += list(map(int, path.read_text().split()))
+    for path in glob.glob(f"/proc/{number}/task/*/children"):
+        # a thread may end meanwhile
+        with contextlib.suppress(OSError):
+            found += list(map(int, Path(path).read_text().split()))
     return found
