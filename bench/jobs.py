@@ -21,7 +21,19 @@ MODES = whole_pdgr.MODES
 DATA = ("case", *whole_pdgr.DATA)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # what whole PDGR and the selection can be compared with
-BESIDE = tuple(dict.fromkeys((*whole_pdgr.BESIDE, *selection.BESIDE)))
+CONTENDERS = {
+    "literal": "the paper's equations, written down in PyTorch",
+    "factored": "the same, with the first layer of the edge MLP split by node",
+    "compiled": "factored, under torch.compile",
+    "pyg": "factored, with messages added up by PyTorch Geometric's scatter",
+    "matmul_lower_bound": "only the matrix products that nobody can leave out",
+    "naive": "plain torch: all scores of some rows at a time, then topk",
+    "faiss": "faiss-cpu's exact search by inner product, no decay",
+    "sklearn": "scikit-learn's brute-force neighbours, no decay",
+    "keops": "a symbolic kernel matrix of pykeops, no decay",
+    "flashlib": "flashlib's flash_knn on CUDA, no decay",
+}
+BESIDE = tuple(CONTENDERS)
 CASES = {case.name: case for case in testing.CASES}
 
 

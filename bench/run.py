@@ -60,7 +60,11 @@ def _share(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="what --beside names:\n"
+        + "\n".join(f"  {name:<20}{text}" for name, text in (*jobs.CONTENDERS.items(), ("nothing", "only the engine"))),
     )
     parser.add_argument("--op", choices=("pdgr", *one_op.OPS), action="append", help="what to measure; all by default")
     parser.add_argument(
@@ -74,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--backend", choices=one_op.backends(), help="the best that runs, by default")
     parser.add_argument(
-        "--beside", action="append", choices=(*jobs.BESIDE, "nothing"), help="what the engine stands beside; all"
+        "--beside",
+        action="append",
+        choices=(*jobs.BESIDE, "nothing"),
+        help="what the engine stands beside, see below; all by default",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=_positive, default=7, help="timed calls")

@@ -219,6 +219,10 @@ def test_a_contender_whose_gradients_are_wrong_is_refused(monkeypatch: pytest.Mo
         assert len(refused) == (mode == "fwd+bwd") and all("factored: gradient of features" in one for one in refused)
 
 
+def test_every_contender_is_explained():
+    assert set(jobs.BESIDE) == {*whole_pdgr.BESIDE, *selection.BESIDE}
+
+
 def test_what_stands_beside_is_chosen(tmp_path: Path):
     code, rows = _run(tmp_path, "--op", "pdgr", "--case", TINY.name, "--mode", "fwd", "--beside", "matmul_lower_bound")
     assert code == 0 and {row["name"] for row in rows} == {"engine", "matmul_lower_bound"}
