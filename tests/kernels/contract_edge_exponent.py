@@ -26,19 +26,25 @@ WEIGHT = on_kernels(EDGE_WEIGHT_EXPONENT)
 COEFFICIENT = dataclasses.replace(on_kernels(EDGE_COEFFICIENT_EXPONENT), variants=_OfCoefficient.subject.variants)
 
 
-class TestEdgeWeightExponentKernels(KernelContract, _OfWeight):
+class _WithExponent(KernelContract):
+    """Without what the registration holds, which native kernels share, and the contracts without an exponent test."""
+
+    test_agrees_at_the_paper_size = test_halves_as_they_leave_a_product = None
+    test_autocast_keeps_full_precision = test_matmul_precision_setting_changes_nothing = None
+    test_double_backward_is_refused = test_editing_a_saved_input_is_refused = None
+
+
+class TestEdgeWeightExponentKernels(_WithExponent, _OfWeight):
     subject = WEIGHT
-    test_agrees_at_the_paper_size = None
     test_equals_the_mlp_on_concatenated_features = None
     # the launcher of the fused op lays them out in the same way, and calls the same kernels
-    test_layouts = test_storage_offsets = test_halves_as_they_leave_a_product = None
+    test_layouts = test_storage_offsets = None
 
 
-class TestEdgeCoefficientExponentKernels(KernelContract, _OfCoefficient):
+class TestEdgeCoefficientExponentKernels(_WithExponent, _OfCoefficient):
     subject = COEFFICIENT
     layer = staticmethod(on_device(ops.graph_layer))
     leaves_scales = True
-    test_agrees_at_the_paper_size = None
     test_is_the_composition_of_its_parts = None
 
 

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import interpreter_arithmetic
+
 
 def patch() -> None:
     """Once in a process, before a kernel runs."""
@@ -48,8 +50,11 @@ def _patch_language_once(tl: Any, interpreter: Any) -> None:
     def patched(function: Any) -> Stays:
         # a module's names are patched when the first of its functions runs
         if id(function.__globals__) not in done:
+            first = not done
             done.add(id(function.__globals__))
             patch(function)
+            if first:
+                interpreter_arithmetic.patch(tl, interpreter)
             tl.tensor.__index__ = lambda number: int(number.handle.data.item())
         return Stays()
 
