@@ -78,7 +78,8 @@ def same_cases() -> None:
     """
     providers = sys.modules.get("hypothesis.internal.conjecture.providers")
     if hasattr(providers, "_get_local_constants") and not os.environ.get("DRSEG_DEEP"):
-        providers._get_local_constants = lambda: providers._local_constants
+        none = providers.Constants()
+        providers._get_local_constants = lambda: none
 
 
 @pytest.hookimpl(optionalhook=True)
