@@ -116,6 +116,19 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it where they are missing, also while another call removes it."""
+    while True:
+        try:
+            return folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            # mkdir looks twice: what goes in between is no folder to it
+            if folder.is_dir():
+                return None
+            if os.path.lexists(folder):
+                raise
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the same directory; on success it replaces ``path`` durably.
@@ -131,7 +144,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         '1 2 3'
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     remove_dead(target)
     descriptor, name = tempfile.mkstemp(prefix=own_prefix(target), suffix=f".part{target.suffix}", dir=target.parent)
     os.close(descriptor)
@@ -141,7 +154,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         # mkstemp makes private files; a result is as readable as any other new file
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~mask)
+        mode = 0o666 & ~mask
+        with contextlib.suppress(FileNotFoundError):
+            mode = target.stat().st_mode & 0o777
+        os.chmod(temporary, mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import sys
+import zlib
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,24 @@ prepare()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device, and the kernels on it")
     parser.addoption("--cpuinfo", type=Path, metavar="FILE", help="what is read in place of /proc/cpuinfo")
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """``logged()``: messages of this package. Those of others, such as asyncio of earlier tests, come at any time."""
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("drseg_core")]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test draws the same numbers in every run, also without a seed: which tests a worker had before differs."""
+    import numpy as np
+    import torch
+
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -49,6 +69,17 @@ def share_cores(workers: int) -> None:
     import torch
 
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def same_cases() -> None:
+    """Let Hypothesis draw the same cases in every run.
+
+    Some of its numbers are constants out of the modules that are loaded, which files that a worker had before decide.
+    """
+    providers = sys.modules.get("hypothesis.internal.conjecture.providers")
+    if hasattr(providers, "_get_local_constants") and not os.environ.get("DRSEG_DEEP"):
+        none = providers.Constants()
+        providers._get_local_constants = lambda: none
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -88,6 +119,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    same_cases()
     # in any order of the rest: what takes longest begins first
     items.sort(key=lambda item: "::test_contract[contract_" not in item.nodeid)
     if config.getoption("--gpu"):

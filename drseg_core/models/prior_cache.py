@@ -105,14 +105,17 @@ class PriorCache:
         tensors = (maps.features, *maps.guidance)
         if self._has_room(sum(value.nbytes for value in tensors)):
             save_weights(path, dict(zip(_names(blocks), tensors, strict=True)), key)
-            self._bytes += path.stat().st_size
+            with contextlib.suppress(FileNotFoundError):
+                self._bytes += path.stat().st_size
         return maps
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        """When each file was last used, its bytes, and where it is; others may remove some meanwhile."""
-        found = []
-        # whatever folder this is, files that this class did not write are left alone
-        for path in (path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)):
+        """When each file was last used, its bytes, and where it is; others may remove some, or all, meanwhile."""
+        found, names = [], []
+        with contextlib.suppress(FileNotFoundError):
+            # whatever folder this is, files that this class did not write are left alone
+            names = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
+        for path in names:
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 found.append((status.st_mtime, status.st_size, path))

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.errors import ConfigError
-from drseg_core.files import atomic_path, own_prefix, parse_json, write_text_atomic
+from drseg_core.files import atomic_path, make_folder, own_prefix, parse_json, write_text_atomic
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class BlockStore:
     def _lock(self, mode: int) -> None:
         path = self.folder / _LOCK
         while self._held is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             # another call may remove the folder between any two of these lines: then once more
             with contextlib.suppress(FileNotFoundError):
                 self._mode, self._held = mode, os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

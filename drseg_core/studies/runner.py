@@ -265,7 +265,7 @@ def _clear(folder: Path) -> None:
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != LOCK_NAME:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,8 @@ def test_a_real_file_size_limit(tmp_path, fork, size):
     save(tmp_path, 1)
 
     def limited() -> None:
+        # Python leaves what it compiled cut short there, for all that import it later
+        sys.dont_write_bytecode = True
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         try:
             save_checkpoint(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -122,13 +123,15 @@ def test_retries_are_not_printed(hub: Hub, caplog: pytest.LogCaptureFixture) -> 
     assert hub.asked and not any("Retrying" in record.getMessage() for record in caplog.records)
     # and only while weights are fetched
     logging.getLogger("huggingface_hub").warning("another")
-    assert caplog.records[-1].getMessage() == "another"
+    assert "another" in caplog.messages
 
 
-def test_all_licences_are_shown_before_the_first_download(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_licences_are_shown_before_the_first_download(
+    hub: Hub, caplog: pytest.LogCaptureFixture, logged: Callable[[], list[str]]
+) -> None:
     with caplog.at_level(logging.INFO, "drseg_core"), pytest.raises(CheckpointError) as caught:
         fetched(two())
-    assert [record.getMessage().rpartition("licence: ")[2] for record in caplog.records] == [
+    assert [line.rpartition("licence: ")[2] for line in logged()] == [
         "MIT (OpenAI)",
         "dinov3-license",
     ]
@@ -136,7 +139,7 @@ def test_all_licences_are_shown_before_the_first_download(hub: Hub, caplog: pyte
     caplog.clear()
     with caplog.at_level(logging.INFO, "drseg_core"), pytest.raises(CheckpointError, match="never connects"):
         fetched(two(), offline=True)
-    assert caplog.records == []
+    assert logged() == []
 
 
 def test_only_what_is_missing_is_named(hub: Hub) -> None:

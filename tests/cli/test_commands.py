@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -216,20 +215,18 @@ def test_help_has_examples(drseg, command):
 
 
 def test_help_is_quick_and_needs_no_torch(process):
-    begin = time.monotonic()
     started = process("--help")
-    text, _ = started.communicate(timeout=30)
+    text, _ = started.communicate(timeout=120)
     assert started.returncode == 0 and "drseg COMMAND --help" in text
-    assert time.monotonic() - begin < 3
     import os
     import subprocess
     import sys
 
-    code = (
-        "import sys; from drseg_core.cli.main import main; main(['train', '--help']); sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ, cwd=os.getcwd())
-    assert done.returncode == 0
+    # what takes seconds is not loaded
+    for words in (["--help"], ["train", "--help"]):
+        code = f"import sys; from drseg_core.cli.main import main; main({words}); sys.exit('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ, cwd=os.getcwd())
+        assert done.returncode == 0 and b"usage: drseg" in done.stdout
 
 
 def test_version(drseg):

@@ -28,7 +28,7 @@ from tests.cli.conftest import in_child
 
 rasterio = pytest.importorskip("rasterio")
 
-SECONDS, GIGABYTES = 30, 2
+SECONDS, GIGABYTES = 120, 2
 
 
 class Kind(NamedTuple):

@@ -277,11 +277,11 @@ def test_a_closed_output_is_quiet(process):
         started = process(*words)
         started.stdout.close()
         errors = started.stderr.read()
-        assert started.wait(timeout=60) in (0, 141)
+        assert started.wait(timeout=120) in (0, 141)
         assert errors == ""
 
 
-def wait_for(condition, started: subprocess.Popen[str], seconds: float = 90) -> None:
+def wait_for(condition, started: subprocess.Popen[str], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert started.poll() is None, started.stderr.read()
@@ -299,7 +299,7 @@ def test_a_signal_saves_and_the_run_goes_on(drseg, process, small, data, tmp_pat
     started = process("train", *long)
     wait_for(lambda: (out / "log.jsonl").is_file() and (out / "log.jsonl").stat().st_size > 0, started)
     started.send_signal(number)
-    _, errors = started.communicate(timeout=30)
+    _, errors = started.communicate(timeout=120)
     assert started.returncode == code, errors
     assert "Traceback" not in errors and f"stopped by {said} after step" in errors
     step = newest_checkpoint(out).step

@@ -22,25 +22,25 @@ def drawn(text: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("text", ["Straße", "Gebäude", "Łąka", "Дорога", "Δρόμος", "čížek"])
-def test_latin_greek_and_cyrillic_are_drawn(text, caplog):
+def test_latin_greek_and_cyrillic_are_drawn(text, logged):
     pytest.importorskip("matplotlib")
     picture = drawn(text)
-    assert caplog.records == [] and (picture < 128).any()
+    assert logged() == [] and (picture < 128).any()
     # every letter is its own picture, not the same box
     single = {bytes(drawn(letter)) for letter in set(text)}
     assert len(single) == len(set(text))
 
 
-def test_what_no_font_has_is_named_and_never_a_box(monkeypatch, caplog):
+def test_what_no_font_has_is_named_and_never_a_box(monkeypatch, caplog, logged):
     monkeypatch.setattr(fonts, "_system_font", lambda character: None)
     with caplog.at_level(logging.WARNING, "drseg_core"):
         picture = drawn("水体 a")
-    (record,) = caplog.records
-    assert record.getMessage().startswith("no font here has 体 水; ? is drawn instead")
+    (line,) = logged()
+    assert line.startswith("no font here has 体 水; ? is drawn instead")
     assert np.array_equal(picture, drawn("?? a"))
 
 
-def test_the_font_of_the_system_is_used(monkeypatch, caplog):
+def test_the_font_of_the_system_is_used(monkeypatch, logged):
     """A font that has a character that the first one lacks: here the first one is made to lack it."""
     pytest.importorskip("matplotlib")
     whole = fonts._fonts(14)
@@ -53,7 +53,7 @@ def test_the_font_of_the_system_is_used(monkeypatch, caplog):
 
     monkeypatch.setattr(fonts, "_system_font", system)
     assert not fonts._has(whole[-1], "Ж")
-    assert (drawn("aЖ") < 128).any() and asked == ["Ж"] and caplog.records == []
+    assert (drawn("aЖ") < 128).any() and asked == ["Ж"] and logged() == []
 
 
 def test_fontconfig_is_asked_once_for_a_character(monkeypatch):
@@ -71,7 +71,7 @@ def test_fontconfig_is_asked_once_for_a_character(monkeypatch):
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_a_font_that_is_missing(monkeypatch, caplog, installed):
+def test_a_font_that_is_missing(monkeypatch, caplog, logged, installed):
     """Neither a font of matplotlib's that can be opened nor fontconfig: Pillow's own has Latin letters."""
 
     def damaged(file, size):
@@ -93,11 +93,11 @@ def test_a_font_that_is_missing(monkeypatch, caplog, installed):
         fonts._fonts.cache_clear()
         fonts._system_font.cache_clear()
     assert (legend[:, 62:] < 128).any()
-    assert caplog.records[0].getMessage().startswith("no font here has Д а г о р; ? is drawn instead")
+    assert logged()[0].startswith("no font here has Д а г о р; ? is drawn instead")
 
 
-def test_a_legend(caplog):
+def test_a_legend(logged):
     pytest.importorskip("matplotlib")
     picture = np.zeros((60, 40, 3), np.uint8)
     found = with_legend(picture, ["Straße", "Gebäude"], [0, 1])
-    assert found.shape[1] > 100 and caplog.records == []
+    assert found.shape[1] > 100 and logged() == []

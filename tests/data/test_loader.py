@@ -46,7 +46,7 @@ class Numbered(SegmentationDataset):
         if what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "hangs":
-            time.sleep(60)
+            time.sleep(600)
         value = torch.full((3, self.side, self.side), index, dtype=torch.uint8)
         return Sample(value, torch.full((self.side, self.side), index % 2, dtype=torch.uint8), self.sample_name(index))
 
@@ -146,19 +146,18 @@ def test_bad_sample_is_named(workers, what, message):
 
 @pytest.mark.promise("C35")
 def test_killed_worker():
-    start = time.monotonic()
     with pytest.raises(ResourceError, match=r"stopped at position \d+, batch from /data/\d.png on: .*worker") as caught:
-        take(5, Numbered(bad={3: "killed"}), workers=2, timeout=30)
-    assert "\n" not in str(caught.value) and time.monotonic() - start < 20
+        take(5, Numbered(bad={3: "killed"}), workers=2, timeout=600)
+    # at once
+    assert "\n" not in str(caught.value) and "timed out" not in str(caught.value)
     take(1, workers=1)
 
 
 @pytest.mark.promise("C35")
 def test_hanging_worker():
-    start = time.monotonic()
+    # long before the worker goes on
     with pytest.raises(ResourceError, match=r"stopped at position .*timed out after 2"):
         take(5, Numbered(bad={3: "hangs"}), workers=1, timeout=2)
-    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize(

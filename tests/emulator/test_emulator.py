@@ -75,7 +75,7 @@ def kernels(request, tmp_path_factory):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_right_kernels_are_right_and_each_fault_is_found(seed, kernels):
     environment = {**os.environ, "DRSEG_EMULATOR_SEED": str(seed)}
-    done = subprocess.run([str(kernels), *RIGHT, *WRONG], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(kernels), *RIGHT, *WRONG], env=environment, capture_output=True, text=True, timeout=600)
     said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     assert {name: said[name] for name in RIGHT} == dict.fromkeys(RIGHT, "right")
     for name, expected in WRONG.items():
@@ -85,5 +85,7 @@ def test_right_kernels_are_right_and_each_fault_is_found(seed, kernels):
 
 def test_without_checks_a_race_goes_by(kernels):
     environment = {**os.environ, "DRSEG_EMULATOR_CHECK": "0"}
-    done = subprocess.run([str(kernels), "race_of_counts"], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [str(kernels), "race_of_counts"], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.stdout == "race_of_counts: right\n"

@@ -129,7 +129,7 @@ def build(program: Path, sources: Path, compiled: Path, *options: str) -> None:
 
 def run(program: Path, seed: int) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "DRSEG_EMULATOR_SEED": str(seed)}
-    return subprocess.run([str(program)], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([str(program)], env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.promise("C24")

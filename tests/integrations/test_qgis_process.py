@@ -213,7 +213,7 @@ def test_a_cancelled_command_and_what_it_started_are_gone(
             begun=[work],
             patience=1 if deaf else 60,
         )
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     numbers = list(map(int, told.said[0].split()))
     while any(map(alive, numbers)) and time.monotonic() < end:
         time.sleep(0.05)
@@ -232,7 +232,7 @@ def test_what_a_listener_raises_ends_the_command() -> None:
             say=lambda line: 1 / 0,
             cancelled=lambda: False,
         )
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 300
 
 
 def test_one_that_leaves_a_process_behind_is_not_waited_for() -> None:

@@ -125,7 +125,7 @@ def test_other_images_batches_blocks_and_arithmetic_read_nothing(tmp_path: Path)
 
 @pytest.mark.parametrize("behind", [0, 60], ids=["", "by a file system whose clock is behind"])
 def test_a_full_folder_gives_up_what_no_longer_serves_and_nothing_else(
-    tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch, behind: int
+    tmp_path: Path, caplog: Any, logged: Any, monkeypatch: pytest.MonkeyPatch, behind: int
 ) -> None:
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + behind)
@@ -145,17 +145,33 @@ def test_a_full_folder_gives_up_what_no_longer_serves_and_nothing_else(
     with caplog.at_level(logging.WARNING), prior_cache(holder, tmp_path, 3 * size + size // 2) as cache:
         for image in (images[0], images[2], images[3]):
             all_maps(holder.dino, image)
-        assert first.exists() and not second.exists() and len(files(tmp_path)) == 5 and not caplog.records
+        assert first.exists() and not second.exists() and len(files(tmp_path)) == 5 and not logged()
         # all three serve: an image more is computed and not kept, and that is said once
         expected = all_maps(holder.dino, images[4])
         assert same(expected, all_maps(holder.dino, images[4])) and len(files(tmp_path)) == 5
         assert (cache.found, cache.computed) == (1, 4)
-    (record,) = caplog.records
-    assert "is full" in record.getMessage() and all(path.exists() for path in others)
+    (line,) = logged()
+    assert "is full" in line and all(path.exists() for path in others)
     with prior_cache(holder, tmp_path, 0) as cache:
         all_maps(holder.dino, images[4])
     # the bound is of the folder, whoever filled it
     assert cache.computed == 1 and files(tmp_path) == sorted(others)
+
+
+def test_what_another_process_removes_meanwhile_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder, folder = Holder(), tmp_path / "cache"
+
+    def removed(path: Path, *content: Any) -> None:
+        save_weights(path, *content)
+        # by one whose cache is full, or by a person, before this process asks for its size
+        shutil.rmtree(folder)
+
+    monkeypatch.setattr("drseg_core.models.prior_cache.save_weights", removed)
+    with prior_cache(holder, folder, 10**6) as cache:
+        expected = all_maps(holder.dino)
+        cache.limit = 1
+        assert not folder.exists() and same(expected, all_maps(holder.dino))
+    assert (cache.found, cache.computed) == (0, 2)
 
 
 def damaged(path: Path) -> None:
@@ -189,7 +205,7 @@ def without_features(path: Path) -> None:
 
 @pytest.mark.promise("C29")
 @pytest.mark.parametrize("spoil", [damaged, cut_short, emptied, of_another_image, foreign, without_features])
-def test_what_cannot_be_trusted_is_computed_again(tmp_path: Path, spoil: Any, caplog: Any) -> None:
+def test_what_cannot_be_trusted_is_computed_again(tmp_path: Path, spoil: Any, caplog: Any, logged: Any) -> None:
     holder = Holder()
     with prior_cache(holder, tmp_path):
         expected = all_maps(holder.dino)
@@ -199,8 +215,8 @@ def test_what_cannot_be_trusted_is_computed_again(tmp_path: Path, spoil: Any, ca
     assert path.read_bytes() != sound
     with caplog.at_level(logging.WARNING), prior_cache(holder, tmp_path) as cache:
         assert same(expected, all_maps(holder.dino)) and cache.found == 0
-    (record,) = caplog.records
-    assert str(path) in record.getMessage() and "computed again" in record.getMessage()
+    (line,) = logged()
+    assert str(path) in line and "computed again" in line
     assert path.read_bytes() == sound
 
 

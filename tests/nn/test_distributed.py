@@ -30,7 +30,7 @@ from drseg_core.nn import PDGR
 WORLD = 2
 C, D = 6, 5
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 60
+TIMEOUT = 600
 
 # options of PDGR, grid, and the ranks whose every pixel is ignored by the loss
 SCENARIOS: dict[str, tuple[dict[str, Any], tuple[int, int], tuple[int, ...]]] = {

@@ -128,7 +128,7 @@ def run_elsewhere(program: Path, module: PDGR) -> None:
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-1] in ("native", "reference")
@@ -170,7 +170,7 @@ def test_decomposed_programs_need_no_drseg(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
 

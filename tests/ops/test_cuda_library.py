@@ -88,7 +88,8 @@ def test_a_missing_library_is_said_by_name_alone(another_library, tmp_path, recw
     assert ops.knn_graph(torch.ones(1, 4, 2), (2, 2), 2).shape == (1, 4, 2)
     rows = [row for row in ops.backend_report() if row["op"] == "knn_graph" and row["backend"] == "cuda"]
     assert rows[0]["reason"] == reason and rows[0]["place"] is None
-    assert not recwarn.list
+    # files that other tests left open are collected at any time
+    assert not [said for said in recwarn if said.category is not ResourceWarning]
 
 
 def test_another_library_in_its_place(another_library, tmp_path):

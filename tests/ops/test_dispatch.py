@@ -61,7 +61,7 @@ def fresh(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -503,6 +503,8 @@ def check_library_refused(reason: str) -> None:
     """One warning with the reason, the reference by itself, an error for who names the native backend."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # of what other tests left open, whenever it is collected
+        warnings.simplefilter("ignore", ResourceWarning)
         for _ in range(3):
             output = call("graph_propagate")
             assert ops.last_backend("graph_propagate") == "reference"

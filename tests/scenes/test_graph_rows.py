@@ -121,7 +121,7 @@ def test_workers_of_a_cluster_share_the_rows(scenes, expected, tmp_path, monkeyp
     def wait_for_the_other() -> None:
         if not hasattr(seen, "once"):
             seen.once = True
-            both.wait(60)
+            both.wait(120)
 
     made = watched(monkeypatch, wait_for_the_other)
     with distributed.Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None) as client:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,18 +29,19 @@ rasterio = pytest.importorskip("rasterio")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 
-def dead_process() -> int:
+def of_dead_process(target: Path) -> str:
+    """How the unfinished files for ``target`` begin of a process that is no more."""
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
-    return done.pid
+    # the number of this process may stand in other parts of the name too
+    return own_prefix(target).removesuffix(f"{os.getpid()}-") + f"{done.pid}-"
 
 
 @pytest.mark.promise("C28")
 def test_unfinished_files_of_dead_processes_go(tmp_path):
     target = tmp_path / "map.tif"
     own = own_prefix(target)
-    mine = str(os.getpid())
-    dead = own.replace(mine, str(dead_process()))
+    dead = of_dead_process(target)
     nested = f".{dead}abc.part-{dead.removeprefix('.map-')}abc.part.tif"
     gone = [f"{dead}abc.part.tif", f"{dead}abc.part.work.tif", f"{dead}x.part", nested]
     kept = [
@@ -63,13 +65,51 @@ def test_what_a_call_left_that_was_killed_as_it_tidied_goes(tmp_path):
     image = write(tmp_path / "in.tif", np.zeros((3, 40, 40), np.uint8))
     predict_scene(predictor(), image, tmp_path / "map.tif", progress=False)
     files_of_map = sorted(path.name for path in tmp_path.iterdir())
-    own = own_prefix(tmp_path / "map.tif")
-    folder = tmp_path / f"{own.replace(str(os.getpid()), str(dead_process()))}work.part"
+    folder = tmp_path / f"{of_dead_process(tmp_path / 'map.tif')}work.part"
     folder.mkdir()
     (folder / "key.json").write_text("{}")
     with pytest.raises(ConfigError, match="map.tif exists; expected a new path, or overwrite"):
         predict_scene(predictor(), image, tmp_path / "map.tif", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == files_of_map
+
+
+@pytest.mark.promise("C45")
+def test_a_folder_that_goes_while_it_is_made_is_made(tmp_path, monkeypatch):
+    """Another call removes it after the system has found it there, and before pathlib looks whether it is a folder."""
+    folder, make, left = tmp_path / "map.tif.work", os.mkdir, [True]
+    folder.mkdir()
+
+    def raced(path, *more):
+        try:
+            make(path, *more)
+        except FileExistsError:
+            if left and left.pop():
+                folder.rmdir()
+            raise
+
+    monkeypatch.setattr(os, "mkdir", raced)
+    files.make_folder(folder)
+    assert folder.is_dir() and not left
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        files.make_folder(tmp_path / "file")
+
+
+def test_a_file_that_goes_while_it_is_replaced_is_written(tmp_path, monkeypatch):
+    target, stat = tmp_path / "map.tif", Path.stat
+    target.write_text("before")
+
+    def raced(self, **options):
+        if self == target:
+            target.unlink(missing_ok=True)
+        return stat(self, **options)
+
+    # whatever was asked before, it is gone when its mode is
+    monkeypatch.setattr(Path, "exists", lambda self, **options: True)
+    monkeypatch.setattr(Path, "stat", raced)
+    files.write_text_atomic(target, "after")
+    monkeypatch.undo()
+    assert target.read_text() == "after" and os.listdir(tmp_path) == ["map.tif"]
 
 
 def test_a_folder_of_many_files_is_not_listed_for_each(tmp_path, monkeypatch):
@@ -79,9 +119,9 @@ def test_a_folder_of_many_files_is_not_listed_for_each(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or names(folder))
     monkeypatch.setattr(files, "_MANY", 5)
     monkeypatch.setattr(files, "_listed", {})
-    dead = dead_process()
+    dead = of_dead_process(tmp_path / "0.tif").removeprefix(".0")
     for number in range(20):
-        unfinished = own_prefix(tmp_path / f"{number}.tif").replace(str(os.getpid()), str(dead))
+        unfinished = f".{number}{dead}"
         (tmp_path / f"{unfinished}abc.part.tif").write_text("x")
     for number in range(20):
         with atomic_path(tmp_path / f"{number}.tif") as temporary:
@@ -136,12 +176,12 @@ def test_a_closed_terminal_leaves_nothing_but_finished_blocks(process, run, tmp_
     pixels = np.random.default_rng(0).integers(0, 256, (3, 1500, 1500)).astype(np.uint8)
     image = write(tmp_path / "in.tif", pixels)
     started = process("predict", run, image, "--out", tmp_path / "map.tif", "--device", "cpu")
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while len(list(tmp_path.glob(".*work.tif"))) < 2 and time.monotonic() < end:
         assert started.poll() is None, started.stderr.read()
         time.sleep(0.05)
     started.send_signal(signal.SIGHUP)
-    _, errors = started.communicate(timeout=30)
+    _, errors = started.communicate(timeout=120)
     # tqdm may say a word of its own where its bar was being made
     assert started.returncode == 143 and "drseg: terminated" in errors.splitlines()
     left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in ("in.tif", "key.json")]

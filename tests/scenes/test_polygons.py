@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -211,7 +212,9 @@ def test_geojson_is_that_of_the_standard(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".parquet"])
-def test_a_disk_that_is_full_while_polygons_are_written(tmp_path, suffix):
+def test_a_disk_that_is_full_while_polygons_are_written(tmp_path, monkeypatch, suffix):
+    # Python leaves what it compiled cut short there, for all that import it later
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     value = noise(0, (100, 120))
     place = {"crs": "EPSG:32632", "transform": from_origin(355_000, 5_640_000, 1, 1)}
     labels = write(tmp_path / "labels.tif", value[None], nodata=255, **place)

@@ -67,6 +67,6 @@ def browser() -> Iterator[Any]:
     if found is None:
         pytest.skip("needs chromium (apt-get install chromium)")
     with sync_api.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=found)
+        opened = driver.chromium.launch(executable_path=found, timeout=120_000)
         yield opened
         opened.close()
