@@ -72,6 +72,7 @@ def variants(target: Any) -> Iterator[Variant]:
         _edge_coefficient,
         _degree_normalize,
         _graph_layer,
+        _graph_layer_dense,
         _graph_propagate,
     ):
         for variant in found(target.device):
@@ -381,3 +382,35 @@ def _graph_layer(device: Any) -> Iterator[Variant]:
         yield variant(op._graph_layer_bwd_kernel_sum, tile, "fp32", {"BIAS": True})
     yield variant(op._graph_layer_fwd_kernel_norm, tile, "fp32", {})
     yield variant(op._graph_layer_bwd_kernel_moments, tile, "fp32", {})
+
+
+def _graph_layer_dense(device: Any) -> Iterator[Variant]:
+    from drseg_kernels import graph_layer
+    from drseg_kernels import graph_layer_dense as op
+    from drseg_kernels._launch import FMA
+
+    # LayerNorm comes after the product at any width
+    rows, norm = op.norm_sizes(384), graph_layer._graph_layer_fwd_kernel_norm
+    yield _variant("graph_layer", norm, rows, "bf16", {}, options=rows.options(limit_registers=True))
+
+    sizes = op.product_sizes(device)
+    sums = {"SCALED": True, "BIAS": True}
+    for dtype, (kernel, words, shared, out) in itertools.product(
+        ("bf16", "fp16"),
+        (
+            # of a layer with ReLU, and of what a launch more normalises
+            (op._graph_layer_dense_kernel_product, {**sums, "RELU": True, **sizes}, op.shared_bytes(sizes), None),
+            (op._graph_layer_dense_kernel_product, {**sums, "RELU": False, **sizes}, op.shared_bytes(sizes), "fp32"),
+            (op._graph_layer_dense_kernel_fill, {"SCALED": True, **op.fill_sizes(75)}, 16_384, None),
+            (op._graph_layer_dense_kernel_fill, {"SCALED": False, **op.fill_sizes(1024)}, 16_384, None),
+        ),
+    ):
+        constants = {name: value for name, value in words.items() if name.isupper()}
+        options = {**FMA, **{name: value for name, value in words.items() if name.islower()}}
+        types = {name: _FIXED.get(name, f"*{dtype}") for name in kernel.arg_names if name.endswith("_ptr")}
+        types["exponent_ptr"] = "*i32"
+        if out is not None:
+            types["y_ptr"] = f"*{out}"
+        part = kernel.__name__.split("_kernel_")[1]
+        name = _name(f"graph_layer dense {part}", {"dtype": dtype, **constants}, words["num_warps"])
+        yield Variant(name, kernel, types, constants, options, shared, ("channels", "stride"))

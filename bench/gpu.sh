@@ -88,6 +88,8 @@ if [ -z "$DRY" ]; then
     ASKED="$ASKED or left_to_a_layer or slack or computed_again or no_list or it_must_be or in_lists or our_own or than_float32"
     # linear maps by float16 parts: their error beside float32's, and what a tensor core cuts off
     ASKED="$ASKED or no_less_accurate or scales_and_parts or any_size or not_finite_keeps or pdgr_multiplies"
+    # layers by a dense matrix, in bfloat16 too, and recorded
+    ASKED="$ASKED or graph_layer_dense"
     TESTS_K=${TESTS_K:-$ASKED}
     SANITIZED=${SANITIZED:-test_agrees_with_the_oracle and tiny_3x4 and float32 or test_gap_rule and tiny and float32 or test_in_small_pieces or test_gradients_come_through}
     REPEATS=7

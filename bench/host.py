@@ -127,7 +127,7 @@ def microseconds(run: Callable[[], object], repeats: int) -> float:
 
 def one_round(repeats: int) -> dict[str, Any]:
     """Host time and launches of this process's version."""
-    from drseg_kernels import linear_map
+    from drseg_kernels import graph_layer_dense, linear_map
 
     from drseg_core.ops import _cuda
 
@@ -135,7 +135,8 @@ def one_round(repeats: int) -> dict[str, Any]:
     found = {}
     # what is launched at usual sizes
     usual = mock.patch.multiple(linear_map, LEAST_FLOP=0, LEAST_TERMS=1)
-    with card(next(target for target in TARGETS if target.arch == 90)), usual:
+    dense = mock.patch.object(graph_layer_dense, "pays", lambda device, x, *_: x.dtype in graph_layer_dense.DTYPES)
+    with card(next(target for target in TARGETS if target.arch == 90)), usual, dense:
         runs = make()
         runs |= {f"{name}, bfloat16": run for name, run in make(torch.bfloat16).items()}
         ways: dict[str, Any] = {"": contextlib.nullcontext}

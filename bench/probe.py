@@ -4,10 +4,11 @@
     python -m bench probe --out probe.jsonl
     python -m bench probe --device cpu --only product           # tiny sizes: shows that it runs
 
-Products of the library in three dtypes, linear maps by float16 parts, a sort, copies, a gather, a scatter, and a chain
-of kernels that do nothing. On a GPU each is a CUDA graph. It is timed with a cold cache (read over), with a warm one,
-and with one that was written over, which shows the cost of dirty lines. ``amount`` is the FLOP of a product, and the
-bytes moved by everything else. A chain has none. Its time per kernel is the gap between two nodes of a graph.
+Products of the library in three dtypes, linear maps by float16 parts, layers by gathered rows and by a dense matrix, a
+sort, copies, a gather, a scatter, and a chain of kernels that do nothing. On a GPU each is a CUDA graph. It is timed
+with a cold cache (read over), with a warm one, and with one that was written over, which shows the cost of dirty lines.
+``amount`` is the FLOP of a product, and the bytes moved by everything else. A chain has none. Its time per kernel is
+the gap between two nodes of a graph.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 
 from bench import record
 from bench.timing import GraphSampler, gpu_state, seconds_of, settle_clocks
-from drseg_core.ops import csc, linear_map, prepare_prior
+from drseg_core.ops import csc, graph_layer, linear_map, prepare_prior
 from drseg_core.testing import Case
 
 # sizes of the paper's batch, and what a CPU goes through in no time
@@ -129,6 +130,29 @@ def _maps(case: Case, device: str) -> Iterator[Probe]:
         yield Probe(f"product as TF32: {name}", rounded, dtype, flop, shape)
 
 
+def _layers(case: Case, device: str) -> Iterator[Probe]:
+    """A layer by gathered rows and by a dense matrix; the bytes are those that are gathered."""
+    edges = case.batch * case.nodes * case.neighbours
+    random = torch.rand(case.batch, case.nodes, case.nodes, device=device)
+    index = random.topk(case.neighbours).indices.sort().values.int()
+    coefficient = torch.rand(index.shape, device=device) / case.neighbours
+    one = torch.ones(case.channels, device=device)
+    for dtype in (torch.float16, torch.bfloat16):
+        x = _random(case.batch, case.nodes, case.channels, like=dtype, device=device)
+        for activation, parameters in (("relu", (one, None, None)), ("layer_norm", (one, one, one))):
+            given: tuple[Any, ...] = (x, index, coefficient, *parameters)
+            moved = edges * case.channels * x.element_size()
+            for way in ("gathered", "dense"):
+                # a CPU has neither, and runs the same twice
+                run: Any = partial(graph_layer, *given, activation=activation, backend="reference")
+                if device == "cuda":
+                    from drseg_kernels.graph_layer import graph_layer as launch
+
+                    kernel: Any = launch
+                    run = partial(kernel, *given, activation, 1e-5, False, False, dense=way == "dense")
+                yield Probe(f"graph_layer: {activation}, {way}", run, dtype, moved, f"{edges} rows")
+
+
 def _moves(case: Case, device: str) -> Iterator[Probe]:
     rows, edges = case.batch * case.nodes, case.batch * case.nodes * case.neighbours
     near = torch.randint(0, case.nodes, (case.batch, case.nodes, case.neighbours), device=device)
@@ -184,6 +208,7 @@ def probes(device: str) -> Iterator[Probe]:
     case = SIZES[device]
     yield from _products(case, device)
     yield from _maps(case, device)
+    yield from _layers(case, device)
     yield from _moves(case, device)
     yield from _chains(device)
 

@@ -196,6 +196,17 @@ def _linear_product(s: _Sizes) -> Work:
     return Work(_cdiv(s.rows, s.m) * _cdiv(s.case.channels, s.n), (s.over(s.case.channels, TERMS),))
 
 
+def _dense_fill(s: _Sizes) -> Work:
+    # neighbours of knn_graph are distinct, so no edges are compared
+    return Work(s.rows, (s.over(2 * s.case.nodes, s.n), Bound(0, s.m)))
+
+
+def _dense_product(s: _Sizes) -> Work:
+    tiles = s.case.batch * _cdiv(s.case.nodes, s.m) * _cdiv(s.case.channels, s.n)
+    again = Bound(0, 1, (s.over(s.case.neighbours, int(s.constants["BLOCK_G"])),))
+    return Work(tiles, (s.over(s.case.nodes, int(s.constants["BLOCK_K"])), again))
+
+
 def _csc_chunks(s: _Sizes) -> Work:
     from drseg_kernels.csc import chunks_of
 
@@ -236,6 +247,8 @@ _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "_graph_propagate_bwd_kernel_dot": _dot,
     "_graph_layer_fwd_kernel": _layer,
     "_graph_layer_fwd_kernel_norm": _over_channels(3),
+    "_graph_layer_dense_kernel_fill": _dense_fill,
+    "_graph_layer_dense_kernel_product": _dense_product,
     "_graph_layer_bwd_kernel_moments": _over_channels(1),
     "_graph_layer_bwd_kernel_activation": _activation,
     "_graph_layer_bwd_kernel_edges": _layer_edges,

@@ -2,7 +2,8 @@
 """Propagation, then bias, then ReLU or LayerNorm, in one launch (arXiv 2604.02010, Eq. 9).
 
 Forward is one launch: the sums of ``graph_propagate``. A program that holds whole rows normalises them before it
-writes. Rows wider than a program take a second launch.
+writes. Rows wider than a program take a second launch. Small graphs in half precision may be multiplied by a dense
+matrix instead (``graph_layer_dense.py``), in two launches, or three with LayerNorm.
 
 Backward is two launches. The first leads the gradient through LayerNorm or ReLU, and adds up chunks of rows for the
 parameters. The second is the backward of ``graph_propagate``, and some of its programs add the chunks in ascending
@@ -23,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drseg_kernels._launch import Tile, ceil_div, on_device_of, sizes_of
+from drseg_kernels import graph_layer_dense
+from drseg_kernels._launch import Tile, ceil_div, known_device, on_device_of, sizes_of
 from drseg_kernels.csc import csc as columns_of
 from drseg_kernels.degree_normalize import at_both_ends
 from drseg_kernels.graph_propagate import edge_dot, empty_gradients, gathered_gradients, gathered_sum, graph_propagate
@@ -412,6 +414,7 @@ def graph_layer(
     *,
     dtype: torch.dtype | None = None,
     tile: Tile | None = None,
+    dense: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output (B, N, C), and what LayerNorm's backward needs, in float32.
 
@@ -426,12 +429,20 @@ def graph_layer(
         scale: (B, N) float32, of both ends of an edge, by which its coefficient is multiplied; None multiplies nothing.
         dtype: of the output, by default that of ``x``.
         tile: sizes of a program; by default those of the architecture's table, then a rule.
+        dense: multiply by a dense matrix of coefficients, for half precision in one direction; None where it pays.
     """
     batch, nodes, slots = index.shape
     channels = x.shape[-1]
     norm = activation == "layer_norm"
-    chosen = tile or sizes_of("graph_layer", x.device, x.dtype, nodes, slots, channels)
-    wide = norm and channels > chosen.block_n
+    device = known_device(x.device)
+    if dense is None:
+        dense = tile is None and graph_layer_dense.pays(device, x, slots, undirected)
+    if dense:
+        chosen = graph_layer_dense.norm_sizes(channels)
+    else:
+        chosen = tile or sizes_of("graph_layer", x.device, x.dtype, nodes, slots, channels)
+    # a second launch normalises rows that no program holds
+    wide = norm and (dense or channels > chosen.block_n)
     keeps = norm and (keep or wide)
     y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     given = torch.empty(x.shape if keeps else (0,), dtype=torch.float32, device=x.device)
@@ -442,34 +453,41 @@ def graph_layer(
     # what a kernel does not ask for is never read or written
     parameters = [y if value is None else value.contiguous() for value in (bias, norm_weight, norm_bias)]
     with on_device_of(x):
-        indptr, perm = (csc or columns_of(index)) if undirected else (near, near)
-        _graph_layer_fwd_kernel[(batch * nodes, ceil_div(channels, chosen.block_n))](
-            x.contiguous(),
-            near,
-            coefficient.contiguous(),
-            near if scale is None else scale,
-            indptr,
-            perm,
-            *parameters,
-            # sums that are not final stay in float32
-            given if wide else y,
-            given,
-            mean,
-            rstd,
-            nodes,
-            slots,
-            channels,
-            eps,
-            UNDIRECTED=undirected,
-            SCALED=scale is not None,
-            BIAS=bias is not None,
-            ACTIVATION="none" if wide else activation,
-            KEEP=keeps and not wide,
-            **chosen.constants(),
-            **chosen.options(limit_registers=True),
-        )
+        features = x.contiguous()
+        # those that are not final stay in float32
+        sums = given if wide else y
+        if dense:
+            graph = (near, coefficient.contiguous(), scale, None if bias is None else parameters[0])
+            graph_layer_dense.dense_sums(features, *graph, sums, activation == "relu", device)
+        else:
+            indptr, perm = (csc or columns_of(index)) if undirected else (near, near)
+            _graph_layer_fwd_kernel[(batch * nodes, ceil_div(channels, chosen.block_n))](
+                features,
+                near,
+                coefficient.contiguous(),
+                near if scale is None else scale,
+                indptr,
+                perm,
+                *parameters,
+                sums,
+                given,
+                mean,
+                rstd,
+                nodes,
+                slots,
+                channels,
+                eps,
+                UNDIRECTED=undirected,
+                SCALED=scale is not None,
+                BIAS=bias is not None,
+                ACTIVATION="none" if wide else activation,
+                KEEP=keeps and not wide,
+                **chosen.constants(),
+                **chosen.options(limit_registers=True),
+            )
         if wide:
-            rows = sizes_of("graph_layer_rows", x.device, x.dtype, nodes, slots, channels)
+            asked = ("graph_layer_rows", x.device, x.dtype, nodes, slots, channels)
+            rows = chosen if dense else sizes_of(*asked)
             _graph_layer_fwd_kernel_norm[(batch * nodes,)](
                 given,
                 mean,

@@ -153,6 +153,7 @@ def test_probes_run_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     names = {row["probe"] for row in rows}
     assert {"product: scores", "copy: transposing", "gather and sum", "scatter to dense", "sort", "chain"} <= names
+    assert {f"graph_layer: {kind}, {way}" for kind in ("relu", "layer_norm") for way in ("gathered", "dense")} <= names
     assert all(row["cold_us"] > 0 and "commit" in row for row in rows)
     assert "us per kernel" in capsys.readouterr().out.splitlines()[-1]
 

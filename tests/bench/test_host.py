@@ -66,17 +66,22 @@ def test_launches_by_cuda_kernels(found):
 def test_in_half_precision_weights_alone_are_cast(found):
     """Three weights forward and their gradients back; neither the prior nor the features, whatever reads them.
 
-    Four copies more are the CPU's: scores as above, and it multiplies other layouts of bfloat16.
+    Layers go by a dense matrix, in one launch more, with LayerNorm in two; none of them lists columns. Four copies are
+    the CPU's: scores as above, and it multiplies other layouts of bfloat16.
     """
     own = 4
     # one or two less where the processor has no instructions for bfloat16
     assert found["forward, bfloat16"]["launches"]["copy_"] in (own + 2, own + 3)
     assert found["step, bfloat16"]["launches"]["copy_"] in (own + 5, own + 6 + 1)
-    assert sum(found["forward, bfloat16"]["launches"].values()) <= FORWARD - MAPS + 3 + own
-    assert sum(found["step, bfloat16"]["launches"].values()) <= STEP - MAPS - MAPS_BACK + 6 + own + 1
+    forward, step = (found[f"{name}, bfloat16"]["launches"] for name in ("forward", "step"))
+    assert sum(forward.values()) <= FORWARD - MAPS + 3 + DENSE + own
+    assert sum(step.values()) <= STEP - MAPS - MAPS_BACK + 6 + DENSE + own + 1
+    assert forward["_graph_layer_dense_kernel_product"] == step["_graph_layer_dense_kernel_product"] == 2
+    assert not any("csc" in name for name in forward)
 
 
 # Of a linear map in float32 two launches, one more than of the library's. Three maps forward, five gradients. At usual
 # sizes each of three gradients to weights has one more, which adds its pieces.
 MAPS, MAPS_BACK = 3, 5
+DENSE = 3
 FORWARD, STEP = 10 + MAPS, 26 + MAPS + MAPS_BACK
