@@ -121,6 +121,8 @@ def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[j
         )
     if args.out is not None and args.out.is_dir():
         parser.error(f"--out is a folder; expected a file to add rows to, got {args.out}")
+    if args.out is not None and args.out.is_file() and (lines := len(args.out.read_bytes().splitlines())):
+        print(f"bench: rows are added to {args.out}, which has {lines}", file=sys.stderr)
     if args.gate and args.base is None:
         parser.error("--gate has nothing to compare with; expected --base REF beside it")
     return chosen

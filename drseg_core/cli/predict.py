@@ -112,7 +112,8 @@ def run(args: Any) -> None:
         zero_shot.run(args)
         return
     if re.sub("[-_ ]", "", args.run.casefold()).startswith("zeroshot") and not Path(args.run).exists():
-        raise ConfigError(f"predict: RUN is no folder; expected zero-shot, zero-shot:l or :FILE, got {args.run!r}")
+        known = "zero-shot, zero-shot:b, :l, :tiny or :FILE"
+        raise ConfigError(f"predict: RUN is no folder; expected {known}, got {args.run!r}")
     reading = given_reading(args)
     scenes = given_scenes(args)
     from drseg_core.checkpoints.pretrained import load

@@ -16,7 +16,7 @@ from drseg_core.config.reading import parse_bands
 from drseg_core.errors import ConfigError
 
 NAME = "zero-shot"
-USAGE = 'drseg predict zero-shot[:b|:l|:FILE] IMAGE [IMAGE ...] --classes "building; road" --out map.tif [options]'
+USAGE = 'drseg predict zero-shot[:b|:l|:tiny|:FILE] IMAGE [IMAGE ...] --classes "road; tree" --out map.tif [options]'
 EPILOG = """\
 examples:
   drseg predict zero-shot scene.tif --classes "building; road; tree" --out map.tif

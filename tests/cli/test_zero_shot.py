@@ -224,7 +224,7 @@ def test_other_refusals(drseg: Command, scene: Path, tmp_path: Path, empty: list
     code, _, errors = drseg("predict", "zero-shot:odd", scene, *WORDS, "--out", out)
     assert code == 2 and "preset odd not found; expected a YAML file or one of b, l, tiny" in only_line(errors)
     code, _, errors = drseg("predict", "zeroshot:l", scene, *WORDS, "--out", out)
-    assert code == 2 and "expected zero-shot, zero-shot:l or :FILE, got 'zeroshot:l'" in only_line(errors)
+    assert code == 2 and "expected zero-shot, zero-shot:b, :l, :tiny or :FILE, got 'zeroshot:l'" in only_line(errors)
     # before any weights are asked for
     code, _, errors = drseg("predict", "zero-shot", tmp_path / "absent.tif", *WORDS, "--out", out)
     assert code == 3 and "absent.tif" in only_line(errors) and empty == []
