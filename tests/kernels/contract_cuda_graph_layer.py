@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from contract import run
-from contract_graph_layer import make
-from edges import DEVICE, KernelContract, check_sizes, on_device, on_kernels
+from edges import DEVICE, KernelContract, check_sizes, layer_inputs, on_device, on_kernels
 from fused import GRAPH_LAYER, GRAPH_LAYER_RELU
 from subjects import Subject
 from test_graph_layer import TestGraphLayer as _Tests
@@ -76,7 +75,7 @@ SIZES = [(9, 5, 40), (1, 1, 8), (35, 34, 16), (40, 100, 72), (21, 128, 8), (690,
 @pytest.mark.parametrize("activation", SUBJECTS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_size_is_right(size, activation):
-    check_sizes(SUBJECTS[activation], make(activation, *size), call)
+    check_sizes(SUBJECTS[activation], layer_inputs(activation, *size), call)
 
 
 @pytest.mark.promise("C4")
@@ -84,7 +83,7 @@ def test_every_size_is_right(size, activation):
 @pytest.mark.parametrize("size", [(9, 5, 40), (40, 100, 72), (690, 3, 8)], ids=str)
 def test_bfloat16_is_rounded_once(size, activation):
     # the backward is in part interpreted, which is wrong for it
-    inputs = make(activation, *size, torch.bfloat16)
+    inputs = layer_inputs(activation, *size, torch.bfloat16)
     wide = {name: value.double() if name != "index" else value for name, value in tensors(inputs).items()}
     right = reference.graph_layer(**every(wide), activation=activation, eps=1e-5, undirected=False)[0]
     got = call(**inputs).double()
@@ -98,7 +97,7 @@ def test_bfloat16_is_rounded_once(size, activation):
 @pytest.mark.parametrize("size", [(9, 5, 40), (40, 100, 72), (690, 3, 8)], ids=str)
 def test_gradients_of_sums(size, added, scaled, dtype):
     """Of the operator itself, so that no other backend's kernel stands between."""
-    inputs = make("none", *size, dtype)
+    inputs = layer_inputs("none", *size, dtype)
     random = torch.Generator().manual_seed(2)
     x, index, coefficient = (inputs[name] for name in NAMES[:3])
     scale = torch.rand(x.shape[:2], generator=random) + 0.5 if scaled else None
@@ -131,7 +130,7 @@ def every(given: dict[str, Tensor]) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize("activation", SUBJECTS)
 def test_scales_are_those_of_both_ends(activation):
-    inputs = make(activation, 30, 7, 24)
+    inputs = layer_inputs(activation, 30, 7, 24)
     scale = 0.5 + torch.rand(2, 30, generator=torch.Generator().manual_seed(1))
     folded = {**inputs, "coefficient": reference.at_both_ends(inputs["coefficient"], inputs["index"], scale)}
     grad = torch.randn(2, 30, 24, generator=torch.Generator().manual_seed(2))
@@ -147,7 +146,7 @@ def test_scales_are_those_of_both_ends(activation):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_number_that_is_not_finite_reaches_neighbours_only(value, activation):
     for where in ("x", "coefficient"):
-        inputs = make(activation, 21, 3, 8)
+        inputs = layer_inputs(activation, 21, 3, 8)
         # node 0, which what is no edge must not take, is everybody's neighbour here
         inputs["index"] = torch.where(inputs["index"] == 0, 20, inputs["index"])
         inputs[where][0, 0, 1] = inputs[where][0, 5, 1] = value
@@ -157,7 +156,7 @@ def test_a_number_that_is_not_finite_reaches_neighbours_only(value, activation):
 
 
 def test_an_index_outside_the_image_is_its_border():
-    inputs = make("relu", 9, 4, 8)
+    inputs = layer_inputs("relu", 9, 4, 8)
     inputs["index"][0, 2, 1], inputs["index"][1, 3, 0] = -5, 900
     right = call(**{**inputs, "index": inputs["index"].clamp(0, 8)})
     for index in (inputs["index"], inputs["index"].long()):
@@ -176,13 +175,15 @@ def test_an_index_outside_the_image_is_its_border():
     ],
 )
 def test_what_the_kernels_do_not_take_is_refused_by_name(changes, reason):
-    inputs = make("relu", *(changes.get(name, size) for name, size in (("nodes", 10), ("slots", 3), ("channels", 8))))
+    inputs = layer_inputs(
+        "relu", *(changes.get(name, size) for name, size in (("nodes", 10), ("slots", 3), ("channels", 8)))
+    )
     with pytest.raises(BackendUnavailableError, match=f"backend cuda cannot run on .*: {reason}; expected one of"):
         call(**inputs, undirected=changes.get("undirected", False))
 
 
 def test_what_is_not_asked_for_is_not_computed():
-    inputs = make("none", 9, 4, 8)
+    inputs = layer_inputs("none", 9, 4, 8)
     given = [inputs[name].to(DEVICE) for name in NAMES[:3]]
     indptr, perm = (value.int().to(DEVICE) for value in ops.csc(inputs["index"]))
     for wants_x in (True, False):
@@ -197,7 +198,7 @@ def test_what_is_not_asked_for_is_not_computed():
 @pytest.mark.promise("C24")
 @pytest.mark.parametrize("seed", [2, 3, 4, 5, 6])
 def test_in_any_order_of_threads(seed, monkeypatch):
-    inputs = make("layer_norm", 40, 7, 72)
+    inputs = layer_inputs("layer_norm", 40, 7, 72)
     function = on_device(registration._run_cuda)
     given = (*(inputs[name] for name in NAMES), "layer_norm", 1e-5, False, True)
     first = function(*given)

@@ -12,7 +12,7 @@ import torch
 from contract import output_gradient, run
 from drseg_kernels import graph_layer as kernels
 from drseg_kernels._launch import Tile
-from edges import DEVICE, KernelContract, check_sizes, crowded_index, on_device, on_kernels, within_padding
+from edges import DEVICE, KernelContract, check_sizes, layer_inputs, on_device, on_kernels, within_padding
 from fused import GRAPH_LAYER, GRAPH_LAYER_RELU
 from test_graph_layer import TestGraphLayer as _Tests
 from test_graph_layer import TestGraphLayerRelu as _ReluTests
@@ -34,26 +34,6 @@ class TestGraphLayerReluKernels(KernelContract, _ReluTests):
     subject = RELU
     test_gradcheck = None
     test_without_gradients_nothing_is_kept = None
-
-
-def make(
-    activation: str, nodes: int, slots: int, channels: int, dtype: torch.dtype = torch.float32, batch: int = 2
-) -> dict[str, Any]:
-    random = torch.Generator().manual_seed(nodes * slots + channels)
-    bias, norm_weight, norm_bias = torch.randn(3, channels, generator=random)
-    inputs = {
-        "x": torch.randn(batch, nodes, channels, generator=random).to(dtype),
-        "index": crowded_index(batch, nodes, slots),
-        # of both signs: sums that cancel show what is lost on the way
-        "coefficient": torch.randn(batch, nodes, slots, generator=random),
-        "bias": bias,
-        "activation": activation,
-    }
-    return (
-        {**inputs, "norm_weight": 1 + 0.3 * norm_weight, "norm_bias": norm_bias}
-        if activation == "layer_norm"
-        else inputs
-    )
 
 
 class _WithTile(torch.autograd.Function):
@@ -88,7 +68,7 @@ ROWS = [Tile(4, 64, 1), Tile(1, 16, 1), Tile(8, 32, 1)]
 @pytest.mark.parametrize("how", itertools.product(zip(TILES, ROWS, strict=True), SUBJECTS, [False, True]), ids=str)
 def test_every_tile_is_right(how):
     (tile, rows), activation, undirected = how
-    inputs = {**make(activation, 19, 4, 37), "undirected": undirected}
+    inputs = {**layer_inputs(activation, 19, 4, 37), "undirected": undirected}
     check_sizes(SUBJECTS[activation], inputs, functools.partial(with_tile, tile, rows))
 
 
@@ -100,14 +80,16 @@ SIZED = [(TILES[0], ROWS[1]), (TILES[1], ROWS[2])]
 @pytest.mark.parametrize("size", [(9, 1, 1), (17, 3, 70), (1, 1, 16), (4, 40, 2)], ids=str)
 def test_sizes_that_fill_no_tile(size, dtype, how):
     (tile, rows), activation = how
-    check_sizes(SUBJECTS[activation], make(activation, *size, dtype), functools.partial(with_tile, tile, rows))
+    check_sizes(SUBJECTS[activation], layer_inputs(activation, *size, dtype), functools.partial(with_tile, tile, rows))
 
 
 def test_more_rows_than_a_chunk(monkeypatch):
     monkeypatch.setattr(kernels, "_MOST_CHUNKS", 3)
     monkeypatch.setattr(kernels, "_SMALLEST_CHUNK", 2)
     for activation, rows in itertools.product(SUBJECTS, ROWS[:2]):
-        check_sizes(SUBJECTS[activation], make(activation, 11, 3, 20), functools.partial(with_tile, TILES[0], rows))
+        check_sizes(
+            SUBJECTS[activation], layer_inputs(activation, 11, 3, 20), functools.partial(with_tile, TILES[0], rows)
+        )
 
 
 @pytest.mark.parametrize("tile", TILES[:2], ids=str)
@@ -115,7 +97,7 @@ def test_more_rows_than_a_chunk(monkeypatch):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_number_that_is_not_finite_reaches_neighbours_only(value, activation, tile):
     for where in ("x", "coefficient"):
-        inputs = make(activation, 21, 3, 9)
+        inputs = layer_inputs(activation, 21, 3, 9)
         inputs[where][0, 5, 1] = value
         expected = reference.graph_layer(
             *(inputs.get(name) for name in ("x", "index", "coefficient", "bias", "norm_weight", "norm_bias")),
@@ -131,7 +113,7 @@ def test_a_number_that_is_not_finite_reaches_neighbours_only(value, activation, 
 @pytest.mark.parametrize("activation", ["none", *SUBJECTS])
 def test_what_is_not_needed_is_not_computed(activation, monkeypatch):
     names = ("x", "index", "coefficient", "bias", "norm_weight", "norm_bias")
-    given = make(activation, 6, 3, 5)
+    given = layer_inputs(activation, 6, 3, 5)
     x, index, coefficient, *parameters = (
         value.to(DEVICE) if isinstance(value := given.get(name), Tensor) else None for name in names
     )
@@ -156,7 +138,7 @@ def test_what_is_not_needed_is_not_computed(activation, monkeypatch):
 @pytest.mark.promise("C13")
 @pytest.mark.parametrize("activation", SUBJECTS)
 def test_a_gradient_that_lies_as_a_map_is_read_as_it_lies(activation):
-    inputs = make(activation, 12, 3, 10)
+    inputs = layer_inputs(activation, 12, 3, 10)
     names = ("x", "index", "coefficient", "bias", "norm_weight", "norm_bias")
     x, index, coefficient, *parameters = (inputs.get(name) for name in names)
     saved = on_device(kernels.graph_layer)(x, index, coefficient, *parameters, activation, 1e-5, False, True)
@@ -173,7 +155,7 @@ def test_a_gradient_that_lies_as_a_map_is_read_as_it_lies(activation):
 
 
 def test_keeping_nothing_changes_no_bit():
-    given = make("layer_norm", 12, 3, 40)
+    given = layer_inputs("layer_norm", 12, 3, 40)
     arguments = [given[name].to(DEVICE) for name in ("x", "index", "coefficient", "bias", "norm_weight", "norm_bias")]
     for tile in TILES:
         kept, free = (
@@ -185,7 +167,7 @@ def test_keeping_nothing_changes_no_bit():
 @pytest.mark.promise("C15")
 @pytest.mark.parametrize("tile", TILES[:2], ids=str)
 def test_nothing_outside_the_operands_is_touched(tile):
-    inputs = make("layer_norm", 11, 3, 20)
+    inputs = layer_inputs("layer_norm", 11, 3, 20)
     expected = run(NORM, inputs, functools.partial(with_tile, tile, ROWS[1]))
     for padding in (torch.nan, 1e30):
         laid = {n: within_padding(inputs[n], padding) for n in ("x", "coefficient", "bias", "norm_weight", "norm_bias")}

@@ -28,7 +28,7 @@ from contract import (
 from drseg_kernels import csc, graph_layer_dense
 from drseg_kernels import graph_layer as kernels
 from drseg_kernels._launch import Device, last_sizes
-from edges import DEVICE, INTERPRETED, check_sizes, crowded_index, launches_of, on_device, within_padding
+from edges import DEVICE, INTERPRETED, check_sizes, launches_of, layer_inputs, on_device, within_padding
 from fused import GRAPH_LAYER, GRAPH_LAYER_RELU
 from subjects import Subject
 from torch import Tensor
@@ -65,22 +65,7 @@ def by_kernels(activation: str) -> Subject:
     return dataclasses.replace(SUBJECTS[activation], function=call)
 
 
-def make(
-    activation: str, nodes: int, slots: int, channels: int, dtype: torch.dtype = torch.float16, batch: int = 2
-) -> dict[str, Any]:
-    """Repeated neighbours in some rows, coefficients of both signs."""
-    random = torch.Generator().manual_seed(nodes * slots + channels)
-    bias, norm_weight, norm_bias = torch.randn(3, channels, generator=random)
-    inputs = {
-        "x": torch.randn(batch, nodes, channels, generator=random).to(dtype),
-        "index": crowded_index(batch, nodes, slots),
-        "coefficient": torch.randn(batch, nodes, slots, generator=random),
-        "bias": bias,
-        "activation": activation,
-    }
-    if activation == "layer_norm":
-        inputs |= {"norm_weight": 1 + 0.3 * norm_weight, "norm_bias": norm_bias}
-    return inputs
+make = functools.partial(layer_inputs, dtype=torch.float16)
 
 
 def matrix_of(index: Tensor, coefficient: Tensor) -> Tensor:
@@ -134,7 +119,7 @@ def test_agrees_with_the_oracle_at_the_paper_size(activation, dtype):
 @pytest.mark.promise("C2")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_integers_are_exact(dtype):
-    inputs = make("relu", 21, 6, 9, dtype)
+    inputs = make("relu", 21, 6, 9, dtype=dtype)
     random = torch.Generator().manual_seed(0)
     inputs["x"] = torch.randint(0, 3, inputs["x"].shape, generator=random).to(dtype)
     inputs["coefficient"] = torch.randint(0, 3, inputs["coefficient"].shape, generator=random).float()
@@ -148,7 +133,7 @@ def test_integers_are_exact(dtype):
 def test_coefficients_keep_their_digits(size, dtype):
     """Of rows of any size, in which one coefficient may be a thousand times the others."""
     slots = 64
-    inputs = make("layer_norm", 66, slots, 7, dtype, batch=1)
+    inputs = make("layer_norm", 66, slots, 7, dtype=dtype, batch=1)
     inputs["coefficient"] *= size * torch.logspace(-3, 3, 66)[:, None]
     inputs["coefficient"][:, ::2, 5] *= 1e3
     inputs["bias"] = None
@@ -176,7 +161,7 @@ def test_zeros():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", ["x", "coefficient"])
 def test_a_number_that_is_not_finite_reaches_neighbours_only(where, dtype, value):
-    inputs = make("layer_norm", 21, 3, 9, dtype)
+    inputs = make("layer_norm", 21, 3, 9, dtype=dtype)
     usual = sums(inputs)
     # beside a zero coefficient, too: zero times NaN is NaN where there is an edge
     inputs["coefficient"][1, 7, 0], inputs["index"][1, 7, 0] = 0, 4
@@ -297,7 +282,7 @@ def test_launches(dense):
     # what a benchmark's row says of it
     assert "graph_layer_dense" in last_sizes
     dense.clear()
-    call(**make("relu", 8, 3, 6, torch.float32))
+    call(**make("relu", 8, 3, 6, dtype=torch.float32))
     call(**make("relu", 8, 3, 6), undirected=True)
     assert [name for name in dense if name.startswith("_graph_layer")] == ["_graph_layer_fwd_kernel"] * 2
 

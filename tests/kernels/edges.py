@@ -160,6 +160,25 @@ def crowded_index(batch: int, nodes: int, slots: int, seed: int = 0) -> Tensor:
     return index.int()
 
 
+def layer_inputs(
+    activation: str, nodes: int, slots: int, channels: int, dtype: torch.dtype = torch.float32, batch: int = 2
+) -> dict[str, Any]:
+    """Inputs of ``graph_layer`` at any size: repeated neighbours in some rows, normal features."""
+    random = torch.Generator().manual_seed(nodes * slots + channels)
+    bias, norm_weight, norm_bias = torch.randn(3, channels, generator=random)
+    inputs = {
+        "x": torch.randn(batch, nodes, channels, generator=random).to(dtype),
+        "index": crowded_index(batch, nodes, slots),
+        # of both signs: sums that cancel show what is lost on the way
+        "coefficient": torch.randn(batch, nodes, slots, generator=random),
+        "bias": bias,
+        "activation": activation,
+    }
+    if activation == "layer_norm":
+        inputs |= {"norm_weight": 1 + 0.3 * norm_weight, "norm_bias": norm_bias}
+    return inputs
+
+
 def within_padding(value: Tensor, padding: float) -> tuple[Tensor, Tensor]:
     """A larger buffer full of ``padding``, and a view into it that holds ``value``."""
     wide = torch.full((value.numel() + 64,), padding, dtype=value.dtype, device=DEVICE)
