@@ -21,7 +21,7 @@ from drseg_core.scenes.plan import time_text
 from drseg_core.studies import figures, report
 from drseg_core.studies.expected_time import expected_seconds
 from drseg_core.studies.plan import PlannedVariant
-from drseg_core.studies.runner import run_variants
+from drseg_core.studies.runner import SCORES, run_variants
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.training import StudyFiles
 from drseg_core.studies.training_free import training_free
@@ -84,18 +84,26 @@ def evidence(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -
     files = [StudyFiles(name, trained, out, command) for name in STUDIES]
     owners = {id(item): one for one in files for item in one.planned}
     planned = list({item.folder: item for one in files for item in one.planned}.values())
+    kept = {item.folder for item in planned if (item.folder / SCORES).is_file()}
     expected = time_text(expected_seconds(planned, jobs))
-    _log.info("study evidence: %d trainings, about %s without reading and optimiser", len(planned), expected)
+    _log.info(
+        "study evidence: %d trainings, %d of them complete; about %s without reading and optimiser",
+        len(planned),
+        len(kept),
+        expected,
+    )
     problems = {f"training-free, {name}": one for name, one in training_free(setting, out, jobs=jobs).items()}
     begin, ended = time.monotonic(), set[Path]()
 
     def done(item: PlannedVariant, scores: dict[str, Any] | None, problem: str | None) -> None:
         owners[id(item)].add(item, scores, problem)
-        ended.add(item.folder)
-        missing = len(planned) - len(ended)
-        if missing:
-            left = time_text((time.monotonic() - begin) / len(ended) * missing)
-            _log.info("study evidence: %d of %d trainings, about %s left", len(ended), len(planned), left)
+        if item.folder not in kept | ended:
+            ended.add(item.folder)
+            complete = len(kept) + len(ended)
+            # what was complete before took no time, and tells nothing of what is left
+            seconds = (time.monotonic() - begin) / len(ended) * (len(planned) - complete)
+            left = f"about {time_text(seconds)} left" if seconds else "none left"
+            _log.info("study evidence: %d of %d trainings, %s", complete, len(planned), left)
 
     run_variants([item for one in files for item in one.planned], jobs=jobs, done=done)
     for one in files:

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,3 +66,31 @@ def test_the_page_says_it_in_five_lines(files):
     assert told[0] == "1. PDGR in place of the canonical map: +1.1 ± 0.2 against the baseline."
     assert "not scored" in told[1] and "K 75 gains most against K 1: +2.0 ± 0.0" in told[3]
     assert "| [table6-contrast](table6-contrast.md) | K 20 | K 1 | +1.0 ± 0.0 | 3 of 3 | yes |" in text
+
+
+def test_what_was_complete_before_does_not_shorten_the_time_left(tmp_path, monkeypatch, logged, caplog):
+    hours = iter(range(0, 360000, 3600))
+    setting = dataclasses.replace(make_setting(quick=True, seeds=(0, 1)), start="contrast")
+    table = StudyFiles("table2", setting, tmp_path)
+    complete = {item.folder for item in table.planned if item.seed == 0}
+    for folder in complete:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "scores.json").write_text("{}")
+
+    def run_variants(planned, *, jobs, done):
+        for item in planned:
+            done(item, None, "not trained")
+
+    monkeypatch.setattr(evidence, "STUDIES", ("table2",))
+    monkeypatch.setattr(evidence, "training_free", lambda *_, **__: {})
+    monkeypatch.setattr(evidence, "expected_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(evidence, "run_variants", run_variants)
+    monkeypatch.setattr(evidence, "time", SimpleNamespace(monotonic=lambda: next(hours)))
+    with caplog.at_level(logging.INFO, logger="drseg_core"):
+        evidence.evidence(setting, tmp_path)
+    told = [message for message in logged() if "trainings" in message]
+    count, half = 2 * len(complete), len(complete)
+    assert f"{count} trainings, {half} of them complete" in told[0]
+    # one training took the hour since the start
+    assert f"{half + 1} of {count} trainings, about {half - 1} hours left" in told[1]
+    assert told[-1].endswith(f"{count} of {count} trainings, none left") and len(told) == half + 1
