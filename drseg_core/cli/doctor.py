@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -143,17 +144,20 @@ def thread_lines(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
 
 
 def kernel_lines() -> Iterator[str]:
-    """For every op and device: the backend that runs, then why each other one does not."""
+    """For every op and device: the backend that runs, then why each other one does not; first the reasons of several."""
     from drseg_core.ops import backend_report
 
     rows = backend_report()
+    reasons = Counter((row["backend"], row["reason"]) for row in rows if not row["available"])
+    shared = [reason for reason, count in reasons.items() if count > 1]
+    yield from (f"not {backend}: {reason}" for backend, reason in shared)
     for op, device in dict.fromkeys((row["op"], row["device"]) for row in rows):
         own = [row for row in rows if (row["op"], row["device"]) == (op, device)]
         placed = sorted((row for row in own if row["place"] is not None), key=lambda row: int(row["place"]))
         able = [row["backend"] for row in placed]
         yield f"{op} on {device}: {', then '.join(able) if able else 'nothing runs'}"
         for row in own:
-            if not row["available"]:
+            if not row["available"] and (row["backend"], row["reason"]) not in shared:
                 yield f"  not {row['backend']}: {row['reason']}"
-            elif row["place"] is None:
+            elif row["available"] and row["place"] is None:
                 yield f"  {row['backend']}: only if named (interpreted)"

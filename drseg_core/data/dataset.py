@@ -84,9 +84,11 @@ def check_class_names(class_names: Sequence[str], origin: str) -> tuple[str, ...
     """The names as a tuple.
 
     Raises:
-        DatasetError: no name, more than 255 names (id 255 means ignore), an empty or repeated name, or one with control
-            characters, which no XML and no terminal takes for text.
+        DatasetError: a text in place of a list, no name, more than 255 names (id 255 means ignore), an empty or a
+            repeated name, or one with control characters, which no XML and no terminal takes for text.
     """
+    if isinstance(class_names, str):
+        raise DatasetError(f"{origin}: class names are no list; expected a list of names, got the text {class_names!r}")
     names = tuple(class_names)
     if not 1 <= len(names) <= IGNORE:
         raise DatasetError(f"{origin}: class names out of range; expected 1 to {IGNORE} names, got {len(names)}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drseg_core.data.dataset import has_control
+from drseg_core.data.dataset import check_class_names, has_control
 from drseg_core.data.palette import palette
 from drseg_core.errors import ConfigError
 
-__all__ = ["Vocabulary", "parse_classes"]
+__all__ = ["Vocabulary", "as_vocabulary", "parse_classes"]
+
+_log = logging.getLogger(__name__)
 
 Color = tuple[int, int, int]
 OTHER, OTHER_COLOR = "other", (128, 128, 128)
@@ -84,34 +87,71 @@ def parse_classes(text: str) -> Vocabulary:
         >>> classes.names, classes.colors
         (('building', 'field'), ((255, 0, 0), None))
     """
-    synonyms: list[tuple[str, ...]] = []
-    colors: list[Color | None] = []
-    for item in _items(text):
-        found = [_WORD.fullmatch(word) for word in item.split(",")]
-        parts = [match.groups() for match in found if match is not None]
-        if len(parts) < len(found):
-            raise ConfigError(
-                f"--classes has a colour that cannot be read; expected for example #808080, got {item.strip()!r}"
-            )
-        words = tuple(" ".join(word.split()) for word, _ in parts)
-        if any(map(has_control, words)):
-            raise ConfigError(f"--classes has a control character; expected text, got {ascii(item.strip())}")
-        if "" in words:
-            raise ConfigError(f"--classes has an empty name; expected text between commas, got {item.strip()!r}")
-        codes = [code for _, code in parts if code is not None]
-        if len(codes) > 1:
-            raise ConfigError(f"--classes has a class of two colours; expected one, got {item.strip()!r}")
-        synonyms.append(words)
-        colors.append(_color(codes[0]) if codes else None)
-    if not synonyms:
+    found = [_item(item) for item in _items(text)]
+    if not found:
         raise ConfigError('--classes is empty; expected names such as "building; field; pavement"')
+    return _joined(found)
+
+
+def as_vocabulary(classes: Vocabulary | str | Sequence[str], origin: str, known: Sequence[str] = ()) -> Vocabulary:
+    """Classes as a function takes them: a text as in :func:`parse_classes`, or a list of such classes.
+
+    Args:
+        classes: in a list each is one class, as between two ``;`` of a text: commas separate synonyms.
+        origin: function for the message.
+        known: names that are taken as they are, with their commas, such as those of a training.
+
+    Raises:
+        ConfigError: see :func:`parse_classes`.
+        DatasetError: see :func:`drseg_core.data.dataset.check_class_names`.
+
+    Examples:
+        >>> from drseg_core.data.vocabulary import as_vocabulary
+        >>> as_vocabulary(["building", "road, street"], "predict").synonyms
+        (('building',), ('road', 'street'))
+        >>> as_vocabulary(["car, automobile"], "predict", known=["car, automobile"]).names
+        ('car, automobile',)
+    """
+    if isinstance(classes, Vocabulary):
+        return classes
+    if isinstance(classes, str):
+        found = parse_classes(classes)
+        if found.looks_like_several:
+            _log.warning("%s: classes are %s", origin, found.text())
+        return found
+    names = check_class_names(classes, origin)
+    if all(name in known or not {",", "#"} & set(name) for name in names):
+        return plain_classes(names)
+    return _joined([((name,), None) if name in known else _item(name) for name in names])
+
+
+def _item(item: str) -> tuple[tuple[str, ...], Color | None]:
+    """The words and the colour of one class."""
+    found = [_WORD.fullmatch(word) for word in item.split(",")]
+    parts = [match.groups() for match in found if match is not None]
+    if len(parts) < len(found):
+        raise ConfigError(
+            f"--classes has a colour that cannot be read; expected for example #808080, got {item.strip()!r}"
+        )
+    words = tuple(" ".join(word.split()) for word, _ in parts)
+    if any(map(has_control, words)):
+        raise ConfigError(f"--classes has a control character; expected text, got {ascii(item.strip())}")
+    if "" in words:
+        raise ConfigError(f"--classes has an empty name; expected text between commas, got {item.strip()!r}")
+    codes = [code for _, code in parts if code is not None]
+    if len(codes) > 1:
+        raise ConfigError(f"--classes has a class of two colours; expected one, got {item.strip()!r}")
+    return words, _color(codes[0]) if codes else None
+
+
+def _joined(found: Sequence[tuple[tuple[str, ...], Color | None]]) -> Vocabulary:
     seen: set[str] = set()
-    for word in (word for words in synonyms for word in words):
+    for word in (word for words, _ in found for word in words):
         # text encoders see no capitals
         if word.casefold() in seen:
             raise ConfigError(f"--classes has a word twice; expected every word once, in one class, got {word!r}")
         seen.add(word.casefold())
-    return Vocabulary(tuple(words[0] for words in synonyms), tuple(synonyms), tuple(colors))
+    return Vocabulary(tuple(words[0] for words, _ in found), *map(tuple, zip(*found, strict=True)))
 
 
 def _color(code: str) -> Color:

@@ -20,7 +20,7 @@ from drseg_core.config.reading import Reading, choose_reading, parse_reading
 from drseg_core.config.schema import ReadingConfig
 from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.ground import PixelArea
-from drseg_core.data.vocabulary import OTHER, Color, Vocabulary, never_learned, plain_classes
+from drseg_core.data.vocabulary import OTHER, Color, Vocabulary, as_vocabulary, never_learned, plain_classes
 from drseg_core.device import PrecisionName, select_device
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.evaluation.inference import Box, Piece, Predictor, PredictsPieces
@@ -101,7 +101,7 @@ def predict(
     model: LoadedRun | str | Path,
     image: str | Path,
     *,
-    classes: Vocabulary | Sequence[str] | None = None,
+    classes: Vocabulary | str | Sequence[str] | None = None,
     threshold: float | None = None,
     out: str | Path,
     scores: bool = False,
@@ -128,8 +128,9 @@ def predict(
     Args:
         model: from :func:`drseg_core.load`, or what that takes. A model from there is left on ``device``.
         image: GeoTIFF, PNG, JPEG or another format of GDAL.
-        classes: names to tell apart, any words; or the result of :func:`drseg_core.data.vocabulary.parse_classes`, with
-            synonyms and colours. By default those of the training.
+        classes: what to tell apart, any words: one text such as ``"building; road, street; tree#00ff00"`` (synonyms,
+            colour), a list of its parts, or the result of :func:`drseg_core.data.vocabulary.parse_classes`. By default
+            the classes of the training.
         threshold: pixels whose best score is below it become the class "other".
         out: class raster to write, ``.tif``. :func:`predict_scene` says what it holds and what is written beside it.
         scores: also write the score of the best class, ``map_scores.tif``.
@@ -221,7 +222,7 @@ class Mapper(NamedTuple):
 def run_mapper(
     model: LoadedRun | str | Path,
     *,
-    classes: Vocabulary | Sequence[str] | None = None,
+    classes: Vocabulary | str | Sequence[str] | None = None,
     bands: Sequence[int] | None = None,
     nodata: float | None = None,
     scale: str | None = None,
@@ -277,7 +278,7 @@ def plan(
     model: LoadedRun | str | Path,
     image: str | Path,
     *,
-    classes: Vocabulary | Sequence[str] | None = None,
+    classes: Vocabulary | str | Sequence[str] | None = None,
     bands: Sequence[int] | None = None,
     nodata: float | None = None,
     scale: str | None = None,
@@ -320,7 +321,7 @@ def plan(
 
 def _prepared(
     model: LoadedRun | str | Path,
-    classes: Vocabulary | Sequence[str] | None,
+    classes: Vocabulary | str | Sequence[str] | None,
     device: str | None,
     tiles: Mapping[str, Any],
     arithmetic: Mapping[str, Any],
@@ -329,10 +330,9 @@ def _prepared(
     """The model with its vocabulary, how scenes are read, and the side in metres of the pixels of its training."""
     place = select_device(device)
     run = model if isinstance(model, LoadedRun) else load(model)
-    if classes is not None and not isinstance(classes, Vocabulary):
-        classes = plain_classes(check_class_names(classes, "predict"))
-    vocabulary = classes or plain_classes(run.class_names)
-    unknown = never_learned(vocabulary.synonyms, run.class_names)
+    names = run.class_names
+    vocabulary = plain_classes(names) if classes is None else as_vocabulary(classes, "predict", known=names)
+    unknown = never_learned(vocabulary.synonyms, names)
     if unknown is not None:
         _log.warning("%s", unknown)
     own = {name: getattr(run.config.evaluation, name) for name in ("tile_size", "overlap", "batch_size")}

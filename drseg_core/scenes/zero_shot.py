@@ -21,7 +21,7 @@ from drseg_core.config.reading import Reading, parse_reading
 from drseg_core.config.schema import ReadingConfig
 from drseg_core.config.zero_shot import DECAY, IN_METRES, NO_PRIOR, ZeroShotConfig, load_zero_shot
 from drseg_core.data.dataset import IGNORE, check_class_names
-from drseg_core.data.vocabulary import OTHER_COLOR, Vocabulary, class_files, parse_classes, plain_classes
+from drseg_core.data.vocabulary import OTHER_COLOR, Vocabulary, as_vocabulary, class_files, plain_classes
 from drseg_core.device import select_device
 from drseg_core.errors import ConfigError
 from drseg_core.evaluation.inference import Box, Piece, PredictsPieces, ReadWindow
@@ -106,7 +106,7 @@ class SceneZeroShot:
 
         Args:
             image: see :func:`drseg_core.scenes.predict.predict`.
-            classes: names, or one text such as ``"building; road, street; tree#00ff00"``.
+            classes: one text such as ``"building; road, street; tree#00ff00"``, or a list of its parts.
             out: class raster to write, ``.tif``.
             progress: show progress bars.
             options: those of :meth:`write`; options of files need ``out``.
@@ -166,7 +166,7 @@ class SceneZeroShot:
 
         Args:
             image: see :func:`drseg_core.scenes.predict.predict`.
-            classes: names, or one text such as ``"building; road, street; tree#00ff00"``.
+            classes: one text such as ``"building; road, street; tree#00ff00"``, or a list of its parts.
             out: class raster to write, ``.tif``.
             background: prompts of one more class, the last, for all else in the scene.
             templates: sentences with one ``{}``, over which the features of a word are averaged.
@@ -436,7 +436,7 @@ def check_words(
         ConfigError: a template does not have exactly one ``{}``, or a class has the name of the background.
         DatasetError: a name is no class name.
     """
-    legend = _vocabulary(classes)
+    legend = as_vocabulary(classes, "zero_shot")
     for template in templates:
         class_prompt(BACKGROUND, template)
     if background and BACKGROUND in legend.names:
@@ -518,17 +518,6 @@ class _Arrays:
         if self._threshold is not None:
             names = plain_classes(names).with_other().names
         return ZeroShotMap(self.index, self.score, self.uncertainty, names, files)
-
-
-def _vocabulary(classes: Vocabulary | str | Sequence[str]) -> Vocabulary:
-    if isinstance(classes, Vocabulary):
-        return classes
-    if isinstance(classes, str):
-        found = parse_classes(classes)
-        if found.looks_like_several:
-            _log.warning("zero_shot: classes are %s", found.text())
-        return found
-    return plain_classes(check_class_names(classes, "zero_shot"))
 
 
 def _reading(options: dict[str, Any]) -> Reading:

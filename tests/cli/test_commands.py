@@ -205,6 +205,19 @@ def test_doctor_says_which_backend_runs_only_if_named(monkeypatch):
     assert list(doctor.kernel_lines()) == ["csc on cpu: native", "  triton: only if named (interpreted)"]
 
 
+def test_doctor_says_a_reason_of_several_ops_once(monkeypatch):
+    row = {"backend": "triton", "device": "cpu", "available": False, "place": None}
+    named = (("csc", "no GPU"), ("knn_graph", "no GPU"), ("linear_map", "left out"))
+    monkeypatch.setattr("drseg_core.ops.backend_report", lambda: [{**row, "op": op, "reason": why} for op, why in named])
+    assert list(doctor.kernel_lines()) == [
+        "not triton: no GPU",
+        "csc on cpu: nothing runs",
+        "knn_graph on cpu: nothing runs",
+        "linear_map on cpu: nothing runs",
+        "  not triton: left out",
+    ]
+
+
 @pytest.mark.parametrize("command", ["demo", "train", "rank", "evaluate", "predict", "doctor"])
 def test_help_has_examples(drseg, command):
     code, text, _ = drseg(command, "--help")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import drseg_core as drseg
 from drseg_core.checkpoints.pretrained import save_pretrained
 from drseg_core.cli.main import main
 from drseg_core.errors import CheckpointError, ConfigError, RasterError
+from drseg_core.processor import WAITING_OF_USERS
 
 pytest.importorskip("rasterio")
 NAMES = ["building", "open field", "pavement"]
@@ -109,3 +111,20 @@ def test_importing_is_free():
     result = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == [False, [], False, []]
+
+
+WAITING = """
+import os, {first}
+import drseg_core as drseg
+drseg.load
+print(os.environ.get("OMP_WAIT_POLICY"))
+"""
+
+
+@pytest.mark.parametrize(("first", "waiting"), [("sys", "passive"), ("torch", "None")])
+def test_a_door_that_loads_torch_has_threads_that_sleep(first, waiting):
+    given = {name: value for name, value in os.environ.items() if name not in WAITING_OF_USERS}
+    call = [sys.executable, "-c", WAITING.format(first=first)]
+    result = subprocess.run(call, env=given, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == waiting

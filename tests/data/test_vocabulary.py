@@ -3,9 +3,17 @@ from __future__ import annotations
 
 import pytest
 
+from drseg_core.data.dataset import check_class_names
 from drseg_core.data.palette import palette
-from drseg_core.data.vocabulary import OTHER, Vocabulary, never_learned, parse_classes, plain_classes
-from drseg_core.errors import ConfigError
+from drseg_core.data.vocabulary import (
+    OTHER,
+    Vocabulary,
+    as_vocabulary,
+    never_learned,
+    parse_classes,
+    plain_classes,
+)
+from drseg_core.errors import ConfigError, DatasetError
 
 
 @pytest.mark.parametrize(
@@ -33,6 +41,39 @@ def test_classes_as_they_are_typed(text):
 def test_one_class_of_several_words_is_pointed_out(text):
     assert parse_classes(text).looks_like_several and parse_classes(text).text().endswith("classes have ; between them")
     assert not parse_classes("road").looks_like_several and parse_classes("road").text() == "road"
+
+
+def test_a_list_has_what_a_text_has():
+    text = "road, parking lot#808080; roof; open field"
+    found = as_vocabulary(text.split("; "), "predict")
+    assert found == as_vocabulary(text, "predict") == parse_classes(text) == as_vocabulary(found, "predict")
+    assert as_vocabulary(["roof", "open  field"], "predict") == plain_classes(("roof", "open  field"))
+
+
+def test_a_learned_name_keeps_its_comma():
+    found = as_vocabulary(["car, automobile", "road, street"], "predict", known=["car, automobile"])
+    assert found.names == ("car, automobile", "road")
+    assert found.synonyms == (("car, automobile",), ("road", "street"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "kind", "said"),
+    [
+        (["road, street", "street"], ConfigError, "has a word twice; .*, got 'street'"),
+        (["road, ", "street"], ConfigError, "has an empty name"),
+        (["road", "road"], DatasetError, "predict: class name 'road' repeats"),
+        ([], DatasetError, "predict: class names out of range"),
+        ("", ConfigError, "is empty"),
+    ],
+)
+def test_classes_that_a_function_refuses(classes, kind, said):
+    with pytest.raises(kind, match=said):
+        as_vocabulary(classes, "predict")
+
+
+def test_one_class_of_several_words_is_a_warning_of_the_function(logged):
+    as_vocabulary("building, road, tree", "predict")
+    assert logged() == ["predict: classes are building (or road, tree) - one class only; classes have ; between them"]
 
 
 def test_a_file_of_classes(tmp_path):
@@ -91,3 +132,8 @@ def test_names_that_were_never_learned():
     )
     many = never_learned((("moon",),), [f"c{i}" for i in range(20)])
     assert many is not None and many.endswith("c7 and 12 more")
+
+
+def test_a_text_is_no_list_of_names():
+    with pytest.raises(DatasetError, match="Predictor: class names are no list; .* got the text 'road'"):
+        check_class_names("road", "Predictor")
