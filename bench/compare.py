@@ -3,10 +3,11 @@
 
     python -m bench compare OLD.jsonl NEW.jsonl
 
-Times are normalised by the ceilings that each run measured, so that a slow hour of the machine does not count against
-the code. Beside each verdict stands the smallest slowdown that these rows can tell from noise. The noise is that of the
-times, of one or two samples, of two separate runs, and of ceilings that moved, by the machine or by chance. Stored rows
-are weaker evidence than the race of ``python -m bench run --base REF --gate``, which is the gate.
+Beside the times stands their ratio, *normalised* by the ceilings that each run measured, so that a slow hour of the
+machine does not count against the code. Ceilings move by chance as well. So a row is slower or faster only if its time
+and its normalised time both say so, by more than noise: that of the times, of one or two samples, and of two separate
+runs. Beside each verdict stands the smallest slowdown that these rows can tell. Stored rows are weaker evidence than
+the race of ``python -m bench run --base REF --gate``, which is the gate.
 
 A row is *lost* if the new run did not measure it. Rows of other libraries, and of plain PyTorch, tell how steady the
 machine was, and decide nothing.
@@ -76,11 +77,15 @@ def read(path: Path) -> dict[tuple[str, ...], Row]:
         CompareError: no such file, or no rows in it.
     """
     try:
-        found = {_key(row): row for row in load(path) if row.keys() >= _TIMES}
+        rows = [(_key(row), row) for row in load(path) if row.keys() >= _TIMES]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompareError(f"{path}: is no file of rows; {' '.join(str(error).split())}") from None
+    found = dict(rows)
     if not found:
         raise CompareError(f"{path}: holds no timed row; expected what python -m bench run --out writes")
+    if len(rows) > len(found):
+        again = len(rows) - len(found)
+        print(f"compare: {path} has {again} of its rows measured again later; the last of each counts", file=sys.stderr)
     for key, row in found.items():
         if not row["p50_ms"] > 0 or not row["repeats"] > 0:
             raise CompareError(f"{path}: {' '.join(key)} was never timed; expected p50_ms and repeats above 0")
@@ -98,12 +103,14 @@ class Comparison:
     """One row against its predecessor.
 
     Args:
-        key: what it measures. ratio: new time over old, normalised. resolution: smallest slowdown told from noise.
-        verdict: ``slower``, ``same``, ``faster``, ``lost`` or ``new``. normalised: by both runs' ceilings.
+        key: what it measures. verdict: ``slower``, ``same``, ``faster``, ``lost`` or ``new``. times: old and new median
+        in ms, None for a row that one file lacks. ratio: new over old, normalised. resolution: smallest slowdown told
+        from noise. normalised: by both runs' ceilings.
     """
 
     key: tuple[str, ...]
     verdict: str
+    times: tuple[float | None, float | None]
     ratio: float | None = None
     resolution: float | None = None
     normalised: bool = False
@@ -135,21 +142,24 @@ def compare(old: dict[tuple[str, ...], Row], new: dict[tuple[str, ...], Row]) ->
     found = []
     for key in sorted(old.keys() | new.keys()):
         if key not in new or key not in old:
-            found.append(Comparison(key, "lost" if key in old else "new"))
+            lost = key in old
+            one = (old if lost else new)[key]["p50_ms"]
+            found.append(Comparison(key, "lost", (one, None)) if lost else Comparison(key, "new", (None, one)))
             continue
         before, after = old[key], new[key]
         if before["sizes"] != after["sizes"]:
             raise CompareError(f"{' '.join(key)}: sizes differ; expected one problem in both files")
-        ratio = after["p50_ms"] / before["p50_ms"]
+        times = (before["p50_ms"], after["p50_ms"])
         least: list[float] = [(row.get("ceiling") or {}).get("least_ms", 0.0) for row in (before, after)]
         # of one problem counted in two ways the ceilings say nothing
         alike = all(least) and all(before.get(count) == after.get(count) for count in ("flop", "byte"))
         moved = least[0] / least[1] if alike else 1.0
-        ratio *= moved
-        noise = 3 * math.hypot(_standard_error(before), _standard_error(after))
-        resolution = _BETWEEN_RUNS + noise + abs(math.log(moved))
+        ratio = times[1] / times[0] * moved
+        noise = _BETWEEN_RUNS + 3 * math.hypot(_standard_error(before), _standard_error(after))
+        # in logarithms: what is beyond it differs by more than noise with the ceilings and without them
+        resolution = math.expm1(noise + abs(math.log(moved)))
         verdict = "slower" if ratio > 1 + resolution else "faster" if ratio < 1 / (1 + resolution) else "same"
-        found.append(Comparison(key, verdict, ratio, resolution, alike))
+        found.append(Comparison(key, verdict, times, ratio, resolution, alike))
     return found
 
 
@@ -165,9 +175,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CompareError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
+    _print(found)
+    worse = [one for one in found if one.ours and one.verdict in ("slower", "lost")]
+    if any(one.verdict == "slower" for one in worse):
+        print("measure a slower row again in both versions, or race them: python -m bench run --base REF --gate")
+    return int(bool(worse))
+
+
+def _print(found: Sequence[Comparison]) -> None:
     width = max(len(" ".join(one.key)) for one in found)
-    print(f"{'':{width}}  new/old, each normalised by what its machine can reach; above 1 took longer")
+    print(f"{'':{width}}    old ms    new ms  normalised ratio; above 1 took longer")
     for one in found:
+        times = "  ".join(f"{'-' if time is None else format(time, '.3f'):>8}" for time in one.times)
         ratio = "    -" if one.ratio is None else f"{one.ratio:5.2f}"
         tells = "" if one.resolution is None else f"  a difference below {100 * one.resolution:.0f} % is noise"
         raw = (
@@ -176,5 +195,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else "  not normalised: a row has no ceilings, or the work is counted in another way"
         )
         whose = "" if one.ours else "  (not ours: decides nothing)"
-        print(f"{' '.join(one.key):{width}}  {ratio}  {one.verdict:6}{tells}{raw}{whose}")
-    return int(any(one.ours and one.verdict in ("slower", "lost") for one in found))
+        print(f"{' '.join(one.key):{width}}  {times}  {ratio}  {one.verdict:6}{tells}{raw}{whose}")

@@ -136,11 +136,14 @@ def rows_of(
 
 
 COLUMNS_EXPLAINED = """\
-/ engine: time of a row as a multiple of the engine's, so above 1 the engine is faster. of ceiling: share of what the
-machine reached in a product or copy of its own, above 1 where work was skipped, or the machine was faster meanwhile.
-peak MB: what a call takes above its inputs. process MB: all of the process, where it has one for itself. data case: the
-op's own inputs, where backends stand beside each other. Times of microseconds are of threads that wait: try
---threads 1."""
+name: engine is the backend that runs by default; native, cuda, triton and reference (plain PyTorch) are backends by
+name; --help explains the others.
+/ engine: time of a row as a multiple of the engine's, so above 1 the engine is faster.
+of ceiling: share of what the machine reached in a product or copy of its own; above 1 where work was skipped, or the
+machine was faster meanwhile.
+peak MB: what a call takes above its inputs. process MB: all of the process, where it has one for itself.
+data case: the op's own inputs, where backends stand beside each other.
+Times of microseconds are of threads that wait: try --threads 1."""
 
 
 def table(rows: Sequence[Row]) -> str:

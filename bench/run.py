@@ -61,6 +61,8 @@ def _share(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench run",
+        # what is refused is said below one line, not below all options
+        usage="python -m bench run [--op OP] [--case CASE] [--out FILE] [options]; --help has all, --list the cases",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="what --beside names:\n"
@@ -91,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "--memory", action=argparse.BooleanOptionalAction, default=True, help="peaks beside times of pdgr"
     )
     parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
-    parser.add_argument("--list", action="store_true", help="print the jobs and end")
+    parser.add_argument("--list", action="store_true", help="print the cases and what can be measured there, and end")
     parser.add_argument("--dry-run", action="store_true", help="print the jobs and what can run them, and end")
     parser.add_argument("--base", metavar="REF", help="race this checkout against a git ref")
     parser.add_argument("--gate", action="store_true", help="with --base: exit code 1 if it got worse")
@@ -128,10 +130,31 @@ def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[j
     return chosen
 
 
-def _print_backends(device: str) -> None:
+def _print_cases(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> None:
+    """The sizes of each case, and what can be measured there."""
+    print("B images, h x w nodes, D channels of the prior, E units of the edge MLP, C channels, K neighbours")
+    for case in dict.fromkeys(job.case for job in chosen):
+        sizes = f"B {case.batch}, {case.height} x {case.width}, D {case.prior}, E {case.hidden}"
+        print(f"\n--case {case.name}: {sizes}, C {case.channels}, K {case.neighbours}")
+        own = [job for job in chosen if job.case == case]
+        kinds: dict[str, list[str]] = {}
+        for data in dict.fromkeys(job.data for job in own):
+            kinds.setdefault(", ".join(dict.fromkeys(job.op for job in own if job.data == data)), []).append(data)
+        for ops, data_kinds in kinds.items():
+            print(f"  --data {' or '.join(data_kinds)}: {ops}")
+    modes = ", ".join(dict.fromkeys(job.mode for job in chosen))
+    print(f"\n--mode {modes} (knn_graph has fwd alone), --dtype {args.dtype}")
+
+
+def _print_dry_run(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> None:
+    """Every job, and what can run it."""
+    print("op case mode data dtype")
+    for job in chosen:
+        print(job)
     for row in backend_report():
-        if row["device"] == device:
-            print(f"{row['op']} on {device}: {row['backend']} {'runs' if row['available'] else 'no: ' + row['reason']}")
+        if row["device"] == args.device:
+            able = "runs" if row["available"] else f"no: {row['reason']}"
+            print(f"{row['op']} on {args.device}: {row['backend']} {able}")
     if not torch.cuda.is_available():
         print("cuda: torch sees no CUDA device")
 
@@ -221,15 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     chosen = _chosen(parser, args)
     if args.list or args.dry_run:
-        print("op case mode data dtype")
-        for job in chosen:
-            print(job)
-        print("\nB images, h x w nodes, D channels of the prior, E units of the edge MLP, C channels, K neighbours:")
-        for case in dict.fromkeys(job.case for job in chosen):
-            sizes = f"B {case.batch}, {case.height} x {case.width}, D {case.prior}, E {case.hidden}"
-            print(f"{case.name}: {sizes}, C {case.channels}, K {case.neighbours}")
-        if args.dry_run:
-            _print_backends(args.device)
+        (_print_dry_run if args.dry_run else _print_cases)(chosen, args)
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         print("bench: --device cuda cannot be used; expected a CUDA device, got a torch without", file=sys.stderr)

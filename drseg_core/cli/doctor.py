@@ -144,7 +144,7 @@ def thread_lines(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
 
 
 def kernel_lines() -> Iterator[str]:
-    """For every op and device: the backend that runs, then why each other one does not; first the reasons of several."""
+    """Why backends run nothing; for every op and device the backend that runs, and why others do not run it alone."""
     from drseg_core.ops import backend_report
 
     rows = backend_report()

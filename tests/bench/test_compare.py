@@ -44,8 +44,14 @@ def slower(by: float) -> dict[str, float]:
         (slower(0.5), "faster", 0),
         # the machine had half its speed: twice the time is the same code
         ({**slower(2.0), "ceiling": {"gflops": 100.0, "copy_gbs": 5.0, "least_ms": 100.0}}, "same", 0),
-        # the machine was twice as fast and the time is the same: the code is slower
-        ({"ceiling": {"gflops": 400.0, "copy_gbs": 20.0, "least_ms": 25.0}}, "slower", 1),
+        # the same time where the ceilings have twice the speed: they or the code, nobody can tell
+        ({"ceiling": {"gflops": 400.0, "copy_gbs": 20.0, "least_ms": 25.0}}, "same", 0),
+        # and neither if the time says faster
+        ({**slower(0.8), "ceiling": {"gflops": 800.0, "copy_gbs": 40.0, "least_ms": 12.5}}, "same", 0),
+        # a faster machine, and more time
+        ({**slower(1.3), "ceiling": {"gflops": 400.0, "copy_gbs": 20.0, "least_ms": 25.0}}, "slower", 1),
+        # a slower machine, and less time
+        ({**slower(0.7), "ceiling": {"gflops": 100.0, "copy_gbs": 5.0, "least_ms": 100.0}}, "faster", 0),
         # the ceilings alone moved by a third, which may be chance as well
         ({"ceiling": {"gflops": 270.0, "copy_gbs": 13.0, "least_ms": 37.5}}, "same", 0),
         # one sample says little
@@ -59,15 +65,18 @@ def slower(by: float) -> dict[str, float]:
 def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], verdict: str, code: int):
     old, new = write(tmp_path / "old", row()), write(tmp_path / "new", row(**changes))
     assert compare.main([str(old), str(new)]) == code
-    heading, line = capsys.readouterr().out.splitlines()
-    assert "new/old" in heading and verdict in line and "is noise" in line
+    heading, line, *more = capsys.readouterr().out.splitlines()
+    assert "normalised ratio" in heading and verdict in line and "is noise" in line
+    assert " 100.000 " in line and (["race them" in one for one in more] == [True] * code)
 
 
 def test_the_last_row_of_the_same_counts_and_lost_rows_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     old = write(tmp_path / "old", row(**slower(9)), row(), row(mode="fwd+bwd"))
     new = write(tmp_path / "new", row(), row(mode="fwd", dtype="bfloat16"))
     assert compare.main([str(old), str(new)]) == 1
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    assert err == f"compare: {old} has 1 of its rows measured again later; the last of each counts\n"
+    lines = out.splitlines()
     assert [line.split()[-1] for line in lines if "bfloat16" in line or "fwd+bwd" in line] == ["new", "lost"]
     assert "same" in next(line for line in lines if "fwd float32" in line)
 

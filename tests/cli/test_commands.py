@@ -208,7 +208,9 @@ def test_doctor_says_which_backend_runs_only_if_named(monkeypatch):
 def test_doctor_says_a_reason_of_several_ops_once(monkeypatch):
     row = {"backend": "triton", "device": "cpu", "available": False, "place": None}
     named = (("csc", "no GPU"), ("knn_graph", "no GPU"), ("linear_map", "left out"))
-    monkeypatch.setattr("drseg_core.ops.backend_report", lambda: [{**row, "op": op, "reason": why} for op, why in named])
+    monkeypatch.setattr(
+        "drseg_core.ops.backend_report", lambda: [{**row, "op": op, "reason": why} for op, why in named]
+    )
     assert list(doctor.kernel_lines()) == [
         "not triton: no GPU",
         "csc on cpu: nothing runs",

@@ -27,7 +27,7 @@ _PARTS = _BLOCKS | {"models", "data"}
 # part of the package -> parts it may import besides itself
 MAY_IMPORT: dict[str, set[str]] = {
     # doors: the rooms behind them are entered when they are asked for
-    "": {"errors", "ops", "nn", "checkpoints", "scenes"},
+    "": {"errors", "ops", "nn", "processor", "checkpoints", "scenes"},
     "__main__": {"cli"},
     "errors": set(),
     "extras": {"errors"},
