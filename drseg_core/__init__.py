@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from drseg_core.errors import BackendUnavailableError, NumericalError
-from drseg_core.processor import prepare
 
 if TYPE_CHECKING:
     from drseg_core import nn, ops
@@ -42,6 +41,8 @@ def __getattr__(name: str) -> Any:
     if name in ("nn", "ops"):
         return importlib.import_module(f"drseg_core.{name}")
     if name in _DOORS:
+        from drseg_core.processor import prepare
+
         # as commands do, unless torch is loaded: beside other processes threads that spin take many times as long
         prepare()
         return getattr(importlib.import_module(_DOORS[name]), name)
