@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from drseg_core.scenes.scene_graph import GraphPredictor
 from drseg_core.view.graph import Beneath
 from drseg_core.view.of_run import beneath_run
 from drseg_core.view.of_words import beneath_words
+
+_log = logging.getLogger(__name__)
 
 
 def beneath_of(predictor_of: Callable[[SceneReader], Any]) -> Callable[[SceneReader, tuple[str, ...], int], Beneath]:
@@ -21,6 +24,7 @@ def beneath_of(predictor_of: Callable[[SceneReader], Any]) -> Callable[[SceneRea
     """
 
     def beneath(scene: SceneReader, names: tuple[str, ...], room: int) -> Beneath:
+        _log.info("view: the scene is computed once more, for the graph and the scores beneath the map")
         predictor = predictor_of(scene)
         if isinstance(predictor, GraphPredictor):
             return beneath_words(predictor, scene, room=room)
