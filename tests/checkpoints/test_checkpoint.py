@@ -155,6 +155,15 @@ def test_a_newer_format_is_refused_by_both_numbers(tmp_path):
         newest_checkpoint(tmp_path)
 
 
+def replace_training_state(path, state):
+    """Another state under the checksums that fit."""
+    torch.save(state, path / TRAINING)
+    content = json.loads((path / DESCRIPTION).read_text())
+    content["files"][TRAINING]["sha256"] = file_hash(path / TRAINING)
+    del content["sha256"]
+    (path / DESCRIPTION).write_text(json.dumps({**content, "sha256": content_hash(content)}))
+
+
 class Payload:
     def __reduce__(self):
         return (os.mkdir, ("executed",))
@@ -164,14 +173,17 @@ class Payload:
 def test_code_in_the_training_state_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = save(tmp_path, 1)
-    torch.save({"step": 1, "random": Payload()}, path / TRAINING)
-    content = json.loads((path / DESCRIPTION).read_text())
-    content["files"][TRAINING]["sha256"] = file_hash(path / TRAINING)
-    del content["sha256"]
-    (path / DESCRIPTION).write_text(json.dumps({**content, "sha256": content_hash(content)}))
+    replace_training_state(path, {"step": 1, "random": Payload()})
     with pytest.raises(CheckpointError, match="content, which is refused"):
         open_checkpoint(path).training_state()
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_training_state_of_another_kind_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    replace_training_state(path, [1, 2])
+    with pytest.raises(CheckpointError, match="holds the wrong content; expected a dict, got list"):
+        open_checkpoint(path).training_state()
 
 
 def test_a_symlink_loop_is_damage_not_a_crash(tmp_path):
