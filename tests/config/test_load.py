@@ -155,6 +155,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(" " * 1_000_001)
     with pytest.raises(ConfigError, match="too large"):
         load_config(tmp_path / "c.yaml")
+    (tmp_path / "d.yaml").write_text("seed: 7\n" + " " * (1_000_000 - 8))
+    assert load_config(tmp_path / "d.yaml").seed == 7
 
 
 def test_overrides() -> None:
