@@ -134,6 +134,8 @@ def test_names_that_were_never_learned():
     assert many is not None and many.endswith("c7 and 12 more")
 
 
-def test_a_text_is_no_list_of_names():
+def test_how_many_names_there_are_and_a_text_is_no_list_of_them():
     with pytest.raises(DatasetError, match="Predictor: class names are no list; .* got the text 'road'"):
         check_class_names("road", "Predictor")
+    # as many as a mask has numbers for, beside that of no class
+    assert len(check_class_names([f"class {number}" for number in range(255)], "Predictor")) == 255
