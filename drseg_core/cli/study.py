@@ -67,6 +67,9 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     )
     parser.add_argument("--steps", type=int | None, metavar="N", help="training steps of a variant")
     parser.add_argument(
+        "--seconds", type=float | None, metavar="S", help="seconds of training of a variant, in place of steps"
+    )
+    parser.add_argument(
         "--start",
         type=str,
         default="dense",
@@ -142,9 +145,12 @@ def run(args: Any) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             option = name.replace("_", "-")
             raise ConfigError(f"study: {option} is out of range; expected at least 1, got {getattr(args, name)}")
+    if args.seconds is not None and args.seconds <= 0:
+        raise ConfigError(f"study: seconds is out of range; expected a number above 0, got {args.seconds}")
     options: dict[str, Any] = {
         "seeds": None if args.seeds is None else _seeds(args.seeds),
         "steps": args.steps,
+        "seconds": args.seconds,
         "start": args.start,
         "start_steps": args.start_steps,
         "protocol": args.protocol,

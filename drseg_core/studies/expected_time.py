@@ -34,7 +34,9 @@ def expected_seconds(planned: Sequence[PlannedVariant], processes: int) -> float
         if key not in known:
             known[key] = _measured(item.config, classes, item.setting.device)
         step, forward = known[key]
-        total += step * item.config.train.iterations + forward * sum(map(len, tests))
+        limit = item.config.train
+        training = step * limit.iterations if limit.seconds is None else min(step * limit.iterations, limit.seconds)
+        total += training + forward * sum(map(len, tests))
     return total / max(processes, 1)
 
 

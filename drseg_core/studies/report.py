@@ -166,7 +166,8 @@ def markdown(
     title = next((variant.title for variant in study.variants if variant.name == study.reference), None)
     lines = [f"# {study.title}", ""]
     lines += [
-        f"Trained on `{facts['data']}`, {facts['steps']} steps"
+        f"Trained on `{facts['data']}`, "
+        + (f"{facts['seconds_each']:g} seconds each" if facts.get("seconds_each") else f"{facts['steps']} steps")
         + (f" after {facts['start_steps']} of the dual encoder" if facts["start_steps"] else "")
         + (", which saw captions alone" if facts.get("start") == "contrast" else "")
         + (f", the prior taught for {facts['prior_steps']} steps{TAUGHT}" if facts["prior_steps"] else "")
@@ -191,6 +192,9 @@ def markdown(
         ]
     if study.note:
         lines += [study.note, ""]
+    if facts.get("seconds_each"):
+        reached = [f"{name} {' / '.join(map(str, steps))}" for name, steps in facts["steps_reached"].items()]
+        lines += [f"Steps in that time, by seed: {', '.join(reached)}.", ""]
     sets = by_set(study, scores)
     sections = [Section("Set by set", sets, "Percent, mIoU / mACC.")] if sets else []
     for section in (*sections, *study.sections):

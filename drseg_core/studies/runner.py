@@ -140,6 +140,15 @@ def provenance(planned: Sequence[PlannedVariant]) -> dict[str, list[str]]:
     }
 
 
+def steps_reached(planned: Sequence[PlannedVariant]) -> dict[str, list[int]]:
+    """By the titles of variants the steps of their runs that are complete, seed by seed."""
+    found: dict[str, list[int]] = {}
+    for item in planned:
+        if (item.folder / SCORES).is_file() and (checkpoint := newest_checkpoint(item.folder)) is not None:
+            found.setdefault(item.variant.title, []).append(checkpoint.step)
+    return found
+
+
 def _machine(manifest: Mapping[str, Any]) -> str:
     machine = manifest.get("machine")
     return "a machine that was not noted" if machine is None else f"{machine['device']}, threads: {machine['threads']}"

@@ -23,6 +23,7 @@ START = {**BARE, "train.loss": "softmax", "train.alignment_weight": 0.0}
 # what follows adapts it as the benchmark adapts CLIP: gently
 ADAPT = {"train.clip_learning_rate_scale": 0.2, "train.batch_size": 2}
 START_STEPS, CONTRAST_STEPS, VARIANT_STEPS = 1500, 2000, 300
+UNREACHED_STEPS = 1_000_000
 STARTS = ("dense", "contrast")
 
 WORLD = "synthetic:world=landscape"
@@ -139,6 +140,7 @@ class Setting:
             "start": self.start if self.needs_start else None,
             "start_steps": self.steps_of_start if self.needs_start else None,
             "steps": self.config.train.iterations,
+            "seconds_each": self.config.train.seconds,
             "prior_steps": self.prior_steps,
             "matched": self.matched,
             "released": self.released,
@@ -181,6 +183,7 @@ def make_setting(
     tests: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     steps: int | None = None,
+    seconds: float | None = None,
     start: str = "dense",
     start_steps: int | None = None,
     protocol: str | None = None,
@@ -201,6 +204,7 @@ def make_setting(
         tests: ``[NAME=]SPEC`` each; for the landscapes their own domain and the shifted one, all names as prompts.
         seeds: see :class:`Setting`; 0, 1 and 2 by default.
         steps: training steps of a variant; 300 where CLIP has random weights, otherwise those of the configuration.
+        seconds: of training of a variant, in place of steps.
         start: see :class:`Setting`.
         start_steps: steps of the dual encoder of ``start``, where CLIP has random weights.
         protocol: see :class:`Setting`.
@@ -223,6 +227,13 @@ def make_setting(
             "study: configuration is a comparison method; expected DR-Seg's (table1 has the methods), got "
             f"model.proposals.kind {base.model.proposals.kind} and model.fusion.kind {base.model.fusion.kind}"
         )
+    if seconds is not None:
+        if steps is not None:
+            raise ConfigError(
+                f"study: steps and seconds are both given; expected one of them, got {steps} and {seconds}"
+            )
+        # the learning rate follows the nearer of the two limits
+        base, steps = override(base, {"train.seconds": seconds}), UNREACHED_STEPS
     if quick:
         steps = steps or 4
     elif steps is None and base.model.clip.weights is None:

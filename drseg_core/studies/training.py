@@ -16,7 +16,7 @@ from drseg_core.files import write_text_atomic
 from drseg_core.ops import backend_report
 from drseg_core.studies import figures, report
 from drseg_core.studies.plan import PlannedVariant, changed_options, plan
-from drseg_core.studies.runner import provenance, run_variants, seconds
+from drseg_core.studies.runner import provenance, run_variants, seconds, steps_reached
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.tables import training_study
 
@@ -64,6 +64,8 @@ class StudyFiles:
         order = report.order(study.variants, scores)
         self.facts.update(provenance(self.planned))
         self.facts["seconds"] = seconds(self.planned)
+        if self.setting.config.train.seconds is not None:
+            self.facts["steps_reached"] = steps_reached(self.planned)
         content = {
             "study": self.name,
             "title": study.title,

@@ -63,6 +63,21 @@ def test_studies_need_no_other(drseg, tmp_path, name, jobs):
     assert json.loads((tmp_path / f"{name}.json").read_text())["found"] == found
 
 
+def test_variants_of_equal_seconds(drseg, tmp_path):
+    words = ("study", "sweep-residual", "--quick", "--start-steps", "1", "--seconds", "0.5", "--out", tmp_path)
+    code, printed, err = drseg(*words)
+    assert code == 0, err
+    content = json.loads((tmp_path / "sweep-residual.json").read_text())
+    assert content["seconds_each"] == 0.5
+    reached = content["steps_reached"]
+    assert list(reached) == [variant["title"] for variant in content["variants"]]
+    assert all(len(steps) == 1 and 1 <= steps[0] < 1000 for steps in reached.values())
+    assert "landscape,scenes=8,size=64`, 0.5 seconds each after 1 of the dual encoder" in printed
+    assert "Steps in that time, by seed: " in printed
+    # the time is up: nothing is trained again
+    assert drseg(*words)[1] == printed
+
+
 def test_a_seed_that_fails_fails_alone(drseg, tmp_path, monkeypatch):
     measure = channels._masked
 
@@ -97,6 +112,9 @@ def test_other_files_are_no_studies(drseg, tmp_path):
         (("table2", "--out", "x", "--released"), "released does not belong to table2"),
         (("table1", "--out", "x", "--released", "--matched"), "released does not belong to table1 --matched"),
         (("table2", "--out", "x", "--steps", "0"), "steps is out of range"),
+        (("table2", "--out", "x", "--seconds", "0"), "seconds is out of range; expected a number above 0, got 0.0"),
+        (("table2", "--out", "x", "--seconds", "nan"), "seconds has a wrong value"),
+        (("table2", "--out", "x", "--seconds", "9", "--steps", "3"), "steps and seconds are both given"),
         (("table2", "--out", "x", "--start", "captions"), "start is not usable; expected dense or contrast"),
         (("table2", "--out", "x", "--data", "folder:y"), "tests are missing"),
     ],
