@@ -62,7 +62,9 @@ class Compared(NamedTuple):
         return min(self.by_seed) > 0 and self.mean > self.half
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f} ± {self.half:.1f}" if self.half == self.half else f"{self.mean:+.1f}"
+        # adding zero after rounding leaves no minus before it
+        mean = f"{round(self.mean, 2) + 0.0:+.2f}"
+        return f"{mean} ± {self.half:.2f}" if self.half == self.half else mean
 
 
 def evidence(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -> dict[str, str]:

@@ -36,7 +36,7 @@ def test_a_row_is_compared_seed_by_seed(files):
     # of three values the t of 97.5 % is 4.303
     assert gain.half == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3) and gain.wins
     # above or level in every seed is not above in every seed
-    assert not found["+ PDGR", "+ PDGR, K 1"].wins and str(gain) == "+1.1 ± 0.2"
+    assert not found["+ PDGR", "+ PDGR, K 1"].wins and str(gain) == "+1.10 ± 0.25"
 
 
 @pytest.mark.parametrize(("apart", "wins"), [((1, 1.1, 1.2), True), ((0.1, 1, 3), False), ((-0.1, 5, 5), False)])
@@ -51,7 +51,7 @@ def test_one_seed_never_wins(files):
     table = files("table6")
     table.scores = {"k_1": scores(1), "k_20": scores(9)}
     (pair,) = evidence.compared(table)
-    assert not pair.wins and str(pair) == "+8.0"
+    assert not pair.wins and str(pair) == "+8.00"
 
 
 def test_the_page_says_it_in_five_lines(files):
@@ -63,9 +63,9 @@ def test_the_page_says_it_in_five_lines(files):
     lines = text.split("\n\n")
     told = next(part for part in lines if part.startswith("1. ")).splitlines()
     assert len(told) == 5
-    assert told[0] == "1. PDGR in place of the canonical map: +1.1 ± 0.2 against the baseline."
-    assert "not scored" in told[1] and "K 75 gains most against K 1: +2.0 ± 0.0" in told[3]
-    assert "| [table6-contrast](table6-contrast.md) | K 20 | K 1 | +1.0 ± 0.0 | 3 of 3 | yes |" in text
+    assert told[0] == "1. PDGR in place of the canonical map: +1.10 ± 0.25 against the baseline."
+    assert "not scored" in told[1] and "K 75 gains most against K 1: +2.00 ± 0.00" in told[3]
+    assert "| [table6-contrast](table6-contrast.md) | K 20 | K 1 | +1.00 ± 0.00 | 3 of 3 | yes |" in text
 
 
 def test_what_was_complete_before_does_not_shorten_the_time_left(tmp_path, monkeypatch, logged, caplog):
