@@ -94,7 +94,7 @@ def evidence(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -
         len(kept),
         expected,
     )
-    problems = {f"training-free, {name}": one for name, one in training_free(setting, out, jobs=jobs).items()}
+    problems = {f"training-free, {name}": one for name, one in training_free(setting, out, jobs=jobs, command=command).items()}
     begin, ended = time.monotonic(), set[Path]()
 
     def done(item: PlannedVariant, scores: dict[str, Any] | None, problem: str | None) -> None:
@@ -216,5 +216,5 @@ def _in_words(by_study: Mapping[str, Sequence[Compared]]) -> list[str]:
         f"{of('all (DR-Seg)', 'all (DR-Seg), K 1')}.",
         "Of all numbers of neighbours "
         + ("none was scored." if best is None else f"{best.row} gains most against K 1: {best}."),
-        f"Of {len(others)} other ways to start, these win: {', '.join(winners) or 'none'}.",
+        f"Of {len(others)} rows with other options, these win: {', '.join(winners) or 'none'}.",
     ]
