@@ -21,7 +21,7 @@ from drseg_core.scenes.plan import time_text
 from drseg_core.studies import figures, report
 from drseg_core.studies.expected_time import expected_seconds
 from drseg_core.studies.plan import PlannedVariant
-from drseg_core.studies.runner import SCORES, run_variants
+from drseg_core.studies.runner import SCORES, provenance, run_variants
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.training import StudyFiles
 from drseg_core.studies.training_free import training_free
@@ -94,7 +94,9 @@ def evidence(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -
         len(kept),
         expected,
     )
-    problems = {f"training-free, {name}": one for name, one in training_free(setting, out, jobs=jobs, command=command).items()}
+    problems = {
+        f"training-free, {name}": one for name, one in training_free(setting, out, jobs=jobs, command=command).items()
+    }
     begin, ended = time.monotonic(), set[Path]()
 
     def done(item: PlannedVariant, scores: dict[str, Any] | None, problem: str | None) -> None:
@@ -112,18 +114,20 @@ def evidence(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -
         one.write()
         one.draw()
         problems |= {f"{one.name}, {name}": problem for name, problem in one.problems.items()}
+    trained_by = provenance(planned)
     name, by_study = NAME + setting.suffix, {one.study.name: compared(one) for one in files}
     content = {
         "study": name,
         "title": TITLE,
         **trained.record(),
         "command": command,
+        **trained_by,
         "versions": library_versions(),
         "not_run": problems,
         "found": {study: [pair._asdict() for pair in pairs] for study, pairs in by_study.items()},
     }
     write_text_atomic(out / f"{name}.json", json.dumps(content, indent=1) + "\n")
-    write_text_atomic(out / f"{name}.md", page(by_study, trained, command))
+    write_text_atomic(out / f"{name}.md", page(by_study, trained, command, trained_by))
     _draw([pair for pairs in by_study.values() for pair in pairs], out / f"{name}.png")
     return problems
 
@@ -143,8 +147,11 @@ def compared(files: StudyFiles) -> list[Compared]:
     return found
 
 
-def page(by_study: Mapping[str, Sequence[Compared]], setting: Setting, command: str) -> str:
+def page(
+    by_study: Mapping[str, Sequence[Compared]], setting: Setting, command: str, trained_by: Mapping[str, Sequence[str]]
+) -> str:
     """The rows side by side, and what they say in five lines."""
+    commits, machines = (trained_by[name] for name in ("commits", "machines"))
     rows = [
         {
             "study": f"[{pair.study}]({pair.study}.md)",
@@ -172,7 +179,7 @@ def page(by_study: Mapping[str, Sequence[Compared]], setting: Setting, command: 
         markdown_table(rows),
         "The same question without training: [training-free](training-free.md).",
         "",
-        f"`{command}`",
+        f"`{command}`; trained at commit {', '.join(commits) or '-'} on {' and '.join(machines) or '-'}",
         "",
     ]
     return "\n".join(lines)
@@ -190,12 +197,19 @@ def _draw(pairs: Sequence[Compared], path: Path) -> None:
         axis.errorbar(pair.mean, place, xerr=half, fmt="o", color=color, ecolor=color, markersize=4)
         axis.plot(pair.by_seed, [place] * len(pair.by_seed), "|", color=color, markersize=7)
     axis.axvline(0, color=figures.INK, linewidth=0.8)
-    axis.set_yticks(range(len(pairs)), [f"{pair.row} less {pair.against}" for pair in pairs], fontsize=8)
+    axis.set_yticks(range(len(pairs)), [_label(pair) for pair in pairs], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("mIoU, points; bars: 95 % interval over seeds", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figures.save(figure, path)
+
+
+def _label(pair: Compared) -> str:
+    """A row of a sweep is named by the option too: its own title may be a number."""
+    option = pair.study.removesuffix("-contrast").removeprefix("sweep-").replace("-", " ")
+    before = f"{option}, " if pair.study.startswith("sweep-") else ""
+    return f"{before}{pair.row} less {pair.against}"
 
 
 def _in_words(by_study: Mapping[str, Sequence[Compared]]) -> list[str]:

@@ -59,7 +59,9 @@ def test_the_page_says_it_in_five_lines(files):
     tables["table2"].scores = {"baseline": scores(30, 32, 34), "pdgr": scores(31, 33.1, 35.2)}
     tables["table6"].scores = {"k_1": scores(0, 0, 0), "k_20": scores(1, 1, 1), "k_75": scores(2, 2, 2)}
     pairs = {name: evidence.compared(table) for name, table in tables.items()}
-    text = evidence.page(pairs, tables["table2"].setting, "drseg study evidence")
+    trained_by = {"commits": ["abc"], "machines": ["a CPU, threads: 1"]}
+    text = evidence.page(pairs, tables["table2"].setting, "drseg study evidence", trained_by)
+    assert text.endswith("\n`drseg study evidence`; trained at commit abc on a CPU, threads: 1\n")
     lines = text.split("\n\n")
     told = next(part for part in lines if part.startswith("1. ")).splitlines()
     assert len(told) == 5
