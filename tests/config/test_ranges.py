@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest number of every option that counts something: it is taken, and what is below it is not."""
+"""What each number of a configuration may be, said a second time: the least that is taken, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,28 +7,45 @@ import pytest
 
 from drseg_core.config.validate import RANGES
 
-FROM_ONE = (
-    "model.clip.image_size model.dino.image_size model.remote.image_size model.spsd.prototypes_per_class "
-    "model.graph.edge_hidden model.graph.layers model.graph.hidden model.aggregator.width model.aggregator.heads "
-    "model.aggregator.mlp_hidden model.aggregator.window model.aggregator.class_pooling model.decoder.widths "
-    "model.decoder.guidance_widths model.decoder.guidance_hidden model.proposals.queries model.proposals.width "
-    "model.proposals.layers model.proposals.heads model.proposals.hidden model.proposals.image_size "
-    "model.proposals.recognition_blocks train.iterations train.batch_size train.crop_size train.checkpoint_every "
-    "train.keep_checkpoints train.log_every train.nan_limit evaluation.tile_size evaluation.batch_size"
-).split()
-FROM_ZERO = (
-    "model.clip.guidance_blocks model.dino.layer model.dino.guidance_blocks model.remote.guidance_blocks "
-    "model.graph.decay model.aggregator.layers model.aggregator.class_slots train.clip_learning_rate_scale "
-    "train.weight_decay train.alignment_weight train.warmup_iterations train.workers evaluation.overlap"
-).split()
+FROM_0 = """
+    model.clip.guidance_blocks model.dino.guidance_blocks model.dino.layer model.remote.guidance_blocks
+    model.graph.decay model.graph.norm_scale model.aggregator.layers model.aggregator.class_slots
+    train.clip_learning_rate_scale train.weight_decay train.alignment_weight train.warmup_iterations train.workers
+    evaluation.overlap
+""".split()
+FROM_1 = """
+    model.clip.image_size model.dino.image_size model.remote.image_size model.spsd.prototypes_per_class
+    model.graph.edge_hidden model.graph.layers model.graph.hidden model.aggregator.width model.aggregator.heads
+    model.aggregator.mlp_hidden model.aggregator.window model.aggregator.class_pooling model.decoder.widths
+    model.decoder.guidance_widths model.decoder.guidance_hidden model.proposals.queries model.proposals.width
+    model.proposals.layers model.proposals.heads model.proposals.hidden model.proposals.image_size
+    model.proposals.recognition_blocks train.iterations train.batch_size train.crop_size train.checkpoint_every
+    train.keep_checkpoints train.log_every train.nan_limit evaluation.tile_size evaluation.batch_size
+""".split()
+ABOVE_0 = """
+    model.graph.gamma model.graph.edge_temperature model.graph.edge_decay model.fusion.tau train.seconds
+    train.learning_rate train.gradient_clip train.edge_eps reading.gsd
+""".split()
+SHARES = ["model.spsd.semantic_ratio", "model.graph.dropout"]
+SEEDS = ["seed", "model.dino.seed"]
+TAKEN_AND_REFUSED = {
+    **{name: ((0, 1), (-1,)) for name in FROM_0},
+    **{name: ((1, 2), (0, -1)) for name in FROM_1},
+    **{name: ((1e-30, 1.0), (0, -1)) for name in ABOVE_0},
+    **{name: ((0, 0.99), (-0.01, 1)) for name in SHARES},
+    **{name: ((0, 2**63 - 1), (-1, 2**63)) for name in SEEDS},
+    "model.spsd.alpha": ((0, 1), (-0.01, 1.01)),
+    "model.graph.k": ((0, 75, 0.01, 0.99), (-1, 0.0, 1.0)),
+    "model.clip.template": (("a {}",), ("a", "{} {}")),
+}
 
 
-@pytest.mark.parametrize(("smallest", "names"), [(1, FROM_ONE), (0, FROM_ZERO)], ids=["one", "zero"])
-def test_the_smallest_is_taken_and_what_is_below_is_not(smallest, names):
-    found = {name: (RANGES[name][1](smallest), RANGES[name][1](smallest - 1), RANGES[name][0]) for name in names}
-    assert found == {name: (True, False, f"at least {smallest}") for name in names}
+def test_every_range_is_said_here():
+    assert TAKEN_AND_REFUSED.keys() == RANGES.keys()
 
 
-def test_every_option_that_counts_is_among_them():
-    counted = {name for name, (expected, _) in RANGES.items() if expected in ("at least 0", "at least 1")}
-    assert counted == {*FROM_ONE, *FROM_ZERO}
+@pytest.mark.parametrize("name", TAKEN_AND_REFUSED)
+def test_the_bounds_of_an_option(name):
+    _, fits = RANGES[name]
+    taken, refused = TAKEN_AND_REFUSED[name]
+    assert all(map(fits, taken)) and not any(map(fits, refused))

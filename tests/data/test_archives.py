@@ -60,6 +60,12 @@ def test_a_good_archive(tmp_path, make, name):
     assert [path.name for path in root.parent.iterdir()] == ["set"]
 
 
+def test_a_folder_may_be_named_after_what_is_in_it_and_twice(tmp_path):
+    archive = zip_of(tmp_path / "a.zip", ("top/one.txt", b"1"), ("top/", b""), ("./top/", b""))
+    root = unpack(archive, tmp_path / "out" / "set")
+    assert [path.name for path in root.rglob("*")] == ["top", "one.txt"]
+
+
 @pytest.mark.promise("C37")
 @pytest.mark.parametrize("make, suffix", [(zip_of, ".zip"), (tar_of, ".tar")])
 @pytest.mark.parametrize(

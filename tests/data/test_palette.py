@@ -12,6 +12,7 @@ def test_palette_is_stable_and_distinct():
     assert colors.shape == (255, 3) and colors.dtype == np.uint8
     assert len({tuple(c) for c in colors}) == 255
     assert np.array_equal(palette(6), colors[:6])
+    assert np.unique(colors).tolist() == [40, 62, 85, 107, 130, 152, 175, 197, 215, 237, 250]
     first = colors[:12].astype(int)
     distance = np.abs(first[:, None] - first[None]).sum(-1) + 999 * np.eye(12, dtype=int)
     assert distance.min() > 60
@@ -30,7 +31,7 @@ def test_overlay_shows_the_image_where_nothing_is_known():
 
 
 def test_legend_grows_to_the_right():
-    picture = np.zeros((30, 40, 3), np.uint8)
+    picture = np.full((30, 40, 3), 128, np.uint8)
     result = with_legend(picture, ["road", "Straße", "水"], [2, 0])
     assert np.array_equal(result[:30, :40], picture) and result.shape[1] > 80 and result.shape[0] >= 40
     many = with_legend(picture, [f"class {i}" for i in range(60)], range(60), limit=10)

@@ -75,6 +75,15 @@ def test_lines_that_stand_there_once():
     assert text[first:last] == "a\nb\nd" or text.count(text[first:last]) == 1
 
 
+def test_what_passes_its_own_tests_meets_all_of_its_part():
+    mutant = planting.Mutant("what", "drseg_core/config/load.py", "a", "b", ("tests/config/test_load.py",), every=False)
+    wider = generate.in_all_tests(mutant)
+    assert wider is not None and {*mutant.tests, "tests/config/test_ranges.py"} <= set(wider.tests)
+    assert generate.in_all_tests(wider) is None
+    kernel = planting.Mutant("what", "kernels/drseg_kernels/csc.py", "a", "b", ("tests/kernels/contract_csc.py",))
+    assert generate.in_all_tests(kernel) is None
+
+
 def test_a_sample():
     some = generate.generated(140, 1)
     assert some == generate.generated(140, 1) != generate.generated(140, 2)
