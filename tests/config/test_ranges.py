@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from drseg_core.config.validate import RANGES
+from drseg_core.config.load import load_config, override, preset_names
+from drseg_core.config.validate import RANGES, validate
 
 FROM_0 = """
     model.clip.guidance_blocks model.dino.guidance_blocks model.dino.layer model.remote.guidance_blocks
@@ -42,6 +43,13 @@ TAKEN_AND_REFUSED = {
 
 def test_every_range_is_said_here():
     assert TAKEN_AND_REFUSED.keys() == RANGES.keys()
+
+
+@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("guided", [False, True])
+def test_presets_are_taken_with_and_without_guidance(name, guided):
+    options = {"model.decoder.dino_guidance": guided, "model.decoder.remote_clip": guided}
+    validate(override(load_config(name), options))
 
 
 @pytest.mark.parametrize("name", TAKEN_AND_REFUSED)

@@ -266,14 +266,15 @@ def test_a_damaged_image_is_not_copied(tmp_path, name, suffix):
     refused(name, tmp_path / "raw", f"{image.name} is damaged")
 
 
-@pytest.mark.parametrize("name, wrong", [("dlrsd", 18), ("loveda", 8), ("udd5", 5), ("vdd", 7)])
-def test_ids_that_are_no_class(tmp_path, name, wrong):
+@pytest.mark.parametrize("name, first, last", [("dlrsd", 1, 17), ("loveda", 0, 7), ("udd5", 0, 4), ("vdd", 0, 6)])
+def test_ids_that_are_no_class(tmp_path, name, first, last):
     write_raw(name, tmp_path / "raw")
     label = next(path for path in sorted((tmp_path / "raw").rglob("*.png")) if "mages" not in str(path))
     ids = read_mask(label)
-    ids[3, 3] = wrong
+    ids[3, 3] = last + 1
     save(label, ids)
-    refused(name, tmp_path / "raw", f"{label.name} holds ids that are no class; expected . to .* got {wrong}")
+    told = f"expected {first} to {last} or 255, got {last + 1}"
+    refused(name, tmp_path / "raw", f"{label.name} holds ids that are no class; {told}")
 
 
 def test_label_codes():
@@ -282,6 +283,8 @@ def test_label_codes():
     color = np.array(udd5.palette, np.uint8)[ids].transpose(2, 0, 1)
     assert np.array_equal(label_ids(color, udd5, recipe, "x"), ids)
     assert np.array_equal(label_ids(ids[None], udd5, recipe, "x"), ids)
+    # a fourth band is the opacity
+    assert np.array_equal(label_ids(np.concatenate([color, color[:1]]), udd5, recipe, "x"), ids)
     # a little off is still the class; single odd pixels are ignored; DLRSD's 0 is ignored
     assert np.array_equal(label_ids(np.clip(color.astype(int) + 8, 0, 255).astype(np.uint8), udd5, recipe, "x"), ids)
     large = np.zeros((3, 100, 100), np.uint8)
