@@ -45,6 +45,7 @@ class DinoConfig:
         image_size: side in pixels to which images are resized before DINO.
         normalization: pixel mean and deviation: ``sat`` (SAT-493M), ``imagenet`` or ``clip``.
         features: patch ``tokens`` after the final norm, or the attention's ``key`` or ``value`` of one block.
+            ``constant`` is the same everywhere, a control: what is left of a graph is distance alone.
         layer: block from which the features come, from 0; null takes the last.
         guidance_blocks: two blocks (from 0) whose outputs guide the decoder with ``decoder.dino_guidance``.
         seed: seed of random initial weights.
@@ -58,7 +59,7 @@ class DinoConfig:
     weights: str | None = "pretrained"
     image_size: int = 384
     normalization: Literal["sat", "imagenet", "clip"] = "sat"
-    features: Literal["tokens", "key", "value"] = "tokens"
+    features: Literal["tokens", "key", "value", "constant"] = "tokens"
     layer: int | None = None
     guidance_blocks: tuple[int, int] = (7, 15)
     seed: int = 0

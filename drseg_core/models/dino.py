@@ -71,7 +71,7 @@ class DinoPrior(nn.Module):
         mean, deviation = NORMALIZATIONS[config.normalization]
         self.encoder: Any = _build(config if read_weights else dataclasses.replace(config, weights=None), offline)
         blocks = getattr(self.encoder, "blocks", None)
-        if config.layer is not None or config.features != "tokens":
+        if config.layer is not None or self._projects:
             if blocks is None or not hasattr(blocks[0], "attn"):
                 raise ValueError(
                     f"DinoPrior: features of {config.name} are its tokens only; expected features tokens and layer "
@@ -91,6 +91,11 @@ class DinoPrior(nn.Module):
     def train(self, mode: bool = True) -> DinoPrior:
         """Stays in evaluation mode: the prior is frozen."""
         return super().train(False)
+
+    @property
+    def _projects(self) -> bool:
+        """Whether features are keys or values of an attention."""
+        return self.config.features in ("key", "value")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -125,9 +130,13 @@ class DinoPrior(nn.Module):
 
     def _maps(self, image: Tensor, blocks: Sequence[int]) -> PriorMaps:
         """:meth:`maps` of an image (B, 3, S, S) of the configured size."""
+        found = self._encoded(image, blocks)
+        return found._replace(features=torch.ones_like(found.features)) if self.config.features == "constant" else found
+
+    def _encoded(self, image: Tensor, blocks: Sequence[int]) -> PriorMaps:
         pixels = (image - self.pixel_mean) / self.pixel_deviation
         layer = self.config.layer
-        if not blocks and layer is None and self.config.features == "tokens":
+        if not blocks and layer is None and not self._projects:
             # the one call that convolutional encoders understand too
             return PriorMaps(self._run(pixels, 1)[-1], ())
         layer = len(self.encoder.blocks) - 1 if layer is None else layer
@@ -135,7 +144,7 @@ class DinoPrior(nn.Module):
         with self._projected(layer) as projected:
             outputs = dict(zip(wanted, self._run(pixels, wanted), strict=True))
         features = outputs[layer]
-        if self.config.features != "tokens":
+        if self._projects:
             features = projected[0].transpose(1, 2).contiguous().unflatten(2, features.shape[2:])
         return PriorMaps(features, tuple(outputs[block] for block in blocks))
 
@@ -153,7 +162,7 @@ class DinoPrior(nn.Module):
             weight, bias = _projection(attention, self.config.features)
             found.append(F.linear(arguments[0][:, self.encoder.num_prefix_tokens :], weight, bias))
 
-        if self.config.features == "tokens":
+        if not self._projects:
             yield found
             return
         handle = self.encoder.blocks[layer].attn.register_forward_pre_hook(collect)

@@ -21,7 +21,7 @@ from drseg_core.scenes.plan import time_text
 from drseg_core.studies import figures, report
 from drseg_core.studies.expected_time import expected_seconds
 from drseg_core.studies.plan import PlannedVariant
-from drseg_core.studies.runner import SCORES, provenance, run_variants
+from drseg_core.studies.runner import SCORES, provenance, run_variants, seconds
 from drseg_core.studies.setting import Setting
 from drseg_core.studies.training import StudyFiles
 from drseg_core.studies.training_free import training_free
@@ -31,6 +31,7 @@ NAME = "evidence"
 TITLE = "Does the graph help? All studies that ask"
 STUDIES = (
     "table2",
+    "table2-priors",
     "table3",
     "table6",
     "sweep-neighbour-share",
@@ -41,7 +42,8 @@ STUDIES = (
 # rows of the tables, and what each is compared with; rows of a sweep are compared with its default
 _PAIRS = {
     "table2": (("pdgr", "baseline"), ("pdgr_k1", "baseline"), ("pdgr", "pdgr_k1"), ("all", "all_k1")),
-    "table3": (("drseg_v1", "drseg_k1"), ("drseg_v3", "drseg_k1")),
+    "table2-priors": (("pdgr_constant", "pdgr_k1"), ("pdgr_dinov2", "pdgr_dinov2_k1")),
+    "table3": (("drseg_v1", "drseg_v1_k1"), ("drseg_v3", "drseg_v3_k1")),
 }
 _log = logging.getLogger(__name__)
 
@@ -105,8 +107,8 @@ def evidence(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -
             ended.add(item.folder)
             complete = len(kept) + len(ended)
             # what was complete before took no time, and tells nothing of what is left
-            seconds = (time.monotonic() - begin) / len(ended) * (len(planned) - complete)
-            left = f"about {time_text(seconds)} left" if seconds else "none left"
+            missing = (time.monotonic() - begin) / len(ended) * (len(planned) - complete)
+            left = f"about {time_text(missing)} left" if missing else "none left"
             _log.info("study evidence: %d of %d trainings, %s", complete, len(planned), left)
 
     run_variants([item for one in files for item in one.planned], jobs=jobs, done=done)
@@ -114,7 +116,7 @@ def evidence(setting: Setting, out: Path, *, jobs: int = 1, command: str = "") -
         one.write()
         one.draw()
         problems |= {f"{one.name}, {name}": problem for name, problem in one.problems.items()}
-    trained_by = provenance(planned)
+    trained_by = {**provenance(planned), "seconds": seconds(planned)}
     name, by_study = NAME + setting.suffix, {one.study.name: compared(one) for one in files}
     content = {
         "study": name,
@@ -137,7 +139,11 @@ def compared(files: StudyFiles) -> list[Compared]:
     study = files.study
     titles = {variant.name: variant.title for variant in study.variants}
     reference = "k_1" if study.name == "table6" else study.reference
-    pairs = _PAIRS.get(study.name) or [(name, reference) for name in titles if name != reference]
+    # a row that is the same training under another name says nothing
+    folders = {name: {item.folder for item in files.planned if item.variant.name == name} for name in titles}
+    pairs = _PAIRS.get(study.name) or [
+        (name, reference) for name in titles if reference and folders[name] != folders[reference]
+    ]
     found = []
     for row, against in pairs:
         apart = report.differences(files.scores.get(against, {}), files.scores.get(row, {})) if against else []
@@ -148,7 +154,7 @@ def compared(files: StudyFiles) -> list[Compared]:
 
 
 def page(
-    by_study: Mapping[str, Sequence[Compared]], setting: Setting, command: str, trained_by: Mapping[str, Sequence[str]]
+    by_study: Mapping[str, Sequence[Compared]], setting: Setting, command: str, trained_by: Mapping[str, Any]
 ) -> str:
     """The rows side by side, and what they say in five lines."""
     commits, machines = (trained_by[name] for name in ("commits", "machines"))
@@ -174,12 +180,14 @@ def page(
         "Points of mIoU over all test sets, a row less another: mean over the seeds "
         f"({', '.join(map(str, setting.seeds))}), ± half of its 95 % interval. *Wins*: above in every seed, and the "
         "interval above zero. K 1 is PDGR without a graph: each node has itself alone. What it gains is the gain of "
-        "PDGR's linear layers.",
+        "PDGR's linear layers."
+        + ("" if setting.config.model.dino.weights else " The prior has random weights, where no other is named."),
         "",
         markdown_table(rows),
         "The same question without training: [training-free](training-free.md).",
         "",
-        f"`{command}`; trained at commit {', '.join(commits) or '-'} on {' and '.join(machines) or '-'}",
+        f"`{command}`; trained at commit {', '.join(commits) or '-'} on {' and '.join(machines) or '-'}; "
+        f"{trained_by['seconds'] / 3600:.1f} hours of one process after another, each training once",
         "",
     ]
     return "\n".join(lines)
@@ -229,6 +237,7 @@ def _in_words(by_study: Mapping[str, Sequence[Compared]]) -> list[str]:
         f"So the graph's own part is {of('+ PDGR', '+ PDGR, K 1')}. In all of DR-Seg it is "
         f"{of('all (DR-Seg)', 'all (DR-Seg), K 1')}.",
         "Of all numbers of neighbours "
-        + ("none was scored." if best is None else f"{best.row} gains most against K 1: {best}."),
+        + ("none was scored." if best is None else f"{best.row} gains most against K 1: {best}.")
+        + ("" if any(pair.wins for pair in neighbours) else " None wins."),
         f"Of {len(others)} rows with other options, these win: {', '.join(winners) or 'none'}.",
     ]

@@ -91,7 +91,7 @@ def plan_variant(setting: Setting, variant: Variant, seed: int, out: Path) -> Pl
         else:
             start = Start(begin, _folder(out, f"start-{seed}", begin, setting, None))
     config, prior = setting.variant_config(dict(variant.options), seed), None
-    if setting.prior_steps and config.model.fusion.kind not in ("none", "cosine"):
+    if setting.prior_steps and config.model.fusion.kind not in ("none", "cosine") and config.model.dino.weights is None:
         prior = config.model.dino
         taught = prior_file(prior, setting.prior_data, setting.prior_steps, out)
         config = override(config, {"model.dino.weights": str(taught)})

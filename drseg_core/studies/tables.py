@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from drseg_core.checkpoints.packaged import DINOV2, packaged_file
 from drseg_core.config.methods import METHODS, method_options, published_options
 from drseg_core.config.schema import DinoConfig, RemoteConfig
 from drseg_core.models.dino import DinoPrior
@@ -319,6 +320,39 @@ def _table2_readings(setting: Setting) -> TrainingStudy:
     return TrainingStudy("table2-readings", title, tuple(variants), note, reference="pdgr_spsd_replace")
 
 
+def _table2_priors(setting: Setting) -> TrainingStudy:
+    """What PDGR's row of Table 2 owes to the graph of which prior."""
+    own = {**_WITHOUT_SPSD, **_WITHOUT_UGAF["replace"][1]}
+    real, why_not = _dinov2(setting)
+    constant = {"model.dino.features": "constant"}
+    variants = (
+        Variant("pdgr_k1", "no graph (K 1)", {**own, **_WITHOUT_GRAPH}),
+        Variant("pdgr_constant", "constant prior: distance alone", {**own, **constant}),
+        Variant("pdgr", "prior of the configuration", own),
+        Variant("pdgr_dinov2_k1", "DINOv2, no graph (K 1)", {**own, **real, **_WITHOUT_GRAPH}, why_not=why_not),
+        Variant("pdgr_dinov2", "DINOv2", {**own, **real}, why_not=why_not),
+    )
+    note = (
+        "All rows are Table 2's + PDGR. Without a graph no prior has a say, but its width decides which initial "
+        "weights are drawn: so each width has its own such row."
+    )
+    return TrainingStudy("table2-priors", "PDGR with the graphs of other priors", variants, note, reference="pdgr_k1")
+
+
+def _dinov2(setting: Setting) -> tuple[dict[str, Any], str | None]:
+    """A real DINOv2 whose grid is that of the configuration's prior, and why it cannot be had."""
+    own = setting.config.model.dino
+    if setting.quick:
+        # another encoder takes its place in a trial
+        return {"model.dino.seed": own.seed + 1000}, None
+    with torch.device("meta"):
+        side = 14 * DinoPrior(dataclasses.replace(own, weights=None)).grid[0]
+    options = {"name": DINOV2.name, "weights": str(packaged_file(DINOV2.name)), "image_size": side}
+    options |= {"normalization": "imagenet", "layer": DINOV2.layer, "guidance_blocks": (3, 7)}
+    why_not = None if packaged_file(DINOV2.name).is_file() else "DINOv2 is not here (make real fetches it)"
+    return {f"model.dino.{name}": value for name, value in options.items()}, why_not
+
+
 def _prior_v1(setting: Setting) -> tuple[dict[str, Any], str | None]:
     """RS-DINOv1, or what stands for it where the prior is random, and why it cannot be had."""
     options: dict[str, Any] = {"model.dino.guidance_blocks": (3, 7), "model.dino.normalization": "clip"}
@@ -342,9 +376,11 @@ def _table3(setting: Setting) -> TrainingStudy:
             variants.append(
                 Variant(f"{name}_{version}", title, {**method_options(name), **options}, row, why_not=reason)
             )
-    # the prior's version is all the same to it
-    without_graph = {**method_options("drseg"), **_WITHOUT_GRAPH}
-    variants.append(Variant("drseg_k1", f"{METHODS['drseg'].title}, K 1", without_graph))
+    # no prior has a say in what they compute, but its width decides which initial weights are drawn
+    for version, options, reason in (("v1", first, why_not), ("v3", {}, None)):
+        without_graph = {**method_options("drseg"), **options, **_WITHOUT_GRAPH}
+        title = f"{METHODS['drseg'].title}, prior {version}, K 1"
+        variants.append(Variant(f"drseg_{version}_k1", title, without_graph, why_not=reason))
     note = _OF_K_1
     if random:
         start = "random weights" if not setting.prior_steps else "weights taught alike"
@@ -418,6 +454,9 @@ def _residual_start(setting: Setting) -> TrainingStudy:
         Variant("residual-start_no", "no residual", {residual: False}),
         Variant("residual-start_1", "residual, LayerNorm from 1", {residual: True, scale: 1.0}),
         Variant("residual-start_0", "residual, LayerNorm from 0: the input at first", {residual: True, scale: 0.0}),
+        Variant(
+            "residual-start_match", "no residual, LayerNorm from the features' norm", {residual: False, scale: "match"}
+        ),
     )
     reference = None if setting.config.model.graph.residual else variants[0].name
     return TrainingStudy("sweep-residual-start", "Residual that starts as the input", variants, reference=reference)
@@ -427,6 +466,7 @@ _TABLES = {
     "table1": _table1,
     "table2": _table2,
     "table2-readings": _table2_readings,
+    "table2-priors": _table2_priors,
     "table3": _table3,
     "table4": _table4,
     "table5": _table5,

@@ -49,7 +49,11 @@ class StudyFiles:
             {
                 "name": variant.name,
                 "title": variant.title,
-                "options": dict(variant.options),
+                # files by their names, wherever they lie here
+                "options": {
+                    name: Path(value).name if name.endswith(".weights") and value else value
+                    for name, value in variant.options.items()
+                },
                 "paper": None if variant.paper is None else variant.paper._asdict(),
                 "not_run": variant.why_not or problems.get(variant.name),
                 "scores": scores.get(variant.name, {}),

@@ -114,6 +114,21 @@ def test_a_plain_vision_transformer_serves_too() -> None:
     assert prior(torch.rand(1, 3, 64, 64), (6, 6)).shape == (1, prior.width, 6, 6)
 
 
+@pytest.mark.parametrize("name", ["drseg-tiny", "resnet18"])
+def test_constant_features_are_the_same_everywhere(name: str) -> None:
+    own = DinoConfig(name=name, weights=None, image_size=64, guidance_blocks=(0, 1))
+    plain, constant = DinoPrior(own), DinoPrior(dataclasses.replace(own, features="constant"))
+    image = torch.rand(2, 3, 64, 64)
+    features = constant(image, (4, 4))
+    assert features.shape == plain(image, (4, 4)).shape and bool((features == 1).all())
+    if name == "drseg-tiny":
+        # what guides a decoder stays
+        for found, expected in zip(
+            constant.maps(image, (0, 1)).guidance, plain.maps(image, (0, 1)).guidance, strict=True
+        ):
+            assert torch.equal(found, expected)
+
+
 def test_a_convolutional_encoder_serves_too() -> None:
     prior = DinoPrior(DinoConfig(name="test_convnext", weights=None, image_size=64, normalization="imagenet"))
     assert prior(torch.rand(1, 3, 64, 64), (8, 8)).shape == (1, prior.width, 8, 8)

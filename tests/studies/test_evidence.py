@@ -47,6 +47,21 @@ def test_what_wins(apart, wins, files):
     assert (pair.row, pair.against, pair.wins) == ("K 75", "K 1", wins)
 
 
+def test_a_row_that_is_the_reference_under_another_name_is_left_out(files):
+    sweep = files("sweep-neighbour-share")
+    sweep.scores = {variant.name: scores(1, 2, 3) for variant in sweep.study.variants}
+    assert len(evidence.compared(sweep)) == len(sweep.study.variants) - 1
+    first, second = sweep.study.variants[:2]
+    sweep.planned = [
+        dataclasses.replace(item, folder=next(one.folder for one in sweep.planned if one.variant == first))
+        if item.variant == second
+        else item
+        for item in sweep.planned
+    ]
+    sweep.planned = [item for item in sweep.planned if item.seed == 0]
+    assert len(evidence.compared(sweep)) == len(sweep.study.variants) - 2
+
+
 def test_one_seed_never_wins(files):
     table = files("table6")
     table.scores = {"k_1": scores(1), "k_20": scores(9)}
@@ -59,14 +74,18 @@ def test_the_page_says_it_in_five_lines(files):
     tables["table2"].scores = {"baseline": scores(30, 32, 34), "pdgr": scores(31, 33.1, 35.2)}
     tables["table6"].scores = {"k_1": scores(0, 0, 0), "k_20": scores(1, 1, 1), "k_75": scores(2, 2, 2)}
     pairs = {name: evidence.compared(table) for name, table in tables.items()}
-    trained_by = {"commits": ["abc"], "machines": ["a CPU, threads: 1"]}
+    trained_by = {"commits": ["abc"], "machines": ["a CPU, threads: 1"], "seconds": 9000}
     text = evidence.page(pairs, tables["table2"].setting, "drseg study evidence", trained_by)
-    assert text.endswith("\n`drseg study evidence`; trained at commit abc on a CPU, threads: 1\n")
+    assert text.endswith(
+        "\n`drseg study evidence`; trained at commit abc on a CPU, threads: 1; 2.5 hours of one "
+        "process after another, each training once\n"
+    )
     lines = text.split("\n\n")
     told = next(part for part in lines if part.startswith("1. ")).splitlines()
     assert len(told) == 5
     assert told[0] == "1. PDGR in place of the canonical map: +1.10 ± 0.25 against the baseline."
-    assert "not scored" in told[1] and "K 75 gains most against K 1: +2.00 ± 0.00" in told[3]
+    assert "not scored" in told[1] and "K 75 gains most against K 1: +2.00 ± 0.00." in told[3]
+    assert "None wins" not in told[3] and "The prior has random weights, where no other is named." in text
     assert "| [table6-contrast](table6-contrast.md) | K 20 | K 1 | +1.00 ± 0.00 | 3 of 3 | yes |" in text
 
 

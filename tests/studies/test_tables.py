@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 
+from drseg_core.checkpoints.packaged import DINOV2, packaged_file
 from drseg_core.checkpoints.run import plain_config
 from drseg_core.config.load import override
 from drseg_core.errors import ConfigError
@@ -99,7 +100,7 @@ def test_table_2_without_ugaf_is_no_row_of_table_4(quick):
     ("table", "names"),
     [
         ("table2", {"pdgr_k1": "pdgr", "all_k1": "all"}),
-        ("table3", {"drseg_k1": "drseg_v3"}),
+        ("table3", {"drseg_v1_k1": "drseg_v1", "drseg_v3_k1": "drseg_v3"}),
         ("table6", {"k_1": "k_75"}),
     ],
 )
@@ -113,6 +114,28 @@ def test_tables_about_the_graph_have_a_row_without_one(quick, table, names):
         assert quick.variant_config(dict(variants[name].options), 0).model.graph.k == 1
     assert "K 1 are none of the paper's" in study.note
     assert sum(variant.options.get("model.graph.k") == 1 for variant in study.variants) == len(names)
+
+
+def test_other_priors_change_the_prior_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("DRSEG_CACHE", str(tmp_path))
+    setting = make_setting()
+    study = training_study("table2-priors", setting)
+    rows = {variant.name: variant for variant in study.variants}
+    own = rows["pdgr"].options
+    assert rows["pdgr_k1"].options == {**own, "model.graph.k": 1}
+    assert rows["pdgr_constant"].options == {**own, "model.dino.features": "constant"}
+    real, without = rows["pdgr_dinov2"], rows["pdgr_dinov2_k1"]
+    assert without.options == {**real.options, "model.graph.k": 1}
+    changed = real.options.items() - own.items()
+    assert all(name.startswith("model.dino.") for name, _ in changed)
+    # the grid of the configuration's prior: 128 pixels in patches of 8 are 16, and so are 224 in patches of 14
+    assert (
+        real.options["model.dino.image_size"] == 224 and real.options["model.dino.name"] == "vit_small_patch14_dinov2"
+    )
+    assert real.why_not == without.why_not == "DINOv2 is not here (make real fetches it)"
+    packaged_file(DINOV2.name).parent.mkdir(parents=True)
+    packaged_file(DINOV2.name).touch()
+    assert all(variant.why_not is None for variant in training_study("table2-priors", setting).variants)
 
 
 def test_every_row_of_the_paper_s_table_1():
@@ -281,7 +304,12 @@ def test_options_of_the_start_are_compared_with_what_is_configured(quick, name, 
 def test_a_residual_that_starts_as_the_input(quick):
     study = training_study("sweep-residual-start", quick)
     configs = [quick.variant_config(dict(variant.options), 0).model.graph for variant in study.variants]
-    assert [(graph.residual, graph.norm_scale) for graph in configs] == [(False, 1.0), (True, 1.0), (True, 0.0)]
+    assert [(graph.residual, graph.norm_scale) for graph in configs] == [
+        (False, 1.0),
+        (True, 1.0),
+        (True, 0.0),
+        (False, "match"),
+    ]
     assert study.reference == study.variants[0].name
     residual = dataclasses.replace(quick, config=override(quick.config, {"model.graph.residual": True}))
     assert training_study("sweep-residual-start", residual).reference is None
