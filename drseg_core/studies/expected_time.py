@@ -23,6 +23,17 @@ def expected_seconds(planned: Sequence[PlannedVariant], processes: int) -> float
     Models have random weights and images are noise, so no file is read; variants of equal models are measured once.
     Batches are whole on CUDA and one image elsewhere, where time grows with their size.
     """
+    # what trains beside others has its share of the threads
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // max(processes, 1)))
+    try:
+        return _expected_seconds(planned) / max(processes, 1)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _expected_seconds(planned: Sequence[PlannedVariant]) -> float:
+    """The same of one process, with as many threads as there are now."""
     known: dict[tuple[ModelConfig, int], tuple[float, float]] = {}
     total = 0.0
     for item in planned:
@@ -37,7 +48,7 @@ def expected_seconds(planned: Sequence[PlannedVariant], processes: int) -> float
         limit = item.config.train
         training = step * limit.iterations if limit.seconds is None else min(step * limit.iterations, limit.seconds)
         total += training + forward * sum(map(len, tests))
-    return total / max(processes, 1)
+    return total
 
 
 def _measured(config: Config, classes: int, device_name: str | None) -> tuple[float, float]:

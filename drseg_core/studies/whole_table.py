@@ -23,6 +23,7 @@ from drseg_core.studies.plan import PlannedVariant
 from drseg_core.studies.report import spread, text_of
 from drseg_core.studies.runner import run_variants
 from drseg_core.studies.setting import Setting, make_setting
+from drseg_core.studies.tables import as_printed
 from drseg_core.studies.training import StudyFiles
 
 PAGE = "table1.md"
@@ -121,7 +122,7 @@ def page(files: Sequence[StudyFiles]) -> str:
         "",
         f"Percent, mIoU / mACC, protocol {first.setting.protocol}, seeds "
         f"{', '.join(map(str, first.setting.seeds))}. As published, and as scored here; the parts have more: {parts}. "
-        "SED's backbones are ConvNeXt-B and ConvNeXt-L.",
+        f"SED's backbones are ConvNeXt-B and ConvNeXt-L. {as_printed()}",
         "",
         *([QUICK, ""] if first.setting.quick else []),
         markdown_table(rows),

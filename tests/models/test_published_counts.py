@@ -106,6 +106,16 @@ def test_san(preset: str, side: int, position: int) -> None:
         assert round(own["trained"] / 1e6, 1) == 8.4
 
 
+@pytest.mark.parametrize(
+    ("preset", "side", "integration"), [("vitb", 7_302_064, 543_632), ("vitl", 7_549_872, 728_208)]
+)
+def test_scan(preset: str, side: int, integration: int) -> None:
+    """None are its public ones (docs/methods.md): the whole is these, and the embedding of no object."""
+    own = counted("scan", preset)
+    assert (own["side"], own["integrate"], own["clip"]) == (side, integration, CLIP[preset] - 1)
+    assert own["total"] == CLIP[preset] + side + integration + {"vitb": 512, "vitl": 768}[preset]
+
+
 def test_released_weights_trained_on_isaid_have_the_layers_of_the_files() -> None:
     for preset in ("vitb", "vitl"):
         assert counted("rskt", preset, released="isaid") == counted("rskt", preset)
