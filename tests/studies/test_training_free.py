@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from drseg_core.config.schema import DinoConfig
 from drseg_core.evaluation.metrics import ConfusionMatrix
+from drseg_core.models.dino import DinoPrior
 from drseg_core.studies import controls, training_free_page
 from drseg_core.studies import training_free as study
 from drseg_core.studies.controls import edge_weights, neighbours, spread
@@ -75,6 +79,25 @@ def test_labels_decide_truth_and_oracle_alone(seen: Seen) -> None:
     for way, a, b in zip(ways(list(seen.priors))[1:], *values, strict=True):
         assert torch.equal(a, b) or way.prior == controls.ORACLE
     assert not all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+
+
+def test_each_prior_is_of_what_it_says() -> None:
+    tiny = DinoConfig(name="drseg-tiny", weights=None, image_size=64, normalization="imagenet", seed=3)
+    random, real = (DinoPrior(dataclasses.replace(tiny, seed=seed)) for seed in (3, 4))
+    image, own, pixels = torch.rand(1, 3, 32, 32), torch.randn(5, 4, 4), torch.rand(16, 3).round(decimals=1)
+    given = {"image": image, "own": own, "pixels": pixels, "random": random, "real": real}
+
+    def changed(**others: Any) -> set[str]:
+        before, after = (study._priors(grid=(4, 4), **{**given, **new}) for new in ({}, others))
+        assert list(before) == [name for name in controls.CONTROLS if name != controls.NONE]
+        return {name for name in before if not torch.equal(before[name], after[name])}
+
+    assert changed() == set()
+    assert changed(image=1 - image) == {controls.COLOUR, controls.RANDOM, controls.REAL}
+    assert changed(own=-own) == {controls.OWN}
+    assert changed(pixels=pixels.flip(1)) == {controls.ORACLE}
+    # weights that follow a seed are random
+    assert changed(random=real) == {controls.RANDOM} and changed(real=random) == {controls.REAL}
 
 
 def test_sets_are_pooled_by_themselves(seen: Seen) -> None:
