@@ -14,7 +14,7 @@ from drseg_core.studies.report import Spread, text_of
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "docs" / "studies"
-TABLES = ("table1-matched", "table2", "table4")
+TABLES = ("table1-matched-contrast", "table2-contrast", "table4")
 
 
 def means(name: str) -> dict[str, dict[str, str]]:
