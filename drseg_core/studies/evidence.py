@@ -139,15 +139,12 @@ def compared(files: StudyFiles) -> list[Compared]:
     study = files.study
     titles = {variant.name: variant.title for variant in study.variants}
     reference = "k_1" if study.name == "table6" else study.reference
-    # a row that is the same training under another name says nothing
-    folders = {name: {item.folder for item in files.planned if item.variant.name == name} for name in titles}
-    pairs = _PAIRS.get(study.name) or [
-        (name, reference) for name in titles if reference and folders[name] != folders[reference]
-    ]
+    pairs = _PAIRS.get(study.name) or [(name, reference) for name in titles if name != reference]
     found = []
     for row, against in pairs:
         apart = report.differences(files.scores.get(against, {}), files.scores.get(row, {})) if against else []
-        if against and apart:
+        # a row without any difference is the same model under another option, and says nothing
+        if against and any(apart):
             mean, half = interval(torch.tensor([apart], dtype=torch.float64))
             found.append(Compared(files.name, titles[row], titles[against], mean, half, tuple(apart)))
     return found
