@@ -235,6 +235,6 @@ def _in_words(by_study: Mapping[str, Sequence[Compared]]) -> list[str]:
         f"{of('all (DR-Seg)', 'all (DR-Seg), K 1')}.",
         "Of all numbers of neighbours "
         + ("none was scored." if best is None else f"{best.row} gains most against K 1: {best}.")
-        + ("" if any(pair.wins for pair in neighbours) else " None wins."),
+        + ("" if best is None or any(pair.wins for pair in neighbours) else " None wins."),
         f"Of {len(others)} rows with other options, these win: {', '.join(winners) or 'none'}.",
     ]

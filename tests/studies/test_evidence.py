@@ -79,6 +79,7 @@ def test_the_page_says_it_in_five_lines(files):
     assert len(told) == 5
     assert told[0] == "1. PDGR in place of the canonical map: +1.10 ± 0.25 against the baseline."
     assert "not scored" in told[1] and "K 75 gains most against K 1: +2.00 ± 0.00." in told[3]
+    assert "none was scored.\n" in evidence.page({}, tables["table2"].setting, "", trained_by)
     assert "None wins" not in told[3] and "The prior has random weights, where no other is named." in text
     assert "| [table6-contrast](table6-contrast.md) | K 20 | K 1 | +1.00 ± 0.00 | 3 of 3 | yes |" in text
 
