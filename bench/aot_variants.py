@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ class Variant:
         options: what the compiler is told.
         shared_bytes: shared memory that the launcher expects it to take at most.
         even: sizes that are known to be multiples of 16, as the usual widths are.
+        bounded: the launcher takes no image whose places int32 does not count.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Variant:
     options: dict[str, Any]
     shared_bytes: int
     even: tuple[str, ...] = ()
+    bounded: bool = False
 
 
 # pointers of every kernel of knn_graph
@@ -37,7 +40,12 @@ _SELECTION = {f"{name}_ptr": "*fp32" for name in ("inverse_norm", "table", "scor
 _ROUNDED = {
     **_SELECTION,
     **{f"{name}_ptr": "*fp32" for name in ("product", "prior", "residual", "loss")},
-    **{f"{name}_ptr": "*i32" for name in ("list", "open", "count")},
+    **{f"{name}_ptr": "*i32" for name in ("list", "length", "count")},
+    "slack": "fp32",
+}
+_LIVE = {
+    **{f"{name}_ptr": "*fp32" for name in ("inverse_norm", "residual", "loss", "table", "bound", "score", "least")},
+    **{f"{name}_ptr": "*i32" for name in ("list", "count", "visited")},
     "slack": "fp32",
 }
 _DTYPES = ("fp32", "bf16")
@@ -131,7 +139,7 @@ def _linear_map(device: Any) -> Iterator[Variant]:
 
 def _knn_graph(device: Any) -> Iterator[Variant]:
     import torch
-    from drseg_kernels import _launch, knn_rounded
+    from drseg_kernels import _launch, knn_live, knn_rounded
     from drseg_kernels import knn_graph as op
 
     asked = [(*case, _launch.choose("knn_graph", device, torch.float32, *case[:2])) for case in KNN_GRAPH]
@@ -143,10 +151,33 @@ def _knn_graph(device: Any) -> Iterator[Variant]:
             yield _merge(op.constants(nodes, k, form, include_self, first, sizes), sizes)
         if nodes <= sizes.block_n:
             yield _rounded(knn_rounded.constants(nodes, k, form, include_self, False, sizes))
-        elif k <= knn_rounded.LARGEST_LISTED:
-            yield _merge(op.constants(nodes, knn_rounded.list_size(k), form, include_self, first, sizes), sizes)
-            yield _rounded(knn_rounded.list_constants(k, form, include_self, False))
-            yield _whole_rows(k, form, include_self)
+        elif k <= knn_live.LARGEST_K and op.JOIN_OF[form] == "subtract":
+            side = math.isqrt(nodes)
+            for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+                live = _launch.choose("knn_live", device, kind, nodes, k)
+                yield from _large((side, side), k, form, include_self, live, dtype)
+
+
+def _large(grid: tuple[int, int], k: int, form: str, include_self: bool, sizes: Any, dtype: str) -> tuple[Variant, ...]:
+    """Kernels of an image with more nodes than a tile has columns."""
+    from drseg_kernels import knn_live as op
+    from drseg_kernels import knn_rounded
+
+    found = op.constants(grid, k, include_self, False, False, sizes)
+    constants = {name: value for name, value in found.items() if name.isupper()}
+    options = {**op.OPTIONS, **{name: value for name, value in found.items() if name.islower()}}
+    ends = {"INCLUDE_SELF": include_self, **op.steps_of(found)}
+    warps, one_warp = options["num_warps"], {"num_warps": 1, **op.OPTIONS}
+    types = {**_LIVE, "rounded_ptr": "*bf16" if dtype == "bf16" else "*fp16"}
+    tables = {"table_ptr": "*fp32", "bound_ptr": "*fp32"}
+    bounds, live = op._knn_graph_fwd_kernel_bounds, op._knn_graph_fwd_kernel_live
+    name = _name("knn_graph live", {"dtype": dtype, **constants, "stages": sizes.num_stages}, warps)
+    return (
+        Variant(_name("knn_graph bounds", ends, 1), bounds, tables, ends, one_warp, 1024, (), True),
+        Variant(name, live, types, constants, options, sizes.shared_bytes(), ("channels",), True),
+        _rounded(knn_rounded.list_constants(k, form, include_self, False), dtype),
+        _whole_rows(k, form, include_self, dtype),
+    )
 
 
 def _product() -> Variant:
@@ -159,21 +190,27 @@ def _product() -> Variant:
     return Variant(name, op._product_kernel, types, constants, options, 65_536, ("channels",))
 
 
-def _rounded(sizes: dict[str, Any]) -> Variant:
+def _rounded(sizes: dict[str, Any], dtype: str = "fp32") -> Variant:
     from drseg_kernels import knn_rounded as op
 
     constants = {name: value for name, value in sizes.items() if name.isupper()}
     options = {**op.OPTIONS, **{name: value for name, value in sizes.items() if name.islower()}}
-    name = _name("knn_graph rounded", constants, options["num_warps"])
-    return Variant(name, op._knn_graph_fwd_kernel_rounded, _ROUNDED, constants, options, 16_384, ("channels",))
+    name = _name("knn_graph rounded", _half(dtype) | constants, options["num_warps"])
+    types = _ROUNDED | {"prior_ptr": f"*{dtype}"}
+    return Variant(name, op._knn_graph_fwd_kernel_rounded, types, constants, options, 16_384, ("channels",))
 
 
-def _whole_rows(k: int, form: str, include_self: bool) -> Variant:
+def _half(dtype: str) -> dict[str, Any]:
+    return {} if dtype == "fp32" else {"dtype": dtype}
+
+
+def _whole_rows(k: int, form: str, include_self: bool, dtype: str) -> Variant:
     from drseg_kernels import knn_rounded as op
 
     constants, options = op.whole_rows(k, form, include_self)
-    name = _name("knn_graph whole_rows", constants, options["num_warps"])
-    return Variant(name, op._knn_graph_fwd_kernel_whole_rows, _ROUNDED, constants, options, 16_384, ("channels",))
+    name = _name("knn_graph whole_rows", _half(dtype) | constants, options["num_warps"])
+    types = _ROUNDED | {"prior_ptr": f"*{dtype}"}
+    return Variant(name, op._knn_graph_fwd_kernel_whole_rows, types, constants, options, 16_384, ("channels",))
 
 
 def _merge(constants: dict[str, Any], sizes: Any) -> Variant:

@@ -65,10 +65,10 @@ def candidates_of(case: Any, dtype: str, target: Target, most: int) -> None:
     """Compile the tuner's first candidates of every table."""
     import torch
 
-    from bench.tune_candidates import TABLES, candidates
+    from bench.tune_candidates import TABLES, candidates, decides
     from bench.tune_runs import make
 
-    for table in sum(TABLES.values(), ()):
+    for table in (table for table in sum(TABLES.values(), ()) if decides(table, case)):
         run, _ = make(table, case, getattr(torch, dtype), "cpu")
         for option in candidates(table, target.device, case)[:most]:
             run(option)

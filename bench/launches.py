@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.aot_variants import PLAIN, Variant, _merge, _rounded, _variant
+from bench.aot_variants import PLAIN, Variant, _large, _merge, _rounded, _variant
 from drseg_core.testing import Case
 
 
@@ -29,11 +29,12 @@ def _launched_knn_graph(device: Any, case: Case, sizes: Any, dtype: str) -> list
     given = ("additive", True)
     if dtype == "fp32" and case.nodes <= sizes.block_n:
         return [_rounded(rounded.constants(case.nodes, case.neighbours, *given, False, sizes))]
-    lists = dtype == "fp32" and case.neighbours <= rounded.LARGEST_LISTED
-    k = rounded.list_size(case.neighbours) if lists else case.neighbours
     tiles = (True, False) if sizes.block_n < case.nodes else (True,)
-    found = [_merge(op.constants(case.nodes, k, *given, first, sizes), sizes) for first in tiles]
-    return [*found, _rounded(rounded.list_constants(case.neighbours, *given, False))] if lists else found
+    return [_merge(op.constants(case.nodes, case.neighbours, *given, first, sizes), sizes) for first in tiles]
+
+
+def _launched_knn_live(device: Any, case: Case, sizes: Any, dtype: str) -> list[Variant]:
+    return list(_large((case.height, case.width), case.neighbours, "additive", True, sizes, dtype))
 
 
 def _launched_edge_weight(device: Any, case: Case, tile: Any, dtype: str) -> list[Variant]:
@@ -131,6 +132,7 @@ def _launched_graph_layer_rows(device: Any, case: Case, tile: Any, dtype: str) -
 
 _LAUNCHED: dict[str, Callable[[Any, Case, Any, str], list[Variant]]] = {
     "knn_graph": _launched_knn_graph,
+    "knn_live": _launched_knn_live,
     "edge_weight": _launched_edge_weight,
     "edge_coefficient": _launched_edge_coefficient,
     "degree_normalize": _launched_degree_normalize,

@@ -12,8 +12,8 @@ gathered by index, at the rate of an H100's caches. Nothing is fitted. What the 
 launches, sorts, products of the library, waiting for memory. So it is an order, not a time.
 
 ``--write`` puts the first of each table into the tables of an architecture. It leaves out timed tables, and
-``knn_graph``, most of whose time is the library's. Exit codes: 0, 1 (no nvdisasm, or a log without anything that can be
-compared), 2 (usage).
+``knn_graph`` and ``knn_live``, most of whose time is products. Exit codes: 0, 1 (no nvdisasm, or a log without anything
+that can be compared), 2 (usage).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bench.aot import REGISTERS_PER_BLOCK, TARGETS, Target, compiled_for
 from bench.aot_variants import Variant
 from bench.launches import launched
 from bench.tables import is_timed, write_entry
-from bench.tune_candidates import DEFAULT_CASES, TABLES, candidates, width_of
+from bench.tune_candidates import DEFAULT_CASES, TABLES, candidates, decides, width_of
 from bench.work import work_of
 from drseg_core.testing import CASES, Case
 
@@ -232,7 +232,7 @@ def _write(predictor: Predictor, table: str, case: Case, dtype: str, folder: Pat
     """The first of a table's ranking becomes an entry of the architecture, unless there is one that was timed."""
     path = folder / predictor.device.arch / f"{table}.json"
     key = {"dtype": dtype, "channels": width_of(table, case), "nodes": case.nodes, "k": case.neighbours}
-    if table == "knn_graph" or is_timed(path, key):
+    if table in ("knn_graph", "knn_live") or is_timed(path, key):
         print(f"{table} {case.name} {dtype}: left as it is")
         return
     best = predictor.rank(table, case, candidates(table, predictor.device, case), dtype)[0]
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log = read_log(args.against.read_text(encoding="utf-8")) if args.against else {}
     compared = 0
     for table in tables:
-        for case in chosen:
+        for case in (case for case in chosen if decides(table, case)):
             if args.write:
                 _write(predictor, table, case, args.dtype, args.write)
             elif not args.against:

@@ -31,7 +31,7 @@ from bench.aot import TARGETS, Target
 from bench.rank import Predictor
 from bench.tables import write_entry
 from bench.timing import Contender, interleave
-from bench.tune_candidates import DEFAULT_CASES, TABLES, candidates, width_of
+from bench.tune_candidates import DEFAULT_CASES, TABLES, candidates, decides, width_of
 from drseg_core.testing import CASES, Case
 
 NO_DEVICE = 5
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = 0
     for op in args.op or sorted(TABLES):
         for case in (case for case in CASES if case.name in (args.case or DEFAULT_CASES)):
-            for table in TABLES[op]:
+            for table in (table for table in TABLES[op] if decides(table, case)):
                 if args.dry_run:
                     for option in candidates(table, device, case):
                         print(f"{device.name} {table} {case.name}: {option}")

@@ -38,7 +38,8 @@ def _agree(expected: tuple[Tensor, ...]) -> Wrong:
     return wrong
 
 
-def _knn_graph(case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]:
+def _knn_graph(name: str, case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]:
+    """``name`` of the argument that takes the sizes."""
     # how much a tile adds to the lists depends on the prior: that of a backbone on an image, not clusters anywhere
     nodes, grid, decay = selection.make_prior(case, "dino", device).to(dtype), (case.height, case.width), 1.0
     prior, inverse = _reference("prepare_prior").prepare_prior(nodes)
@@ -48,7 +49,7 @@ def _knn_graph(case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]
     given = (prior, inverse, table, case.neighbours, "additive", True, *rounded)
 
     def run(sizes: Any) -> tuple[Tensor, ...]:
-        return knn_graph.knn_graph(*given, sizes=sizes)
+        return knn_graph.knn_graph(*given, **{name: sizes})
 
     def wrong(got: tuple[Tensor, ...]) -> str | None:
         return gate.selection(got[0], nodes, grid, decay)
@@ -139,8 +140,8 @@ _CALLS: dict[str, tuple[str, Callable[..., tuple[Tensor, ...]]]] = {
 
 def make(table: str, case: Case, dtype: torch.dtype, device: str) -> tuple[Run, Wrong]:
     """One call with given sizes, and why its result must not be timed (None where it is right)."""
-    if table.startswith("knn_graph"):
-        return _knn_graph(case, dtype, device)
+    if table in ("knn_graph", "knn_live"):
+        return _knn_graph("live" if table == "knn_live" else "sizes", case, dtype, device)
     op, call = _CALLS[table]
     inputs, reference = _inputs(op, case, dtype, device), _reference(op)
     shape = inputs["x" if op.startswith("graph_") else "index"].shape

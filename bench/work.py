@@ -20,6 +20,11 @@ _BISECTION, _BISECTION_LATER = 15, 5
 # scores of a row that are computed again after rounded products, counted in the same way at 576 nodes: 1.7 to 2.1
 _AGAIN = 2
 
+# Of all blocks of columns, those that a block of rows multiplies; of these, those that add to a list, and those after
+# which lists are cut back. Counted on the CPU at 128 x 128 nodes of a DINO-like prior, decay 1 and K 75, blocks of 64
+# and 128. With decay 4 the first is 0.27.
+_VISITED, _CUT = 0.77, 0.06
+
 # where instructions are counted for the baseline of ``aot.py``; of no use elsewhere, and not to be changed
 NOMINAL = Case("nominal", 8, 24, 24, prior=1024, hidden=128, channels=384, neighbours=75)
 
@@ -179,6 +184,25 @@ def _rounded(s: _Sizes) -> Work:
     return Work(_cdiv(s.rows, s.m), (steps, again, steps), gathered)
 
 
+def _live(s: _Sizes) -> Work:
+    rows = int(s.constants["ROWS_Y"]) * int(s.constants["ROWS_X"])
+    columns = int(s.constants["COLUMNS_Y"]) * int(s.constants["COLUMNS_X"])
+    channels = s.over(s.case.prior, int(s.constants["BLOCK_D"]))
+    cut = Bound(_CUT * _cdiv(rows, int(s.constants["GROUP"])), 1, (Bound(_BISECTION, 0),))
+    tiles = Bound(_VISITED * _cdiv(s.case.nodes, columns), 1, (channels, cut))
+    return Work(s.case.batch * _cdiv(s.case.nodes, rows), (tiles,))
+
+
+def _live_bounds(s: _Sizes) -> Work:
+    steps = int(s.constants["STEP_Y"]), int(s.constants["STEP_X"])
+    return Work((2 * _cdiv(s.case.height, steps[0]) - 1) * (2 * _cdiv(s.case.width, steps[1]) - 1))
+
+
+def _whole_rows(s: _Sizes) -> Work:
+    # none of the rows has to be computed
+    return Work(s.rows, (Bound(0, 1, (Bound(0, 1), Bound(0, 1))),))
+
+
 def _planes(s: _Sizes) -> Work:
     loop = s.over(s.case.prior, s.n)
     return Work(s.case.batch * _cdiv(s.case.nodes, s.m), (loop, loop))
@@ -231,6 +255,9 @@ _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "_csc_kernel_place": _csc_chunks,
     "_knn_graph_fwd_kernel_merge": _merge,
     "_knn_graph_fwd_kernel_rounded": _rounded,
+    "_knn_graph_fwd_kernel_live": _live,
+    "_knn_graph_fwd_kernel_bounds": _live_bounds,
+    "_knn_graph_fwd_kernel_whole_rows": _whole_rows,
     "_edge_weight_fwd_kernel": _edge_weight,
     "_edge_weight_bwd_kernel_source": _edge_weight_source,
     "_edge_weight_bwd_kernel_target": _edge_weight_target,

@@ -103,10 +103,11 @@ def knn_between(
         both = _side_by_side(*given)
         if return_score:
             both = both._replace(rounded=None, residual=None)
-        options = (2, candidates, k, 0.0, reference.ACROSS, False, requested, None)
+        # of each grid the query's row alone
+        options = (2, candidates, k, 0.0, reference.ACROSS, False, requested, None, [0, candidates])
         found, values = torch.ops.drseg.knn_graph(*both, *options)
-        # of each row of the grid the query's part, back in its samples
-        index, score = (value[:, :candidates].reshape(batch, -1, k)[:, :rows] for value in (found, values))
+        # back in its samples
+        index, score = (value.reshape(batch, -1, k)[:, :rows] for value in (found, values))
         # what is in its own row a node takes where the other has nothing left
         own = index < candidates
         index, place = torch.where(own, _LAST, index - candidates).sort(dim=-1, stable=True)
@@ -121,12 +122,13 @@ def _side_by_side(query: PreparedPrior, prior: PreparedPrior) -> PreparedPrior:
     rows, candidates = query.scaled.shape[1], prior.scaled.shape[1]
     grids = -(-rows // candidates)
     fields: list[Tensor | None] = []
-    for above, below in zip(query, prior, strict=True):
+    for name, above, below in zip(query._fields, query, prior, strict=True):
         if above is None or below is None:
             fields.append(None)
             continue
-        # padding of the last grid lies in the query's row, which is never chosen from; what it chooses is dropped
+        # padding of the last grid lies in the query's row, which is never chosen from, and chooses nothing
         shape: Any = (above.shape[0], grids * candidates - rows, *above.shape[2:])
-        above = torch.cat([above, above.new_zeros(shape)], dim=1).unflatten(1, (grids, candidates)).flatten(0, 1)
+        padding = above.new_full(shape, torch.nan if name == "inverse_norm" else 0.0)
+        above = torch.cat([above, padding], dim=1).unflatten(1, (grids, candidates)).flatten(0, 1)
         fields.append(torch.cat([above, below.repeat_interleave(grids, dim=0)], dim=1))
     return PreparedPrior(*fields)  # type: ignore[arg-type]

@@ -9,13 +9,13 @@ A table is ``tuned/<architecture>/<table>.json``, e.g. ``tuned/sm_90/graph_layer
 
 An entry holds only for the dtype and the width (``channels``: E, C or K, see ``rule``) for which it was timed, and for
 at most its ``nodes`` and ``k``. If several apply, the first one that was timed on this very device counts (``device``,
-which may be missing), else the first of the architecture. ``knn_graph`` has a ``Selection`` and no ``channels``. Every
-other op has a ``Tile``.
+which may be missing), else the first of the architecture. ``knn_graph`` has a ``Selection`` and ``knn_live`` a
+``Live``, without ``channels``. Every other table has a ``Tile``.
 
-Three tables are not named after an op. ``graph_gradients`` is for both gradients of a propagation in one,
-``graph_propagate_dot`` for the gradient to coefficients alone, ``graph_layer_rows`` for the row-wise part of
-``graph_layer``. The rules are what was fastest or nearly so on an H100 (2026-11). Those of ``graph_layer`` and
-``graph_gradients`` were found by arithmetic.
+Four tables are not named after an op. ``knn_live`` is for large images in ``knn_graph``. ``graph_gradients`` is for
+both gradients of a propagation in one, ``graph_propagate_dot`` for the gradient to coefficients alone,
+``graph_layer_rows`` for the row-wise part of ``graph_layer``. The rules are what was fastest or nearly so on an H100
+(2026-11). Those of ``graph_layer``, ``graph_gradients`` and ``knn_live`` were found by arithmetic.
 """
 
 from __future__ import annotations
@@ -156,7 +156,36 @@ class Selection:
         return 64 * self.block_m * self.num_warps
 
 
-Sizes = Tile | Selection
+@dataclass(frozen=True)
+class Live:
+    """Sizes of ``knn_live``: the blocks of rows and columns of a program.
+
+    Args:
+        block_m, block_n: nodes in a block of rows, and of columns; powers of two.
+        block_d: channels that are multiplied at a time, a power of two.
+        num_warps: warps of one program, a power of two.
+        num_stages: steps of a product whose rows are on their way at a time.
+    """
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        _check_powers(self, "block_m", "block_n", "block_d", "num_warps")
+        # no tensor core multiplies less
+        for name in ("block_m", "block_n", "block_d"):
+            if getattr(self, name) < 16:
+                raise ValueError(f"Live: {name} is out of range; expected at least 16, got {getattr(self, name)}")
+
+    def shared_bytes(self) -> int:
+        """Upper bound of a block's shared memory: halves of the steps that are on their way, and an exchange."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_d * 2 + 2048
+
+
+Sizes = Tile | Selection | Live
 
 
 def device_of(device: torch.device) -> Device:
@@ -202,16 +231,31 @@ def _selection_rule(device: Device, nodes: int, k: int) -> Selection:
         columns //= 2
 
 
+def _live_rule(device: Device, nodes: int) -> Live:
+    if device.interpreted:
+        return Live(64, 128, 64, 4, 1)
+    # About two programs for each processor of an H100, since some have twice the work of others, and tiles as large as
+    # that allows: the larger, the less is read for a product. Of 64 channels at a time the largest fill the registers.
+    rows = min(128, max(32, power_of_two_from(nodes // 256)))
+    for stages in (4, 3, 2, 1):
+        chosen = Live(rows, 128, 32, 8 if rows == 128 else 4, stages)
+        if chosen.shared_bytes() <= device.shared_bytes:
+            break
+    return chosen
+
+
 def rule(table: str, device: Device, nodes: int, k: int, width: int) -> Any:
     """Sizes for a device without a table.
 
     Args:
         table: name of the table. device: where it runs. nodes, k: N and K.
         width: E of ``edge_weight`` and ``edge_coefficient``, C of ``graph_propagate`` and ``graph_layer``, K of
-            ``degree_normalize``; ``knn_graph`` takes no notice of it.
+            ``degree_normalize``; ``knn_graph`` and ``knn_live`` take no notice of it.
     """
     if table == "knn_graph":
         return _selection_rule(device, nodes, k)
+    if table == "knn_live":
+        return _live_rule(device, nodes)
     whole = min(WIDEST_ROW, max(16, power_of_two_from(width)))
     if table == "degree_normalize":
         # one row or one list per program: only its slots are worked on at a time
@@ -286,7 +330,7 @@ def read_table(path: Path, kind: Any) -> tuple[Entry, ...]:
 
 def kind_of(table: str) -> Any:
     """What the entries of a table are arguments of."""
-    return Selection if table == "knn_graph" else Tile
+    return {"knn_graph": Selection, "knn_live": Live}.get(table, Tile)
 
 
 def tuned_entries(table: str, device: Device, tuned: Path = TUNED) -> tuple[Entry, ...]:

@@ -102,9 +102,9 @@ def take_in_order(key, threshold, room):
 
 @triton.jit
 def write_chosen(index_ptr, score_ptr, start, chosen, place, j, value):
-    """Chosen columns ``j`` (C,) and their scores, from ``start`` (R,) on."""
+    """Chosen columns ``j`` (1 or R, C) and their scores, from ``start`` (R,) on."""
     to = start[:, None] + place - 1
-    tl.store(index_ptr + to, tl.broadcast_to(j[None, :], chosen.shape), mask=chosen)
+    tl.store(index_ptr + to, tl.broadcast_to(j, chosen.shape), mask=chosen)
     tl.store(score_ptr + to, value, mask=chosen)
 
 
@@ -139,9 +139,10 @@ def merge_columns(
     """Merges columns in ascending order, all after those merged before, into the rows of ``index`` and ``score``.
 
     Args:
-        key, value: (R, C) keys and scores of the nodes j (C,). head_key, head_value, head_j: of columns before these,
-            if there is a TAIL. row: (R,) rows that count. node: (R,) their places in the batch, int64.
-        i: (R,) node indices. finite: (R,). FIRST: nothing has been merged into these rows yet.
+        key, value: (R, C) keys and scores of the nodes j (1 or R, C).
+        head_key, head_value, head_j: of columns before these, if there is a TAIL.
+        row: (R,) rows that count. node: (R,) their places in the batch, int64. i: (R,) node indices. finite: (R,).
+        FIRST: nothing has been merged into these rows yet.
         BLOCK_K: a power of two, at least k.
     """
     s = tl.arange(0, BLOCK_K)
@@ -205,7 +206,7 @@ def scored_columns(
     JOIN: tl.constexpr,
     INCLUDE_SELF: tl.constexpr,
 ):
-    """Keys and scores (R, C) of the columns ``c`` (C,) of a tile, and their nodes."""
+    """Keys and scores (R, C) of the columns ``c`` (C,) of a tile, and their nodes (1, C)."""
     column = c < columns
     j = first_column + c
     inverse = tl.load(inverse_norm_ptr + sample + j, mask=column, other=0.0)
@@ -215,7 +216,7 @@ def scored_columns(
     value = join_scores(product * inverse_own[:, None] * inverse[None, :], decay, JOIN)
     own = i[:, None] == j[None, :]
     allowed = allowed_pairs(both, inverse_own, inverse, own, INCLUDE_SELF)
-    return keys_of(value, allowed, own, INCLUDE_SELF), value, j
+    return keys_of(value, allowed, own, INCLUDE_SELF), value, j[None, :]
 
 
 # the fusion of multiply and add is pinned off: Triton's default changes between its versions, and with it the last bits

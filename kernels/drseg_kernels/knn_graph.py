@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Neighbours of the highest affinity: tiles of dot products from the library, merged into lists of the best.
 
-The library multiplies a tile of rows by columns in float32. If only the choice matters it may multiply in float16, from
-which ``knn_rounded.py`` makes the same choice. Then one kernel per tile turns the products into scores with the decay
-table. It drops scores that do not beat the row's k-th best so far, and selects among the k best so far and the rest of
-the tile. Tiles come in ascending order of their columns, so both lists are in ascending index already. The lowest index
-wins a tie by its place. Nothing is ever sorted or cut short.
+If only the choice of float32 rows matters, rows in float16 give the same: ``knn_rounded.py`` for small images,
+``knn_live.py`` for large ones. Otherwise the library multiplies a tile of rows by columns. Then one kernel per tile
+turns the products into scores with the decay table. It drops scores that do not beat the row's k-th best so far, and
+selects among the k best so far and the rest of the tile. Tiles come in ascending order of their columns, so both lists
+are in ascending index already. The lowest index wins a tie by its place. Nothing is ever sorted or cut short.
 
 A tile whose width is no power of two is cut in two parts, which are selected from at once. So 576 columns are 512 and
 64, not 1024.
@@ -20,10 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drseg_kernels._launch import LARGEST_GRID_Y, Selection, ceil_div, on_device_of, sizes_of
+from drseg_kernels._launch import LARGEST_GRID_Y, Live, Selection, ceil_div, on_device_of, sizes_of
 from drseg_kernels._products import multiply, products_are_wide
 from drseg_kernels._selection import JOIN_OF, OPTIONS, head_and_tail, merge_columns, scored_columns
-from drseg_kernels.knn_rounded import LARGEST_LISTED, knn_from_lists, knn_rounded, list_size
+from drseg_kernels.knn_live import knn_live, serves
+from drseg_kernels.knn_rounded import knn_rounded
 
 
 # one binary serves every size: knowing that a size is a multiple of 16 would widen the loads of the products, and
@@ -221,28 +222,32 @@ def knn_graph(
     *,
     rows: tuple[int, int] | None = None,
     sizes: Selection | None = None,
+    live: Live | None = None,
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Neighbours and scores of prepared features.
 
     Args:
         prior: (B, N, D) float32, float16 or bfloat16.
-        inverse_norm: (B, N) float32, NaN for a node that no other may choose.
-        table: (h, w) float32 decay table, h * w = N, NaN where a pair is no candidate.
+        inverse_norm: (B, N) float32, NaN for a node that no other may choose. Times the length of a row it is at most
+            one, but for rounding: no cosine is larger.
+        table: (h, w) float32 decay table, h * w = N, NaN where a pair is no candidate; its first entry is a number.
         k: neighbours per node.
         form: ``additive``, ``gauss`` (both subtract the table), ``multiplicative`` or ``product``.
         include_self: the node itself is always, or never, among its neighbours.
         rounded, residual: (B, N, D) float16 and (B, N) float32 of ``prepare_prior``, or None. With them the choice is
             the same, and scores may be off by as much as the rounding makes of them (``knn_rounded.py``).
-        rows: first and end of the n nodes whose neighbours are wanted; by default all. It goes without ``rounded``.
+        rows: first and end of the n nodes whose neighbours are wanted; by default all. A small image goes without
+            ``rounded`` then.
         sizes: of tiles and programs; by default those of the architecture's table, then a rule.
-        counts: (B, N) int32, where it is written how many scores of a row were computed again; None counts nothing.
+        live: of the programs for more nodes than a tile of ``sizes`` has columns, likewise.
+        counts: (B, n) int32, where it is written how many scores of a row were computed again; None counts nothing.
 
     Returns:
         ``index`` (B, n, k) int32, ascending in each row, and ``score`` (B, n, k) float32. Slots without a candidate
         come last and hold the row's own index with score ``-inf``, or NaN in a row that is not finite.
     """
-    batch, nodes, _ = prior.shape
+    batch, nodes, channels = prior.shape
     begin, end = rows or (0, nodes)
     index = torch.empty(batch, end - begin, k, dtype=torch.int32, device=prior.device)
     score = torch.empty(batch, end - begin, k, dtype=torch.float32, device=prior.device)
@@ -250,18 +255,21 @@ def knn_graph(
         return index, score
     chosen = sizes or sizes_of("knn_graph", prior.device, prior.dtype, nodes, k)
     prior, inverse_norm, table = prior.contiguous(), inverse_norm.contiguous(), table.contiguous()
-    whole = nodes <= chosen.block_n
-    fits = (whole or k <= LARGEST_LISTED) and JOIN_OF[form] == "subtract"
-    if rows is not None or rounded is None or residual is None or not fits or not products_are_wide():
-        _merge_tiles(prior, inverse_norm, table, form, include_self, chosen, index, score, begin)
+    given = (prior, inverse_norm, table, form, include_self)
+    if nodes > chosen.block_n and prior.dtype != torch.float32:
+        # half precision multiplies itself without a loss
+        rounded, residual = prior, torch.zeros_like(inverse_norm)
+    if rounded is None or residual is None or JOIN_OF[form] != "subtract":
+        pass
+    elif nodes > chosen.block_n:
+        live = live or sizes_of("knn_live", prior.device, prior.dtype, nodes, k)
+        if serves(nodes, channels, k, (table.shape[0], table.shape[1]), live):
+            short = (rounded.contiguous(), residual.contiguous())
+            knn_live(*given, *short, live, begin, index, score, counts)
+            return index, score
+    elif rows is None and products_are_wide():
+        short = (rounded.contiguous(), residual.contiguous())
+        knn_rounded(*given, *short, chosen, index, score, counts)
         return index, score
-    rounded, residual = rounded.contiguous(), residual.contiguous()
-    if whole:
-        given = (prior, inverse_norm, rounded, residual, table)
-        knn_rounded(*given, form, include_self, chosen, index, score, counts)
-        return index, score
-    lists = (batch, nodes, list_size(k))
-    listed = (index.new_empty(lists), score.new_empty(lists))
-    _merge_tiles(rounded, inverse_norm, table, form, include_self, chosen, *listed)
-    knn_from_lists(prior, inverse_norm, residual, table, form, include_self, listed, index, score, counts)
+    _merge_tiles(*given, chosen, index, score, begin)
     return index, score

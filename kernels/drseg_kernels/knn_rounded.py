@@ -20,9 +20,8 @@ largest, and cuts off what does not fit in 24 bits. Each of the 17 loses less th
 at most ``|h_i| |h_j|``: over D channels ``(17 / 16) D 2**-23``. Twice that is taken, and 8 more for the few roundings
 behind the product: ``slack = (D + 8) 2**-22``. The rounding of the decay's subtraction goes with the k-th score.
 
-An image of several tiles has lists that hold more than k, the best by rounded rows. The rest of a row's scores is below
-all of its list. If it is not far enough below, the list does not decide, and a kernel computes the whole row in
-float32. That happens if all rows of a prior are alike.
+A large image has lists of candidates instead (``knn_live.py``): all that may be among a row's k best. A row with too
+many of them has no list, and a kernel computes the whole row in float32. That happens if all rows of a prior are alike.
 """
 
 from __future__ import annotations
@@ -54,6 +53,8 @@ from drseg_kernels._selection import (
 
 # behind every index
 _FAR = tl.constexpr(2**31 - 1)
+# entries of a list, at most: a power of two
+_LONGEST = tl.constexpr(256)
 # of the k-th score, for the rounding of what is subtracted there
 _OF_SCORE = tl.constexpr(2.0**-21)
 
@@ -62,6 +63,13 @@ _OF_SCORE = tl.constexpr(2.0**-21)
 def score_at(key):
     """The float32 of ``ordered_bits``; NaN of a key that is no candidate's."""
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def margin_of(border, own_loss, loss, inverse_own, slack):
+    """How far from a border (R,) a rounded score of these rows is certain; ``loss`` is the largest of other rows."""
+    off = own_loss + loss * (1.0 + own_loss) + slack
+    return tl.where(inverse_own == 0.0, 0.0, 2.0 * off + tl.abs(border) * _OF_SCORE)
 
 
 @triton.jit
@@ -96,8 +104,9 @@ def exact_scores(
     for start in range(0, channels, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         both = has[:, None] & (d < channels)[None, :]
-        own = tl.load(prior_ptr + (node * channels)[:, None] + d[None, :], mask=both, other=0.0)
-        total += own * tl.load(prior_ptr + ((sample + j) * channels)[:, None] + d[None, :], mask=both, other=0.0)
+        own = tl.load(prior_ptr + (node * channels)[:, None] + d[None, :], mask=both, other=0.0).to(tl.float32)
+        other = tl.load(prior_ptr + ((sample + j) * channels)[:, None] + d[None, :], mask=both, other=0.0)
+        total += own * other.to(tl.float32)
     inverse = tl.load(inverse_norm_ptr + sample + j, mask=has, other=0.0)
     x_own, x = i % width, j % width
     cell = tl.abs((i - x_own) - (j - x)) + tl.abs(x_own - x)
@@ -105,7 +114,7 @@ def exact_scores(
     return join_scores(tl.sum(total, axis=1) * inverse_own * inverse, decay, JOIN)
 
 
-@triton.jit(do_not_specialize=["first_image", "nodes", "width", "k"])
+@triton.jit(do_not_specialize=["first_image", "begin", "wanted", "stride", "nodes", "width", "k"])
 def _knn_graph_fwd_kernel_rounded(
     product_ptr,
     list_ptr,
@@ -116,9 +125,12 @@ def _knn_graph_fwd_kernel_rounded(
     table_ptr,
     index_ptr,
     score_ptr,
-    open_ptr,
+    length_ptr,
     count_ptr,
     first_image,
+    begin,
+    wanted,
+    stride,
     nodes,
     width,
     k,
@@ -136,13 +148,19 @@ def _knn_graph_fwd_kernel_rounded(
 ):
     """``index`` and ``score`` (B, N, k) of BLOCK_M rows from products (images, N, N) of rounded rows.
 
-    LISTED: of one row, from the BLOCK_N best of it: ``list`` and ``product`` (B, N, BLOCK_N) are their indices and
-    rounded scores, as ``merge_columns`` leaves them, ``loss`` (B,) the largest residual of an image. In ``open`` (B, N)
-    it is written where that is not enough. COUNT: how many scores of a row were computed again, in count (B, N).
+    LISTED: (B, n, k), of the n rows ``wanted`` from ``begin`` on. Candidates of a row, at most BLOCK_N, are the first
+    ``length`` (B, n) of ``list`` and ``product`` (B, n, ``stride``), their indices and rounded scores; -1 is of a row
+    without a list. ``loss`` (B,) is the largest residual of an image. COUNT: how many scores of a row were computed
+    again, in ``count`` (B, n).
     """
     image = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = r < nodes
+    place = (image + first_image) * nodes + r
+    if LISTED:
+        row = r < wanted
+        place = (image + first_image) * wanted + r
+        r += begin
     i = r.to(tl.int32)
     tile_row = image * nodes + r
     image += first_image
@@ -152,13 +170,14 @@ def _knn_graph_fwd_kernel_rounded(
     own_loss = tl.load(residual_ptr + node, mask=row, other=0.0)
     c = tl.arange(0, BLOCK_N)
     if LISTED:
-        slot = (node * BLOCK_N)[:, None] + c[None, :]
-        # of one row
-        j = tl.sum(tl.load(list_ptr + slot), axis=0)
-        value = tl.load(product_ptr + slot)
-        # neither padding (-inf) nor of a row that is not finite (NaN)
-        allowed = value > -float("inf")
-        key = keys_of(value, allowed, i[:, None] == j[None, :], INCLUDE_SELF)
+        listed = c[None, :] < tl.load(length_ptr + place, mask=row, other=0)[:, None]
+        start = (place * stride)[:, None]
+        # in ascending index, each with where it lies; both fit into an integer
+        both = tl.load(list_ptr + start + c[None, :], mask=listed, other=0) * _LONGEST + c[None, :]
+        both = tl.sort(tl.where(listed, both, _FAR), dim=1)
+        j = both // _LONGEST
+        value = tl.load(product_ptr + start + both % _LONGEST, mask=listed, other=-float("inf"))
+        key = keys_of(value, listed, i[:, None] == j, INCLUDE_SELF)
         loss = tl.load(loss_ptr + image)
     else:
         key, value, j = scored_columns(
@@ -200,20 +219,10 @@ def _knn_graph_fwd_kernel_rounded(
         loss = tl.maximum(loss, tl.max(tl.load(residual_ptr + sample + c, mask=c < nodes, other=0.0), axis=0))
 
     border = score_at(kth_key(key, head_key, tl.full(row.shape, NONE, tl.int32), k, TAIL > 0))
-    off = own_loss + loss * (1.0 + own_loss) + slack
-    margin = tl.where(inverse_own == 0.0, 0.0, 2.0 * off + tl.abs(border) * _OF_SCORE)
-    if LISTED:
-        # what is not in a full list is no higher than the lowest that is, but for the row itself
-        lowest = tl.min(tl.where((key > NONE) & (key < FORCED), value, float("inf")), axis=1)
-        full = tl.sum((key > NONE).to(tl.int32), axis=1) == BLOCK_N
-        unknown = full & (lowest >= border - margin)
-        tl.store(open_ptr + node, unknown.to(tl.int32), mask=row)
+    margin = margin_of(border, own_loss, loss, inverse_own, slack)
     key, between = sorted_out(key, value, border, margin)
     # the scores of a row of zeros are exact
     between = between & (inverse_own != 0.0)[:, None]
-    if LISTED:
-        # a kernel of its own computes all of these
-        between = between & (unknown == 0)[:, None]
     remaining = tl.sum((key > NONE).to(tl.int32), axis=1)
     if TAIL > 0:
         head_key, head_between = sorted_out(head_key, head_value, border, margin)
@@ -226,13 +235,13 @@ def _knn_graph_fwd_kernel_rounded(
         head_between = head_between & (remaining > k)[:, None]
         again += tl.sum(head_between.to(tl.int32), axis=1)
     if COUNT:
-        tl.store(count_ptr + node, again, mask=row)
+        tl.store(count_ptr + place, again, mask=row)
 
     # every row takes its next one
     for _ in range(0, tl.max(again, axis=0)):
-        at = tl.min(tl.where(between, j[None, :], _FAR), axis=1)
+        at = tl.min(tl.where(between, j, _FAR), axis=1)
         if TAIL > 0:
-            at = tl.minimum(at, tl.min(tl.where(head_between, head_j[None, :], _FAR), axis=1))
+            at = tl.minimum(at, tl.min(tl.where(head_between, head_j, _FAR), axis=1))
         has = at < _FAR
         exact = exact_scores(
             prior_ptr,
@@ -250,15 +259,15 @@ def _knn_graph_fwd_kernel_rounded(
             BLOCK_M,
             BLOCK_D,
         )
-        this = between & (j[None, :] == at[:, None])
+        this = between & (j == at[:, None])
         key = tl.where(this, ordered_bits(exact)[:, None], key)
         value = tl.where(this, exact[:, None], value)
-        between = between & (j[None, :] != at[:, None])
+        between = between & (j != at[:, None])
         if TAIL > 0:
-            this = head_between & (head_j[None, :] == at[:, None])
+            this = head_between & (head_j == at[:, None])
             head_key = tl.where(this, ordered_bits(exact)[:, None], head_key)
             head_value = tl.where(this, exact[:, None], head_value)
-            head_between = head_between & (head_j[None, :] != at[:, None])
+            head_between = head_between & (head_j != at[:, None])
 
     if TAIL == 0:
         head_key, head_value, head_j = key, value, j
@@ -272,7 +281,7 @@ def _knn_graph_fwd_kernel_rounded(
         head_value,
         head_j,
         row,
-        node,
+        place,
         i,
         inverse_own == inverse_own,
         k,
@@ -310,7 +319,8 @@ def whole_row_columns(
         channel = d < channels
         own = tl.load(prior_ptr + (node * channels)[:, None] + d[None, :], mask=channel[None, :], other=0.0)
         at = ((sample + j) * channels)[:, None] + d[None, :]
-        total += own * tl.load(prior_ptr + at, mask=column[:, None] & channel[None, :], other=0.0)
+        other = tl.load(prior_ptr + at, mask=column[:, None] & channel[None, :], other=0.0)
+        total += own.to(tl.float32) * other.to(tl.float32)
     inverse = tl.load(inverse_norm_ptr + sample + j, mask=column, other=0.0)
     both = (inverse_own == inverse_own)[:, None] & column[None, :]
     decay = decay_between(table_ptr, i, j, width, both)
@@ -319,18 +329,19 @@ def whole_row_columns(
     return (
         keys_of(value, allowed_pairs(both, inverse_own, inverse, own_column, INCLUDE_SELF), own_column, INCLUDE_SELF),
         value,
-        j,
+        j[None, :],
     )
 
 
-@triton.jit(do_not_specialize=["nodes", "width", "k"])
+@triton.jit(do_not_specialize=["begin", "nodes", "width", "k"])
 def _knn_graph_fwd_kernel_whole_rows(
     prior_ptr,
     inverse_norm_ptr,
     table_ptr,
-    open_ptr,
+    length_ptr,
     index_ptr,
     score_ptr,
+    begin,
     nodes,
     width,
     k,
@@ -341,12 +352,15 @@ def _knn_graph_fwd_kernel_whole_rows(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``index`` and ``score`` (B, N, k) of one row in float32, if it is ``open`` (B, N)."""
+    """``index`` and ``score`` (B, n, k) of one row of the n from ``begin`` on in float32, if its ``length`` (B, n) is
+    negative."""
     one = tl.zeros((1,), tl.int32)
-    i = tl.program_id(0) + one
-    sample = tl.program_id(1).to(tl.int64) * nodes
+    i = begin + tl.program_id(0) + one
+    image = tl.program_id(1).to(tl.int64)
+    sample = image * nodes
     node = sample + i
-    if tl.load(open_ptr + sample + tl.program_id(0)) != 0:
+    place = image * tl.num_programs(0) + tl.program_id(0) + one
+    if tl.load(length_ptr + image * tl.num_programs(0) + tl.program_id(0)) < 0:
         inverse_own = tl.load(inverse_norm_ptr + node)
         for first in range(0, nodes, BLOCK_N):
             key, value, j = whole_row_columns(
@@ -377,7 +391,7 @@ def _knn_graph_fwd_kernel_whole_rows(
                     value,
                     j,
                     one == 0,
-                    node,
+                    place,
                     i,
                     inverse_own == inverse_own,
                     k,
@@ -399,7 +413,7 @@ def _knn_graph_fwd_kernel_whole_rows(
                     value,
                     j,
                     one == 0,
-                    node,
+                    place,
                     i,
                     inverse_own == inverse_own,
                     k,
@@ -439,11 +453,11 @@ def slack_of(channels: int) -> float:
 def knn_rounded(
     prior: Tensor,
     inverse_norm: Tensor,
-    rounded: Tensor,
-    residual: Tensor,
     table: Tensor,
     form: str,
     include_self: bool,
+    rounded: Tensor,
+    residual: Tensor,
     chosen: Selection,
     index: Tensor,
     score: Tensor,
@@ -474,6 +488,9 @@ def knn_rounded(
                 index,
                 index if counts is None else counts,
                 image,
+                0,
+                nodes,
+                0,
                 nodes,
                 table.shape[1],
                 k,
@@ -484,27 +501,25 @@ def knn_rounded(
             )
 
 
-# Least entries of a list beyond k, as many as the most scores ever found around a border. And the largest k of a list,
-# since a merge holds all of it in registers.
-SPARE, LARGEST_LISTED = 16, 240
+# Least entries of a list beyond k, as many as the most scores ever found around a border.
+SPARE = 16
 
 
-def list_size(k: int) -> int:
-    """How many of the best by rounded rows are listed for the choice of k."""
+def limit_of(k: int) -> int:
+    """How many candidates of a row a list may hold for the choice of k."""
     return max(32, triton.next_power_of_2(k + SPARE))
 
 
-def list_constants(k: int, form: str, include_self: bool, counts: bool) -> dict[str, Any]:
-    """``constants`` of the choice from lists."""
-    size = list_size(k)
+def list_constants(k: int, form: str, include_self: bool, counts: bool, rows: int = 1) -> dict[str, Any]:
+    """``constants`` of the choice from lists. A warp has one of the ``rows``; an interpreted program takes more."""
     return {
         "JOIN": JOIN_OF[form],
         "INCLUDE_SELF": include_self,
         "LISTED": True,
         "COUNT": counts,
         "TAIL": 0,
-        "BLOCK_M": 1,
-        "BLOCK_N": size,
+        "BLOCK_M": rows,
+        "BLOCK_N": limit_of(k),
         "BLOCK_K": max(16, triton.next_power_of_2(k)),
         "BLOCK_D": 128,
         "num_warps": 1,
@@ -520,58 +535,63 @@ def whole_rows(k: int, form: str, include_self: bool) -> tuple[dict[str, Any], d
 def knn_from_lists(
     prior: Tensor,
     inverse_norm: Tensor,
-    residual: Tensor,
     table: Tensor,
     form: str,
     include_self: bool,
-    listed: tuple[Tensor, Tensor],
+    residual: Tensor,
+    loss: Tensor,
+    listed: tuple[Tensor, Tensor, Tensor],
+    begin: int,
     index: Tensor,
     score: Tensor,
     counts: Tensor | None,
 ) -> None:
-    """Fills ``index`` and ``score`` (B, N, k) from ``listed``, indices and scores (B, N, ``list_size(k)``) by rounded
-    rows; the other arguments as in ``knn_rounded``."""
+    """Fills ``index`` and ``score`` (B, n, k) of the n nodes from ``begin`` on, B at most as many as a grid is long.
+
+    ``listed``: their candidates and rounded scores (B, n, room), and how many there are (B, n), as ``knn_live.py`` has
+    them. ``loss``: (B,) the largest residual of an image. The other arguments are as in ``knn_rounded``.
+    """
     batch, nodes, channels = prior.shape
-    k = index.shape[-1]
-    opened = torch.empty(batch, nodes, dtype=torch.int32, device=prior.device)
-    loss = residual.amax(1)
+    _, wanted, k = index.shape
+    candidates, rough, length = listed
     whole, options = whole_rows(k, form, include_self)
-    with on_device_of(prior):
-        for image in range(0, batch, LARGEST_GRID_Y):
-            images = min(batch - image, LARGEST_GRID_Y)
-            _knn_graph_fwd_kernel_rounded[(nodes, images)](
-                listed[1],
-                listed[0],
-                prior,
-                inverse_norm,
-                residual,
-                loss,
-                table,
-                index,
-                score,
-                opened,
-                index if counts is None else counts,
-                image,
-                nodes,
-                table.shape[1],
-                k,
-                channels,
-                slack_of(channels),
-                **list_constants(k, form, include_self, counts is not None),
-                **OPTIONS,
-            )
-            part = slice(image, image + images)
-            _knn_graph_fwd_kernel_whole_rows[(nodes, images)](
-                prior[part],
-                inverse_norm[part],
-                table,
-                opened[part],
-                index[part],
-                score[part],
-                nodes,
-                table.shape[1],
-                k,
-                channels,
-                **whole,
-                **options,
-            )
+    rows = 1 if prior.is_cuda else 64
+    _knn_graph_fwd_kernel_rounded[(ceil_div(wanted, rows), batch)](
+        rough,
+        candidates,
+        prior,
+        inverse_norm,
+        residual,
+        loss,
+        table,
+        index,
+        score,
+        length,
+        index if counts is None else counts,
+        0,
+        begin,
+        wanted,
+        rough.shape[-1],
+        nodes,
+        table.shape[1],
+        k,
+        channels,
+        slack_of(channels),
+        **list_constants(k, form, include_self, counts is not None, rows),
+        **OPTIONS,
+    )
+    _knn_graph_fwd_kernel_whole_rows[(wanted, batch)](
+        prior,
+        inverse_norm,
+        table,
+        length,
+        index,
+        score,
+        begin,
+        nodes,
+        table.shape[1],
+        k,
+        channels,
+        **whole,
+        **options,
+    )

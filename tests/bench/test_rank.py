@@ -116,7 +116,9 @@ def test_every_table_is_described_by_kernels_with_known_loops():
         for sizes in tune.candidates(table, device, CASE):
             found = rank.launched(table, device, CASE, sizes)
             assert found and all(work_of(variant, CASE) is not None for variant in found)
-    assert all(work_of(variant, NOMINAL) is None or work_of(variant, NOMINAL).loops for variant in aot.variants(HOPPER))
+    for variant in aot.variants(HOPPER):
+        work = work_of(variant, NOMINAL)
+        assert work is None or work.loops or "bounds" in variant.name
 
 
 def test_a_log_is_read_whatever_its_fields_were_called():

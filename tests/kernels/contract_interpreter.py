@@ -64,7 +64,7 @@ def same(at_once: Any, own: Any) -> None:
 
 def both(name: str, *arguments: Any) -> None:
     """Both ways give the same, or refuse."""
-    place = tl if name in ("where", "load") else tl.tensor
+    place = tl if name in ("where", "load", "sort") else tl.tensor
     try:
         own = interpreter_arithmetic.OWN[name](*arguments)
     except Exception as error:
@@ -106,6 +106,14 @@ def test_where():
         ):
             both("where", mask, left, right)
         both("where", made("int1", "column", 3), made(kind, "row", 1), made(kind, "row", 2))
+
+
+@pytest.mark.parametrize("kind", ["int32", "int64", "fp32"])
+def test_sorting(kind):
+    for seed, shape in enumerate(("block", "row", "column", "line")):
+        for dim in (None, 0, 1):
+            both("sort", made(kind, shape, seed), dim)
+        both("sort", made(kind, shape, seed), None, True)
 
 
 @np.errstate(all="ignore")

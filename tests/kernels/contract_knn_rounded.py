@@ -25,7 +25,7 @@ from torch import Tensor
 from drseg_core import ops
 from drseg_core.ops import _dispatch
 from drseg_core.ops.knn_graph import reference
-from drseg_core.testing import dino_like_prior, numerics
+from drseg_core.testing import dino_like_prior
 
 for _name in (
     *(name for name in dir(test_knn_graph) if name.startswith("test_") and not hasattr(contract_knn_graph, name)),
@@ -140,35 +140,9 @@ def test_few_scores_are_computed_again(kind, device):
             if kind == "dino"
             else torch.randn(1, nodes, channels, generator=random)
         )
-        # one tile; and lists, for fewer rows where a program is interpreted
-        for sizes in (None, CONFIGURATIONS[2])[: 2 if nodes < 200 or device == "cuda" else 1]:
-            found, expected, counts = choose(prior, grid, k, 1.0, device, sizes=sizes)
-            assert torch.equal(found, expected)
-            assert 0 < counts.float().mean() < 4 and counts.max() <= 24
-
-
-@pytest.mark.promise("C8")
-@pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize("kind", ["all alike", "half alike", "not finite"])
-def test_rows_that_no_list_decides(kind, include_self, device):
-    """More scores around the border than a list has room for."""
-    # whose products are exact in any order
-    prior = torch.full((1, 60, 24), 0.5)
-    if kind == "half alike":
-        prior[0, 50:] = torch.randn(10, 24, generator=torch.Generator().manual_seed(0))
-        prior[0, 40:50] += 1e-4 * torch.randn(10, 24, generator=torch.Generator().manual_seed(1))
-    if kind == "not finite":
-        prior[0, 3] = torch.inf
-    scores = oracle.scores(prior, (6, 10), 0.0, "additive")
-    options = {"include_self": include_self, "sizes": CONFIGURATIONS[1]}
-    found, expected, _ = choose(prior, (6, 10), 5 if include_self else 16, 0.0, device, **options)
-    if kind != "half alike":
+        found, expected, counts = choose(prior, grid, k, 1.0, device)
         assert torch.equal(found, expected)
-        return
-    problem = numerics.compare_selection(
-        found[0], scores[0].gather(1, found[0].long()), scores[0], 2e-6, include_self=include_self
-    )
-    assert problem is None, problem
+        assert 0 < counts.float().mean() < 4 and counts.max() <= 24
 
 
 def against_each_other(whose: str) -> Tensor:
@@ -219,16 +193,6 @@ def check_ties(given: tuple[Tensor, ...], k: int, form: str, include_self: bool,
 @pytest.mark.parametrize("k", [1, 5, 14, 15])
 def test_ties_and_a_node_that_is_not_finite(k, include_self, form, chosen, device):
     check_ties(prepared(2, (3, 5), 8, device), k, form, include_self, chosen)
-
-
-# lists that are longer than a row, and shorter
-@pytest.mark.promise("C10")
-@pytest.mark.parametrize("grid", [(3, 8), (5, 8)], ids=str)
-@pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize("how", [(1, "additive"), (5, "product"), (23, "additive")], ids=str)
-def test_ties_in_lists(how, include_self, grid, device):
-    k, form = how
-    check_ties(prepared(1, grid, 8, device), k, form, include_self, CONFIGURATIONS[1 if grid[0] == 5 else 0])
 
 
 @pytest.mark.promise("C10")
@@ -293,9 +257,8 @@ def test_sums_that_are_off_by_all_they_may_be_change_nothing(device, monkeypatch
 def test_a_row_of_zeros_has_exact_scores(device):
     prior = torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(0))
     prior[0, 3] = prior[0, 30] = 0
-    for sizes in (CONFIGURATIONS[2], CONFIGURATIONS[1]):
-        found, expected, counts = choose(prior, (5, 8), 6, 1.0, device, sizes=sizes)
-        assert torch.equal(found, expected) and counts[0, 3] == counts[0, 30] == 0
+    found, expected, counts = choose(prior, (5, 8), 6, 1.0, device, sizes=CONFIGURATIONS[2])
+    assert torch.equal(found, expected) and counts[0, 3] == counts[0, 30] == 0
 
 
 def test_decay_as_a_factor_has_products_of_float32(device, monkeypatch):

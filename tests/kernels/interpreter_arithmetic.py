@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a program does most, at once by NumPy: arithmetic, comparisons, casts, ``tl.where`` and ``tl.load``.
+"""What a program does most, at once by NumPy: arithmetic, comparisons, casts, ``tl.where``, ``tl.load``, ``tl.sort``.
 
 Triton's interpreter goes through a dozen calls for one addition, each of which asks for the same kinds and shapes. The
 plain cases are here, with the function of NumPy that the interpreter takes. All others go the interpreter's own way.
@@ -52,6 +52,7 @@ def patch(tl: Any, interpreter: Any) -> None:
     at_once.replace_to()
     at_once.replace_where()
     at_once.replace_load()
+    at_once.replace_sort()
 
 
 class _AtOnce:
@@ -183,6 +184,20 @@ class _AtOnce:
             return tensor(found, tl.block_type(element, list(shape)))
 
         tl.load = load
+
+    def replace_sort(self) -> None:
+        tl, tensor = self.tl, self.tl.tensor
+        own_way = OWN["sort"] = tl.sort
+
+        def sort(x: Any, dim: Any = None, descending: Any = 0) -> Any:
+            axis = -1 if dim is None else getattr(dim, "value", dim)
+            known = type(x) is tensor and x.type.is_block() and x.dtype.name in ("int32", "int64")
+            # a whole network of comparisons is a second of a program
+            if not known or getattr(descending, "value", descending) or axis not in (-1, len(x.type.shape) - 1):
+                return own_way(x, dim, tl.constexpr(getattr(descending, "value", descending)))
+            return self.made(np.sort(np.broadcast_to(x.handle.data, x.type.shape), axis=-1), x.dtype, x.type)
+
+        tl.sort = sort
 
     def fill(self, element: Any, other: Any, shape: tuple[int, ...]) -> Any:
         """Handle of what stands where the mask is false; None where it is no number, or has no kind of NumPy's."""

@@ -147,7 +147,7 @@ def test_kernels_are_really_compiled(name, tmp_path):
         f"variant = next(one for one in aot.variants(target) if one.name.startswith({name!r}))\n"
         "ptx, figures = aot.build(variant, target)\n"
         "assert '.global' in ptx and figures['registers'] > 8, figures\n"
-        "assert not aot.ptx_problems(ptx, variant.options.get('enable_fp_fusion', True))\n"
+        "assert not aot.ptx_problems(ptx, variant.options.get('enable_fp_fusion', True), variant.bounded)\n"
     )
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)

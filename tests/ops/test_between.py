@@ -12,6 +12,7 @@ from torch import Tensor
 from drseg_core import ops
 from drseg_core.errors import BackendUnavailableError
 from drseg_core.ops import knn_between
+from drseg_core.ops.between import _side_by_side
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [
@@ -146,3 +147,15 @@ def test_what_does_not_fit_is_refused(call, error, message):
     with pytest.raises(error, match=message) as found:
         call()
     assert "\n" not in str(found.value)
+
+
+def test_what_fills_the_last_grid_chooses_nothing():
+    """Rows of zeros would tie with everything, and a GPU would compute all of their scores in float32."""
+    random = torch.Generator().manual_seed(0)
+    query, prior = (ops.prepare_prior(torch.randn(2, n, 8, generator=random)) for n in (7, 5))
+    both = _side_by_side(query, prior)
+    # two grids of each sample: 5 rows, then 2 and three that are none
+    inverse = both.inverse_norm.view(2, 2, 2, 5)
+    assert torch.equal(inverse[:, 1, 0, :2], query.inverse_norm[:, 5:]) and inverse[:, 1, 0, 2:].isnan().all()
+    assert torch.equal(inverse[:, :, 1], prior.inverse_norm[:, None].expand(-1, 2, -1))
+    assert inverse.isnan().sum() == 6 and both.scaled.isfinite().all()
