@@ -20,7 +20,8 @@ SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=
 
 # short tests of every part, for what depends on where they run; whole maps from words and memory do not
 ELSEWHERE_TESTS ?= tests/config tests/evaluation tests/scenes tests/repo/test_tree.py \
-	$(addprefix --ignore=tests/scenes/test_,zero_shot.py super_tiles.py memory.py many.py mosaic.py cluster.py) \
+	$(addprefix --ignore=tests/scenes/test_,zero_shot.py super_tiles.py memory.py many.py mosaic.py cluster.py \
+		own_sets.py graph_rows.py) \
 	$(addprefix tests/data/test_,images.py folder.py check.py archives.py manifest.py) \
 	$(addprefix tests/cli/test_,commands.py exit_codes.py refusals.py) tests/ops/test_bad_inputs.py \
 	tests/ops/test_contract.py tests/checkpoints/test_versions.py tests/training/test_rank_channels.py \
