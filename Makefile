@@ -63,8 +63,8 @@ test-elsewhere: install  ## short tests as on other machines: language, time zon
 
 # properties of ops and maps take 2000 cases each (DRSEG_EXAMPLES=100 for another number), hours on two cores
 test-deep: install  ## more cases of what the suite takes a few of: corrupted files, failing disks, properties
-	DRSEG_DEEP=1 $(BIN)/python -m pytest -q tests/cli/test_corrupted.py tests/faults tests/emulator tests/ops/test_properties.py \
-		tests/ops/test_selection_properties.py tests/nn/test_pdgr_properties.py tests/scenes/test_map_properties.py
+	DRSEG_DEEP=1 $(BIN)/python -m pytest -q tests/cli/test_corrupted.py tests/faults tests/emulator \
+		tests/ops/test_properties.py tests/ops/test_selection_properties.py tests/nn/test_pdgr_properties.py tests/scenes/test_map_properties.py
 
 test-lowest:  ## the ops' tests on the lowest Python, torch and numpy that are promised, in build/lowest (7 GB)
 	test -x build/lowest/bin/python || $(LOWEST_PYTHON) -m venv build/lowest

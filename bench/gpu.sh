@@ -85,7 +85,9 @@ if [ -z "$DRY" ]; then
     # some rows of a graph, as processes share them
     ASKED="$ASKED or some_rows"
     # neighbours by rounded rows, what the library's products lose, and products of our own
-    ASKED="$ASKED or left_to_a_layer or slack or computed_again or no_list or it_must_be or choice_is_that or far_copy or no_launch or our_own or than_float32"
+    ASKED="$ASKED or left_to_a_layer or slack or computed_again or no_list or it_must_be or our_own or than_float32"
+    # those of large images, in half precision too
+    ASKED="$ASKED or choice_is_that or far_copy or no_launch or half_precision_needs"
     # linear maps by float16 parts: their error beside float32's, and what a tensor core cuts off
     ASKED="$ASKED or no_less_accurate or scales_and_parts or any_size or not_finite_keeps or pdgr_multiplies"
     # layers by a dense matrix, in bfloat16 too, and recorded

@@ -8,7 +8,7 @@ import pytest
 import test_knn_graph
 import torch
 from contract_knn_graph import on_device, on_small_graphs, prepared
-from contract_knn_rounded import against_each_other, truncating
+from contract_knn_rounded import against_each_other, copies, truncating
 from test_knn_graph import *  # noqa: F403
 from torch import Tensor
 
@@ -149,13 +149,8 @@ def test_sums_of_a_tensor_core_are_within_the_slack(sums, device, monkeypatch):
 
 @pytest.mark.promise("C10")
 def test_copies_of_a_row_are_taken_from_the_lowest_index(device):
-    random = torch.Generator().manual_seed(3)
-    prior = torch.randn(1, 6, 40, generator=random).repeat(1, 12, 1)[:, torch.randperm(72, generator=random)]
+    prior, expected = copies()
     found, _, counts = choose(prior, (8, 9), 17, 0.0, device)
-    unit = prior[0].double() / prior[0].double().norm(dim=-1, keepdim=True)
-    key = (unit @ unit.mT).mul(2**20).round()
-    key.fill_diagonal_(torch.inf)
-    expected = key.sort(dim=1, descending=True, stable=True).indices[None, :, :17].sort(-1).values.int()
     assert torch.equal(found, expected) and counts.max() > 0
 
 

@@ -10,7 +10,7 @@ import contract_knn_graph
 import oracle
 import pytest
 import torch
-from contract_knn_rounded import against_each_other
+from contract_knn_rounded import against_each_other, copies
 from drseg_kernels import knn_graph as kernels
 from drseg_kernels import knn_live
 from drseg_kernels._launch import Live, Selection
@@ -271,14 +271,8 @@ def test_a_row_of_zeros_has_exact_scores(device):
 
 @pytest.mark.promise("C10")
 def test_copies_of_a_row_are_taken_from_the_lowest_index(device):
-    random = torch.Generator().manual_seed(3)
-    prior = torch.randn(1, 6, 40, generator=random).repeat(1, 12, 1)[:, torch.randperm(72, generator=random)]
+    prior, expected = copies()
     found, _, counts = choose(prior, (8, 9), 17, 0.0, device)
-    # copies have one score, which the reference's product may round apart: the lowest indices are right
-    unit = prior[0].double() / prior[0].double().norm(dim=-1, keepdim=True)
-    key = (unit @ unit.mT).mul(2**20).round()
-    key.fill_diagonal_(torch.inf)
-    expected = key.sort(dim=1, descending=True, stable=True).indices[None, :, :17].sort(-1).values.int()
     assert torch.equal(found, expected) and counts.max() > 0
 
 
