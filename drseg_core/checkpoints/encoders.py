@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -18,6 +19,7 @@ from drseg_core.errors import CheckpointError, ConfigError
 from drseg_core.extras import require
 from drseg_core.models.clip import ARCHITECTURES, ClipEncoder
 from drseg_core.models.dino import NORMALIZATIONS, DinoPrior
+from drseg_core.models.weights import WithoutInitialWeights
 
 Normalization = Literal["sat", "imagenet", "clip"]
 RANDOM = "random"
@@ -133,7 +135,8 @@ def _clip(config: ClipConfig, file: Path | None, offline: bool) -> ClipEncoder:
         _log.warning("CLIP has random weights (%s): the map means nothing; this only tries the command", config.name)
     # inner blocks are not needed here, and small towers have fewer than the defaults name
     config = dataclasses.replace(config, guidance_blocks=(0, 1), trainable="none")
-    with torch.random.fork_rng(devices=[]):
+    drawn = contextlib.nullcontext() if config.weights is None else WithoutInitialWeights()
+    with torch.random.fork_rng(devices=[]), drawn:
         torch.manual_seed(0)
         return ClipEncoder(config, file=file, offline=offline)
 

@@ -8,6 +8,7 @@ be trained separately.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -24,7 +25,7 @@ from drseg_core.errors import CheckpointError, ConfigError
 from drseg_core.extras import require
 from drseg_core.models.correlation import rotate
 from drseg_core.models.prompts import class_prompts
-from drseg_core.models.weights import difference, read_foreign_state
+from drseg_core.models.weights import WithoutInitialWeights, difference, read_foreign_state
 
 # pixel statistics of OpenAI's CLIP, on [0, 1] RGB
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -436,7 +437,10 @@ def open_clip_model(
     if not stages:
         vision["patch_dropout"] = 0.0
     state, mean, deviation = _weights(config, bool(architecture.get("quick_gelu", False)), read_weights, file, offline)
-    model = CLIP(**architecture)
+    # what a checkpoint is then loaded into needs no initial weights; where weights are read, random ones of other parts
+    # are drawn next, and are those of the seed
+    with contextlib.nullcontext() if read_weights else WithoutInitialWeights():
+        model = CLIP(**architecture)
     if state is not None:
         _load(model, state, f"{config.name} from {config.weights}")
     return model, mean, deviation

@@ -18,7 +18,7 @@ from drseg_core.config.schema import DinoConfig
 from drseg_core.errors import CheckpointError
 from drseg_core.extras import require
 from drseg_core.models.clip import PIXEL_DEVIATION, PIXEL_MEAN
-from drseg_core.models.weights import difference, read_foreign_state
+from drseg_core.models.weights import WithoutInitialWeights, difference, read_foreign_state
 from drseg_core.nn.resample import resample
 
 if TYPE_CHECKING:
@@ -218,7 +218,8 @@ def _build(config: DinoConfig, offline: bool) -> Any:
         raise CheckpointError("DinoPrior: drseg-tiny has no published weights; expected null or a file, got pretrained")
     if pretrained and offline:
         raise CheckpointError(f"DinoPrior: weights of {config.name} are not here; expected a file, as offline is set")
-    with _seeded(config.seed):
+    read = config.weights is not None and not pretrained
+    with _seeded(config.seed), WithoutInitialWeights() if read else contextlib.nullcontext():
         try:
             encoder = _create(timm, name, pretrained, options, config.image_size)
         except (ValueError, TypeError):
@@ -239,7 +240,7 @@ def _build(config: DinoConfig, offline: bool) -> Any:
         raise ValueError(
             f"DinoPrior: image_size does not fit {config.name}; expected a multiple of {side}, got {config.image_size}"
         )
-    if config.weights is not None and not pretrained:
+    if read:
         _load(encoder, config)
     return encoder
 

@@ -6,15 +6,21 @@ import json
 import os
 import pickle
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from drseg_core.config.schema import ModelConfig
 from drseg_core.errors import CheckpointError, ResourceError
 from drseg_core.models.build import build_model
 from drseg_core.models.weights import (
+    WithoutInitialWeights,
+    check_finite,
     load_into,
     load_weights,
     model_state,
@@ -31,6 +37,16 @@ STATE = {
     "empty": torch.zeros(0, dtype=torch.int64),
     "flag": torch.tensor([True, False]),
 }
+
+
+@pytest.fixture
+def seen_memory() -> Iterator[None]:
+    """What nobody has written is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -208,6 +224,46 @@ def test_newer_format_names_both_versions(saved: Path) -> None:
 
 
 @pytest.mark.promise("C32")
+def test_infinite_and_missing_values_are_counted() -> None:
+    inf, nan = torch.inf, torch.nan
+    for values, count in ([1, -inf], 1), ([inf, 0, -inf], 2), ([nan, inf, 3, nan], 3), ([nan], 1):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            with pytest.raises(CheckpointError, match=f"^x is not finite; w has {count} non-finite values$"):
+                check_finite({"v": torch.ones(2), "w": torch.tensor(values, dtype=dtype)}, "x")
+    largest = torch.finfo(torch.float32).max
+    check_finite({"none": torch.zeros(0), "all": torch.tensor([largest, -largest, 0]), "index": torch.tensor([1])}, "x")
+
+
+def test_what_is_read_next_has_no_initial_weights(tiny_config: ModelConfig, seen_memory: None) -> None:
+    with WithoutInitialWeights():
+        left = nn.Linear(40, 30)
+        nn.init.trunc_normal_(left.weight)
+        timm.layers.trunc_normal_(left.weight)
+        nn.init.xavier_uniform_(left.weight)
+    assert left.weight.isnan().all() and left.bias.isnan().all()
+    clip = build_model(tiny_config, read_clip=False).clip
+    assert clip.text.token_embedding.weight.isnan().all()
+    assert all(value.isfinite().all() for value in build_model(tiny_config).state_dict().values())
+
+
+def test_the_same_is_read_with_and_without_initial_weights(
+    tiny_config: ModelConfig, tmp_path: Path, seen_memory: None
+) -> None:
+    model = build_model(tiny_config)
+    model.dino.encoder.norm.weight.data.fill_(0.5)
+    path = tmp_path / "prior.safetensors"
+    safetensors.torch.save_file(model.dino.encoder.state_dict(), path)
+    read = dataclasses.replace(tiny_config, dino=dataclasses.replace(tiny_config.dino, weights=str(path)))
+    found = build_model(read, read_clip=False)
+    for name, value in model.dino.state_dict().items():
+        assert torch.equal(found.dino.state_dict()[name], value)
+    # the prior is left out of what is saved where it is read from a file
+    held = {name: value for name, value in model_state(model).items() if not name.startswith("dino.")}
+    load_into(found, held, name="of a model")
+    for name, value in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
 def test_non_finite_weights_are_counted(tmp_path: Path) -> None:
     value = torch.zeros(20)
     value[:12] = float("nan")
