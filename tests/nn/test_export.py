@@ -23,12 +23,24 @@ ROOT = Path(__file__).parents[2]
 C, D = 6, 5
 # some with fewer cells than neighbours, some with more
 SIZES = [(2, 9, 11), (1, 2, 3), (3, 9, 4), (5, 12, 13)]
+# each option once: a program takes seconds to make
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"norm": "sym_count"},
-    {"norm": "sym_undirected", "self_loop": "extra", "residual": True},
-    {"k": 0.5, "edge_temperature": 0.1, "edge_decay": 1.0},
-    {"self_loop": "exclude", "use_affinity_as_weight": True, "normalize_prior": False, "keep_format": False},
+    {
+        "norm": "sym_undirected",
+        "self_loop": "extra",
+        "residual": True,
+        "k": 0.5,
+        "edge_temperature": 0.1,
+        "edge_decay": 1.0,
+    },
+    {
+        "norm": "sym_count",
+        "self_loop": "exclude",
+        "use_affinity_as_weight": True,
+        "normalize_prior": False,
+        "keep_format": False,
+    },
 ]
 
 
