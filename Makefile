@@ -7,6 +7,10 @@ OUT ?= demo
 # the versions that CI installs; they need Python 3.11 or newer, older Pythons take what the bounds allow
 CONSTRAINTS ?= $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
+# hundreds of processes that tests start read the same modules: where Python may not keep what it makes of them, each
+# compiles them again
+export PYTHONDONTWRITEBYTECODE :=
+
 # of each sanitizer build: what it looks for, what must be in the process before Python, and how it is told to behave
 SANITIZE_address := address,undefined
 PRELOAD_address := libasan.so libstdc++.so
@@ -103,7 +107,7 @@ lint: install  ## ruff and mypy
 docs: install  ## the pages as a site in build/site, offline; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-aot: install  ## compile every Triton kernel for every GPU in view, without one (TRITON=3.6.0 for another version)
+aot: install  ## compile Triton kernels that changed for every GPU in view, without one (TRITON=3.6.0: another version)
 	test -z "$(TRITON)" || test -d build/triton-$(TRITON) || \
 		$(BIN)/python -m pip install -q --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH="$(if $(TRITON),build/triton-$(TRITON))" $(BIN)/python -m bench aot

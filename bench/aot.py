@@ -2,7 +2,12 @@
 """Compiles every Triton kernel in every shipped configuration for every GPU in view, without a GPU.
 
     python -m bench aot              # check against bench/aot_baseline.json
+    python -m bench aot --all        # also what is as it was when the baseline was written
     python -m bench aot --update     # write the figures there
+
+A row of the baseline names what it was built from: the kernel's source and all that it calls, its compile-time
+arguments, and these checks. Where nothing of that has changed the compiler is not asked again; limits are held all the
+same.
 
 Shared memory, registers, stack and spills are read from the compiler and held to each device's limits. None may grow by
 more than a tenth over the baseline of the same Triton version. The same holds for the instructions that a program
@@ -15,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -117,6 +123,19 @@ def build(variant: Variant, target: Target) -> tuple[str, dict[str, int]]:
     return ptx, figures
 
 
+def key_of(variant: Variant, target: Target) -> str:
+    """Names what a build comes from: as Triton's own cache does, and what reads its figures besides."""
+    named = [sorted(given.items()) for given in (variant.types, variant.constants, variant.options)]
+    given = (variant.kernel.cache_key, named, sorted(variant.even), variant.bounded, target.machine, _checks())
+    return hashlib.sha256(repr(given).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _checks() -> str:
+    text = b"".join((Path(__file__).parent / name).read_bytes() for name in ("aot.py", "sass.py", "work.py"))
+    return hashlib.sha256(text).hexdigest()
+
+
 def read_log(log: str) -> dict[str, int]:
     """Figures of ``ptxas -v``."""
     patterns = {
@@ -208,19 +227,32 @@ def growth_problems(figures: dict[str, int], before: dict[str, int]) -> list[str
     ]
 
 
+def baseline_problems(figures: dict[str, int], before: dict[str, int] | None) -> list[str]:
+    """What is beyond the baseline's row, which every kernel has."""
+    if before is None:
+        return ["not in the baseline; expected a row, got none: run python -m bench aot --update"]
+    found = growth_problems(figures, before)
+    if "issue" in before and "issue" not in figures and sass.disassembler() is not None:
+        found.append("issue is not known: expected the kernel's loops in bench/work.py, got none")
+    return found
+
+
 @functools.cache
 def _variants(arch: int) -> dict[str, Variant]:
     target = next(target for target in TARGETS if target.arch == arch)
     return {variant.name: variant for variant in variants(target)}
 
 
+def _found(arch: int, name: str) -> tuple[Variant, Target]:
+    return _variants(arch)[name], next(target for target in TARGETS if target.arch == arch)
+
+
 def report(arch: int, name: str) -> tuple[dict[str, int], list[str], float]:
-    """Figures of a variant, what is beyond a device's limits or wrong in its PTX, and the seconds that it took."""
+    """Figures of a variant, what is wrong in its PTX, and the seconds that it took."""
     begin = time.perf_counter()
-    target, variant = next(target for target in TARGETS if target.arch == arch), _variants(arch)[name]
+    variant, target = _found(arch, name)
     ptx, figures = build(variant, target)
-    problems = limit_problems(figures, target, variant.options["num_warps"], variant.shared_bytes)
-    problems += ptx_problems(ptx, variant.options["enable_fp_fusion"], variant.bounded)
+    problems = ptx_problems(ptx, variant.options["enable_fp_fusion"], variant.bounded)
     return figures, problems, time.perf_counter() - begin
 
 
@@ -238,48 +270,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m bench aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--update", action="store_true", help="write the figures to the baseline")
+    parser.add_argument("--all", action="store_true", help="build what has not changed, too")
     parser.add_argument("--arch", type=int, action="append", choices=[target.arch for target in TARGETS])
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name has this in it")
     args = parser.parse_args(arguments)
     import triton
 
     baseline = json.loads(BASELINE.read_text(encoding="utf-8")) if BASELINE.exists() else {}
-    before: dict[str, dict[str, int]] = baseline.get(triton.__version__, {})
+    before: dict[str, dict[str, Any]] = baseline.get(triton.__version__, {})
     if not before and not args.update:
         print(f"aot: the baseline has no figures of Triton {triton.__version__}: limits only")
     if sass.disassembler() is None:
         print("aot: Triton has no nvdisasm here: issued instructions are not counted")
-    rows: dict[str, dict[str, int]] = {}
+    archs = [target.arch for target in TARGETS if not args.arch or target.arch in args.arch]
+    asked = {f"sm_{arch} {name}": (arch, name) for arch in archs for name in _variants(arch) if args.only in name}
+    keys = {row: key_of(*_found(*one)) for row, one in asked.items()}
+    figures_of = {row: {**known} for row, known in before.items()}
+    old = {row for row, known in figures_of.items() if known.pop("key", "") == keys.get(row) and not args.all}
+    rows: dict[str, dict[str, Any]] = {}
     failed = 0
-    asked = [
-        (target.arch, name)
-        for target in TARGETS
-        if not args.arch or target.arch in args.arch
-        for name in _variants(target.arch)
-        if args.only in name
-    ]
     with contextlib.ExitStack() as stack:
-        for (arch, name), (figures, problems, seconds) in zip(asked, _reports(asked, stack), strict=True):
-            key = f"sm_{arch} {name}"
+        built = iter(_reports([one for row, one in asked.items() if row not in old], stack))
+        for row, one in asked.items():
+            variant, target = _found(*one)
+            figures, problems, seconds = (figures_of[row], [], 0.0) if row in old else next(built)
+            problems += limit_problems(figures, target, variant.options["num_warps"], variant.shared_bytes)
             if before and not args.update:
-                if key in before:
-                    problems += growth_problems(figures, before[key])
-                    if "issue" in before[key] and "issue" not in figures and sass.disassembler() is not None:
-                        problems.append("issue is not known: expected the kernel's loops in bench/work.py, got none")
-                else:
-                    problems.append("not in the baseline; expected a row, got none: run python -m bench aot --update")
-            rows[key] = figures
-            words = " ".join(f"{name}={value}" for name, value in figures.items())
-            print(f"{key}: {words} ({seconds:.1f} s)", flush=True)
+                problems += baseline_problems(figures, figures_of.get(row))
+            rows[row] = {"key": keys[row], **figures}
+            if row not in old or problems:
+                words = " ".join(f"{name}={value}" for name, value in figures.items())
+                print(f"{row}: {words} ({seconds:.1f} s)", flush=True)
             for problem in problems:
                 print(f"  FAILED {problem}", flush=True)
             failed += bool(problems)
     if args.update and rows and not failed:
-        # what was not built now
-        others = {key for key in before if args.only not in key.partition(" ")[2]}
-        others |= {key for key in before if args.arch and int(key[3:].split()[0]) not in args.arch}
-        kept = {key: before[key] for key in others}
+        # what was not asked for now
+        kept = {
+            row: known
+            for row, known in before.items()
+            if args.only not in row.partition(" ")[2] or int(row[3:].split()[0]) not in archs
+        }
         baseline[triton.__version__] = dict(sorted({**kept, **rows}.items()))
         BASELINE.write_text(json.dumps(baseline, indent=1) + "\n", encoding="utf-8")
-    print(f"aot: {len(rows)} kernels built with Triton {triton.__version__}, {failed} failed")
+    unchanged = f", {len(old)} as in the baseline" if old else ""
+    print(f"aot: {len(rows) - len(old)} kernels built with Triton {triton.__version__}{unchanged}, {failed} failed")
     return 1 if failed or not rows else 0

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import triton
 
 from bench import aot
 
@@ -117,6 +120,82 @@ def test_the_baseline_has_a_row_for_every_variant():
     wanted = {f"sm_{target.arch} {variant.name}" for target in aot.TARGETS for variant in aot.variants(target)}
     assert baseline and all(set(rows) == wanted for rows in baseline.values())
 
+
+@pytest.mark.promise("C26")
+def test_what_has_not_changed_is_held_to_the_limits_without_a_build(tmp_path, monkeypatch, capsys):
+    variant = next(iter(aot.variants(HOPPER)))
+    built = []
+
+    def build(variant, target):
+        built.append(variant)
+        return "", dict(FIGURES)
+
+    def check(changed, *words):
+        built.clear()
+        monkeypatch.setattr(aot, "_variants", lambda arch: {variant.name: changed})
+        code = aot.main(["--arch", "90", *words])
+        return code, len(built), capsys.readouterr().out.splitlines()[-1]
+
+    monkeypatch.setattr(aot, "BASELINE", tmp_path / "baseline.json")
+    monkeypatch.setattr(aot, "build", build)
+    variant = dataclasses.replace(variant, shared_bytes=256)
+    assert check(variant, "--update")[:2] == (0, 1)
+    assert check(variant) == (
+        0,
+        0,
+        f"aot: 0 kernels built with Triton {triton.__version__}, 1 as in the baseline, 0 failed",
+    )
+    assert check(variant, "--all")[:2] == (0, 1)
+    # the launcher expects less now
+    assert check(dataclasses.replace(variant, shared_bytes=255))[:2] == (1, 0)
+    kernel = types.SimpleNamespace(cache_key="of another source", arg_names=variant.kernel.arg_names)
+    name = next(iter(variant.types))
+    for change in (
+        {"kernel": kernel},
+        {"types": {**variant.types, name: "*fp64"}},
+        {"constants": {**variant.constants, "MORE": 1}},
+        {"options": {**variant.options, "num_stages": 7}},
+        {"even": ("rows",)},
+        {"bounded": True},
+    ):
+        assert check(dataclasses.replace(variant, **change))[:2] == (0, 1), change
+    monkeypatch.setattr(aot, "_checks", lambda: "of other rules")
+    assert check(variant)[:2] == (0, 1)
+
+
+@pytest.mark.promise("C26")
+def test_the_source_of_what_a_kernel_calls_is_part_of_its_key(tmp_path):
+    """Built in a package beside this one, whose other module changes."""
+    (tmp_path / "parts.py").write_text(PARTS.format(factor=2), encoding="utf-8")
+    (tmp_path / "kernel.py").write_text(CALLS, encoding="utf-8")
+
+    def key():
+        words = [sys.executable, "-c", "import kernel; print(kernel.run.cache_key)"]
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    before = key()
+    assert key() == before
+    (tmp_path / "parts.py").write_text(PARTS.format(factor=3), encoding="utf-8")
+    assert key() != before
+
+
+PARTS = """
+import triton, triton.language as tl
+FACTOR = tl.constexpr({factor})
+
+@triton.jit
+def scaled(value):
+    return value * FACTOR
+"""
+CALLS = """
+import triton, triton.language as tl
+from parts import scaled
+
+@triton.jit
+def run(ptr):
+    tl.store(ptr, scaled(tl.load(ptr)))
+"""
 
 ADDITIONS = """
 import re

@@ -37,6 +37,12 @@ FORMS = ("additive", "gauss", "multiplicative", "product")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+# for what the reference has no way of its own: it would be compared with itself, or takes seconds for large grids
+without_reference = pytest.mark.parametrize(
+    "backend", [name for name in BACKENDS if name != "reference"], indirect=True
+)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     with ops.use_backend(request.param):
@@ -138,6 +144,7 @@ LARGE = [(33, 35), (1, 1301), (1301, 1), (3, 401), (130, 9)]
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("grid", LARGE, ids=str)
+@without_reference
 def test_large_grids_are_exact(grid, form, include_self, backend):
     nodes = grid[0] * grid[1]
     random = torch.Generator().manual_seed(nodes)
@@ -169,6 +176,7 @@ def test_gap_rule_on_large_grids(decay, dtype, backend):
 
 @pytest.mark.parametrize("form", ["additive", "multiplicative"])
 @pytest.mark.parametrize("kind", ["dino", "random", "outliers", "integers"])
+@without_reference
 def test_grids_that_are_searched_coarsely_first(kind, form, backend):
     # more nodes and channels than it takes for the native backend to reduce rows to a few bits
     h, w, channels = 43, 50, 100
@@ -196,6 +204,7 @@ def test_grids_that_are_searched_coarsely_first(kind, form, backend):
 
 
 @pytest.mark.parametrize("k", (1, 30, 400))
+@without_reference
 def test_a_coarse_search_of_whole_vectors_for_few_and_for_many_neighbours(k, backend):
     # rows of 112 float32 fill whole vectors, so the native backend reads them where they lie
     prior = dino_like_prior(2, 41, 53, 112, torch.Generator().manual_seed(3))
@@ -204,6 +213,7 @@ def test_a_coarse_search_of_whole_vectors_for_few_and_for_many_neighbours(k, bac
 
 
 @pytest.mark.parametrize("share", [0.005, 0.013])
+@without_reference
 def test_neighbours_that_few_bits_do_not_show(share, backend):
     # one channel is so large that whole multiples of a step lose the others, where the likeness to forty nodes lies;
     # all the rest are a little less like it, in the channel that shows
@@ -226,6 +236,7 @@ def test_neighbours_that_few_bits_do_not_show(share, backend):
 
 @pytest.mark.promise("C8")
 @pytest.mark.parametrize("levels", [45, 127])
+@without_reference
 def test_what_few_bits_lose_of_a_neighbour(levels, backend):
     """The row is exact in so many levels, and so are rows a little like it; what is likest to it loses all likeness."""
     random = torch.Generator().manual_seed(13)
