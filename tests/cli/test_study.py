@@ -5,13 +5,11 @@ import itertools
 import json
 
 import pytest
-import torch
 
-from drseg_core.checkpoints.run import model_of
 from drseg_core.studies import channels, registry, runner
 from drseg_core.studies.evidence import STUDIES
 from drseg_core.studies.registry import studies
-from drseg_core.training.loss import training_loss
+from tests.studies.in_memory import learn_in_memory
 
 SMALL = ("--quick", "--steps", "1", "--start-steps", "1")
 
@@ -25,21 +23,6 @@ def test_list(drseg):
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     return tmp_path_factory.mktemp("studies")
-
-
-def learn_in_memory(planned):
-    """A row of what a variant's model scores by chance, after one step; a whole run of each would take a second."""
-    model, config = model_of(planned.config), planned.config.train
-    output = model.train()(torch.rand(2, 3, 64, 64), model.tokenize(["grass", "water", "road"]))
-    loss = torch.stack([part.mean() for part in training_loss(output, torch.randint(3, (2, 64, 64)), config)]).sum()
-    loss.backward()
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    assert loss.isfinite() and grads and all(grad.isfinite().all() for grad in grads), planned.variant.title
-    row = {"mIoU": 10.0, "fwIoU": 10.0, "mACC": 10.0, "pACC": 10.0, "boundary": 5.0, "novel": 1.0}
-    scores = {test.name: {**row, "per_class": {"grass": 10.0}} for test in planned.setting.tests}
-    planned.folder.mkdir(parents=True, exist_ok=True)
-    (planned.folder / runner.SCORES).write_text(json.dumps({"scores": scores}))
-    return scores
 
 
 # evidence has the others among its own
