@@ -12,11 +12,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+ROOT = Path(__file__).parents[1]
 Work = Callable[[], int]
 
 
@@ -45,7 +48,10 @@ class Fork:
         self._logs = [out] if err is None else [out, err]
         for log in self._logs:
             log.write_text("")
-        self.pid = os.fork()
+        with warnings.catch_warnings():
+            # newer Pythons warn where this process has threads; none of theirs holds what a child needs
+            warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+            self.pid = os.fork()
         if self.pid:
             return
         code = 99
@@ -59,6 +65,8 @@ class Fork:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(seconds)
             os.environ.update(environment or {})
+            # those of OpenMP do not live on in a child
+            torch.set_num_threads(1)
             code = work()
         except BaseException:
             traceback.print_exc()
@@ -131,3 +139,18 @@ def in_ranks(work: Work, logs: Path, count: int = 2, seconds: int = 300) -> list
                 child.kill()
         time.sleep(0.02)
     return [(child.wait(), *child.communicate()) for child in children]
+
+
+def in_torchrun(words: Sequence[str], logs: Path, seconds: int = 600) -> tuple[int, str, str]:
+    """Exit code, ``stdout`` and ``stderr`` of a command in two processes of torchrun itself, which is a child here."""
+
+    def agent() -> int:
+        from torch.distributed import run
+
+        run.main(["--nproc-per-node", "2", "--standalone", "-m", "drseg_core", *words])
+        return 0
+
+    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    child = Fork(agent, logs / "torchrun.out", logs / "torchrun.err", seconds=seconds, environment=environment)
+    return (child.wait(), *child.communicate())

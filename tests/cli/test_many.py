@@ -19,7 +19,7 @@ import pytest
 from drseg_core.cli.main import main
 from drseg_core.scenes.predict import run_mapper
 from tests.cli.conftest import ROOT
-from tests.forks import Fork
+from tests.forks import Fork, in_torchrun
 from tests.scenes.test_many import content
 from tests.scenes.test_predict import NORTH_UP, write
 
@@ -98,14 +98,9 @@ def test_shards(drseg, run, scenes, whole, tmp_path):
 def test_two_processes_write_the_bytes_of_one(run, scenes, whole, tmp_path):
     out = tmp_path / "maps"
     words = ["predict", str(run), str(scenes), "--out", f"{out}/{{name}}.tif", "--device", "cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-m", "drseg_core", *words], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mapped: 5 of 5 scenes") == 1 and done.stdout.count(" -> ") == 5
+    code, text, errors = in_torchrun(words, tmp_path)
+    assert code == 0, errors
+    assert text.count("mapped: 5 of 5 scenes") == 1 and text.count(" -> ") == 5
     assert content(out) == content(whole)
 
 

@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from drseg_core.training import loop
 from drseg_core.training.logs import read_log
 from drseg_core.training.loop import train
 from drseg_core.training.signals import TrainingStopped
-from tests.forks import in_ranks
+from tests.forks import in_ranks, in_torchrun
 
 
 def differences(a: Any, b: Any, name: str = "") -> list[str]:
@@ -373,12 +371,8 @@ def train_words(config_file: Path, data: str, run: Path, *more: str) -> list[str
 
 
 def in_two_processes(*given: Any) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root}/kernels"}
-    command += ["-m", "drseg_core", *train_words(*given)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = in_torchrun(train_words(*given), given[2].parent)
+    assert code == 0, errors
 
 
 def in_two_forks(*given: Any) -> None:
