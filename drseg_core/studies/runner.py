@@ -7,51 +7,32 @@ study in ``OUT``.
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
 import json
 import logging
-import multiprocessing
-import multiprocessing.connection
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
-
-import torch
+from typing import Any
 
 from drseg_core.checkpoints.checkpoint import newest_checkpoint
 from drseg_core.checkpoints.lock import LOCK_NAME, run_lock
 from drseg_core.checkpoints.run import CONFIG, MANIFEST, LoadedRun, load_run
 from drseg_core.checkpoints.versions import git_revision
 from drseg_core.config.schema import Config
-from drseg_core.errors import DRSegError
 from drseg_core.evaluation.evaluate import evaluate
 from drseg_core.files import parse_json, write_text_atomic
 from drseg_core.studies.contrast import pretrain
 from drseg_core.studies.plan import PlannedVariant
 from drseg_core.studies.prior import teach_prior
 from drseg_core.studies.setting import Setting, scored_fingerprint
+from drseg_core.studies.tasks import Task, run_tasks
 from drseg_core.training.loop import train
-from drseg_core.training.signals import TrainingStopped
 
 SCORES = "scores.json"
 SECONDS = "seconds.json"
 _log = logging.getLogger(__name__)
-
-Task = tuple[Callable[..., Any], tuple[Any, ...]]
-"""A function of a module, and its arguments."""
-
-
-class Outcome(NamedTuple):
-    """What a task gave, or why it gave nothing."""
-
-    result: Any
-    problem: str | None
 
 
 def train_priors(planned: Sequence[PlannedVariant]) -> None:
@@ -282,106 +263,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _outcome(task: Task) -> Outcome:
-    function, arguments = task
-    try:
-        return Outcome(function(*arguments), None)
-    except TrainingStopped:
-        raise
-    except Exception as error:
-        kind = "" if isinstance(error, DRSegError) else f"{type(error).__name__}: "
-        return Outcome(None, kind + " ".join(str(error).split()))
-
-
-def _on(task: Task, device: str | None) -> Task:
-    """A task whose planned variants run on a device."""
-    if device is None:
-        return task
-    function, arguments = task
-    return function, tuple(one.on(device) if isinstance(one, PlannedVariant) else one for one in arguments)
-
-
-def run_tasks(tasks: Sequence[Task], jobs: int, devices: Sequence[str] = ()) -> Iterator[tuple[int, Outcome]]:
-    """Yield (place, outcome) of each task as it ends: here, or in ``jobs`` processes that take one after another.
-
-    With ``devices`` there are ``jobs`` processes on each of them, and variants run on that of their process.
-
-    Whatever a task fails of, the death of its process (killed, out of memory) included, the others go on.
-
-    Raises:
-        TrainingStopped: a task was told to stop.
-    """
-    places = tuple(devices) or (None,)
-    count = jobs * len(places)
-    if count == 1:
-        for place, task in enumerate(tasks):
-            yield place, _outcome(_on(task, places[0]))
-        return
-    threads = max(1, torch.get_num_threads() // count)
-    waiting, running = collections.deque(enumerate(tasks)), dict[Connection, int]()
-    workers = dict[Connection, Any]()
-    on = dict[Connection, str | None]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < count:
-                idle = next((worker for worker in workers if worker not in running), None)
-                if idle is None:
-                    # where the fewest are
-                    device = min(places, key=[on[worker] for worker in workers].count)
-                    idle = _start_worker(workers, threads, device)
-                    on[idle] = device
-                worker = idle
-                running[worker], task = waiting.popleft()
-                # one that died while it was idle says so below
-                with contextlib.suppress(OSError):
-                    worker.send(task)
-            for worker in cast("list[Connection]", multiprocessing.connection.wait(list(running))):
-                place = running.pop(worker)
-                try:
-                    outcome = worker.recv()
-                except (EOFError, OSError):
-                    process = workers.pop(worker)
-                    process.join()
-                    worker.close()
-                    code = process.exitcode
-                    outcome = Outcome(None, f"its process died with exit code {code}; expected a result, got none")
-                if isinstance(outcome, TrainingStopped):
-                    raise outcome
-                yield place, outcome
-    finally:
-        for worker, process in workers.items():
-            if worker in running:
-                # a training that is told to stop saves its state first
-                process.terminate()
-            worker.close()
-        for process in workers.values():
-            process.join()
-
-
-def _start_worker(workers: dict[Connection, Any], threads: int, device: str | None) -> Connection:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, threads, device))
-    process.start()
-    # the process has its own copy: when it ends, ours sees the end of the pipe
-    theirs.close()
-    workers[ours] = process
-    return ours
-
-
-def _work(tasks: Connection, threads: int, device: str | None) -> None:
-    # a terminal's Ctrl-C goes to the parent alone, which then tells its processes once to stop
-    with contextlib.suppress(OSError):
-        os.setsid()
-    torch.set_num_threads(threads)
-    # until no process asks or waits for an answer any more
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            task = tasks.recv()
-            try:
-                outcome: Outcome | TrainingStopped = _outcome(_on(task, device))
-            except TrainingStopped as stop:
-                outcome = stop
-            tasks.send(outcome)

@@ -13,7 +13,8 @@ from drseg_core.checkpoints.versions import git_revision
 from drseg_core.errors import DRSegError
 from drseg_core.files import write_text_atomic
 from drseg_core.studies.plan import PlannedVariant
-from drseg_core.studies.runner import Task, read_json, run_tasks, scored_sets, train_starts
+from drseg_core.studies.runner import read_json, scored_sets, train_starts
+from drseg_core.studies.tasks import Task, run_tasks
 
 # raised when a measure would find something else in the same models and images
 VERSION = 2

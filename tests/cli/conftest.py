@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from PIL import Image
 
 from drseg_core.cli.main import main
+from tests.forks import Fork
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -33,28 +32,6 @@ SMALL = {
     "evaluation.tile_size": 32,
     "evaluation.overlap": 8,
 }
-
-
-def in_child(work: Callable[[], int], log: Path, seconds: int) -> tuple[int, str]:
-    """Exit code, or minus the signal, and what was printed, of ``work`` in a child of this process."""
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            # not what pytest listens to
-            sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(seconds)
-            code = work()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), log.read_text(encoding="utf-8", errors="replace")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -132,3 +109,21 @@ def process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for started in running:
         with started:
             started.kill()
+
+
+@pytest.fixture
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Fork]]:
+    """``forked("train", ...)`` starts the command in a child of this process, which has all imports."""
+    running: list[Fork] = []
+    logs = tmp_path_factory.mktemp("said")
+
+    def start(*words: Any) -> Fork:
+        own = [logs / f"{len(running)}.{name}" for name in ("out", "err")]
+        started = Fork(lambda: main([str(word) for word in words]), *own, seconds=300)
+        running.append(started)
+        return started
+
+    yield start
+    for started in running:
+        started.kill()
+        started.wait()

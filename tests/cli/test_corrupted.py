@@ -24,7 +24,7 @@ from PIL import Image
 
 from drseg_core.cli.main import main
 from drseg_core.errors import DRSegError
-from tests.cli.conftest import in_child
+from tests.forks import in_child
 
 rasterio = pytest.importorskip("rasterio")
 

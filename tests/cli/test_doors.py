@@ -99,7 +99,8 @@ first = "torch" in sys.modules or "numpy" in sys.modules
 import torch
 given = set(sys.modules)
 drseg.nn.PDGR, drseg.ops.knn_graph, drseg.load
-heavy = ["timm", "open_clip", "torchvision", "rasterio", "matplotlib", "triton", "drseg_kernels", "huggingface_hub"]
+heavy = ["timm", "open_clip", "torchvision", "rasterio", "matplotlib", "triton"]
+heavy += ["drseg_kernels", "huggingface_hub", "sympy"]
 found = [name for name in heavy if name in sys.modules and name not in given]
 libraries = [str(path) for path in torch.ops.loaded_libraries]
 print(json.dumps([first, found, torch.cuda.is_initialized(), libraries]))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
+from drseg_core.cli.main import main
 from drseg_core.scenes.predict import run_mapper
 from tests.cli.conftest import ROOT
+from tests.forks import Fork, in_torchrun
 from tests.scenes.test_many import content
 from tests.scenes.test_predict import NORTH_UP, write
 
@@ -42,8 +44,6 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(run, scenes, tmp_path_factory) -> Path:
     """The maps of one process that nobody disturbed."""
-    from drseg_core.cli.main import main
-
     out = tmp_path_factory.mktemp("whole") / "maps"
     assert main(["predict", str(run), str(scenes), "--out", f"{out}/{{name}}.tif", "--device", "cpu"]) == 0
     return out
@@ -98,14 +98,9 @@ def test_shards(drseg, run, scenes, whole, tmp_path):
 def test_two_processes_write_the_bytes_of_one(run, scenes, whole, tmp_path):
     out = tmp_path / "maps"
     words = ["predict", str(run), str(scenes), "--out", f"{out}/{{name}}.tif", "--device", "cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-m", "drseg_core", *words], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mapped: 5 of 5 scenes") == 1 and done.stdout.count(" -> ") == 5
+    code, text, errors = in_torchrun(words, tmp_path)
+    assert code == 0, errors
+    assert text.count("mapped: 5 of 5 scenes") == 1 and text.count(" -> ") == 5
     assert content(out) == content(whole)
 
 
@@ -132,7 +127,7 @@ def test_ctrl_c_is_one_line_with_workers_too(run, scenes, tmp_path):
     """A terminal sends it to all processes."""
     pytest.importorskip("distributed", reason="the extra cluster is not installed")
     path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    words = ["predict", str(run), str(scenes), "--out", f"{tmp_path}/", "--device", "cpu", "--cluster", "2"]
+    words = ["predict", str(run), str(scenes), "--out", f"{tmp_path}/", "--device", "cpu", "--cluster", "1"]
     started = subprocess.Popen(
         [sys.executable, "-m", "drseg_core", *words],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -156,16 +151,16 @@ def test_ctrl_c_is_one_line_with_workers_too(run, scenes, tmp_path):
 
 
 @pytest.mark.promise("C45")
-def test_a_killed_call_goes_on(process, drseg, run, scenes, whole, tmp_path):
+def test_a_killed_call_goes_on(forked, drseg, run, scenes, whole, tmp_path):
     out = tmp_path / "maps"
     words = ["predict", run, scenes, "--out", f"{out}/{{name}}.tif", "--device", "cpu"]
-    started = process(*words)
+    started = forked(*words)
     end = time.monotonic() + 120
     while not glob.glob(f"{out}/0.tif.work/block-[1-9].block") and time.monotonic() < end:
-        assert started.poll() is None, started.stderr.read()
+        assert started.poll() is None, started.communicate()[1]
         time.sleep(0.01)
     started.kill()
-    started.communicate()
+    started.wait()
     assert list(out.glob("*.work/*.block")) and not list(out.glob("4.tif"))
     code, _, errors = drseg(*words)
     assert code == 0 and "started again" not in errors and content(out) == content(whole)
@@ -176,12 +171,12 @@ def test_blocks_of_another_precision_are_of_another_map(run):
     assert [given["arithmetic"] for given in facts] == ["float32", "bfloat16"]
 
 
-def test_two_calls_at_once_are_never_mixed(process, drseg, run, scenes, whole, tmp_path):
+def test_two_calls_at_once_are_never_mixed(forked, drseg, run, scenes, whole, tmp_path):
     """One maps all, the other is refused where it meets it, or finds all of it made."""
     out = tmp_path / "maps"
     words = ["predict", run, scenes, "--out", f"{out}/{{name}}.tif", "--device", "cpu", "--overwrite"]
-    started = [process(*words, *more) for more in ((), (), ("--threshold", "0.4"))]
-    said = [call.communicate(timeout=300)[1] for call in started]
+    started = [forked(*words, *more) for more in ((), (), ("--threshold", "0.4"))]
+    said = [call.communicate()[1] for call in started]
     codes = [call.returncode for call in started]
     assert set(codes) <= {0, 2} and 0 in codes, said
     refused = [text.splitlines()[-1] for text, code in zip(said, codes, strict=True) if code]
@@ -193,34 +188,26 @@ def test_two_calls_at_once_are_never_mixed(process, drseg, run, scenes, whole, t
     assert content(out) == content(whole)
 
 
-FILLED = """
-import resource, signal, sys
-from drseg_core.cli.main import main
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-sys.exit(main(sys.argv[2:]))
-"""
-
-
 # the limit of a file's size stands for a full disk: too little for a block of the first scene, or of the last
 @pytest.mark.parametrize("allowed", [9_000, 30_000])
 def test_a_disk_that_fills_keeps_what_is_finished(drseg, run, scenes, whole, tmp_path, allowed):
     out, report = tmp_path / "maps", tmp_path / "report.json"
     order = [scenes / f"{number}.tif" for number in (1, 2, 4, 3, 0)]
     words = [str(w) for w in ("predict", run, *order, "--out", f"{out}/", "--device", "cpu", "--report", report)]
-    # blocks are those of a number of threads
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    # Python leaves what it compiled cut short there, for all that import it later
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    done = subprocess.run(
-        [sys.executable, "-c", FILLED, str(allowed), *words], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 7, done.stderr
-    last = done.stderr.splitlines()[-1]
+
+    def filled() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (allowed,) * 2)
+        # Python would leave what it compiles cut short there, for all that import it later
+        sys.dont_write_bytecode = True
+        return main(words)
+
+    call = Fork(filled, tmp_path / "said", tmp_path / "errors")
+    _, errors = call.communicate()
+    assert call.returncode == 7, errors
+    last = errors.splitlines()[-1]
     assert last.startswith("drseg: error: ") and f"{out}/" in last and " cannot be written: " in last
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in errors
     counts = json.loads(report.read_text())["counts"]
     assert counts["failed"] == 1 and counts["mapped"] + counts["not reached"] == 4
     for number in range(5):

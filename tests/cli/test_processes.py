@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +16,8 @@ from drseg_core.data.dataset import class_names_hash
 from drseg_core.models.weights import weights_hash
 from drseg_core.ops import backend_report
 from tests.data.miniatures import write_release
+from tests.forks import in_torchrun
 
-ROOT = Path(__file__).parents[2]
 # what may differ between one process and two
 OWN = ("command", "processes", "run")
 
@@ -39,15 +36,11 @@ def test_two_processes_give_the_file_of_one(drseg, run, root, tmp_path):
     words = ["evaluate", str(run), "--data", f"vaihingen:{root}", "--protocol", "rskt", "--device", "cpu"]
     words += ["--batch-size", "2", "--boundary"]
     assert drseg(*words, "--out", tmp_path / "one.json")[0] == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "drseg_core", *words, "--out", str(tmp_path / "two.json")]
-    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written: ") == 1 and done.stdout.count("mACC") == 1
+    code, text, errors = in_torchrun([*words, "--out", str(tmp_path / "two.json")], tmp_path)
+    assert code == 0, errors
+    assert text.count("written: ") == 1 and text.count("mACC") == 1
     one, two = result(tmp_path / "one.json"), result(tmp_path / "two.json")
-    assert set(one["boundary"]) == {"mIoU", "share", "per_class"} and "boundary mIoU" in done.stdout
+    assert set(one["boundary"]) == {"mIoU", "share", "per_class"} and "boundary mIoU" in text
     assert (one["processes"], two["processes"], one["images"]) == (1, 2, 3)
     assert {key: value for key, value in one.items() if key not in OWN} == {
         key: value for key, value in two.items() if key not in OWN

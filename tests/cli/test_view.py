@@ -6,16 +6,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
-import torch
 
+from drseg_core.cli.main import main
+from drseg_core.files import atomic_path
 from drseg_core.scenes.synthetic import write_synthetic_scene
-from tests.cli.conftest import ROOT
 from tests.cli.test_exit_codes import check
+from tests.forks import in_child
 
 
 def content(path: Path) -> dict:
@@ -144,34 +144,23 @@ def test_a_page_of_a_former_map_goes_with_it(drseg, run, scene, tmp_path):
     assert drseg(*words, "--overwrite")[0] == 0 and "mine" in page.read_text()
 
 
-TORN = """
-import os, signal, sys
-from drseg_core.cli.main import main
-from drseg_core.files import atomic_path
-from drseg_core.view import page
-
-def torn(path, text):
+def torn(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text[:1000])
         os.kill(os.getpid(), signal.SIGKILL)
 
-page.write_text_atomic = torn
-main(sys.argv[1:])
-"""
-
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_call_killed_at_its_page_goes_on_there(drseg, run, scene, tmp_path, several):
+def test_a_call_killed_at_its_page_goes_on_there(drseg, run, scene, tmp_path, monkeypatch, several):
     out = tmp_path / "maps"
     second = [write_synthetic_scene(tmp_path / "b.tif", width=40, height=40, seed=1)] if several else []
     words = [
         str(w) for w in ("predict", run, scene, *second, "--out", f"{out}/{{name}}.tif", "--device", "cpu", "--view")
     ]
-    # what is kept is of a number of threads
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
-    done = subprocess.run([sys.executable, "-c", TORN, *words], env=environment, capture_output=True)
-    assert done.returncode == -9, done.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr("drseg_core.view.page.write_text_atomic", torn)
+        code, text = in_child(lambda: main(words), tmp_path / "said", 120)
+    assert code == -9, text
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tif")}
     assert len(before) == 2 * (1 + several) and not list(out.glob("[!.]*.html")) and list(out.glob(".*.part*"))
     code, said, errors = drseg(*words)

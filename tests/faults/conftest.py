@@ -20,7 +20,8 @@ from typing import NamedTuple
 import pytest
 from tqdm import tqdm
 
-from tests.cli.conftest import data, folder, in_child, one_thread, run, small
+from tests.cli.conftest import data, folder, one_thread, run, small
+from tests.forks import in_child
 
 __all__ = ["data", "folder", "one_thread", "run", "small"]
 

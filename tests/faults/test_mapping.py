@@ -76,7 +76,7 @@ def goes_on(inject, words, folder: Path, right: dict[str, bytes], kept: set[str]
 def test_killed_at_a_system_call(inject, words, undisturbed, tmp_path):
     right, calls = undisturbed
     assert len(blocks(calls)) == 3
-    for number, at in enumerate(places(calls, 6, seed=0)):
+    for number, at in enumerate(places(calls, 4, seed=0)):
         folder = tmp_path / str(number)
         folder.mkdir()
         done = inject(lambda folder=folder: call(words, folder), folder, at=at)
@@ -88,7 +88,7 @@ def test_killed_at_a_system_call(inject, words, undisturbed, tmp_path):
 @pytest.mark.promise("C36", "C38")
 def test_refused_at_a_system_call(inject, words, undisturbed, tmp_path):
     right, calls = undisturbed
-    for number, at in enumerate(places(calls, 6, seed=1)):
+    for number, at in enumerate(places(calls, 3, seed=1)):
         error, once = ((errno.ENOSPC, False), (errno.EIO, True), (errno.ENOSPC, True))[number % 3]
         folder = tmp_path / str(number)
         folder.mkdir()

@@ -74,6 +74,13 @@ def mutants(folder: Path = HERE) -> list[Mutant]:
     return found
 
 
+# the text of a file is asked for with every mutant of it
+@functools.lru_cache(1024)
+def meaning(text: str) -> bytes:
+    """The same for sources that differ in nothing but their look."""
+    return hashlib.sha256(ast.dump(ast.parse(text)).encode(errors="surrogatepass")).digest()
+
+
 def problem(mutant: Mutant, root: Path = ROOT) -> str | None:
     """Why it cannot be planted: its text is not there once, changes nothing, or is no Python."""
     path = root / mutant.file
@@ -86,7 +93,7 @@ def problem(mutant: Mutant, root: Path = ROOT) -> str | None:
     if path.suffix != ".py":
         return None if changed != text else f"{mutant.what}: it changes nothing"
     try:
-        same = ast.dump(ast.parse(text)) == ast.dump(ast.parse(changed))
+        same = meaning(text) == meaning(changed)
     except SyntaxError as error:
         return f"{mutant.what}: {error}"
     return f"{mutant.what}: it changes nothing" if same else None

@@ -2,16 +2,13 @@
 """PDGR under DistributedDataParallel and FSDP2 (``fully_shard``): two processes on the CPU, every parameter with a
 gradient in every step.
 
-The test starts this very file once per rank; a rank that hangs is killed.
+The ranks are children of the test's process; one that hangs is killed.
 """
 
 from __future__ import annotations
 
-import os
+import functools
 import re
-import subprocess
-import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,10 +23,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from drseg_core.nn import PDGR
+from tests.forks import Fork
 
 WORLD = 2
 C, D = 6, 5
-ROOT = Path(__file__).parents[2]
 TIMEOUT = 600
 
 # options of PDGR, grid, and the ranks whose every pixel is ignored by the loss
@@ -109,8 +106,8 @@ def two_steps(name: str, module: nn.Module, features: Tensor, prior: Tensor, wei
     return steps
 
 
-def work(rank: int, store: str, results: str) -> None:
-    """What one rank does, for every scenario."""
+def work(rank: int, store: Path, results: Path) -> int:
+    """What one rank does, for every scenario; returns an exit code."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT / 2)
@@ -123,33 +120,24 @@ def work(rank: int, store: str, results: str) -> None:
             found[f"{how}: {name}"] = two_steps(name, module, *(part[half] for part in batch(name)))
     torch.save(found, results)
     dist.destroy_process_group()
+    return 0
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, list[dict[str, Tensor]]]]:
     folder = tmp_path_factory.mktemp("ddp")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     results = [folder / f"rank-{rank}.pt" for rank in range(WORLD)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder / "store"), str(results[rank])],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        Fork(
+            functools.partial(work, rank, folder / "store", results[rank]),
+            folder / f"rank-{rank}.log",
+            seconds=TIMEOUT,
+            environment={"GLOO_SOCKET_IFNAME": "lo"},
         )
         for rank in range(WORLD)
     ]
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        for rank, process in enumerate(processes):
-            output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-            assert process.returncode == 0, f"rank {rank}: {output}"
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    for rank, process in enumerate(processes):
+        assert process.wait() == 0, f"rank {rank}: {process.said[0]}"
     return [torch.load(result, weights_only=True) for result in results]
 
 
@@ -174,7 +162,3 @@ def test_gradients_are_those_of_the_joint_batch(how, name, ranks):
             assert not any(value.any() for value in first.values())
         else:
             assert all(value.any() for value in first.values())
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2], sys.argv[3])

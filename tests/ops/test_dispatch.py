@@ -53,11 +53,11 @@ def call(op: str, **changes: Any) -> Any:
     return getattr(ops, op)(**{**arguments(op), **changes})
 
 
-def fresh(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def fresh(code: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a new interpreter."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)])
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *words],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
@@ -364,16 +364,29 @@ def in_toy_process(toy: dict[str, str], *command: str) -> str:
     return done.stdout
 
 
+ALL_ON_TOY = """
+import sys
+import pytest
+from bench.__main__ import main as bench
+from drseg_core.cli.main import main
+from drseg_core.ops import backend_report
+
+assert main(["doctor"]) == 0
+print([row for row in backend_report() if row["backend"] == "toy"])
+print("bench", bench({bench!r}))
+sys.exit(pytest.main({pytest!r}))
+"""
+
+
 def test_one_file_of_a_stranger_joins_doctor_contract_and_bench(toy):
-    assert "graph_propagate on cpu: native, then reference" in in_toy_process(toy, "-m", "drseg_core", "doctor")
-    said = in_toy_process(
-        toy, "-c", "from drseg_core.ops import backend_report as b; print([r for r in b() if r['backend'] == 'toy'])"
-    )
-    assert "{'op': 'graph_propagate', 'backend': 'toy', 'device': 'cpu', 'available': True" in said
-    contract = ("tests/ops/test_graph_propagate.py", "-k", "toy and (oracle or layouts or batch) and not paper")
-    assert " passed" in in_toy_process(toy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *contract)
+    tests = ("tests/ops/test_graph_propagate.py", "-k", "toy and (oracle or layouts or batch) and not paper")
     options = ("--op", "graph_propagate", "--case", "tiny_3x4", "--backend", "toy", "--repeats", "2", "--mode", "fwd")
-    assert "toy" in in_toy_process(toy, "-m", "bench", "run", *options)
+    words = {"bench": ["run", *options], "pytest": ["-q", "-p", "no:cacheprovider", *tests]}
+    said = in_toy_process(toy, "-c", ALL_ON_TOY.format(**words))
+    assert "graph_propagate on cpu: native, then reference" in said
+    assert "{'op': 'graph_propagate', 'backend': 'toy', 'device': 'cpu', 'available': True" in said
+    timed = said[said.index("'available': True") :]
+    assert re.search(r"\btoy\b", timed[timed.index("\n") :]) and "bench 0" in timed and " passed" in timed
 
 
 STRANGERS = """
@@ -649,7 +662,9 @@ def test_importing_loads_no_heavy_package_and_touches_no_device():
 
 
 LEVEL = """
+import os
 import sys
+
 import test_knn_graph
 import torch
 from contract import SMALL, compare, run
@@ -657,26 +672,39 @@ from subjects import SUBJECTS
 
 from drseg_core import ops
 
-kept = []
-for subject in SUBJECTS.values():
-    for case in SMALL:
-        for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            for variant in subject.variants:
-                inputs = {**subject.make_inputs(case, dtype), **variant}
-                got = run(subject, inputs, lambda **inputs: subject.function(**inputs, backend="native"))
-                compare(subject, inputs, got)
-                kept.append(got)
-with ops.use_backend("native"):
-    for case in SMALL:
-        for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            test_knn_graph.test_gap_rule(case, dtype, "additive", True, "native")
-    for dtype in (torch.float32, torch.float64):
-        test_knn_graph.test_integer_lattice_is_exact(256, 3, True, dtype, "native")
-    for form in test_knn_graph.FORMS:
-        test_knn_graph.test_large_grids_are_exact((33, 35), form, False, "native")
-    for kind in ("dino", "outliers"):
-        test_knn_graph.test_grids_that_are_searched_coarsely_first(kind, "additive", "native")
-torch.save(kept, sys.argv[1])
+def check(path):
+    kept = []
+    for subject in SUBJECTS.values():
+        for case in SMALL:
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                for variant in subject.variants:
+                    inputs = {**subject.make_inputs(case, dtype), **variant}
+                    got = run(subject, inputs, lambda **inputs: subject.function(**inputs, backend="native"))
+                    compare(subject, inputs, got)
+                    kept.append(got)
+    with ops.use_backend("native"):
+        for case in SMALL:
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                test_knn_graph.test_gap_rule(case, dtype, "additive", True, "native")
+        for dtype in (torch.float32, torch.float64):
+            test_knn_graph.test_integer_lattice_is_exact(256, 3, True, dtype, "native")
+        for form in test_knn_graph.FORMS:
+            test_knn_graph.test_large_grids_are_exact((33, 35), form, False, "native")
+        for kind in ("dino", "outliers"):
+            test_knn_graph.test_grids_that_are_searched_coarsely_first(kind, "additive", "native")
+    torch.save(kept, path)
+
+# the library reads its level at its first call, and none was made yet: what is imported serves all levels
+for level in sys.argv[2:]:
+    child = os.fork()
+    if child == 0:
+        os.environ["DRSEG_CPU_LEVEL"] = level
+        check(os.path.join(sys.argv[1], level))
+        sys.stderr.flush()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        sys.exit(f"{level}: exit code {code}")
 """
 # avxvnni: avx2 with its own products in the coarse search, where the CPU has them
 LEVELS = ("plain", "avx2", "avxvnni", "avx512")
@@ -690,14 +718,10 @@ def levels_here() -> int:
 @pytest.fixture(scope="module")
 def level_results(tmp_path_factory) -> dict[str, list[dict[str, Tensor]]]:
     """What the library computes at each instruction set that this CPU has, each within the contract's limits."""
-    results = {}
-    for level in LEVELS[: levels_here()]:
-        path = tmp_path_factory.mktemp("levels") / level
-        code = LEVEL.replace("sys.argv[1]", repr(str(path)))
-        result = fresh(code, DRSEG_CPU_LEVEL=level)
-        assert result.returncode == 0, f"{level}: {result.stderr}"
-        results[level] = torch.load(path, weights_only=True)
-    return results
+    folder, levels = tmp_path_factory.mktemp("levels"), LEVELS[: levels_here()]
+    result = fresh(LEVEL, str(folder), *levels)
+    assert result.returncode == 0, result.stderr
+    return {level: torch.load(folder / level, weights_only=True) for level in levels}
 
 
 @pytest.mark.promise("C1")

@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import torch
 
 import drseg_core as drseg
+from drseg_core.cli.main import main
 from drseg_core.errors import ConfigError
 from drseg_core.nn.label_propagation import choose_neighbours
 from drseg_core.scenes import cluster, graph_rows, zero_shot_plan
@@ -25,6 +24,7 @@ from drseg_core.scenes.graph_rows import row_parts
 from drseg_core.scenes.many import Shard
 from drseg_core.scenes.predict import Mapper
 from drseg_core.scenes.synthetic import write_synthetic_scene
+from tests.forks import in_ranks
 from tests.scenes.test_many import Team, content, mapped
 
 pytest.importorskip("rasterio")
@@ -215,42 +215,22 @@ def test_a_scene_without_data_has_no_rows(tmp_path, monkeypatch):
     assert [outcome.state for outcome in found[0]] == ["mapped"] and made.all == []
 
 
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-from drseg_core.cli.main import main
-from drseg_core.scenes import graph_rows, zero_shot_plan
-
-rank, made, own = os.environ["RANK"], [], graph_rows.choose_neighbours
-
-def noted(*arguments, rows, **options):
-    made.append(rows)
-    Path(f"made-{rank}.json").write_text(json.dumps(made))
-    return own(*arguments, rows=rows, **options)
-
-graph_rows.PART_NODES, graph_rows.choose_neighbours = 60, noted
-zero_shot_plan._graph_seconds = lambda *arguments: 0.0
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.promise("C45")
-def test_two_processes_of_torchrun_share_the_rows(scenes, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "script.py"]
-    classes = "roof; road; tree"
-    words = ["predict", "zero-shot:tiny", str(scenes / "scene.tif"), "--classes", classes, "--out", "two/scene.tif"]
-    done = subprocess.run(
-        [*command, *words, "--device", "cpu"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+def test_two_processes_of_torchrun_share_the_rows(scenes, tmp_path, monkeypatch):
+    """With the variables of torchrun; ``tests/cli/test_many.py`` has torchrun itself."""
+    made, own = [], graph_rows.choose_neighbours
+
+    def noted(*arguments: Any, rows: range, **options: Any) -> Any:
+        made.append(rows)
+        (tmp_path / f"made-{os.environ['RANK']}.json").write_text(json.dumps([list(part) for part in made]))
+        return own(*arguments, rows=rows, **options)
+
+    classes, out = "roof; road; tree", tmp_path / "two" / "scene.tif"
+    given = ["predict", "zero-shot:tiny", str(scenes / "scene.tif"), "--classes", classes, "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(graph_rows, "choose_neighbours", noted)
+        found = in_ranks(lambda: main([*given, "--device", "cpu"]), tmp_path)
+    assert [code for code, _, _ in found] == [0, 0], found
     one = drseg.zero_shot("tiny", device="cpu")
     one.write(scenes / "scene.tif", classes, tmp_path / "one" / "scene.tif", progress=False)
     assert content(tmp_path / "two") == content(tmp_path / "one")

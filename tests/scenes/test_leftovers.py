@@ -21,10 +21,10 @@ from drseg_core.errors import ConfigError, ResourceError
 from drseg_core.files import atomic_path, check_room, own_prefix
 from drseg_core.scenes.predict import predict_scene
 from drseg_core.scenes.writer import written
-from tests.cli.conftest import data, folder, process, run
+from tests.cli.conftest import data, folder, forked, one_thread, run
 from tests.scenes.test_predict import predictor, write
 
-__all__ = ["data", "folder", "process", "run"]
+__all__ = ["data", "folder", "forked", "one_thread", "run"]
 rasterio = pytest.importorskip("rasterio")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -172,16 +172,16 @@ def test_a_training_that_the_disk_cannot_hold_is_refused_before(tmp_path, drseg,
     assert code == 7 and "train: the disk of" in errors and not (tmp_path / "run").exists()
 
 
-def test_a_closed_terminal_leaves_nothing_but_finished_blocks(process, run, tmp_path):
+def test_a_closed_terminal_leaves_nothing_but_finished_blocks(forked, run, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 1500, 1500)).astype(np.uint8)
     image = write(tmp_path / "in.tif", pixels)
-    started = process("predict", run, image, "--out", tmp_path / "map.tif", "--device", "cpu")
+    started = forked("predict", run, image, "--out", tmp_path / "map.tif", "--device", "cpu")
     end = time.monotonic() + 120
     while len(list(tmp_path.glob(".*work.tif"))) < 2 and time.monotonic() < end:
-        assert started.poll() is None, started.stderr.read()
+        assert started.poll() is None, started.communicate()[1]
         time.sleep(0.05)
     started.send_signal(signal.SIGHUP)
-    _, errors = started.communicate(timeout=120)
+    _, errors = started.communicate()
     # tqdm may say a word of its own where its bar was being made
     assert started.returncode == 143 and "drseg: terminated" in errors.splitlines()
     left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in ("in.tif", "key.json")]

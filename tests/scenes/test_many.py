@@ -196,7 +196,9 @@ def killed(work: Callable[[], object], delay: float) -> bool:
 @pytest.mark.promise("C45")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_twenty_random_moments(folder, expected, tmp_path):
-    """Each call is killed at any moment of its time and begun again, until one reaches its end; then the next."""
+    """Each call is killed at any moment of its time and begun again, until one reaches its end; then the next. Twenty
+    times in the deep run, else eight."""
+    least = 20 if os.environ.get("DRSEG_DEEP") else 8
     begin = time.perf_counter()
     assert not killed(lambda: mapped(color_mapper(), folder, tmp_path / "timed"), 60)
     whole = time.perf_counter() - begin
@@ -210,8 +212,8 @@ def test_killed_at_twenty_random_moments(folder, expected, tmp_path):
             assert "exists; expected a new path" in str(error) and content(out) == expected
 
     # most of them have something to go on with, on a machine of any speed
-    while kills < 20 or resumed < 10:
-        assert kills < 100
+    while kills < least or resumed < least // 2:
+        assert kills < 5 * least
         out = tmp_path / f"maps{number}"
         number += 1
         while killed(call, draw.uniform(0.02, 0.8) * whole):

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 
@@ -32,9 +31,11 @@ from drseg_core.studies import runner
 from drseg_core.studies.plan import plan, plan_variant
 from drseg_core.studies.setting import ScoredSet, Setting, make_setting
 from drseg_core.studies.tables import TrainingStudy, Variant
+from drseg_core.studies.tasks import run_tasks
 from drseg_core.studies.training import run_training_study
 from drseg_core.training.signals import TrainingStopped
 from tests.data.miniatures import write_release
+from tests.studies.tasks import pid, sleep, square, stop
 
 PLAIN, OTHER = (
     Variant("plain", "plain", {"model.fusion.kind": "none"}),
@@ -385,27 +386,6 @@ def test_two_processes_find_the_same(setting, finished, tmp_path):
     assert found == finished[1]
 
 
-def _square(value):
-    if value == 3:
-        raise NumericalError("three")
-    if value == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return value * value
-
-
-def _stop():
-    raise TrainingStopped("train: stopped by SIGTERM", 15)
-
-
-def _pid():
-    return os.getpid()
-
-
-def _sleep(path):
-    path.touch()
-    time.sleep(600)
-
-
 class TestTasks:
     """In processes of their own."""
 
@@ -418,25 +398,25 @@ class TestTasks:
         assert set(multiprocessing.active_children()) <= before
 
     def test_a_task_that_fails_fails_alone(self):
-        found = dict(runner.run_tasks([(_square, (value,)) for value in (3, 2)], 1))
+        found = dict(run_tasks([(square, (value,)) for value in (3, 2)], 1))
         assert found == {0: (None, "three"), 1: (4, None)}
 
     def test_a_stop_is_raised(self):
         with pytest.raises(TrainingStopped, match="stopped by SIGTERM"):
-            list(runner.run_tasks([(_stop, ()), (_square, (1,))], 2))
+            list(run_tasks([(stop, ()), (square, (1,))], 2))
 
     def test_a_task_that_fails_and_a_process_that_is_killed_fail_alone(self):
-        found = dict(runner.run_tasks([(_square, (value,)) for value in (4, 1, 3, 2, 4, 5)], 2))
+        found = dict(run_tasks([(square, (value,)) for value in (4, 1, 3, 2, 4, 5)], 2))
         died = (found.pop(0), found.pop(4))
         assert found == {1: (1, None), 2: (None, "three"), 3: (4, None), 5: (25, None)}
         assert all(lost.result is None and "died with exit code -9" in lost.problem for lost in died)
 
     def test_processes_are_used_again(self):
-        assert len({outcome.result for _, outcome in runner.run_tasks([(_pid, ())] * 5, 2)}) <= 2
+        assert len({outcome.result for _, outcome in run_tasks([(pid, ())] * 5, 2)}) <= 2
 
     def test_whoever_stops_leaves_nobody_running(self, tmp_path):
         def stopped():
-            for _ in runner.run_tasks([(_square, (1,)), (_sleep, (tmp_path / "started",))], 2):
+            for _ in run_tasks([(square, (1,)), (sleep, (tmp_path / "started",))], 2):
                 while not (tmp_path / "started").exists():
                     time.sleep(0.05)
                 raise KeyboardInterrupt

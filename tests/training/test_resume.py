@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,14 @@ import pytest
 import torch
 
 from drseg_core.checkpoints.checkpoint import TRAINING, generations, newest_checkpoint
+from drseg_core.cli.main import main
 from drseg_core.config.load import override
 from drseg_core.errors import CheckpointError, ConfigError
 from drseg_core.training import loop
 from drseg_core.training.logs import read_log
 from drseg_core.training.loop import train
 from drseg_core.training.signals import TrainingStopped
+from tests.forks import in_ranks, in_torchrun
 
 
 def differences(a: Any, b: Any, name: str = "") -> list[str]:
@@ -366,14 +366,18 @@ def test_processes_started_again_by_torchrun_go_on(config, data, tmp_path, unint
     assert differences(uninterrupted, final_state(run)) == []
 
 
-def in_two_processes(config_file: Path, data: str, run: Path, *more: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "drseg_core", "train", "--config", str(config_file), "--data", data, "--device", "cpu"]
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root}/kernels"}
-    command += ["--out", str(run), *more]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+def train_words(config_file: Path, data: str, run: Path, *more: str) -> list[str]:
+    return ["train", "--config", str(config_file), "--data", data, "--device", "cpu", "--out", str(run), *more]
+
+
+def in_two_processes(*given: Any) -> None:
+    code, _, errors = in_torchrun(train_words(*given), given[2].parent)
+    assert code == 0, errors
+
+
+def in_two_forks(*given: Any) -> None:
+    found = in_ranks(lambda: main(train_words(*given)), given[2].parent)
+    assert [code for code, _, _ in found] == [0, 0], found
 
 
 def way_apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
@@ -407,7 +411,8 @@ def test_two_processes_are_one(config, data, tmp_path, caplog):
     # 4 steps of 2 images, of 5 there are
     shutil.rmtree(generations(tmp_path / "two")[0])
     assert newest_checkpoint(tmp_path / "two").step == 4
-    in_two_processes(config_file, data, tmp_path / "two", "--resume")
+    # without torchrun now, which costs more than all else here
+    in_two_forks(config_file, data, tmp_path / "two", "--resume")
     assert differences(straight, final_state(tmp_path / "two")) == []
     longer = override(config, {"train.iterations": 7})
     train(longer, data, tmp_path / "two", resume=True, show_progress=False)

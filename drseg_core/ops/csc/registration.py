@@ -7,7 +7,6 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from drseg_core.ops import _dispatch, _native, _triton
 from drseg_core.ops._checks import INDEX_DTYPES
@@ -41,6 +40,9 @@ def _run(index: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _fake(index: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    # loads sympy, half a second that a process without symbolic sizes need not wait for
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     edges = index.numel()
     # of a symbolic size it is not asked, which would tie an exported program to small ones
     narrow = torch.int64 if statically_known_true(edges >= 2**31) else torch.int32
