@@ -127,7 +127,7 @@ def test_ctrl_c_is_one_line_with_workers_too(run, scenes, tmp_path):
     """A terminal sends it to all processes."""
     pytest.importorskip("distributed", reason="the extra cluster is not installed")
     path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    words = ["predict", str(run), str(scenes), "--out", f"{tmp_path}/", "--device", "cpu", "--cluster", "1"]
+    words = ["predict", str(run), str(scenes), "--out", f"{tmp_path}/", "--device", "cpu", "--cluster", "2"]
     started = subprocess.Popen(
         [sys.executable, "-m", "drseg_core", *words],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
