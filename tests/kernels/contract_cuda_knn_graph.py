@@ -163,12 +163,17 @@ def test_rows_that_nothing_decides(device):
         assert torch.equal(found, expected) and counts.max() == 58
 
 
+# the emulator takes a quarter of a second for the largest
+TIES = [
+    (grid, k) for grid in [(3, 5), (1, 40), (40, 1), (17, 16)] for k in (1, 5, 14, 15) if grid[1] != 16 or k in (5, 15)
+]
+
+
 @pytest.mark.promise("C2")
 @pytest.mark.parametrize("rounded", [True, False])
 @pytest.mark.parametrize("form", ["additive", "multiplicative", "product"])
 @pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize("k", [1, 5, 14, 15])
-@pytest.mark.parametrize("grid", [(3, 5), (1, 40), (40, 1), (17, 16)], ids=str)
+@pytest.mark.parametrize("grid,k", TIES, ids=str)
 def test_ties_and_a_node_that_is_not_finite(grid, k, include_self, form, rounded, device):
     prior, inverse, table = prepared(2, grid, 8, device)
     expected = reference.knn_graph(prior, inverse, table, k, form, include_self)
