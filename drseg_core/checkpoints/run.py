@@ -147,7 +147,7 @@ def model_of(config: Config, *, read_clip: bool = True, read_prior: bool = True,
 
     Args:
         config: all options.
-        read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
+        read_clip: False leaves CLIP's weights as memory is, for a checkpoint that holds all of them.
         read_prior: the same for the prior's weights.
         read_remote: the same for those of the second CLIP that guides the decoder.
 

@@ -21,7 +21,7 @@ def build_model(
 
     Args:
         config: all options of the model.
-        read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
+        read_clip: False leaves CLIP's weights as memory is, for a checkpoint that holds all of them.
         read_prior: the same for the prior's weights.
         read_remote: the same for those of the second CLIP that guides the decoder.
 

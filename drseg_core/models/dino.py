@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,7 +45,7 @@ class DinoPrior(nn.Module):
 
     Args:
         config: architecture, weights, input size, pixel normalisation and which features.
-        read_weights: False leaves the weights random, for a checkpoint that holds all of them.
+        read_weights: False leaves the weights as memory is, for a checkpoint that holds all of them.
         offline: never connect: published weights, which are fetched here, are refused.
 
     Raises:
@@ -69,7 +68,7 @@ class DinoPrior(nn.Module):
                 f"got {config.normalization!r}"
             )
         mean, deviation = NORMALIZATIONS[config.normalization]
-        self.encoder: Any = _build(config if read_weights else dataclasses.replace(config, weights=None), offline)
+        self.encoder: Any = _build(config, offline, read_weights)
         blocks = getattr(self.encoder, "blocks", None)
         if config.layer is not None or self._projects:
             if blocks is None or not hasattr(blocks[0], "attn"):
@@ -202,7 +201,7 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.default_generator.set_state(state)
 
 
-def _build(config: DinoConfig, offline: bool) -> Any:
+def _build(config: DinoConfig, offline: bool, read_weights: bool) -> Any:
     require("DinoPrior", "model")
     import timm
 
@@ -213,13 +212,14 @@ def _build(config: DinoConfig, offline: bool) -> Any:
         options.update(TINY)
     elif not timm.is_model(name.split(".", 1)[0]):
         raise ValueError(f"DinoPrior: name is unknown; expected drseg-tiny or an architecture of timm, got {name!r}")
-    pretrained = config.weights == "pretrained"
+    pretrained = read_weights and config.weights == "pretrained"
     if pretrained and config.name == "drseg-tiny":
         raise CheckpointError("DinoPrior: drseg-tiny has no published weights; expected null or a file, got pretrained")
     if pretrained and offline:
         raise CheckpointError(f"DinoPrior: weights of {config.name} are not here; expected a file, as offline is set")
-    read = config.weights is not None and not pretrained
-    with _seeded(config.seed), WithoutInitialWeights() if read else contextlib.nullcontext():
+    file = read_weights and config.weights is not None and not pretrained
+    drawn = contextlib.nullcontext() if read_weights and not file else WithoutInitialWeights()
+    with _seeded(config.seed), drawn:
         try:
             encoder = _create(timm, name, pretrained, options, config.image_size)
         except (ValueError, TypeError):
@@ -240,7 +240,7 @@ def _build(config: DinoConfig, offline: bool) -> Any:
         raise ValueError(
             f"DinoPrior: image_size does not fit {config.name}; expected a multiple of {side}, got {config.image_size}"
         )
-    if read:
+    if file:
         _load(encoder, config)
     return encoder
 

@@ -35,7 +35,7 @@ class DRSeg(Segmenter):
 
     Args:
         config: see :class:`drseg_core.config.schema.ModelConfig`.
-        read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
+        read_clip: False leaves CLIP's weights as memory is, for a checkpoint that holds all of them.
         read_prior: the same for the prior's weights.
         read_remote: the same for those of the second CLIP.
 

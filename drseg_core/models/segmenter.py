@@ -98,7 +98,7 @@ class Segmenter(nn.Module):
 
     Args:
         config: see :class:`drseg_core.config.schema.ModelConfig`.
-        read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
+        read_clip: False leaves CLIP's weights as memory is, for a checkpoint that holds all of them.
 
     Raises:
         ValueError: options that do not fit together.

@@ -33,7 +33,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with weights of the small encoders as others would publish them, and what they compute."""
     folder, preset = tmp_path_factory.mktemp("weights"), load_zero_shot("tiny")
     torch.manual_seed(0)
-    clip = open_clip_model(preset.clip, False)[0].state_dict()
+    clip = open_clip_model(preset.clip, True)[0].state_dict()
     prior = DinoPrior(preset.prior).encoder.state_dict()
     for name, state in zip(FILES, (clip, prior), strict=True):
         # initial weights tell no two images apart

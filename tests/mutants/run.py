@@ -142,6 +142,8 @@ def environment(tree: Path, mutant: Mutant) -> dict[str, str]:
     changed = {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'kernels'}", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     # no test here needs pytest's plugins, which take a second to load
     changed["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    # Python tells a changed source by its size and by seconds: what one mutant left would be taken for the next
+    changed["PYTHONDONTWRITEBYTECODE"] = "1"
     if is_native(mutant):
         changed["DRSEG_NATIVE_LIBRARY"] = str(tree / "build" / "native" / "libdrseg_native.so")
     if "tests/kernels/contract_" in mutant.tests[0]:
@@ -173,6 +175,7 @@ def run_tests(tree: Path, mutant: Mutant, planted: bool) -> dict[str, str]:
         entry for entry in sys.path if not Path(entry or ".").resolve().is_relative_to(ROOT) or ".venv" in entry
     ]
     os.environ.update(environment(tree, mutant))
+    sys.dont_write_bytecode = True
     os.chdir(tree)
     if is_native(mutant) and (said := build(tree)):
         return {"state": "does not compile", "why": said}

@@ -163,7 +163,7 @@ class ProposalSegmenter(Segmenter):
 
     Args:
         config: ``proposals.kind`` must not be ``none``.
-        read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
+        read_clip: False leaves CLIP's weights as memory is, for a checkpoint that holds all of them.
 
     Raises:
         ValueError: options that do not fit together.

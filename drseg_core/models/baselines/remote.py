@@ -19,7 +19,7 @@ class RemoteGuidance(nn.Module):
 
     Args:
         config: architecture, weights, input size and blocks.
-        read_weights: False leaves the weights random, for a checkpoint that holds all of them.
+        read_weights: False leaves the weights as memory is, for a checkpoint that holds all of them.
 
     Raises:
         ValueError: unknown or unsupported architecture, no such block, or an image size that is no multiple of a patch.

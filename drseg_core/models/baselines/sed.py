@@ -147,7 +147,7 @@ class GradualSegmenter(Segmenter):
 
     Args:
         config: ``decoder.kind`` must be ``gradual``.
-        read_clip: False leaves CLIP's weights random, for a checkpoint that holds all of them.
+        read_clip: False leaves CLIP's weights as memory is, for a checkpoint that holds all of them.
 
     Raises:
         ValueError: options that do not fit together.
