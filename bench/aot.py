@@ -125,14 +125,23 @@ def build(variant: Variant, target: Target) -> tuple[str, dict[str, int]]:
 
 def key_of(variant: Variant, target: Target) -> str:
     """Names what a build comes from: as Triton's own cache does, and what reads its figures besides."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
     named = [sorted(given.items()) for given in (variant.types, variant.constants, variant.options)]
-    given = (variant.kernel.cache_key, named, sorted(variant.even), variant.bounded, target.machine, _checks())
-    return hashlib.sha256(repr(given).encode()).hexdigest()[:16]
+    tools = (
+        get_ptxas_version(target.arch),
+        sorted(get_cache_invalidating_env_vars().items()),
+        sass.disassembler() is None,
+    )
+    work = work_of(variant, NOMINAL)
+    given = (variant.kernel.cache_key, named, sorted(variant.even), variant.bounded, target.machine)
+    return hashlib.sha256(repr((given, tools, work and work.loops, _checks())).encode()).hexdigest()[:16]
 
 
 @functools.cache
 def _checks() -> str:
-    text = b"".join((Path(__file__).parent / name).read_bytes() for name in ("aot.py", "sass.py", "work.py"))
+    text = b"".join((Path(__file__).parent / name).read_bytes() for name in ("aot.py", "sass.py"))
     return hashlib.sha256(text).hexdigest()
 
 

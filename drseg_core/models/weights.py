@@ -226,16 +226,19 @@ class WithoutInitialWeights(TorchFunctionMode):
     To draw those of a CLIP ViT-L takes seconds. Inside, torch's generator advances by less.
     """
 
-    _draws = frozenset(
-        {Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
-    )
+    _skipped = frozenset({Tensor.erfinv_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_})
+    # some draw until all values lie within bounds: these do
+    _filled = {Tensor.normal_: "mean", Tensor.uniform_: "from"}
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
         named = named or {}
-        if function in self._draws:
+        if function in self._skipped:
             return arguments[0] if arguments else named["tensor"]
+        if function in self._filled:
+            value = arguments[1] if len(arguments) > 1 else named.get(self._filled[function], 0.0)
+            return arguments[0].fill_(value)
         return function(*arguments, **named)
 
 

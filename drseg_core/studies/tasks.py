@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, cast
 
 from drseg_core.errors import DRSegError
@@ -127,15 +128,24 @@ def _work(tasks: Connection, threads: int, device: str | None) -> None:
     # a terminal's Ctrl-C goes to the parent alone, which then tells its processes once to stop
     with contextlib.suppress(OSError):
         os.setsid()
-    # until no process asks or waits for an answer any more
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            task = tasks.recv()
-            # it came with the task, or that computes nothing
-            if "torch" in sys.modules:
-                sys.modules["torch"].set_num_threads(threads)
-            try:
-                outcome: Outcome | TrainingStopped = _outcome(_on(task, device))
-            except TrainingStopped as stop:
-                outcome = stop
+    # where a task loads torch later than with itself
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    while True:
+        try:
+            received = tasks.recv_bytes()
+        except (EOFError, OSError):
+            # no process asks any more
+            return
+        # as ``recv`` does; it imports what the task needs, and what fails there is said
+        task = ForkingPickler.loads(received)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
+        try:
+            outcome: Outcome | TrainingStopped = _outcome(_on(task, device))
+        except TrainingStopped as stop:
+            outcome = stop
+        try:
             tasks.send(outcome)
+        except OSError:
+            # none waits for an answer
+            return

@@ -300,6 +300,8 @@ class _AtOnce:
                 return own_way(pointer, mask, other, **options)
             kind, data = pointer.type, pointer.handle.data
             number = other.value if type(other) is tl.constexpr else other
+            if type(number) is tensor:
+                return own_way(pointer, mask, other, **options)
             # zero has two signs, which compare equal
             key = id(kind), type(number), number or repr(number)
             if key not in fills:

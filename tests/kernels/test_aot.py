@@ -16,6 +16,8 @@ import pytest
 import triton
 
 from bench import aot
+from bench.sass import Bound
+from bench.work import Work
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {"shared": 256, "registers": 120, "stack": 0, "spill_stores": 0, "spill_loads": 0}
@@ -148,7 +150,8 @@ def test_what_has_not_changed_is_held_to_the_limits_without_a_build(tmp_path, mo
     assert check(variant, "--all")[:2] == (0, 1)
     # the launcher expects less now
     assert check(dataclasses.replace(variant, shared_bytes=255))[:2] == (1, 0)
-    kernel = types.SimpleNamespace(cache_key="of another source", arg_names=variant.kernel.arg_names)
+    facts = {"arg_names": variant.kernel.arg_names, "__name__": variant.kernel.__name__}
+    kernel = types.SimpleNamespace(cache_key="of another source", **facts)
     name = next(iter(variant.types))
     for change in (
         {"kernel": kernel},
@@ -159,8 +162,10 @@ def test_what_has_not_changed_is_held_to_the_limits_without_a_build(tmp_path, mo
         {"bounded": True},
     ):
         assert check(dataclasses.replace(variant, **change))[:2] == (0, 1), change
-    monkeypatch.setattr(aot, "_checks", lambda: "of other rules")
-    assert check(variant)[:2] == (0, 1)
+    for name, other in (("_checks", lambda: "of other rules"), ("work_of", lambda *_: Work(1, (Bound(3.0, 1),)))):
+        with monkeypatch.context() as changed:
+            changed.setattr(aot, name, other)
+            assert check(variant)[:2] == (0, 1), name
 
 
 @pytest.mark.promise("C26")

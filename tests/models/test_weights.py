@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 import struct
@@ -237,13 +238,22 @@ def test_infinite_and_missing_values_are_counted() -> None:
 def test_what_is_read_next_has_no_initial_weights(tiny_config: ModelConfig, seen_memory: None) -> None:
     with WithoutInitialWeights():
         left = nn.Linear(40, 30)
-        nn.init.trunc_normal_(left.weight)
-        timm.layers.trunc_normal_(left.weight)
-        nn.init.xavier_uniform_(left.weight)
     assert left.weight.isnan().all() and left.bias.isnan().all()
     clip = build_model(tiny_config, read_clip=False).clip
     assert clip.text.token_embedding.weight.isnan().all()
     assert all(value.isfinite().all() for value in build_model(tiny_config).state_dict().values())
+
+
+@pytest.mark.parametrize("before", [1e30, -1e30, math.nan, 0.0])
+def test_draws_within_bounds_end_whatever_memory_holds(before: float) -> None:
+    value = torch.full((40, 30), before)
+    with WithoutInitialWeights():
+        for a, b, mean in ((-2.0, 2.0, 0.0), (3.0, 4.0, 3.5), (5.0, 9.0, 0.0)):
+            nn.init.trunc_normal_(value, mean, 1.0, a, b)
+            timm.layers.trunc_normal_(value, mean, 1.0, a, b)
+        nn.init.xavier_uniform_(value)
+        nn.init.kaiming_normal_(value)
+        assert torch.rand(3).unique().numel() == 3
 
 
 def test_the_same_is_read_with_and_without_initial_weights(

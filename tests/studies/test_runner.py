@@ -35,7 +35,7 @@ from drseg_core.studies.tasks import run_tasks
 from drseg_core.studies.training import run_training_study
 from drseg_core.training.signals import TrainingStopped
 from tests.data.miniatures import write_release
-from tests.studies.tasks import pid, sleep, square, stop
+from tests.studies.tasks import pid, sleep, square, stop, threads
 
 PLAIN, OTHER = (
     Variant("plain", "plain", {"model.fusion.kind": "none"}),
@@ -400,6 +400,16 @@ class TestTasks:
     def test_a_task_that_fails_fails_alone(self):
         found = dict(run_tasks([(square, (value,)) for value in (3, 2)], 1))
         assert found == {0: (None, "three"), 1: (4, None)}
+
+    @pytest.mark.parametrize("task", [threads, torch.get_num_threads], ids=["loads", "is"])
+    def test_each_process_has_its_share_of_the_threads(self, task):
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            # a task of torch itself brings it along
+            assert next(run_tasks([(task, ())], 2))[1] == (1, None)
+        finally:
+            torch.set_num_threads(before)
 
     def test_a_stop_is_raised(self):
         with pytest.raises(TrainingStopped, match="stopped by SIGTERM"):
