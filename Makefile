@@ -22,8 +22,7 @@ SANITIZE_TESTS ?= tests/ops tests/nn/test_pdgr.py -k "native or test_pdgr"
 SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
 
-# short tests of every part, for what depends on where they run; whole maps from words, memory and graphs of a compiler do
-# not
+# short tests of every part, for what depends on where they run; not so whole maps from words, memory, compiled graphs
 ELSEWHERE_TESTS ?= tests/config tests/evaluation tests/scenes tests/repo/test_tree.py \
 	--deselect=tests/evaluation/test_precision.py::TestCompiled \
 	$(addprefix --ignore=tests/scenes/test_,zero_shot.py super_tiles.py memory.py many.py mosaic.py cluster.py \

@@ -221,7 +221,8 @@ def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
 
 
 class WithoutInitialWeights(TorchFunctionMode):
-    """Parameters made in this context stay as memory is: for a module of which all are then read.
+    """Parameters made in this context hold no draws, but what memory has or one number: for a module of which all are
+    then read.
 
     To draw those of a CLIP ViT-L takes seconds. Inside, torch's generator advances by less.
     """

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import triton
+from triton._C import libtriton
+from triton.backends.nvidia import compiler
 
 from bench import aot
 from bench.sass import Bound
@@ -162,9 +164,15 @@ def test_what_has_not_changed_is_held_to_the_limits_without_a_build(tmp_path, mo
         {"bounded": True},
     ):
         assert check(dataclasses.replace(variant, **change))[:2] == (0, 1), change
-    for name, other in (("_checks", lambda: "of other rules"), ("work_of", lambda *_: Work(1, (Bound(3.0, 1),)))):
+    for place, name, other in (
+        (aot, "_checks", lambda: "of other rules"),
+        (aot, "work_of", lambda *_: Work(1, (Bound(3.0, 1),))),
+        (compiler, "get_ptxas_version", lambda arch: "another assembler"),
+        (libtriton, "get_cache_invalidating_env_vars", lambda: {"DISABLE_PTXAS_OPT": "true"}),
+        (aot.sass, "disassembler", lambda: None),
+    ):
         with monkeypatch.context() as changed:
-            changed.setattr(aot, name, other)
+            changed.setattr(place, name, other)
             assert check(variant)[:2] == (0, 1), name
 
 

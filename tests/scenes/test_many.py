@@ -195,7 +195,7 @@ def killed(work: Callable[[], object], delay: float) -> bool:
 
 @pytest.mark.promise("C45")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_killed_at_twenty_random_moments(folder, expected, tmp_path):
+def test_killed_at_random_moments(folder, expected, tmp_path):
     """Each call is killed at any moment of its time and begun again, until one reaches its end; then the next. Twenty
     times in the deep run, else eight."""
     least = 20 if os.environ.get("DRSEG_DEEP") else 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -410,6 +411,19 @@ class TestTasks:
             assert next(run_tasks([(task, ())], 2))[1] == (1, None)
         finally:
             torch.set_num_threads(before)
+
+    def test_a_process_says_why_it_cannot_load_its_task(self, tmp_path, monkeypatch, capfd):
+        (tmp_path / "only_here.py").write_text(
+            "import multiprocessing\n"
+            "if multiprocessing.parent_process() is not None:\n"
+            "    raise OSError('libnone.so is missing')\n"
+            "def task():\n"
+            "    pass\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        task = importlib.import_module("only_here").task
+        assert "died with exit code 1" in next(run_tasks([(task, ())], 2))[1].problem
+        assert "OSError: libnone.so is missing" in capfd.readouterr().err
 
     def test_a_stop_is_raised(self):
         with pytest.raises(TrainingStopped, match="stopped by SIGTERM"):
