@@ -138,6 +138,7 @@ def _work(tasks: Connection, threads: int, device: str | None) -> None:
             return
         # as ``recv`` does; it imports what the task needs, and what fails there is said
         task = ForkingPickler.loads(received)
+        # a main module may have loaded it before all this
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(threads)
         try:
