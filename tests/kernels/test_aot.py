@@ -185,6 +185,8 @@ def test_the_source_of_what_a_kernel_calls_is_part_of_its_key(tmp_path):
     def key():
         words = [sys.executable, "-c", "import kernel; print(kernel.run.cache_key)"]
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        # files of one size and second are one file to kept bytecode
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
         return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
 
     before = key()
