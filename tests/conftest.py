@@ -117,11 +117,19 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--gpu: no CUDA device; expected one, got torch {torch.__version__} without")
 
 
+# files that take a minute and more: one that began last would keep one of two workers waiting
+LONG = tuple(
+    f"tests/{name}.py::"
+    for name in "cli/test_study nn/test_export training/test_resume ops/test_knn_graph cli/test_many scenes/test_many "
+    "models/test_overfit cli/test_whole_table".split()
+)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     same_cases()
     # in any order of the rest: what takes longest begins first
-    items.sort(key=lambda item: "::test_contract[contract_" not in item.nodeid)
+    items.sort(key=lambda item: ("::test_contract[contract_" not in item.nodeid, not item.nodeid.startswith(LONG)))
     if config.getoption("--gpu"):
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; runs with --gpu")

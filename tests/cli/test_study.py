@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from drseg_core.studies import channels, registry, runner
+from drseg_core.studies import channels, expected_time, registry, runner
 from drseg_core.studies.evidence import STUDIES
 from drseg_core.studies.registry import studies
 from tests.studies.in_memory import learn_in_memory
@@ -30,11 +30,13 @@ def out(tmp_path_factory):
 def test_quick(drseg, out, name, monkeypatch):
     # whole runs: those of tables, of what ranks channels before it trains, and of the evidence the first ones
     ranked = ("sweep-alpha", "sweep-prototypes", "sweep-sampling", "sweep-similarity")
-    whole = {"evidence": 8}.get(name, 0 if name.startswith("sweep-") and name not in ranked else 99)
+    whole = {"evidence": 3}.get(name, 0 if name.startswith("sweep-") and name not in ranked else 99)
     count, run_variant = itertools.count(), runner.run_variant
     monkeypatch.setattr(
         runner, "run_variant", lambda planned: (run_variant if next(count) < whole else learn_in_memory)(planned)
     )
+    # evidence says how long it takes, for which each of its models would be made and timed
+    monkeypatch.setattr(expected_time, "_measured", lambda *_: (2.0, 0.5))
     code, printed, err = drseg("study", name, *SMALL, "--out", out)
     assert code == 0, err
     content = json.loads((out / f"{name}.json").read_text())
