@@ -22,6 +22,8 @@ struct Block {
   int64_t first, count;  // positions
   int64_t top, left;     // which block it is, counted in blocks (zero where blocks are no rectangles)
   std::vector<Run> runs = {};
+
+  bool holds(int64_t position) const { return first <= position && position < first + count; }
 };
 
 struct Grid {

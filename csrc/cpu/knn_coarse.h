@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Large grids of many channels: as in knn_large.h, but a block's scores are bounded from both sides first (coarse.h).
 // Candidates that can reach a row's threshold wait, as bounds, until there is no room for another block. Then the lower
-// bounds raise the threshold. Only if that leaves too many are all of them computed, and the best remain.
+// bounds raise the threshold. Only if that leaves too many are all of them computed, and the best remain. The rows of a
+// block do so together, one block of columns after the other: it is read from memory once.
 #pragma once
 
 #include <algorithm>
@@ -28,13 +29,11 @@ struct CoarseCandidates : Candidates<float> {
 };
 
 struct CoarseScratch : Scratch<float> {
-  std::vector<const float*> column;
-  std::vector<float> dot, inverse, decay;
   std::vector<uint8_t> flag;
   std::vector<int32_t> place;
 
   CoarseScratch(int64_t room, int64_t k)
-      : Scratch<float>(room, k), column(room), dot(room), inverse(room), decay(room), flag(room + 8), place(room) {}
+      : Scratch<float>(room, k), flag(room + 8), place(room) {}
 };
 
 // Drops the candidates of a row that its bounds alone rule out: the k-th best lower bound is below no k-th best score.
@@ -68,37 +67,52 @@ DRSEG_INLINE void rule_out(const Problem<T>& problem, CoarseCandidates& candidat
   candidates.exact[r] = computed;
 }
 
-// Computes a row's candidates, and keeps the best.
+// Computes the candidates of all rows of a block that no bound rules out, and keeps the best. They lie in the order in
+// which blocks were visited since the last time, which is from `begin` to `end`.
 template <class T, int kBytes>
 DRSEG_INLINE void settle(
-    const Problem<T>& problem, const Rows<T>& rows, int64_t position, CoarseCandidates& candidates,
-    CoarseScratch& scratch, int64_t r) {
-  const int64_t offset = r * candidates.room, exact = candidates.exact[r], waiting = candidates.count[r] - exact;
-  T *score = candidates.score.data() + offset, *lower = candidates.lower.data() + offset;
-  const T* decay = candidates.decay.data() + offset;
-  int32_t* node = candidates.node.data() + offset;
-  for (int64_t n = 0; n < waiting; ++n) {
-    const int32_t at = node[exact + n];
-    scratch.column[n] = rows.at(at);
-    scratch.inverse[n] = rows.inverse[at];
-    scratch.decay[n] = decay[exact + n];
-    node[exact + n] = problem.grid.node[at];
+    const Problem<T>& problem, const Rows<T>& rows, const Block& block, int64_t begin, int64_t end,
+    CoarseCandidates& candidates, CoarseScratch& scratch) {
+  for (int64_t r = 0; r < block.count; ++r) rule_out<T, kBytes>(problem, candidates, scratch, r);
+  int64_t last[kBlock];
+  std::copy_n(candidates.exact.begin(), block.count, last);
+  const T* column[kBlock];
+  T inverse[kBlock], dot[kBlock];
+  for (int64_t visit = begin; visit < end; ++visit) {
+    const Block& columns = problem.grid.blocks[scratch.order[visit].block];
+    for (int64_t r = 0; r < block.count; ++r) {
+      const int64_t first = last[r], offset = r * candidates.room + first, left = candidates.count[r] - first;
+      int32_t* node = candidates.node.data() + offset;
+      int64_t count = 0;
+      for (; count < left && columns.holds(node[count]); ++count) {
+        const int32_t at = node[count];
+        column[count] = rows.at(at);
+        inverse[count] = rows.inverse[at];
+        node[count] = problem.grid.node[at];
+      }
+      last[r] += count;
+      const T* own = rows.at(block.first + r);
+      dot_block<T, kBytes>(&own, 1, column, count, rows.width, dot, kBlock);
+      finish_scores<T, kBytes>(
+          problem, rows.inverse[block.first + r], inverse, dot, candidates.decay.data() + offset, count,
+          candidates.score.data() + offset);
+    }
   }
-  const T* own = rows.at(position);
-  dot_block<T, kBytes>(&own, 1, scratch.column.data(), waiting, rows.width, scratch.dot.data(), candidates.room);
-  finish_scores<T, kBytes>(
-      problem, rows.inverse[position], scratch.inverse.data(), scratch.dot.data(), scratch.decay.data(), waiting,
-      score + exact);
-  cut_back<T, kBytes>(problem, candidates, scratch, r);
-  candidates.exact[r] = candidates.count[r];
-  std::copy_n(score, candidates.count[r], lower);
+  for (int64_t r = 0; r < block.count; ++r) {
+    cut_back<T, kBytes>(problem, candidates, scratch, r);
+    candidates.exact[r] = candidates.count[r];
+    const int64_t offset = r * candidates.room;
+    std::copy_n(candidates.score.data() + offset, candidates.count[r], candidates.lower.data() + offset);
+  }
 }
 
 // Adds to the candidates of some rows of a block, given by their places in it, what another block may hold for them.
+// Returns whether a row has no room for more.
 template <class T, int kBytes>
-DRSEG_INLINE void visit_coarsely(
-    const Problem<T>& problem, const Rows<T>& rows, const Coarse& coarse, const Block& block, const int32_t* live,
-    int64_t count, const Block& columns, int64_t other, CoarseCandidates& candidates, CoarseScratch& scratch) {
+DRSEG_INLINE bool visit_coarsely(
+    const Problem<T>& problem, const Coarse& coarse, const Block& block, const int32_t* live, int64_t count,
+    const Block& columns, int64_t other, CoarseCandidates& candidates, CoarseScratch& scratch) {
+  bool full = false;
   constexpr int64_t kRows = Coarse::kMostRows;
   T upper[kRows * kBlock], lower[kRows * kBlock], decay[kBlock];
   int64_t position[kRows];
@@ -134,10 +148,10 @@ DRSEG_INLINE void visit_coarsely(
       if (candidates.count[r] + kBlock <= candidates.room) continue;
       // rows of features come from memory, bounds are at hand: none is computed that later ones may rule out
       rule_out<T, kBytes>(problem, candidates, scratch, r);
-      if (candidates.count[r] + 4 * kBlock > candidates.room)
-        settle<T, kBytes>(problem, rows, position[n], candidates, scratch, r);
+      full |= candidates.count[r] + 4 * kBlock > candidates.room;
     }
   }
+  return full;
 }
 
 template <class T, int kBytes>
@@ -150,16 +164,20 @@ DRSEG_INLINE void search_block_coarsely(
   std::fill(candidates->exact.begin(), candidates->exact.end(), 0);
   order_blocks(*problem, *bounds, which, *scratch);
   int32_t live[kBlock];
-  for (const auto& [negative, other] : scratch->order) {
-    const int64_t count = candidates->live_rows(block, -negative, live);
-    if (count == 0) break;
-    visit_coarsely<T, kBytes>(
-        *problem, *rows, *coarse, block, live, count, blocks[other], other, *candidates, *scratch);
+  int64_t settled = 0, visited = 0;
+  for (const Visit<T>& visit : scratch->order) {
+    if (candidates->live_rows(block, -visit.negative, live) == 0) break;
+    const int64_t count = candidates->live_rows(block, visit.bound, live);
+    ++visited;
+    if (visit_coarsely<T, kBytes>(
+            *problem, *coarse, block, live, count, blocks[visit.block], visit.block, *candidates, *scratch)) {
+      settle<T, kBytes>(*problem, *rows, block, settled, visited, *candidates, *scratch);
+      settled = visited;
+    }
   }
+  settle<T, kBytes>(*problem, *rows, block, settled, visited, *candidates, *scratch);
   for (int64_t r = 0; r < block.count; ++r) {
     const int64_t position = block.first + r;
-    rule_out<T, kBytes>(*problem, *candidates, *scratch, r);
-    settle<T, kBytes>(*problem, *rows, position, *candidates, *scratch, r);
     const T* own = rows->at(position);
     T dot, decay = problem->decay.own();
     dot_block<T, kBytes>(&own, 1, &own, 1, rows->width, &dot, 1);

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "cpu/dot_tile.h"
@@ -115,18 +115,39 @@ struct Candidates {
   }
 };
 
+// A block that another one looks into, and what no score between the two exceeds.
+template <class T>
+struct Visit {
+  T negative;  // of the bound, rounded
+  int64_t away;
+  int32_t block;
+  T bound;
+
+  bool operator<(const Visit& other) const {
+    return std::tie(negative, away, block) < std::tie(other.negative, other.away, other.block);
+  }
+};
+
 // What a thread works with.
 template <class T>
 struct Scratch {
   Selection<T> selection;
   std::vector<int32_t> slot, node;
   std::vector<T> score;
-  std::vector<std::pair<T, int32_t>> order;
+  std::vector<Visit<T>> order;
 
   Scratch(int64_t room, int64_t k) : selection(room, k), slot(k), node(k), score(k) {}
 };
 
-// The blocks from the best bound down, as (-bound, block): nearest first.
+// At least the number, and at most a 32nd more: what differs by its rounding alone is one number.
+template <class T>
+T rounded_up(T value) {
+  int exponent;
+  const T part = std::frexp(value, &exponent);
+  return std::ldexp(std::ceil(part * 64), exponent - 6);
+}
+
+// The blocks from the best bound down; of bounds that are about the same, nearest first: a row's best are there.
 template <class T>
 void order_blocks(const Problem<T>& problem, const Bounds<T>& bounds, int64_t which, Scratch<T>& scratch) {
   const std::vector<Block>& blocks = problem.grid.blocks;
@@ -134,7 +155,8 @@ void order_blocks(const Problem<T>& problem, const Bounds<T>& bounds, int64_t wh
   for (size_t b = 0; b < blocks.size(); ++b) {
     if (std::isnan(bounds.decay(blocks[which], blocks[b]))) continue;
     const T bound = bounds.bound(problem, blocks[which], blocks[b], bounds.longest[which], bounds.longest[b]);
-    scratch.order.emplace_back(-bound, static_cast<int32_t>(b));
+    const int64_t down = blocks[which].top - blocks[b].top, across = blocks[which].left - blocks[b].left;
+    scratch.order.push_back({-rounded_up(bound), down * down + across * across, static_cast<int32_t>(b), bound});
   }
   std::sort(scratch.order.begin(), scratch.order.end());
 }
@@ -250,11 +272,11 @@ DRSEG_INLINE void search_block(
   std::iota(live, live + kBlock, 0);
   // the block itself before all: its own scores are needed anyway
   visit_block<T, kBytes>(*problem, *rows, block, live, block.count, block, *candidates, *scratch);
-  for (const auto& [negative, other] : scratch->order) {
-    if (other == which) continue;
-    const int64_t count = candidates->live_rows(block, -negative, live);
-    if (count == 0) break;
-    visit_block<T, kBytes>(*problem, *rows, block, live, count, blocks[other], *candidates, *scratch);
+  for (const Visit<T>& visit : scratch->order) {
+    if (visit.block == which) continue;
+    if (candidates->live_rows(block, -visit.negative, live) == 0) break;
+    const int64_t count = candidates->live_rows(block, visit.bound, live);
+    visit_block<T, kBytes>(*problem, *rows, block, live, count, blocks[visit.block], *candidates, *scratch);
   }
   for (int64_t r = 0; r < block.count; ++r) cut_back<T, kBytes>(*problem, *candidates, *scratch, r);
   write_block<T, kBytes>(*problem, *rows, block, *candidates, *scratch, index, out);
