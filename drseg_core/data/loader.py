@@ -88,11 +88,10 @@ def _collate(samples: list[tuple[Tensor, Tensor] | _Failure]) -> tuple[Tensor, T
 
 
 def _start_worker(worker: int) -> None:
-    # an interrupt goes to the whole process group, and only the main process answers it; a SIGTERM handler that
-    # workers inherit from it would keep them alive
+    # an interrupt goes to the whole process group, and only the main process answers it; SIGTERM's handler is torch's,
+    # whatever the main process has
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _positions(start: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:

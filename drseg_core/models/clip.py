@@ -456,7 +456,7 @@ def _weights(
     tag = get_pretrained_cfg(config.name, config.weights)
     if tag:
         if bool(tag.get("quick_gelu", False)) != quick_gelu:
-            _refuse_activation(config, bool(tag.get("quick_gelu", False)))
+            _refuse_activation(config, not quick_gelu)
         mean, deviation = tag.get("mean") or PIXEL_MEAN, tag.get("std") or PIXEL_DEVIATION
         if not read_weights:
             return None, mean, deviation

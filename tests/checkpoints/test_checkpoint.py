@@ -426,3 +426,18 @@ def test_random_state_through_a_checkpoint(tmp_path):
     found = (random.random(), random.gauss(0, 1), np.random.randn(), np.random.rand(), torch.rand(3))
     assert found[:4] == expected[:4]
     assert torch.equal(found[4], expected[4])
+
+
+def test_generators_are_put_back_on_the_devices_of_both_sides(monkeypatch):
+    put_back = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: put_back.append((value, device)))
+    for states in (["a"], ["a", "b", "c"], []):
+        restore_random_state({**random_state(), "cuda": states})
+    assert put_back == [("a", 0), ("a", 0), ("b", 1)]
+
+
+def test_any_seed_of_63_bits_is_taken():
+    seed_everything(2**63 - 1)
+    seed_everything(0)

@@ -180,6 +180,16 @@ def test_damaged(tmp_path, make, name):
         refused(archive, "damaged")
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_wrong_header_is_not_the_end(tmp_path, name, number):
+    archive = tar_of(tmp_path / name, *((str(i), b"") for i in range(3)))
+    data = bytearray(gzip.decompress(archive.read_bytes()) if name == "a.tar.gz" else archive.read_bytes())
+    data[number * tarfile.BLOCKSIZE] ^= 1
+    archive.write_bytes(gzip.compress(data) if name == "a.tar.gz" else data)
+    refused(archive, "ends without an end mark")
+
+
 @pytest.mark.promise("C37")
 def test_the_checksum_at_the_end_is_looked_at(tmp_path):
     """A tar has none of its content, and a reader of members stops before that of the compression."""

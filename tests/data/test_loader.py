@@ -20,7 +20,7 @@ class Numbered(SegmentationDataset):
 
     class_names = ("a", "b")
 
-    def __init__(self, count: int = 10, side: int = 8, bad: dict[int, str] | None = None) -> None:
+    def __init__(self, count: int = 10, side: int = 8, bad: dict[int, str | signal.Signals] | None = None) -> None:
         self.count, self.side, self.bad = count, side, bad or {}
 
     def __len__(self) -> int:
@@ -43,8 +43,8 @@ class Numbered(SegmentationDataset):
                     super().__init__("odd\nerror")
 
             raise Local(1, 2)
-        if what == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if isinstance(what, signal.Signals):
+            os.kill(os.getpid(), what)
         if what == "hangs":
             time.sleep(600)
         value = torch.full((3, self.side, self.side), index, dtype=torch.uint8)
@@ -145,9 +145,17 @@ def test_bad_sample_is_named(workers, what, message):
 
 
 @pytest.mark.promise("C35")
-def test_killed_worker():
-    with pytest.raises(ResourceError, match=r"stopped at position \d+, batch from /data/\d.png on: .*worker") as caught:
-        take(5, Numbered(bad={3: "killed"}), workers=2, timeout=600)
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_worker(what):
+    # of what the main process does about a signal, its workers inherit nothing
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(
+            ResourceError, match=r"stopped at position \d+, batch from /data/\d.png on: .*worker"
+        ) as caught:
+            take(5, Numbered(bad={3: what}), workers=2, timeout=600)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     # at once
     assert "\n" not in str(caught.value) and "timed out" not in str(caught.value)
     take(1, workers=1)
@@ -193,13 +201,20 @@ def _sample(height: int, width: int) -> Sample:
     return Sample(mask.expand(3, -1, -1).clone(), mask, "x")
 
 
-def test_crop_and_flip_move_image_and_mask_together():
-    flips = 0
+@pytest.mark.parametrize("height, width", [(24, 60), (48, 24)])
+def test_crop_and_flip_move_image_and_mask_together(height, width):
+    sample, flips, places = _sample(height, width), 0, set()
+    windows = sample.mask.unfold(0, 24, 1).unfold(1, 24, 1)
     for seed in range(20):
-        image, mask = _augmented(_sample(24, 60), seed, color_jitter=False)
+        image, mask = _augmented(sample, seed, color_jitter=False)
         assert torch.equal((image[0] * 255).round().to(torch.uint8), mask)
-        flips += bool(mask[0, 1] < mask[0, 0])
-    assert 4 < flips < 16
+        flipped = bool(mask[0, 1] < mask[0, 0])
+        flips += flipped
+        # the crop lies within the image
+        place = (windows == (mask.flip(-1) if flipped else mask)).all(-1).all(-1).nonzero().tolist()
+        assert len(place) == 1
+        places.add(tuple(place[0]))
+    assert 4 < flips < 16 and len(places) > 8
 
 
 def test_same_size_is_not_resampled():

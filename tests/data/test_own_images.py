@@ -168,6 +168,7 @@ def test_pixels_without_data_are_not_trained_on(tmp_path):
     assert int((mask != 255).sum()) == int((data != -9999).any(0).sum())
     clear = np.concatenate([PIXELS, np.full((1, 20, 30), 255, np.uint8)]).transpose(1, 2, 0)
     clear[:3, :, 3] = 0
+    clear[5:7, :, :3] = 0
     (tmp_path / "c/train/masks").mkdir(parents=True)
     (tmp_path / "c/train/images").mkdir()
     (tmp_path / "c/classes.txt").write_text("field\n")
@@ -175,6 +176,9 @@ def test_pixels_without_data_are_not_trained_on(tmp_path):
     Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / "c/train/masks/0.png")
     mask = FolderDataset(tmp_path / "c")[0].mask
     assert bool((mask[:3] == 255).all()) and not bool((mask[3:] == 255).any())
+    # neither what is clear nor what has the value
+    rows = (FolderDataset(tmp_path / "c", reading=ReadingConfig(nodata=0))[0].mask == 255).all(1)
+    assert rows.nonzero().flatten().tolist() == [0, 1, 2, 5, 6]
 
 
 @pytest.mark.promise("C49")

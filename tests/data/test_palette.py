@@ -36,3 +36,6 @@ def test_legend_grows_to_the_right():
     assert np.array_equal(result[:30, :40], picture) and result.shape[1] > 80 and result.shape[0] >= 40
     many = with_legend(picture, [f"class {i}" for i in range(60)], range(60), limit=10)
     assert many.shape[0] < 300
+    # every class has a square of its own
+    several = with_legend(picture, [f"class {i}" for i in range(25)], range(25))
+    assert [(several == color).all(-1).sum() for color in palette(25)] == [13 * 13] * 25

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from drseg_core.config.reading import Reading
 from drseg_core.config.schema import ReadingConfig
 from drseg_core.data import pairs
 from drseg_core.data.check import check_data
 from drseg_core.data.folder import FolderDataset
+from drseg_core.data.own_images import read_part
 from drseg_core.data.tile import Tile, TileOptions, split_tiles, tile_scene
 from drseg_core.data.vector import read_shapes
 from drseg_core.errors import ConfigError, DatasetError
@@ -341,6 +343,14 @@ def test_larger_than_what_is_decoded_at_a_time(large, monkeypatch):
     assert len(data) == 16 and data[3].image.shape == (3, 64, 64)
     with pytest.raises(DatasetError, match="large.tif is too large"):
         FolderDataset(large, max_pixels=10_000)[0]
+
+
+@pytest.mark.parametrize("bands, kind", [(3, np.uint8), (1, np.uint16)])
+def test_the_mask_of_a_large_image_has_one_8_bit_band(large, bands, kind):
+    data = FolderDataset(large)
+    mask = write(large / "train/masks/large.tif", np.zeros((bands, 200, 330), kind))
+    with pytest.raises(DatasetError, match=f"large.tif has {bands} bands of {np.dtype(kind)}; expected one 8-bit band"):
+        read_part(data.pairs[0].image, mask, Reading(), (0, 64, 0, 64))
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])

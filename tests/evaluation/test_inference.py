@@ -57,6 +57,20 @@ def test_pixelwise_model_gives_the_same_however_it_is_run(mode, size):
     assert torch.allclose(result.uncertainty, image[0] / 255, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["whole", "tile"])
+def test_what_will_be_read_is_known_before(mode):
+    image, asked = color_image(labels(70, 50)), []
+
+    def read(*box):
+        asked.append(box)
+        top, bottom, left, right = box
+        return image[:, top:bottom, left:right], None
+
+    predictor = Predictor(ColorModel(), NAMES, mode=mode, tile_size=32, overlap=12)
+    assert list(predictor.pieces(read, 70, 50))
+    assert asked == [tuple(box) for box in predictor.reads(70, 50)]
+
+
 @pytest.mark.promise("C6")
 @settings(max_examples=25, derandomize=True, deadline=None, database=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 15), st.integers(1, 5))

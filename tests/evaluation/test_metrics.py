@@ -73,6 +73,9 @@ def test_three_conventions_by_hand():
     assert matrix.mean_iou(classes=[1, 2]) == 50 and matrix.mean_iou("union", classes=[1, 2]) == 25
     assert math.isnan(matrix.mean_iou(classes=[2, 3])) and matrix.mean_iou("all", classes=[3]) == 0
     assert matrix.mean_accuracy(classes=[0]) == 100
+    # one pixel makes a class present
+    matrix = counted(2, (torch.tensor([0, 0]), torch.tensor([0, 1])))
+    assert matrix.mean_iou() == 25 and matrix.mean_accuracy() == 50
 
 
 @pytest.mark.promise("C50")

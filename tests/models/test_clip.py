@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from drseg_core import extras
 from drseg_core.config.schema import ClipConfig
-from drseg_core.errors import CheckpointError
+from drseg_core.errors import CheckpointError, MissingExtraError
 from drseg_core.models import clip as clip_module
 from drseg_core.models.clip import TINY, ClipEncoder, SplitAttention
 
@@ -281,6 +282,13 @@ def test_quick_gelu_mismatch_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 def test_bad_configurations(options, error, text) -> None:
     with pytest.raises(error, match=text):
         ClipEncoder(with_options(**options))
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    extras.require.cache_clear()
+    monkeypatch.setattr(extras, "installed", lambda library: library != "open_clip_torch")
+    with pytest.raises(MissingExtraError, match="^ClipEncoder: open_clip_torch is not installed; expected the extra"):
+        clip_module.open_clip_model(with_options(), read_weights=False)
 
 
 @pytest.mark.promise("C32")

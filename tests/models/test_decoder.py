@@ -58,6 +58,22 @@ def test_classes_and_images_are_independent() -> None:
     torch.testing.assert_close(decoder(embedding[1:], tuple(part[1:] for part in guidance)), whole[1:])
 
 
+def test_the_correlation_is_joined_and_the_guidance_learns_nothing() -> None:
+    widths = {"widths": (8, 6), "guidance_widths": (4, 3), "guidance_hidden": (10, 9)}
+    decoder = Decoder(16, 20, **widths, skip_correlation=True).double()
+    embedding = torch.randn(2, 16, 5, 4, 4, dtype=torch.float64)
+    guidance = tuple(torch.randn(2, 20, 4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    correlation = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=True)
+    logits = decoder(embedding, guidance, correlation=correlation)
+    # each class of an image has its own
+    one = decoder(embedding[1:, :, 3:4], tuple(part[1:] for part in guidance), correlation=correlation[1:, 3:4])
+    torch.testing.assert_close(one, logits[1:, 3:4])
+    assert not torch.allclose(decoder(embedding, guidance), logits)
+    logits.square().mean().backward()
+    assert correlation.grad is not None and bool(correlation.grad.any((2, 3)).all())
+    assert all(part.grad is None for part in guidance)
+
+
 def test_paper_widths() -> None:
     decoder = Decoder(128, 1024)
     shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from drseg_core import ops
 from drseg_core.ops import Graph
+from drseg_core.ops.csc import reference
 from drseg_core.ops.csc.cases import make_inputs
 from drseg_core.ops.graph_propagate import registration as propagate_registration
 from drseg_core.testing import CASES
@@ -61,7 +63,7 @@ def test_every_case(case, make):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("shape", [(3, 7, 5), (1, 1, 4), (2, 40, 1), (1, 97, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7, 5), (2, 1, 40), (2, 40, 1), (1, 97, 33)], ids=str)
 def test_any_index(shape, dtype, make):
     index = crowded(*shape).to(dtype)
     for form in (index, index[0], index.mT.contiguous().mT, index[:1].expand(index.shape)):
@@ -71,6 +73,14 @@ def test_any_index(shape, dtype, make):
 @pytest.mark.promise("C23")
 def test_wild_indices_are_clamped_before_they_are_narrowed(make):
     assert make(torch.tensor([[[2**40, -(2**40)], [2**31, 1]]]))[0].tolist() == [0, 1, 4]
+
+
+@pytest.mark.parametrize("edges, dtype", [(2**31 - 1, torch.int32), (2**31, torch.int64)])
+def test_numbers_are_as_wide_as_the_count_of_edges(edges, dtype):
+    with FakeTensorMode():
+        index = torch.empty(1, 1, edges, dtype=torch.int32)
+        for made in (reference.csc(index), ops.csc(index)):
+            assert [(len(part), part.dtype) for part in made] == [(2, dtype), (edges, dtype)]
 
 
 @pytest.mark.promise("C14")

@@ -10,6 +10,7 @@ from subjects import EDGE_WEIGHT
 from torch.library import opcheck
 
 from drseg_core import ops
+from drseg_core.ops.edge_weight.reference import at_neighbour
 from drseg_core.testing import CASES
 
 
@@ -139,3 +140,9 @@ def test_opcheck(dtype, masked):
         raw = (source[..., 0].to(torch.float64 if dtype == torch.float64 else torch.float32), source[0, 0].clone())
         args = (both, None, inputs["index"], inputs["vector"], inputs["bias"], *raw, mask, "auto")
         opcheck(torch.ops.drseg.edge_weight.default, args)
+
+
+def test_rows_at_neighbours_are_those_of_clamped_indices():
+    value, index = torch.arange(24.0).view(2, 4, 3), torch.tensor([[[-5, 0], [3, 4], [9, 1], [2, 3]]]).repeat(2, 1, 1)
+    expected = torch.stack([rows[near] for rows, near in zip(value, index.clamp(0, 3), strict=True)])
+    assert torch.equal(at_neighbour(value, index), expected)

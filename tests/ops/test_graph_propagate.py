@@ -5,9 +5,11 @@ import pytest
 import torch
 from contract import OpContract, check_lattice
 from subjects import GRAPH_PROPAGATE
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from drseg_core import ops
+from drseg_core.ops.graph_propagate.reference import graph_propagate_backward
 from drseg_core.testing import CASES
 
 
@@ -47,6 +49,22 @@ def test_opcheck(dtype, transpose):
         for form in forms[: 4 if case is CASES[0] else 1]:
             args = (form.detach().requires_grad_(), inputs["index"], coefficient, transpose, None, None, "auto")
             opcheck(torch.ops.drseg.graph_propagate.default, args)
+
+
+@pytest.mark.promise("C21")
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_gradient_traced_for_any_size_is_the_gradient(transpose):
+    def backward(grad, x, index, coefficient):
+        return graph_propagate_backward(grad, x, index, coefficient, transpose, [True, True])
+
+    traced = None
+    for case in CASES[:3]:
+        inputs = GRAPH_PROPAGATE.make_inputs(case)
+        x, index, coefficient = (inputs[name] for name in ("x", "index", "coefficient"))
+        given = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), x, index, coefficient
+        traced = traced or make_fx(backward, tracing_mode="symbolic")(*given)
+        for found, right in zip(traced(*given), backward(*given), strict=True):
+            torch.testing.assert_close(found, right)
 
 
 @pytest.mark.promise("C23")

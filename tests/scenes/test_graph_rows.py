@@ -101,6 +101,16 @@ def test_parts_are_whole_bands_that_cover_the_grid(grid: tuple[int, int]) -> Non
     assert all(end - first <= FEW + 8 * grid[1] for first, end in parts)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_every_node_is_counted_once_whether_its_part_is_made_or_read(tmp_path, kept):
+    prior = torch.randn(GRID[0] * GRID[1], 3, generator=torch.Generator().manual_seed(0))
+    store = BlockStore(tmp_path, {}) if kept else None
+    for _ in range(2):
+        counted: list[int] = []
+        parts = graph_rows.choose_parts(prior, GRID, {"k": 2}, range(6), store=store, chosen=counted.append)
+        assert [len(part.neighbour) for part in parts] == counted == [end - first for first, end in row_parts(GRID)]
+
+
 @pytest.mark.promise("C45")
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_processes_share_the_rows_of_one_graph(scenes, expected, tmp_path, monkeypatch, world_size):

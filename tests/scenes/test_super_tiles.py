@@ -56,15 +56,18 @@ def test_parts_cover_a_grid_once(halo: int, limit: int) -> None:
     assert (seen == 1).all() and (len(tiles) == 1) == (limit == 1924)
 
 
-def test_as_few_cells_as_can_be() -> None:
-    """Against every other regular partition."""
-    halo, limit = 4, 700
-    work = sum(tile.grid[0] * tile.grid[1] for tile in super_tiles(GRID, halo, limit))
+@pytest.mark.parametrize(
+    ("grid", "halo", "limit", "narrowest"),
+    [(GRID, 4, 700, 16), (GRID, 4, 1600, 16), ((32, 47), 1, 600, 16), ((20, 60), 2, 479, 1)],
+)
+def test_as_few_cells_as_can_be(grid: tuple[int, int], halo: int, limit: int, narrowest: int) -> None:
+    """Against every other regular partition; into narrow parts only where others do not fit."""
+    work = sum(tile.grid[0] * tile.grid[1] for tile in super_tiles(grid, halo, limit))
     others = []
-    for count in itertools.product(range(1, GRID[0] // 16 + 1), range(1, GRID[1] // 16 + 1)):
+    for count in itertools.product(*(range(1, side // narrowest + 1) for side in grid)):
         sizes = [
             [min(n * (i + 1) // m + halo, n) - max(n * i // m - halo, 0) for i in range(m)]
-            for n, m in zip(GRID, count, strict=True)
+            for n, m in zip(grid, count, strict=True)
         ]
         if max(sizes[0]) * max(sizes[1]) <= limit:
             others.append(sum(sizes[0]) * sum(sizes[1]))

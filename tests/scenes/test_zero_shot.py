@@ -219,8 +219,8 @@ def test_refined_pixels_are_those_of_the_whole_scene(mapper: SceneZeroShot, scen
     for block in (7, 32, 200):
         arrays = _Arrays(predictor(mine, block=block))
         with open_scene(scene) as opened:
-            for _ in arrays.pieces(opened.window, H, W):
-                pass
+            shapes = [piece.prediction.score.shape for piece in arrays.pieces(opened.window, H, W)]
+        assert shapes == [(box.bottom - box.top, box.right - box.left) for box in arrays.blocks(H, W)]
         found[block] = arrays.result(None)
         np.testing.assert_allclose(found[block].score[valid], score[valid], atol=1e-5)
         assert np.isnan(found[block].score[~valid]).all()

@@ -265,6 +265,8 @@ def test_correlations_of_tiles_are_blended_like_scores(mapped):
     step = below.step
     middle = (total[:-1] / total[-1])[:, step // 2 :: step, step // 2 :: step]
     assert np.allclose(below.refined[:, : middle.shape[1], : middle.shape[2]], middle, atol=1e-5)
+    # each tile has its own graph
+    assert len({part.neighbour.tobytes() for part in below.parts}) == len(below.parts) > 1
 
 
 def test_a_run_without_a_graph_says_so(mapped):

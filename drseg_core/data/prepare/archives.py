@@ -144,10 +144,10 @@ def _tar_members(archive: Path, tar: tarfile.TarFile, bound: int) -> Iterator[_M
         if not (info.isreg() or info.isdir()) or info.issparse():
             raise _refused(archive, info.name, "is a link, device or sparse file; expected files and folders")
         yield _Member(info.name, info.size, info.isdir(), functools.partial(tar.extractfile, info))
-    # tarfile takes a header that is cut short for the end
+    # tarfile takes a header that is cut short or wrong for the end
     if tar.fileobj is not None:
         tar.fileobj.seek(tar.offset)
-        if len(tar.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise ArchiveError(f"unpack: {archive} is damaged: it ends without an end mark")
         # what is compressed has its checksum at its very end, and the tar none of its content
         while block := tar.fileobj.read(1 << 20):

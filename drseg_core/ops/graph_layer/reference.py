@@ -93,7 +93,7 @@ def compose(propagate: tuple[Callable[..., Tensor], Run]) -> tuple[Run, Run]:
     ) -> tuple[Tensor, ...]:
         """Gradients to ``x``, ``coefficient``, ``bias``, ``norm_weight`` and ``norm_bias`` in their dtypes.
 
-        ReLU's mask comes from its output ``y``. One whose ``output_mask`` is False is empty.
+        ReLU's mask comes from its output ``y``. One whose ``output_mask`` is False may be anything.
         """
         inputs = (x, coefficient, bias, norm_weight, norm_bias)
         # sums in one order, however the gradient lies in memory
@@ -121,8 +121,8 @@ def compose(propagate: tuple[Callable[..., Tensor], Run]) -> tuple[Run, Run]:
                 before = found[place]
                 found[place] = grads[place] if before is None else before + grads[place]
         return tuple(
-            x.new_empty(0) if like is None or value is None or not need else value.to(like.dtype)
-            for value, like, need in zip(found, inputs, output_mask, strict=True)
+            x.new_empty(0) if like is None or value is None else value.to(like.dtype)
+            for value, like in zip(found, inputs, strict=True)
         )
 
     return forward, backward
