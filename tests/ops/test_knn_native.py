@@ -32,6 +32,19 @@ def test_more_images_than_there_is_room_for_scores():
         assert torch.equal(together[image], ops.knn_graph(prior[image], (32, 32), 3, backend="native"))
 
 
+@pytest.mark.promise("C2")
+@pytest.mark.parametrize(("grid", "channels"), [((33, 40), 8), ((44, 47), 100)], ids=["in blocks", "coarsely first"])
+@pytest.mark.parametrize("k", [90, 400])
+def test_a_decay_of_little_weight_orders_equal_rows(grid, channels, k):
+    """Blocks of columns then differ in a hundredth of what no score exceeds, and those in a corner look far."""
+    prior = torch.ones(1, grid[0] * grid[1], channels)
+    options = {"decay": 0.01, "return_score": True}
+    index, score = ops.knn_graph(prior, grid, k, backend="native", **options)
+    expected, best = ops.knn_graph(prior, grid, k, backend="reference", **options)
+    assert torch.equal(index, expected)
+    torch.testing.assert_close(score, best, rtol=0, atol=1e-6)
+
+
 @pytest.mark.promise("C24")
 def test_large_grids_give_the_same_bits_for_any_threads():
     prior = dino_like_prior(1, 43, 50, 100, torch.Generator().manual_seed(0))
