@@ -71,6 +71,13 @@ def share_cores(workers: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+def first_backward() -> None:
+    """Let autograd begin: once AOTInductor has compiled a program it would have threads, and no child could use it."""
+    import torch
+
+    torch.zeros(1, requires_grad=True).sum().backward()
+
+
 def same_cases() -> None:
     """Let Hypothesis draw the same cases in every run.
 
@@ -128,6 +135,7 @@ LONG = tuple(
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     same_cases()
+    first_backward()
     # in any order of the rest: what takes longest begins first
     items.sort(key=lambda item: ("::test_contract[contract_" not in item.nodeid, not item.nodeid.startswith(LONG)))
     if config.getoption("--gpu"):

@@ -142,7 +142,7 @@ struct Scratch {
 // At least the number, and at most a 32nd more: what differs by its rounding alone is one number.
 template <class T>
 T rounded_up(T value) {
-  int exponent;
+  int exponent = 0;
   const T part = std::frexp(value, &exponent);
   return std::ldexp(std::ceil(part * 64), exponent - 6);
 }

@@ -190,6 +190,19 @@ def test_a_wrong_header_is_not_the_end(tmp_path, name, number):
     refused(archive, "ends without an end mark")
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_nothing_behind_an_end_mark_is_lost(tmp_path, name):
+    """A header of zeros looks like one, and two tars in one file have two."""
+    archive = tar_of(tmp_path / name, *((str(i), b"") for i in range(3)))
+    compress, extract = (gzip.compress, gzip.decompress) if name == "a.tar.gz" else (bytes, bytes)
+    plain = extract(archive.read_bytes())
+    hole = bytearray(plain)
+    hole[tarfile.BLOCKSIZE : 2 * tarfile.BLOCKSIZE] = bytes(tarfile.BLOCKSIZE)
+    for data in (hole, plain + plain):
+        archive.write_bytes(compress(data))
+        refused(archive, "goes on behind its end mark")
+
+
 @pytest.mark.promise("C37")
 def test_the_checksum_at_the_end_is_looked_at(tmp_path):
     """A tar has none of its content, and a reader of members stops before that of the compression."""

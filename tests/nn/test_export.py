@@ -89,7 +89,7 @@ def test_a_selection_of_any_size_is_exported(strict):
         assert all(torch.equal(*pair) for pair in zip(program(prior), Selection()(prior), strict=True))
 
 
-@pytest.mark.parametrize("options", OPTIONS[1:], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_make_fx_follows_symbolic_sizes_forward_and_back(options):
     module = pdgr(**options)
     parameters = {name: value.detach() for name, value in module.named_parameters()}
@@ -165,9 +165,7 @@ assert not any(name.startswith("drseg") for name in sys.modules), "drseg is impo
 
 
 def test_decomposed_programs_need_no_drseg(tmp_path):
-    # the defaults occur among these, too
-    chosen = OPTIONS[1:]
-    for number, options in enumerate(chosen):
+    for number, options in enumerate(OPTIONS):
         module, given = pdgr(**options), maps(*SIZES[2])
         with torch.no_grad():
             program = exported(module)
@@ -179,7 +177,7 @@ def test_decomposed_programs_need_no_drseg(tmp_path):
         torch.export.save(plain, tmp_path / f"plain{number}.pt2")
         torch.save((given, module(*given).detach()), tmp_path / f"data{number}.pt")
     result = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(len(chosen))],
+        [sys.executable, "-c", PLAIN, str(len(OPTIONS))],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -113,6 +114,8 @@ def fork() -> Iterator[Callable[..., int]]:
             try:
                 function()
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         children.append(child)

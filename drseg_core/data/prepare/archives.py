@@ -149,10 +149,11 @@ def _tar_members(archive: Path, tar: tarfile.TarFile, bound: int) -> Iterator[_M
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise ArchiveError(f"unpack: {archive} is damaged: it ends without an end mark")
-        # what is compressed has its checksum at its very end, and the tar none of its content
+        # what is compressed has its checksum at its very end, and the tar none of its content; members behind a header
+        # that is all zeros, and those of a second tar, would be lost
         while block := tar.fileobj.read(1 << 20):
             bound -= len(block)
-            if bound < 0:
+            if bound < 0 or block.strip(b"\0"):
                 raise ArchiveError(f"unpack: {archive} is damaged: it goes on behind its end mark")
 
 
