@@ -268,7 +268,7 @@ class ClipEncoder(nn.Module):
 
     Args:
         config: architecture, weights and what is trained.
-        read_weights: False leaves them as memory is, for a checkpoint that holds all of them.
+        read_weights: False neither reads nor draws them, for a checkpoint that holds all of them.
         file: local file of the published weights that ``config`` names; by default they are fetched.
         offline: never connect to a network: published weights without ``file`` are refused.
         hierarchical: whether the image tower may be a ConvNeXt.
