@@ -22,6 +22,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -33,6 +34,7 @@ from typing import Any, NoReturn
 from drseg_core import __version__
 from drseg_core.cli.failures import Terminated, UsageError, failure, visible
 from drseg_core.cli.front import PlainParser
+from drseg_core.errors import ConfigError
 from drseg_core.extras import installed, require
 from drseg_core.processor import prepare
 
@@ -109,6 +111,13 @@ def _run(arguments: list[str]) -> int:
     name = arguments[0] if arguments else ""
     if name not in COMMANDS:
         _front(arguments)
+    for word in arguments:
+        # such as those of a variable of the shell that is not set
+        if not word or re.fullmatch("--[^=]+=", word):
+            before = word or arguments[arguments.index(word) - 1]
+            raise ConfigError(f"{name}: the word behind {before} is empty; expected something")
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            raise ConfigError(f"{name}: {word!a} is no UTF-8; expected a file of another name, or other words")
     summary, extras = COMMANDS[name]
     # help and usage of a command need a library too
     if not installed("jsonargparse"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -82,7 +83,7 @@ def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path
         RasterError: one of several scenes is not a file.
     """
     from drseg_core.scenes.block_store import is_complete, work_folder
-    from drseg_core.scenes.files import check_input_stays, check_outputs
+    from drseg_core.scenes.files import check_input_stays, check_outputs, scene_files
     from drseg_core.view.page import page_path
 
     given_shard(args)
@@ -92,7 +93,10 @@ def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path
     if report is not None:
         if report.is_dir() or not report.absolute().parent.is_dir():
             raise ConfigError(f"--report is not writable; expected a file in a folder that exists, got {report}")
-        taken = [name for scene in scenes for name in (scene.image, scene.out, scene.polygons)] + [*inputs]
+        also = {"scores": args.scores, "probabilities": args.probabilities}
+        outputs = [scene_files(str(scene.out), polygons=scene.polygons, **also).present() for scene in scenes]
+        pages = [page_path(str(scene.out)) for scene in scenes if args.view]
+        taken = [*(scene.image for scene in scenes), *inputs, *itertools.chain(*outputs), *pages]
         check_input_stays(report, taken, "--report is an input or a map")
 
     def overwrites(scene: Scene) -> bool:

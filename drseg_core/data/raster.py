@@ -74,7 +74,8 @@ class RasterReader:
         if self.is_byte and source.count == 1:
             with contextlib.suppress(ValueError):
                 table = source.colormap(1)
-                self._colors = np.array([table.get(i, (0, 0, 0, 0))[:3] for i in range(256)], np.uint8)
+                colors = np.array([table.get(i, (0, 0, 0, 255)) for i in range(256)], np.uint8)
+                self._colors, self._shown = colors[:, :3], colors[:, 3] > 0
         self._sample: tuple[NDArray[Any], NDArray[np.bool_]] | None = None
         self._given = reading.scale if reading.fits(self.dtype) else None
         if self._given is not None and len(self._given) not in (1, len(self.bands)):
@@ -154,13 +155,16 @@ class RasterReader:
 
     def window_warning(self) -> str | None:
         """A warning of a file that GDAL has to decode as a whole; None if parts of it can be read."""
-        from PIL import Image
+        from PIL.JpegImagePlugin import JpegImageFile
+        from PIL.PngImagePlugin import PngImageFile
 
         block = max(h * w for h, w in self.source.block_shapes)
         size = self.height * self.width * len(self.bands) * np.dtype(self.source.dtypes[0]).itemsize / 2**20
         driver, why = self.source.driver, None
         if driver in ("PNG", "JPEG"):
-            with contextlib.suppress(OSError), Image.open(self.path) as image:
+            # Image.open would refuse large ones, of which no pixel is read here
+            kind = PngImageFile if driver == "PNG" else JpegImageFile
+            with contextlib.suppress(OSError, SyntaxError), kind(self.path) as image:
                 why = "interlaced" if image.info.get("interlace") or image.info.get("progressive") else None
         elif driver in ("WEBP", "GIF", "BIGGIF"):
             why = f"a {driver}"
@@ -200,6 +204,9 @@ class RasterReader:
         present = np.isfinite(value).all(0) if value.dtype.kind == "f" else np.ones(value.shape[1:], bool)
         if self.reading.nodata is not None:
             present &= ~(value == self.reading.nodata).all(0)
+        if self._colors is not None:
+            # GDAL takes one transparent colour for nodata, and forgets several
+            present &= self._shown[value[0]]
         return present
 
     @property

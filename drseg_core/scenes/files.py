@@ -166,7 +166,10 @@ def check_outputs(
 def check_input_stays(path: Path, inputs: Sequence[str | Path | None], problem: str) -> None:
     """Refuse an output that is a file which is read."""
     for source in inputs:
-        if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
+        if source is None:
+            continue
+        same = path.exists() and Path(source).exists() and path.samefile(source)
+        if same or os.path.realpath(path) == os.path.realpath(source):
             raise ConfigError(f"predict_scene: {problem}; expected another path than {path}")
 
 

@@ -67,6 +67,8 @@ def list_scenes(words: Sequence[str], *, asset: str | None = None, remote: bool 
     """
     found: dict[str, Scene] = {}
     for scene in _expanded(words, asset):
+        if any("\ud800" <= character <= "\udfff" for character in scene.image):
+            raise ConfigError(f"predict: {scene.image!a} is no UTF-8; expected a file of another name")
         if not remote:
             _check_near(scene.image)
         # a.tif, ./a.tif and /data/a.tif are one

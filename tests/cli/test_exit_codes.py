@@ -51,6 +51,11 @@ def check(result, code: int, *words: str) -> None:
         (["predict", "run", "image.tif", "--out", "map.tif", "--classes", " ; "], ["--classes is empty"]),
         (["predict", "run", "image.tif", "--out", "map.tif", "--bands", "red"], ["--bands", "red"]),
         (["predict", "run", "--out", "map.tif"], ["required: IMAGE"]),
+        (["predict", "run", "", "--out", "map.tif"], ["the word behind run is empty"]),
+        (["predict", "run", "image.tif", "--out", ""], ["the word behind --out is empty"]),
+        (["predict", "run", "image.tif", "--out="], ["the word behind --out= is empty"]),
+        (["view", ""], ["the word behind view is empty"]),
+        (["predict", "run", "a\udcff.tif", "--out", "map.tif"], ["is no UTF-8", "udcff"]),
     ],
 )
 def test_usage_is_2(drseg, monkeypatch, tmp_path, words, said):

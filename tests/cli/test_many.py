@@ -78,6 +78,12 @@ def test_what_is_said_of_many(drseg, run, scenes, whole, tmp_path):
     assert code == 2 and "--report is not writable" in errors
     code, _, errors = drseg("predict", run, scenes, "--out", tmp_path / "r", "--report", scenes / "1.tif")
     assert code == 2 and "--report is an input or a map; expected another path than" in errors
+    # nor what is only going to be a map, or a file beside one
+    for name in ("1.tif", "../new/3_areas.csv", "2.qml", "4.html"):
+        words = ["predict", run, scenes, "--out", f"{tmp_path}/new/", "--report", tmp_path / "new" / name, "--view"]
+        (tmp_path / "new").mkdir(exist_ok=True)
+        code, _, errors = drseg(*words)
+        assert code == 2 and "--report is an input or a map" in errors and not list((tmp_path / "new").iterdir()), name
 
 
 def test_a_plan_of_many(drseg, run, scenes, tmp_path):

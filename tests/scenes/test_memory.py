@@ -101,5 +101,8 @@ def test_a_file_that_cannot_be_read_in_parts_says_so(tmp_path, monkeypatch):
     assert said(tmp_path / "plain.jpg") is None
     Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / "scans.jpg", progressive=True)
     assert "scans.jpg: it is interlaced, so all" in said(tmp_path / "scans.jpg")
+    # of a size that Pillow opens for nobody
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
+    assert said(tmp_path / "plain.jpg") is None and "it is interlaced" in said(tmp_path / "scans.jpg")
     monkeypatch.setattr("drseg_core.data.raster.WHOLE_MB", WHOLE_MB)
     assert said(tmp_path / "scans.jpg") is None

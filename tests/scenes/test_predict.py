@@ -208,6 +208,12 @@ def test_one_band_and_palette(tmp_path):
     colored.save(tmp_path / "palette.png")
     data, _ = read(run(tmp_path / "palette.png", tmp_path / "map2.tif").classes)
     assert np.array_equal(data[0], truth(20, 20).numpy())
+    # GDAL takes one transparent colour for nodata, of several it says nothing
+    for alphas in ([0, 255], [0, 255, 0]):
+        colored.save(tmp_path / "palette.png", transparency=bytes(alphas))
+        data, _ = read(run(tmp_path / "palette.png", tmp_path / "map2.tif", overwrite=True).classes)
+        hidden = np.isin(truth(20, 20).numpy(), np.flatnonzero(np.array(alphas) == 0))
+        assert np.array_equal(data[0], np.where(hidden, 255, truth(20, 20).numpy())) and hidden.any()
 
 
 def test_outputs_are_refused_before_reading(tmp_path):

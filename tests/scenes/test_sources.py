@@ -128,6 +128,12 @@ def outs(words: list[str], out: str, polygons: str | None = None) -> list[str]:
     return [str(scene.out) for scene in with_outputs(list_scenes(words), out, polygons)]
 
 
+def test_a_name_that_is_no_text(place):
+    (place / "deep" / "bad\udcff.png").write_text("x")
+    with pytest.raises(ConfigError, match=r"'deep/bad\\udcff.png' is no UTF-8; expected a file of another name"):
+        images("deep")
+
+
 def test_outputs(place):
     assert outs(["b.tif"], "map.tif") == ["map.tif"]
     assert outs(["b.tif"], "maps/") == ["maps/b.tif"]
