@@ -20,9 +20,11 @@ pytest.register_assert_rewrite("contract", "oracle", "edges", "test_csc", "test_
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter_memory
     import interpreter_speed
 
     interpreter_speed.patch()
+    interpreter_memory.patch()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -61,6 +61,15 @@ def make(nodes: int, slots: int, width: int, dtype: torch.dtype = torch.float32,
     }
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_nodes_without_edges_have_the_scale_of_no_degree(apart):
+    inputs = {name: value.to(DEVICE) for name, value in make(5, 2, 3).items()}
+    edges = (inputs["source"], inputs["target"], None, None), inputs["index"][..., :0]
+    *empty, scale = kernels.edge_coefficient(*edges, inputs["vector"], inputs["bias"], None, "sym_row", 0.25, apart)
+    assert all(value.numel() == 0 for value in empty)
+    assert torch.equal(scale.cpu(), torch.full((1, 2, 5), 2.0))
+
+
 class _WithTile(torch.autograd.Function):
     @staticmethod
     def forward(ctx, source, target, index, vector, bias, mask, norm, tile):
