@@ -64,7 +64,9 @@ class PixelArea:
 
     def of(self, boxes: Sequence[Box]) -> NDArray[np.float64]:
         """Mean area of a pixel in each box (top, left, height, width); NaN if a part of it is not on Earth."""
-        box = np.array(boxes, np.float64)
+        return self._mean(np.array(boxes, np.float64))
+
+    def _mean(self, box: NDArray[np.float64]) -> NDArray[np.float64]:
         top, left, height, width = box.T
         column = np.stack([left, left + width, left + width, left])
         row = np.stack([top, top, top + height, top + height])
@@ -78,40 +80,53 @@ class PixelArea:
             area[far] = self._outlined(box[far])
         return area
 
-    def uneven(self, boxes: Sequence[Box]) -> NDArray[np.bool_]:
-        """Whether the area of the pixels of each box differs from row to row, and from column to column."""
-        top, left = np.min(boxes, axis=0)[:2]
-        bottom, right = (np.array(boxes)[:, :2] + np.array(boxes)[:, 2:]).max(0)
+    def pieces(self, boxes: Sequence[Box]) -> NDArray[np.int64]:
+        """Into how many rows and columns to cut each box, so that the pixels of a piece have one area."""
+        corner = np.array(boxes)[:, :2]
+        top, left = corner.min(0)
+        bottom, right = (corner + np.array(boxes)[:, 2:]).max(0)
         # most maps are small on Earth: they are even as a whole
-        if not self._differs([(top, left, bottom - top, right - left)]).any():
-            return np.zeros((len(boxes), 2), bool)
-        return self._differs(boxes)
+        if (self._pieces([(top, left, bottom - top, right - left)]) == 1).all():
+            return np.ones((len(boxes), 2), np.int64)
+        return self._pieces(boxes)
 
-    def field(self, box: Box, uneven: Sequence[bool] | NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Area of each pixel of a box; one for all rows, or for all columns, where they do not differ."""
-        top, left, height, width = box
-        down = np.arange(int(height)) if uneven[0] else [0]
-        across = np.arange(int(width)) if uneven[1] else [0]
-        size = 1 if uneven[0] else height, 1 if uneven[1] else width
-        each = [(top + row, left + column, *size) for row in down for column in across]
-        return self.of(each).reshape(len(down), len(across))
+    def field(self, box: Box, pieces: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
+        """Area of each pixel of a box cut so; (1, W) or (H, 1) where all rows or all columns are alike."""
+        starts, sizes = [], []
+        for side, count in zip(box[2:], pieces, strict=True):
+            start = np.arange(0, int(side), max(1, int(side) // int(count)) if count > 1 else int(side))
+            starts.append(start)
+            sizes.append(np.diff(start, append=int(side)))
+        each = [
+            (box[0] + row, box[1] + column, height, width)
+            for row, height in zip(*(v.tolist() for v in (starts[0], sizes[0])), strict=True)
+            for column, width in zip(*(v.tolist() for v in (starts[1], sizes[1])), strict=True)
+        ]
+        area = self.of(each).reshape(len(starts[0]), len(starts[1]))
+        for axis, count in enumerate(pieces):
+            area = np.repeat(area, sizes[axis], axis) if count > 1 else area
+        return area
 
-    def _differs(self, boxes: Sequence[Box]) -> NDArray[np.bool_]:
-        top, left, height, width = np.array(boxes, np.float64).T
+    def _pieces(self, boxes: Sequence[Box]) -> NDArray[np.int64]:
+        box = np.array(boxes, np.float64)
+        top, left, height, width = box.T[..., None, None]
         row, column = np.meshgrid(np.arange(5) / 4, np.arange(5) / 4, indexing="ij")
-        row = top[:, None, None] + row * height[:, None, None]
-        column = left[:, None, None] + column * width[:, None, None]
-        size = (np.broadcast_to(side[:, None, None] / 4, (len(boxes), 4, 4)) for side in (height, width))
-        # sixteen, as the north and the south of the Earth are alike, and so would quarters be
-        parts = np.stack([row[:, :4, :4], column[:, :4, :4], *size], axis=-1).reshape(-1, 4)
-        area = self.of(parts).reshape(-1, 4, 4)
-        differs = np.stack([(np.ptp(area, axis=axis) > _SPREAD * area.max(axis)).any(1) for axis in (1, 2)], axis=1)
+        row, column = top + row * height, left + column * width
+        quarter = (np.broadcast_to(side / 4, (len(box), 4, 4)) for side in (height, width))
+        # sixteen parts: the north and the south of the Earth are alike, and so would four be
+        parts = np.stack([row[:, :4, :4], column[:, :4, :4], *quarter], axis=-1).reshape(-1, 4)
+        area = self._mean(parts).reshape(-1, 4, 4)
+        sides = box[:, 2:].astype(np.int64)
+        spread = np.stack([(np.ptp(area, axis=axis) / area.max(axis)).max(1) for axis in (1, 2)], axis=1)
+        known = np.nan_to_num(spread)
+        # four times as many as if the area grew evenly, which it does not
+        pieces = np.where(known > _SPREAD, np.minimum(np.ceil(4 * known / _SPREAD), sides), 1).astype(np.int64)
         lost = np.isnan(area).any((1, 2))
         if lost.any():
             # at the edge of the Earth each pixel counts; beyond it none does
             seen, _ = self._on_ground(row[lost], column[lost], EQUAL_AREA)
-            differs[lost] = np.isfinite(seen).any((1, 2))[:, None]
-        return differs
+            pieces[lost] = np.where(np.isfinite(seen).any((1, 2))[:, None], sides[lost], 1)
+        return pieces
 
     def _outlined(self, box: NDArray[np.float64]) -> NDArray[np.float64]:
         """As ``of``, for boxes whose sides are not straight on the ground, or that may hold a pole."""

@@ -49,10 +49,10 @@ class ClassAreas:
         count = np.array(counts)
         # a box of unknown area has no say on a class that it does not have
         m2 = np.where(count > 0, count * self.pixel.of(boxes)[:, None], 0)
-        uneven = self.pixel.uneven(boxes)
-        for number in np.flatnonzero(uneven.any(1)):
+        pieces = self.pixel.pieces(boxes)
+        for number in np.flatnonzero((pieces > 1).any(1)):
             part = parts[number]
-            area = np.broadcast_to(self.pixel.field(boxes[number], uneven[number]), part.shape)
+            area = np.broadcast_to(self.pixel.field(boxes[number], pieces[number]), part.shape)
             m2[number] = np.bincount(part.ravel(), area.ravel(), IGNORE + 1)[: self.classes]
         self.m2 += m2.sum(0)
 

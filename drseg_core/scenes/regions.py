@@ -175,11 +175,11 @@ def _weights(pixel: PixelArea, top: int, left: int, height: int, width: int) -> 
     tall = [min(_ROWS, height - row) for row in rows]
     boxes = [(top + row, left, h, width) for row, h in zip(rows, tall, strict=True)]
     area = np.repeat(pixel.of(boxes), tall)[:, None]
-    uneven = pixel.uneven(boxes)
-    if uneven[:, 1].any():
+    pieces = pixel.pieces(boxes)
+    if (pieces[:, 1] > 1).any():
         area = np.repeat(area, width, axis=1)
-    for number in np.flatnonzero(uneven.any(1)):
-        area[rows[number] : rows[number] + tall[number]] = pixel.field(boxes[number], uneven[number])
+    for number in np.flatnonzero((pieces > 1).any(1)):
+        area[rows[number] : rows[number] + tall[number]] = pixel.field(boxes[number], pieces[number])
     return area
 
 
