@@ -68,12 +68,13 @@ class PixelArea:
 
     def _mean(self, box: NDArray[np.float64]) -> NDArray[np.float64]:
         top, left, height, width = box.T
-        column = np.stack([left, left + width, left + width, left])
-        row = np.stack([top, top, top + height, top + height])
+        # the middle as well: by its corners alone a box around the whole Earth has no width
+        column = np.stack([left, left + width, left + width, left, left + width / 2])
+        row = np.stack([top, top, top + height, top + height, top + height / 2])
         east, north = self._on_ground(row, column, EQUAL_AREA)
         # a box over the date line is as wide as it is, not as the way around
         a = (east - east[:1] + _TURN / 2) % _TURN - _TURN / 2
-        area = _inside(a, north) / (height * width)
+        area = _inside(a[:4], north[:4]) / (height * width)
         large = np.maximum(np.ptp(a, axis=0), np.ptp(north, axis=0)) > _LARGE
         far = np.flatnonzero(large | (np.abs(north).max(0) > _NEAR_A_POLE))
         if len(far):
@@ -90,7 +91,7 @@ class PixelArea:
             return np.ones((len(boxes), 2), np.int64)
         return self._pieces(boxes)
 
-    def field(self, box: Box, pieces: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
+    def field(self, box: Box, pieces: Sequence[int]) -> NDArray[np.float64]:
         """Area of each pixel of a box cut so; (1, W) or (H, 1) where all rows or all columns are alike."""
         starts, sizes = [], []
         for side, count in zip(box[2:], pieces, strict=True):

@@ -52,7 +52,7 @@ class ClassAreas:
         pieces = self.pixel.pieces(boxes)
         for number in np.flatnonzero((pieces > 1).any(1)):
             part = parts[number]
-            area = np.broadcast_to(self.pixel.field(boxes[number], pieces[number]), part.shape)
+            area = np.broadcast_to(self.pixel.field(boxes[number], pieces[number].tolist()), part.shape)
             m2[number] = np.bincount(part.ravel(), area.ravel(), IGNORE + 1)[: self.classes]
         self.m2 += m2.sum(0)
 

@@ -179,7 +179,7 @@ def _weights(pixel: PixelArea, top: int, left: int, height: int, width: int) -> 
     if (pieces[:, 1] > 1).any():
         area = np.repeat(area, width, axis=1)
     for number in np.flatnonzero((pieces > 1).any(1)):
-        area[rows[number] : rows[number] + tall[number]] = pixel.field(boxes[number], pieces[number])
+        area[rows[number] : rows[number] + tall[number]] = pixel.field(boxes[number], pieces[number].tolist())
     return area
 
 

@@ -159,17 +159,15 @@ def test_pixels_off_the_earth_have_no_area(tmp_path: Path) -> None:
     assert pixel_side(DISK, transform, 100, 100) == pytest.approx(1.1e5, rel=0.05)
 
 
-def test_the_limb_of_a_full_disk_is_followed_pixel_by_pixel() -> None:
-    side = 10_000.0
-    label = np.zeros((1100, 1100), np.uint8)
-    pixel = pixels(DISK, -5.5e6, 5.5e6, side)
-    edges = [place for place in range(0, 1100, 110)]
-    for place in edges:
-        area = pixel.field((place, 540, 1, 20), (1, 20))
-        label[place, 540:560] = np.where(np.isfinite(area), 0, IGNORE)[0]
-    assert counted(pixel, np.where(label == 0, label, IGNORE).astype(np.uint8)).known
+def test_the_edge_of_the_earth_is_followed_pixel_by_pixel() -> None:
+    pixel = pixels(DISK, -5.5e6, 5.5e6, 5e4)
+    each = pixel.field((0, 0, 220, 220), (220, 220))
+    label = np.where(np.isfinite(each), 0, IGNORE).astype(np.uint8)
+    # no pixel that is wholly on Earth is lost to one beside it that is not
+    assert counted(pixel, label).m2[0] == pytest.approx(np.nansum(each), rel=PROMISED)
 
 
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 @pytest.mark.parametrize("min_area", [0, 1e13])
 def test_regions_off_the_earth(tmp_path: Path, min_area: float) -> None:
     label, transform = full_disk()
@@ -191,7 +189,7 @@ def test_nothing_of_a_scene_is_on_earth(tmp_path: Path, crs: str, left: float, t
     label = np.zeros((40, 40), np.uint8)
     label[3, 3] = 1
     areas = counted(pixels(crs, left, top, 10), label)
-    rows = areas.rows(["a", "b", "c"][:2])
+    rows = areas.rows(["a", "b"])
     assert not areas.known and {row["area_m2"] for row in rows} == {None}
     assert {row["method"] for row in rows} == {"no place known"}
     assert pixel_side(areas.pixel.crs, areas.pixel.transform, 40, 40) is None
