@@ -125,8 +125,8 @@ class PixelArea:
         lost = np.isnan(area).any((1, 2))
         if lost.any():
             # at the edge of the Earth each pixel counts; beyond it none does
-            seen, _ = self._on_ground(row[lost], column[lost], EQUAL_AREA)
-            pieces[lost] = np.where(np.isfinite(seen).any((1, 2))[:, None], sides[lost], 1)
+            seen, _ = self._on_ground(row[lost].reshape(-1, 25), column[lost].reshape(-1, 25), EQUAL_AREA)
+            pieces[lost] = np.where(np.isfinite(seen).any(1, keepdims=True), sides[lost], 1)
         return pieces
 
     def _outlined(self, box: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -16,6 +16,9 @@ from drseg_core.data.dataset import IGNORE
 from drseg_core.data.ground import METHOD, PixelArea, pixel_side, pixel_sides
 from drseg_core.scenes.areas import ClassAreas
 from drseg_core.scenes.regions import find_regions
+from drseg_core.view.page import write_page
+from tests.evaluation.fake import color_image
+from tests.scenes.test_predict import run, truth, write
 
 rasterio = pytest.importorskip("rasterio")
 
@@ -195,3 +198,17 @@ def test_nothing_of_a_scene_is_on_earth(tmp_path: Path, crs: str, left: float, t
     assert pixel_side(areas.pixel.crs, areas.pixel.transform, 40, 40) is None
     # the smallest area is then in pixels
     assert regions(tmp_path, label, crs, grid(left, top, 10), 2).pixels.tolist() == [1600]
+
+
+@pytest.mark.parametrize("side", [1.1e5, 1e3])
+@pytest.mark.parametrize("left", [-5.5e6, -4.5e6, 6e6])
+def test_a_scene_off_the_earth_has_a_map_polygons_and_a_page(tmp_path: Path, side: float, left: float) -> None:
+    place = {"crs": rasterio.crs.CRS.from_user_input(DISK), "transform": grid(left, 3.2e6, side)}
+    image = write(tmp_path / "in.tif", color_image(truth()).numpy(), **place)
+    files = run(image, tmp_path / "map.tif", polygons=tmp_path / "map.gpkg", min_area=1.0, scores=True)
+    with open(files.areas, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(int(row["pixels"]) for row in rows) == truth().numel()
+    assert all(row["area_m2"] == "" or float(row["area_m2"]) > 0 for row in rows)
+    page = write_page(files.classes, tmp_path / "page.html")
+    assert page.path.stat().st_size and "NaN" not in files.areas.read_text()
