@@ -741,7 +741,7 @@ def _write(
     with written(files.overlay):
         Image.fromarray(picture.picture(legend)).save(temporary.overlay, format="PNG")
     areas.write(temporary.areas, legend.names)
-    m2 = areas.m2.tolist() if areas.pixel.known else None
+    m2 = areas.m2.tolist() if areas.known else None
     write_attributes(temporary.attributes, legend, areas.pixels.tolist(), m2)
     write_style(temporary.style, legend)
     if files.polygons is not None and temporary.polygons is not None and temporary.scores is not None:

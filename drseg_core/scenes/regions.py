@@ -25,7 +25,7 @@ _ROWS = 64
 
 
 class Regions(NamedTuple):
-    """Class, pixels, m2 (NaN without georeference) and mean score by number. Nodata has numbers too: class 255."""
+    """Class, pixels, m2 (NaN where not known) and mean score by number. Nodata has numbers too: class 255."""
 
     label: NDArray[np.uint8]
     pixels: NDArray[np.int64]
@@ -87,7 +87,9 @@ def find_regions(
         total = _added(region, len(first), np.concatenate(sums, axis=1))
         with rasterio.open(parts) as numbers:
             if min_area > 0:
-                measure = total[1] if pixel.known else total[0]
+                # an area that is not known is not small
+                area = np.where(np.isnan(total[1]), np.inf, total[1])
+                measure = area if np.isfinite(area).any() else total[0]
                 nodata = of_region == IGNORE
                 borders = _borders(numbers, region, (measure < min_area) & ~nodata, nodata, done)
                 joined, of_region = _eliminated(measure.tolist(), of_region, borders, min_area)
@@ -166,13 +168,19 @@ def _links(one: NDArray[Any], other: NDArray[Any], same: NDArray[np.bool_]) -> N
 
 
 def _weights(pixel: PixelArea, top: int, left: int, height: int, width: int) -> NDArray[np.float64]:
-    """m2 of the pixels of each row of a part; NaN without georeference."""
+    """m2 of the pixels of a part, or of each of its rows where they have one area; NaN where not known."""
     if not pixel.known:
         return np.full((height, 1), np.nan)
     rows = range(0, height, _ROWS)
     tall = [min(_ROWS, height - row) for row in rows]
-    area = pixel.of([(top + row, left, h, width) for row, h in zip(rows, tall, strict=True)])
-    return np.repeat(area, tall)[:, None]
+    boxes = [(top + row, left, h, width) for row, h in zip(rows, tall, strict=True)]
+    area = np.repeat(pixel.of(boxes), tall)[:, None]
+    pieces = pixel.pieces(boxes)
+    if (pieces[:, 1] > 1).any():
+        area = np.repeat(area, width, axis=1)
+    for number in np.flatnonzero((pieces > 1).any(1)):
+        area[rows[number] : rows[number] + tall[number]] = pixel.field(boxes[number], pieces[number].tolist())
+    return area
 
 
 def _sums(
