@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.data.dataset import IGNORE
+from drseg_core.data.vector import plain_path
 from drseg_core.errors import ConfigError
 from drseg_core.extras import require
 from drseg_core.scenes.regions import find_regions, passes
@@ -186,22 +188,31 @@ def _geopackage(temporary: Path, found: Iterator[Found], names: Sequence[str], c
     count = 0
     temporary.unlink()
     try:
-        for some in _chunks(found, empty=True):
-            write(
-                temporary,
-                np.array([item.geometry for item in some], object),
-                _columns(some, names),
-                fields=_FIELDS,
-                layer=layer,
-                geometry_type="Polygon",
-                crs=crs.to_wkt() if crs else None,
-                driver="GPKG",
-                append=temporary.exists(),
-            )
-            count += len(some)
+        with plain_path(temporary) as plain:
+            for some in _chunks(found, empty=True):
+                write(
+                    plain,
+                    np.array([item.geometry for item in some], object),
+                    _columns(some, names),
+                    fields=_FIELDS,
+                    layer=_layer_name(layer),
+                    geometry_type="Polygon",
+                    crs=crs.to_wkt() if crs else None,
+                    driver="GPKG",
+                    append=plain.exists(),
+                )
+                count += len(some)
     except (DataSourceError, DataLayerError) as error:
         raise OSError(str(error)) from None
     return count
+
+
+def _layer_name(stem: str) -> str:
+    """A name that GeoPackage takes: it begins with a letter or number, and with no word that SQLite keeps."""
+    name = re.sub(r"^\W+", "", "".join(c if c.isprintable() else "_" for c in stem))
+    if not name.strip("_ "):
+        return "classes"
+    return f"classes_{name}" if name.lower().startswith(("gpkg", "sqlite_", "rtree_")) else name
 
 
 def _parquet(temporary: Path, found: Iterator[Found], names: Sequence[str], crs: Any, layer: str) -> int:
@@ -216,7 +227,8 @@ def _parquet(temporary: Path, found: Iterator[Found], names: Sequence[str], crs:
     fields = [*zip(_FIELDS, kinds, strict=True), ("geometry", pyarrow.binary())]
     schema = pyarrow.schema(fields, metadata={"geo": json.dumps(meaning)})
     count = 0
-    with ParquetWriter(temporary, schema) as writer:
+    # an open file: pyarrow takes some names for addresses
+    with open(temporary, "wb") as file, ParquetWriter(file, schema) as writer:
         for some in _chunks(found):
             columns = [*_columns(some, names), np.array([item.geometry for item in some], object)]
             arrays = [pyarrow.array(list(c), kind) for c, (_, kind) in zip(columns, fields, strict=True)]

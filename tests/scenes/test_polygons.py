@@ -14,6 +14,7 @@ import pytest
 
 from drseg_core.data.dataset import IGNORE
 from drseg_core.errors import ResourceError
+from drseg_core.files import atomic_path
 from drseg_core.scenes import polygons, regions
 from drseg_core.scenes.regions import find_regions
 from tests.scenes.test_predict import write
@@ -209,6 +210,45 @@ def test_geojson_is_that_of_the_standard(tmp_path, monkeypatch):
     polygons.write_polygons(plain, plain, path, path, names)
     features = json.loads(path.read_text(encoding="utf-8"))["features"]
     assert all(f["properties"]["area_m2"] is None for f in features)
+
+
+STEMS = {
+    "map": "map",
+    "(1) map": "1) map",
+    "[x": "x",
+    "+m-1": "m-1",
+    ".hidden": "hidden",
+    "~": "classes",
+    '"quoted" m': 'quoted" m',
+    "map!": "map!",
+    "a;b?": "a;b?",
+    "two\nlines": "two_lines",
+    "Gebäude 水": "Gebäude 水",
+    "gpkg_map": "classes_gpkg_map",
+    "SQLite_x": "classes_SQLite_x",
+}
+
+
+@pytest.mark.parametrize("folder", ["plain", "Fotos!", "a\n;b"])
+@pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".parquet"])
+def test_a_file_of_polygons_has_any_name(tmp_path, monkeypatch, folder, suffix):
+    """GeoPackage takes fewer names of layers than the system names of files, and pyogrio fewer paths."""
+    monkeypatch.setattr(polygons, "AT_A_TIME", 2)
+    place = {"crs": "EPSG:32632", "transform": from_origin(355_000, 5_640_000, 0.5, 0.5)}
+    value = noise(0, (6, 6))
+    labels = write(tmp_path / "labels.tif", value[None], nodata=255, **place)
+    (tmp_path / folder).mkdir()
+    stems = STEMS if folder == "plain" else {"(1) map!": "1) map!", "map": "map"}
+    for stem, layer in stems.items():
+        path = tmp_path / folder / f"{stem}{suffix}"
+        with atomic_path(path) as temporary:
+            count = polygons.write_polygons(labels, labels, temporary, path, NAMES)
+        assert count == len(flooded(value)) and [file.name for file in path.parent.iterdir()] == [path.name]
+        found = path.rename(tmp_path / f"found{suffix}")
+        if suffix != ".parquet":
+            assert pyogrio.read_info(found)["features"] == count
+        if suffix == ".gpkg":
+            assert pyogrio.list_layers(found)[:, 0].tolist() == [layer]
 
 
 @pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".parquet"])
