@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,9 @@ from drseg_core.extras import require
 
 _SAMPLES = 21
 """Points a side of a scene by which its place in another CRS is known."""
+
+_STRANGE = re.compile(r"[!;?\x00-\x1f\ud800-\udfff]|^//")
+"""What pyogrio takes for a part of an address, such as an archive, or drops."""
 
 
 class Shapes:
@@ -38,6 +45,29 @@ class Shapes:
         import shapely
 
         return sorted(int(i) for i in self._tree.query(shapely.box(west, south, east, north)))
+
+
+@contextlib.contextmanager
+def plain_path(path: Path) -> Iterator[Path]:
+    """A path of the same file that pyogrio takes as it is: a link in a temporary folder, where this one is none.
+
+    What belongs to the file, such as the ``.dbf`` of a Shapefile, is linked beside it. The file need not exist.
+    """
+    path = path.absolute()
+    if not _STRANGE.search(str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="drseg-") as temporary:
+        folder = Path(temporary, "folder")
+        if not _STRANGE.search(path.name):
+            folder.symlink_to(path.parent)
+            yield folder / path.name
+            return
+        folder.mkdir()
+        others = [other for other in path.parent.iterdir() if other.name.startswith(f"{path.stem}.")]
+        for other in {path, *others}:
+            (folder / f"file{other.name.removeprefix(path.stem)}").symlink_to(other)
+        yield folder / f"file{path.suffix}"
 
 
 def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
@@ -66,8 +96,9 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
     if points_elsewhere(path):
         raise DatasetError(f"read_shapes: {printable(path)} points to something remote; expected polygons in a file")
     try:
-        meta, _, geometry, columns = read(path.absolute())
-    except (DataSourceError, DataLayerError, ValueError) as error:
+        with plain_path(path) as plain:
+            meta, _, geometry, columns = read(plain)
+    except (DataSourceError, DataLayerError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise DatasetError(f"read_shapes: {printable(path)} cannot be read as polygons: {reason}") from None
     fields = list(meta["fields"])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from drseg_core.data.raster import open_raster
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.files import check_room, free_bytes, remove_dead
 from drseg_core.scenes.polygons import check_suffix
@@ -107,6 +108,32 @@ def leftovers(files: SceneFiles) -> list[Path]:
     return [other for other in (*bands, *beside) if other not in files and other.is_file()]
 
 
+def _world_files(files: SceneFiles) -> list[Path]:
+    """Files that GDAL takes for the place of a picture that has none itself."""
+    found: dict[Path, None] = {}
+    for picture in files.present():
+        end = picture.suffix[1:].lower()
+        if end in ("tif", "tiff", "png"):
+            for one in (f"{end[0]}{end[-1]}w", f"{end}w", "wld", "tab"):
+                found |= dict.fromkeys(picture.with_suffix(f".{word}") for word in (one, one.upper()))
+    return [path for path in found if path.is_file()]
+
+
+def _check_no_place(files: SceneFiles, source: Path) -> None:
+    """Refuse world files beside the map of a scene without a place. They may belong to another picture, so they are
+    never removed."""
+    worlds = _world_files(files)
+    if not worlds or not source.is_file():
+        return
+    # what cannot be opened is said where it is read
+    with contextlib.suppress(RasterError), open_raster(source, origin="predict_scene") as scene:
+        if scene.transform.is_identity:
+            raise ConfigError(
+                f"predict_scene: {worlds[0]} would give the map a place that the scene does not have; expected another "
+                "path for the map, or no such file"
+            )
+
+
 def is_page(path: Path) -> bool:
     """Whether a file is the page of a map."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
@@ -122,7 +149,7 @@ def check_outputs(
     inputs: Sequence[str | Path | None] = (),
     **options: Any,
 ) -> SceneFiles:
-    """The outputs of :func:`predict_scene`, after making sure that they may be written. Reads and writes nothing.
+    """The outputs of :func:`predict_scene`, after making sure that they may be written. Writes nothing.
 
     Args:
         image_path: the scene.
@@ -132,7 +159,8 @@ def check_outputs(
         options: those of :func:`scene_files`.
 
     Raises:
-        ConfigError: an output exists, is an input or another output, cannot be written or has a wrong suffix.
+        ConfigError: an output exists, is an input or another output, cannot be written, has a wrong suffix, or a world
+            file beside it would place the map of a scene without a place.
         RasterError: the system refuses the scene's path, such as one that is too long.
     """
     files, source = scene_files(out_path, **options), Path(image_path)
@@ -153,6 +181,7 @@ def check_outputs(
             if path.resolve() in seen:
                 raise ConfigError(f"predict_scene: two outputs are one file; expected another path than {path}")
             seen.add(path.resolve())
+        _check_no_place(files, source)
         folders = {_existing(folder): None for folder in folders}
     except OSError as error:
         raise ConfigError(f"predict_scene: {files.classes} cannot be written: {error.strerror}") from None

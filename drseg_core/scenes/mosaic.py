@@ -61,16 +61,15 @@ def neighbours(grids: Sequence[Grid | None], folders: Sequence[Path]) -> list[tu
     """
     found: list[list[Neighbour]] = [[] for _ in grids]
     for (i, one), (j, other) in _near(grids):
-        # where the first pixel of the other lies, and its last corner
-        left, top = ~one.transform @ (other.transform.c, other.transform.f)
-        right, bottom = ~one.transform @ (other.transform @ (other.width, other.height))
-        if max(0.0, min(left, right)) >= min(one.width, max(left, right)):
+        # from the pixels of the other to those of the one
+        step = ~one.transform @ other.transform
+        if not (_reaches(step, other, one) and _reaches(~step, one, other)):
             continue
-        if max(0.0, min(top, bottom)) >= min(one.height, max(top, bottom)):
-            continue
-        place = round(top), round(left)
-        apart = max(abs(top - place[0]), abs(left - place[1]))
-        apart = max(apart, abs(bottom - top - other.height), abs(right - left - other.width))
+        place = round(step.f), round(step.c)
+        apart = max(abs(step.f - place[0]), abs(step.c - place[1]))
+        # opposite corners alone do not tell a square from the same one stored transposed
+        apart = max(apart, *(abs(v) * other.width for v in (step.a - 1, step.d)))
+        apart = max(apart, *(abs(v) * other.height for v in (step.b, step.e - 1)))
         if apart > _APART:
             _log.warning(
                 "%s and %s overlap on different grids, so their maps are left apart; --gsd or gdalwarp -tap makes one "
@@ -97,6 +96,14 @@ def _near(grids: Sequence[Grid | None]) -> Iterator[tuple[tuple[int, Grid], tupl
         rest = slice(row + 1, None)
         meets = ((low[rest] <= high[row]) & (low[row] <= high[rest])).all(1) & (system[rest] == system[row])
         yield from ((scene, placed[row + 1 + other]) for other in np.flatnonzero(meets))
+
+
+def _reaches(step: Any, grid: Grid, into: Grid) -> bool:
+    """Whether the box of a grid, in the pixels of another, meets that one; if both reach so, none lies between them."""
+    corner = np.array([step @ place for place in itertools.product((0, grid.width), (0, grid.height))])
+    left, top = corner.min(0)
+    right, bottom = corner.max(0)
+    return bool(max(0.0, left) < min(into.width, right) and max(0.0, top) < min(into.height, bottom))
 
 
 def _corners(grid: Grid) -> list[tuple[float, float]]:

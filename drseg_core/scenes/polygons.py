@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.data.dataset import IGNORE
+from drseg_core.data.vector import plain_path
 from drseg_core.errors import ConfigError
 from drseg_core.extras import require
 from drseg_core.scenes.regions import find_regions, passes
@@ -23,6 +26,12 @@ from drseg_core.scenes.writer import written
 SUFFIXES = (".gpkg", ".geojson", ".parquet")
 AT_A_TIME = 5000
 HALF_PIXEL = 0.5
+_CENTIMETRE = 7
+"""Decimals of degrees."""
+_MOVED = 0.01
+"""Share of a pixel by which rounding may move a corner."""
+_BETWEEN = 17
+"""Points along an edge that seems to go around half the world."""
 _FIELDS = ("class_id", "class", "pixels", "area_m2", "mean_score")
 
 
@@ -93,7 +102,7 @@ def write_polygons(
         warnings.filterwarnings("ignore", message="'crs' was not provided", category=UserWarning)
         try:
             with written(path):
-                return writer(temporary, _found(labels, score, own, min_area, progress), names, labels.crs, path.stem)
+                return writer(temporary, _found(labels, score, own, min_area, progress), names, labels, path.stem)
         finally:
             own.unlink(missing_ok=True)
 
@@ -152,22 +161,18 @@ def _columns(some: Sequence[Found], names: Sequence[str]) -> list[NDArray[Any]]:
     ]
 
 
-def _geojson(temporary: Path, found: Iterator[Found], names: Sequence[str], crs: Any, layer: str) -> int:
+def _geojson(temporary: Path, found: Iterator[Found], names: Sequence[str], labels: Any, layer: str) -> int:
     """GeoJSON as in RFC 7946. Not by GDAL, which reads the whole file again for each part that is added."""
     import shapely
-    from rasterio.warp import transform
 
-    def degrees(points: NDArray[np.float64]) -> NDArray[np.float64]:
-        # a centimetre
-        return np.round(np.column_stack(transform(crs, "EPSG:4326", points[:, 0], points[:, 1])), 7)
-
+    decimals = _decimals(labels) if labels.crs else 0
     count = 0
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(f'{{"type": "FeatureCollection", "name": {json.dumps(layer)}, "features": [')
         for some in _chunks(found):
             shapes = shapely.from_wkb(np.array([item.geometry for item in some], object))
-            shapes = shapely.transform(shapes, degrees) if crs else shapes
-            shapes = [shapely.geometry.polygon.orient(shape) for shape in shapes]
+            shapes = in_degrees(shapes, labels.crs, decimals) if labels.crs else shapes
+            shapes = [_oriented(shape) for shape in shapes]
             rows = zip(*(column.tolist() for column in _columns(some, names)), strict=True)
             for row, shape in zip(rows, shapely.to_geojson(shapes), strict=True):
                 known = {name: None if value != value else value for name, value in zip(_FIELDS, row, strict=True)}
@@ -179,47 +184,152 @@ def _geojson(temporary: Path, found: Iterator[Found], names: Sequence[str], crs:
     return count
 
 
-def _geopackage(temporary: Path, found: Iterator[Found], names: Sequence[str], crs: Any, layer: str) -> int:
+def _oriented(shape: Any) -> Any:
+    """Outer rings run counter-clockwise, as RFC 7946 wants."""
+    import shapely
+
+    parts = [shapely.geometry.polygon.orient(part) for part in shapely.get_parts(shape)]
+    return parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
+
+
+def _geopackage(temporary: Path, found: Iterator[Found], names: Sequence[str], labels: Any, layer: str) -> int:
     from pyogrio.errors import DataLayerError, DataSourceError
     from pyogrio.raw import write
 
     count = 0
     temporary.unlink()
     try:
-        for some in _chunks(found, empty=True):
-            write(
-                temporary,
-                np.array([item.geometry for item in some], object),
-                _columns(some, names),
-                fields=_FIELDS,
-                layer=layer,
-                geometry_type="Polygon",
-                crs=crs.to_wkt() if crs else None,
-                driver="GPKG",
-                append=temporary.exists(),
-            )
-            count += len(some)
+        with plain_path(temporary) as plain:
+            for some in _chunks(found, empty=True):
+                write(
+                    plain,
+                    np.array([item.geometry for item in some], object),
+                    _columns(some, names),
+                    fields=_FIELDS,
+                    layer=_layer_name(layer),
+                    geometry_type="Polygon",
+                    crs=labels.crs.to_wkt() if labels.crs else None,
+                    driver="GPKG",
+                    append=plain.exists(),
+                )
+                count += len(some)
     except (DataSourceError, DataLayerError) as error:
         raise OSError(str(error)) from None
     return count
 
 
-def _parquet(temporary: Path, found: Iterator[Found], names: Sequence[str], crs: Any, layer: str) -> int:
+def _layer_name(stem: str) -> str:
+    """A name that GeoPackage takes: it begins with a letter or number, and with no word that SQLite keeps."""
+    name = re.sub(r"^\W+", "", "".join(c if c.isprintable() else "_" for c in stem))
+    if not name.strip("_ "):
+        return "classes"
+    return f"classes_{name}" if name.lower().startswith(("gpkg", "sqlite_", "rtree_")) else name
+
+
+def _parquet(temporary: Path, found: Iterator[Found], names: Sequence[str], labels: Any, layer: str) -> int:
     """GeoParquet 1.1: WKB in a column, described in the metadata."""
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 
     column: dict[str, Any] = {"encoding": "WKB", "geometry_types": ["Polygon"]}
-    column["crs"] = crs.to_dict(projjson=True) if crs else None
+    column["crs"] = labels.crs.to_dict(projjson=True) if labels.crs else None
     meaning = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
     kinds = (pyarrow.int32(), pyarrow.string(), pyarrow.int64(), pyarrow.float64(), pyarrow.float64())
     fields = [*zip(_FIELDS, kinds, strict=True), ("geometry", pyarrow.binary())]
     schema = pyarrow.schema(fields, metadata={"geo": json.dumps(meaning)})
     count = 0
-    with ParquetWriter(temporary, schema) as writer:
+    # an open file: pyarrow takes some names for addresses
+    with open(temporary, "wb") as file, ParquetWriter(file, schema) as writer:
         for some in _chunks(found):
             columns = [*_columns(some, names), np.array([item.geometry for item in some], object)]
             arrays = [pyarrow.array(list(c), kind) for c, (_, kind) in zip(columns, fields, strict=True)]
             writer.write_table(pyarrow.table(arrays, schema=schema))
             count += len(some)
     return count
+
+
+def _to_degrees(crs: Any, points: NDArray[np.float64]) -> NDArray[np.float64]:
+    from rasterio.warp import transform
+
+    return np.column_stack(transform(crs, "EPSG:4326", points[:, 0], points[:, 1]))
+
+
+def _decimals(labels: Any) -> int:
+    """Decimals of degrees by which no corner moves by more than a hundredth of a pixel; at least 7, a centimetre."""
+    places = [(x, y) for y in np.linspace(0, labels.height, 3) for x in np.linspace(0, labels.width, 3)]
+    pixels = np.array([(x + right, y + down) for x, y in places for right, down in ((0, 0), (1, 0), (0, 1))])
+    corner, across, down = (
+        _to_degrees(labels.crs, _on_ground(labels.transform, pixels)).reshape(-1, 3, 2).swapaxes(0, 1)
+    )
+    # a pixel may lie on the antimeridian
+    sides = (np.stack([across - corner, down - corner], 2) + 180) % 360 - 180
+    sides = sides[np.isfinite(sides).all((1, 2)) & (np.linalg.det(sides) != 0)]
+    if not len(sides):
+        return _CENTIMETRE
+    # pixels for each degree; a value is off by half of its last decimal
+    pixels_of_degree = np.abs(np.linalg.inv(sides)).sum(2).max()
+    return max(_CENTIMETRE, math.ceil(math.log10(0.5 * pixels_of_degree / _MOVED)))
+
+
+def in_degrees(shapes: NDArray[Any], crs: Any, decimals: int) -> NDArray[Any]:
+    """Polygons in longitude and latitude, cut at the antimeridian (RFC 7946, 3.1.9)."""
+    import shapely
+
+    found = shapely.transform(shapes, partial(_to_degrees, crs))
+    west, _, east, _ = bounds = shapely.bounds(found).T
+    # one that crosses has points on both sides, or goes on beyond 180
+    beyond = np.isfinite(bounds).all(0) & ((east - west > 180) | (west < -180) | (east > 180))
+    for number in np.flatnonzero(beyond):
+        found[number] = _cut(shapes[number], crs, decimals)
+    rounded = shapely.transform(found, lambda points: np.round(points, decimals))
+    for number in np.flatnonzero(beyond):
+        # of a part that is thinner than the last decimal nothing is left
+        parts = [part for part in shapely.get_parts(rounded[number]) if part.area]
+        rounded[number] = shapely.MultiPolygon(parts) if parts else found[number]
+    return rounded
+
+
+def _cut(shape: Any, crs: Any, decimals: int) -> Any:
+    """The parts of one polygon between -180 and 180 degrees."""
+    import shapely
+
+    # each ring by itself, as a hole may begin on the other side
+    whole = _within_a_turn(shape.exterior, crs, decimals)
+    holes = [_within_a_turn(ring, crs, decimals) for ring in shape.interiors]
+    left = shapely.difference(whole, shapely.union_all(holes)) if holes else whole
+    return shapely.MultiPolygon([part for part in shapely.get_parts(left) if part.geom_type == "Polygon"])
+
+
+def _within_a_turn(ring: Any, crs: Any, decimals: int) -> Any:
+    """What a ring encloses, from -180 to 180 degrees."""
+    import shapely
+
+    points = _unwrapped(shapely.get_coordinates(ring), crs)
+    if abs(points[-1, 0] - points[0, 0]) > 180:
+        # around a pole, which is a line in degrees
+        pole = np.copysign(90, points[:, 1].mean())
+        points = np.vstack([points, [(points[-1, 0], pole), (points[0, 0], pole)]])
+    polygon = shapely.make_valid(shapely.Polygon(points))
+    west, south, east, north = polygon.bounds
+    parts = []
+    for turn in range(math.floor((west + 180) / 360), math.ceil((east + 180) / 360)):
+        side = shapely.box(360 * turn - 180, south - 1, 360 * turn + 180, north + 1)
+        parts.append(
+            shapely.transform(shapely.intersection(polygon, side), lambda points, turn=turn: points - (360 * turn, 0))
+        )
+    # around a pole the parts meet where the ring begins, but for the last bit
+    return shapely.union_all(parts, grid_size=10.0**-decimals)
+
+
+def _unwrapped(points: NDArray[np.float64], crs: Any) -> NDArray[np.float64]:
+    """A ring in degrees whose longitudes go on beyond 180."""
+    degrees = _to_degrees(crs, points)
+    step = np.diff(degrees[:, 0])
+    turns = np.zeros(len(points))
+    for edge in np.flatnonzero(abs(step) > 180):
+        # a long edge of a map of the world, or a short one that crosses: what lies between tells
+        between = np.linspace(points[edge], points[edge + 1], _BETWEEN)
+        small = np.diff(_to_degrees(crs, between)[:, 0])
+        turns[edge + 1] = round((((small + 180) % 360 - 180).sum() - step[edge]) / 360)
+    degrees[:, 0] += 360 * turns.cumsum()
+    return degrees

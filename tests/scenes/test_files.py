@@ -113,6 +113,42 @@ def test_nothing_of_a_former_map_stays(tmp_path):
     assert (out.parent / "new_scores.tif").read_text() == "of a former map"
 
 
+WORLD = "0.5\n0\n0\n-0.5\n500000\n5600000\n"
+TAB = """!table
+!version 300
+Definition Table
+  File "map.tif"
+  Type "RASTER"
+  (500000,5600000) (0,0) Label "a",
+  (500010,5600000) (20,0) Label "b",
+  (500010,5599990) (20,20) Label "c"
+  CoordSys Earth Projection 8, 104, "m", 9, 0, 0.9996, 500000, 0
+"""
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("end", [".tfw", ".TFW", ".tifw", ".wld", ".tab", "_scores.tfw", "_overlay.pgw"])
+def test_no_world_file_places_a_map_without_a_place(tmp_path, end, overwrite):
+    image = write(tmp_path / "in.png", color_image(truth()).numpy(), driver="PNG")
+    world = tmp_path / "out" / f"map{end}"
+    world.parent.mkdir()
+    world.write_text(TAB if end == ".tab" else WORLD)
+    said = f"predict_scene: .*map{end} would give the map a place that the scene does not have; expected another path"
+    with pytest.raises(ConfigError, match=said):
+        mapped(image, tmp_path / "out" / "map.tif", scores=True, overwrite=overwrite)
+    assert list(world.parent.iterdir()) == [world]
+    # GDAL would take it so
+    mapped(image, tmp_path / "other" / "map.tif", scores=True)
+    shutil.copy(world, tmp_path / "other")
+    with rasterio.open(tmp_path / "other" / world.with_suffix(".png" if "overlay" in end else ".tif").name) as raster:
+        assert not raster.transform.is_identity
+    # a scene's own place comes first
+    files = mapped(scene(tmp_path / "in.tif"), tmp_path / "out" / "map.tif")
+    with rasterio.open(files.classes) as raster:
+        assert raster.transform == PLACE["transform"]
+    assert world.exists()
+
+
 @pytest.mark.promise("C48")
 def test_a_run_that_fails_removes_nothing(tmp_path):
     image = scene(tmp_path / "in.tif")

@@ -186,6 +186,37 @@ def test_who_is_a_neighbour(caplog):
     assert "0.tif and 1.tif overlap on different grids, so their maps are left apart" in caplog.text
 
 
+def test_one_ground_stored_the_other_way_is_another_grid(caplog):
+    """All corners of a square lie on those of its transposed copy, the first and the last even on themselves."""
+
+    def grid(transform: Affine) -> Grid:
+        return Grid(rasterio.crs.CRS.from_epsg(32632), NORTH_UP @ transform, 80, 80)
+
+    upright = grid(Affine.identity())
+    others = {
+        "transposed": Affine(0, 1, 0, 1, 0, 0),
+        "turned": Affine(0, -1, 80, 1, 0, 0),
+        "half a turn": Affine(-1, 0, 80, 0, -1, 80),
+        # the first corner and the last lie one above the other
+        "on its corner": Affine.translation(40, 0) @ Affine.rotation(45),
+        "sheared": Affine(1, 0.01, 0, 0, 1, 0),
+    }
+    folders = [Path("one.tif.work"), Path("other.tif.work")]
+    for name, transform in others.items():
+        caplog.clear()
+        for pair in ([upright, grid(transform)], [grid(transform), upright]):
+            assert neighbours(pair, folders) == [(), ()], name
+        assert caplog.text.count("overlap on different grids") == 2, name
+    # turned alike they are on one grid
+    turn = Affine.rotation(30)
+    one, other = neighbours([grid(turn), grid(turn @ Affine.translation(50, -20))], folders)
+    assert [found[1:3] for found in (*one, *other)] == [(-20, 50), (20, -50)]
+    # boxes that meet while what lies in them does not
+    caplog.clear()
+    away = grid(Affine.translation(110, 110) @ Affine.rotation(45) @ Affine.translation(-40, -40))
+    assert neighbours([upright, away], folders) == [(), ()] and caplog.text == ""
+
+
 def test_neighbours_of_thousands_of_tiles():
     """Pairs that lie apart are not looked at: of 3000 tiles there are 4.5 million."""
 

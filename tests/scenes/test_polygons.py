@@ -14,6 +14,7 @@ import pytest
 
 from drseg_core.data.dataset import IGNORE
 from drseg_core.errors import ResourceError
+from drseg_core.files import atomic_path
 from drseg_core.scenes import polygons, regions
 from drseg_core.scenes.regions import find_regions
 from tests.scenes.test_predict import write
@@ -209,6 +210,131 @@ def test_geojson_is_that_of_the_standard(tmp_path, monkeypatch):
     polygons.write_polygons(plain, plain, path, path, names)
     features = json.loads(path.read_text(encoding="utf-8"))["features"]
     assert all(f["properties"]["area_m2"] is None for f in features)
+
+
+def as_geojson(tmp_path: Path, value: np.ndarray, crs: str, transform) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shapes in degrees, their classes, and their areas in pixels."""
+    labels = write(tmp_path / "labels.tif", value[None], nodata=255, crs=crs, transform=transform)
+    path = tmp_path / "map.geojson"
+    polygons.write_polygons(labels, labels, path, path, NAMES)
+    features = json.loads(path.read_text())["features"]
+    shapes = np.array([shapely.geometry.shape(f["geometry"]) for f in features])
+    return shapes, *(np.array([f["properties"][name] for f in features]) for name in ("class_id", "pixels"))
+
+
+def middle_classes(shapes, labels, crs, transform, size) -> np.ndarray:
+    """The class at the middle of each pixel, as GeoJSON has it."""
+    from rasterio.warp import transform as warp
+
+    row, column = np.indices(size)
+    x, y = warp(crs, "EPSG:4326", *(v.ravel() for v in transform @ (column + 0.5, row + 0.5)))
+    found = np.full(row.size, IGNORE)
+    points = shapely.points((np.array(x) + 180) % 360 - 180, y)
+    point, shape = shapely.STRtree(shapes).query(points, "within")
+    found[point] = labels[shape]
+    return found.reshape(size)
+
+
+UTM, WORLD = "EPSG:32660", "EPSG:3857"
+AROUND = 20_037_508.342789244
+ACROSS = {
+    "utm": (UTM, rasterio.Affine(500, 0, 691_000, 0, -500, 5_782_000)),
+    "turned": (UTM, rasterio.Affine(400, 300, 685_000, 300, -400, 5_776_000)),
+    "mercator": (WORLD, rasterio.Affine(500, 0, AROUND - 9_700, 0, -500, 6_800_000)),
+    "degrees": ("EPSG:4326", from_origin(179.9, 52, 0.005, 0.005)),
+    "from 0 to 360": ("EPSG:4326", from_origin(185, 52, 0.005, 0.005)),
+    "world": (WORLD, from_origin(-AROUND, AROUND, AROUND / 20, AROUND / 20)),
+    "world in degrees": ("EPSG:4326", from_origin(-180, 90, 9, 4.5)),
+    "elsewhere": ("EPSG:32632", from_origin(355_000, 5_640_000, 0.5, 0.5)),
+}
+
+
+@pytest.mark.parametrize("place", ACROSS)
+def test_geojson_is_cut_at_the_antimeridian(tmp_path, place):
+    crs, transform = ACROSS[place]
+    value = np.zeros((40, 40), np.uint8)
+    # a hole on both sides, one within another, one that begins on the other side, areas of one side
+    value[5:30, 10:35], value[15:25, 15:30], value[18:20, 18:28], value[20:23, 18:20] = 1, 2, 0, 3
+    value[33:38, 3:8], value[33:38, 30:36], value[:2] = 4, 5, IGNORE
+    shapes, labels, _ = as_geojson(tmp_path, value, crs, transform)
+    assert shapely.is_valid(shapes).all() and len(shapes) == 7
+    for part in shapely.get_parts(shapes):
+        assert part.exterior.is_ccw and not any(ring.is_ccw for ring in part.interiors)
+        west, south, east, north = part.bounds
+        assert -180 <= west and east <= 180 and -90 <= south and north <= 90
+        assert east - west < 1 or "world" in place
+    several = sum(shape.geom_type == "MultiPolygon" for shape in shapes)
+    assert several > 1 if place in ("utm", "turned", "mercator", "degrees") else several == 0
+    found = middle_classes(shapes, labels, crs, transform, value.shape)
+    assert np.array_equal(found, value)
+
+
+@pytest.mark.parametrize(("crs", "pole"), [("EPSG:3413", 90), ("EPSG:3031", -90)])
+def test_an_area_around_a_pole_reaches_it(tmp_path, crs, pole):
+    row, column = np.indices((40, 40))
+    far = np.hypot(row - 19.3, column - 20.2)
+    value = np.select([far < 6, far < 12, far < 18], [1, 2, 3], IGNORE).astype(np.uint8)
+    transform = from_origin(-20_300, 20_700, 1000, 1000)
+    shapes, labels, _ = as_geojson(tmp_path, value, crs, transform)
+    assert shapely.is_valid(shapes).all() and sorted(labels) == [1, 2, 3]
+    for shape, label in zip(shapes, labels, strict=True):
+        west, south, east, north = shape.bounds
+        assert (west, east) == (-180, 180) and (pole in (south, north)) == (label == 1)
+    # a straight line in degrees bends on the map
+    assert (middle_classes(shapes, labels, crs, transform, value.shape) == value).mean() > 0.97
+
+
+@pytest.mark.parametrize("side", [10.0, 0.5, 0.01, 0.0001])
+@pytest.mark.parametrize("angle", [0, 30])
+def test_degrees_are_as_fine_as_the_pixels(tmp_path, side, angle):
+    transform = rasterio.Affine.translation(355_000, 7_640_000) @ rasterio.Affine.rotation(angle)
+    transform = transform @ rasterio.Affine.scale(side, -side)
+    shapes, _, pixels = as_geojson(tmp_path, noise(1, (20, 20)), "EPSG:32632", transform)
+    assert shapely.is_valid(shapes).all()
+    # the ground of a pixel in degrees, which is nearly the same all over the map
+    areas = shapely.area(shapes) / pixels
+    assert np.allclose(areas, np.median(areas), rtol=0.03)
+    digits = max(len(np.format_float_positional(v).partition(".")[2]) for v in shapely.get_coordinates(shapes).ravel())
+    assert digits == {10.0: 7, 0.5: 8, 0.01: 9, 0.0001: 11}[side]
+
+
+STEMS = {
+    "map": "map",
+    "(1) map": "1) map",
+    "[x": "x",
+    "+m-1": "m-1",
+    ".hidden": "hidden",
+    "~": "classes",
+    '"quoted" m': 'quoted" m',
+    "map!": "map!",
+    "a;b?": "a;b?",
+    "two\nlines": "two_lines",
+    "Gebäude 水": "Gebäude 水",
+    "gpkg_map": "classes_gpkg_map",
+    "SQLite_x": "classes_SQLite_x",
+}
+
+
+@pytest.mark.parametrize("folder", ["plain", "Fotos!", "a\n;b"])
+@pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".parquet"])
+def test_a_file_of_polygons_has_any_name(tmp_path, monkeypatch, folder, suffix):
+    """GeoPackage takes fewer names of layers than the system names of files, and pyogrio fewer paths."""
+    monkeypatch.setattr(polygons, "AT_A_TIME", 2)
+    place = {"crs": "EPSG:32632", "transform": from_origin(355_000, 5_640_000, 0.5, 0.5)}
+    value = noise(0, (6, 6))
+    labels = write(tmp_path / "labels.tif", value[None], nodata=255, **place)
+    (tmp_path / folder).mkdir()
+    stems = STEMS if folder == "plain" else {"(1) map!": "1) map!", "map": "map"}
+    for stem, layer in stems.items():
+        path = tmp_path / folder / f"{stem}{suffix}"
+        with atomic_path(path) as temporary:
+            count = polygons.write_polygons(labels, labels, temporary, path, NAMES)
+        assert count == len(flooded(value)) and [file.name for file in path.parent.iterdir()] == [path.name]
+        found = path.rename(tmp_path / f"found{suffix}")
+        if suffix != ".parquet":
+            assert pyogrio.read_info(found)["features"] == count
+        if suffix == ".gpkg":
+            assert pyogrio.list_layers(found)[:, 0].tolist() == [layer]
 
 
 @pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".parquet"])
