@@ -396,7 +396,10 @@ def solve_labels(
             f"within max_iterations = {max_iterations}, got up to {worst:.2g} in {int(left.sum())} of "
             f"{left[..., : labels.shape[-1]].numel()} columns: raise max_iterations or tolerance, or lower alpha"
         )
-    return (x * size * (1 - alpha if scaled else 1))[..., : labels.shape[-1]].to(labels.dtype)
+    # before the last factor very large labels would leave that range; powers of two change no bit
+    lower = torch.ones_like(size).masked_fill_(size > 2.0**80, 2.0**-40)
+    found = x * (size * lower) * (1 - alpha if scaled else 1) / lower
+    return found[..., : labels.shape[-1]].to(labels.dtype)
 
 
 class LabelPropagation(nn.Module):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import torch
@@ -69,6 +70,12 @@ def _neighbours(value: object) -> int | float:
     return share
 
 
+def _ratio(share: float) -> tuple[int, int]:
+    """The fraction that a number was written as, or meant: 0.13 is 13 / 100, and what 1 / 3 gives is 1 / 3 again."""
+    # with larger numbers a product with the nodes would leave the 64 bits that a compiled program has
+    return Fraction(repr(share)).limit_denominator(10**9).as_integer_ratio()
+
+
 def _logarithm(start: float | None) -> nn.Parameter | None:
     """A learned number > 0 by its logarithm; of one dimension, as FSDP wants it."""
     return None if start is None else nn.Parameter(torch.empty(1))
@@ -95,7 +102,7 @@ class PDGR(nn.Module):
         channels: C, channels of the feature map.
         prior_dim: D, channels of the prior.
         k: neighbours per node; a grid with fewer cells uses all of them. A float in (0, 1) is a share of the cells, to
-            the nearest number and at least one.
+            the nearest number, halves upwards, and at least one.
         affinity: reading of Eq. 7. ``exp`` is ``exp(gamma cos - decay dist)``, ``linear`` is
             ``gamma cos - decay dist``, ``power`` is ``max(cos, 0)**gamma exp(-decay dist)``, ``product`` is
             ``gamma cos exp(-decay dist)``. ``gauss`` is ``exp`` with ``dist`` squared. ``dist`` is the distance of two
@@ -199,6 +206,7 @@ class PDGR(nn.Module):
         if backend is not None:
             check_choice("PDGR", "backend", backend, backend_names())
         self.channels, self.prior_dim, self.k = channels, prior_dim, k
+        self._share = _ratio(k) if isinstance(k, float) else (k, 1)
         self.affinity, self.gamma, self.decay = affinity, float(gamma), float(decay)
         self.self_loop, self.norm = self_loop, norm
         self.normalize_prior, self.residual = normalize_prior, residual
@@ -273,8 +281,10 @@ class PDGR(nn.Module):
         """
         if isinstance(self.k, int):
             return self.k
-        # a compiled program for every size does not know the size yet
-        share: Any = torch.sym_int(self.k * nodes + 0.5)
+        # Integers throughout. A compiled program for every size does not know the size yet, and it may take a
+        # float of the module for another such unknown, to which its gradients find no source.
+        above, below = self._share
+        share: Any = (2 * above * nodes + below) // (2 * below)
         return max(share, 1) if isinstance(share, int) else torch.sym_max(share, 1)
 
     def _check_dtype(self, features: Tensor) -> None:

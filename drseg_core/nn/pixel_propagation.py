@@ -48,7 +48,8 @@ def propagate_pixels(
         alpha: share of the neighbours, in [0, 1).
 
     Returns:
-        F, (T, H, W) in the dtype of ``logits``, without gradient; a pixel without neighbours keeps its own.
+        F, (T, H, W) in the dtype of ``logits``, without gradient; a pixel without neighbours keeps its own. So does one
+        whose colour is so far from all others that its weights add up to no normal number of the sums' dtype.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
@@ -94,9 +95,10 @@ def propagate_pixels(
         degree[here[1:]] += weight
         degree[there[1:]] += weight
         edges.append((here, there, weight))
-    # a pixel without neighbours keeps all of its own
-    alone = degree == 0
-    scale, kept = alpha / torch.where(alone, 1, degree), torch.where(alone, 1, 1 - alpha)
+    # a pixel without neighbours keeps all of its own; one over a smaller sum could be infinite
+    alone = degree < torch.finfo(degree.dtype).tiny
+    # of the dtype of the sums: a choice of two numbers would have the default one
+    scale, kept = alpha / degree.masked_fill(alone, 1), torch.full_like(degree, 1 - alpha).masked_fill_(alone, 1)
     found = torch.empty_like(logits)
     for first in range(0, len(y), _CLASSES):
         own = y[first : first + _CLASSES]

@@ -171,8 +171,14 @@ class SPSD(nn.Module):
         semantic = _semantic_count(channels, semantic_ratio)
         self.register_buffer("semantic_index", torch.arange(semantic))
         self.register_buffer("structural_index", torch.arange(semantic, channels))
+        self._ranking = None if ranking is None else ranking.detach().clone()
         if ranking is not None:
             self.set_ranking(ranking)
+
+    def reset_parameters(self) -> None:
+        """Split as when it was built: by the ranking given then, or with the first channels as semantic ones."""
+        # equals stay in the order of the channels
+        self.set_ranking(torch.zeros(self.channels, device="cpu") if self._ranking is None else self._ranking)
 
     def extra_repr(self) -> str:
         return f"semantic={len(self.semantic_index)}, structural={len(self.structural_index)}"

@@ -167,7 +167,25 @@ class MultiScaleBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.cat([x, *(conv(x) for conv in self.reach)], dim=1)
-        return x + self.norm(self.join(wide)).relu_()
+        return x + self.norm(self.join(wide)).relu()
+
+
+class _Gate(nn.Conv2d):
+    """``4 U + bias`` at first, for one channel or several.
+
+    It starts itself: who resets a model module by module, parents first, would else draw it anew.
+    """
+
+    def __init__(self, width: int, bias: float) -> None:
+        self.start = bias
+        super().__init__(1, width, 1)
+
+    def reset_parameters(self) -> None:
+        # drawn all the same, so that a seed gives the layers after it what it always gave
+        super().reset_parameters()
+        nn.init.constant_(self.weight, 4.0)
+        if self.bias is not None:
+            nn.init.constant_(self.bias, self.start)
 
 
 class UGAF(nn.Module):
@@ -223,10 +241,8 @@ class UGAF(nn.Module):
         self.detach_gate = detach_gate
         self.project: nn.Conv2d | None = None
         if gate in ("sigmoid_proj", "residual", "feature", "proj_on_map"):
-            self.project = nn.Conv2d(1, width if gate == "feature" else 1, 1)
-            nn.init.constant_(self.project.weight, 4.0)
             # more uncertain means more correction from the first step: sigmoid(-2) .. sigmoid(2)
-            nn.init.constant_(_bias(self.project), 0.0 if gate == "proj_on_map" else -2.0)
+            self.project = _Gate(width if gate == "feature" else 1, 0.0 if gate == "proj_on_map" else -2.0)
         elif gate not in ("direct", "none"):
             raise ValueError(
                 "UGAF: gate is unknown; expected sigmoid_proj, residual, direct, feature, proj_on_map or none, "
@@ -238,12 +254,20 @@ class UGAF(nn.Module):
         self.head: nn.Module
         if head == "conv1x1":
             join = nn.Conv2d(2 * width, width, 1, bias=False)
-            self.head = nn.Sequential(join, group_norm(width), nn.ReLU(inplace=True))
+            self.head = nn.Sequential(join, group_norm(width), nn.ReLU())
         elif head == "conv7x7":
             self.head = nn.Sequential(nn.Conv2d(2 * width, width, 7, padding=3), nn.Sigmoid())
         else:
             raise ValueError(f"UGAF: head is unknown; expected conv1x1 or conv7x7, got {head!r}")
         self.head_residual = head == "conv7x7"
+
+    def reset_parameters(self) -> None:
+        """Draw new weights, and put back the start of the gate and of a learned temperature."""
+        if self.log_tau is not None:
+            nn.init.constant_(self.log_tau, math.log(0.01))
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.GroupNorm)):
+                layer.reset_parameters()
 
     def forward(self, original: Tensor, refined: Tensor | None = None) -> FusionOutput:
         _check_maps(original, refined)
@@ -326,11 +350,6 @@ def _required(refined: Tensor | None) -> Tensor:
     return refined
 
 
-def _bias(layer: nn.Conv2d) -> Tensor:
-    assert layer.bias is not None
-    return layer.bias
-
-
 def _fold(maps: Tensor) -> Tensor:
     # (B, R, T, h, w) to (B*T, R, h, w) in channels_last memory: one pass, and none where R lies innermost already
     return maps.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous().permute(0, 3, 1, 2)
@@ -339,6 +358,9 @@ def _fold(maps: Tensor) -> Tensor:
 def _channels_last(maps: Tensor) -> Tensor:
     # In this format convolutions of few channels are twice as fast on a CPU. The token layers that follow see
     # (B*T, h*w, width) without a copy. A single channel has both formats, so the result is asked for its format.
+    # A transform (vmap, say) has no formats.
+    if torch._C._are_functorch_transforms_active():
+        return maps
     return maps.contiguous(memory_format=torch.channels_last)
 
 

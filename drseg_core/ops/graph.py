@@ -92,5 +92,6 @@ class Undirected(NamedTuple):
     def propagate(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         """``S x``; arguments as in ``graph_propagate``, with the same bits as two calls of it."""
         along = self.graph.propagate(x, backend=backend)
-        against = propagate_incoming(x, self.incoming, backend=backend)
+        index, coefficient = self.graph.index, self.graph.coefficient
+        against = propagate_incoming(x, index, coefficient, self.incoming, backend=backend)
         return along + (self.graph.propagate_transposed(x, backend=backend) if against is None else against)

@@ -222,6 +222,16 @@ def test_a_column_does_not_depend_on_the_others() -> None:
     assert together.isfinite().all() and (together[:, 3] == 0).all()
 
 
+@pytest.mark.parametrize("exponent", [-100, -30, 60, 90, 126])
+def test_labels_of_any_size_have_the_same_bits_but_for_the_exponent(exponent: int) -> None:
+    graph = propagation_graph(priors(nodes=12, dtype=torch.float32), (3, 4), k=3)
+    labels = targets(2, nodes=12, dtype=torch.float32).abs()
+    labels /= labels.max()
+    expected = solve_labels(labels, graph)
+    found = solve_labels(labels * 2.0**exponent, graph)
+    assert torch.equal(found, expected * 2.0**exponent) and found.isfinite().all()
+
+
 def test_each_column_stops_by_its_own_size() -> None:
     graph = propagation_graph(priors(dtype=torch.float32), (H, W), 9)
     label = targets(1, dtype=torch.float32)

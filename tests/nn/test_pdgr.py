@@ -705,6 +705,20 @@ def test_a_prior_on_another_grid_is_resampled_when_asked():
             make()(features, other)
 
 
+@pytest.mark.promise("C14")
+def test_an_empty_grid_takes_a_resampled_prior_and_an_empty_prior_is_refused_in_one_line():
+    module, (features, prior) = make(resample_prior=True), maps(4, 4)
+    for height, width in ((0, 0), (0, 3), (2, 0)):
+        empty = features[..., :height, :width].requires_grad_()
+        output = module(empty, prior)
+        assert output.shape == empty.shape and output.dtype == empty.dtype
+        output.sum().backward()
+        with pytest.raises(
+            ValueError, match=r"^resample: map is empty; expected [^\n]* for grid \(4, 4\), got [^\n]*$"
+        ):
+            module(features, prior[..., :height, :width])
+
+
 @pytest.mark.promise("C13")
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

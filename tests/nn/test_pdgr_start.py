@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -186,6 +187,50 @@ def test_a_residual_from_zero_is_the_input_and_training_leaves_it():
     for name in ("weights.0", "edge_vector"):
         now, before = module.get_parameter(name).detach(), first[name]
         assert torch.nn.functional.cosine_similarity(now.flatten(), before.flatten(), dim=0) < 1 - 1e-6
+
+
+def test_a_share_is_rounded_as_the_number_that_was_written():
+    for share in [
+        *(n / 1000 for n in range(1, 1000)),
+        1 / 3,
+        1 / 6,
+        2 / 7,
+        math.pi / 4,
+        0.1234567891234,
+        1e-12,
+        1e-300,
+    ]:
+        exact, module = Fraction(repr(share)).limit_denominator(10**9), PDGR(4, 5, k=share, edge_hidden=2)
+        for nodes in (*range(0, 60), 144, 196, 200, 250, 500, 576, 1000, 1024, 4096, 250_000, 10**6):
+            found, rest = module.neighbour_count(nodes), exact * nodes - math.floor(exact * nodes)
+            if rest == Fraction(1, 2):
+                # halves go up, also those that a float's product just misses
+                assert found == math.floor(exact * nodes) + 1
+            else:
+                assert found == max(int(share * nodes + 0.5), 1), (share, nodes)
+            assert type(found) is int
+
+
+@pytest.mark.promise("C21")
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_modules_of_different_shares_are_compiled_with_gradients(dynamic):
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda module, *given: module(*given), fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    for share in (0.13, 0.2):
+        module = make(k=share)
+        for grid in ((3, 4), (6, 7)):
+            features, prior = (torch.randn(2, width, *grid) for width in (C, D))
+            leaf = features.to(module.edge_bias.dtype).requires_grad_()
+            output, expected = compiled(module, leaf, prior), module(leaf, prior)
+            assert torch.equal(output, expected)
+            given = [leaf, *module.parameters()]
+            pairs = zip(
+                *(torch.autograd.grad(value.square().sum(), given) for value in (output, expected)), strict=True
+            )
+            assert all(torch.equal(*pair) for pair in pairs)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,29 @@ def test_labels_stop_where_the_colour_changes() -> None:
     assert (propagate_pixels(logits, image, colour=1e6).argmax(0) == (torch.arange(20) < 12)).all()
 
 
+@pytest.mark.parametrize("colour", [0.03, 0.0195, 0.019, 0.018, 0.0175, 0.017])
+def test_a_pixel_of_a_far_colour_stays_finite(colour: float) -> None:
+    image = torch.zeros(3, 9, 9, dtype=torch.uint8)
+    image[:, 4, 4] = 255
+    logits = torch.ones(2, 9, 9)
+    torch.testing.assert_close(propagate_pixels(logits, image, colour=colour), logits, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_default_dtype_has_no_part(default: torch.dtype, dtype: torch.dtype) -> None:
+    logits, image, valid = given()
+    expected = literal(logits.double().numpy(), image.double().numpy(), valid.numpy(), 3, 0.1, 10, 0.95)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = propagate_pixels(logits.to(dtype), image, valid, colour=0.1)
+    finally:
+        torch.set_default_dtype(before)
+    bounds = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-13}
+    np.testing.assert_allclose(found.numpy(), expected, **bounds)
+
+
 def test_no_step_and_small_images() -> None:
     logits, image, valid = given()
     assert torch.equal(propagate_pixels(logits, image, valid, steps=0), logits) and reach_of_pixels(3, 0) == 0

@@ -265,3 +265,17 @@ def test_one_part_alone_may_be_batched():
     semantic, structural = spsd.split(x)
     several = torch.func.vmap(lambda part: spsd.merge(part, structural))(torch.stack([semantic, -semantic]))
     assert torch.equal(several[0], x) and torch.equal(several[1], spsd.merge(-semantic, structural))
+
+
+@pytest.mark.parametrize("ranking", [None, torch.tensor([0.0, 3.0, 1.0, 2.0, 0.5])], ids=["none", "given"])
+def test_memory_without_values_gets_its_split_by_a_reset(ranking):
+    x, expected = torch.randn(2, 5, 3, 3), SPSD(5, 0.4, ranking)
+    with torch.device("meta"):
+        spsd = SPSD(5, 0.4, ranking)
+    spsd.to_empty(device="cpu")
+    for index in spsd.buffers():
+        index.fill_(2**40)
+    spsd.reset_parameters()
+    assert all(map(torch.equal, spsd.buffers(), expected.buffers()))
+    assert spsd.state_dict().keys() == expected.state_dict().keys()
+    assert torch.equal(spsd.merge(*spsd.split(x)), x)

@@ -218,6 +218,60 @@ def test_runs_under_autocast() -> None:
     assert result.uncertainty.dtype == torch.float32 and torch.isfinite(result.embedding).all()
 
 
+@pytest.mark.parametrize("head", ["conv1x1", "conv7x7"])
+@pytest.mark.parametrize("gate", GATES)
+def test_transforms_see_what_calls_see(gate: str, head: str) -> None:
+    torch.manual_seed(0)
+    fusion = UGAF(4, 8, gate=gate, head=head).double()  # type: ignore[arg-type]
+    original, refined = torch.rand(3, 4, 2, 5, 5).double(), torch.rand(3, 1, 2, 5, 5).double()
+    weights = {name: value.detach() for name, value in fusion.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], first: Tensor, second: Tensor) -> Tensor:
+        return torch.func.functional_call(fusion, weights, (first[None], second[None])).embedding.square().sum()
+
+    found = torch.func.vmap(lambda *pair: fusion(*(value[None] for value in pair)).embedding[0])(original, refined)
+    torch.testing.assert_close(found, fusion(original, refined).embedding)
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, original, refined)
+    for n in range(3):
+        expected = torch.func.grad(loss)(weights, original[n], refined[n])
+        fusion.zero_grad()
+        fusion(original[n : n + 1], refined[n : n + 1]).embedding.square().sum().backward()
+        for name, parameter in fusion.named_parameters():
+            torch.testing.assert_close(grads[name][n], expected[name])
+            torch.testing.assert_close(expected[name], parameter.grad)
+
+
+# a list of layers is never called
+@pytest.mark.parametrize("name", sorted(dict(UGAF(4, 8).named_modules()).keys() - {"", "multi_scale.reach"}))
+def test_every_layer_takes_a_backward_hook(name: str) -> None:
+    fusion, seen = UGAF(4, 8), []
+    fusion.get_submodule(name).register_full_backward_hook(lambda *given: seen.append(given))
+    original, refined = (value.requires_grad_() for value in maps())
+    fusion(original, refined).embedding.sum().backward()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_memory_without_values_gets_its_start_by_a_reset(gate: str) -> None:
+    given = {"tau": None, "gate": gate}
+    torch.manual_seed(0)
+    expected = UGAF(4, 8, **given)  # type: ignore[arg-type]
+    for module_by_module in (False, True):
+        with torch.device("meta"):
+            fusion = UGAF(4, 8, **given)  # type: ignore[arg-type]
+        fusion.to_empty(device="cpu")
+        for parameter in fusion.parameters():
+            nn.init.constant_(parameter, float("nan"))
+        for module in list(fusion.modules()) if module_by_module else [fusion]:
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        for name, value in expected.state_dict().items():
+            found = fusion.get_parameter(name)
+            assert found.isfinite().all()
+            if name.startswith(("log_tau", "project", "multi_scale.norm", "head.1")):
+                assert torch.equal(found, value), name
+
+
 def test_bad_input() -> None:
     original, refined = maps()
     with pytest.raises(ValueError, match="kind is unknown"):

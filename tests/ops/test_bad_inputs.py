@@ -428,6 +428,10 @@ def test_numbers_of_other_libraries_are_numbers(integer, real):
     for grid in ((integer(2), integer(3)), [integer(2), 3]):
         found = ops.knn_graph(prior, grid, integer(K), decay=real(0.5), return_score=True)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    # without padding the radius is compared with a corner's candidates
+    near = ops.knn_graph(prior, GRID, 3, radius=1.5, return_score=True)
+    found = ops.knn_graph(prior, GRID, integer(3), radius=real(1.5), return_score=True)
+    assert all(torch.equal(*pair) for pair in zip(found, near, strict=True))
     # a product of two of them would not fit into eight bits
     assert ops.knn_graph(torch.ones(144, 2), (integer(12), integer(12)), integer(1)).shape == (144, 1)
     given = good("degree_normalize")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from drseg_core import ops
@@ -237,6 +238,29 @@ def test_an_undirected_operator_takes_its_lists_where_it_can(monkeypatch):
     operator._replace(incoming=None).propagate(x)
     assert torch.func.vmap(operator.graph.undirected().propagate)(x[None]).shape == (1, 1, 9, 2)
     assert len(taken) <= 1
+
+
+def test_an_undirected_operator_has_both_halves_of_the_gradient_to_its_coefficients():
+    index, x = torch.tensor([[1, 2], [0, 2], [0, 1]]), torch.tensor([[1.0], [2.0], [4.0]])
+    coefficient = torch.full((3, 2), 0.5, requires_grad=True)
+    graph = Graph.of(index, coefficient)
+    for backend in (None, "reference"):
+        (found,) = torch.autograd.grad(graph.undirected().propagate(x, backend=backend).sum(), coefficient)
+        assert found.tolist() == [[3, 5], [3, 6], [5, 6]]
+
+
+def test_a_mode_sees_an_undirected_operator_as_operators_of_ours():
+    graph, x = Graph.of(crowded(1, 9, 3), torch.rand(1, 9, 3)), torch.rand(1, 9, 2)
+    traced = make_fx(lambda value: graph.undirected().propagate(value))(x)
+    names = [str(node.target) for node in traced.graph.nodes if "drseg" in str(node.target)]
+    assert names == ["drseg.graph_propagate.default"] * 2
+    assert torch.equal(traced(x), graph.undirected().propagate(x))
+    lists = graph.csc
+    assert lists is not None
+    with FakeTensorMode() as mode:
+        index, coefficient, indptr, perm, value = map(mode.from_tensor, (*graph[:2], *lists, x))
+        fake = Graph(index, coefficient, ops.Csc(indptr, perm)).undirected()
+        assert fake.propagate(value).shape == x.shape
 
 
 def test_nothing_undirected():

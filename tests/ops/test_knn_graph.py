@@ -8,6 +8,8 @@ import functools
 import itertools
 import math
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import oracle
@@ -639,6 +641,36 @@ def test_the_decay_table_is_made_once(monkeypatch):
     for decay in (3.0, 4.0, 5.0):
         ops.knn_graph(prior, (2, 3), 3, decay=decay)
     assert len(registration._kept) == 6
+
+
+class _SlowTables(dict[Any, Tensor]):
+    """What other threads would do between two steps of one, they do here."""
+
+    def __len__(self) -> int:
+        count = super().__len__()
+        time.sleep(1e-3)
+        return count
+
+    def __iter__(self) -> Any:
+        keys = super().__iter__()
+        time.sleep(1e-3)
+        return keys
+
+
+def test_threads_keep_no_more_tables_than_one(monkeypatch):
+    kept = _SlowTables()
+    monkeypatch.setattr(registration, "_kept", kept)
+    monkeypatch.setattr(registration, "_MOST_KEPT", 4)
+    like, sizes = torch.ones(1), []
+
+    def ask(thread: int) -> None:
+        for n in range(10):
+            registration.decay_table((2, 3), float(10 * thread + n), "additive", like)
+            sizes.append(len(kept))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(8)))
+    assert max(sizes) == len(kept) == 4
 
 
 def test_reference_gives_the_same_for_any_block():

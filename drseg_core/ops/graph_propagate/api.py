@@ -42,13 +42,16 @@ def incoming(index: Tensor, coefficient: Tensor, csc: Csc) -> Incoming | None:
     return Incoming(csc.indptr.int(), start, share.to(torch.promote_types(share.dtype, torch.float32)))
 
 
-def propagate_incoming(x: Tensor, lists: Incoming | None, *, backend: str | None = None) -> Tensor | None:
+def propagate_incoming(
+    x: Tensor, index: Tensor, coefficient: Tensor, lists: Incoming | None, *, backend: str | None = None
+) -> Tensor | None:
     """``graph_propagate(..., transpose=True)``, the same bits, along lists; None if its backend does not take them.
 
-    Only the native backend takes them, and only without gradients.
+    Only the native backend takes them, only without gradients, and only where nothing but torch's eager mode sees the
+    call. The graph's own coefficients say whether gradients are needed: those of the lists are copies.
     """
     requested = requested_backend("graph_propagate", backend)
-    if lists is None or not registration.takes_incoming(x, lists.coefficient, requested):
+    if lists is None or not registration.takes_incoming(x, index, coefficient, lists, requested):
         return None
     batched = x if x.dim() == 3 else x[None]
     return registration.propagate_incoming(batched, *lists).view_as(x)

@@ -18,6 +18,7 @@ from drseg_core.ops._registration import (
     define,
     differentiated,
     fake_gradients,
+    usual,
 )
 from drseg_core.ops.graph_propagate import reference
 
@@ -49,9 +50,11 @@ def _run_native_backward(
     return grad_x, grad_coefficient
 
 
-def takes_incoming(x: Tensor, coefficient: Tensor, backend: str) -> bool:
-    """Whether the backend that runs for ``x`` gathers from listed edges, and no gradients are needed."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or differentiated(x, coefficient):
+def takes_incoming(x: Tensor, index: Tensor, coefficient: Tensor, lists: Sequence[Tensor], backend: str) -> bool:
+    """Whether the backend that runs for ``x`` gathers from listed edges, and nobody follows the call."""
+    given = (x, index, coefficient)
+    # autograd and a mode of torch follow operators with schemas, and that of the lists has none of ours
+    if differentiated(*given) or not usual((*given, *lists)):
         return False
     return _dispatch.resolve("graph_propagate", x, backend, coefficient=coefficient).run is _run_native
 

@@ -207,6 +207,7 @@ def knn_graph(
     """
     nodes = prior.scaled if isinstance(prior, PreparedPrior) else prior
     grid, k, decay = _checks.numbers(grid), _checks.number(k), _checks.number(decay)
+    radius = None if radius is None else _checks.number(radius)
     rows = None if rows is None else _checks.numbers(rows)
     _check(nodes, grid, k, decay, form, include_self, return_score, pad, precision, radius, rows, check_finite)
     requested = requested_backend("knn_graph", backend)
@@ -223,7 +224,7 @@ def knn_graph(
             "knn_graph", "prior.rounded", given.rounded, tuple(given.scaled.shape), "that of prior.scaled"
         )
     arguments = given if nodes.dim() == 3 else [None if value is None else value[None] for value in given]
-    reach = None if radius is None else float(_checks.number(radius))
+    reach = None if radius is None else float(radius)
     options = (*grid, k, float(decay), form, include_self, requested, reach, None if rows is None else list(rows))
     index, score = registration.knn_graph(*arguments, *options)
     if nodes.dim() == 2:

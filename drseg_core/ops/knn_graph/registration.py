@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,8 @@ _dispatch.add_table(
 _kept: dict[Any, Tensor] = {}
 _recorded: dict[Any, Tensor] = {}
 _MOST_KEPT = 64
+# another thread may neither add one between a count and what it leads to, nor while the oldest is looked for
+_keeping = threading.Lock()
 
 
 def decay_table(grid: tuple[int, int], decay: float, form: str, like: Tensor, radius: float | None = None) -> Tensor:
@@ -126,9 +129,10 @@ def decay_table(grid: tuple[int, int], decay: float, form: str, like: Tensor, ra
             if recording or stream != torch.cuda.default_stream(like.device):
                 return table
             stream.synchronize()
-        if len(_kept) >= _MOST_KEPT:
-            _kept.pop(next(iter(_kept)), None)
-        _kept[key] = table
+        with _keeping:
+            while len(_kept) >= _MOST_KEPT:
+                del _kept[next(iter(_kept))]
+            _kept[key] = table
     if recording:
         _recorded[key] = table
     return table
