@@ -206,7 +206,6 @@ class PDGR(nn.Module):
         if backend is not None:
             check_choice("PDGR", "backend", backend, backend_names())
         self.channels, self.prior_dim, self.k = channels, prior_dim, k
-        self._share = _ratio(k) if isinstance(k, float) else (k, 1)
         self.affinity, self.gamma, self.decay = affinity, float(gamma), float(decay)
         self.self_loop, self.norm = self_loop, norm
         self.normalize_prior, self.residual = normalize_prior, residual
@@ -270,6 +269,16 @@ class PDGR(nn.Module):
             f"{self.channels}, {self.prior_dim}, k={self.k}, affinity={self.affinity!r}, gamma={self.gamma}, "
             f"decay={self.decay}, self_loop={self.self_loop!r}, norm={self.norm!r}"
         ) + "".join(f", {name}={value}" for name, value in starts.items() if value is not None)
+
+    @property
+    def k(self) -> int | float:
+        """Neighbours of a node, or their share of the cells."""
+        return self._k
+
+    @k.setter
+    def k(self, value: int | float) -> None:
+        self._k = _neighbours(value)
+        self._share = _ratio(self._k) if isinstance(self._k, float) else (self._k, 1)
 
     def neighbour_count(self, nodes: int) -> int:
         """Neighbours per node on a grid of some number of cells, of which there may be fewer: ``k``, or its share.

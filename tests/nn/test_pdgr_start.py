@@ -211,6 +211,15 @@ def test_a_share_is_rounded_as_the_number_that_was_written():
             assert type(found) is int
 
 
+def test_neighbours_may_be_set_later():
+    module = PDGR(4, 5, k=0.5)
+    for k, count in ((0.25, 5), (7, 7), (0.5, 10)):
+        module.k = k
+        assert module.k == k and module.neighbour_count(20) == count
+    with pytest.raises(ValueError, match="PDGR: k"):
+        module.k = 1.5
+
+
 @pytest.mark.promise("C21")
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_modules_of_different_shares_are_compiled_with_gradients(dynamic):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,6 +111,8 @@ _recorded: dict[Any, Tensor] = {}
 _MOST_KEPT = 64
 # another thread may neither add one between a count and what it leads to, nor while the oldest is looked for
 _keeping = threading.Lock()
+# nor may a child of this process wait for a thread that it does not have
+os.register_at_fork(before=_keeping.acquire, after_in_parent=_keeping.release, after_in_child=_keeping.release)
 
 
 def decay_table(grid: tuple[int, int], decay: float, form: str, like: Tensor, radius: float | None = None) -> Tensor:
