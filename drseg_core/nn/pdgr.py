@@ -81,6 +81,24 @@ def _logarithm(start: float | None) -> nn.Parameter | None:
     return None if start is None else nn.Parameter(torch.empty(1))
 
 
+def _check_read(name: str, layer: nn.Module, kind: type[nn.Module] | None = None) -> None:
+    """Refuse what would be lost, because parameters of a layer are read here, and it is never called."""
+    if torch.compiler.is_compiling():
+        return
+    if kind is not None and not (isinstance(layer, kind) and type(layer).forward is kind.forward):
+        raise TypeError(
+            f"PDGR: {name} is another layer, which would not be called; expected {kind.__name__}, of which the "
+            f"parameters are read, got {type(layer).__name__}"
+        )
+    # of prune, weight_norm and spectral_norm; whoever only looks on may have hooks
+    for hook in layer._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            raise TypeError(
+                f"PDGR: {name} has {type(hook).__name__}, which works where a layer is called; its weights are read, "
+                "expected none or one of torch.nn.utils.parametrizations"
+            )
+
+
 def _size(name: str, value: int) -> int:
     count = check_count("PDGR", name, value)
     if count == 0:
@@ -423,6 +441,8 @@ class PDGR(nn.Module):
             pad=True,
             backend=self.backend,
         )
+        _check_read("edge_source", self.edge_source, nn.Linear)
+        _check_read("edge_target", self.edge_target, nn.Linear)
         # a copy, but one product; two parameters that shared their memory would be lost to those who save them by it
         both = torch.cat([self.edge_source.weight, self.edge_target.weight])
         if self.normalize_prior:
@@ -493,6 +513,8 @@ class PDGR(nn.Module):
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or is missing.
         """
         x, grid = _nodes("features", features, self.channels, None if grid is None else check_grid("PDGR", grid))
+        _check_read("output_norm", self.output_norm, nn.LayerNorm)
+        _check_read("weights", self.weights)
         self._check_dtype(features)
         undirected, norm = self.norm == "sym_undirected", self.output_norm
         # what goes against the edges more than once: gradients, and the layers of an undirected graph

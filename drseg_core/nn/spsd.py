@@ -226,8 +226,13 @@ class SPSD(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         semantic = state_dict.get(prefix + "semantic_index")
         structural = state_dict.get(prefix + "structural_index")
-        if semantic is not None and structural is not None:
-            check_partition(semantic, structural, self.channels)
+        given = structural if semantic is None else semantic
+        if given is not None:
+            # of a dictionary that has one of them alone, the other stays
+            semantic = self.semantic_index if semantic is None else semantic
+            structural = self.structural_index if structural is None else structural
+            if not (semantic.is_meta or structural.is_meta):
+                check_partition(semantic.to(given.device), structural.to(given.device), self.channels)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from drseg_core import ops
 from drseg_core.nn import PDGR
@@ -778,3 +779,58 @@ def test_parameters_have_memory_of_their_own():
     module = make(dtype=torch.float32)
     storages = [parameter.untyped_storage().data_ptr() for parameter in module.parameters()]
     assert len(set(storages)) == len(storages)
+
+
+@pytest.mark.promise("C51")
+@pytest.mark.parametrize(
+    ("where", "change", "said"),
+    [
+        ("edge_source", lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "edge_source has L1Unstructured"),
+        (
+            "edge_target",
+            lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+            ".* has RandomUnstructured",
+        ),
+        ("edge_source", nn.utils.spectral_norm, "edge_source has SpectralNorm"),
+        ("weights", lambda layer: prune.l1_unstructured(layer, "0", 0.5), "weights has L1Unstructured"),
+        (
+            "edge_target",
+            lambda layer: Wrapped(layer),
+            "edge_target is another layer, .* Linear, .*got Wrapped",
+        ),
+        ("output_norm", lambda layer: nn.Identity(), "output_norm is another layer, .* expected LayerNorm"),
+    ],
+)
+def test_what_works_where_a_layer_is_called_is_refused(where, change, said):
+    module = PDGR(4, 5, k=3)
+    features, prior = torch.randn(1, 4, 3, 3), torch.randn(1, 5, 3, 3)
+    expected = module(features, prior)
+    setattr(module, where, change(getattr(module, where)))
+    with pytest.raises(TypeError, match=f"PDGR: {said}"):
+        module(features, prior)
+    assert expected.isfinite().all()
+
+
+class Wrapped(nn.Linear):
+    """As libraries of adapters do: the weight of what it wraps, and more where it is called."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.weight = layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def test_parametrizations_and_onlookers_are_taken():
+    module = PDGR(4, 5, k=3)
+    features, prior = torch.randn(1, 4, 3, 3), torch.randn(1, 5, 3, 3)
+    expected = module(features, prior)
+    nn.utils.parametrizations.weight_norm(module.edge_source)
+    for layer in module.modules():
+        layer.register_forward_hook(lambda *_: None)
+        layer.register_forward_pre_hook(lambda *_: None)
+    found = module(features, prior)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert all(p.grad is not None for p in module.edge_source.parameters())

@@ -245,6 +245,19 @@ def test_state_dict_without_a_partition_is_refused(semantic: list[int]) -> None:
     assert spsd.semantic_index.tolist() == [0, 1, 2, 3]
 
 
+def test_one_of_two_lists_is_held_against_the_other():
+    spsd, other = SPSD(8), SPSD(8)
+    other.set_ranking(torch.arange(8.0))
+    alone = {"semantic_index": other.semantic_index}
+    with pytest.raises(CheckpointError, match="no partition"):
+        spsd.load_state_dict(alone, strict=False)
+    spsd.load_state_dict({"semantic_index": spsd.semantic_index.clone()}, strict=False)
+    spsd.load_state_dict({}, strict=False)
+    with torch.device("meta"):
+        empty = SPSD(8)
+    empty.load_state_dict(alone, strict=False, assign=True)
+
+
 def test_bad_modules() -> None:
     with pytest.raises(ValueError, match="semantic_ratio"):
         SPSD(4, 1.5)
