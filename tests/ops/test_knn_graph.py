@@ -8,8 +8,6 @@ import functools
 import itertools
 import math
 import os
-import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import oracle
@@ -23,7 +21,7 @@ from torch.library import opcheck
 from drseg_core import ops
 from drseg_core.errors import NumericalError
 from drseg_core.ops import _dispatch
-from drseg_core.ops.knn_graph import reference, registration
+from drseg_core.ops.knn_graph import reference
 from drseg_core.ops.knn_graph.cases import make_inputs
 from drseg_core.ops.prepare_prior import reference as prepare_reference
 from drseg_core.testing import CASES, dino_like_prior, numerics, vit_like_prior
@@ -617,60 +615,6 @@ def test_opcheck(dtype):
         opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, None, None, *options))
         opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, None, None, *options, 2.5))
         opcheck(torch.ops.drseg.knn_graph.default, (form, inverse, None, None, *options, None, [2, 9]))
-
-
-@pytest.mark.promise("C46")
-def test_the_decay_table_is_made_once(monkeypatch):
-    made = []
-    make = reference.decay_table
-    monkeypatch.setattr(reference, "decay_table", lambda *arguments: made.append(arguments) or make(*arguments))
-    registration._kept.clear()
-    prior = torch.randn(1, 6, 5)
-    with torch.inference_mode():
-        first = ops.knn_graph(prior, (2, 3), 3, return_score=True)
-    for _ in range(3):
-        assert all(map(torch.equal, ops.knn_graph(prior, (2, 3), 3, return_score=True), first))
-    assert len(made) == 1
-    ops.knn_graph(prior.double(), (2, 3), 3)
-    ops.knn_graph(prior, (3, 2), 3)
-    ops.knn_graph(prior, (2, 3), 3, decay=2.0)
-    ops.knn_graph(prior, (2, 3), 3, form="gauss")
-    ops.knn_graph(prior, (2, 3), 3, radius=1.5)
-    assert len(made) == 6
-    monkeypatch.setattr(registration, "_MOST_KEPT", 6)
-    for decay in (3.0, 4.0, 5.0):
-        ops.knn_graph(prior, (2, 3), 3, decay=decay)
-    assert len(registration._kept) == 6
-
-
-class _SlowTables(dict[Any, Tensor]):
-    """What other threads would do between two steps of one, they do here."""
-
-    def __len__(self) -> int:
-        count = super().__len__()
-        time.sleep(1e-3)
-        return count
-
-    def __iter__(self) -> Any:
-        keys = super().__iter__()
-        time.sleep(1e-3)
-        return keys
-
-
-def test_threads_keep_no_more_tables_than_one(monkeypatch):
-    kept = _SlowTables()
-    monkeypatch.setattr(registration, "_kept", kept)
-    monkeypatch.setattr(registration, "_MOST_KEPT", 4)
-    like, sizes = torch.ones(1), []
-
-    def ask(thread: int) -> None:
-        for n in range(10):
-            registration.decay_table((2, 3), float(10 * thread + n), "additive", like)
-            sizes.append(len(kept))
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(ask, range(8)))
-    assert max(sizes) == len(kept) == 4
 
 
 def test_reference_gives_the_same_for_any_block():
