@@ -31,8 +31,6 @@ for _name in (
     "test_decay_stays_in_the_range_of_the_scores",
     "test_reference_gives_the_same_for_any_block",
     "test_opcheck",
-    # of what lies before every backend
-    "test_the_decay_table_is_made_once",
 ):
     del globals()[_name]
 

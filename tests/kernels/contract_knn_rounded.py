@@ -31,7 +31,6 @@ for _name in (
     *(name for name in dir(test_knn_graph) if name.startswith("test_") and not hasattr(contract_knn_graph, name)),
     # of what is the same on the way there
     "test_compiles_without_a_break_and_with_few_recompilations",
-    "test_the_decay_table_is_made_once",
     "test_check_finite_names_the_node",
     "test_float16_norms_that_overflow",
     "test_empty",
