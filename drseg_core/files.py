@@ -171,6 +171,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def is_text(name: str) -> bool:
+    """Whether the name of a file is UTF-8; where it is not, Python has a half of a pair for a byte."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def parse_json(text: str) -> Any:
     """``json.loads`` of a file from any source: every failure to read it is a ValueError.
 

@@ -36,6 +36,7 @@ from drseg_core.cli.failures import Terminated, UsageError, failure, visible
 from drseg_core.cli.front import PlainParser
 from drseg_core.errors import ConfigError
 from drseg_core.extras import installed, require
+from drseg_core.files import is_text
 from drseg_core.processor import prepare
 
 # for each command: what it does, and the extras that it needs
@@ -116,7 +117,7 @@ def _run(arguments: list[str]) -> int:
         if not word or re.fullmatch("--[^=]+=", word):
             before = word or arguments[arguments.index(word) - 1]
             raise ConfigError(f"{name}: the word behind {before} is empty; expected something")
-        if any("\ud800" <= character <= "\udfff" for character in word):
+        if not is_text(word):
             raise ConfigError(f"{name}: {word!a} is no UTF-8; expected a file of another name, or other words")
     summary, extras = COMMANDS[name]
     # help and usage of a command need a library too

@@ -202,7 +202,7 @@ class PDGR(nn.Module):
         channels, prior_dim = _size("channels", channels), _size("prior_dim", prior_dim)
         edge_hidden, layers = _size("edge_hidden", edge_hidden), _size("layers", layers)
         hidden = channels if hidden is None else _size("hidden", hidden)
-        k = _neighbours(k)
+        self.k = k
         check_choice("PDGR", "affinity", affinity, get_args(Affinity))
         check_choice("PDGR", "self_loop", self_loop, get_args(SelfLoop))
         check_choice("PDGR", "norm", norm, get_args(Norm))
@@ -223,7 +223,7 @@ class PDGR(nn.Module):
             check_flag("PDGR", name, flag)
         if backend is not None:
             check_choice("PDGR", "backend", backend, backend_names())
-        self.channels, self.prior_dim, self.k = channels, prior_dim, k
+        self.channels, self.prior_dim = channels, prior_dim
         self.affinity, self.gamma, self.decay = affinity, float(gamma), float(decay)
         self.self_loop, self.norm = self_loop, norm
         self.normalize_prior, self.residual = normalize_prior, residual

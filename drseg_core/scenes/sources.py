@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from drseg_core.data.raster import names_files, points_elsewhere
 from drseg_core.errors import ConfigError, DatasetError
-from drseg_core.files import parse_json
+from drseg_core.files import is_text, parse_json
 from drseg_core.scenes.files import scene_files
 
 __all__ = ["Scene", "list_scenes", "with_outputs"]
@@ -67,7 +67,7 @@ def list_scenes(words: Sequence[str], *, asset: str | None = None, remote: bool 
     """
     found: dict[str, Scene] = {}
     for scene in _expanded(words, asset):
-        if any("\ud800" <= character <= "\udfff" for character in scene.image):
+        if not is_text(scene.image):
             raise ConfigError(f"predict: {scene.image!a} is no UTF-8; expected a file of another name")
         if not remote:
             _check_near(scene.image)
