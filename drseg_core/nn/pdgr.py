@@ -81,6 +81,11 @@ def _logarithm(start: float | None) -> nn.Parameter | None:
     return None if start is None else nn.Parameter(torch.empty(1))
 
 
+def _exponential(logarithm: Tensor, dtype: torch.dtype) -> Tensor:
+    """In ``dtype`` or its own, the wider one: float16 has no room for all numbers whose logarithms it has."""
+    return torch.exp(logarithm.to(torch.promote_types(logarithm.dtype, dtype)))
+
+
 def _check_read(name: str, layer: nn.Module, kind: type[nn.Module] | None = None) -> None:
     """Refuse what would be lost, because parameters of a layer are read here, and it is never called."""
     if torch.compiler.is_compiling():
@@ -471,9 +476,9 @@ class PDGR(nn.Module):
         exponent = torch.zeros_like(cosine)
         if self.edge_log_temperature is not None:
             # rounding may lift a cosine above 1, which a small temperature would blow up
-            exponent = exponent + (cosine - 1).clamp_max(0) * torch.exp(-self.edge_log_temperature)
+            exponent = exponent + (cosine - 1).clamp_max(0) * _exponential(-self.edge_log_temperature, cosine.dtype)
         if self.edge_log_decay is not None:
-            exponent = exponent - distance * torch.exp(self.edge_log_decay)
+            exponent = exponent - distance * _exponential(self.edge_log_decay, cosine.dtype)
         return exponent
 
     def _weighted(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from fractions import Fraction
@@ -162,6 +163,19 @@ def test_the_smallest_temperatures_stay_finite():
         output = module(features, prior)
         grads = torch.autograd.grad(output.square().sum(), [getattr(module, name) for name in LEARNED])
         assert output.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.promise("C5")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_numbers_beyond_the_range_of_a_half_module_are_those_of_a_wide_one(dtype):
+    features, prior = maps(dtype=dtype)
+    module = make(edge_temperature=1e-5, edge_decay=1e8).to(dtype)
+    assert module(features, prior).isfinite().all()
+    # logarithms in half precision are off by some percent of the number, the wide module takes the same ones
+    _, weight, _ = module.edges(prior)
+    _, expected, _ = copy.deepcopy(module).float().edges(prior)
+    assert weight.isfinite().all() and weight.dtype == torch.float32
+    torch.testing.assert_close(weight, expected, rtol=0.05, atol=1e-6)
 
 
 def test_a_residual_from_zero_is_the_input_and_training_leaves_it():
