@@ -134,7 +134,8 @@ class GraphConfig:
         bias: bias of the layers' linear maps.
         dropout: dropout between the layers.
         residual: add the input of the graph to its output.
-        use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity.
+        use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity. With ``exp`` and ``gauss`` gamma is then at
+            most 80.
         norm_scale: initial weight of the final LayerNorm; it sets how much the rectified channels weigh in the cosine.
             ``match`` gives them the norm of CLIP's own structural channels on the training set, as measured by
             ``drseg rank``. With ``residual`` and 0 the graph changes nothing at first.

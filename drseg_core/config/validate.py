@@ -11,6 +11,9 @@ from drseg_core.errors import ConfigError
 
 # generators take seeds of 63 bits
 SEED_LIMIT = 2**63
+# of the scores by which neighbours are chosen, and of the weights if these hold their exponentials
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+LARGEST_GAMMA_OF_WEIGHTS = 80
 
 
 def _at_least(bound: float) -> tuple[str, Callable[[Any], bool]]:
@@ -102,6 +105,18 @@ def validate(config: Config) -> None:
         for item in value if isinstance(value, tuple) else (value,):
             if item is not None and not fits(item):
                 raise ConfigError(f"validate: {name} is out of range; expected {expected}, got {value!r}")
+    graph = config.model.graph
+    # as PDGR says it, before any weights are read
+    if graph.use_affinity_as_weight and graph.affinity in ("exp", "gauss") and graph.gamma > LARGEST_GAMMA_OF_WEIGHTS:
+        raise ConfigError(
+            f"validate: model.graph.gamma is too large; expected at most {LARGEST_GAMMA_OF_WEIGHTS} with "
+            f"use_affinity_as_weight and affinity {graph.affinity}, got {graph.gamma}"
+        )
+    if graph.affinity != "product" and graph.decay / graph.gamma > LARGEST_FLOAT32:
+        raise ConfigError(
+            f"validate: model.graph.gamma is too small; expected decay / gamma <= {LARGEST_FLOAT32:.4g}, "
+            f"got {graph.decay} / {graph.gamma}"
+        )
     aggregator, evaluation = config.model.aggregator, config.evaluation
     if aggregator.width % aggregator.heads:
         raise ConfigError(

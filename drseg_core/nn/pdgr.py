@@ -32,6 +32,9 @@ Affinity = Literal["exp", "linear", "power", "product", "gauss"]
 SelfLoop = Literal["in_topk", "exclude", "extra"]
 Norm = Literal["sym_row", "sym_count", "sym_inout", "row", "sym_undirected"]
 
+# its exponential leaves room in float32 for the sum of the weights of some hundred neighbours
+_LARGEST_GAMMA_OF_WEIGHTS = 80
+
 # How each reading of Eq. 7 orders the candidates of a row; "power" and "product" multiply by the spatial decay.
 _FORM: dict[str, Literal["additive", "gauss", "multiplicative", "product"]] = {
     "exp": "additive",
@@ -111,6 +114,18 @@ def _size(name: str, value: int) -> int:
     return count
 
 
+def _check_scales(affinity: Affinity, gamma: float, decay: float, weighs: bool) -> None:
+    """Refuse scales of Eq. 7 of which the scores, or the weights, would leave the range of float32."""
+    if weighs and affinity in ("exp", "gauss") and gamma > _LARGEST_GAMMA_OF_WEIGHTS:
+        raise ValueError(
+            f"PDGR: gamma is too large; expected gamma <= {_LARGEST_GAMMA_OF_WEIGHTS} with use_affinity_as_weight and "
+            f"affinity {affinity}, got {gamma}"
+        )
+    largest = torch.finfo(torch.float32).max
+    if affinity != "product" and decay / gamma > largest:
+        raise ValueError(f"PDGR: gamma is too small; expected decay / gamma <= {largest:.4g}, got {decay} / {gamma}")
+
+
 class PDGR(nn.Module):
     """Rectifies a feature map by message passing on a graph that a frozen prior lays over it.
 
@@ -130,7 +145,7 @@ class PDGR(nn.Module):
             ``gamma cos - decay dist``, ``power`` is ``max(cos, 0)**gamma exp(-decay dist)``, ``product`` is
             ``gamma cos exp(-decay dist)``. ``gauss`` is ``exp`` with ``dist`` squared. ``dist`` is the distance of two
             cells divided by the longest on the grid.
-        gamma: feature scale of Eq. 7, > 0.
+        gamma: feature scale of Eq. 7, > 0. ``decay / gamma`` has to lie in the range of float32, but for ``product``.
         decay: spatial decay of Eq. 7 (lambda), >= 0.
         self_loop: ``in_topk`` makes the node one of its own neighbours, ``exclude`` leaves it out, ``extra`` leaves it
             out of the k and adds an edge to itself of weight one.
@@ -142,7 +157,8 @@ class PDGR(nn.Module):
         bias: add a bias after each propagation.
         dropout: dropout probability between the layers.
         residual: add the input to the output.
-        use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity (negative affinities count as 0).
+        use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity (negative affinities count as 0). With
+            ``exp`` and ``gauss`` gamma is then at most 80, so that sums of weights stay in the range of float32.
         norm_scale: initial weight of the final LayerNorm. With ``residual`` and 0 the output is the input at first.
             Training leaves that start: the weight has a gradient, and once it is not 0 all else has one too.
         edge_temperature: start of a learned t > 0; multiplies Eq. 8's weight by ``exp((cos - 1) / t)``. None leaves the
@@ -226,6 +242,7 @@ class PDGR(nn.Module):
             "keep_format": keep_format,
         }.items():
             check_flag("PDGR", name, flag)
+        _check_scales(affinity, gamma, decay, use_affinity_as_weight)
         if backend is not None:
             check_choice("PDGR", "backend", backend, backend_names())
         self.channels, self.prior_dim = channels, prior_dim

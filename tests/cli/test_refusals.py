@@ -49,6 +49,7 @@ LONG = "a " * 2500
         ("model.spsd.prototypes_per_class", 0),
         ("model.graph.k", -1),
         ("model.graph.gamma", 0),
+        ("model.graph.gamma", 1e-40),
         ("model.graph.decay", -1),
         ("model.graph.edge_hidden", 0),
         ("model.graph.layers", 0),

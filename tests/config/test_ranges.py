@@ -7,6 +7,8 @@ import pytest
 
 from drseg_core.config.load import load_config, override, preset_names
 from drseg_core.config.validate import RANGES, validate
+from drseg_core.errors import ConfigError
+from drseg_core.nn import PDGR
 
 FROM_0 = """
     model.clip.guidance_blocks model.dino.guidance_blocks model.dino.layer model.remote.guidance_blocks
@@ -50,6 +52,34 @@ def test_every_range_is_said_here():
 def test_presets_are_taken_with_and_without_guidance(name, guided):
     options = {"model.decoder.dino_guidance": guided, "model.decoder.remote_clip": guided}
     validate(override(load_config(name), options))
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        ({"gamma": 80.0, "use_affinity_as_weight": True}, True),
+        ({"gamma": 80.5, "use_affinity_as_weight": True}, False),
+        ({"gamma": 80.5, "use_affinity_as_weight": True, "affinity": "gauss"}, False),
+        ({"gamma": 80.5, "use_affinity_as_weight": True, "affinity": "power"}, True),
+        ({"gamma": 80.5}, True),
+        ({"gamma": 1e-38}, True),
+        ({"gamma": 1e-40}, False),
+        ({"gamma": 1e-320, "decay": 1e300}, False),
+        ({"gamma": 1e-40, "affinity": "product"}, True),
+        ({"gamma": 1e-40, "decay": 0.0}, True),
+    ],
+    ids=str,
+)
+def test_scales_of_the_graph_are_taken_and_refused_as_by_pdgr(options, fits):
+    config = override(load_config("tiny"), {f"model.graph.{name}": value for name, value in options.items()})
+    if fits:
+        validate(config)
+        PDGR(2, 3, k=2, edge_hidden=2, **options)
+        return
+    with pytest.raises(ConfigError, match="^validate: model.graph.gamma is too .*; expected .*, got [^\\n]*$"):
+        validate(config)
+    with pytest.raises(ValueError, match="^PDGR: gamma is too .*; expected .*, got [^\\n]*$"):
+        PDGR(2, 3, k=2, edge_hidden=2, **options)
 
 
 @pytest.mark.parametrize("name", TAKEN_AND_REFUSED)

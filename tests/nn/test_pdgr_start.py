@@ -178,6 +178,17 @@ def test_numbers_beyond_the_range_of_a_half_module_are_those_of_a_wide_one(dtype
     torch.testing.assert_close(weight, expected, rtol=0.05, atol=1e-6)
 
 
+@pytest.mark.promise("C5")
+@pytest.mark.parametrize("affinity", ["exp", "gauss"])
+def test_affinities_as_weights_stay_finite_up_to_the_largest_gamma(affinity):
+    features, prior = maps()
+    module = make(affinity=affinity, use_affinity_as_weight=True, gamma=80.0, k=20)
+    # all cosines are one, and all weights as large as they can be
+    output = module(features, torch.ones_like(prior))
+    grads = torch.autograd.grad(output.square().sum(), [*module.parameters()])
+    assert output.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+
+
 def test_a_residual_from_zero_is_the_input_and_training_leaves_it():
     features, prior = maps()
     module = make(residual=True, norm_scale=0.0)
