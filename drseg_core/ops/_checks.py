@@ -115,7 +115,10 @@ def check_csc_values(op: str, csc: tuple[Tensor, Tensor] | None, right: tuple[Te
 
 def check_flag(op: str, name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be a flag; expected bool, got {type(value).__name__}")
+        got = type(value).__name__
+        # numpy's has the same name
+        where = f"{type(value).__module__}." if got == "bool" else ""
+        raise TypeError(f"{op}: {name} must be a flag; expected bool, got {where}{got}")
 
 
 def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:

@@ -388,6 +388,7 @@ CONSTRUCTOR: list[tuple[str, Any, type[Exception], str]] = [
         )
         for value in ("no", 0, None)
     ),
+    ("residual", np.True_, TypeError, r"expected bool, got (numpy\.bool|bool_)$"),
     ("gamma", 0.0, ValueError, "finite number > 0, got 0.0$"),
     ("gamma", float("nan"), ValueError, "finite number > 0, got nan$"),
     ("gamma", "1", TypeError, "expected float, got str$"),
