@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from drseg_core.errors import NumericalError
 from drseg_core.nn.spsd import SPSD
 from drseg_core.ops import Graph, PreparedPrior, degree_normalize, knn_graph
-from drseg_core.ops._checks import check_choice, check_count, check_flag, check_number, check_tensor
+from drseg_core.ops._checks import check_choice, check_count, check_flag, check_grid, check_number, check_tensor
 
 __all__ = [
     "LPOSS_GRAPH",
@@ -113,6 +113,7 @@ def weight_graph(
     backend: str | None = None,
 ) -> Graph:
     """:func:`propagation_graph` with the weights ``w_ij`` as coefficients, before they are divided by degrees."""
+    grid = check_grid("propagation_graph", grid)
     options: dict[str, Any] = {"gamma": gamma, "decay": decay, "select": select}
     index, score = choose_neighbours(prior, grid, k, **options, radius=radius, backend=backend)
     return weigh_neighbours(index, score, grid, **options, backend=backend)
@@ -145,6 +146,7 @@ def choose_neighbours(
         check_number(name, "radius", radius)
     nodes = prior.scaled if isinstance(prior, PreparedPrior) else prior
     check_tensor(name, "prior", nodes, ("B", "N", "D"))
+    grid = check_grid(name, grid, nodes.shape[-2])
     by_cosine = select == "cosine"
     longest = max(math.hypot(grid[0] - 1, grid[1] - 1), 1.0)
     return knn_graph(

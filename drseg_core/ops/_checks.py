@@ -155,11 +155,14 @@ def check_count(op: str, name: str, value: object) -> int:
     return count  # type: ignore[return-value]
 
 
-def check_grid(op: str, grid: object) -> tuple[int, int]:
-    """A pair (h, w) of integers >= 0 as Python's."""
+def check_grid(op: str, grid: object, nodes: int | None = None) -> tuple[int, int]:
+    """A pair (h, w) of integers >= 0 as Python's; with h * w the given number of nodes of the prior."""
     if not isinstance(grid, (tuple, list)) or len(grid) != 2:
         raise ValueError(f"{op}: grid is not a pair; expected (h, w), got {' '.join(repr(grid).split())}")
-    return check_count(op, "grid height", grid[0]), check_count(op, "grid width", grid[1])
+    height, width = check_count(op, "grid height", grid[0]), check_count(op, "grid width", grid[1])
+    if nodes is not None and height * width != nodes:
+        raise ValueError(f"{op}: grid does not match prior; expected h * w = N = {nodes}, got {height} x {width}")
+    return height, width
 
 
 def check_number(op: str, name: str, value: object, *, positive: bool = False) -> float:

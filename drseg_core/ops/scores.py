@@ -109,11 +109,7 @@ def score_parts(
     _checks.check_tensor(op, "index", index, ("B", "N", "K"), _checks.INDEX_DTYPES)
     _checks.check_same_device(op, prior=rows, index=index)
     _checks.check_shape(op, "index", index, (*rows.shape[:-1], index.shape[-1]), "the shape of prior before K")
-    height, width = _checks.check_grid(op, grid)
-    if height * width != rows.shape[-2]:
-        raise ValueError(
-            f"{op}: grid does not match prior; expected h * w = N = {rows.shape[-2]}, got {height} x {width}"
-        )
+    height, width = _checks.check_grid(op, grid, rows.shape[-2])
     decay = _checks.check_number(op, "decay", decay)
     _checks.check_choice(op, "form", form, FORMS)
     requested = requested_backend("graph_propagate", backend)

@@ -17,10 +17,12 @@ from drseg_core.nn import SPSD
 from drseg_core.nn.label_propagation import (
     LPOSS_GRAPH,
     LabelPropagation,
+    choose_neighbours,
     propagate_labels,
     propagation_graph,
     smooth,
     solve_labels,
+    weight_graph,
 )
 from drseg_core.ops import Graph, prepare_prior
 
@@ -376,7 +378,11 @@ LABEL = torch.ones(6, 2)
         (lambda: propagate_labels(LABEL / 0, GRAPH, 1), NumericalError, "labels are not finite"),
         (lambda: propagation_graph(LABEL, (2, 3), 0), ValueError, "k is out of range"),
         (lambda: propagation_graph(LABEL, (2, 3), gamma=0.0), ValueError, "gamma is out of range"),
-        (lambda: propagation_graph(LABEL, (2, 2)), ValueError, "grid does not match prior"),
+        (lambda: propagation_graph(LABEL, (2, 2)), ValueError, "propagation_graph: grid does not match prior"),
+        (lambda: propagation_graph(LABEL, (10**400, 1)), ValueError, "propagation_graph: grid does not match prior"),
+        (lambda: propagation_graph(LABEL, 6), ValueError, "propagation_graph: grid is not a pair"),  # type: ignore
+        (lambda: weight_graph(LABEL, (6,)), ValueError, "propagation_graph: grid is not a pair"),  # type: ignore
+        (lambda: choose_neighbours(LABEL, ("2", 3)), TypeError, "grid height must be an integer"),  # type: ignore
         (lambda: propagation_graph(LABEL, (2, 3), select="best"), ValueError, "select is unknown"),  # type: ignore
         (lambda: LabelPropagation()(LABEL, LABEL), ValueError, "labels has the wrong rank"),
         (

@@ -39,12 +39,7 @@ def _check(
     nodes, channels = prior.shape[-2:]
     if channels == 0:
         raise ValueError(f"{op}: prior has no channels; expected D >= 1, got shape {tuple(prior.shape)}")
-    if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != 2:
-        raise ValueError(f"{op}: grid is not a pair; expected (h, w), got {' '.join(repr(grid).split())}")
-    for name, value in zip(("grid height", "grid width"), grid, strict=True):
-        _checks.check_count(op, name, value)
-    if grid[0] * grid[1] != nodes:
-        raise ValueError(f"{op}: grid does not match prior; expected h * w = N = {nodes}, got {grid[0]} x {grid[1]}")
+    _checks.check_grid(op, grid, nodes)
     _checks.check_count(op, "k", k)
     _checks.check_number(op, "decay", decay)
     largest = torch.finfo(torch.float64 if prior.dtype == torch.float64 else torch.float32).max
