@@ -15,6 +15,7 @@ from drseg_core.errors import NumericalError
 from drseg_core.nn.spsd import SPSD
 from drseg_core.ops import Graph, PreparedPrior, degree_normalize, knn_graph
 from drseg_core.ops._checks import check_choice, check_count, check_flag, check_grid, check_number, check_tensor
+from drseg_core.ops.graph import check_graph
 
 __all__ = [
     "LPOSS_GRAPH",
@@ -216,6 +217,7 @@ def smooth(graph: Graph, x: Tensor, *, backend: str | None = None) -> Tensor:
         >>> smooth(graph, torch.ones(6, 1)).flatten().round(decimals=4).tolist()
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
+    check_graph("smooth", graph)
     return graph.propagate(x, backend=backend) + graph.propagate_transposed(x, backend=backend)
 
 
@@ -225,6 +227,7 @@ def _start(name: str, labels: Tensor, graph: Graph, alpha: float) -> Tensor:
     check_number(name, "alpha", alpha)
     if not alpha < 1:
         raise ValueError(f"{name}: alpha is out of range; expected 0 <= alpha < 1, got {alpha}")
+    check_graph(name, graph)
     if graph.index.shape[:-1] != labels.shape[:-1]:
         raise ValueError(
             f"{name}: graph does not match labels; expected {tuple(labels.shape[:-1])} before K, "

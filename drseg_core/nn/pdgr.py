@@ -26,6 +26,7 @@ from drseg_core.ops import (
 )
 from drseg_core.ops._checks import check_choice, check_count, check_flag, check_grid, check_number, check_tensor, number
 from drseg_core.ops.csc.api import Csc, columns_of
+from drseg_core.ops.graph import check_graph
 from drseg_core.ops.prepare_prior.api import PreparedPrior
 
 Affinity = Literal["exp", "linear", "power", "product", "gauss"]
@@ -362,8 +363,7 @@ class PDGR(nn.Module):
 
     def _for_batch(self, graph: Graph, batch: int, nodes: int, columns: bool) -> tuple[Tensor, Tensor, Csc | None]:
         """Index, coefficients and columns of a given graph; a graph of one sample serves all samples of a batch."""
-        if not isinstance(graph, Graph):
-            raise TypeError(f"PDGR: graph is no graph; expected drseg_core.ops.Graph, got {type(graph).__name__}")
+        check_graph("PDGR", graph)
         index, coefficient, lists = graph
         if index.dim() != 3 or index.shape[0] not in (1, batch) or index.shape[1] != nodes:
             raise ValueError(

@@ -67,6 +67,12 @@ class Graph(NamedTuple):
         return self.propagate_transposed(one, backend=backend).squeeze(-1)
 
 
+def check_graph(op: str, graph: object) -> None:
+    """Refuse what is no graph, a tuple of its fields too."""
+    if not isinstance(graph, Graph):
+        raise TypeError(f"{op}: graph is no graph; expected drseg_core.ops.Graph, got {type(graph).__name__}")
+
+
 class Undirected(NamedTuple):
     """``S = A + A^T`` of a graph's operator ``A``, applied many times: conjugate gradients, label propagation.
 

@@ -372,6 +372,9 @@ LABEL = torch.ones(6, 2)
         (lambda: solve_labels(LABEL, GRAPH, tolerance=0.0), ValueError, "tolerance is out of range"),
         (lambda: solve_labels(LABEL, GRAPH, max_iterations=0), ValueError, "max_iterations is out of range"),
         (lambda: solve_labels(LABEL[:5], GRAPH), ValueError, "graph does not match labels"),
+        (lambda: solve_labels(LABEL, None), TypeError, "solve_labels: graph is no graph"),  # type: ignore
+        (lambda: propagate_labels(LABEL, tuple(GRAPH), 3), TypeError, "propagate_labels: graph is no graph"),  # type: ignore
+        (lambda: smooth(GRAPH.index, LABEL), TypeError, "smooth: graph is no graph"),  # type: ignore
         (lambda: solve_labels(LABEL.int(), GRAPH), TypeError, "labels has an unsupported dtype"),
         (lambda: solve_labels(LABEL * torch.nan, GRAPH), NumericalError, "labels are not finite"),
         (lambda: propagate_labels(LABEL, GRAPH, -1), ValueError, "steps must not be negative"),
