@@ -13,8 +13,16 @@ from torch import Tensor, nn
 
 from drseg_core.errors import NumericalError
 from drseg_core.nn.spsd import SPSD
-from drseg_core.ops import Graph, PreparedPrior, degree_normalize, knn_graph
-from drseg_core.ops._checks import check_choice, check_count, check_flag, check_grid, check_number, check_tensor
+from drseg_core.ops import Graph, PreparedPrior, backend_names, degree_normalize, knn_graph
+from drseg_core.ops._checks import (
+    check_alpha,
+    check_choice,
+    check_count,
+    check_flag,
+    check_grid,
+    check_number,
+    check_tensor,
+)
 from drseg_core.ops.graph import check_graph
 
 __all__ = [
@@ -137,14 +145,7 @@ def choose_neighbours(
     They are those of the n nodes from ``rows[0]`` to before ``rows[1]``, by default of all.
     """
     name = "propagation_graph"
-    check_count(name, "k", k)
-    if k == 0:
-        raise ValueError(f"{name}: k is out of range; expected k >= 1, got 0")
-    check_number(name, "gamma", gamma, positive=True)
-    check_number(name, "decay", decay)
-    check_choice(name, "select", select, get_args(Select))
-    if radius is not None:
-        check_number(name, "radius", radius)
+    _check_graph_options(name, k, gamma, decay, select, radius)
     nodes = prior.scaled if isinstance(prior, PreparedPrior) else prior
     check_tensor(name, "prior", nodes, ("B", "N", "D"))
     grid = check_grid(name, grid, nodes.shape[-2])
@@ -165,6 +166,15 @@ def choose_neighbours(
         rows=rows,
         backend=backend,
     )
+
+
+def _check_graph_options(name: str, k: int, gamma: float, decay: float, select: str, radius: float | None) -> None:
+    check_count(name, "k", k, positive=True)
+    check_number(name, "gamma", gamma, positive=True)
+    check_number(name, "decay", decay)
+    check_choice(name, "select", select, get_args(Select))
+    if radius is not None:
+        check_number(name, "radius", radius)
 
 
 def weigh_neighbours(
@@ -224,9 +234,7 @@ def smooth(graph: Graph, x: Tensor, *, backend: str | None = None) -> Tensor:
 def _start(name: str, labels: Tensor, graph: Graph, alpha: float) -> Tensor:
     """The labels in the dtype of the sums, checked."""
     check_tensor(name, "labels", labels, ("B", "N", "T"))
-    check_number(name, "alpha", alpha)
-    if not alpha < 1:
-        raise ValueError(f"{name}: alpha is out of range; expected 0 <= alpha < 1, got {alpha}")
+    check_alpha(name, alpha)
     check_graph(name, graph)
     if graph.index.shape[:-1] != labels.shape[:-1]:
         raise ValueError(
@@ -362,12 +370,7 @@ def solve_labels(
     """
     name = "solve_labels"
     y = _start(name, labels, graph, alpha)
-    check_flag(name, "scaled", scaled)
-    check_number(name, "tolerance", tolerance, positive=True)
-    check_count(name, "max_iterations", max_iterations)
-    if max_iterations == 0:
-        raise ValueError(f"{name}: max_iterations is out of range; expected max_iterations >= 1, got 0")
-    check_flag(name, "must_converge", must_converge)
+    _check_solver_options(name, scaled, tolerance, max_iterations, must_converge)
     if y.numel() == 0:
         return labels.clone()
 
@@ -407,6 +410,13 @@ def solve_labels(
     return found[..., : labels.shape[-1]].to(labels.dtype)
 
 
+def _check_solver_options(name: str, scaled: bool, tolerance: float, max_iterations: int, must_converge: bool) -> None:
+    check_flag(name, "scaled", scaled)
+    check_number(name, "tolerance", tolerance, positive=True)
+    check_count(name, "max_iterations", max_iterations, positive=True)
+    check_flag(name, "must_converge", must_converge)
+
+
 class LabelPropagation(nn.Module):
     """Graph and solver in one module, on maps: like :class:`drseg_core.nn.PDGR`, but without training.
 
@@ -416,6 +426,9 @@ class LabelPropagation(nn.Module):
         steps: steps of :func:`propagate_labels`; None solves to the end by :func:`solve_labels`.
         scaled, tolerance, max_iterations, must_converge: see :func:`solve_labels`.
         backend: one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or range.
 
     Shape:
         labels (B, T, h, w) and prior (B, D, h, w) to (B, T, h, w), in the dtype of the labels, without gradient.
@@ -459,6 +472,14 @@ class LabelPropagation(nn.Module):
             "max_iterations": max_iterations,
             "must_converge": must_converge,
         }
+        name = "LabelPropagation"
+        _check_graph_options(name, **self.graph_options)
+        _check_solver_options(name, **self.solver_options)
+        check_alpha(name, alpha)
+        if steps is not None:
+            check_count(name, "steps", steps)
+        if backend is not None:
+            check_choice(name, "backend", backend, backend_names())
 
     def graph(self, prior: Tensor) -> Graph:
         """The graph of a prior map (B, D, h, w), for several calls of :meth:`spread`."""

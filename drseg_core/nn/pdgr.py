@@ -109,10 +109,7 @@ def _check_read(name: str, layer: nn.Module, kind: type[nn.Module] | None = None
 
 
 def _size(name: str, value: int) -> int:
-    count = check_count("PDGR", name, value)
-    if count == 0:
-        raise ValueError(f"PDGR: {name} is out of range; expected {name} >= 1, got 0")
-    return count
+    return check_count("PDGR", name, value, positive=True)
 
 
 def _check_scales(affinity: Affinity, gamma: float, decay: float, weighs: bool) -> None:

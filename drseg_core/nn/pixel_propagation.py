@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drseg_core.errors import NumericalError
-from drseg_core.ops._checks import check_count, check_number, check_tensor
+from drseg_core.ops._checks import check_alpha, check_count, check_number, check_tensor
 
 __all__ = ["propagate_pixels", "reach_of_pixels"]
 
@@ -80,9 +80,7 @@ def propagate_pixels(
     check_count(name, "radius", radius)
     check_number(name, "colour", colour, positive=True)
     check_count(name, "steps", steps)
-    check_number(name, "alpha", alpha)
-    if not alpha < 1:
-        raise ValueError(f"{name}: alpha is out of range; expected 0 <= alpha < 1, got {alpha}")
+    check_alpha(name, alpha)
     if not logits.isfinite().all():
         raise NumericalError(f"{name}: logits are not finite; expected finite values, got NaN or Inf")
     y = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -145,13 +145,15 @@ def numbers(values: Any) -> Any:
     return tuple([value if type(value) is int else number(value) for value in values])
 
 
-def check_count(op: str, name: str, value: object) -> int:
-    """An integer >= 0 as Python's, or as the symbol that a compiler has for it."""
+def check_count(op: str, name: str, value: object, *, positive: bool = False) -> int:
+    """An integer >= 0, or >= 1, as Python's, or as the symbol that a compiler has for it."""
     count = number(value)
     if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an integer; expected int, got {type(count).__name__}")
     if count < 0:
         raise ValueError(f"{op}: {name} must not be negative; expected {name} >= 0, got {count}")
+    if positive and count == 0:
+        raise ValueError(f"{op}: {name} is out of range; expected {name} >= 1, got 0")
     return count  # type: ignore[return-value]
 
 
@@ -175,6 +177,14 @@ def check_number(op: str, name: str, value: object, *, positive: bool = False) -
         rule = "> 0" if positive else ">= 0"
         raise ValueError(f"{op}: {name} is out of range; expected a finite number {rule}, got {found}")
     return found
+
+
+def check_alpha(op: str, value: object) -> float:
+    """The share of the neighbours in what is propagated, as Python's number."""
+    alpha = check_number(op, "alpha", value)
+    if not alpha < 1:
+        raise ValueError(f"{op}: alpha is out of range; expected 0 <= alpha < 1, got {alpha}")
+    return alpha
 
 
 def check_edges(

@@ -387,6 +387,17 @@ LABEL = torch.ones(6, 2)
         (lambda: weight_graph(LABEL, (6,)), ValueError, "propagation_graph: grid is not a pair"),  # type: ignore
         (lambda: choose_neighbours(LABEL, ("2", 3)), TypeError, "grid height must be an integer"),  # type: ignore
         (lambda: propagation_graph(LABEL, (2, 3), select="best"), ValueError, "select is unknown"),  # type: ignore
+        (lambda: LabelPropagation(alpha="high"), TypeError, "LabelPropagation: alpha must be a number"),  # type: ignore
+        (lambda: LabelPropagation(alpha=1.0), ValueError, "LabelPropagation: alpha is out of range"),
+        (lambda: LabelPropagation(steps=-1), ValueError, "LabelPropagation: steps must not be negative"),
+        (lambda: LabelPropagation(k=0), ValueError, "LabelPropagation: k is out of range"),
+        (lambda: LabelPropagation(gamma=0), ValueError, "LabelPropagation: gamma is out of range"),
+        (lambda: LabelPropagation(radius=-1.0), ValueError, "LabelPropagation: radius is out of range"),
+        (lambda: LabelPropagation(select="best"), ValueError, "LabelPropagation: select is unknown"),  # type: ignore
+        (lambda: LabelPropagation(backend="nope"), ValueError, "LabelPropagation: backend is unknown"),
+        (lambda: LabelPropagation(tolerance=0), ValueError, "LabelPropagation: tolerance is out of range"),
+        (lambda: LabelPropagation(max_iterations=0), ValueError, "LabelPropagation: max_iterations is out of range"),
+        (lambda: LabelPropagation(scaled=1), TypeError, "LabelPropagation: scaled must be a flag"),  # type: ignore
         (lambda: LabelPropagation()(LABEL, LABEL), ValueError, "labels has the wrong rank"),
         (
             lambda: LabelPropagation()(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 4)),
