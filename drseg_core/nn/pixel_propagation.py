@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drseg_core.errors import NumericalError
-from drseg_core.ops._checks import check_alpha, check_count, check_number, check_tensor
+from drseg_core.ops._checks import check_alpha, check_count, check_number, check_same_device, check_shape, check_tensor
 
 __all__ = ["propagate_pixels", "reach_of_pixels"]
 
@@ -68,15 +68,12 @@ def propagate_pixels(
     name = "propagate_pixels"
     check_tensor(name, "logits", logits, ("T", "H", "W"))
     size = logits.shape[1], logits.shape[2]
-    if image.dtype != torch.uint8:
-        raise TypeError(f"{name}: image has a wrong dtype; expected torch.uint8, got {image.dtype}")
-    if image.dim() != 3 or tuple(image.shape[1:]) != size:
-        raise ValueError(f"{name}: image does not match logits; expected (C, *{size}), got {tuple(image.shape)}")
-    if valid is not None and (valid.dtype != torch.bool or tuple(valid.shape) != size):
-        raise ValueError(
-            f"{name}: valid does not match logits; expected bool of shape {size}, got {valid.dtype} of "
-            f"{tuple(valid.shape)}"
-        )
+    check_tensor(name, "image", image, ("C", "H", "W"), (torch.uint8,))
+    check_shape(name, "image", image, (image.shape[0], *size), "(C, H, W) with H and W of logits")
+    if valid is not None:
+        check_tensor(name, "valid", valid, ("H", "W"), (torch.bool,))
+        check_shape(name, "valid", valid, size, "(H, W) of logits")
+    check_same_device(name, logits=logits, image=image, valid=valid)
     check_count(name, "radius", radius)
     check_number(name, "colour", colour, positive=True)
     check_count(name, "steps", steps)
@@ -98,8 +95,15 @@ def propagate_pixels(
     # of the dtype of the sums: a choice of two numbers would have the default one
     scale, kept = alpha / degree.masked_fill(alone, 1), torch.full_like(degree, 1 - alpha).masked_fill_(alone, 1)
     found = torch.empty_like(logits)
+    if found.numel() == 0:
+        return found
+    # a sum over all neighbours may leave the range of the dtype where their mean does not; powers of two change no bit
+    largest, margin = torch.finfo(y.dtype).max, 2.0 ** -(4 * len(edges)).bit_length()
     for first in range(0, len(y), _CLASSES):
         own = y[first : first + _CLASSES]
+        size_of_class = torch.linalg.vector_norm(own, torch.inf, dim=(1, 2), keepdim=True)
+        lower = torch.ones_like(size_of_class).masked_fill_(size_of_class > largest * margin, margin)
+        own = own * lower
         x = own
         for _ in range(steps):
             heard = torch.zeros_like(x)
@@ -107,7 +111,7 @@ def propagate_pixels(
                 heard[here] += weight * x[there]
                 heard[there] += weight * x[here]
             x = heard.mul_(scale).add_(kept * own)
-        found[first : first + _CLASSES] = x
+        found[first : first + _CLASSES] = (x / lower).clamp_(-largest, largest)
     return found
 
 

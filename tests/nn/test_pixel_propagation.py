@@ -136,6 +136,22 @@ def test_a_pixel_of_a_far_colour_stays_finite(colour: float) -> None:
     torch.testing.assert_close(propagate_pixels(logits, image, colour=colour), logits, rtol=1e-5, atol=0)
 
 
+@pytest.mark.promise("C5")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_largest_logits_stay_finite_and_change_no_other_class(dtype: torch.dtype) -> None:
+    logits, image, valid = given()
+    logits, largest = logits.to(dtype), torch.finfo(dtype).max
+    expected = propagate_pixels(logits, image, valid, colour=0.1)
+    # powers of two, so that the bits are the same
+    logits[1] *= 2.0 ** (math.frexp(largest)[1] - 3)
+    assert logits.isfinite().all()
+    found = propagate_pixels(logits, image, valid, colour=0.1)
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+    assert torch.equal(found[1] / 2.0 ** (math.frexp(largest)[1] - 3), expected[1])
+    same = torch.stack([torch.full((H, W), value, dtype=dtype) for value in (largest, -largest)])
+    torch.testing.assert_close(propagate_pixels(same, image, colour=0.1), same, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_default_dtype_has_no_part(default: torch.dtype, dtype: torch.dtype) -> None:
@@ -165,13 +181,18 @@ def test_no_step_and_small_images() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"image": torch.zeros(3, H, W)}, TypeError, "image has a wrong dtype; expected torch.uint8"),
+        ({"image": torch.zeros(3, H, W)}, TypeError, "image has an unsupported dtype; expected one of uint8"),
+        ({"image": np.zeros((3, H, W), np.uint8)}, TypeError, "image must be a tensor; .*, got ndarray"),
+        ({"image": torch.zeros(H, W, dtype=torch.uint8)}, ValueError, "image has the wrong rank"),
         (
             {"image": torch.zeros(3, H, 2, dtype=torch.uint8)},
             ValueError,
-            r"image does not match logits; expected \(C, \*",
+            r"image has the wrong shape; expected \(C, H, W\) with H and W of logits",
         ),
-        ({"valid": torch.ones(H, 2, dtype=torch.bool)}, ValueError, "valid does not match logits"),
+        ({"valid": torch.ones(H, 2, dtype=torch.bool)}, ValueError, r"valid has the wrong shape; expected \(H, W\) of"),
+        ({"valid": torch.ones(H, W)}, TypeError, "valid has an unsupported dtype; expected one of bool"),
+        ({"valid": [[True] * W] * H}, TypeError, "valid must be a tensor; .*, got list"),
+        ({"logits": np.zeros((T, H, W), np.float32)}, TypeError, "logits must be a tensor; .*, got ndarray"),
         ({"logits": torch.full((T, H, W), torch.nan)}, NumericalError, "logits are not finite"),
         ({"alpha": 1.0}, ValueError, "alpha is out of range"),
         ({"colour": 0.0}, ValueError, "colour is out of range"),
