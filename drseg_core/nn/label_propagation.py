@@ -24,6 +24,7 @@ from drseg_core.ops._checks import (
     check_tensor,
 )
 from drseg_core.ops.graph import check_graph
+from drseg_core.ops.prepare_prior.api import rows_of
 
 __all__ = [
     "LPOSS_GRAPH",
@@ -146,8 +147,7 @@ def choose_neighbours(
     """
     name = "propagation_graph"
     _check_graph_options(name, k, gamma, decay, select, radius)
-    nodes = prior.scaled if isinstance(prior, PreparedPrior) else prior
-    check_tensor(name, "prior", nodes, ("B", "N", "D"))
+    nodes = rows_of(name, prior)
     grid = check_grid(name, grid, nodes.shape[-2])
     by_cosine = select == "cosine"
     longest = max(math.hypot(grid[0] - 1, grid[1] - 1), 1.0)

@@ -13,7 +13,7 @@ from drseg_core.ops._dispatch import requested_backend
 from drseg_core.ops._registration import widest
 from drseg_core.ops.knn_graph import reference
 from drseg_core.ops.knn_graph.api import FORMS, Form
-from drseg_core.ops.prepare_prior.api import PreparedPrior, prepare_prior
+from drseg_core.ops.prepare_prior.api import PreparedPrior, prepare_prior, rows_of
 
 
 class ScoreParts(NamedTuple):
@@ -104,8 +104,7 @@ def score_parts(
         True
     """
     op = "score_parts"
-    rows = prior.scaled if isinstance(prior, PreparedPrior) else prior
-    _checks.check_tensor(op, "prior", rows, ("B", "N", "D"))
+    rows = rows_of(op, prior)
     _checks.check_tensor(op, "index", index, ("B", "N", "K"), _checks.INDEX_DTYPES)
     _checks.check_same_device(op, prior=rows, index=index)
     _checks.check_shape(op, "index", index, (*rows.shape[:-1], index.shape[-1]), "the shape of prior before K")

@@ -8,6 +8,8 @@ import torch
 from torch.library import opcheck
 
 from drseg_core import ops
+from drseg_core.nn.label_propagation import propagation_graph
+from drseg_core.ops import PreparedPrior
 from drseg_core.ops.prepare_prior import reference
 from drseg_core.ops.prepare_prior.cases import make_inputs
 from drseg_core.testing import CASES
@@ -100,3 +102,55 @@ def test_scales_are_exact_powers_of_two():
     scaled, inverse = reference.prepare_prior(prior)
     assert torch.equal(torch.frexp(scaled).mantissa, torch.full_like(prior, 0.5))
     assert (scaled[1:-4] == 0.5).all() and inverse.isfinite().all()
+
+
+def _fields(dtype: torch.dtype = torch.float32, samples: int = 2) -> dict[str, torch.Tensor]:
+    prior = torch.randn(samples, 6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    given = ops.prepare_prior(prior)
+    return {
+        "scaled": given.scaled,
+        "inverse_norm": given.inverse_norm,
+        "rounded": given.scaled.half(),
+        "residual": torch.ones(samples, 6),
+    }
+
+
+TAKERS = {
+    "knn_graph": lambda prior: ops.knn_graph(prior, (2, 3), 2, return_score=True),
+    "score_parts": lambda prior: ops.score_parts(prior, (2, 3), torch.zeros(2, 6, 2, dtype=torch.int32)),
+    "propagation_graph": lambda prior: propagation_graph(prior, (2, 3), 2),
+    "project": lambda prior: prior.project(torch.ones(3, 4)),
+}
+
+
+@pytest.mark.promise("C44")
+@pytest.mark.parametrize("op", TAKERS)
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("scaled", None, TypeError),
+        ("scaled", torch.ones(6), ValueError),
+        ("inverse_norm", None, TypeError),
+        ("inverse_norm", torch.ones(2, 5), ValueError),
+        ("inverse_norm", torch.ones(1, 6), ValueError),
+        ("inverse_norm", torch.ones(6), ValueError),
+        ("inverse_norm", torch.ones(2, 6).double(), TypeError),
+        ("inverse_norm", torch.ones(2, 6).half(), TypeError),
+        ("rounded", torch.ones(2, 6, 3).half(), ValueError),
+        ("rounded", torch.ones(2, 6, 4), TypeError),
+        ("residual", torch.ones(2, 7), ValueError),
+        ("residual", [1.0], TypeError),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(op, name, value, error):
+    given = _fields()
+    TAKERS[op](PreparedPrior(**given))
+    with pytest.raises(error, match=f"^{op}: prior.{name} .*; expected .*, got .*$"):
+        TAKERS[op](PreparedPrior(**{**given, name: value}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_was_prepared_fits(dtype):
+    prior = ops.prepare_prior(torch.randn(2, 6, 4).to(dtype))
+    for call in TAKERS.values():
+        call(prior)

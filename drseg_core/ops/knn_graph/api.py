@@ -12,7 +12,7 @@ from torch import Tensor
 from drseg_core.ops import _checks, _dispatch
 from drseg_core.ops._dispatch import requested_backend
 from drseg_core.ops.knn_graph import registration
-from drseg_core.ops.prepare_prior.api import PreparedPrior, prepare_prior
+from drseg_core.ops.prepare_prior.api import PreparedPrior, prepare_prior, rows_of
 
 FORMS = ("additive", "gauss", "multiplicative", "product")
 PRECISIONS = ("exact",)
@@ -35,7 +35,6 @@ def _check(
     check_finite: bool,
 ) -> None:
     op = "knn_graph"
-    _checks.check_tensor(op, "prior", prior, ("B", "N", "D"))
     nodes, channels = prior.shape[-2:]
     if channels == 0:
         raise ValueError(f"{op}: prior has no channels; expected D >= 1, got shape {tuple(prior.shape)}")
@@ -200,7 +199,7 @@ def knn_graph(
         >>> knn_graph(prior, (2, 2), 2, decay=0.0).tolist()
         [[0, 1], [0, 1], [2, 3], [2, 3]]
     """
-    nodes = prior.scaled if isinstance(prior, PreparedPrior) else prior
+    nodes = rows_of("knn_graph", prior)
     grid, k, decay = _checks.numbers(grid), _checks.number(k), _checks.number(decay)
     radius = None if radius is None else _checks.number(radius)
     rows = None if rows is None else _checks.numbers(rows)
@@ -214,10 +213,6 @@ def knn_graph(
     given = prior if isinstance(prior, PreparedPrior) else prepare_prior(prior, backend=backend)
     if return_score is True:
         given = given._replace(rounded=None, residual=None)
-    elif given.rounded is not None:
-        _checks.check_shape(
-            "knn_graph", "prior.rounded", given.rounded, tuple(given.scaled.shape), "that of prior.scaled"
-        )
     arguments = given if nodes.dim() == 3 else [None if value is None else value[None] for value in given]
     reach = None if radius is None else float(radius)
     options = (*grid, k, float(decay), form, include_self, requested, reach, None if rows is None else list(rows))

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from drseg_core.ops import _checks
 from drseg_core.ops._dispatch import requested_backend, takes_raw
+from drseg_core.ops._registration import widest
 from drseg_core.ops.linear_map.api import linear_map
 from drseg_core.ops.prepare_prior import registration
 
@@ -52,7 +53,11 @@ class PreparedPrior(NamedTuple):
         Returns:
             The product, (B, N, E) or (N, E), in the dtype of ``weight`` (under autocast: of autocast). And
             ``inverse_norm``, by which its rows are still to be multiplied; None if they are normalised already.
+
+        Raises:
+            TypeError, ValueError: ``weight``, or a field of this prior, has the wrong type, dtype, shape or device.
         """
+        rows_of("project", self)
         scaled, factor = self.scaled, self.inverse_norm
         if scaled.dtype == torch.float16:
             # not scaled, so that a product could leave the range of float16
@@ -62,6 +67,27 @@ class PreparedPrior(NamedTuple):
         if not torch.is_autocast_enabled(scaled.device.type) or torch.float64 in (scaled.dtype, weight.dtype):
             scaled = scaled.to(weight.dtype)
         return linear_map(scaled, weight, backend=backend), factor
+
+
+def rows_of(op: str, prior: Tensor | PreparedPrior) -> Tensor:
+    """The features of a prior, as they are or prepared; fields that do not fit are refused by types and sizes."""
+    if not isinstance(prior, PreparedPrior):
+        _checks.check_tensor(op, "prior", prior, ("B", "N", "D"))
+        return prior
+    scaled = prior.scaled
+    _checks.check_tensor(op, "prior.scaled", scaled, ("B", "N", "D"))
+    rows, of_rows = tuple(scaled.shape[:-1]), "the shape of prior.scaled before D"
+    fields: tuple[tuple[str, Any, torch.dtype, tuple[int, ...], str], ...] = (
+        ("prior.inverse_norm", prior.inverse_norm, widest(scaled), rows, of_rows),
+        ("prior.rounded", prior.rounded, torch.float16, tuple(scaled.shape), "the shape of prior.scaled"),
+        ("prior.residual", prior.residual, torch.float32, rows, of_rows),
+    )
+    for name, value, dtype, shape, meaning in fields:
+        if value is not None or name == "prior.inverse_norm":
+            _checks.check_tensor(op, name, value, None, (dtype,))
+            _checks.check_shape(op, name, value, shape, meaning)
+            _checks.check_same_device(op, **{"prior.scaled": scaled, name: value})
+    return scaled
 
 
 def prepare_prior(prior: Tensor, *, backend: str | None = None) -> PreparedPrior:
