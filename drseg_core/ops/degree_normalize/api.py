@@ -53,7 +53,8 @@ def degree_normalize(
         backend: one of ``backend_names()``; None takes the best that can run.
 
     Returns:
-        (B, N, K) coefficients, float32 (float64 for float64 weights). Differentiable once to ``weight``.
+        (B, N, K) coefficients, float32 (float64 for float64 weights). Differentiable once to ``weight``. Where
+        the degree of a node leaves the range of that dtype, the coefficients of its edges are 0.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
