@@ -68,13 +68,15 @@ def check_shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], me
 
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
-    present = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    first_name, first = present[0]
-    for name, tensor in present[1:]:
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{op}: {name} is on another device; expected {first.device} as {first_name}, got {tensor.device}"
-            )
+    first, expected = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        device = tensor.device
+        if expected is None:
+            first, expected = name, device
+        elif device != expected:
+            raise ValueError(f"{op}: {name} is on another device; expected {expected} as {first}, got {device}")
 
 
 def check_no_tangent(op: str, **tensors: Tensor) -> None:
