@@ -16,6 +16,7 @@ and stored by one. So the others need a barrier to load it after that.
 from __future__ import annotations
 
 import bisect
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,12 @@ class Access:
         """Whether they may race, if nothing lies between them: one of them writes what the other touches."""
         if self.kind == other.kind != STORE or self.last < other.first or other.last < self.first:
             return False
-        return bool(np.isin(self.address, other.address).any())
+        # NumPy would sort both, for each pair anew
+        return not self.elements.isdisjoint(other.elements)
+
+    @functools.cached_property
+    def elements(self) -> frozenset[int]:
+        return frozenset(self.address.tolist())
 
     def by_the_same_threads(self, earlier: Access, threads: int) -> bool:
         """Whether each element that both touch is one thread's."""
