@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.data.dataset import IGNORE
-from drseg_core.data.ground import projected
+from drseg_core.data.ground import PixelArea, projected
 from drseg_core.data.vector import plain_path
 from drseg_core.errors import ConfigError
 from drseg_core.extras import require
@@ -59,6 +59,22 @@ def check_suffix(path: Path) -> str:
             f"predict_scene: polygons have a wrong suffix; expected a path ending in {', '.join(SUFFIXES)}, got {path}"
         )
     return path.suffix.lower()
+
+
+def check_degrees(path: Path, scene: Any) -> None:
+    """Refuse GeoJSON, which is in degrees, of a scene with half a place. Of one without any it has pixels.
+
+    Raises:
+        ConfigError: a CRS without a transform, a transform without a CRS, or a CRS that lies nowhere on Earth.
+    """
+    if check_suffix(path) != ".geojson" or not scene.crs and scene.transform.is_identity:
+        return
+    if not PixelArea(scene.crs, scene.transform).known:
+        lacks = "no CRS" if not scene.crs else "no transform" if scene.transform.is_identity else "a local CRS"
+        raise ConfigError(
+            f"predict_scene: polygons as GeoJSON need degrees; expected a CRS and a transform in {scene.path}, or a "
+            f"path ending in .gpkg, got {lacks}"
+        )
 
 
 def write_polygons(

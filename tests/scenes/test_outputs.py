@@ -148,6 +148,27 @@ def test_polygons(tmp_path, suffix, min_area):
         assert square.equals(corners)
 
 
+LOCAL = 'ENGCRS["x",EDATUM["y"],CS[Cartesian,2],AXIS["x",east],AXIS["y",north],LENGTHUNIT["metre",1]]'
+
+
+@pytest.mark.parametrize(
+    ("place", "got"),
+    [
+        ({"crs": "EPSG:32632"}, "no transform"),
+        ({"crs": "EPSG:4326"}, "no transform"),
+        ({"transform": NORTH_UP}, "no CRS"),
+        ({"crs": LOCAL, "transform": NORTH_UP}, "a local CRS"),
+    ],
+)
+def test_geojson_needs_a_whole_place_or_none(tmp_path, place, got):
+    image = write(tmp_path / "in.tif", color_image(blocks()).numpy(), **place)
+    said = f"polygons as GeoJSON need degrees; expected a CRS and a transform in .*in.tif, .*gpkg, got {got}"
+    with pytest.raises(ConfigError, match=said) as caught:
+        run(image, tmp_path / "map.tif", polygons=tmp_path / "map.geojson")
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["in.tif"]
+    assert run(image, tmp_path / "map.tif", polygons=tmp_path / "map.gpkg").polygons.is_file()
+
+
 def read_polygons(path: Path):
     import shapely
 
