@@ -108,9 +108,13 @@ def check_class_names(class_names: Sequence[str], origin: str) -> tuple[str, ...
     return names
 
 
+_NO_XML = "\ufffe\uffff"
+"""Of all that are no control characters, XML 1.0 forbids these two."""
+
+
 def has_control(text: str) -> bool:
-    """Whether there is a control character, half a pair or the end of a line or paragraph in it."""
-    return any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in text)
+    """Whether it has a control character, half a pair, the end of a line or paragraph, or what XML forbids."""
+    return any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _NO_XML for letter in text)
 
 
 def class_names_hash(class_names: Sequence[str]) -> str:

@@ -155,10 +155,6 @@ class PixelArea:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         t = self.transform
         x, y = t.a * column + t.b * row + t.c, t.d * column + t.e * row + t.f
-        if getattr(self.crs, "is_geographic", False):
-            # grids whose outer pixels have their middle on a pole go beyond it by half a pixel
-            pole = np.pi / 2 / self.crs.units_factor[1]
-            y = y.clip(-pole, pole)
         a, b = projected(self.crs, target, x.ravel().tolist(), y.ravel().tolist())
         return a.reshape(x.shape), b.reshape(x.shape)
 
@@ -195,6 +191,10 @@ def projected(
     from rasterio._err import CPLE_BaseError
     from rasterio.warp import transform
 
+    if getattr(crs, "is_geographic", False):
+        # grids whose outer pixels have their middle on a pole go beyond it by half a pixel
+        pole = np.pi / 2 / crs.units_factor[1]
+        y = np.clip(y, -pole, pole).tolist()
     try:
         found = np.array(transform(crs, target, x, y), np.float64)
     except (rasterio.errors.RasterioError, ValueError, CPLE_BaseError):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from drseg_core.data.ground import projected
 from drseg_core.data.manifest import printable
 from drseg_core.data.raster import points_elsewhere
 from drseg_core.errors import DatasetError
@@ -118,17 +119,23 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
         raise DatasetError(f"read_shapes: {which} has no CRS; expected one, so that both lie in one place")
     found = [shapes[i] for i in kept]
     if own and own != scene.crs:
-        found = _transformed(found, own, scene)
+        try:
+            found = _transformed(found, own, scene)
+        except ValueError as error:
+            raise DatasetError(
+                f"read_shapes: {printable(path)} cannot be brought into the CRS of the scene; {error} ({scene.crs})"
+            ) from None
+    if own and own.is_geographic and scene.crs.is_geographic:
+        found = [_turned(shape, scene) for shape in found]
     touching = [(shape, values[i]) for shape, i in zip(found, kept, strict=True) if not shape.is_empty]
     if not all(np.isfinite(shape.bounds).all() for shape, _ in touching):
-        raise DatasetError(f"read_shapes: {printable(path)} cannot be brought into the CRS of the scene ({scene.crs})")
+        raise DatasetError(f"read_shapes: {printable(path)} has a corner that is no number; expected coordinates")
     return Shapes([shape for shape, _ in touching], [value for _, value in touching], [values[i] for i in kept])
 
 
 def _transformed(shapes: list[Any], own: Any, scene: Any) -> list[Any]:
     """What lies near a scene, in its CRS; straight lines in between are lines of many points there."""
     import shapely
-    from rasterio.warp import transform
 
     around = _around(own, scene)
     if around is not None:
@@ -136,26 +143,59 @@ def _transformed(shapes: list[Any], own: Any, scene: Any) -> list[Any]:
         west, south, east, north = shapely.total_bounds(around)
         length = min(max(box.bounds[2] - box.bounds[0] for box in shapely.get_parts(around)), north - south) / 64
         shapes = list(shapely.segmentize(shapely.intersection(sound, around), length))
+    there = np.column_stack(projected(own, scene.crs, *shapely.get_coordinates(shapes).T.tolist()))
+    if not np.isfinite(there).all():
+        raise ValueError("expected shapes that end within its projection")
+    moved = shapely.set_coordinates(np.array(shapes, object), there)
+    if around is not None and _torn(moved, scene):
+        raise ValueError("expected two shapes where one goes over the edge of its projection")
+    return list(moved)
 
-    def moved(points: Any) -> Any:
-        return np.column_stack(transform(own, scene.crs, points[:, 0], points[:, 1]))
 
-    return list(shapely.transform(shapes, moved))
+def _torn(shapes: Any, scene: Any) -> bool:
+    """Whether a line whose points were near each other goes over half of a scene: from one edge of a map to another."""
+    import shapely
+
+    points, ring = shapely.get_coordinates(
+        shapely.get_rings(shapely.get_parts(shapely.get_parts(shapes))), return_index=True
+    )
+    step = np.abs(np.diff(points, axis=0))[np.diff(ring) == 0]
+    return bool(len(step)) and bool((step.max(0) > np.ptp(_corners(scene), axis=0).max() / 2).any())
+
+
+def _corners(scene: Any) -> Any:
+    places = [(0, 0), (scene.width, 0), (scene.width, scene.height), (0, scene.height)]
+    return np.array([scene.transform @ place for place in places])
+
+
+def _turned(shape: Any, scene: Any) -> Any:
+    """A shape in degrees where it meets a scene: longitudes are written from -180 to 180, by some from 0 to 360."""
+    import shapely
+
+    x = _corners(scene)[:, 0]
+    # what only touches, but for rounding, does not meet it
+    west, east = x.min() + np.ptp(x) * 1e-6, x.max() - np.ptp(x) * 1e-6
+    turn = 2 * np.pi / scene.crs.units_factor[1]
+    copies = [shapely.transform(shape, lambda points, by=by: points + (by * turn, 0)) for by in (-1, 0, 1)]
+    near = [copy for copy in copies if not copy.is_empty and copy.bounds[0] < east and copy.bounds[2] > west]
+    return near[0] if len(near) == 1 else shapely.union_all(near) if near else shape
 
 
 def _around(own: Any, scene: Any) -> Any:
-    """A box around a scene, with a margin, in another CRS; two at the date line; None where the CRS ends within it."""
+    """A box around a scene, with a margin, in another CRS; two at the date line; None where it lies nowhere in that."""
     import shapely
-    from rasterio.warp import transform
 
     column, row = (v.ravel() for v in np.meshgrid(*(np.linspace(0, n, _SAMPLES) for n in (scene.width, scene.height))))
-    x, y = (np.array(v) for v in transform(scene.crs, own, *(scene.transform @ (column, row))))
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+    x, y = projected(scene.crs, own, *(v.tolist() for v in scene.transform @ (column, row)))
+    x, y = x[np.isfinite(x)], y[np.isfinite(x)]
+    if not len(x):
         return None
     if own.is_geographic and np.ptp(x) > 180:
         x = x % 360
         if np.ptp(x) > 180:
-            return None
+            # around a pole or the whole Earth only latitudes bound it
+            beside = 2 * np.ptp(y) / _SAMPLES
+            return shapely.MultiPolygon([shapely.box(-360, max(y.min() - beside, -90), 360, min(y.max() + beside, 90))])
     margin = np.array([max(np.ptp(x), np.ptp(y)) / _SAMPLES] * 2)
     west, south = np.array([x.min(), y.min()]) - margin
     east, north = np.array([x.max(), y.max()]) + margin

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import warnings
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.data.dataset import IGNORE
+from drseg_core.data.ground import PixelArea, projected
 from drseg_core.data.vector import plain_path
 from drseg_core.errors import ConfigError
 from drseg_core.extras import require
@@ -32,6 +34,7 @@ _MOVED = 0.01
 """Share of a pixel by which rounding may move a corner."""
 _BETWEEN = 17
 """Points along an edge that seems to go around half the world."""
+_log = logging.getLogger(__name__)
 _FIELDS = ("class_id", "class", "pixels", "area_m2", "mean_score")
 
 
@@ -58,6 +61,22 @@ def check_suffix(path: Path) -> str:
     return path.suffix.lower()
 
 
+def check_degrees(path: Path, scene: Any) -> None:
+    """Refuse GeoJSON, which is in degrees, of a scene with half a place. Of one without any it has pixels.
+
+    Raises:
+        ConfigError: a CRS without a transform, a transform without a CRS, or a CRS that lies nowhere on Earth.
+    """
+    if check_suffix(path) != ".geojson" or not scene.crs and scene.transform.is_identity:
+        return
+    if not PixelArea(scene.crs, scene.transform).known:
+        lacks = "no CRS" if not scene.crs else "no transform" if scene.transform.is_identity else "a local CRS"
+        raise ConfigError(
+            f"predict_scene: polygons as GeoJSON need degrees; expected a CRS and a transform in {scene.path}, or a "
+            f"path ending in .gpkg, got {lacks}"
+        )
+
+
 def write_polygons(
     classes: Path,
     scores: Path,
@@ -73,7 +92,8 @@ def write_polygons(
     An area below ``min_area`` joins the neighbour with which it shares the longest border. This goes on until all areas
     are large enough or have no neighbour but nodata. Borders are simplified by at most half a pixel, which changes no
     area. Each polygon is simplified by itself, so two neighbours may overlap there, or leave a gap. GDAL traces the
-    polygons from a file, so the scene is never in memory.
+    polygons from a file, so the scene is never in memory. GeoJSON leaves out those with a corner that is not on Earth,
+    and a warning counts them.
 
     Args:
         classes: the class raster.
@@ -85,7 +105,7 @@ def write_polygons(
         progress: show a progress bar.
 
     Returns:
-        The number of polygons.
+        The number of polygons written.
 
     Raises:
         ResourceError: it cannot be written.
@@ -102,7 +122,7 @@ def write_polygons(
         warnings.filterwarnings("ignore", message="'crs' was not provided", category=UserWarning)
         try:
             with written(path):
-                return writer(temporary, _found(labels, score, own, min_area, progress), names, labels, path.stem)
+                return writer(temporary, _found(labels, score, own, min_area, progress), names, labels, path)
         finally:
             own.unlink(missing_ok=True)
 
@@ -161,17 +181,20 @@ def _columns(some: Sequence[Found], names: Sequence[str]) -> list[NDArray[Any]]:
     ]
 
 
-def _geojson(temporary: Path, found: Iterator[Found], names: Sequence[str], labels: Any, layer: str) -> int:
+def _geojson(temporary: Path, found: Iterator[Found], names: Sequence[str], labels: Any, path: Path) -> int:
     """GeoJSON as in RFC 7946. Not by GDAL, which reads the whole file again for each part that is added."""
     import shapely
 
     decimals = _decimals(labels) if labels.crs else 0
-    count = 0
+    count = lost = pixels = 0
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(f'{{"type": "FeatureCollection", "name": {json.dumps(layer)}, "features": [')
+        file.write(f'{{"type": "FeatureCollection", "name": {json.dumps(path.stem)}, "features": [')
         for some in _chunks(found):
             shapes = shapely.from_wkb(np.array([item.geometry for item in some], object))
-            shapes = in_degrees(shapes, labels.crs, decimals) if labels.crs else shapes
+            if labels.crs:
+                shapes, seen = in_degrees(shapes, labels.crs, decimals)
+                lost, pixels = lost + int((~seen).sum()), pixels + sum(some[i].pixels for i in np.flatnonzero(~seen))
+                some = [some[i] for i in np.flatnonzero(seen)]
             shapes = [_oriented(shape) for shape in shapes]
             rows = zip(*(column.tolist() for column in _columns(some, names)), strict=True)
             for row, shape in zip(rows, shapely.to_geojson(shapes), strict=True):
@@ -181,6 +204,15 @@ def _geojson(temporary: Path, found: Iterator[Found], names: Sequence[str], labe
                 file.write(f'{begin}{{"type": "Feature", "properties": {properties}, "geometry": {shape}}}')
                 count += 1
         file.write("\n]}\n")
+    if lost:
+        _log.warning(
+            "%s: %d of %d polygons (%d pixels) are left out: a corner is not on Earth, or outside of the projection; "
+            ".gpkg has all",
+            path.name,
+            lost,
+            lost + count,
+            pixels,
+        )
     return count
 
 
@@ -192,7 +224,7 @@ def _oriented(shape: Any) -> Any:
     return parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
 
 
-def _geopackage(temporary: Path, found: Iterator[Found], names: Sequence[str], labels: Any, layer: str) -> int:
+def _geopackage(temporary: Path, found: Iterator[Found], names: Sequence[str], labels: Any, path: Path) -> int:
     from pyogrio.errors import DataLayerError, DataSourceError
     from pyogrio.raw import write
 
@@ -206,7 +238,7 @@ def _geopackage(temporary: Path, found: Iterator[Found], names: Sequence[str], l
                     np.array([item.geometry for item in some], object),
                     _columns(some, names),
                     fields=_FIELDS,
-                    layer=_layer_name(layer),
+                    layer=_layer_name(path.stem),
                     geometry_type="Polygon",
                     crs=labels.crs.to_wkt() if labels.crs else None,
                     driver="GPKG",
@@ -226,7 +258,7 @@ def _layer_name(stem: str) -> str:
     return f"classes_{name}" if name.lower().startswith(("gpkg", "sqlite_", "rtree_")) else name
 
 
-def _parquet(temporary: Path, found: Iterator[Found], names: Sequence[str], labels: Any, layer: str) -> int:
+def _parquet(temporary: Path, found: Iterator[Found], names: Sequence[str], labels: Any, path: Path) -> int:
     """GeoParquet 1.1: WKB in a column, described in the metadata."""
     import pyarrow
     from pyarrow.parquet import ParquetWriter
@@ -249,9 +281,7 @@ def _parquet(temporary: Path, found: Iterator[Found], names: Sequence[str], labe
 
 
 def _to_degrees(crs: Any, points: NDArray[np.float64]) -> NDArray[np.float64]:
-    from rasterio.warp import transform
-
-    return np.column_stack(transform(crs, "EPSG:4326", points[:, 0], points[:, 1]))
+    return np.column_stack(projected(crs, "EPSG:4326", *points.T.tolist()))
 
 
 def _decimals(labels: Any) -> int:
@@ -263,7 +293,8 @@ def _decimals(labels: Any) -> int:
     )
     # a pixel may lie on the antimeridian
     sides = (np.stack([across - corner, down - corner], 2) + 180) % 360 - 180
-    sides = sides[np.isfinite(sides).all((1, 2)) & (np.linalg.det(sides) != 0)]
+    sides = sides[np.isfinite(sides).all((1, 2))]
+    sides = sides[np.linalg.det(sides) != 0]
     if not len(sides):
         return _CENTIMETRE
     # pixels for each degree; a value is off by half of its last decimal
@@ -271,14 +302,23 @@ def _decimals(labels: Any) -> int:
     return max(_CENTIMETRE, math.ceil(math.log10(0.5 * pixels_of_degree / _MOVED)))
 
 
-def in_degrees(shapes: NDArray[Any], crs: Any, decimals: int) -> NDArray[Any]:
-    """Polygons in longitude and latitude, cut at the antimeridian (RFC 7946, 3.1.9)."""
+def in_degrees(shapes: NDArray[Any], crs: Any, decimals: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Polygons in longitude and latitude, cut at the antimeridian (RFC 7946, 3.1.9).
+
+    Returns:
+        Those whose corners are all on Earth, and which these are.
+    """
     import shapely
 
-    found = shapely.transform(shapes, partial(_to_degrees, crs))
-    west, _, east, _ = bounds = shapely.bounds(found).T
+    points, owner = shapely.get_coordinates(shapes, return_index=True)
+    degrees = _to_degrees(crs, points)
+    seen = np.ones(len(shapes), bool)
+    seen[owner[np.isnan(degrees[:, 0])]] = False
+    shapes = shapes[seen]
+    found = shapely.set_coordinates(shapes.copy(), degrees[seen[owner]])
+    west, _, east, _ = shapely.bounds(found).T
     # one that crosses has points on both sides, or goes on beyond 180
-    beyond = np.isfinite(bounds).all(0) & ((east - west > 180) | (west < -180) | (east > 180))
+    beyond = (east - west > 180) | (west < -180) | (east > 180)
     for number in np.flatnonzero(beyond):
         found[number] = _cut(shapes[number], crs, decimals)
     rounded = shapely.transform(found, lambda points: np.round(points, decimals))
@@ -286,7 +326,7 @@ def in_degrees(shapes: NDArray[Any], crs: Any, decimals: int) -> NDArray[Any]:
         # of a part that is thinner than the last decimal nothing is left
         parts = [part for part in shapely.get_parts(rounded[number]) if part.area]
         rounded[number] = shapely.MultiPolygon(parts) if parts else found[number]
-    return rounded
+    return rounded, seen
 
 
 def _cut(shape: Any, crs: Any, decimals: int) -> Any:
@@ -328,8 +368,9 @@ def _unwrapped(points: NDArray[np.float64], crs: Any) -> NDArray[np.float64]:
     turns = np.zeros(len(points))
     for edge in np.flatnonzero(abs(step) > 180):
         # a long edge of a map of the world, or a short one that crosses: what lies between tells
-        between = np.linspace(points[edge], points[edge + 1], _BETWEEN)
-        small = np.diff(_to_degrees(crs, between)[:, 0])
+        between = _to_degrees(crs, np.linspace(points[edge], points[edge + 1], _BETWEEN))[:, 0]
+        # an edge may leave the Earth between two corners that are on it
+        small = np.diff(between[np.isfinite(between)])
         turns[edge + 1] = round((((small + 180) % 360 - 180).sum() - step[edge]) / 360)
     degrees[:, 0] += 360 * turns.cumsum()
     return degrees

@@ -41,7 +41,7 @@ from drseg_core.scenes.files import (
 from drseg_core.scenes.mosaic import Grid, Mosaic, Neighbour
 from drseg_core.scenes.outputs import Overlay, Part, Rasters
 from drseg_core.scenes.plan import Plan, plan_scene
-from drseg_core.scenes.polygons import write_polygons
+from drseg_core.scenes.polygons import check_degrees, write_polygons
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.style import write_attributes, write_style
 from drseg_core.scenes.threads import ReadAhead, WriteBehind, gdal_thread
@@ -483,6 +483,8 @@ def predict_scene(
             # also what belongs to the scene, such as the members of a mosaic
             check_input_stays(path, scene.source.files, "an output is a file of the scene")
         check_place(scene)
+        if files.polygons is not None:
+            check_degrees(files.polygons, scene)
         check_disks(files, scene.height * scene.width, len(legend.names), blocks=store is not None)
         if store is not None and work is not None:
             # processes that share the blocks of a map write it one at a time

@@ -30,7 +30,7 @@ def write_attributes(path: Path, legend: Vocabulary, pixels: Sequence[int], area
         path: file to write.
         legend: names and colours.
         pixels: pixels of each class.
-        areas: m2 of each class; None where the scene has no place.
+        areas: m2 of each class, NaN where unknown; None where the scene has no place.
     """
     root = ElementTree.Element("PAMDataset")
     band = ElementTree.SubElement(root, "PAMRasterBand", band="1")
@@ -46,6 +46,7 @@ def write_attributes(path: Path, legend: Vocabulary, pixels: Sequence[int], area
     for number, (name, color) in enumerate(zip(legend.names, legend.table().tolist(), strict=True)):
         row = ElementTree.SubElement(table, "Row", index=str(number))
         values: list[Any] = [number, pixels[number], name, *color]
+        # an unknown area stays nan: of an empty field GDAL makes an area of 0
         for value in values if areas is None else [*values, f"{areas[number]:.6g}"]:
             ElementTree.SubElement(row, "F").text = str(value)
     _write(path, root, "")

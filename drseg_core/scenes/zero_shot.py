@@ -433,17 +433,27 @@ def check_words(
     """The classes, checked as far as words can be without a text encoder.
 
     Raises:
-        ConfigError: a template does not have exactly one ``{}``, or a class has the name of the background.
+        ConfigError: a template does not have exactly one ``{}``, a class has the name of the background, or a word of
+            the background is there twice or one of a class.
         DatasetError: a name is no class name.
     """
     legend = as_vocabulary(classes, "zero_shot")
     for template in templates:
         class_prompt(BACKGROUND, template)
-    if background and BACKGROUND in legend.names:
+    # text encoders see no capitals
+    if background and BACKGROUND in map(str.casefold, legend.names):
         raise ConfigError(
             f"zero_shot: a class is called {BACKGROUND}, as that of the prompts of the background; "
             "expected another name, or no such prompts"
         )
+    seen = {word.casefold() for words in legend.synonyms for word in words}
+    for word in background:
+        # a word of a class as well would be that class everywhere, which is the first of two that are equal
+        if word.casefold() in seen:
+            raise ConfigError(
+                f"zero_shot: background has a word twice; expected every word once, and none of a class, got {word!r}"
+            )
+        seen.add(word.casefold())
     return legend
 
 

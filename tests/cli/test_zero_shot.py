@@ -198,6 +198,9 @@ def test_what_is_no_number(drseg, scene, tmp_path, words: list[str], said: str) 
         (["--prior", "none", "--variant", "proxyclip"], "prior is missing"),
         (["--radius-metres", 5, "--radius", 3], "radius and radius_metres are both given"),
         (["--background", "sky", "--classes", "road; background"], "a class is called background, as that of"),
+        (["--background", "sky", "--classes", "road; Background"], "a class is called background, as that of"),
+        (["--background", "sky; Lane", "--classes", "road, lane; roof"], "word once, and none of a class, got 'Lane'"),
+        (["--background", "sky; wall; Sky"], "word once, and none of a class, got 'Sky'"),
     ],
 )
 def test_cheap_refusals_come_before_the_weights(drseg, scene, tmp_path, empty, words: list[Any], said: str) -> None:

@@ -106,6 +106,7 @@ def test_a_file_of_classes(tmp_path):
         ("road#gray", "a colour that cannot be read"),
         ("road; ro\x1b[2Jof", r"a control character; expected text, got 'ro\\x1b\[2Jof'"),
         ("road, la\x00ne", "a control character"),
+        ("road, la\uffffne", r"a control character; expected text, got 'road, la\\uffffne'"),
     ],
 )
 def test_refusals(text, said):

@@ -7,6 +7,7 @@ import csv
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,13 +15,16 @@ from numpy.typing import NDArray
 
 from drseg_core.data.dataset import IGNORE
 from drseg_core.data.ground import METHOD, PixelArea, pixel_side, pixel_sides
+from drseg_core.data.vocabulary import plain_classes
 from drseg_core.scenes.areas import ClassAreas
 from drseg_core.scenes.regions import find_regions
+from drseg_core.scenes.style import write_attributes
 from drseg_core.view.page import write_page
 from tests.evaluation.fake import color_image
 from tests.scenes.test_predict import run, truth, write
 
 rasterio = pytest.importorskip("rasterio")
+from rasterio.shutil import copy  # noqa: E402
 
 DISK = "+proj=geos +h=35785831 +lon_0=0 +sweep=y +datum=WGS84 +units=m"
 PROMISED = 1e-3
@@ -160,6 +164,19 @@ def test_pixels_off_the_earth_have_no_area(tmp_path: Path) -> None:
         assert [row["area_m2"] == "" for row in csv.DictReader(file)] == [False, True]
     assert areas.known and pixel_side(DISK, transform, 1, 1) is None and pixel_sides(DISK, transform, 1, 1) is None
     assert pixel_side(DISK, transform, 100, 100) == pytest.approx(1.1e5, rel=0.05)
+
+
+def test_gdal_reads_no_area_where_it_is_unknown(tmp_path: Path) -> None:
+    """GDAL takes an empty field of its attribute table for 0, and nan for what it is."""
+    label, transform = full_disk()
+    areas = counted(pixels(DISK, transform.c, transform.f, transform.a), label)
+    path = raster(tmp_path / "map.tif", label, DISK, transform)
+    write_attributes(tmp_path / "map.tif.aux.xml", plain_classes(["a", "b"]), areas.pixels.tolist(), areas.m2.tolist())
+    with rasterio.open(path) as source, rasterio.io.MemoryFile(ext=".vrt") as memory:
+        copy(source, memory.name, driver="VRT")
+        rows = ElementTree.fromstring(memory.read()).findall(".//GDALRasterAttributeTable/Row")
+    found = [float(row.findall("F")[-1].text or "0") for row in rows]
+    assert found[0] == pytest.approx(areas.m2[0], rel=1e-5) and np.isnan(found[1]) and np.isnan(areas.m2[1])
 
 
 def test_the_edge_of_the_earth_is_followed_pixel_by_pixel() -> None:

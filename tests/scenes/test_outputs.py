@@ -14,14 +14,15 @@ import pyogrio.raw
 import pytest
 import torch
 
-from drseg_core.data.dataset import IGNORE
+from drseg_core.data.dataset import IGNORE, has_control
 from drseg_core.data.palette import palette
+from drseg_core.data.vocabulary import plain_classes
 from drseg_core.errors import ConfigError
 from drseg_core.evaluation.inference import Predictor
 from drseg_core.scenes import polygons
 from drseg_core.scenes.areas import METHOD, ClassAreas, PixelArea
 from drseg_core.scenes.predict import predict_scene
-from drseg_core.scenes.style import category_names
+from drseg_core.scenes.style import category_names, write_attributes, write_style
 from tests.evaluation.fake import COLORS, ColorModel, color_image
 from tests.scenes.test_predict import NAMES, NORTH_UP, predictor, read, run, scaled, truth, write
 
@@ -81,6 +82,19 @@ def test_names_colours_and_style(tmp_path):
     assert entries[0].get("color") == "#" + bytes(palette(1)[0].tolist()).hex()
 
 
+def test_every_character_that_a_name_may_have_is_one_of_xml(tmp_path):
+    allowed = [chr(code) for code in range(0x110000) if not has_control(chr(code))]
+    side = -(-len(allowed) // 250)
+    names = ["".join(allowed[start : start + side]) for start in range(0, len(allowed), side)]
+    legend = plain_classes(names)
+    write_attributes(tmp_path / "map.tif.aux.xml", legend, [1] * len(names), None)
+    write_style(tmp_path / "map.qml", legend)
+    found = ElementTree.parse(tmp_path / "map.tif.aux.xml").findall(".//Category")
+    assert [item.text for item in found] == names
+    found = ElementTree.parse(tmp_path / "map.qml").findall(".//paletteEntry")
+    assert [item.get("label") for item in found] == names
+
+
 def test_scores_are_scaled(tmp_path):
     data = color_image(blocks()).numpy()
     data[:, :4] = 0
@@ -132,6 +146,27 @@ def test_polygons(tmp_path, suffix, min_area):
         assert square.bounds[0] == pytest.approx(6.95, abs=0.1) and square.bounds[1] == pytest.approx(50.94, abs=0.1)
     else:
         assert square.equals(corners)
+
+
+LOCAL = 'ENGCRS["x",EDATUM["y"],CS[Cartesian,2],AXIS["x",east],AXIS["y",north],LENGTHUNIT["metre",1]]'
+
+
+@pytest.mark.parametrize(
+    ("place", "got"),
+    [
+        ({"crs": "EPSG:32632"}, "no transform"),
+        ({"crs": "EPSG:4326"}, "no transform"),
+        ({"transform": NORTH_UP}, "no CRS"),
+        ({"crs": LOCAL, "transform": NORTH_UP}, "a local CRS"),
+    ],
+)
+def test_geojson_needs_a_whole_place_or_none(tmp_path, place, got):
+    image = write(tmp_path / "in.tif", color_image(blocks()).numpy(), **place)
+    said = f"polygons as GeoJSON need degrees; expected a CRS and a transform in .*in.tif, .*gpkg, got {got}"
+    with pytest.raises(ConfigError, match=said) as caught:
+        run(image, tmp_path / "map.tif", polygons=tmp_path / "map.geojson")
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["in.tif"]
+    assert run(image, tmp_path / "map.tif", polygons=tmp_path / "map.gpkg").polygons.is_file()
 
 
 def read_polygons(path: Path):

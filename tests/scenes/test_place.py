@@ -213,6 +213,75 @@ def test_an_area_over_the_date_line(tmp_path, corners):
     assert (valid == ((lon > 0) | (lon < -179.995))).mean() > 0.98
 
 
+@pytest.mark.parametrize("west", [-172, 188])
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:4269"])
+@pytest.mark.parametrize("corners", [(189, 49, 191, 51), (-171, 49, -169, 51)])
+def test_longitudes_beyond_180(tmp_path, west, crs, corners):
+    pytest.importorskip("pyogrio")
+    place = {"crs": crs, "transform": from_origin(west, 52, 0.05, 0.05)}
+    image = write(tmp_path / "in.tif", np.full((3, 80, 80), 9, np.uint8), **place)
+    valid, lon, lat = inside(image, rings(tmp_path / "area.geojson", corners))
+    assert valid.shape == (40, 40) and valid.all() and lat.min() > 49 and lat.max() < 51
+    assert (abs(lon % 360 - 190) < 1).all()
+
+
+@pytest.mark.parametrize(
+    "corners", [[(179, -1, 180, 1), (-180, -1, -179, 1)], [(179, -1, 181, 1)], [(-181, -1, -179, 1)]]
+)
+@pytest.mark.parametrize("west", [-182, -180, 0, 178])
+def test_an_area_over_the_date_line_of_a_scene_in_degrees(tmp_path, corners, west):
+    pytest.importorskip("pyogrio")
+    whole = west in (-180, 0)
+    place = {"crs": "EPSG:4326", "transform": from_origin(west, 2, 0.1, 0.1)}
+    image = write(tmp_path / "in.tif", np.full((3, 40, 3600 if whole else 40), 9, np.uint8), **place)
+    valid, lon, _ = inside(image, rings(tmp_path / "area.geojson", *corners))
+    assert valid.sum() == 400 and np.array_equal(valid.any(0), abs(lon[0] % 360 - 180) < 1)
+    assert valid.shape[1] == (3600 if west == -180 else 20)
+
+
+DISK = "+proj=geos +h=35785831 +lon_0=0 +sweep=y +datum=WGS84 +units=m"
+
+
+@pytest.mark.parametrize(
+    ("crs", "corner", "corners"),
+    [
+        ("EPSG:3413", 4e6, [(-180, 80, 180, 90)]),
+        ("EPSG:3413", 4e6, [(170, 70, 190, 80)]),
+        ("EPSG:3031", 4e6, [(-10, -88, 100, -70)]),
+        (DISK, 5.5e6, [(-10, -20, 30, 10)]),
+        ("EPSG:3857", 20037508.34, [(170, -30, 180, 10), (-180, -30, -170, 10)]),
+    ],
+)
+def test_an_area_around_a_pole_or_on_a_disk(tmp_path, crs, corner, corners):
+    pytest.importorskip("pyogrio")
+    place = {"crs": rasterio.crs.CRS.from_user_input(crs), "transform": from_origin(-corner, corner, 5e4, 5e4)}
+    size = round(corner / 25000)
+    image = write(tmp_path / "in.tif", np.full((3, size, size), 9, np.uint8), **place)
+    valid, lon, lat = inside(image, rings(tmp_path / "area.geojson", *corners))
+    parts = [(lat > s) & (lat < n) & ((lon - w) % 360 < e - w) for w, s, e, n in corners]
+    assert valid.any() and (valid == np.any(parts, axis=0)).mean() > 0.97
+
+
+@pytest.mark.parametrize(
+    ("crs", "corners", "said"),
+    [
+        (DISK, (-179, -85, 179, 85), "expected shapes that end within its projection"),
+        ("EPSG:3857", (170, -30, 190, 10), "expected two shapes where one goes over the edge of its projection"),
+    ],
+)
+def test_an_area_that_a_projection_tears_is_refused(tmp_path, crs, corners, said):
+    pytest.importorskip("pyogrio")
+    corner = 20037508.34 if crs == "EPSG:3857" else 5.5e6
+    place = {"crs": rasterio.crs.CRS.from_user_input(crs), "transform": from_origin(-corner, corner, 1e5, 1e5)}
+    size = round(corner / 50000)
+    image = write(tmp_path / "in.tif", np.full((3, size, size), 9, np.uint8), **place)
+    with pytest.raises(
+        DatasetError, match=f"area.geojson cannot be brought into the CRS of the scene; {said}"
+    ) as caught:
+        inside(image, rings(tmp_path / "area.geojson", corners))
+    assert "\n" not in str(caught.value)
+
+
 def test_an_area_elsewhere_is_refused(tmp_path):
     pytest.importorskip("pyogrio")
     image = write(tmp_path / "in.tif", np.full((3, 60, 80), 9, np.uint8), **PLACE)

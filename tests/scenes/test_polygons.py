@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from drseg_core.data.dataset import IGNORE
+from drseg_core.data.ground import projected
 from drseg_core.errors import ResourceError
 from drseg_core.files import atomic_path
 from drseg_core.scenes import polygons, regions
@@ -224,12 +225,10 @@ def as_geojson(tmp_path: Path, value: np.ndarray, crs: str, transform) -> tuple[
 
 def middle_classes(shapes, labels, crs, transform, size) -> np.ndarray:
     """The class at the middle of each pixel, as GeoJSON has it."""
-    from rasterio.warp import transform as warp
-
     row, column = np.indices(size)
-    x, y = warp(crs, "EPSG:4326", *(v.ravel() for v in transform @ (column + 0.5, row + 0.5)))
+    x, y = projected(crs, "EPSG:4326", *(v.ravel().tolist() for v in transform @ (column + 0.5, row + 0.5)))
     found = np.full(row.size, IGNORE)
-    points = shapely.points((np.array(x) + 180) % 360 - 180, y)
+    points = shapely.points((x + 180) % 360 - 180, y)
     point, shape = shapely.STRtree(shapes).query(points, "within")
     found[point] = labels[shape]
     return found.reshape(size)
@@ -282,6 +281,51 @@ def test_an_area_around_a_pole_reaches_it(tmp_path, crs, pole):
         assert (west, east) == (-180, 180) and (pole in (south, north)) == (label == 1)
     # a straight line in degrees bends on the map
     assert (middle_classes(shapes, labels, crs, transform, value.shape) == value).mean() > 0.97
+
+
+DISK = "+proj=geos +h=35785831 +lon_0=0 +sweep=y +datum=WGS84 +units=m"
+PARTLY_ON_EARTH = {
+    "disk": (DISK, from_origin(-5.5e6, 5.5e6, 2e5, 2e5)),
+    "part of it": (DISK, from_origin(-5.5e6, 3e6, 8e4, 8e4)),
+    "orthographic": ("+proj=ortho +lat_0=40 +lon_0=10 +datum=WGS84", from_origin(-6.5e6, 6.5e6, 2e5, 2e5)),
+    "Mollweide": ("ESRI:54009", from_origin(-1.81e7, 9.1e6, 6.5e5, 3e5)),
+    "interrupted": ("+proj=igh +datum=WGS84", from_origin(-2.01e7, 9e6, 7e5, 3e5)),
+    "nowhere": ("EPSG:32632", from_origin(5e7, 9e9, 10, 10)),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("place", PARTLY_ON_EARTH)
+def test_polygons_off_the_earth_are_left_out_of_geojson(tmp_path, caplog, monkeypatch, place):
+    monkeypatch.setattr(polygons, "AT_A_TIME", 50)
+    name, transform = PARTLY_ON_EARTH[place]
+    crs = rasterio.crs.CRS.from_user_input(name)
+    value = noise(2, (56, 56), nodata=0)
+    # a long one over the whole map, and one of four points from the left side to the right
+    value[30:], value[40:42] = 1, 2
+    shapes, labels, pixels = as_geojson(tmp_path, value, crs, transform)
+    corners = shapely.get_coordinates(shapes)
+    assert np.isfinite(corners).all() and (abs(corners) <= (180, 90)).all()
+    whole = tmp_path / "map.gpkg"
+    whole.touch()
+    count = polygons.write_polygons(tmp_path / "labels.tif", tmp_path / "labels.tif", whole, whole, NAMES)
+    assert count == len(flooded(value)) > len(shapes) and bool(len(shapes)) == (place != "nowhere")
+    lost = f"{count - len(shapes)} of {count} polygons ({value.size - pixels.sum():.0f} pixels) are left out"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"map.geojson: {lost}: a corner is not on Earth, or outside of the projection; .gpkg has all"
+    ]
+    # what is there is where it was
+    if place == "disk":
+        found = middle_classes(shapes, labels, crs, transform, value.shape)
+        assert (found == value)[found != IGNORE].mean() > 0.97
+
+
+def test_polygons_end_at_the_poles(tmp_path, caplog):
+    # half a pixel beyond them, as grids have whose outer pixels have their middle there
+    value = np.arange(37, dtype=np.uint8)[:, None].repeat(72, 1) % 3
+    shapes, _, pixels = as_geojson(tmp_path, value, "EPSG:4326", from_origin(-180, 92.5, 5, 5))
+    assert shapely.total_bounds(shapes).tolist() == [-180, -90, 180, 90]
+    assert pixels.sum() == value.size and not caplog.records
 
 
 @pytest.mark.parametrize("side", [10.0, 0.5, 0.01, 0.0001])
