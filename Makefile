@@ -44,10 +44,12 @@ help:  ## this list
 
 install: $(VENV)/.installed  ## make .venv and install the package with its native library
 
+# Python compiles the modules that somebody imports; all that come with torch take two minutes
+PIP := $(BIN)/python -m pip install --no-compile
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(CONSTRAINTS) setuptools wheel cmake ninja torch torchvision
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
+	$(PIP) $(CONSTRAINTS) setuptools wheel cmake ninja torch torchvision
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: install  ## train, evaluate and map on synthetic scenes; results in ./demo (OUT=... for another folder)
