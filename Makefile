@@ -22,14 +22,15 @@ SANITIZE_TESTS ?= tests/ops tests/nn/test_pdgr.py -k "native or test_pdgr"
 SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
 
-# short tests of every part, for what depends on where they run; not so whole maps from words, memory, compiled graphs
-ELSEWHERE_TESTS ?= tests/config tests/evaluation tests/scenes tests/repo/test_tree.py \
+# short tests of every part, for what depends on where they run; not so sums, memory, compiled graphs, refused arguments,
+# whole maps from words
+ELSEWHERE_TESTS ?= tests/config tests/evaluation tests/scenes \
 	--deselect=tests/evaluation/test_precision.py::TestCompiled \
 	$(addprefix --ignore=tests/scenes/test_,zero_shot.py super_tiles.py memory.py many.py mosaic.py cluster.py \
-		own_sets.py graph_rows.py) \
+		own_sets.py graph_rows.py areas.py stored_scale.py) \
 	$(addprefix tests/data/test_,images.py folder.py check.py archives.py manifest.py) \
-	$(addprefix tests/cli/test_,commands.py exit_codes.py refusals.py) tests/ops/test_bad_inputs.py \
-	tests/ops/test_contract.py tests/checkpoints/test_versions.py tests/training/test_rank_channels.py \
+	$(addprefix tests/cli/test_,commands.py exit_codes.py refusals.py) tests/ops/test_contract.py \
+	tests/checkpoints/test_versions.py tests/training/test_rank_channels.py \
 	tests/studies/test_index.py tests/bench/test_compare.py tests/bench/test_data.py \
 	tests/studies/test_runner.py::test_commits_and_machines_are_those_of_the_trainings
 # the lowest bounds of pyproject.toml, and the lowest Python of its that is here
