@@ -13,7 +13,9 @@ from drseg_core.errors import ConfigError
 SEED_LIMIT = 2**63
 # of the scores by which neighbours are chosen, and of the weights if these hold their exponentials
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
-LARGEST_GAMMA_OF_WEIGHTS = 80
+LARGEST_GAMMA_OF_WEIGHTS = 80.0
+# of learned starts, of which exponentials of logarithms are taken
+SMALLEST_TEMPERATURE, LARGEST_DECAY = 1e-38, 1e38
 
 
 def _at_least(bound: float) -> tuple[str, Callable[[Any], bool]]:
@@ -44,8 +46,8 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "model.graph.gamma": _POSITIVE,
     "model.graph.norm_scale": ("at least 0, or match", lambda value: value == "match" or value >= 0),
-    "model.graph.edge_temperature": _POSITIVE,
-    "model.graph.edge_decay": _POSITIVE,
+    "model.graph.edge_temperature": _at_least(SMALLEST_TEMPERATURE),
+    "model.graph.edge_decay": (f"above 0, at most {LARGEST_DECAY}", lambda value: 0 < value <= LARGEST_DECAY),
     "model.graph.decay": _at_least(0),
     "model.graph.edge_hidden": _at_least(1),
     "model.graph.layers": _at_least(1),
@@ -107,11 +109,18 @@ def validate(config: Config) -> None:
                 raise ConfigError(f"validate: {name} is out of range; expected {expected}, got {value!r}")
     graph = config.model.graph
     # as PDGR says it, before any weights are read
-    if graph.use_affinity_as_weight and graph.affinity in ("exp", "gauss") and graph.gamma > LARGEST_GAMMA_OF_WEIGHTS:
+    most = LARGEST_GAMMA_OF_WEIGHTS / (2 * graph.layers if graph.norm == "sym_count" else 1)
+    if graph.use_affinity_as_weight and graph.affinity in ("exp", "gauss") and graph.gamma > most:
         raise ConfigError(
-            f"validate: model.graph.gamma is too large; expected at most {LARGEST_GAMMA_OF_WEIGHTS} with "
-            f"use_affinity_as_weight and affinity {graph.affinity}, got {graph.gamma}"
+            f"validate: model.graph.gamma is too large; expected at most {most:.4g} with use_affinity_as_weight, "
+            f"affinity {graph.affinity} and norm {graph.norm}, got {graph.gamma}"
         )
+    for key in ("gamma", "decay"):
+        if getattr(graph, key) > LARGEST_FLOAT32:
+            raise ConfigError(
+                f"validate: model.graph.{key} is too large; expected at most {LARGEST_FLOAT32:.4g}, "
+                f"got {getattr(graph, key)}"
+            )
     if graph.affinity != "product" and graph.decay / graph.gamma > LARGEST_FLOAT32:
         raise ConfigError(
             f"validate: model.graph.gamma is too small; expected decay / gamma <= {LARGEST_FLOAT32:.4g}, "

@@ -382,7 +382,8 @@ def solve_labels(
     x = torch.zeros_like(residual)
     direction = residual
     length = residual.square().sum(-2, keepdim=True)
-    limit = tolerance**2 * length
+    # a square below the normal numbers is one that nothing reaches
+    limit = (float(tolerance) ** 2 * length).clamp_min(torch.finfo(length.dtype).tiny)
     operator = graph.undirected()
     for _ in range(max_iterations):
         going = length > limit
@@ -396,7 +397,7 @@ def solve_labels(
         reached = residual.square().sum(-2, keepdim=True)
         direction = residual + torch.where(going, reached / length, 0) * direction
         length = reached
-    left = length > limit
+    left = ~(length <= limit)
     if must_converge and left.any():
         worst = float(torch.where(left, length / limit, 0).amax().sqrt()) * tolerance
         raise NumericalError(

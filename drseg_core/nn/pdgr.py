@@ -34,7 +34,9 @@ SelfLoop = Literal["in_topk", "exclude", "extra"]
 Norm = Literal["sym_row", "sym_count", "sym_inout", "row", "sym_undirected"]
 
 # its exponential leaves room in float32 for the sum of the weights of some hundred neighbours
-_LARGEST_GAMMA_OF_WEIGHTS = 80
+_LARGEST_GAMMA_OF_WEIGHTS = 80.0
+# of the learned starts, of which exponentials of logarithms are taken
+_SMALLEST_TEMPERATURE, _LARGEST_DECAY = 1e-38, 1e38
 
 # How each reading of Eq. 7 orders the candidates of a row; "power" and "product" multiply by the spatial decay.
 _FORM: dict[str, Literal["additive", "gauss", "multiplicative", "product"]] = {
@@ -94,7 +96,8 @@ def _check_read(name: str, layer: nn.Module, kind: type[nn.Module] | None = None
     """Refuse what would be lost, because parameters of a layer are read here, and it is never called."""
     if torch.compiler.is_compiling():
         return
-    if kind is not None and not (isinstance(layer, kind) and type(layer).forward is kind.forward):
+    own = "forward" in vars(layer) or type(layer).forward is not getattr(kind, "forward", None)
+    if kind is not None and (own or not isinstance(layer, kind)):
         raise TypeError(
             f"PDGR: {name} is another layer, which would not be called; expected {kind.__name__}, of which the "
             f"parameters are read, got {type(layer).__name__}"
@@ -112,16 +115,29 @@ def _size(name: str, value: int) -> int:
     return check_count("PDGR", name, value, positive=True)
 
 
-def _check_scales(affinity: Affinity, gamma: float, decay: float, weighs: bool) -> None:
+def _check_scales(affinity: Affinity, gamma: float, decay: float, largest_gamma: float | None) -> None:
     """Refuse scales of Eq. 7 of which the scores, or the weights, would leave the range of float32."""
-    if weighs and affinity in ("exp", "gauss") and gamma > _LARGEST_GAMMA_OF_WEIGHTS:
+    if largest_gamma is not None and affinity in ("exp", "gauss") and gamma > largest_gamma:
         raise ValueError(
-            f"PDGR: gamma is too large; expected gamma <= {_LARGEST_GAMMA_OF_WEIGHTS} with use_affinity_as_weight and "
-            f"affinity {affinity}, got {gamma}"
+            f"PDGR: gamma is too large; expected gamma <= {largest_gamma:.4g} with use_affinity_as_weight, "
+            f"affinity {affinity} and this norm, got {gamma}"
         )
     largest = torch.finfo(torch.float32).max
+    for name, value in (("gamma", gamma), ("decay", decay)):
+        if value > largest:
+            raise ValueError(f"PDGR: {name} is too large; expected {name} <= {largest:.4g}, got {value}")
     if affinity != "product" and decay / gamma > largest:
         raise ValueError(f"PDGR: gamma is too small; expected decay / gamma <= {largest:.4g}, got {decay} / {gamma}")
+
+
+def _check_starts(temperature: float | None, decay: float | None) -> None:
+    """Refuse starts that a float32 cannot be divided by, or multiplied by."""
+    if temperature is not None and temperature < _SMALLEST_TEMPERATURE:
+        raise ValueError(
+            f"PDGR: edge_temperature is too small; expected at least {_SMALLEST_TEMPERATURE}, got {temperature}"
+        )
+    if decay is not None and decay > _LARGEST_DECAY:
+        raise ValueError(f"PDGR: edge_decay is too large; expected at most {_LARGEST_DECAY}, got {decay}")
 
 
 class PDGR(nn.Module):
@@ -156,7 +172,8 @@ class PDGR(nn.Module):
         dropout: dropout probability between the layers.
         residual: add the input to the output.
         use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity (negative affinities count as 0). With
-            ``exp`` and ``gauss`` gamma is then at most 80, so that sums of weights stay in the range of float32.
+            ``exp`` and ``gauss`` gamma is then at most 80, so that sums of weights stay in the range of float32, and
+            with ``norm="sym_count"``, which does not divide by them, at most 40 over the layers.
         norm_scale: initial weight of the final LayerNorm. With ``residual`` and 0 the output is the input at first.
             Training leaves that start: the weight has a gradient, and once it is not 0 all else has one too.
         edge_temperature: start of a learned t > 0; multiplies Eq. 8's weight by ``exp((cos - 1) / t)``. None leaves the
@@ -227,6 +244,8 @@ class PDGR(nn.Module):
         check_choice("PDGR", "norm", norm, get_args(Norm))
         gamma, decay = check_number("PDGR", "gamma", gamma, positive=True), check_number("PDGR", "decay", decay)
         dropout, norm_scale = check_number("PDGR", "dropout", dropout), check_number("PDGR", "norm_scale", norm_scale)
+        if dropout > 1:
+            raise ValueError(f"PDGR: dropout is out of range; expected 0 <= dropout <= 1, got {dropout}")
         if edge_temperature is not None:
             edge_temperature = check_number("PDGR", "edge_temperature", edge_temperature, positive=True)
         if edge_decay is not None:
@@ -240,7 +259,10 @@ class PDGR(nn.Module):
             "keep_format": keep_format,
         }.items():
             check_flag("PDGR", name, flag)
-        _check_scales(affinity, gamma, decay, use_affinity_as_weight)
+        # one that counts edges does not divide by the weights, and the LayerNorm squares what all layers multiply
+        most = _LARGEST_GAMMA_OF_WEIGHTS / (2 * layers if norm == "sym_count" else 1)
+        _check_scales(affinity, gamma, decay, most if use_affinity_as_weight else None)
+        _check_starts(edge_temperature, edge_decay)
         if backend is not None:
             check_choice("PDGR", "backend", backend, backend_names())
         self.channels, self.prior_dim = channels, prior_dim
@@ -296,6 +318,13 @@ class PDGR(nn.Module):
         if isinstance(bias, Tensor) and bias.dim() == 0:
             state_dict[f"{prefix}edge_bias"] = bias.view(1)
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # in modules that were pickled before k was checked
+        k = state.pop("k", None)
+        super().__setstate__(state)
+        if k is not None:
+            self.k = k
 
     def __prepare_scriptable__(self) -> None:
         # torch.jit.script asks every module for this first, and its own error has a dozen lines
@@ -375,8 +404,8 @@ class PDGR(nn.Module):
         """Eq. 7 from the score that orders the candidates."""
         if self.affinity in ("exp", "gauss"):
             return torch.exp(self.gamma * score)
-        positive = score.clamp_min(0)
-        return positive**self.gamma if self.affinity == "power" else self.gamma * positive
+        # rounding may lift a cosine above 1, of which a large power is none
+        return score.clamp(0, 1) ** self.gamma if self.affinity == "power" else self.gamma * score.clamp_min(0)
 
     def graph(self, prior: Tensor, *, grid: tuple[int, int] | None = None, columns: bool = True) -> Graph:
         """Neighbours and propagation coefficients for a prior. Several calls may share them: ``pdgr(x, graph=graph)``.
@@ -534,6 +563,8 @@ class PDGR(nn.Module):
         x, grid = _nodes("features", features, self.channels, None if grid is None else check_grid("PDGR", grid))
         _check_read("output_norm", self.output_norm, nn.LayerNorm)
         _check_read("weights", self.weights)
+        if self.biases is not None:
+            _check_read("biases", self.biases)
         self._check_dtype(features)
         undirected, norm = self.norm == "sym_undirected", self.output_norm
         # what goes against the edges more than once: gradients, and the layers of an undirected graph

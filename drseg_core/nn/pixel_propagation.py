@@ -74,17 +74,19 @@ def propagate_pixels(
         check_tensor(name, "valid", valid, ("H", "W"), (torch.bool,))
         check_shape(name, "valid", valid, size, "(H, W) of logits")
     check_same_device(name, logits=logits, image=image, valid=valid)
-    check_count(name, "radius", radius)
-    check_number(name, "colour", colour, positive=True)
+    radius = check_count(name, "radius", radius, positive=True)
+    colour = check_number(name, "colour", colour, positive=True)
     check_count(name, "steps", steps)
     check_alpha(name, alpha)
     if not logits.isfinite().all():
         raise NumericalError(f"{name}: logits are not finite; expected finite values, got NaN or Inf")
     y = logits.to(torch.promote_types(logits.dtype, torch.float32))
     tone = image.to(y.dtype) / 255
+    # less than that is 0 in this dtype, and no two colours are as near
+    width = max(colour, torch.finfo(y.dtype).tiny)
     edges, degree = [], torch.zeros(size, dtype=y.dtype, device=y.device)
     for here, there in _pairs(size, radius):
-        weight = (tone[here] - tone[there]).square().sum(dim=0).sqrt().div_(-colour).exp_()
+        weight = (tone[here] - tone[there]).square().sum(dim=0).sqrt().div_(-width).exp_()
         if valid is not None:
             weight *= valid[here[1:]] & valid[there[1:]]
         degree[here[1:]] += weight
@@ -97,21 +99,27 @@ def propagate_pixels(
     found = torch.empty_like(logits)
     if found.numel() == 0:
         return found
-    # a sum over all neighbours may leave the range of the dtype where their mean does not; powers of two change no bit
-    largest, margin = torch.finfo(y.dtype).max, 2.0 ** -(4 * len(edges)).bit_length()
+
+    def spread(x: Tensor, own: Tensor) -> Tensor:
+        heard = torch.zeros_like(x)
+        for here, there, weight in edges:
+            heard[here] += weight * x[there]
+            heard[there] += weight * x[here]
+        return heard.mul_(scale).add_(kept * own)
+
+    # a sum over all neighbours may leave the range of the dtype where their mean does not
+    largest, lower = torch.finfo(y.dtype).max, 2.0 ** -(4 * len(edges)).bit_length()
     for first in range(0, len(y), _CLASSES):
         own = y[first : first + _CLASSES]
-        size_of_class = torch.linalg.vector_norm(own, torch.inf, dim=(1, 2), keepdim=True)
-        lower = torch.ones_like(size_of_class).masked_fill_(size_of_class > largest * margin, margin)
-        own = own * lower
         x = own
         for _ in range(steps):
-            heard = torch.zeros_like(x)
-            for here, there, weight in edges:
-                heard[here] += weight * x[there]
-                heard[there] += weight * x[here]
-            x = heard.mul_(scale).add_(kept * own)
-        found[first : first + _CLASSES] = (x / lower).clamp_(-largest, largest)
+            near = spread(x, own)
+            if not near.isfinite().all():
+                # there alone, as what lies beyond its reach changes no pixel
+                small = (spread(x * lower, own * lower) / lower).clamp_(-largest, largest)
+                near = torch.where(near.isfinite(), near, small)
+            x = near
+        found[first : first + _CLASSES] = x
     return found
 
 
@@ -133,9 +141,10 @@ _Place = tuple[slice, slice, slice]
 
 def _pairs(size: tuple[int, int], radius: int) -> Iterator[tuple[_Place, _Place]]:
     """Every pair of neighbours once: the pixels with a neighbour at an offset below or to the right, and the latter."""
-    for down in range(radius + 1):
-        for across in range(-radius, radius + 1):
-            if (down or across > 0) and down < size[0] and abs(across) < size[1]:
+    widest = min(radius, size[1] - 1)
+    for down in range(min(radius, size[0] - 1) + 1):
+        for across in range(-widest, widest + 1):
+            if down or across > 0:
                 one, other = _shifted(size[0], down), _shifted(size[1], across)
                 yield (slice(None), one[0], other[0]), (slice(None), one[1], other[1])
 

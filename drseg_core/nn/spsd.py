@@ -227,7 +227,7 @@ class SPSD(nn.Module):
         semantic = state_dict.get(prefix + "semantic_index")
         structural = state_dict.get(prefix + "structural_index")
         given = structural if semantic is None else semantic
-        if given is not None:
+        if isinstance(given, Tensor):
             # of a dictionary that has one of them alone, the other stays
             semantic = self.semantic_index if semantic is None else semantic
             structural = self.structural_index if structural is None else structural

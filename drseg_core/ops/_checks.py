@@ -18,6 +18,7 @@ from drseg_core.errors import NumericalError
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.int32, torch.int64)
+_LARGEST = torch.finfo(torch.float64).max
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
@@ -174,10 +175,11 @@ def check_number(op: str, name: str, value: object, *, positive: bool = False) -
     found = number(value)
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise TypeError(f"{op}: {name} must be a number; expected float, got {type(found).__name__}")
-    # comparisons only: torch.compile traces no math.isfinite of a symbolic number
-    if not 0 <= found < math.inf or (positive and found == 0):
+    # comparisons only: torch.compile traces no math.isfinite of a symbolic number; integers may be larger than floats
+    if not 0 <= found <= _LARGEST or (positive and found == 0):
         rule = "> 0" if positive else ">= 0"
-        raise ValueError(f"{op}: {name} is out of range; expected a finite number {rule}, got {found}")
+        got = found if isinstance(found, float) or abs(found) <= _LARGEST else "an integer beyond float64"
+        raise ValueError(f"{op}: {name} is out of range; expected a finite number {rule}, got {got}")
     return found
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from drseg_core.ops._checks import INDEX_DTYPES, check_csc, check_shape, check_tensor
 from drseg_core.ops.csc.api import Csc, csc
 from drseg_core.ops.graph_propagate.api import Incoming, graph_propagate, incoming, propagate_incoming
 
@@ -55,7 +56,9 @@ class Graph(NamedTuple):
         )
 
     def undirected(self) -> Undirected:
-        """The operator along the edges and against them, for many applications."""
+        """The operator along the edges and against them, for many applications. Its second list holds the coefficients
+        as they are now: after a change in place ask again.
+        """
         lists = None if self.csc is None else incoming(self.index, self.coefficient, self.csc)
         return Undirected(self, lists)
 
@@ -68,9 +71,14 @@ class Graph(NamedTuple):
 
 
 def check_graph(op: str, graph: object) -> None:
-    """Refuse what is no graph, a tuple of its fields too."""
+    """Refuse what is no graph, a tuple of its fields too, and fields that do not fit, by types and sizes."""
     if not isinstance(graph, Graph):
         raise TypeError(f"{op}: graph is no graph; expected drseg_core.ops.Graph, got {type(graph).__name__}")
+    index, coefficient, lists = graph
+    check_tensor(op, "graph.index", index, ("B", "N", "K"), INDEX_DTYPES)
+    check_tensor(op, "graph.coefficient", coefficient, None)
+    check_shape(op, "graph.coefficient", coefficient, tuple(index.shape), "the shape of graph.index")
+    check_csc(op, lists, index)
 
 
 class Undirected(NamedTuple):

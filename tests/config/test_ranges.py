@@ -61,7 +61,12 @@ def test_presets_are_taken_with_and_without_guidance(name, guided):
         ({"gamma": 80.5, "use_affinity_as_weight": True}, False),
         ({"gamma": 80.5, "use_affinity_as_weight": True, "affinity": "gauss"}, False),
         ({"gamma": 80.5, "use_affinity_as_weight": True, "affinity": "power"}, True),
+        ({"gamma": 20.0, "use_affinity_as_weight": True, "norm": "sym_count"}, True),
+        ({"gamma": 20.5, "use_affinity_as_weight": True, "norm": "sym_count"}, False),
+        ({"gamma": 20.5, "use_affinity_as_weight": True, "norm": "sym_count", "layers": 1}, True),
         ({"gamma": 80.5}, True),
+        ({"gamma": 1e39, "affinity": "linear"}, False),
+        ({"decay": 1e39, "affinity": "product"}, False),
         ({"gamma": 1e-38}, True),
         ({"gamma": 1e-40}, False),
         ({"gamma": 1e-320, "decay": 1e300}, False),
@@ -76,10 +81,19 @@ def test_scales_of_the_graph_are_taken_and_refused_as_by_pdgr(options, fits):
         validate(config)
         PDGR(2, 3, k=2, edge_hidden=2, **options)
         return
-    with pytest.raises(ConfigError, match="^validate: model.graph.gamma is too .*; expected .*, got [^\\n]*$"):
+    with pytest.raises(ConfigError, match="^validate: model.graph.(gamma|decay) is too .*; expected .*, got [^\\n]*$"):
         validate(config)
-    with pytest.raises(ValueError, match="^PDGR: gamma is too .*; expected .*, got [^\\n]*$"):
+    with pytest.raises(ValueError, match="^PDGR: (gamma|decay) is too .*; expected .*, got [^\\n]*$"):
         PDGR(2, 3, k=2, edge_hidden=2, **options)
+
+
+@pytest.mark.parametrize("option", [{"edge_temperature": 1e-39}, {"edge_decay": 1e39}], ids=str)
+def test_starts_of_the_graph_that_leave_float32_are_refused_as_by_pdgr(option):
+    (name,) = option
+    with pytest.raises(ConfigError, match=f"model.graph.{name} is out of range"):
+        validate(override(load_config("tiny"), {f"model.graph.{name}": option[name]}))
+    with pytest.raises(ValueError, match=f"^PDGR: {name} is too .*; expected at .*, got .*$"):
+        PDGR(2, 3, k=2, edge_hidden=2, **option)
 
 
 @pytest.mark.parametrize("name", TAKEN_AND_REFUSED)

@@ -374,6 +374,13 @@ LABEL = torch.ones(6, 2)
         (lambda: solve_labels(LABEL[:5], GRAPH), ValueError, "graph does not match labels"),
         (lambda: solve_labels(LABEL, None), TypeError, "solve_labels: graph is no graph"),  # type: ignore
         (lambda: propagate_labels(LABEL, tuple(GRAPH), 3), TypeError, "propagate_labels: graph is no graph"),  # type: ignore
+        (lambda: solve_labels(LABEL, Graph(None, None)), TypeError, "solve_labels: graph.index must be a tensor"),  # type: ignore
+        (lambda: smooth(GRAPH._replace(csc=5), LABEL), TypeError, "smooth: csc must be a pair"),  # type: ignore
+        (
+            lambda: propagate_labels(LABEL, GRAPH._replace(coefficient=LABEL[:, :1]), 1),
+            ValueError,
+            "propagate_labels: graph.coefficient has the wrong shape",
+        ),
         (lambda: smooth(GRAPH.index, LABEL), TypeError, "smooth: graph is no graph"),  # type: ignore
         (lambda: solve_labels(LABEL.int(), GRAPH), TypeError, "labels has an unsupported dtype"),
         (lambda: solve_labels(LABEL * torch.nan, GRAPH), NumericalError, "labels are not finite"),
@@ -410,3 +417,11 @@ def test_wrong_arguments_are_named_in_one_line(call: Any, error: type[Exception]
     with pytest.raises(error, match=words) as caught:
         call()
     assert "\n" not in str(caught.value) and "expected" in str(caught.value) and "got" in str(caught.value)
+
+
+@pytest.mark.parametrize("tolerance", [1e-23, 1e-10, np.float16(1e-4)])
+def test_no_tolerance_ends_in_nan(tolerance):
+    torch.manual_seed(2)
+    labels, prior = torch.randn(1, 2, 5, 6), torch.randn(1, 16, 5, 6)
+    found = LabelPropagation(k=5, tolerance=tolerance, max_iterations=300)(labels, prior)
+    torch.testing.assert_close(found, LabelPropagation(k=5)(labels, prior), rtol=1e-3, atol=1e-4)

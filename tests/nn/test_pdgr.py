@@ -793,6 +793,8 @@ def test_parameters_have_memory_of_their_own():
         ),
         ("edge_source", nn.utils.spectral_norm, "edge_source has SpectralNorm"),
         ("weights", lambda layer: prune.l1_unstructured(layer, "0", 0.5), "weights has L1Unstructured"),
+        ("biases", lambda layer: prune.l1_unstructured(layer, "0", 0.5), "biases has L1Unstructured"),
+        ("edge_source", lambda layer: with_own_forward(layer), "edge_source is another layer"),
         (
             "edge_target",
             lambda layer: Wrapped(layer),
@@ -809,6 +811,11 @@ def test_what_works_where_a_layer_is_called_is_refused(where, change, said):
     with pytest.raises(TypeError, match=f"PDGR: {said}"):
         module(features, prior)
     assert expected.isfinite().all()
+
+
+def with_own_forward(layer: nn.Module) -> nn.Module:
+    layer.forward = lambda x: 0 * x  # type: ignore[method-assign]
+    return layer
 
 
 class Wrapped(nn.Linear):

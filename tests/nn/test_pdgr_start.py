@@ -179,14 +179,43 @@ def test_numbers_beyond_the_range_of_a_half_module_are_those_of_a_wide_one(dtype
 
 
 @pytest.mark.promise("C5")
-@pytest.mark.parametrize("affinity", ["exp", "gauss"])
-def test_affinities_as_weights_stay_finite_up_to_the_largest_gamma(affinity):
+@pytest.mark.parametrize(
+    ("affinity", "norm", "gamma"),
+    [
+        ("exp", "sym_row", 80.0),
+        ("gauss", "sym_row", 80.0),
+        *(("exp", norm, 80.0) for norm in ("sym_inout", "row", "sym_undirected")),
+        # which does not divide by the weights
+        ("exp", "sym_count", 20.0),
+        ("gauss", "sym_count", 20.0),
+        ("power", "sym_row", 1e10),
+    ],
+)
+def test_affinities_as_weights_stay_finite_up_to_the_largest_gamma(affinity, norm, gamma):
     features, prior = maps()
-    module = make(affinity=affinity, use_affinity_as_weight=True, gamma=80.0, k=20)
+    module = make(affinity=affinity, norm=norm, use_affinity_as_weight=True, gamma=gamma, k=20)
     # all cosines are one, and all weights as large as they can be
     output = module(features, torch.ones_like(prior))
     grads = torch.autograd.grad(output.square().sum(), [*module.parameters()])
     assert output.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.promise("C5")
+def test_the_smallest_and_largest_starts_stay_finite():
+    features, prior = maps()
+    for starts in ({"edge_temperature": 1e-38}, {"edge_decay": 1e38}):
+        assert make(**starts)(features, prior).isfinite().all()
+
+
+def test_modules_that_were_pickled_before_k_was_checked():
+    features, prior = maps()
+    module = make(k=0.3)
+    expected, state = module(features, prior), module.__getstate__()
+    state["k"] = state.pop("_k")
+    del state["_share"]
+    older = PDGR.__new__(PDGR)
+    older.__setstate__(state)
+    assert older.k == 0.3 and torch.equal(older(features, prior), expected)
 
 
 def test_a_residual_from_zero_is_the_input_and_training_leaves_it():

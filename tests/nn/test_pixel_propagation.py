@@ -152,6 +152,25 @@ def test_the_largest_logits_stay_finite_and_change_no_other_class(dtype: torch.d
     torch.testing.assert_close(propagate_pixels(same, image, colour=0.1), same, rtol=1e-5, atol=0)
 
 
+@pytest.mark.promise("C28")
+def test_a_large_logit_beyond_reach_changes_no_bit() -> None:
+    image = torch.randint(256, (3, 20, 60), dtype=torch.uint8)
+    logits = torch.randn(2, 20, 60) * 1e-36
+    logits[:, :, 55:] = 3e38
+    found = propagate_pixels(logits, image, radius=2, steps=3)
+    part = propagate_pixels(logits[..., :40].contiguous(), image[..., :40].contiguous(), radius=2, steps=3)
+    assert found.isfinite().all() and torch.equal(found[..., :34], part[..., :34])
+
+
+def test_the_smallest_colour_and_the_largest_radius() -> None:
+    logits, image, _ = given()
+    flat = torch.zeros_like(image)
+    same = propagate_pixels(torch.ones_like(logits), flat, colour=1e-46)
+    torch.testing.assert_close(same, torch.ones_like(logits))
+    whole = propagate_pixels(logits, image, radius=max(H, W), steps=1)
+    assert torch.equal(propagate_pixels(logits, image, radius=2**70, steps=1), whole)
+
+
 @pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_default_dtype_has_no_part(default: torch.dtype, dtype: torch.dtype) -> None:
@@ -196,6 +215,8 @@ def test_no_step_and_small_images() -> None:
         ({"logits": torch.full((T, H, W), torch.nan)}, NumericalError, "logits are not finite"),
         ({"alpha": 1.0}, ValueError, "alpha is out of range"),
         ({"colour": 0.0}, ValueError, "colour is out of range"),
+        ({"colour": 10**400}, ValueError, "colour is out of range"),
+        ({"radius": 0}, ValueError, "radius is out of range"),
         ({"steps": -1}, ValueError, "steps"),
     ],
 )

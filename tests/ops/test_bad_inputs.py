@@ -390,6 +390,7 @@ CONSTRUCTOR: list[tuple[str, Any, type[Exception], str]] = [
     ),
     ("residual", np.True_, TypeError, r"expected bool, got (numpy\.bool|bool_)$"),
     ("gamma", 0.0, ValueError, "finite number > 0, got 0.0$"),
+    ("gamma", 10**400, ValueError, "finite number > 0, got an integer beyond float64$"),
     ("gamma", float("nan"), ValueError, "finite number > 0, got nan$"),
     ("gamma", "1", TypeError, "expected float, got str$"),
     ("decay", -0.5, ValueError, "finite number >= 0, got -0.5$"),
@@ -414,7 +415,7 @@ def test_bad_option_of_pdgr(name, value, error, rule):
 def test_unknown_option_of_pdgr_and_too_much_dropout():
     with pytest.raises(TypeError, match="unexpected keyword argument 'neighbours'"):
         PDGR(C, D, neighbours=3)  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="dropout probability"):
+    with pytest.raises(ValueError, match="^PDGR: dropout is out of range; expected 0 <= dropout <= 1, got 1.5$"):
         PDGR(C, D, dropout=1.5)
 
 
