@@ -94,9 +94,7 @@ def _exponential(logarithm: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _check_read(name: str, layer: nn.Module, kind: type[nn.Module] | None = None) -> None:
     """Refuse what would be lost, because parameters of a layer are read here, and it is never called."""
-    if torch.compiler.is_compiling():
-        return
-    own = "forward" in vars(layer) or type(layer).forward is not getattr(kind, "forward", None)
+    own = "forward" in layer.__dict__ or type(layer).forward is not getattr(kind, "forward", None)
     if kind is not None and (own or not isinstance(layer, kind)):
         raise TypeError(
             f"PDGR: {name} is another layer, which would not be called; expected {kind.__name__}, of which the "

@@ -808,8 +808,10 @@ def test_what_works_where_a_layer_is_called_is_refused(where, change, said):
     features, prior = torch.randn(1, 4, 3, 3), torch.randn(1, 5, 3, 3)
     expected = module(features, prior)
     setattr(module, where, change(getattr(module, where)))
-    with pytest.raises(TypeError, match=f"PDGR: {said}"):
-        module(features, prior)
+    # what is compiled or exported is traced through the same check
+    for call in (module, torch.compile(module, backend="eager"), lambda *given: torch.export.export(module, given)):
+        with pytest.raises(TypeError, match=f"PDGR: {said}"):
+            call(features, prior)
     assert expected.isfinite().all()
 
 
