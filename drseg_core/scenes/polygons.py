@@ -65,12 +65,18 @@ def check_degrees(path: Path, scene: Any) -> None:
     """Refuse GeoJSON, which is in degrees, of a scene with half a place. Of one without any it has pixels.
 
     Raises:
-        ConfigError: a CRS without a transform, a transform without a CRS, or a CRS that lies nowhere on Earth.
+        ConfigError: a CRS without a transform, a transform without a CRS, a CRS that lies nowhere on Earth, or ground
+            control points or RPCs alone.
     """
-    if check_suffix(path) != ".geojson" or not scene.crs and scene.transform.is_identity:
+    if check_suffix(path) != ".geojson":
+        return
+    # a map keeps them, but its pixels are not where they say before it is warped
+    points = "ground control points alone" if scene.gcps[0] else "RPCs alone" if scene.rpcs else ""
+    if not scene.crs and scene.transform.is_identity and not points:
         return
     if not PixelArea(scene.crs, scene.transform).known:
         lacks = "no CRS" if not scene.crs else "no transform" if scene.transform.is_identity else "a local CRS"
+        lacks = points if points and scene.transform.is_identity else lacks
         raise ConfigError(
             f"predict_scene: polygons as GeoJSON need degrees; expected a CRS and a transform in {scene.path}, or a "
             f"path ending in .gpkg, got {lacks}"
@@ -251,11 +257,11 @@ def _geopackage(temporary: Path, found: Iterator[Found], names: Sequence[str], l
 
 
 def _layer_name(stem: str) -> str:
-    """A name that GeoPackage takes: it begins with a letter or number, and with no word that SQLite keeps."""
+    """A name that GeoPackage takes: it begins with a letter or number, and with no word that SQLite or GDAL keeps."""
     name = re.sub(r"^\W+", "", "".join(c if c.isprintable() else "_" for c in stem))
     if not name.strip("_ "):
         return "classes"
-    return f"classes_{name}" if name.lower().startswith(("gpkg", "sqlite_", "rtree_")) else name
+    return f"classes_{name}" if name.lower().startswith(("gpkg", "sqlite_", "rtree_", "ogr_empty_table")) else name
 
 
 def _parquet(temporary: Path, found: Iterator[Found], names: Sequence[str], labels: Any, path: Path) -> int:
