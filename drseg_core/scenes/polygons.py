@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,22 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.data.dataset import IGNORE
-from drseg_core.data.ground import PixelArea, projected
+from drseg_core.data.ground import PixelArea
 from drseg_core.data.vector import plain_path
 from drseg_core.errors import ConfigError
 from drseg_core.extras import require
+from drseg_core.scenes.degrees import decimals_of, in_degrees, on_ground
 from drseg_core.scenes.regions import find_regions, passes
 from drseg_core.scenes.writer import written
 
 SUFFIXES = (".gpkg", ".geojson", ".parquet")
 AT_A_TIME = 5000
 HALF_PIXEL = 0.5
-_CENTIMETRE = 7
-"""Decimals of degrees."""
-_MOVED = 0.01
-"""Share of a pixel by which rounding may move a corner."""
-_BETWEEN = 17
-"""Points along an edge that seems to go around half the world."""
 _log = logging.getLogger(__name__)
 _FIELDS = ("class_id", "class", "pixels", "area_m2", "mean_score")
 
@@ -65,12 +59,18 @@ def check_degrees(path: Path, scene: Any) -> None:
     """Refuse GeoJSON, which is in degrees, of a scene with half a place. Of one without any it has pixels.
 
     Raises:
-        ConfigError: a CRS without a transform, a transform without a CRS, or a CRS that lies nowhere on Earth.
+        ConfigError: a CRS without a transform, a transform without a CRS, a CRS that lies nowhere on Earth, or ground
+            control points or RPCs alone.
     """
-    if check_suffix(path) != ".geojson" or not scene.crs and scene.transform.is_identity:
+    if check_suffix(path) != ".geojson":
+        return
+    # a map keeps them, but its pixels are not where they say before it is warped
+    points = "ground control points alone" if scene.gcps[0] else "RPCs alone" if scene.rpcs else ""
+    if not scene.crs and scene.transform.is_identity and not points:
         return
     if not PixelArea(scene.crs, scene.transform).known:
         lacks = "no CRS" if not scene.crs else "no transform" if scene.transform.is_identity else "a local CRS"
+        lacks = points if points and scene.transform.is_identity else lacks
         raise ConfigError(
             f"predict_scene: polygons as GeoJSON need degrees; expected a CRS and a transform in {scene.path}, or a "
             f"path ending in .gpkg, got {lacks}"
@@ -148,7 +148,7 @@ def _found(labels: Any, scores: Any, own: Path, min_area: float, progress: bool)
             inside = np.flatnonzero(regions.label[number] != IGNORE)
             exact = np.array([shapely.geometry.shape(some[i][0]) for i in inside], object)
             # within half a pixel lie only the two ends of a step and the line through its middle: the area stays
-            smooth = shapely.transform(shapely.simplify(exact, HALF_PIXEL), partial(_on_ground, labels.transform))
+            smooth = shapely.transform(shapely.simplify(exact, HALF_PIXEL), partial(on_ground, labels.transform))
             for place, geometry in zip(number[inside], shapely.to_wkb(smooth), strict=True):
                 area, score = float(regions.area[place]), float(regions.score[place])
                 yield Found(geometry, int(regions.label[place]), int(regions.pixels[place]), area, score)
@@ -156,10 +156,6 @@ def _found(labels: Any, scores: Any, own: Path, min_area: float, progress: bool)
             bar.update(len(inside))
     if count:
         raise OSError("the areas are not stored in full")
-
-
-def _on_ground(transform: Any, points: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.column_stack(transform @ (points[:, 0], points[:, 1]))
 
 
 def _chunks(found: Iterator[Found], *, empty: bool = False) -> Iterator[list[Found]]:
@@ -185,14 +181,14 @@ def _geojson(temporary: Path, found: Iterator[Found], names: Sequence[str], labe
     """GeoJSON as in RFC 7946. Not by GDAL, which reads the whole file again for each part that is added."""
     import shapely
 
-    decimals = _decimals(labels) if labels.crs else 0
+    decimals = decimals_of(labels) if labels.crs else 0
     count = lost = pixels = 0
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(f'{{"type": "FeatureCollection", "name": {json.dumps(path.stem)}, "features": [')
         for some in _chunks(found):
             shapes = shapely.from_wkb(np.array([item.geometry for item in some], object))
             if labels.crs:
-                shapes, seen = in_degrees(shapes, labels.crs, decimals)
+                shapes, seen = in_degrees(shapes, labels, decimals)
                 lost, pixels = lost + int((~seen).sum()), pixels + sum(some[i].pixels for i in np.flatnonzero(~seen))
                 some = [some[i] for i in np.flatnonzero(seen)]
             shapes = [_oriented(shape) for shape in shapes]
@@ -251,11 +247,11 @@ def _geopackage(temporary: Path, found: Iterator[Found], names: Sequence[str], l
 
 
 def _layer_name(stem: str) -> str:
-    """A name that GeoPackage takes: it begins with a letter or number, and with no word that SQLite keeps."""
+    """A name that GeoPackage takes: it begins with a letter or number, and with no word that SQLite or GDAL keeps."""
     name = re.sub(r"^\W+", "", "".join(c if c.isprintable() else "_" for c in stem))
     if not name.strip("_ "):
         return "classes"
-    return f"classes_{name}" if name.lower().startswith(("gpkg", "sqlite_", "rtree_")) else name
+    return f"classes_{name}" if name.lower().startswith(("gpkg", "sqlite_", "rtree_", "ogr_empty_table")) else name
 
 
 def _parquet(temporary: Path, found: Iterator[Found], names: Sequence[str], labels: Any, path: Path) -> int:
@@ -278,99 +274,3 @@ def _parquet(temporary: Path, found: Iterator[Found], names: Sequence[str], labe
             writer.write_table(pyarrow.table(arrays, schema=schema))
             count += len(some)
     return count
-
-
-def _to_degrees(crs: Any, points: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.column_stack(projected(crs, "EPSG:4326", *points.T.tolist()))
-
-
-def _decimals(labels: Any) -> int:
-    """Decimals of degrees by which no corner moves by more than a hundredth of a pixel; at least 7, a centimetre."""
-    places = [(x, y) for y in np.linspace(0, labels.height, 3) for x in np.linspace(0, labels.width, 3)]
-    pixels = np.array([(x + right, y + down) for x, y in places for right, down in ((0, 0), (1, 0), (0, 1))])
-    corner, across, down = (
-        _to_degrees(labels.crs, _on_ground(labels.transform, pixels)).reshape(-1, 3, 2).swapaxes(0, 1)
-    )
-    # a pixel may lie on the antimeridian
-    sides = (np.stack([across - corner, down - corner], 2) + 180) % 360 - 180
-    sides = sides[np.isfinite(sides).all((1, 2))]
-    sides = sides[np.linalg.det(sides) != 0]
-    if not len(sides):
-        return _CENTIMETRE
-    # pixels for each degree; a value is off by half of its last decimal
-    pixels_of_degree = np.abs(np.linalg.inv(sides)).sum(2).max()
-    return max(_CENTIMETRE, math.ceil(math.log10(0.5 * pixels_of_degree / _MOVED)))
-
-
-def in_degrees(shapes: NDArray[Any], crs: Any, decimals: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Polygons in longitude and latitude, cut at the antimeridian (RFC 7946, 3.1.9).
-
-    Returns:
-        Those whose corners are all on Earth, and which these are.
-    """
-    import shapely
-
-    points, owner = shapely.get_coordinates(shapes, return_index=True)
-    degrees = _to_degrees(crs, points)
-    seen = np.ones(len(shapes), bool)
-    seen[owner[np.isnan(degrees[:, 0])]] = False
-    shapes = shapes[seen]
-    found = shapely.set_coordinates(shapes.copy(), degrees[seen[owner]])
-    west, _, east, _ = shapely.bounds(found).T
-    # one that crosses has points on both sides, or goes on beyond 180
-    beyond = (east - west > 180) | (west < -180) | (east > 180)
-    for number in np.flatnonzero(beyond):
-        found[number] = _cut(shapes[number], crs, decimals)
-    rounded = shapely.transform(found, lambda points: np.round(points, decimals))
-    for number in np.flatnonzero(beyond):
-        # of a part that is thinner than the last decimal nothing is left
-        parts = [part for part in shapely.get_parts(rounded[number]) if part.area]
-        rounded[number] = shapely.MultiPolygon(parts) if parts else found[number]
-    return rounded, seen
-
-
-def _cut(shape: Any, crs: Any, decimals: int) -> Any:
-    """The parts of one polygon between -180 and 180 degrees."""
-    import shapely
-
-    # each ring by itself, as a hole may begin on the other side
-    whole = _within_a_turn(shape.exterior, crs, decimals)
-    holes = [_within_a_turn(ring, crs, decimals) for ring in shape.interiors]
-    left = shapely.difference(whole, shapely.union_all(holes)) if holes else whole
-    return shapely.MultiPolygon([part for part in shapely.get_parts(left) if part.geom_type == "Polygon"])
-
-
-def _within_a_turn(ring: Any, crs: Any, decimals: int) -> Any:
-    """What a ring encloses, from -180 to 180 degrees."""
-    import shapely
-
-    points = _unwrapped(shapely.get_coordinates(ring), crs)
-    if abs(points[-1, 0] - points[0, 0]) > 180:
-        # around a pole, which is a line in degrees
-        pole = np.copysign(90, points[:, 1].mean())
-        points = np.vstack([points, [(points[-1, 0], pole), (points[0, 0], pole)]])
-    polygon = shapely.make_valid(shapely.Polygon(points))
-    west, south, east, north = polygon.bounds
-    parts = []
-    for turn in range(math.floor((west + 180) / 360), math.ceil((east + 180) / 360)):
-        side = shapely.box(360 * turn - 180, south - 1, 360 * turn + 180, north + 1)
-        parts.append(
-            shapely.transform(shapely.intersection(polygon, side), lambda points, turn=turn: points - (360 * turn, 0))
-        )
-    # around a pole the parts meet where the ring begins, but for the last bit
-    return shapely.union_all(parts, grid_size=10.0**-decimals)
-
-
-def _unwrapped(points: NDArray[np.float64], crs: Any) -> NDArray[np.float64]:
-    """A ring in degrees whose longitudes go on beyond 180."""
-    degrees = _to_degrees(crs, points)
-    step = np.diff(degrees[:, 0])
-    turns = np.zeros(len(points))
-    for edge in np.flatnonzero(abs(step) > 180):
-        # a long edge of a map of the world, or a short one that crosses: what lies between tells
-        between = _to_degrees(crs, np.linspace(points[edge], points[edge + 1], _BETWEEN))[:, 0]
-        # an edge may leave the Earth between two corners that are on it
-        small = np.diff(between[np.isfinite(between)])
-        turns[edge + 1] = round((((small + 180) % 360 - 180).sum() - step[edge]) / 360)
-    degrees[:, 0] += 360 * turns.cumsum()
-    return degrees

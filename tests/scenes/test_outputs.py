@@ -148,6 +148,14 @@ def test_polygons(tmp_path, suffix, min_area):
         assert square.equals(corners)
 
 
+POINTS = [
+    rasterio.control.GroundControlPoint(row, col, 7 + col / 1e4, 51 - row / 1e4)
+    for row, col in ((0, 0), (0, 9), (9, 0))
+]
+RPCS = rasterio.rpc.RPC(
+    **{f"{name}_{kind}": 1.0 for name in ("height", "lat", "long", "line", "samp") for kind in ("off", "scale")},
+    **{f"{name}_{kind}_coeff": [1.0] + [0.0] * 19 for name in ("line", "samp") for kind in ("num", "den")},
+)
 LOCAL = 'ENGCRS["x",EDATUM["y"],CS[Cartesian,2],AXIS["x",east],AXIS["y",north],LENGTHUNIT["metre",1]]'
 
 
@@ -158,6 +166,8 @@ LOCAL = 'ENGCRS["x",EDATUM["y"],CS[Cartesian,2],AXIS["x",east],AXIS["y",north],L
         ({"crs": "EPSG:4326"}, "no transform"),
         ({"transform": NORTH_UP}, "no CRS"),
         ({"crs": LOCAL, "transform": NORTH_UP}, "a local CRS"),
+        ({"gcps": (POINTS, "EPSG:4326")}, "ground control points alone"),
+        ({"rpcs": RPCS}, "RPCs alone"),
     ],
 )
 def test_geojson_needs_a_whole_place_or_none(tmp_path, place, got):

@@ -356,6 +356,8 @@ STEMS = {
     "Gebäude 水": "Gebäude 水",
     "gpkg_map": "classes_gpkg_map",
     "SQLite_x": "classes_SQLite_x",
+    "ogr_empty_table": "classes_ogr_empty_table",
+    "ogr_x": "ogr_x",
 }
 
 

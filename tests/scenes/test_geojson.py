@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Polygons in degrees of maps of the world, around poles, and with long edges."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from drseg_core.data.ground import projected
+from drseg_core.scenes import degrees, polygons
+from tests.scenes.test_predict import write
+
+rasterio = pytest.importorskip("rasterio")
+shapely = pytest.importorskip("shapely")
+from rasterio.transform import from_origin  # noqa: E402
+
+SIDE, DEGREE = 400_750, 111_319.49
+
+
+def classes(height: int, width: int, *boxes: tuple[int, int, int, int], around: int = 255) -> np.ndarray:
+    """Boxes (top, bottom, left, right) of class 1 in a map of another."""
+    value = np.full((height, width), around, np.uint8)
+    for top, bottom, left, right in boxes:
+        value[top:bottom, left:right] = 1
+    return value
+
+
+PACIFIC = ("EPSG:3832", from_origin(-50 * SIDE, 50 * SIDE, SIDE, SIDE))
+EQC = "+proj=eqc +lon_0=180 +datum=WGS84"
+ROBINSON = "+proj=robin +lon_0=180 +datum=WGS84"
+NORTH = "EPSG:3413"
+CASES = {
+    "world from the Pacific": (*PACIFIC, classes(100, 100, around=0)),
+    "0 to 200 degrees": (*PACIFIC, classes(100, 100, (30, 70, 9, 64))),
+    "hole over 180": (
+        EQC,
+        from_origin(-120 * DEGREE, 30 * DEGREE, DEGREE, DEGREE),
+        classes(60, 240, (20, 40, 100, 140), around=0),
+    ),
+    "280 degrees": (
+        EQC,
+        from_origin(-180 * DEGREE, 90 * DEGREE, 10 * DEGREE, 10 * DEGREE),
+        classes(18, 36, (4, 10, 2, 30)),
+    ),
+    "Robinson": (ROBINSON, from_origin(-12e6, 4.5e6, 1e5, 1e5), classes(90, 240, around=0)),
+    "0 to 360": ("EPSG:4322", from_origin(0, 90, 2, 2), classes(90, 180, around=0)),
+    "grads": ("EPSG:4807", from_origin(0, 90, 10, 5), classes(36, 40, around=0)),
+    "below the pole": (NORTH, from_origin(-5e5, 0, 1e4, 1e4), classes(50, 100, around=0)),
+    "above the pole": (NORTH, from_origin(-5e5, 5e5, 1e4, 1e4), classes(50, 100, around=0)),
+    "a corner at the pole": (NORTH, from_origin(-1e5, 1e5, 1e4, 1e4), classes(20, 20, (10, 20, 10, 20), around=0)),
+    "beside the south pole": (
+        "EPSG:3031",
+        from_origin(-100.3, 100, 10, 10),
+        classes(20, 30, (10, 20, 0, 30), around=0),
+    ),
+    "over the pole": (NORTH, from_origin(-5e5, 5e5, 1e4, 1e4), classes(100, 100, (40, 60, 40, 60), around=0)),
+    "a tile": ("EPSG:32632", from_origin(600_000, 6_700_020, 100, 100), classes(1098, 1098, around=0)),
+    "around another pole": (
+        "+proj=ob_tran +o_proj=longlat +o_lon_p=0 +o_lat_p=39 +lon_0=18",
+        from_origin(-18, 18, 1, 1),
+        classes(36, 36, (5, 20, 9, 30), around=0),
+    ),
+}
+
+
+def area(shape) -> float:
+    """On the ellipsoid; edges are straight in degrees."""
+    pole = shape.bounds[3] > 80 or shape.bounds[1] < -80
+    target = ("EPSG:6931" if shape.bounds[3] > 80 else "EPSG:6932") if pole and shape.bounds[2] > 170 else "EPSG:6933"
+    even = shapely.segmentize(shape, 0.1)
+    return shapely.transform(even, lambda p: np.column_stack(projected("EPSG:4326", target, *p.T.tolist()))).area
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_edges_follow_the_pixels(tmp_path, case):
+    crs, transform, value = CASES[case]
+    crs = rasterio.crs.CRS.from_user_input(crs)
+    labels = write(tmp_path / "labels.tif", value[None], nodata=255, crs=crs, transform=transform)
+    path = tmp_path / "map.geojson"
+    polygons.write_polygons(labels, labels, path, path, ["a", "b"])
+    features = json.loads(path.read_text())["features"]
+    shapes = [shapely.geometry.shape(feature["geometry"]) for feature in features]
+    assert shapely.is_valid(shapes).all() and len(shapes) == len(np.unique(value[value != 255]))
+    bounds = shapely.total_bounds(shapes)
+    assert (bounds[:2] >= (-180, -90)).all() and (bounds[2:] <= (180, 90)).all()
+    row, column = (index[:: max(1, len(value) // 100)].ravel() for index in np.indices(value.shape))
+    x, y = transform @ (column + 0.5, row + 0.5)
+    east, north = projected(crs, "EPSG:4326", x.tolist(), y.tolist())
+    east = (east + 180) % 360 - 180
+    for shape, feature in zip(shapes, features, strict=True):
+        properties = feature["properties"]
+        shapely.prepare(shape)
+        own = value[row, column] == properties["class_id"]
+        # the cut at 180 may go through the middle of a pixel
+        assert shapely.intersects_xy(shape, east, north)[own].all()
+        assert not shapely.contains_xy(shape, east, north)[~own].any()
+        if case not in ("Robinson", "world from the Pacific", "0 to 360"):
+            assert area(shape) == pytest.approx(properties["area_m2"], rel=0.02)
+
+
+def test_the_middle_of_a_long_edge_is_on_it(tmp_path):
+    crs, transform, value = CASES["a tile"]
+    labels = write(tmp_path / "labels.tif", value[None], nodata=255, crs=crs, transform=transform)
+    path = tmp_path / "map.geojson"
+    polygons.write_polygons(labels, labels, path, path, ["a"])
+    ring = np.array(json.loads(path.read_text())["features"][0]["geometry"]["coordinates"][0])
+    middle = (ring[1:] + ring[:-1]) / 2
+    x, y = projected("EPSG:4326", crs, *middle.T.tolist())
+    column, row = ~transform @ (x, y)
+    off = np.min([abs(column), abs(column - 1098), abs(row), abs(row - 1098)], 0)
+    assert off.max() < 0.3 and len(ring) < 100
+
+
+def test_neighbours_have_the_same_points_between_them(tmp_path):
+    # the same edge in two directions
+    value = classes(100, 100, (0, 100, 0, 50), around=0)
+    labels = write(
+        tmp_path / "labels.tif", value[None], nodata=255, crs=NORTH, transform=from_origin(1e6, 1e6, 1e4, 1e4)
+    )
+    path = tmp_path / "map.geojson"
+    polygons.write_polygons(labels, labels, path, path, ["a", "b"])
+    one, other = (shapely.geometry.shape(f["geometry"]) for f in json.loads(path.read_text())["features"])
+    shared = set(one.exterior.coords) & set(other.exterior.coords)
+    assert len(shared) > 5 and one.intersection(other).area == 0
+
+
+def test_a_usual_map_gets_no_points(tmp_path, monkeypatch):
+    value = np.kron(np.random.default_rng(0).integers(0, 3, (30, 30)), np.ones((10, 10))).astype(np.uint8)
+    place = {"crs": "EPSG:32632", "transform": from_origin(355_000, 5_640_000, 0.5, 0.5)}
+    labels = write(tmp_path / "labels.tif", value[None], nodata=255, **place)
+    asked = []
+    monkeypatch.setattr(
+        degrees, "_places", lambda pixel, grid, own=degrees._places: asked.append(len(pixel)) or own(pixel, grid)
+    )
+    path, whole = tmp_path / "map.geojson", tmp_path / "map.parquet"
+    for file in (path, whole):
+        polygons.write_polygons(labels, labels, file, file, list("abc"))
+    from pyarrow import parquet
+
+    shapes = shapely.from_wkb(parquet.read_table(whole)["geometry"].to_pylist())
+    found = [shapely.geometry.shape(f["geometry"]) for f in json.loads(path.read_text())["features"]]
+    assert [shapely.get_num_coordinates(s) for s in found] == shapely.get_num_coordinates(shapes).tolist()
+    assert sum(asked) == 0
