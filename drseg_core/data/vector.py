@@ -21,6 +21,9 @@ from drseg_core.extras import require
 _SAMPLES = 21
 """Points a side of a scene by which its place in another CRS is known."""
 
+_POINTS = 2048
+"""Most points along a parallel of what lies around a scene."""
+
 _STRANGE = re.compile(r"[!;?\x00-\x1f\ud800-\udfff]|^//")
 """What pyogrio takes for a part of an address, such as an archive, or drops."""
 
@@ -117,50 +120,161 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
     if bool(own) != bool(scene.crs):
         which = "the scene" if own else printable(path)
         raise DatasetError(f"read_shapes: {which} has no CRS; expected one, so that both lie in one place")
-    found = [shapes[i] for i in kept]
-    if own and own != scene.crs:
+    found = shapes[kept]
+    if not np.isfinite(shapely.get_coordinates(found)).all():
+        raise DatasetError(f"read_shapes: {printable(path)} has a corner that is no number; expected coordinates")
+    if own:
         try:
-            found = _transformed(found, own, scene)
+            if own != scene.crs:
+                found = _transformed(found, own, scene)
+            if scene.crs.is_geographic:
+                found = _turned(found, scene)
         except ValueError as error:
             raise DatasetError(
                 f"read_shapes: {printable(path)} cannot be brought into the CRS of the scene; {error} ({scene.crs})"
             ) from None
-    if own and own.is_geographic and scene.crs.is_geographic:
-        found = [_turned(shape, scene) for shape in found]
     touching = [(shape, values[i]) for shape, i in zip(found, kept, strict=True) if not shape.is_empty]
-    if not all(np.isfinite(shape.bounds).all() for shape, _ in touching):
-        raise DatasetError(f"read_shapes: {printable(path)} has a corner that is no number; expected coordinates")
     return Shapes([shape for shape, _ in touching], [value for _, value in touching], [values[i] for i in kept])
 
 
-def _transformed(shapes: list[Any], own: Any, scene: Any) -> list[Any]:
+def _sound(shapes: Any) -> Any:
+    """The same where no line crosses itself, which nothing can be cut out of or joined to."""
+    import shapely
+
+    crossed = ~shapely.is_valid(shapes)
+    shapes = shapes.copy()
+    shapes[crossed] = shapely.make_valid(shapes[crossed])
+    return shapes
+
+
+def _transformed(shapes: Any, own: Any, scene: Any) -> Any:
     """What lies near a scene, in its CRS; straight lines in between are lines of many points there."""
     import shapely
 
-    around = _around(own, scene)
-    if around is not None:
-        sound = [shape if shape.is_valid else shapely.make_valid(shape) for shape in shapes]
-        west, south, east, north = shapely.total_bounds(around)
-        length = min(max(box.bounds[2] - box.bounds[0] for box in shapely.get_parts(around)), north - south) / 64
-        shapes = list(shapely.segmentize(shapely.intersection(sound, around), length))
-    there = np.column_stack(projected(own, scene.crs, *shapely.get_coordinates(shapes).T.tolist()))
-    if not np.isfinite(there).all():
-        raise ValueError("expected shapes that end within its projection")
-    moved = shapely.set_coordinates(np.array(shapes, object), there)
-    if around is not None and _torn(moved, scene):
-        raise ValueError("expected two shapes where one goes over the edge of its projection")
-    return list(moved)
+    places = _places(own, scene)
+    if not np.isfinite(places).any():
+        return _moved(shapes, own, scene, places)
+    around = _around(own, scene, places)
+    shapely.prepare(around)
+    shapes = _sound(shapes)
+    near = shapely.intersects(around, shapes)
+    shapes[~near] = shapely.Polygon()
+    over = near & ~shapely.contains_properly(around, shapes)
+    shapes[over] = shapely.intersection(shapes[over], around)
+    west, south, east, north = shapely.total_bounds(around)
+    width, height = max(box.bounds[2] - box.bounds[0] for box in shapely.get_parts(around)), north - south
+    length = min(width, height) / 64
+    # around a pole it is as flat as a thread: powers of two, as they round nothing
+    flat = (min(1.0, 2.0 ** np.floor(np.log2(_POINTS * length / width))), 1.0)
+    many = shapely.segmentize(shapely.transform(shapes, lambda p: p * flat), length)
+    moved = _moved(shapely.transform(many, lambda p: p / flat), own, scene, places)
+    if scene.crs.is_geographic:
+        moved = _unwrapped(moved, _turn(scene.crs))
+    torn = _torn(moved, scene)
+    if len(torn):
+        if not _elsewhere(shapes[torn], own, scene, places):
+            raise ValueError("expected two shapes where one goes over the edge of its projection")
+        moved[torn] = shapely.Polygon()
+    return moved
 
 
-def _torn(shapes: Any, scene: Any) -> bool:
-    """Whether a line whose points were near each other goes over half of a scene: from one edge of a map to another."""
+def _moved(shapes: Any, own: Any, scene: Any, places: Any) -> Any:
+    """Shapes in the CRS of a scene, without those of their parts that lie nowhere in it."""
     import shapely
 
-    points, ring = shapely.get_coordinates(
-        shapely.get_rings(shapely.get_parts(shapely.get_parts(shapes))), return_index=True
-    )
-    step = np.abs(np.diff(points, axis=0))[np.diff(ring) == 0]
-    return bool(len(step)) and bool((step.max(0) > np.ptp(_corners(scene), axis=0).max() / 2).any())
+    there = np.column_stack(projected(own, scene.crs, *shapely.get_coordinates(shapes).T.tolist()))
+    if not np.isfinite(there).all():
+        shapes = _seen(shapes, own, there, places)
+        there = np.column_stack(projected(own, scene.crs, *shapely.get_coordinates(shapes).T.tolist()))
+    return shapely.set_coordinates(shapes.copy(), there)
+
+
+def _seen(shapes: Any, own: Any, there: Any, places: Any) -> Any:
+    """Shapes without the parts all of whose corners lie nowhere, as behind the Earth; ``there`` are all corners."""
+    import shapely
+
+    parts, shape = shapely.get_parts(shapes, return_index=True)
+    _, part = shapely.get_coordinates(parts, return_index=True)
+    known = np.bincount(part, np.isfinite(there).all(1), len(parts))
+    lost = known == 0
+    points = places[np.isfinite(places).all(-1)]
+    turns = np.array([-1, 0, 1])[:, None, None] * (_turn(own) if own.is_geographic else 0, 0)
+    inner = shapely.MultiPoint((points + turns).reshape(-1, 2))
+    if (known[~lost] < np.bincount(part, minlength=len(parts))[~lost]).any() or (
+        shapely.intersects(inner, parts[lost]).any()
+    ):
+        raise ValueError("expected shapes that end within its projection")
+    shapes = shapes.copy()
+    for i in np.unique(shape[lost]):
+        shapes[i] = shapely.union_all(parts[(shape == i) & ~lost])
+    return shapes
+
+
+def _turn(crs: Any) -> float:
+    """A full turn in the units of a CRS that has longitudes."""
+    return float(2 * np.pi / crs.units_factor[1])
+
+
+def _unwrapped(shapes: Any, turn: float) -> Any:
+    """Shapes in degrees whose longitudes go on along each line, where they fell back by a turn."""
+    import shapely
+
+    points, of = shapely.get_coordinates(shapes, return_index=True)
+    fallen = (np.abs(np.diff(points[:, 0])) > turn / 2) & (np.diff(of) == 0)
+    for i in np.unique(of[1:][fallen]):
+        parts = [_unwrapped_part(part, turn) for part in shapely.get_parts(shapely.get_parts(shapes[i]))]
+        shapes[i] = parts[0] if len(parts) == 1 else shapely.union_all(_sound(np.array(parts, object)))
+    return shapes
+
+
+def _unwrapped_part(part: Any, turn: float) -> Any:
+    import shapely
+
+    if part.geom_type != "Polygon":
+        return shapely.transform(part, lambda p: np.column_stack([np.unwrap(p[:, 0], period=turn), p[:, 1]]))
+    lines: list[Any] = []
+    for ring in shapely.get_rings(part):
+        x, y = shapely.get_coordinates(ring).T
+        x = np.unwrap(x, period=turn)
+        if abs(x[-1] - x[0]) > turn / 2:
+            raise ValueError("expected two shapes where one goes around a pole")
+        if lines:
+            # a hole lies in its ring
+            x = x + turn * np.ceil((lines[0][:, 0].min() - x.min()) / turn - 1e-9)
+        lines.append(np.column_stack([x, y]))
+    return shapely.Polygon(lines[0], lines[1:])
+
+
+def _torn(shapes: Any, scene: Any) -> Any:
+    """Which shapes have a line that goes over half of a scene, as from one edge of a map to another.
+
+    Its points were near each other.
+    """
+    import shapely
+
+    parts, shape = shapely.get_parts(shapes, return_index=True)
+    pieces, part = shapely.get_parts(parts, return_index=True)
+    rings, piece = shapely.get_rings(pieces, return_index=True)
+    points, ring = shapely.get_coordinates(rings, return_index=True)
+    step = np.abs(np.diff(points, axis=0)).max(1, initial=0)
+    far = (step > np.ptp(_corners(scene), axis=0).max() / 2) & (np.diff(ring) == 0)
+    return np.unique(shape[part[piece[ring[1:][far]]]])
+
+
+def _elsewhere(shapes: Any, own: Any, scene: Any, places: Any) -> bool:
+    """Whether no shape holds a place of a scene, and all lie in other latitudes."""
+    import shapely
+    from rasterio.crs import CRS
+
+    inner = shapely.MultiPoint(places[np.isfinite(places).all(-1)])
+    west, south, east, north = shapely.total_bounds(shapes)
+    many = shapely.segmentize(shapes, max(east - west, north - south) / 64)
+    degrees = CRS.from_epsg(4326)
+    _, latitude = projected(own, degrees, *shapely.get_coordinates(many).T.tolist())
+    there = _places(degrees, scene)
+    _, south, _, north = _around(degrees, scene, there).bounds if np.isfinite(there).any() else (0, -90, 0, 90)
+    other = (latitude < south).all() or (latitude > north).all()
+    return bool(other) and not shapely.intersects(inner, shapes).any()
 
 
 def _corners(scene: Any) -> Any:
@@ -168,40 +282,72 @@ def _corners(scene: Any) -> Any:
     return np.array([scene.transform @ place for place in places])
 
 
-def _turned(shape: Any, scene: Any) -> Any:
-    """A shape in degrees where it meets a scene: longitudes are written from -180 to 180, by some from 0 to 360."""
+def _turned(shapes: Any, scene: Any) -> Any:
+    """Shapes in degrees where they meet a scene: longitudes are written from -180 to 180, by some from 0 to 360."""
     import shapely
 
     x = _corners(scene)[:, 0]
     # what only touches, but for rounding, does not meet it
     west, east = x.min() + np.ptp(x) * 1e-6, x.max() - np.ptp(x) * 1e-6
-    turn = 2 * np.pi / scene.crs.units_factor[1]
-    copies = [shapely.transform(shape, lambda points, by=by: points + (by * turn, 0)) for by in (-1, 0, 1)]
-    near = [copy for copy in copies if not copy.is_empty and copy.bounds[0] < east and copy.bounds[2] > west]
-    return near[0] if len(near) == 1 else shapely.union_all(near) if near else shape
+    turn = _turn(scene.crs)
+    turns = turn * np.array([-1, 0, 1])
+    first, _, last, _ = shapely.bounds(shapes).T[..., None]
+    near = (first + turns < east) & (last + turns > west)
+    shapes = shapes.copy()
+    several = near.sum(1) > 1
+    for by, here in zip(turns[[0, 2]], near[:, [0, 2]].T, strict=True):
+        alone = here & ~several
+        shapes[alone] = shapely.transform(shapes[alone], lambda p, by=by: p + (by, 0))
+    for i in np.flatnonzero(several):
+        copies = np.array([shapely.transform(shapes[i], lambda p, by=by: p + (by, 0)) for by in turns[near[i]]], object)
+        shapes[i] = shapely.union_all(_sound(copies))
+    return shapes
 
 
-def _around(own: Any, scene: Any) -> Any:
-    """A box around a scene, with a margin, in another CRS; two at the date line; None where it lies nowhere in that."""
+def _places(own: Any, scene: Any) -> Any:
+    """Where (N, N) points of a scene are in another CRS; NaN where that has no place for one."""
+    column, row = np.meshgrid(*(np.linspace(0, n, _SAMPLES) for n in (scene.width, scene.height)))
+    x, y = projected(scene.crs, own, *(v.tolist() for v in scene.transform @ (column.ravel(), row.ravel())))
+    return np.stack([x, y], axis=-1).reshape(_SAMPLES, _SAMPLES, 2)
+
+
+def _around(own: Any, scene: Any, places: Any) -> Any:
+    """A box around the places of a scene, with a margin; in longitudes, one for each turn in which they are written."""
     import shapely
 
-    column, row = (v.ravel() for v in np.meshgrid(*(np.linspace(0, n, _SAMPLES) for n in (scene.width, scene.height))))
-    x, y = projected(scene.crs, own, *(v.tolist() for v in scene.transform @ (column, row)))
-    x, y = x[np.isfinite(x)], y[np.isfinite(x)]
-    if not len(x):
-        return None
-    if own.is_geographic and np.ptp(x) > 180:
-        x = x % 360
-        if np.ptp(x) > 180:
-            # around a pole or the whole Earth only latitudes bound it
-            beside = 2 * np.ptp(y) / _SAMPLES
-            return shapely.MultiPolygon([shapely.box(-360, max(y.min() - beside, -90), 360, min(y.max() + beside, 90))])
-    margin = np.array([max(np.ptp(x), np.ptp(y)) / _SAMPLES] * 2)
-    west, south = np.array([x.min(), y.min()]) - margin
-    east, north = np.array([x.max(), y.max()]) + margin
-    turns = (0, -360, 360) if own.is_geographic else (0,)
-    boxes = [shapely.box(west + turn, south, east + turn, north) for turn in turns]
-    if own.is_geographic:
-        # longitudes are written from -180 to 180, by some from 0 to 360
-        boxes = [box for box in boxes if box.bounds[0] < 360 and box.bounds[2] > -180]
-    return shapely.MultiPolygon(boxes)
+    x, y = places[np.isfinite(places).all(-1)].T
+    if not own.is_geographic:
+        margin = max(np.ptp(x), np.ptp(y)) / _SAMPLES
+        return shapely.MultiPolygon(
+            [shapely.box(x.min() - margin, y.min() - margin, x.max() + margin, y.max() + margin)]
+        )
+    turn = _turn(own)
+    poles = _poles(own, scene)
+    if np.ptp(x) > turn / 2:
+        x = x % turn
+    whole = bool(np.ptp(x) > turn / 2 or any(poles))
+    # around a pole or the whole Earth only latitudes bound it
+    margin = 2 * np.ptp(y) / _SAMPLES if whole else max(np.ptp(x), np.ptp(y)) / _SAMPLES
+    # a pole may be nowhere in the scene's CRS: what does not reach it has a margin that does not, either
+    south, north = (
+        side * (turn / 4 if pole else min(far + margin, (far + turn / 4) / 2))
+        for side, far, pole in zip((-1, 1), (-y.min(), y.max()), poles, strict=True)
+    )
+    if whole:
+        return shapely.MultiPolygon([shapely.box(-turn, south, turn, north)])
+    west, east = x.min() - margin, x.max() + margin
+    boxes = [shapely.box(west + by * turn, south, east + by * turn, north) for by in (0, -1, 1)]
+    # longitudes are written from -180 to 180, by some from 0 to 360
+    return shapely.MultiPolygon([box for box in boxes if box.bounds[0] < turn and box.bounds[2] > -turn / 2])
+
+
+def _poles(own: Any, scene: Any) -> list[bool]:
+    """Whether the south pole and the north pole lie in a scene, or so near that it may reach them."""
+    x, y = projected(own, scene.crs, [0, 0], [-_turn(own) / 4, _turn(own) / 4])
+    column, row = ~scene.transform @ (x, y)
+    beside = scene.width / _SAMPLES, scene.height / _SAMPLES
+    return [
+        bool(abs(c - scene.width / 2) <= scene.width / 2 + beside[0])
+        and bool(abs(r - scene.height / 2) <= scene.height / 2 + beside[1])
+        for c, r in zip(column, row, strict=True)
+    ]

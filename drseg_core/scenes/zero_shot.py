@@ -20,7 +20,7 @@ from drseg_core.config.load import config_from_dict
 from drseg_core.config.reading import Reading, parse_reading
 from drseg_core.config.schema import ReadingConfig
 from drseg_core.config.zero_shot import DECAY, IN_METRES, NO_PRIOR, ZeroShotConfig, load_zero_shot
-from drseg_core.data.dataset import IGNORE, check_class_names
+from drseg_core.data.dataset import IGNORE, check_class_names, has_control
 from drseg_core.data.vocabulary import OTHER_COLOR, Vocabulary, as_vocabulary, class_files, plain_classes
 from drseg_core.device import select_device
 from drseg_core.errors import ConfigError
@@ -285,10 +285,11 @@ class SceneZeroShot:
             limited: refuse more cells than the configuration allows.
         """
         legend = check_words(classes, background, templates)
+        background = _plain(background)
         text = self.model.encode(legend.synonyms, templates, background)
         if background:
             legend = Vocabulary(
-                (*legend.names, BACKGROUND), (*legend.synonyms, tuple(background)), (*legend.colors, OTHER_COLOR)
+                (*legend.names, BACKGROUND), (*legend.synonyms, background), (*legend.colors, OTHER_COLOR)
             )
         decay, radius = self._distances(scene)
         predictor = GraphPredictor(
@@ -427,6 +428,11 @@ def _check_windows(window: int, overlap: int, patch: int) -> None:
         )
 
 
+def _plain(words: Sequence[str]) -> tuple[str, ...]:
+    """Words with one space between their parts, and none around."""
+    return tuple(" ".join(word.split()) for word in words)
+
+
 def check_words(
     classes: Vocabulary | str | Sequence[str], background: Sequence[str] = (), templates: Sequence[str] = ()
 ) -> Vocabulary:
@@ -434,20 +440,26 @@ def check_words(
 
     Raises:
         ConfigError: a template does not have exactly one ``{}``, a class has the name of the background, or a word of
-            the background is there twice or one of a class.
+            the background is there twice, one of a class, empty, or has a colour or a control character.
         DatasetError: a name is no class name.
     """
     legend = as_vocabulary(classes, "zero_shot")
     for template in templates:
         class_prompt(BACKGROUND, template)
     # text encoders see no capitals
-    if background and BACKGROUND in map(str.casefold, legend.names):
+    if background and BACKGROUND in (name.strip().casefold() for name in legend.names):
         raise ConfigError(
             f"zero_shot: a class is called {BACKGROUND}, as that of the prompts of the background; "
             "expected another name, or no such prompts"
         )
-    seen = {word.casefold() for words in legend.synonyms for word in words}
-    for word in background:
+    seen = {word.casefold() for words in legend.synonyms for word in _plain(words)}
+    for word in _plain(background):
+        if not word:
+            raise ConfigError("zero_shot: background has an empty word; expected text")
+        if has_control(word):
+            raise ConfigError(f"zero_shot: background has a control character; expected text, got {ascii(word)}")
+        if "#" in word:
+            raise ConfigError(f"zero_shot: background has a colour; expected words alone, got {word!r}")
         # a word of a class as well would be that class everywhere, which is the first of two that are equal
         if word.casefold() in seen:
             raise ConfigError(

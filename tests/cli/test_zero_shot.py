@@ -201,6 +201,10 @@ def test_what_is_no_number(drseg, scene, tmp_path, words: list[str], said: str) 
         (["--background", "sky", "--classes", "road; Background"], "a class is called background, as that of"),
         (["--background", "sky; Lane", "--classes", "road, lane; roof"], "word once, and none of a class, got 'Lane'"),
         (["--background", "sky; wall; Sky"], "word once, and none of a class, got 'Sky'"),
+        (["--background", "sky#ff0000; wall"], "background has a colour; expected words alone, got 'sky#ff0000'"),
+        (["--background", "sky; wall#"], "background has a colour; expected words alone, got 'wall#'"),
+        (["--background", "sk\x1by; wall"], "background has a control character; expected text, got 'sk\\x1by'"),
+        (["--background", "sky; wa\ufffell"], "background has a control character; expected text, got 'wa\\ufffell'"),
     ],
 )
 def test_cheap_refusals_come_before_the_weights(drseg, scene, tmp_path, empty, words: list[Any], said: str) -> None:

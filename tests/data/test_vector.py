@@ -68,3 +68,112 @@ def test_a_name_that_cannot_be_helped_is_one_line(tmp_path):
     with pytest.raises(DatasetError, match="read_shapes: .*area.g!pkg cannot be read as polygons: ") as caught:
         read_shapes(tmp_path / "area.g!pkg", None, SCENE)
     assert "\n" not in str(caught.value)
+
+
+def near(path: Path, shapes: list, crs: str, scene: tuple) -> list:
+    """What ``read_shapes`` finds of polygons near a scene (CRS, west, north, side of a pixel, columns, rows)."""
+    own, west, north, side, width, height = scene
+    transform = rasterio.Affine(side, 0, west, 0, -side, north)
+    place = SimpleNamespace(crs=rasterio.crs.CRS.from_user_input(own), transform=transform, height=height, width=width)
+    geometry = np.array([shapely.to_wkb(shape) for shape in shapes], object)
+    pyogrio.raw.write(path, geometry, [], fields=[], crs=crs, geometry_type="Unknown", driver="GPKG")
+    window = shapely.box(west, north - side * height, west + side * width, north)
+    found = read_shapes(path, None, place).shapes
+    return [cut for cut in (shapely.make_valid(shape) & window for shape in found) if cut.area]
+
+
+GLOBE, TURN = (("EPSG:4326", west, 90, 1, 360, 180) for west in (-180, 0))
+DATE_LINE = ("EPSG:4326", 175, 5, 0.01, 1000, 1000)
+WORLD = ("EPSG:3857", -20037508.34, 20037508.34, 1e5, 401, 401)
+POLE = ("EPSG:3413", -5e6, 5e6, 1e4, 1000, 1000)
+DISK = ("+proj=geos +h=35785831 +lon_0=0 +sweep=y +datum=WGS84 +units=m", -5.5e6, 5.5e6, 1e4, 1100, 1100)
+
+
+@pytest.mark.parametrize(
+    ("crs", "corners", "scene", "bounds", "area"),
+    [
+        ("EPSG:3857", (-1e6, 0, 1e6, 1e6), TURN, (0, 0, 360, 8.95), 160.8),
+        ("EPSG:3857", (-9e6, 0, -7e6, 1e6), TURN, (279.15, 0, 297.12, 8.95), 160.8),
+        ("EPSG:32601", (300_000, 0, 400_000, 400_000), DATE_LINE, (181.2, 0, 182.1, 3.62), 3.252),
+        ("EPSG:32660", (722_000, 221_000, 1_022_000, 321_000), DATE_LINE, (179, 1.99, 181.69, 2.9), 2.433),
+    ],
+)
+def test_metres_beside_degrees_beyond_180(tmp_path, crs, corners, scene, bounds, area):
+    (found,) = near(tmp_path / "area.gpkg", [shapely.box(*corners)], crs, scene)
+    assert found.bounds == pytest.approx(bounds, abs=0.02) and found.area == pytest.approx(area, rel=2e-3)
+
+
+def test_a_hole_stays_in_its_ring_over_the_date_line(tmp_path):
+    ring = shapely.box(722_000, 221_000, 1_022_000, 321_000)
+    path = tmp_path / "area.gpkg"
+    (whole,) = near(path, [ring], "EPSG:32660", DATE_LINE)
+    path.unlink()
+    (found,) = near(path, [ring - shapely.box(900_000, 250_000, 1_000_000, 300_000)], "EPSG:32660", DATE_LINE)
+    assert found.area == pytest.approx(whole.area * 5 / 6, rel=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:32632"])
+def test_a_corner_that_is_no_number(tmp_path, value, crs):
+    # the second of two: all are asked
+    shapes = [shapely.box(9, 50, 10, 51), shapely.Polygon([(9, 49), (10, value), (10, 49), (9, 49.5)])]
+    scene = (crs, 8, 52, 1e-3, 4000, 4000) if crs == "EPSG:4326" else (crs, 5e5, 56e5, 10, 1000, 1000)
+    with pytest.raises(DatasetError, match="read_shapes: .*area.gpkg has a corner that is no number"):
+        near(tmp_path / "area.gpkg", shapes, "EPSG:4326", scene)
+
+
+def test_a_polygon_that_crosses_itself_over_the_date_line(tmp_path):
+    crossed = shapely.Polygon([(170, 0), (190, 10), (190, 0), (170, 10)])
+    (found,) = near(tmp_path / "area.gpkg", [crossed], "EPSG:4326", GLOBE)
+    assert found.bounds == (-180, 0, 180, 10) and found.area == pytest.approx(100)
+
+
+def test_what_is_behind_the_earth_is_elsewhere(tmp_path):
+    seen, hidden = shapely.box(-8, 37, 0, 43), shapely.box(76, 55, 79, 58)
+    for name, shapes in (("a", [seen, hidden]), ("b", [shapely.MultiPolygon([seen, hidden])])):
+        (found,) = near(tmp_path / f"{name}.gpkg", shapes, "EPSG:4326", DISK)
+        assert found.area == pytest.approx(2.7e11, rel=0.2)
+    for name, corners in (("c", (60, 0, 90, 20)), ("d", (-179, -85, 179, 85))):
+        with pytest.raises(DatasetError, match="expected shapes that end within its projection"):
+            near(tmp_path / f"{name}.gpkg", [seen, shapely.box(*corners)], "EPSG:4326", DISK)
+
+
+def test_a_pole_that_mercator_does_not_reach(tmp_path):
+    shapes = [shapely.box(-180, -90, 180, -60), shapely.box(0, 40, 10, 50)]
+    south, north = near(tmp_path / "area.gpkg", shapes, "EPSG:4326", WORLD)
+    assert south.bounds == pytest.approx((-20037508, -20062492, 20037508, -8399738), abs=1)
+    assert north.bounds == pytest.approx((0, 4865942, 1113195, 6446276), abs=1)
+    (all_of_it,) = near(tmp_path / "world.gpkg", [shapely.box(-180, -90, 180, 90)], "EPSG:4326", WORLD)
+    assert all_of_it.area > 0.99 * 401e5**2
+
+
+def test_a_small_scene_around_a_pole(tmp_path):
+    for side in (100, 2.5, 0.1):
+        scene = ("EPSG:3413", -500 * side, 500 * side, side, 1000, 1000)
+        path = tmp_path / f"{side}.gpkg"
+        (found,) = near(path, [shapely.box(-180, 60, 180, 90)], "EPSG:4326", scene)
+        assert found.area == pytest.approx((1000 * side) ** 2)
+        edge = 90 - side / 400  # degrees, about a quarter of the scene from the pole
+        path.unlink()
+        (found,) = near(path, [shapely.box(-180, edge, 180, 90)], "EPSG:4326", scene)
+        radius = (found.bounds[2] - found.bounds[0]) / 2
+        assert found.area == pytest.approx(np.pi * radius**2, rel=1e-3)
+        assert shapely.get_num_coordinates(found) < 10_000
+
+
+def test_the_other_pole_is_elsewhere(tmp_path):
+    south = shapely.box(-1e6, -1e6, 1e6, 1e6)
+    assert near(tmp_path / "area.gpkg", [south], "EPSG:3031", POLE) == []
+    assert near(tmp_path / "north.gpkg", [south], "EPSG:3995", POLE)[0].area == pytest.approx(4e12, rel=0.02)
+
+
+@pytest.mark.parametrize("west", [-180, 0])
+def test_many_shapes_are_turned_at_once(tmp_path, monkeypatch, west):
+    corner = np.random.default_rng(0).uniform([-179, -80], [179, 80], (500, 2))
+    shapes = list(shapely.box(*corner.T, *(corner + 0.01).T))
+    calls = []
+    plain = shapely.transform
+    monkeypatch.setattr(shapely, "transform", lambda *given, **how: [calls.append(1), plain(*given, **how)][1])
+    assert len(near(tmp_path / "area.gpkg", shapes, "EPSG:4326", ("EPSG:4326", west, 90, 1, 360, 180))) == 500
+    assert len(calls) < 10

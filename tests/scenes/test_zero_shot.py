@@ -27,7 +27,7 @@ from drseg_core.scenes.predict import predict_scene
 from drseg_core.scenes.reader import open_scene
 from drseg_core.scenes.scene_graph import REFINING, GraphPredictor
 from drseg_core.scenes.synthetic import write_synthetic_scene
-from drseg_core.scenes.zero_shot import SceneZeroShot, _Arrays
+from drseg_core.scenes.zero_shot import SceneZeroShot, _Arrays, check_words
 from tests.checkpoints.real import real_prior
 
 rasterio = pytest.importorskip("rasterio")
@@ -405,13 +405,31 @@ def test_a_map_in_super_tiles_is_that_of_one_graph(mapper: SceneZeroShot, tmp_pa
         changed(parts, super_tile=80).predict(path, NAMES)
 
 
+@pytest.mark.parametrize(
+    ("classes", "background", "said"),
+    [
+        (["roof", "road"], ["roof "], "background has a word twice"),
+        (["roof ", "road"], ["roof"], "background has a word twice"),
+        (["parking lot"], [" Parking  LOT"], "background has a word twice"),
+        (["roof"], ["sky", "sky\n"], "background has a word twice"),
+        ([" background"], ["sky"], "a class is called background"),
+        (["roof"], ["sky", " "], "background has an empty word"),
+        (["roof"], ["sky #ff0000"], "background has a colour"),
+        (["roof"], ["s\0ky"], "background has a control character"),
+    ],
+)
+def test_words_of_the_background(classes: list[str], background: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"zero_shot: {said}"):
+        check_words(classes, background)
+
+
 # files
 
 
 def test_the_files_of_a_map(mapper: SceneZeroShot, scene: Path, tmp_path: Path) -> None:
     out = tmp_path / "map.tif"
     found = mapper.predict(
-        scene, "roof, building#ff0000; road", out=out, background=["sky"], scores=True, probabilities=True
+        scene, "roof, building#ff0000; road", out=out, background=[" sky "], scores=True, probabilities=True
     )
     assert found.files is not None and found.class_names == ("roof", "road", "background")
     with rasterio.open(scene) as source, rasterio.open(out) as result:
