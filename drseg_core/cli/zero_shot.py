@@ -208,7 +208,7 @@ def _say_facts(facts: dict[str, str]) -> None:
 
 
 def listed(option: str, text: str | None) -> list[str]:
-    """Items of ``"a; b"``, or the lines of ``@FILE``.
+    """Items of ``"a; b"``, or the lines of ``@FILE`` but for those that begin with ``#``.
 
     Raises:
         ConfigError: no item, or a file that cannot be read.
@@ -221,6 +221,7 @@ def listed(option: str, text: str | None) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{option} names no file of UTF-8 text; expected one item a line: {reason}") from None
+        text = "\n".join(line for line in text.split("\n") if not line.lstrip().startswith("#"))
     found = [" ".join(item.split()) for item in text.replace("\n", ";").split(";") if item.strip()]
     if not found:
         raise ConfigError(f"{option} is empty; expected items with ; between them")

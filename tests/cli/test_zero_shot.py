@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import drseg_core
+from drseg_core.cli.zero_shot import listed
 from drseg_core.scenes.synthetic import write_synthetic_scene
 
 rasterio = pytest.importorskip("rasterio")
@@ -243,3 +244,9 @@ def test_other_refusals(drseg: Command, scene: Path, tmp_path: Path, empty: list
     assert code == 0 and "--decay-per-metre" in text
     code, text, _ = drseg("predict", "--help")
     assert code == 0 and "drseg predict zero-shot --help" in text and "--decay-per-metre" not in text
+
+
+def test_files_of_words_have_comments(tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("# what is no class\n sky\r\n\n  # walls\nwall; fence\n")
+    assert listed("--background", f"@{words}") == ["sky", "wall", "fence"]
