@@ -135,14 +135,14 @@ class GraphConfig:
         dropout: dropout between the layers.
         residual: add the input of the graph to its output.
         use_affinity_as_weight: multiply Eq. 8's weight by Eq. 7's affinity. With ``exp`` and ``gauss`` gamma is then at
-            most 80.
+            most 80, with the norm ``sym_count`` at most 40 over the layers.
         norm_scale: initial weight of the final LayerNorm; it sets how much the rectified channels weigh in the cosine.
             ``match`` gives them the norm of CLIP's own structural channels on the training set, as measured by
             ``drseg rank``. With ``residual`` and 0 the graph changes nothing at first.
-        edge_temperature: start of a learned t > 0, by which Eq. 8's weight is multiplied with ``exp((cos - 1) / t)``;
-            null leaves the factor out.
-        edge_decay: start of a learned mu > 0, by which Eq. 8's weight is multiplied with ``exp(-mu dist)``, where
-            ``dist`` is that of Eq. 7; null leaves the factor out.
+        edge_temperature: start of a learned t >= 1e-38, by which Eq. 8's weight is multiplied with
+            ``exp((cos - 1) / t)``; null leaves the factor out.
+        edge_decay: start of a learned mu > 0, at most 1e38, by which Eq. 8's weight is multiplied with
+            ``exp(-mu dist)``, where ``dist`` is that of Eq. 7; null leaves the factor out.
         backend: kernel backend; null takes the best that can run.
     """
 

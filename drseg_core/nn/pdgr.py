@@ -174,10 +174,10 @@ class PDGR(nn.Module):
             with ``norm="sym_count"``, which does not divide by them, at most 40 over the layers.
         norm_scale: initial weight of the final LayerNorm. With ``residual`` and 0 the output is the input at first.
             Training leaves that start: the weight has a gradient, and once it is not 0 all else has one too.
-        edge_temperature: start of a learned t > 0; multiplies Eq. 8's weight by ``exp((cos - 1) / t)``. None leaves the
-            factor out. It is ``exp(cos / t)`` less what the degrees divide away, so that nothing overflows.
-        edge_decay: start of a learned mu > 0; multiplies Eq. 8's weight by ``exp(-mu dist)``. None leaves it out. Both
-            are kept as logarithms, so they stay positive. The choice of neighbours knows neither.
+        edge_temperature: start of a learned t >= 1e-38; multiplies Eq. 8's weight by ``exp((cos - 1) / t)``. None
+            leaves the factor out. It is ``exp(cos / t)`` less what the degrees divide away, so that nothing overflows.
+        edge_decay: start of a learned mu > 0, at most 1e38; multiplies Eq. 8's weight by ``exp(-mu dist)``. None leaves
+            it out. Both are kept as logarithms, so they stay positive. The choice of neighbours knows neither.
         resample_prior: bring a prior map on another grid to the grid of the features: by means if the sizes divide,
             otherwise bilinearly. By default such a prior is refused.
         keep_format: return a map in the memory format of the features: contiguous for contiguous features, otherwise

@@ -97,8 +97,6 @@ def propagate_pixels(
     # of the dtype of the sums: a choice of two numbers would have the default one
     scale, kept = alpha / degree.masked_fill(alone, 1), torch.full_like(degree, 1 - alpha).masked_fill_(alone, 1)
     found = torch.empty_like(logits)
-    if found.numel() == 0:
-        return found
 
     def spread(x: Tensor, own: Tensor) -> Tensor:
         heard = torch.zeros_like(x)

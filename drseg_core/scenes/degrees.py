@@ -50,6 +50,10 @@ def _to_degrees(crs: Any, points: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.column_stack(projected(crs, "EPSG:4326", *points.T.tolist()))
 
 
+def _places(pixel: Floats, grid: Any) -> Floats:
+    return _to_degrees(grid.crs, on_ground(grid.transform, pixel)) if len(pixel) else np.zeros((0, 2))
+
+
 def _sides(grid: Any) -> Floats:
     """Two sides of some pixels all over a grid, in degrees."""
     places = [(x, y) for y in np.linspace(0, grid.height, 3) for x in np.linspace(0, grid.width, 3)]
@@ -136,7 +140,8 @@ def _followed(points: _Points, ring: NDArray[np.int64], grid: Any) -> tuple[_Poi
     for own, place, far in ((one, start, end), (other, end, start)):
         # all longitudes are at a pole: that of an edge is the one by which it comes there
         at_pole = np.flatnonzero(abs(own[:, 1]) > 90 - 1e-9)
-        beside = _beside(points.pixel[place[at_pole]], points.pixel[far[at_pole]], grid)
+        here, there = points.pixel[place[at_pole]], points.pixel[far[at_pole]]
+        beside = _places(here + (there - here) * 1e-4, grid)[:, 0]
         points.kind[place[at_pole[abs(_turned(beside - own[at_pole, 0])) > 1]]] = _POLE
         own[at_pole, 0] = np.where(np.isfinite(beside), beside, own[at_pole, 0])
     edge, share, more = _between(points.pixel[start], points.pixel[end], one, other, grid)
@@ -149,12 +154,6 @@ def _followed(points: _Points, ring: NDArray[np.int64], grid: Any) -> tuple[_Poi
     pixel, degrees = (np.concatenate(both)[order] for both in zip(points[:2], more[:2], strict=True))
     joined = _Points(pixel, degrees, np.concatenate([points.kind, more.kind])[order])
     return joined, np.concatenate([ring, ring_of])[order], np.unique(ring_of)
-
-
-def _beside(pixel: Floats, far: Floats, grid: Any) -> Floats:
-    if not len(pixel):
-        return np.zeros(0)
-    return _to_degrees(grid.crs, on_ground(grid.transform, pixel + (far - pixel) * 1e-4))[:, 0]
 
 
 def _may_bend(points: _Points, start: NDArray[np.int64], grid: Any) -> NDArray[np.bool_]:
@@ -226,10 +225,6 @@ def _between(p: Floats, q: Floats, at_p: Floats, at_q: Floats, grid: Any) -> tup
     kind = np.concatenate([np.zeros(0, np.int64), *kinds])
     more = _Points(np.concatenate(pixels), np.concatenate(degrees), kind)
     return which, np.where(back[which], 1 - share, share), more
-
-
-def _places(pixel: Floats, grid: Any) -> Floats:
-    return _to_degrees(grid.crs, on_ground(grid.transform, pixel)) if len(pixel) else np.zeros((0, 2))
 
 
 def _cross(a: Floats, b: Floats) -> Floats:
