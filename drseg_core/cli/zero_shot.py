@@ -151,6 +151,7 @@ def run(args: Any) -> None:
     scenes = given_scenes(args)
     from drseg_core.data.vocabulary import class_files, parse_classes
     from drseg_core.models.prompts import AERIAL_TEMPLATES
+    from drseg_core.scenes.polygons import check_degrees
     from drseg_core.scenes.predict import check_threshold
     from drseg_core.scenes.reader import open_scene
     from drseg_core.scenes.zero_shot import check_metres, check_words, configured, zero_shot
@@ -178,6 +179,8 @@ def run(args: Any) -> None:
     for scene in () if args.keep_going else scenes:
         with open_scene(scene.image, gsd=args.gsd, aoi=args.aoi) as opened:
             check_metres(config, opened)
+            if scene.polygons is not None:
+                check_degrees(scene.polygons, opened)
 
     loaded = functools.partial(zero_shot, preset, offline=args.offline, **chosen)
     if args.dry_run:

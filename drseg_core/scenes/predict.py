@@ -313,6 +313,8 @@ def plan(
     )
     with open_scene(image, reading=reading, gsd=gsd, aoi=aoi) as scene:
         describe(scene, trained_gsd)
+        if polygons is not None:
+            check_degrees(Path(polygons), scene)
         found = plan_scene(predictor, scene, probabilities=probabilities)
     wanted = {"scores": scores, "probabilities": probabilities, "polygons": polygons is not None}
     disk = usual_bytes(found.height * found.width, len(vocabulary.names), **wanted, blocks=True)

@@ -106,6 +106,16 @@ def test_a_dry_run_writes_nothing(drseg: Command, scene: Path, tmp_path: Path) -
     assert drseg("predict", "zero-shot:tiny", scene, *words, "--max-cells", 5)[0] == 0
 
 
+@pytest.mark.parametrize("words", [["--dry-run"], []])
+def test_geojson_of_half_a_place_is_refused_before_weights_are_loaded(drseg, tmp_path, empty, words) -> None:
+    bare = tmp_path / "bare.tif"
+    with rasterio.open(bare, "w", width=70, height=50, count=3, dtype="uint8", crs="EPSG:32632"):
+        pass
+    words = [*WORDS, "--out", tmp_path / "map.tif", "--polygons", tmp_path / "map.geojson", *words]
+    code, _, errors = drseg("predict", "zero-shot", bare, *words, "--offline")
+    assert code == 2 and "polygons as GeoJSON need degrees" in errors and "got no transform" in errors
+
+
 # what is missing
 
 

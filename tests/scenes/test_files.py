@@ -170,6 +170,11 @@ def test_a_dry_run_does_not_mind_what_is_there(drseg, run, tmp_path):
     assert "disk while it is written: about 0 MB" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.tif", "map.tif"]
     assert (tmp_path / "map.tif").read_text() == "mine"
+    # a file that cannot be written is said now, not after the hours that were asked for
+    bare = write(tmp_path / "bare.tif", color_image(truth()).numpy(), crs="EPSG:32632")
+    words[2], words[-1] = bare, tmp_path / "map.geojson"
+    code, _, errors = drseg(*words)
+    assert code == 2 and "polygons as GeoJSON need degrees" in errors and "got no transform" in errors
 
 
 @pytest.mark.parametrize("crs", ["+proj=nsper +h=3000000 +lat_0=50 +lon_0=9", "+proj=isea"])
