@@ -247,6 +247,12 @@ def _start(name: str, labels: Tensor, graph: Graph, alpha: float) -> Tensor:
     return labels.to(torch.promote_types(labels.dtype, torch.float32))
 
 
+def _like(found: Tensor, labels: Tensor) -> Tensor:
+    """The columns and the dtype of the labels. A node with few neighbours may have more than any label."""
+    limit = torch.finfo(labels.dtype).max
+    return found[..., : labels.shape[-1]].clamp(-limit, limit).to(labels.dtype)
+
+
 def _widened(labels: Tensor) -> Tensor:
     """Columns of zeros up to one vector register: a CPU adds fewer columns one by one, several times as slowly."""
     missing = _LANES - labels.shape[-1]
@@ -293,7 +299,8 @@ def propagate_labels(
         stepped: called with 1 after each step, for a progress bar.
 
     Returns:
-        F, shape and dtype of ``labels``, computed in float32 (float64 for float64 labels), without gradient.
+        F, shape and dtype of ``labels``, computed in float32 (float64 for float64 labels), without gradient. A value
+        beyond the range of that dtype is its largest.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
@@ -313,7 +320,7 @@ def propagate_labels(
         x = alpha * operator.propagate(x, backend=backend) + (1 - alpha) * y
         if stepped is not None:
             stepped(1)
-    return x[..., : labels.shape[-1]].to(labels.dtype)
+    return _like(x, labels)
 
 
 @torch.no_grad()
@@ -351,7 +358,8 @@ def solve_labels(
         backend: one of ``drseg_core.ops.backend_names()``; None takes the best that can run.
 
     Returns:
-        F, shape and dtype of ``labels``, computed in float32 (float64 for float64 labels), without gradient.
+        F, shape and dtype of ``labels``, computed in float32 (float64 for float64 labels), without gradient. A value
+        beyond the range of that dtype is its largest.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
@@ -408,7 +416,7 @@ def solve_labels(
     # before the last factor very large labels would leave that range; powers of two change no bit
     lower = torch.ones_like(size).masked_fill_(size > 2.0**80, 2.0**-40)
     found = x * (size * lower) * (1 - alpha if scaled else 1) / lower
-    return found[..., : labels.shape[-1]].to(labels.dtype)
+    return _like(found, labels)
 
 
 def _check_solver_options(name: str, scaled: bool, tolerance: float, max_iterations: int, must_converge: bool) -> None:

@@ -92,21 +92,39 @@ def _exponential(logarithm: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.exp(logarithm.to(torch.promote_types(logarithm.dtype, dtype)))
 
 
-def _check_read(name: str, layer: nn.Module, kind: type[nn.Module] | None = None) -> None:
-    """Refuse what would be lost, because parameters of a layer are read here, and it is never called."""
-    own = "forward" in layer.__dict__ or type(layer).forward is not getattr(kind, "forward", None)
-    if kind is not None and (own or not isinstance(layer, kind)):
-        raise TypeError(
-            f"PDGR: {name} is another layer, which would not be called; expected {kind.__name__}, of which the "
-            f"parameters are read, got {type(layer).__name__}"
-        )
-    # of prune, weight_norm and spectral_norm; whoever only looks on may have hooks
-    for hook in layer._forward_pre_hooks.values():
+def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is what its parameters say, so that they are read here, and it need not be called."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    own = type(layer)
+    changed = "forward" in layer.__dict__ or own.forward is not kind.forward or own.__call__ is not nn.Module.__call__
+    return not changed and not any(len(some) for some in hooks)
+
+
+def _let_make(module: nn.Module) -> None:
+    """Let prune, and the older weight_norm and spectral_norm, make the parameters of a module that is not called."""
+    for hook in module._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils."):
-            raise TypeError(
-                f"PDGR: {name} has {type(hook).__name__}, which works where a layer is called; its weights are read, "
-                "expected none or one of torch.nn.utils.parametrizations"
-            )
+            hook(module, None)
+
+
+def _list(name: str, values: nn.Module) -> nn.ParameterList:
+    """Weights or biases of the layers, as they are now."""
+    if not isinstance(values, nn.ParameterList):
+        raise TypeError(
+            f"PDGR: {name} is another module, which would not be called; expected ParameterList, got "
+            f"{type(values).__name__}"
+        )
+    _let_make(values)
+    return values
+
+
+def _stacked(first: Tensor, second: Tensor) -> Tensor:
+    """Rows of two weights, one below the other."""
+    if first.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(first.device.type):
+        # it takes what is joined to the wider dtype, and knows none of the two half ones together
+        dtype = torch.get_autocast_dtype(first.device.type)
+        first, second = first.to(dtype), second.to(dtype)
+    return torch.cat([first, second])
 
 
 def _size(name: str, value: int) -> int:
@@ -136,6 +154,45 @@ def _check_starts(temperature: float | None, decay: float | None) -> None:
         )
     if decay is not None and decay > _LARGEST_DECAY:
         raise ValueError(f"PDGR: edge_decay is too large; expected at most {_LARGEST_DECAY}, got {decay}")
+
+
+# The three start themselves: who resets a model module by module, parents first, would else draw them anew.
+
+
+class _Half(nn.Linear):
+    """Half of the edge MLP's first layer, on [d_i || d_j]; drawn with the fan-in of both."""
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(2 * self.in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+
+class _Maps(nn.ParameterList):
+    """Linear maps, drawn as in ``torch.nn.Linear``, or biases."""
+
+    def reset_parameters(self) -> None:
+        for value in self:
+            if value.dim() > 1:
+                nn.init.kaiming_uniform_(value, a=math.sqrt(5))
+            else:
+                nn.init.zeros_(value)
+
+
+class _OutputNorm(nn.LayerNorm):
+    """LayerNorm whose weight starts with a given number."""
+
+    start = 1.0
+
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__(width)
+        self.start = start
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.constant_(self.weight, self.start)
 
 
 class PDGR(nn.Module):
@@ -272,19 +329,19 @@ class PDGR(nn.Module):
         self.backend = backend
 
         # the two halves of the edge MLP's first layer, so that [d_i || d_j] never exists
-        self.edge_source = nn.Linear(prior_dim, edge_hidden)
-        self.edge_target = nn.Linear(prior_dim, edge_hidden, bias=False)
+        self.edge_source: nn.Linear = _Half(prior_dim, edge_hidden)
+        self.edge_target: nn.Linear = _Half(prior_dim, edge_hidden, bias=False)
         self.edge_vector = nn.Parameter(torch.empty(edge_hidden))
         self.edge_bias = nn.Parameter(torch.empty(1))
         self.edge_temperature, self.edge_decay = edge_temperature, edge_decay
         self.edge_log_temperature, self.edge_log_decay = _logarithm(edge_temperature), _logarithm(edge_decay)
         widths = [channels] + [hidden] * (layers - 1) + [channels]
-        self.weights = nn.ParameterList(
+        self.weights: nn.ParameterList = _Maps(
             nn.Parameter(torch.empty(out, into)) for into, out in zip(widths[:-1], widths[1:], strict=True)
         )
-        self.biases = nn.ParameterList(nn.Parameter(torch.empty(out)) for out in widths[1:]) if bias else None
+        self.biases = _Maps(nn.Parameter(torch.empty(out)) for out in widths[1:]) if bias else None
         self.dropout = nn.Dropout(dropout)
-        self.output_norm = nn.LayerNorm(channels)
+        self.output_norm: nn.LayerNorm = _OutputNorm(channels, norm_scale)
         self.norm_scale = norm_scale
         self.reset_parameters()
 
@@ -303,10 +360,9 @@ class PDGR(nn.Module):
         ):
             if value is not None and start is not None:
                 nn.init.constant_(value, math.log(start))
-        for weight in self.weights:
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-        for bias in self.biases or []:
-            nn.init.zeros_(bias)
+        # of older pickles the lists cannot do it themselves
+        _Maps.reset_parameters(self.weights)  # type: ignore[arg-type]
+        _Maps.reset_parameters(self.biases or [])  # type: ignore[arg-type]
         self.output_norm.reset_parameters()
         nn.init.constant_(self.output_norm.weight, self.norm_scale)
 
@@ -362,10 +418,13 @@ class PDGR(nn.Module):
         return max(share, 1) if isinstance(share, int) else torch.sym_max(share, 1)
 
     def _check_dtype(self, features: Tensor) -> None:
-        own = self.output_norm.weight.dtype
-        if features.dtype != own and not torch.is_autocast_enabled(features.device.type):
+        own = self.weights[0].dtype
+        cast = torch.is_autocast_enabled(features.device.type)
+        # autocast leaves float64 alone
+        if features.dtype != own and (not cast or torch.float64 in (own, features.dtype)):
             raise TypeError(
-                f"PDGR: features have another dtype than the module; expected {own} or autocast, got {features.dtype}"
+                f"PDGR: features have another dtype than the module; expected {own}{'' if cast else ' or autocast'}, "
+                f"got {features.dtype}"
             )
 
     def _nodes_of_prior(self, prior: Any, features: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -424,6 +483,7 @@ class PDGR(nn.Module):
         Raises:
             TypeError, ValueError: an argument has the wrong type, dtype or shape.
         """
+        _let_make(self)
         nodes, grid = _nodes("prior", prior, self.prior_dim, None if grid is None else check_grid("PDGR", grid))
         index, coefficient, _, lists = self._graph(nodes, grid, columns, apart=False)
         return Graph(index, coefficient, lists)
@@ -443,6 +503,7 @@ class PDGR(nn.Module):
         Raises:
             TypeError, ValueError: an argument has the wrong type, dtype or shape.
         """
+        _let_make(self)
         nodes, grid = _nodes("prior", prior, self.prior_dim, None if grid is None else check_grid("PDGR", grid))
         index, edges, score = self._edges(nodes.detach(), grid)
         real = padding_mask(index, include_self=self.self_loop == "in_topk")
@@ -487,14 +548,7 @@ class PDGR(nn.Module):
             pad=True,
             backend=self.backend,
         )
-        _check_read("edge_source", self.edge_source, nn.Linear)
-        _check_read("edge_target", self.edge_target, nn.Linear)
-        # a copy, but one product; two parameters that shared their memory would be lost to those who save them by it
-        both = torch.cat([self.edge_source.weight, self.edge_target.weight])
-        if self.normalize_prior:
-            halves, inverse_norm = prepared.project(both, backend=self.backend)
-        else:
-            halves, inverse_norm = linear_map(nodes.to(both.dtype), both, backend=self.backend), None
+        halves, inverse_norm, bias = self._halves(nodes, prepared)
         edges: dict[str, Any] = {
             "source": halves,
             "target": None,
@@ -502,11 +556,26 @@ class PDGR(nn.Module):
             "vector": self.edge_vector,
             "bias": self.edge_bias,
             "inverse_norm": inverse_norm,
-            "source_bias": self.edge_source.bias,
+            "source_bias": bias,
             "score": score,
             "exponent": self._exponent(prepared, grid, index),
         }
         return index, edges, score
+
+    def _halves(self, nodes: Tensor, prepared: PreparedPrior) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Both halves (B, N, 2 E) of Eq. 8's first layer, and what is not in them yet: inverse norms and a bias."""
+        source, target = self.edge_source, self.edge_target
+        if not (_is_plain(source, nn.Linear) and _is_plain(target, nn.Linear) and target.bias is None):
+            # adapters, pruning, quantised layers and hooks work where a layer is called
+            if self.normalize_prior:
+                nodes = prepared.scaled.to(prepared.inverse_norm.dtype) * prepared.inverse_norm[..., None]
+            nodes = nodes.to(self.edge_vector.dtype)
+            return torch.cat([source(nodes), target(nodes)], dim=-1), None, None
+        # a copy, but one product; two parameters that shared their memory would be lost to those who save them by it
+        both = _stacked(source.weight, target.weight)
+        if self.normalize_prior:
+            return *prepared.project(both, backend=self.backend), source.bias
+        return linear_map(nodes.to(both.dtype), both, backend=self.backend), None, source.bias
 
     def _exponent(self, prepared: PreparedPrior, grid: tuple[int, int], index: Tensor) -> Tensor | None:
         """Logarithms (B, N, K) of what multiplies the weights of Eq. 8; None where nothing does."""
@@ -559,12 +628,11 @@ class PDGR(nn.Module):
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or is missing.
         """
         x, grid = _nodes("features", features, self.channels, None if grid is None else check_grid("PDGR", grid))
-        _check_read("output_norm", self.output_norm, nn.LayerNorm)
-        _check_read("weights", self.weights)
-        if self.biases is not None:
-            _check_read("biases", self.biases)
+        weights, biases = _list("weights", self.weights), self.biases and _list("biases", self.biases)
         self._check_dtype(features)
         undirected, norm = self.norm == "sym_undirected", self.output_norm
+        # another layer, or one with hooks, is called
+        fused = _is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
         # what goes against the edges more than once: gradients, and the layers of an undirected graph
         columns = undirected or torch.is_grad_enabled()
         scale: Tensor | None = None
@@ -575,18 +643,19 @@ class PDGR(nn.Module):
             index, coefficient, lists = self._for_batch(graph, x.shape[0], x.shape[1], columns)
         else:
             raise ValueError("PDGR: prior and graph say the same; expected one of them, got both")
-        for layer, weight in enumerate(self.weights):
-            last = layer == len(self.weights) - 1
+        for layer, weight in enumerate(weights):
+            last = layer == len(weights) - 1
+            normed = last and fused
             x = linear_map(x, weight, backend=self.backend)
             x, coefficient = graph_layer(
                 x,
                 index,
                 coefficient,
-                None if self.biases is None else self.biases[layer],
-                norm.weight if last else None,
-                norm.bias if last else None,
-                activation="layer_norm" if last else "relu",
-                eps=norm.eps,
+                None if biases is None else biases[layer],
+                norm.weight if normed else None,
+                norm.bias if normed else None,
+                activation="layer_norm" if normed else "none" if last else "relu",
+                eps=norm.eps if normed else 1e-5,
                 undirected=undirected,
                 scale=scale,
                 csc=lists,
@@ -595,6 +664,8 @@ class PDGR(nn.Module):
             )
             if not last:
                 x = self.dropout(x)
+        if not fused:
+            x = norm(x)
         if features.dim() == 4:
             x = x.transpose(1, 2).unflatten(2, grid)
         if self.residual:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -425,3 +426,19 @@ def test_no_tolerance_ends_in_nan(tolerance):
     labels, prior = torch.randn(1, 2, 5, 6), torch.randn(1, 16, 5, 6)
     found = LabelPropagation(k=5, tolerance=tolerance, max_iterations=300)(labels, prior)
     torch.testing.assert_close(found, LabelPropagation(k=5)(labels, prior), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.promise("C5")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("way", [functools.partial(propagate_labels, steps=1), solve_labels])
+def test_the_largest_labels_stay_finite(way, dtype):
+    graph = propagation_graph(torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(3)), (4, 4), 3)
+    largest = torch.finfo(dtype).max
+    labels = torch.full((1, 16, 2), largest, dtype=dtype)
+    labels[..., 1] = -largest
+    found = way(labels, graph)
+    assert found.isfinite().all() and torch.equal(found[..., 0], -found[..., 1])
+    # some node has more than any label, others have less
+    wide = way(labels.double() / largest, graph)
+    assert wide.max() > 1.01
+    torch.testing.assert_close(found.double() / largest, wide.clamp(-1, 1), atol=0, rtol=8 * torch.finfo(dtype).eps)
