@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ _SAMPLES = 21
 _POINTS = 2048
 """Most points along a parallel of what lies around a scene."""
 
+_log = logging.getLogger(__name__)
 _STRANGE = re.compile(r"[!;?\x00-\x1f\ud800-\udfff]|^//")
 """What pyogrio takes for a part of an address, such as an archive, or drops."""
 
@@ -100,7 +103,9 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
     if points_elsewhere(path):
         raise DatasetError(f"read_shapes: {printable(path)} points to something remote; expected polygons in a file")
     try:
-        with plain_path(path) as plain:
+        with plain_path(path) as plain, warnings.catch_warnings():
+            # said below, with the name of the file
+            warnings.filterwarnings("ignore", "Non closed ring", RuntimeWarning)
             meta, _, geometry, columns = read(plain)
     except (DataSourceError, DataLayerError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
@@ -112,7 +117,7 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
             "(--field)"
         )
     values = [""] * len(geometry) if field is None else [str(value) for value in columns[fields.index(field)]]
-    shapes = shapely.from_wkb(geometry)
+    shapes = _decoded(geometry, path)
     kept = [i for i, shape in enumerate(shapes) if shape is not None and not shape.is_empty]
     if not kept:
         raise DatasetError(f"read_shapes: {printable(path)} has no shape; expected polygons")
@@ -135,6 +140,27 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
             ) from None
     touching = [(shape, values[i]) for shape, i in zip(found, kept, strict=True) if not shape.is_empty]
     return Shapes([shape for shape, _ in touching], [value for _, value in touching], [values[i] for i in kept])
+
+
+def _decoded(geometry: Any, path: Path) -> Any:
+    """Shapes of WKB; a ring of three corners or more that does not end where it begins is closed."""
+    import shapely
+
+    try:
+        return shapely.from_wkb(geometry)
+    except shapely.errors.ShapelyError:
+        shapes = shapely.from_wkb(geometry, on_invalid="fix")
+    lost = any(shape is None and wkb is not None for shape, wkb in zip(shapes, geometry, strict=True))
+    rings = shapely.get_rings(shapely.get_parts(shapely.get_parts(shapes)))
+    if lost or (shapely.get_num_coordinates(rings) < 4).any():
+        raise DatasetError(
+            f"read_shapes: {printable(path)} has a shape that is damaged or a ring of fewer than three corners; "
+            "expected polygons"
+        )
+    _log.warning(
+        "%s: it has rings that do not end where they begin; a straight line closes each", printable(Path(path.name))
+    )
+    return shapes
 
 
 def _sound(shapes: Any) -> Any:

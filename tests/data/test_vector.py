@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -177,3 +178,37 @@ def test_many_shapes_are_turned_at_once(tmp_path, monkeypatch, west):
     monkeypatch.setattr(shapely, "transform", lambda *given, **how: [calls.append(1), plain(*given, **how)][1])
     assert len(near(tmp_path / "area.gpkg", shapes, "EPSG:4326", ("EPSG:4326", west, 90, 1, 360, 180))) == 500
     assert len(calls) < 10
+
+
+def geojson(path: Path, *shapes: dict) -> Path:
+    """A file of GeoJSON geometries as they are written, right or wrong, in metres."""
+    features = [{"type": "Feature", "properties": {"name": "a"}, "geometry": shape} for shape in shapes]
+    crs = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32632"}}
+    path.write_text(json.dumps({"type": "FeatureCollection", "crs": crs, "features": features}))
+    return path
+
+
+def rings(*corners: list) -> dict:
+    return {"type": "Polygon", "coordinates": list(corners)}
+
+
+SQUARE = [[2, 3], [5, 3], [5, 7], [2, 7], [2, 3]]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("hole", [[], [[3, 4], [4, 4], [4, 5]]], ids=["outer", "hole"])
+def test_a_ring_that_is_not_closed_is(tmp_path, caplog, hole):
+    path = geojson(tmp_path / "area.geojson", rings(SQUARE if hole else SQUARE[:-1], *([hole] if hole else [])))
+    (shape,) = read_shapes(path, None, SCENE).shapes
+    assert shape.area == (11.5 if hole else 12)
+    (line,) = caplog.messages
+    assert line == "area.geojson: it has rings that do not end where they begin; a straight line closes each"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("corners", [[SQUARE[:2]], [SQUARE[:1]], [SQUARE, SQUARE[:2]]], ids=["two", "one", "hole"])
+def test_a_ring_of_too_few_corners_is_one_line(tmp_path, corners):
+    path = geojson(tmp_path / "area.geojson", rings(SQUARE), rings(*corners))
+    expected = "read_shapes: .*area.geojson has .* a ring of fewer than three corners; expected polygons$"
+    with pytest.raises(DatasetError, match=expected):
+        read_shapes(path, "name", SCENE)
