@@ -75,8 +75,8 @@ class SceneReader(RasterReader):
             aoi: vector file. Pixels outside its shapes are invalid, and the grid ends at the box of the shapes.
 
         Raises:
-            ConfigError: the scene has no georeference, or too few pixels are left.
-            DatasetError: ``aoi`` cannot be read, or lies elsewhere.
+            ConfigError: the scene has no georeference, or ``aoi`` lies elsewhere or holds no pixel.
+            DatasetError: ``aoi`` cannot be read.
         """
         from affine import Affine
 
@@ -125,6 +125,16 @@ class SceneReader(RasterReader):
         self._corner = int(top), int(left)
         self.height, self.width = int(bottom - top), int(right - left)
         self._grid, self._area = grid @ Affine.translation(left, top), area
+        if not self._holds_pixels():
+            raise ConfigError(
+                f"open_scene: --aoi holds no pixel; expected the centre of one of {self.path}, got {path}"
+            )
+
+    def _holds_pixels(self) -> bool:
+        """Whether a pixel is within the shapes; block by block until one is, as a mask of all may be large."""
+        blocks = ((top, left) for top in range(0, self.height, PIECE) for left in range(0, self.width, PIECE))
+        sizes = ((block, (min(PIECE, self.height - block[0]), min(PIECE, self.width - block[1]))) for block in blocks)
+        return any(self._inside(block, size).any() for block, size in sizes)
 
     def window(self, top: int, bottom: int, left: int, right: int) -> tuple[Tensor, NDArray[np.bool_]]:
         row, column = self._corner

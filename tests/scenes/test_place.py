@@ -12,6 +12,7 @@ import pytest
 from drseg_core.checkpoints.run import load_run
 from drseg_core.config.reading import Reading
 from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.scenes import reader
 from drseg_core.scenes.reader import open_scene
 from tests.cli.conftest import data, folder, run
 from tests.evaluation.fake import color_image
@@ -289,6 +290,24 @@ def test_an_area_elsewhere_is_refused(tmp_path):
     for corners in ((9.01, 50.5, 9.02, 50.6), (-110, 30, -90, 45), (170, -50, 179, -40), (-180, -90, 180, -85)):
         with pytest.raises(ConfigError, match="--aoi lies elsewhere; expected a part of .*in.tif, got .*area.geojson"):
             inside(image, rings(tmp_path / "area.geojson", corners))
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32632", "EPSG:4326"])
+@pytest.mark.parametrize("gsd", [None, 1.0])
+def test_an_area_between_the_centres_of_pixels_is_refused(tmp_path, monkeypatch, crs, gsd):
+    pytest.importorskip("pyogrio")
+    monkeypatch.setattr(reader, "PIECE", 7)
+    image = write(tmp_path / "in.tif", np.full((3, 60, 80), 9, np.uint8), **PLACE)
+    # two specks far from each other, and a strip between two rows of centres
+    boxes = [(2.55, 2.55, 2.6, 2.6), (20.1, 20.1, 20.2, 20.2), (3, 5.05, 30, 5.2)]
+    area = polygon(tmp_path / "area.geojson", *boxes, crs=crs)
+    with pytest.raises(ConfigError, match="--aoi holds no pixel; expected .*in.tif, got .*area.geojson$"):
+        mapped(image, tmp_path / "map.tif", aoi=area, gsd=gsd)
+    assert not list(tmp_path.glob("map*"))
+    # with a centre in the last block
+    area = polygon(tmp_path / "area.geojson", *boxes, (34.4, 25.4, 35.6, 25.9), crs=crs)
+    with open_scene(image, aoi=area, gsd=gsd) as scene:
+        assert scene.window(0, scene.height, 0, scene.width)[1].sum() == 2
 
 
 def test_part_and_resolution_together(tmp_path):
