@@ -8,6 +8,7 @@ import logging
 import re
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def plain_path(path: Path) -> Iterator[Path]:
 
 
 def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
-    """Read a vector file that GDAL reads, such as GeoPackage, GeoJSON or Shapefile.
+    """Read the polygons of a vector file that GDAL reads, such as GeoPackage, GeoJSON or Shapefile.
+
+    Points and lines are left out, and a warning counts them.
 
     Args:
         path: the file.
@@ -90,7 +93,7 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
         The shapes; none where all lie elsewhere.
 
     Raises:
-        DatasetError: no such file, no shape, no such column, or no CRS to go by.
+        DatasetError: no such file, no polygon, no such column, or no CRS to go by.
     """
     require("read_shapes", "vectors")
     import shapely
@@ -121,6 +124,15 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
     kept = [i for i, shape in enumerate(shapes) if shape is not None and not shape.is_empty]
     if not kept:
         raise DatasetError(f"read_shapes: {printable(path)} has no shape; expected polygons")
+    shapes, others = _polygons(shapes)
+    kinds = ", ".join(sorted(others))
+    kept = [i for i in kept if not shapes[i].is_empty]
+    if not kept:
+        raise DatasetError(f"read_shapes: {printable(path)} has no polygon; expected one or more, got {kinds}")
+    if others:
+        _log.warning(
+            "%s: %d of its shapes are no polygons and left out (%s)", printable(Path(path.name)), others.total(), kinds
+        )
     own = meta["crs"] and CRS.from_user_input(meta["crs"])
     if bool(own) != bool(scene.crs):
         which = "the scene" if own else printable(path)
@@ -138,6 +150,8 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
             raise DatasetError(
                 f"read_shapes: {printable(path)} cannot be brought into the CRS of the scene; {error} ({scene.crs})"
             ) from None
+    # where one is cut, or a line of it crosses itself, a line may be left of it
+    found, _ = _polygons(found)
     touching = [(shape, values[i]) for shape, i in zip(found, kept, strict=True) if not shape.is_empty]
     return Shapes([shape for shape, _ in touching], [value for _, value in touching], [values[i] for i in kept])
 
@@ -161,6 +175,23 @@ def _decoded(geometry: Any, path: Path) -> Any:
         "%s: it has rings that do not end where they begin; a straight line closes each", printable(Path(path.name))
     )
     return shapes
+
+
+def _polygons(shapes: Any) -> tuple[Any, Counter[str]]:
+    """The polygons of shapes, and how many there are of each other kind; what has none becomes empty."""
+    import shapely
+
+    def parts(shape: Any) -> list[Any]:
+        return [p for s in shape.geoms for p in parts(s)] if shape.geom_type == "GeometryCollection" else [shape]
+
+    areas = "Polygon", "MultiPolygon"
+    shapes, others = shapes.copy(), Counter[str]()
+    for i, shape in enumerate(shapes):
+        if shape is not None and shape.geom_type not in areas:
+            found = [part for part in parts(shape) if part.geom_type in areas]
+            others.update(part.geom_type for part in parts(shape) if part.geom_type not in areas)
+            shapes[i] = shapely.union_all(_sound(np.array(found, object)))
+    return shapes, others
 
 
 def _sound(shapes: Any) -> Any:

@@ -212,3 +212,36 @@ def test_a_ring_of_too_few_corners_is_one_line(tmp_path, corners):
     expected = "read_shapes: .*area.geojson has .* a ring of fewer than three corners; expected polygons$"
     with pytest.raises(DatasetError, match=expected):
         read_shapes(path, "name", SCENE)
+
+
+LINE = {"type": "LineString", "coordinates": SQUARE}
+POINT = {"type": "Point", "coordinates": [3, 4]}
+
+
+def collection(*shapes: dict) -> dict:
+    return {"type": "GeometryCollection", "geometries": list(shapes)}
+
+
+@pytest.mark.parametrize("shapes", [[LINE], [LINE, LINE, POINT], [collection(LINE, collection(POINT))]])
+def test_a_file_without_polygons_is_one_line(tmp_path, shapes):
+    path = geojson(tmp_path / "area.geojson", *shapes)
+    kinds = "LineString" if shapes == [LINE] else "LineString, Point"
+    with pytest.raises(DatasetError, match=f"area.geojson has no polygon; expected one or more, got {kinds}$"):
+        read_shapes(path, None, SCENE)
+
+
+def test_points_and_lines_beside_polygons_are_left_out_with_a_word(tmp_path, caplog):
+    inner = rings([[3, 3], [6, 3], [6, 7], [3, 7], [3, 3]])
+    shapes = [rings(SQUARE), LINE, collection(rings(SQUARE), POINT, collection(inner, LINE)), POINT, None]
+    found = read_shapes(geojson(tmp_path / "area.geojson", *shapes), "name", SCENE)
+    # a collection of two that overlap is the ground of both
+    assert [shape.area for shape in found.shapes] == [12, 16] and found.values == ["a", "a"] == found.all_values
+    (line,) = caplog.messages
+    assert line == "area.geojson: 4 of its shapes are no polygons and left out (LineString, Point)"
+
+
+def test_what_is_left_of_a_cut_polygon_is_no_line(tmp_path):
+    # a square with a spike, as GeoPackages of digitised fields have
+    spike = shapely.Polygon([(2, 3), (5, 3), (5, 7), (9, 7), (5, 7), (2, 7)])
+    (shape,) = near(tmp_path / "area.gpkg", [spike], "EPSG:25832", ("EPSG:32632", 0, 9, 1, 9, 9))
+    assert shape.geom_type == "Polygon" and abs(shape.area - 12) < 1e-3
