@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -28,6 +29,8 @@ from drseg_core.files import own_prefix, parse_json, remove_dead
 RASTERS = (".tif", ".tiff", ".vrt", ".img", ".png")
 SMALLEST = 64
 """Side below which the rest at an edge is left out."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,10 @@ def _stored(scene: RasterReader, options: TileOptions) -> Stored:
 def _labels(path: Path, scene: RasterReader, options: TileOptions) -> Iterator[RasterLabels | VectorLabels]:
     """The labels of a file, raster or vector."""
     if path.suffix.lower() not in RASTERS:
-        yield VectorLabels(read_shapes(path, options.field, scene), scene, options)
+        shapes = read_shapes(path, options.field, scene)
+        for hint in shapes.hints:
+            _log.warning("%s", hint)
+        yield VectorLabels(shapes, scene, options)
         return
     with open_raster(path, origin="data tile") as source, _on_grid(source, scene, path) as placed:
         yield RasterLabels(placed, scene, options, path, _raster_names(source))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import tempfile
 import warnings
@@ -27,18 +26,20 @@ _SAMPLES = 21
 _POINTS = 2048
 """Most points along a parallel of what lies around a scene."""
 
-_log = logging.getLogger(__name__)
 _STRANGE = re.compile(r"[!;?\x00-\x1f\ud800-\udfff]|^//")
 """What pyogrio takes for a part of an address, such as an archive, or drops."""
 
 
 class Shapes:
-    """Shapes in the CRS of a scene, with the value of one column each; ``all_values`` are those of the whole file."""
+    """Shapes in the CRS of a scene, with the value of one column each; ``all_values`` are those of the whole file.
 
-    def __init__(self, shapes: list[Any], values: list[str], all_values: list[str]) -> None:
+    ``hints`` are warnings of what is not taken as the file has it.
+    """
+
+    def __init__(self, shapes: list[Any], values: list[str], all_values: list[str], hints: list[str]) -> None:
         import shapely
 
-        self.shapes, self.values, self.all_values = shapes, values, all_values
+        self.shapes, self.values, self.all_values, self.hints = shapes, values, all_values, hints
         self._tree = shapely.STRtree(shapes)
 
     def bounds(self) -> tuple[float, float, float, float]:
@@ -81,7 +82,7 @@ def plain_path(path: Path) -> Iterator[Path]:
 def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
     """Read the polygons of a vector file that GDAL reads, such as GeoPackage, GeoJSON or Shapefile.
 
-    Points and lines are left out, and a warning counts them.
+    Points and lines are left out, and a hint counts them.
 
     Args:
         path: the file.
@@ -120,26 +121,26 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
             "(--field)"
         )
     values = [""] * len(geometry) if field is None else [str(value) for value in columns[fields.index(field)]]
-    shapes = _decoded(geometry, path)
+    hints: list[str] = []
+    shapes = _decoded(geometry, path, hints)
     kept = [i for i, shape in enumerate(shapes) if shape is not None and not shape.is_empty]
     if not kept:
         raise DatasetError(f"read_shapes: {printable(path)} has no shape; expected polygons")
+    if not np.isfinite(shapely.get_coordinates(shapes)).all():
+        raise DatasetError(f"read_shapes: {printable(path)} has a corner that is no number; expected coordinates")
     shapes, others = _polygons(shapes)
     kinds = ", ".join(sorted(others))
     kept = [i for i in kept if not shapes[i].is_empty]
     if not kept:
         raise DatasetError(f"read_shapes: {printable(path)} has no polygon; expected one or more, got {kinds}")
     if others:
-        _log.warning(
-            "%s: %d of its shapes are no polygons and left out (%s)", printable(Path(path.name)), others.total(), kinds
-        )
+        name = printable(Path(path.name))
+        hints.append(f"{name}: {others.total()} of its shapes are no polygons and left out ({kinds})")
     own = meta["crs"] and CRS.from_user_input(meta["crs"])
     if bool(own) != bool(scene.crs):
         which = "the scene" if own else printable(path)
         raise DatasetError(f"read_shapes: {which} has no CRS; expected one, so that both lie in one place")
     found = shapes[kept]
-    if not np.isfinite(shapely.get_coordinates(found)).all():
-        raise DatasetError(f"read_shapes: {printable(path)} has a corner that is no number; expected coordinates")
     if own:
         try:
             if own != scene.crs:
@@ -153,10 +154,10 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
     # where one is cut, or a line of it crosses itself, a line may be left of it
     found, _ = _polygons(found)
     touching = [(shape, values[i]) for shape, i in zip(found, kept, strict=True) if not shape.is_empty]
-    return Shapes([shape for shape, _ in touching], [value for _, value in touching], [values[i] for i in kept])
+    return Shapes([shape for shape, _ in touching], [value for _, value in touching], [values[i] for i in kept], hints)
 
 
-def _decoded(geometry: Any, path: Path) -> Any:
+def _decoded(geometry: Any, path: Path, hints: list[str]) -> Any:
     """Shapes of WKB; a ring of three corners or more that does not end where it begins is closed."""
     import shapely
 
@@ -171,9 +172,8 @@ def _decoded(geometry: Any, path: Path) -> Any:
             f"read_shapes: {printable(path)} has a shape that is damaged or a ring of fewer than three corners; "
             "expected polygons"
         )
-    _log.warning(
-        "%s: it has rings that do not end where they begin; a straight line closes each", printable(Path(path.name))
-    )
+    name = printable(Path(path.name))
+    hints.append(f"{name}: it has rings that do not end where they begin; a straight line closes each")
     return shapes
 
 

@@ -67,6 +67,11 @@ class SceneReader(RasterReader):
     def rpcs(self) -> Any:
         return self.source.rpcs if self._grid is None else None
 
+    @property
+    def area_hints(self) -> list[str]:
+        """Warnings of what of an area is not taken as its file has it."""
+        return [] if self._area is None else self._area.hints
+
     def place(self, *, gsd: float | None = None, aoi: str | Path | None = None) -> None:
         """Choose resolution and part.
 
@@ -293,7 +298,7 @@ def describe(scene: SceneReader, trained_gsd: float | None = None) -> None:
     with contextlib.suppress(RasterError):
         extreme = scene.extreme_value()
     hints = (scene.scale_warning, scene.window_warning(), scene.band_warning(), scene.nodata_warning())
-    for message in (*hints, nodata_hint(name, extreme), _gsd_hint(scene, trained_gsd)):
+    for message in (*scene.area_hints, *hints, nodata_hint(name, extreme), _gsd_hint(scene, trained_gsd)):
         if message is not None:
             _log.warning("%s", message)
 

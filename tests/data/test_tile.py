@@ -176,6 +176,22 @@ def first_tile(folder: Path, part: str = "images") -> Path:
     return folder / "train" / part / "r0000_c0000.tif"
 
 
+def test_lines_are_no_labels(tmp_path, caplog):
+    pytest.importorskip("pyogrio")
+    content = []
+    for kind, low in (("Polygon", 100), ("LineString", 5)):
+        ring = [[500_000 + x, 5_600_000 - y] for x, y in ((low, low), (low, 300), (300, 300), (300, low), (low, low))]
+        shape = {"type": kind, "coordinates": [ring] if kind == "Polygon" else ring}
+        content.append({"type": "Feature", "properties": {"class": kind}, "geometry": shape})
+    crs = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32632"}}
+    path = tmp_path / "labels.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "crs": crs, "features": content}))
+    scene = write(tmp_path / "scene.tif", np.ones((3, H, W), np.uint8), **PLACE)
+    tiled = tile_scene(scene, path, tmp_path / "out", TileOptions(size=64, field="class", val_share=0))
+    assert tiled.class_names == ("Polygon",)
+    assert caplog.messages == ["labels.geojson: 1 of its shapes are no polygons and left out (LineString)"]
+
+
 @pytest.mark.parametrize("kind, value", [(np.uint8, 256), (np.uint8, -1), (np.uint8, 0.5), (np.uint16, -9999)])
 def test_a_nodata_value_that_the_type_has_not(tmp_path, kind, value):
     path = write(tmp_path / "scene.tif", np.ones((3, H, W), kind), **PLACE)

@@ -310,6 +310,26 @@ def test_an_area_between_the_centres_of_pixels_is_refused(tmp_path, monkeypatch,
         assert scene.window(0, scene.height, 0, scene.width)[1].sum() == 2
 
 
+def test_what_is_not_taken_of_an_area_is_said_once(tmp_path, caplog):
+    pytest.importorskip("pyogrio")
+    label = truth(60, 80)
+    image = write(tmp_path / "in.tif", color_image(label).numpy(), **PLACE)
+    area = polygon(tmp_path / "area.geojson", (5, 5, 15, 10))
+    content = json.loads(area.read_text())
+    ring = content["features"][0]["geometry"]["coordinates"][0]
+    content["features"].append(
+        {"type": "Feature", "geometry": {"type": "LineString", "coordinates": [ring[0], ring[2]]}}
+    )
+    del ring[-1]
+    area.write_text(json.dumps(content))
+    found, _ = read(mapped(image, tmp_path / "map.tif", aoi=area).classes)
+    assert np.array_equal(found[0], label[10:20, 10:30])
+    assert [line.split(";")[0] for line in caplog.messages if "area.geojson" in line] == [
+        "area.geojson: it has rings that do not end where they begin",
+        "area.geojson: 1 of its shapes are no polygons and left out (LineString)",
+    ]
+
+
 def test_part_and_resolution_together(tmp_path):
     pytest.importorskip("pyogrio")
     label = truth(30, 40).repeat_interleave(2, 0).repeat_interleave(2, 1)
