@@ -13,7 +13,10 @@ STRETCH = (2.0, 98.0)
 """Percentiles that become 0 and 255 where a scale is measured."""
 
 NODATA_SHARE = 0.05
-"""A single extreme value in more than this share of the pixels is taken for an undeclared nodata value."""
+"""A single extreme value in more than this share of the pixels is taken for an undeclared nodata value.
+
+One that is far from all others is from the share on at which it becomes a percentile of ``STRETCH``.
+"""
 _USED_FOR_NODATA = {0, -1, -99, -999, -9999, -99999, -32768, -32767, 32767, 65535}
 
 
@@ -46,7 +49,9 @@ def extreme_value(value: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[float,
         return None
     for candidate in {inside.min(), inside.max()}:
         share = float((same & (inside[0] == candidate)).mean())
-        if share > NODATA_SHARE and (found is None or share > found[1]) and _stands_out(candidate, inside):
+        if share < STRETCH[0] / 100 or found is not None and share <= found[1] or not _stands_out(candidate, inside):
+            continue
+        if share > NODATA_SHARE or _ruins_a_stretch(candidate, inside):
             found = float(candidate), share
     return found
 
@@ -67,6 +72,18 @@ def _stands_out(candidate: Any, value: NDArray[Any]) -> bool:
         return False
     low, high = float(rest.min()), float(rest.max())
     return min(abs(float(candidate) - low), abs(float(candidate) - high)) > max(high - low, 1e-12)
+
+
+def _ruins_a_stretch(candidate: Any, value: NDArray[Any]) -> bool:
+    """Whether a lowest or highest value is so far from all others that these would share few of the 8 bits.
+
+    8-bit values are not stretched, and saturated clouds or dark water have values beside theirs.
+    """
+    rest = value[value != candidate].astype(np.float64)
+    if value.dtype.itemsize == 1:
+        return False
+    low, high = np.percentile(rest, STRETCH)
+    return float(np.abs(rest - float(candidate)).min()) > (high - low) / 2
 
 
 def _ends(dtype: np.dtype[Any]) -> tuple[int, int]:

@@ -186,7 +186,8 @@ def test_pixels_without_data_are_not_trained_on(tmp_path):
 def test_nodata_that_nobody_declared_is_named(tmp_path, caplog, value, kind):
     data = RNG.integers(300, 4000, size=(3, 50, 50)).astype(kind)
     few, many = data.copy(), data.copy()
-    few[:, :2], many[:, :20] = value, value
+    # a percentile of the stretch is not yet hit
+    few[:, :1, :49], many[:, :20] = value, value
     with open_scene(write(tmp_path / "few.tif", few)) as scene:
         assert scene.extreme_value() is None
     with open_scene(write(tmp_path / "many.tif", many)) as scene:
@@ -203,6 +204,42 @@ def test_nodata_that_nobody_declared_is_named(tmp_path, caplog, value, kind):
         f"0.tif: 40 % of the pixels have the value {value} in all bands, and no nodata value is declared; "
         f"--nodata {value} leaves them out"
     ]
+
+
+@pytest.mark.parametrize(
+    "value, kind, top",
+    [(-9999, np.int16, 12_000), (65535, np.uint16, 40_000), (-9999, np.float32, 1), (0, np.uint16, 900)],
+)
+@pytest.mark.parametrize("share", [2, 3, 4])
+def test_few_pixels_of_nodata_that_would_spoil_the_stretch_are_named(tmp_path, value, kind, top, share):
+    data = (RNG.uniform(0.5, 1, (3, 50, 50)) * top).astype(kind)
+    # a dead pixel does not hide it
+    data[:, 49, 49] = 2 * min(top, 15_000)
+    data.reshape(3, -1)[:, : 25 * share] = value
+    with open_scene(write(tmp_path / "scene.tif", data)) as scene:
+        assert scene.extreme_value() == (value, share / 100)
+
+
+@pytest.mark.parametrize("kind", ["clouds", "water", "deep", "bytes", "some bands"])
+def test_few_saturated_or_dark_pixels_are_no_nodata(kind):
+    value = RNG.normal(3000, 700, (3, 100, 100)).clip(0, 65535).astype(np.uint16)
+    ramp = np.linspace(0, 1, 1000).reshape(20, 50)
+    if kind == "clouds":
+        # from white to saturated, 4 % of the pixels
+        value[:, :20, :50] = 3000 + 62_535 * ramp
+        value[:, :8, 50:] = 65535
+    elif kind == "water":
+        value[:, :20, :50] = 3000 * ramp
+        value[:, :8, 50:] = 0
+    elif kind == "deep":
+        # the noise of dark pixels beside bright land
+        value[:, :8, :50], value[:, 8:12, :50] = 0, 200
+    elif kind == "bytes":
+        value = (value // 40).clip(50, 90).astype(np.uint8)
+        value[:, :8, :50] = 255
+    else:
+        value[:2, :8, :50] = 65535
+    assert extreme_value(value, np.ones(value.shape[1:], bool)) is None
 
 
 def test_a_flat_picture_has_no_extreme():
