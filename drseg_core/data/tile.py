@@ -216,12 +216,13 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
 
 
 class Stored(NamedTuple):
-    """How the images of tiles are stored: type, nodata value, colour table, and whether with a mask."""
+    """How the images of tiles are stored: type, nodata value, colour table, whether with a mask, options of GDAL."""
 
     dtype: str
     nodata: float | None
     colors: Mapping[int, tuple[int, ...]] | None
     masked: bool
+    options: Mapping[str, int]
 
 
 def _stored(scene: RasterReader, options: TileOptions) -> Stored:
@@ -247,7 +248,10 @@ def _stored(scene: RasterReader, options: TileOptions) -> Stored:
     given = options.nodata
     two = given is not None and declared is not None and not np.array_equal(given, declared, equal_nan=True)
     masked = two or "per_dataset" in flags and "alpha" not in flags
-    return Stored(str(dtype), None if masked else nodata, colors, masked)
+    # values of fewer than 8 bits fill 0 to 255 where they are read
+    bits = {source.tags(band, ns="IMAGE_STRUCTURE").get("NBITS") for band in source.indexes}
+    few = {"nbits": int(bits.pop() or 8)} if dtype == "uint8" and colors is None and len(bits) == 1 else {}
+    return Stored(str(dtype), None if masked else nodata, colors, masked, few)
 
 
 @contextlib.contextmanager
@@ -383,7 +387,13 @@ def _write(
             with (
                 rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
                 rasterio.open(
-                    image, "w", count=source.count, dtype=stored.dtype, nodata=stored.nodata, **profile
+                    image,
+                    "w",
+                    count=source.count,
+                    dtype=stored.dtype,
+                    nodata=stored.nodata,
+                    **stored.options,
+                    **profile,
                 ) as file,
             ):
                 file.colorinterp = source.colorinterp

@@ -28,6 +28,17 @@ def stretched(value: NDArray[Any], limits: NDArray[np.float32]) -> NDArray[np.ui
     return (np.clip(share, 0, 1) * 255).round().astype(np.uint8)
 
 
+def highest_values(source: Any, bands: Sequence[int]) -> NDArray[np.float32] | None:
+    """(B, 1, 1), the highest value that each 8-bit band of a raster can store; None if that is 255 in all."""
+    bits = [int(source.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", 8)) for band in bands]
+    return None if min(bits) >= 8 else np.array([2**n - 1 for n in bits], np.float32)[:, None, None]
+
+
+def spread(value: NDArray[Any], highest: NDArray[np.float32] | None) -> NDArray[Any]:
+    """Values (B, H, W) of fewer than 8 bits over 0 to 255, as Pillow and viewers take them; others as they are."""
+    return value if highest is None else np.rint(value * (255 / highest)).astype(np.uint8)
+
+
 def limits_array(limits: Sequence[tuple[float, float]]) -> NDArray[np.float32]:
     """Pairs as (2, B, 1, 1)."""
     return np.array(limits, np.float32).T[:, :, None, None]

@@ -18,7 +18,7 @@ from torch import Tensor
 from drseg_core.config.reading import Reading, scale_text
 from drseg_core.data.ground import pixel_side, pixel_sides
 from drseg_core.data.raster import RasterReader, open_raster
-from drseg_core.data.values import nodata_hint
+from drseg_core.data.values import nodata_hint, spread
 from drseg_core.data.vector import Shapes, read_shapes
 from drseg_core.errors import ConfigError, RasterError
 
@@ -162,7 +162,7 @@ class SceneReader(RasterReader):
         return self._rgb(value), valid
 
     def _piece(self, top: int, bottom: int, left: int, right: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Values (B, n, m) as stored, and which are valid. GDAL knows no nodata value but that of the file."""
+        """Values (B, n, m) not yet scaled, and which are valid. GDAL knows no nodata value but that of the file."""
         from rasterio.windows import Window
 
         rows = Lines.of(top, bottom, self._factor[0], self.source.height)
@@ -171,6 +171,7 @@ class SceneReader(RasterReader):
         with self._explained(f"rows {rows.first} to {rows.last}"):
             value = self.source.read(list(self.bands), window=window)
             valid = (self.source.dataset_mask(window=window) != 0) & self._present(value)
+        value = spread(value, self._highest)
         nearest = np.ix_(rows.nearest, columns.nearest)
         plain = value[:, nearest[0], nearest[1]]
         if self._colors is not None:

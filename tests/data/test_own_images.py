@@ -16,13 +16,16 @@ from drseg_core.config.schema import ReadingConfig
 from drseg_core.data import open_dataset
 from drseg_core.data.check import check_data
 from drseg_core.data.folder import FolderDataset
+from drseg_core.data.images import read_image
 from drseg_core.data.own_images import read_rgb
 from drseg_core.data.prepare.strips import open_strips
 from drseg_core.data.values import extreme_value
 from drseg_core.errors import ConfigError, DatasetError
-from drseg_core.scenes.reader import open_scene
+from drseg_core.scenes.reader import describe, open_scene
+from tests.data.test_images import write_png
 
 rasterio = pytest.importorskip("rasterio")
+from rasterio import shutil  # noqa: E402
 from rasterio.enums import ColorInterp  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -246,6 +249,38 @@ def test_a_flat_picture_has_no_extreme():
     value = np.full((3, 4, 4), 7)
     assert extreme_value(value, np.ones((4, 4), bool)) is None
     assert extreme_value(value, np.zeros((4, 4), bool)) is None
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 7])
+@pytest.mark.parametrize("kind", ["png", "tif", "three bands", "vrt"])
+def test_values_of_few_bits_fill_eight(tmp_path, caplog, kind, bits):
+    if kind == "png" and bits == 7:
+        pytest.skip("no PNG")
+    value = RNG.integers(0, 2**bits, (3 if kind == "three bands" else 1, 20, 30)).astype(np.uint8)
+    expected = np.broadcast_to(np.rint(value * (255 / (2**bits - 1))).astype(np.uint8), (3, 20, 30))
+    path = tmp_path / f"scene.{'png' if kind == 'png' else 'tif'}"
+    if kind == "png":
+        write_png(path, value[0], bits)
+    else:
+        place = {"crs": "EPSG:32632", "transform": rasterio.transform.from_origin(500_000, 5_600_000, 1, 1)}
+        write(path, value, nbits=bits, **place)
+    if kind == "vrt":
+        shutil.copy(path, tmp_path / "scene.vrt", driver="VRT")
+    with open_scene(tmp_path / "scene.vrt" if kind == "vrt" else path) as scene:
+        assert np.array_equal(scene.rows(0, 20)[0].numpy(), expected)
+        assert np.array_equal(scene.window(3, 9, 4, 20)[0].numpy(), expected[:, 3:9, 4:20])
+        describe(scene)
+    assert "nodata" not in caplog.text
+    assert np.array_equal(read_rgb(path, Reading(), max_pixels=10**6).image, expected.transpose(1, 2, 0))
+    if kind in ("png", "tif", "three bands"):
+        assert np.array_equal(read_image(path), expected.transpose(1, 2, 0))
+    # the value of an option is the stored one
+    with open_scene(path, reading=Reading(nodata=1)) as scene:
+        assert np.array_equal(scene.rows(0, 20)[1], (value != 1).any(0))
+    if kind == "three bands":
+        with open_scene(path, gsd=2.0) as scene:
+            mean = expected.reshape(3, 10, 2, 15, 2).mean((2, 4))
+            assert np.abs(scene.rows(0, scene.height)[0].numpy() - mean).max() <= 0.5
 
 
 def test_several_types_in_one_set_are_refused(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from drseg_core.config.reading import Reading
@@ -190,6 +191,15 @@ def test_lines_are_no_labels(tmp_path, caplog):
     tiled = tile_scene(scene, path, tmp_path / "out", TileOptions(size=64, field="class", val_share=0))
     assert tiled.class_names == ("Polygon",)
     assert caplog.messages == ["labels.geojson: 1 of its shapes are no polygons and left out (LineString)"]
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_a_scene_of_few_bits_stays_one(tmp_path, bits):
+    pixels = np.random.default_rng(0).integers(0, 2**bits, (3, H, W)).astype(np.uint8)
+    path = write(tmp_path / "scene.tif", pixels, nbits=bits, **PLACE)
+    tile_scene(path, labelled(tmp_path), tmp_path / "set", TileOptions(64, val_share=0, nodata=1))
+    with open_scene(path) as scene, open_scene(first_tile(tmp_path / "set")) as tile:
+        assert torch.equal(tile.rows(0, 64)[0], scene.window(0, 64, 0, 64)[0])
 
 
 @pytest.mark.parametrize("kind, value", [(np.uint8, 256), (np.uint8, -1), (np.uint8, 0.5), (np.uint16, -9999)])
