@@ -72,9 +72,11 @@ class RasterReader:
             raise RasterError(f"{origin}: {path} has inks (CMYK); expected red, green and blue")
         self.dtype = kinds[0] if len(set(kinds)) == 1 else ", ".join(kinds)
         self.is_byte = all(k == "uint8" for k in kinds)
-        if self.is_byte and source.count == 1:
+        if source.count == 1:
             with contextlib.suppress(ValueError):
                 table = source.colormap(1)
+                if not self.is_byte:
+                    raise RasterError(f"{origin}: {path} has a colour table for {kinds[0]}; expected one for uint8")
                 colors = np.array([table.get(i, (0, 0, 0, 255)) for i in range(256)], np.uint8)
                 self._colors, self._shown = colors[:, :3], colors[:, 3] > 0
         self._highest = highest_values(source, self.bands) if self.is_byte and self._colors is None else None

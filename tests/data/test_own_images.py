@@ -20,7 +20,7 @@ from drseg_core.data.images import read_image
 from drseg_core.data.own_images import read_rgb
 from drseg_core.data.prepare.strips import open_strips
 from drseg_core.data.values import extreme_value
-from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.errors import ConfigError, DatasetError, RasterError
 from drseg_core.scenes.reader import describe, open_scene
 from tests.data.test_images import write_png
 
@@ -281,6 +281,18 @@ def test_values_of_few_bits_fill_eight(tmp_path, caplog, kind, bits):
         with open_scene(path, gsd=2.0) as scene:
             mean = expected.reshape(3, 10, 2, 15, 2).mean((2, 4))
             assert np.abs(scene.rows(0, scene.height)[0].numpy() - mean).max() <= 0.5
+
+
+def test_a_colour_table_of_16_bits_is_refused(tmp_path):
+    root = folder(tmp_path / "set", [PIXELS[:1].astype(np.uint16)], photometric="PALETTE")
+    image = root / "train/images/0.tif"
+    with rasterio.open(image, "r+") as file:
+        file.write_colormap(1, {i: (i % 256, 0, 0, 255) for i in range(65536)})
+    said = "0.tif has a colour table for uint16; expected one for uint8$"
+    with pytest.raises(RasterError, match=f"read_scene: .*{said}"), open_scene(image):
+        pass
+    with pytest.raises(DatasetError, match=f"read_image: .*{said}"):
+        FolderDataset(root)
 
 
 def test_several_types_in_one_set_are_refused(tmp_path):
