@@ -70,7 +70,9 @@ def extreme_value(value: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[float,
 def holds(dtype: np.dtype[Any], value: float) -> bool:
     """Whether a type has a value."""
     if dtype.kind not in "iu":
-        return not np.isfinite(value) or abs(value) <= float(np.finfo(dtype).max)
+        # in a few digits the largest of a type is written beyond it
+        with np.errstate(over="ignore"):
+            return not np.isfinite(value) or bool(np.isfinite(dtype.type(value)))
     return float(value).is_integer() and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
 
 

@@ -369,11 +369,22 @@ def test_a_box_in_degrees_adds_no_row(tmp_path):
     assert valid.shape == (40, 40) and valid.all()
 
 
-@pytest.mark.parametrize("kind, value, said", [("uint8", -9999, True), ("uint8", 0.5, True), ("int16", -9999, False)])
+@pytest.mark.parametrize(
+    "kind, value, said",
+    [
+        ("uint8", -9999, True),
+        ("uint8", 0.5, True),
+        ("int16", -9999, False),
+        # as the largest of float32 is written in eight digits, which is beyond it
+        ("float32", -3.4028235e38, False),
+        ("float32", -1e39, True),
+        ("float64", -1e39, False),
+    ],
+)
 def test_a_nodata_value_that_no_pixel_can_have(tmp_path, caplog, kind, value, said):
     image = write(tmp_path / "in.tif", color_image(truth()).numpy().astype(kind), **PLACE)
     mapped(image, tmp_path / "map.tif", reading=Reading(nodata=value))
-    assert (f"in.tif: --nodata {value} is no value of {kind}, so it leaves nothing out" in caplog.text) == said
+    assert (f"in.tif: --nodata {value:.10g} is no value of {kind}, so it leaves nothing out" in caplog.text) == said
 
 
 def test_the_run_knows_its_resolution(tmp_path, drseg, small, caplog):
