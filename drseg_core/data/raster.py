@@ -68,8 +68,12 @@ class RasterReader:
         kinds = [source.dtypes[b - 1] for b in self.bands]
         if any(k.startswith("complex") for k in kinds):
             raise RasterError(f"{origin}: {path} has complex bands; expected real numbers, got {', '.join(kinds)}")
-        if any(color.name == "cyan" for color in source.colorinterp):
+        # GDAL makes red, green and blue of these if they are 8-bit, without their profile
+        space = source.tags(ns="IMAGE_STRUCTURE").get("SOURCE_COLOR_SPACE")
+        if space == "CMYK" or any(color.name == "cyan" for color in source.colorinterp):
             raise RasterError(f"{origin}: {path} has inks (CMYK); expected red, green and blue")
+        if space == "CIELAB":
+            raise RasterError(f"{origin}: {path} is Lab; expected red, green and blue")
         self.dtype = kinds[0] if len(set(kinds)) == 1 else ", ".join(kinds)
         self.is_byte = all(k == "uint8" for k in kinds)
         if source.count == 1:

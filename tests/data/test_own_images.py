@@ -283,6 +283,18 @@ def test_values_of_few_bits_fill_eight(tmp_path, caplog, kind, bits):
             assert np.abs(scene.rows(0, scene.height)[0].numpy() - mean).max() <= 0.5
 
 
+@pytest.mark.parametrize(
+    "mode, suffix, said",
+    [("CMYK", "tif", "has inks [(]CMYK[)]"), ("CMYK", "jpg", "has inks [(]CMYK[)]"), ("LAB", "tif", "is Lab")],
+)
+def test_colours_that_are_not_red_green_and_blue_are_refused(tmp_path, mode, suffix, said):
+    path = tmp_path / f"scene.{suffix}"
+    Image.new(mode, (30, 20)).save(path)
+    with pytest.raises(RasterError, match=f"read_scene: .*scene.{suffix} {said}; expected red, green and blue$"):
+        with open_scene(path):
+            pass
+
+
 def test_a_colour_table_of_16_bits_is_refused(tmp_path):
     root = folder(tmp_path / "set", [PIXELS[:1].astype(np.uint16)], photometric="PALETTE")
     image = root / "train/images/0.tif"
