@@ -70,7 +70,7 @@ class RasterReader:
             raise RasterError(f"{origin}: {path} has complex bands; expected real numbers, got {', '.join(kinds)}")
         # GDAL makes red, green and blue of these if they are 8-bit, without their profile
         space = source.tags(ns="IMAGE_STRUCTURE").get("SOURCE_COLOR_SPACE")
-        if space == "CMYK" or any(color.name == "cyan" for color in source.colorinterp):
+        if space in ("CMYK", "YCbCrK") or any(color.name == "cyan" for color in source.colorinterp):
             raise RasterError(f"{origin}: {path} has inks (CMYK); expected red, green and blue")
         if space == "CIELAB":
             raise RasterError(f"{origin}: {path} is Lab; expected red, green and blue")

@@ -251,11 +251,16 @@ def test_a_flat_picture_has_no_extreme():
     assert extreme_value(value, np.zeros((4, 4), bool)) is None
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 7])
-@pytest.mark.parametrize("kind", ["png", "tif", "three bands", "vrt"])
+@pytest.mark.parametrize(
+    "kind, bits",
+    [
+        (kind, bits)
+        for kind in ("png", "tif", "three bands", "vrt")
+        for bits in (1, 2, 4, 7)
+        if (kind, bits) != ("png", 7)
+    ],
+)
 def test_values_of_few_bits_fill_eight(tmp_path, caplog, kind, bits):
-    if kind == "png" and bits == 7:
-        pytest.skip("no PNG")
     value = RNG.integers(0, 2**bits, (3 if kind == "three bands" else 1, 20, 30)).astype(np.uint8)
     expected = np.broadcast_to(np.rint(value * (255 / (2**bits - 1))).astype(np.uint8), (3, 20, 30))
     path = tmp_path / f"scene.{'png' if kind == 'png' else 'tif'}"
@@ -272,8 +277,7 @@ def test_values_of_few_bits_fill_eight(tmp_path, caplog, kind, bits):
         describe(scene)
     assert "nodata" not in caplog.text
     assert np.array_equal(read_rgb(path, Reading(), max_pixels=10**6).image, expected.transpose(1, 2, 0))
-    if kind in ("png", "tif", "three bands"):
-        assert np.array_equal(read_image(path), expected.transpose(1, 2, 0))
+    assert np.array_equal(read_image(path), expected.transpose(1, 2, 0))
     # the value of an option is the stored one
     with open_scene(path, reading=Reading(nodata=1)) as scene:
         assert np.array_equal(scene.rows(0, 20)[1], (value != 1).any(0))
