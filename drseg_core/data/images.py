@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from drseg_core.data.values import highest_values, spread
 from drseg_core.errors import DatasetError
 from drseg_core.extras import require
 
@@ -267,7 +268,8 @@ def _read_raster_image(path: Path, max_pixels: int) -> NDArray[np.uint8]:
         if set(raster.dtypes) != {"uint8"} or raster.count == 2:
             got = f"{raster.count} bands of {', '.join(sorted(set(raster.dtypes)))}"
             raise DatasetError(f"read_image: {path} has {got}; expected 1, 3 or more of uint8")
-        data = raster.read([1, 1, 1] if raster.count == 1 else [1, 2, 3])
+        bands = [1, 1, 1] if raster.count == 1 else [1, 2, 3]
+        data = spread(raster.read(bands), highest_values(raster, bands))
         return np.ascontiguousarray(data.transpose(1, 2, 0))
 
 

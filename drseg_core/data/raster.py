@@ -19,7 +19,7 @@ from torch import Tensor
 
 from drseg_core.config.reading import Reading
 from drseg_core.data.images import first_bytes
-from drseg_core.data.values import STRETCH, extreme_value, holds, limits_array, stretched
+from drseg_core.data.values import STRETCH, extreme_value, highest_values, holds, limits_array, spread, stretched
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.extras import require
 
@@ -47,10 +47,11 @@ _REMOTE = re.compile(rb"://|/vsi(curl|s3|gs|az|adls|oss|swift|webhdfs)")
 class RasterReader:
     """An open raster.
 
-    8-bit values are taken as they are, others are stretched linearly. This is done by the given scale, or for each band
-    between its 2nd and 98th percentile. Percentiles are measured once per file, on valid pixels of a reduced copy (at
-    most 1024 pixels a side). A single band is repeated three times, or looked up in its colour table. Pixels are used
-    as the file stores them. An EXIF rotation is not applied, so that a map lies on the file's own grid.
+    8-bit values are taken as they are, those of fewer bits fill 0 to 255, others are stretched linearly. This is done
+    by the given scale, or for each band between its 2nd and 98th percentile. Percentiles are measured once per file, on
+    valid pixels of a reduced copy (at most 1024 pixels a side). A single band is repeated three times, or looked up in
+    its colour table. Pixels are used as the file stores them. An EXIF rotation is not applied, so that a map lies on
+    the file's own grid.
 
     Red, green and blue are the bands whose colour interpretation says so, else those whose descriptions do (``B04``,
     ``red``), else 1, 2, 3. ``band_source`` says which.
@@ -67,15 +68,22 @@ class RasterReader:
         kinds = [source.dtypes[b - 1] for b in self.bands]
         if any(k.startswith("complex") for k in kinds):
             raise RasterError(f"{origin}: {path} has complex bands; expected real numbers, got {', '.join(kinds)}")
-        if any(color.name == "cyan" for color in source.colorinterp):
+        # GDAL makes red, green and blue of these if they are 8-bit, without their profile
+        space = source.tags(ns="IMAGE_STRUCTURE").get("SOURCE_COLOR_SPACE")
+        if space in ("CMYK", "YCbCrK") or any(color.name == "cyan" for color in source.colorinterp):
             raise RasterError(f"{origin}: {path} has inks (CMYK); expected red, green and blue")
+        if space == "CIELAB":
+            raise RasterError(f"{origin}: {path} is Lab; expected red, green and blue")
         self.dtype = kinds[0] if len(set(kinds)) == 1 else ", ".join(kinds)
         self.is_byte = all(k == "uint8" for k in kinds)
-        if self.is_byte and source.count == 1:
+        if source.count == 1:
             with contextlib.suppress(ValueError):
                 table = source.colormap(1)
+                if not self.is_byte:
+                    raise RasterError(f"{origin}: {path} has a colour table for {kinds[0]}; expected one for uint8")
                 colors = np.array([table.get(i, (0, 0, 0, 255)) for i in range(256)], np.uint8)
                 self._colors, self._shown = colors[:, :3], colors[:, 3] > 0
+        self._highest = highest_values(source, self.bands) if self.is_byte and self._colors is None else None
         self._sample: tuple[NDArray[Any], NDArray[np.bool_]] | None = None
         self._given = reading.scale if reading.fits(self.dtype) else None
         if self._given is not None and len(self._given) not in (1, len(self.bands)):
@@ -186,7 +194,7 @@ class RasterReader:
             with self._explained("a reduced copy"):
                 value = self.source.read(list(self.bands), window=part, out_shape=(len(self.bands), *shape))
                 valid = self.source.dataset_mask(window=part, out_shape=shape) != 0
-            self._sample = value, valid & self._present(value)
+            self._sample = spread(value, self._highest), valid & self._present(value)
         return self._sample
 
     def _extent(self) -> Any:
@@ -197,8 +205,10 @@ class RasterReader:
 
     def extreme_value(self) -> tuple[float, float] | None:
         """A value that looks like undeclared nodata, and its share of the valid pixels."""
-        value, valid = self.sample()
-        return None if self._colors is not None else extreme_value(value, valid)
+        # of a colour table, or of few bits, an end is a value like others
+        if self._colors is not None or self._highest is not None:
+            return None
+        return extreme_value(*self.sample())
 
     def _present(self, value: NDArray[Any]) -> NDArray[np.bool_]:
         present = np.isfinite(value).all(0) if value.dtype.kind == "f" else np.ones(value.shape[1:], bool)
@@ -253,7 +263,7 @@ class RasterReader:
         with self._explained(f"rows {top} to {bottom}"):
             value = self.source.read(list(self.bands), window=window)
             valid = self.source.dataset_mask(window=window) != 0
-        return self._rgb(value), valid & self._present(value)
+        return self._rgb(spread(value, self._highest)), valid & self._present(value)
 
     def stored(self, top: int, bottom: int, left: int, right: int) -> NDArray[Any]:
         """The first band in use as the file stores it."""

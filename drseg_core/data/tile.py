@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -28,6 +29,8 @@ from drseg_core.files import own_prefix, parse_json, remove_dead
 RASTERS = (".tif", ".tiff", ".vrt", ".img", ".png")
 SMALLEST = 64
 """Side below which the rest at an edge is left out."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -213,12 +216,13 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
 
 
 class Stored(NamedTuple):
-    """How the images of tiles are stored: type, nodata value, colour table, and whether with a mask."""
+    """How the images of tiles are stored: type, nodata value, colour table, whether with a mask, options of GDAL."""
 
     dtype: str
     nodata: float | None
     colors: Mapping[int, tuple[int, ...]] | None
     masked: bool
+    options: Mapping[str, int]
 
 
 def _stored(scene: RasterReader, options: TileOptions) -> Stored:
@@ -244,14 +248,20 @@ def _stored(scene: RasterReader, options: TileOptions) -> Stored:
     given = options.nodata
     two = given is not None and declared is not None and not np.array_equal(given, declared, equal_nan=True)
     masked = two or "per_dataset" in flags and "alpha" not in flags
-    return Stored(str(dtype), None if masked else nodata, colors, masked)
+    # values of fewer than 8 bits fill 0 to 255 where they are read
+    bits = {source.tags(band, ns="IMAGE_STRUCTURE").get("NBITS") for band in source.indexes}
+    few = {"nbits": int(bits.pop() or 8)} if dtype == "uint8" and colors is None and len(bits) == 1 else {}
+    return Stored(str(dtype), None if masked else nodata, colors, masked, few)
 
 
 @contextlib.contextmanager
 def _labels(path: Path, scene: RasterReader, options: TileOptions) -> Iterator[RasterLabels | VectorLabels]:
     """The labels of a file, raster or vector."""
     if path.suffix.lower() not in RASTERS:
-        yield VectorLabels(read_shapes(path, options.field, scene), scene, options)
+        shapes = read_shapes(path, options.field, scene)
+        for hint in shapes.hints:
+            _log.warning("%s", hint)
+        yield VectorLabels(shapes, scene, options)
         return
     with open_raster(path, origin="data tile") as source, _on_grid(source, scene, path) as placed:
         yield RasterLabels(placed, scene, options, path, _raster_names(source))
@@ -377,7 +387,13 @@ def _write(
             with (
                 rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
                 rasterio.open(
-                    image, "w", count=source.count, dtype=stored.dtype, nodata=stored.nodata, **profile
+                    image,
+                    "w",
+                    count=source.count,
+                    dtype=stored.dtype,
+                    nodata=stored.nodata,
+                    **stored.options,
+                    **profile,
                 ) as file,
             ):
                 file.colorinterp = source.colorinterp

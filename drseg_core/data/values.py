@@ -13,7 +13,10 @@ STRETCH = (2.0, 98.0)
 """Percentiles that become 0 and 255 where a scale is measured."""
 
 NODATA_SHARE = 0.05
-"""A single extreme value in more than this share of the pixels is taken for an undeclared nodata value."""
+"""A single extreme value in more than this share of the pixels is taken for an undeclared nodata value.
+
+One that is far from all others is from the share on at which it becomes a percentile of ``STRETCH``.
+"""
 _USED_FOR_NODATA = {0, -1, -99, -999, -9999, -99999, -32768, -32767, 32767, 65535}
 
 
@@ -23,6 +26,17 @@ def stretched(value: NDArray[Any], limits: NDArray[np.float32]) -> NDArray[np.ui
     wide = value.astype(np.float32)
     share = (np.where(np.isfinite(wide), wide, low) - low) / np.maximum(high - low, 1e-12)
     return (np.clip(share, 0, 1) * 255).round().astype(np.uint8)
+
+
+def highest_values(source: Any, bands: Sequence[int]) -> NDArray[np.float32] | None:
+    """(B, 1, 1), the highest value that each 8-bit band of a raster can store; None if that is 255 in all."""
+    bits = [int(source.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", 8)) for band in bands]
+    return None if min(bits) >= 8 else np.array([2**n - 1 for n in bits], np.float32)[:, None, None]
+
+
+def spread(value: NDArray[Any], highest: NDArray[np.float32] | None) -> NDArray[Any]:
+    """Values (B, H, W) of fewer than 8 bits over 0 to 255, as Pillow and viewers take them; others as they are."""
+    return value if highest is None else np.rint(value * (255 / highest)).astype(np.uint8)
 
 
 def limits_array(limits: Sequence[tuple[float, float]]) -> NDArray[np.float32]:
@@ -46,7 +60,9 @@ def extreme_value(value: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[float,
         return None
     for candidate in {inside.min(), inside.max()}:
         share = float((same & (inside[0] == candidate)).mean())
-        if share > NODATA_SHARE and (found is None or share > found[1]) and _stands_out(candidate, inside):
+        if share < STRETCH[0] / 100 or found is not None and share <= found[1] or not _stands_out(candidate, inside):
+            continue
+        if share > NODATA_SHARE or _ruins_a_stretch(candidate, inside):
             found = float(candidate), share
     return found
 
@@ -54,7 +70,9 @@ def extreme_value(value: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[float,
 def holds(dtype: np.dtype[Any], value: float) -> bool:
     """Whether a type has a value."""
     if dtype.kind not in "iu":
-        return not np.isfinite(value) or abs(value) <= float(np.finfo(dtype).max)
+        # in a few digits the largest of a type is written beyond it
+        with np.errstate(over="ignore"):
+            return not np.isfinite(value) or bool(np.isfinite(dtype.type(value)))
     return float(value).is_integer() and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
 
 
@@ -67,6 +85,18 @@ def _stands_out(candidate: Any, value: NDArray[Any]) -> bool:
         return False
     low, high = float(rest.min()), float(rest.max())
     return min(abs(float(candidate) - low), abs(float(candidate) - high)) > max(high - low, 1e-12)
+
+
+def _ruins_a_stretch(candidate: Any, value: NDArray[Any]) -> bool:
+    """Whether a lowest or highest value is so far from all others that these would share few of the 8 bits.
+
+    8-bit values are not stretched, and saturated clouds or dark water have values beside theirs.
+    """
+    rest = value[value != candidate].astype(np.float64)
+    if value.dtype.itemsize == 1:
+        return False
+    low, high = np.percentile(rest, STRETCH)
+    return float(np.abs(rest - float(candidate)).min()) > (high - low) / 2
 
 
 def _ends(dtype: np.dtype[Any]) -> tuple[int, int]:

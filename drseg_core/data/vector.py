@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,15 @@ _STRANGE = re.compile(r"[!;?\x00-\x1f\ud800-\udfff]|^//")
 
 
 class Shapes:
-    """Shapes in the CRS of a scene, with the value of one column each; ``all_values`` are those of the whole file."""
+    """Shapes in the CRS of a scene, with the value of one column each; ``all_values`` are those of the whole file.
 
-    def __init__(self, shapes: list[Any], values: list[str], all_values: list[str]) -> None:
+    ``hints`` are warnings of what is not taken as the file has it.
+    """
+
+    def __init__(self, shapes: list[Any], values: list[str], all_values: list[str], hints: list[str]) -> None:
         import shapely
 
-        self.shapes, self.values, self.all_values = shapes, values, all_values
+        self.shapes, self.values, self.all_values, self.hints = shapes, values, all_values, hints
         self._tree = shapely.STRtree(shapes)
 
     def bounds(self) -> tuple[float, float, float, float]:
@@ -75,7 +80,9 @@ def plain_path(path: Path) -> Iterator[Path]:
 
 
 def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
-    """Read a vector file that GDAL reads, such as GeoPackage, GeoJSON or Shapefile.
+    """Read the polygons of a vector file that GDAL reads, such as GeoPackage, GeoJSON or Shapefile.
+
+    Points and lines are left out, and a hint counts them.
 
     Args:
         path: the file.
@@ -87,7 +94,7 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
         The shapes; none where all lie elsewhere.
 
     Raises:
-        DatasetError: no such file, no shape, no such column, or no CRS to go by.
+        DatasetError: no such file, no polygon, no such column, or no CRS to go by.
     """
     require("read_shapes", "vectors")
     import shapely
@@ -100,7 +107,9 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
     if points_elsewhere(path):
         raise DatasetError(f"read_shapes: {printable(path)} points to something remote; expected polygons in a file")
     try:
-        with plain_path(path) as plain:
+        with plain_path(path) as plain, warnings.catch_warnings():
+            # said below, with the name of the file
+            warnings.filterwarnings("ignore", "Non closed ring", RuntimeWarning)
             meta, _, geometry, columns = read(plain)
     except (DataSourceError, DataLayerError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
@@ -112,17 +121,26 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
             "(--field)"
         )
     values = [""] * len(geometry) if field is None else [str(value) for value in columns[fields.index(field)]]
-    shapes = shapely.from_wkb(geometry)
+    hints: list[str] = []
+    shapes = _decoded(geometry, path, hints)
     kept = [i for i, shape in enumerate(shapes) if shape is not None and not shape.is_empty]
     if not kept:
         raise DatasetError(f"read_shapes: {printable(path)} has no shape; expected polygons")
+    if not np.isfinite(shapely.get_coordinates(shapes)).all():
+        raise DatasetError(f"read_shapes: {printable(path)} has a corner that is no number; expected coordinates")
+    shapes, others = _polygons(shapes)
+    kinds = ", ".join(sorted(others))
+    kept = [i for i in kept if not shapes[i].is_empty]
+    if not kept:
+        raise DatasetError(f"read_shapes: {printable(path)} has no polygon; expected one or more, got {kinds}")
+    if others:
+        name = printable(Path(path.name))
+        hints.append(f"{name}: {others.total()} of its shapes are no polygons and left out ({kinds})")
     own = meta["crs"] and CRS.from_user_input(meta["crs"])
     if bool(own) != bool(scene.crs):
         which = "the scene" if own else printable(path)
         raise DatasetError(f"read_shapes: {which} has no CRS; expected one, so that both lie in one place")
     found = shapes[kept]
-    if not np.isfinite(shapely.get_coordinates(found)).all():
-        raise DatasetError(f"read_shapes: {printable(path)} has a corner that is no number; expected coordinates")
     if own:
         try:
             if own != scene.crs:
@@ -133,8 +151,47 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
             raise DatasetError(
                 f"read_shapes: {printable(path)} cannot be brought into the CRS of the scene; {error} ({scene.crs})"
             ) from None
+    # where one is cut, or a line of it crosses itself, a line may be left of it
+    found, _ = _polygons(found)
     touching = [(shape, values[i]) for shape, i in zip(found, kept, strict=True) if not shape.is_empty]
-    return Shapes([shape for shape, _ in touching], [value for _, value in touching], [values[i] for i in kept])
+    return Shapes([shape for shape, _ in touching], [value for _, value in touching], [values[i] for i in kept], hints)
+
+
+def _decoded(geometry: Any, path: Path, hints: list[str]) -> Any:
+    """Shapes of WKB; a ring of three corners or more that does not end where it begins is closed."""
+    import shapely
+
+    try:
+        return shapely.from_wkb(geometry)
+    except shapely.errors.ShapelyError:
+        shapes = shapely.from_wkb(geometry, on_invalid="fix")
+    lost = any(shape is None and wkb is not None for shape, wkb in zip(shapes, geometry, strict=True))
+    rings = shapely.get_rings(shapely.get_parts(shapely.get_parts(shapes)))
+    if lost or (shapely.get_num_coordinates(rings) < 4).any():
+        raise DatasetError(
+            f"read_shapes: {printable(path)} has a shape that is damaged or a ring of fewer than three corners; "
+            "expected polygons"
+        )
+    name = printable(Path(path.name))
+    hints.append(f"{name}: it has rings that do not end where they begin; a straight line closes each")
+    return shapes
+
+
+def _polygons(shapes: Any) -> tuple[Any, Counter[str]]:
+    """The polygons of shapes, and how many there are of each other kind; what has none becomes empty."""
+    import shapely
+
+    def parts(shape: Any) -> list[Any]:
+        return [p for s in shape.geoms for p in parts(s)] if shape.geom_type == "GeometryCollection" else [shape]
+
+    areas = "Polygon", "MultiPolygon"
+    shapes, others = shapes.copy(), Counter[str]()
+    for i, shape in enumerate(shapes):
+        if shape is not None and shape.geom_type not in areas:
+            found = [part for part in parts(shape) if part.geom_type in areas]
+            others.update(part.geom_type for part in parts(shape) if part.geom_type not in areas)
+            shapes[i] = shapely.union_all(_sound(np.array(found, object)))
+    return shapes, others
 
 
 def _sound(shapes: Any) -> Any:

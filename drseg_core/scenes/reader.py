@@ -18,7 +18,7 @@ from torch import Tensor
 from drseg_core.config.reading import Reading, scale_text
 from drseg_core.data.ground import pixel_side, pixel_sides
 from drseg_core.data.raster import RasterReader, open_raster
-from drseg_core.data.values import nodata_hint
+from drseg_core.data.values import nodata_hint, spread
 from drseg_core.data.vector import Shapes, read_shapes
 from drseg_core.errors import ConfigError, RasterError
 
@@ -67,6 +67,11 @@ class SceneReader(RasterReader):
     def rpcs(self) -> Any:
         return self.source.rpcs if self._grid is None else None
 
+    @property
+    def area_hints(self) -> list[str]:
+        """Warnings of what of an area is not taken as its file has it."""
+        return [] if self._area is None else self._area.hints
+
     def place(self, *, gsd: float | None = None, aoi: str | Path | None = None) -> None:
         """Choose resolution and part.
 
@@ -75,8 +80,8 @@ class SceneReader(RasterReader):
             aoi: vector file. Pixels outside its shapes are invalid, and the grid ends at the box of the shapes.
 
         Raises:
-            ConfigError: the scene has no georeference, or too few pixels are left.
-            DatasetError: ``aoi`` cannot be read, or lies elsewhere.
+            ConfigError: the scene has no georeference, or ``aoi`` lies elsewhere or holds no pixel.
+            DatasetError: ``aoi`` cannot be read.
         """
         from affine import Affine
 
@@ -125,6 +130,16 @@ class SceneReader(RasterReader):
         self._corner = int(top), int(left)
         self.height, self.width = int(bottom - top), int(right - left)
         self._grid, self._area = grid @ Affine.translation(left, top), area
+        if not self._holds_pixels():
+            raise ConfigError(
+                f"open_scene: --aoi holds no pixel; expected the centre of one of {self.path}, got {path}"
+            )
+
+    def _holds_pixels(self) -> bool:
+        """Whether a pixel is within the shapes; block by block until one is, as a mask of all may be large."""
+        blocks = ((top, left) for top in range(0, self.height, PIECE) for left in range(0, self.width, PIECE))
+        sizes = ((block, (min(PIECE, self.height - block[0]), min(PIECE, self.width - block[1]))) for block in blocks)
+        return any(self._inside(block, size).any() for block, size in sizes)
 
     def window(self, top: int, bottom: int, left: int, right: int) -> tuple[Tensor, NDArray[np.bool_]]:
         row, column = self._corner
@@ -147,7 +162,7 @@ class SceneReader(RasterReader):
         return self._rgb(value), valid
 
     def _piece(self, top: int, bottom: int, left: int, right: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Values (B, n, m) as stored, and which are valid. GDAL knows no nodata value but that of the file."""
+        """Values (B, n, m) not yet scaled, and which are valid. GDAL knows no nodata value but that of the file."""
         from rasterio.windows import Window
 
         rows = Lines.of(top, bottom, self._factor[0], self.source.height)
@@ -156,6 +171,7 @@ class SceneReader(RasterReader):
         with self._explained(f"rows {rows.first} to {rows.last}"):
             value = self.source.read(list(self.bands), window=window)
             valid = (self.source.dataset_mask(window=window) != 0) & self._present(value)
+        value = spread(value, self._highest)
         nearest = np.ix_(rows.nearest, columns.nearest)
         plain = value[:, nearest[0], nearest[1]]
         if self._colors is not None:
@@ -283,7 +299,7 @@ def describe(scene: SceneReader, trained_gsd: float | None = None) -> None:
     with contextlib.suppress(RasterError):
         extreme = scene.extreme_value()
     hints = (scene.scale_warning, scene.window_warning(), scene.band_warning(), scene.nodata_warning())
-    for message in (*hints, nodata_hint(name, extreme), _gsd_hint(scene, trained_gsd)):
+    for message in (*scene.area_hints, *hints, nodata_hint(name, extreme), _gsd_hint(scene, trained_gsd)):
         if message is not None:
             _log.warning("%s", message)
 

@@ -174,7 +174,11 @@ def _stretched(working: Path, scaled: Path, scene: Any) -> None:
                 low, high = min(low, float(inside.min())), max(high, float(inside.max()))
         low, high = (low, high) if low <= high else (0.0, 1.0)
         step = (high - low) / LEVELS or 1.0
-        with rasterio.open(scaled, "w", **{**source.profile, "dtype": "uint8", "nodata": IGNORE}) as target:
+        profile = {**source.profile, "dtype": "uint8", "nodata": IGNORE}
+        if source.transform.is_identity:
+            # GDAL would say that ground control points clear it
+            del profile["transform"]
+        with rasterio.open(scaled, "w", **profile) as target:
             _place(target, scene)
             target.scales, target.offsets = (step,), (low,)
             target.descriptions = source.descriptions

@@ -16,13 +16,16 @@ from drseg_core.config.schema import ReadingConfig
 from drseg_core.data import open_dataset
 from drseg_core.data.check import check_data
 from drseg_core.data.folder import FolderDataset
+from drseg_core.data.images import read_image
 from drseg_core.data.own_images import read_rgb
 from drseg_core.data.prepare.strips import open_strips
 from drseg_core.data.values import extreme_value
-from drseg_core.errors import ConfigError, DatasetError
-from drseg_core.scenes.reader import open_scene
+from drseg_core.errors import ConfigError, DatasetError, RasterError
+from drseg_core.scenes.reader import describe, open_scene
+from tests.data.test_images import write_png
 
 rasterio = pytest.importorskip("rasterio")
+from rasterio import shutil  # noqa: E402
 from rasterio.enums import ColorInterp  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -186,7 +189,8 @@ def test_pixels_without_data_are_not_trained_on(tmp_path):
 def test_nodata_that_nobody_declared_is_named(tmp_path, caplog, value, kind):
     data = RNG.integers(300, 4000, size=(3, 50, 50)).astype(kind)
     few, many = data.copy(), data.copy()
-    few[:, :2], many[:, :20] = value, value
+    # a percentile of the stretch is not yet hit
+    few[:, :1, :49], many[:, :20] = value, value
     with open_scene(write(tmp_path / "few.tif", few)) as scene:
         assert scene.extreme_value() is None
     with open_scene(write(tmp_path / "many.tif", many)) as scene:
@@ -205,10 +209,106 @@ def test_nodata_that_nobody_declared_is_named(tmp_path, caplog, value, kind):
     ]
 
 
+@pytest.mark.parametrize(
+    "value, kind, top",
+    [(-9999, np.int16, 12_000), (65535, np.uint16, 40_000), (-9999, np.float32, 1), (0, np.uint16, 900)],
+)
+@pytest.mark.parametrize("share", [2, 3, 4])
+def test_few_pixels_of_nodata_that_would_spoil_the_stretch_are_named(tmp_path, value, kind, top, share):
+    data = (RNG.uniform(0.5, 1, (3, 50, 50)) * top).astype(kind)
+    # a dead pixel does not hide it
+    data[:, 49, 49] = 2 * min(top, 15_000)
+    data.reshape(3, -1)[:, : 25 * share] = value
+    with open_scene(write(tmp_path / "scene.tif", data)) as scene:
+        assert scene.extreme_value() == (value, share / 100)
+
+
+@pytest.mark.parametrize("kind", ["clouds", "water", "deep", "bytes", "some bands"])
+def test_few_saturated_or_dark_pixels_are_no_nodata(kind):
+    value = RNG.normal(3000, 700, (3, 100, 100)).clip(0, 65535).astype(np.uint16)
+    ramp = np.linspace(0, 1, 1000).reshape(20, 50)
+    if kind == "clouds":
+        # from white to saturated, 4 % of the pixels
+        value[:, :20, :50] = 3000 + 62_535 * ramp
+        value[:, :8, 50:] = 65535
+    elif kind == "water":
+        value[:, :20, :50] = 3000 * ramp
+        value[:, :8, 50:] = 0
+    elif kind == "deep":
+        # the noise of dark pixels beside bright land
+        value[:, :8, :50], value[:, 8:12, :50] = 0, 200
+    elif kind == "bytes":
+        value = (value // 40).clip(50, 90).astype(np.uint8)
+        value[:, :8, :50] = 255
+    else:
+        value[:2, :8, :50] = 65535
+    assert extreme_value(value, np.ones(value.shape[1:], bool)) is None
+
+
 def test_a_flat_picture_has_no_extreme():
     value = np.full((3, 4, 4), 7)
     assert extreme_value(value, np.ones((4, 4), bool)) is None
     assert extreme_value(value, np.zeros((4, 4), bool)) is None
+
+
+@pytest.mark.parametrize(
+    "kind, bits",
+    [
+        (kind, bits)
+        for kind in ("png", "tif", "three bands", "vrt")
+        for bits in (1, 2, 4, 7)
+        if (kind, bits) != ("png", 7)
+    ],
+)
+def test_values_of_few_bits_fill_eight(tmp_path, caplog, kind, bits):
+    value = RNG.integers(0, 2**bits, (3 if kind == "three bands" else 1, 20, 30)).astype(np.uint8)
+    expected = np.broadcast_to(np.rint(value * (255 / (2**bits - 1))).astype(np.uint8), (3, 20, 30))
+    path = tmp_path / f"scene.{'png' if kind == 'png' else 'tif'}"
+    if kind == "png":
+        write_png(path, value[0], bits)
+    else:
+        place = {"crs": "EPSG:32632", "transform": rasterio.transform.from_origin(500_000, 5_600_000, 1, 1)}
+        write(path, value, nbits=bits, **place)
+    if kind == "vrt":
+        shutil.copy(path, tmp_path / "scene.vrt", driver="VRT")
+    with open_scene(tmp_path / "scene.vrt" if kind == "vrt" else path) as scene:
+        assert np.array_equal(scene.rows(0, 20)[0].numpy(), expected)
+        assert np.array_equal(scene.window(3, 9, 4, 20)[0].numpy(), expected[:, 3:9, 4:20])
+        describe(scene)
+    assert "nodata" not in caplog.text
+    assert np.array_equal(read_rgb(path, Reading(), max_pixels=10**6).image, expected.transpose(1, 2, 0))
+    assert np.array_equal(read_image(path), expected.transpose(1, 2, 0))
+    # the value of an option is the stored one
+    with open_scene(path, reading=Reading(nodata=1)) as scene:
+        assert np.array_equal(scene.rows(0, 20)[1], (value != 1).any(0))
+    if kind == "three bands":
+        with open_scene(path, gsd=2.0) as scene:
+            mean = expected.reshape(3, 10, 2, 15, 2).mean((2, 4))
+            assert np.abs(scene.rows(0, scene.height)[0].numpy() - mean).max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    "mode, suffix, said",
+    [("CMYK", "tif", "has inks [(]CMYK[)]"), ("CMYK", "jpg", "has inks [(]CMYK[)]"), ("LAB", "tif", "is Lab")],
+)
+def test_colours_that_are_not_red_green_and_blue_are_refused(tmp_path, mode, suffix, said):
+    path = tmp_path / f"scene.{suffix}"
+    Image.new(mode, (30, 20)).save(path)
+    with pytest.raises(RasterError, match=f"read_scene: .*scene.{suffix} {said}; expected red, green and blue$"):
+        with open_scene(path):
+            pass
+
+
+def test_a_colour_table_of_16_bits_is_refused(tmp_path):
+    root = folder(tmp_path / "set", [PIXELS[:1].astype(np.uint16)], photometric="PALETTE")
+    image = root / "train/images/0.tif"
+    with rasterio.open(image, "r+") as file:
+        file.write_colormap(1, {i: (i % 256, 0, 0, 255) for i in range(65536)})
+    said = "0.tif has a colour table for uint16; expected one for uint8$"
+    with pytest.raises(RasterError, match=f"read_scene: .*{said}"), open_scene(image):
+        pass
+    with pytest.raises(DatasetError, match=f"read_image: .*{said}"):
+        FolderDataset(root)
 
 
 def test_several_types_in_one_set_are_refused(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from drseg_core.config.reading import Reading
@@ -176,6 +177,31 @@ def first_tile(folder: Path, part: str = "images") -> Path:
     return folder / "train" / part / "r0000_c0000.tif"
 
 
+def test_lines_are_no_labels(tmp_path, caplog):
+    pytest.importorskip("pyogrio")
+    content = []
+    for kind, low in (("Polygon", 100), ("LineString", 5)):
+        ring = [[500_000 + x, 5_600_000 - y] for x, y in ((low, low), (low, 300), (300, 300), (300, low), (low, low))]
+        shape = {"type": kind, "coordinates": [ring] if kind == "Polygon" else ring}
+        content.append({"type": "Feature", "properties": {"class": kind}, "geometry": shape})
+    crs = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32632"}}
+    path = tmp_path / "labels.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "crs": crs, "features": content}))
+    scene = write(tmp_path / "scene.tif", np.ones((3, H, W), np.uint8), **PLACE)
+    tiled = tile_scene(scene, path, tmp_path / "out", TileOptions(size=64, field="class", val_share=0))
+    assert tiled.class_names == ("Polygon",)
+    assert caplog.messages == ["labels.geojson: 1 of its shapes are no polygons and left out (LineString)"]
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_a_scene_of_few_bits_stays_one(tmp_path, bits):
+    pixels = np.random.default_rng(0).integers(0, 2**bits, (3, H, W)).astype(np.uint8)
+    path = write(tmp_path / "scene.tif", pixels, nbits=bits, **PLACE)
+    tile_scene(path, labelled(tmp_path), tmp_path / "set", TileOptions(64, val_share=0, nodata=1))
+    with open_scene(path) as scene, open_scene(first_tile(tmp_path / "set")) as tile:
+        assert torch.equal(tile.rows(0, 64)[0], scene.window(0, 64, 0, 64)[0])
+
+
 @pytest.mark.parametrize("kind, value", [(np.uint8, 256), (np.uint8, -1), (np.uint8, 0.5), (np.uint16, -9999)])
 def test_a_nodata_value_that_the_type_has_not(tmp_path, kind, value):
     path = write(tmp_path / "scene.tif", np.ones((3, H, W), kind), **PLACE)
@@ -186,7 +212,8 @@ def test_a_nodata_value_that_the_type_has_not(tmp_path, kind, value):
 
 
 @pytest.mark.parametrize(
-    "kind, value", [(np.uint8, 255), (np.int16, -9999), (np.float32, -9999.5), (np.float32, np.nan)]
+    "kind, value",
+    [(np.uint8, 255), (np.int16, -9999), (np.float32, -9999.5), (np.float32, np.nan), (np.float32, -3.4028235e38)],
 )
 def test_a_nodata_value_is_kept(tmp_path, kind, value):
     data = RNG.integers(1, 200, (3, H, W)).astype(kind)
@@ -194,7 +221,7 @@ def test_a_nodata_value_is_kept(tmp_path, kind, value):
     path = write(tmp_path / "scene.tif", data, **PLACE)
     tile_scene(path, labelled(tmp_path), tmp_path / "set", TileOptions(64, nodata=value, val_share=0))
     with rasterio.open(first_tile(tmp_path / "set")) as tile, rasterio.open(first_tile(tmp_path / "set", "masks")) as m:
-        assert np.array_equal(tile.nodata, value, equal_nan=True)
+        assert np.array_equal(kind(tile.nodata), kind(value), equal_nan=True)
         assert np.array_equal(tile.read(), data[:, :64, :64], equal_nan=True)
         assert (tile.dataset_mask()[:, :40] == 0).all() and (tile.dataset_mask()[:, 40:] == 255).all()
         assert (m.read(1)[:, :40] == 255).all() and (m.read(1)[:, 40:] == label()[:64, 40:64]).all()

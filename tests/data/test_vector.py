@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -177,3 +178,70 @@ def test_many_shapes_are_turned_at_once(tmp_path, monkeypatch, west):
     monkeypatch.setattr(shapely, "transform", lambda *given, **how: [calls.append(1), plain(*given, **how)][1])
     assert len(near(tmp_path / "area.gpkg", shapes, "EPSG:4326", ("EPSG:4326", west, 90, 1, 360, 180))) == 500
     assert len(calls) < 10
+
+
+def geojson(path: Path, *shapes: dict) -> Path:
+    """A file of GeoJSON geometries as they are written, right or wrong, in metres."""
+    features = [{"type": "Feature", "properties": {"name": "a"}, "geometry": shape} for shape in shapes]
+    crs = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32632"}}
+    path.write_text(json.dumps({"type": "FeatureCollection", "crs": crs, "features": features}))
+    return path
+
+
+def rings(*corners: list) -> dict:
+    return {"type": "Polygon", "coordinates": list(corners)}
+
+
+SQUARE = [[2, 3], [5, 3], [5, 7], [2, 7], [2, 3]]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("hole", [[], [[3, 4], [4, 4], [4, 5]]], ids=["outer", "hole"])
+def test_a_ring_that_is_not_closed_is(tmp_path, hole):
+    path = geojson(tmp_path / "area.geojson", rings(SQUARE if hole else SQUARE[:-1], *([hole] if hole else [])))
+    found = read_shapes(path, None, SCENE)
+    assert [shape.area for shape in found.shapes] == [11.5 if hole else 12]
+    (line,) = found.hints
+    assert line == "area.geojson: it has rings that do not end where they begin; a straight line closes each"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("corners", [[SQUARE[:2]], [SQUARE[:1]], [SQUARE, SQUARE[:2]]], ids=["two", "one", "hole"])
+def test_a_ring_of_too_few_corners_is_one_line(tmp_path, corners):
+    path = geojson(tmp_path / "area.geojson", rings(SQUARE), rings(*corners))
+    expected = "read_shapes: .*area.geojson has .* a ring of fewer than three corners; expected polygons$"
+    with pytest.raises(DatasetError, match=expected):
+        read_shapes(path, "name", SCENE)
+
+
+LINE = {"type": "LineString", "coordinates": SQUARE}
+POINT = {"type": "Point", "coordinates": [3, 4]}
+
+
+def collection(*shapes: dict) -> dict:
+    return {"type": "GeometryCollection", "geometries": list(shapes)}
+
+
+@pytest.mark.parametrize("shapes", [[LINE], [LINE, LINE, POINT], [collection(LINE, collection(POINT))]])
+def test_a_file_without_polygons_is_one_line(tmp_path, shapes):
+    path = geojson(tmp_path / "area.geojson", *shapes)
+    kinds = "LineString" if shapes == [LINE] else "LineString, Point"
+    with pytest.raises(DatasetError, match=f"area.geojson has no polygon; expected one or more, got {kinds}$"):
+        read_shapes(path, None, SCENE)
+
+
+def test_points_and_lines_beside_polygons_are_left_out_with_a_word(tmp_path):
+    inner = rings([[3, 3], [6, 3], [6, 7], [3, 7], [3, 3]])
+    shapes = [rings(SQUARE), LINE, collection(rings(SQUARE), POINT, collection(inner, LINE)), POINT, None]
+    found = read_shapes(geojson(tmp_path / "area.geojson", *shapes), "name", SCENE)
+    # a collection of two that overlap is the ground of both
+    assert [shape.area for shape in found.shapes] == [12, 16] and found.values == ["a", "a"] == found.all_values
+    (line,) = found.hints
+    assert line == "area.geojson: 4 of its shapes are no polygons and left out (LineString, Point)"
+
+
+def test_what_is_left_of_a_cut_polygon_is_no_line(tmp_path):
+    # a square with a spike, as GeoPackages of digitised fields have
+    spike = shapely.Polygon([(2, 3), (5, 3), (5, 7), (9, 7), (5, 7), (2, 7)])
+    (shape,) = near(tmp_path / "area.gpkg", [spike], "EPSG:25832", ("EPSG:32632", 0, 9, 1, 9, 9))
+    assert shape.geom_type == "Polygon" and abs(shape.area - 12) < 1e-3

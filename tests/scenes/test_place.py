@@ -12,6 +12,7 @@ import pytest
 from drseg_core.checkpoints.run import load_run
 from drseg_core.config.reading import Reading
 from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.scenes import reader
 from drseg_core.scenes.reader import open_scene
 from tests.cli.conftest import data, folder, run
 from tests.evaluation.fake import color_image
@@ -291,6 +292,44 @@ def test_an_area_elsewhere_is_refused(tmp_path):
             inside(image, rings(tmp_path / "area.geojson", corners))
 
 
+@pytest.mark.parametrize("crs", ["EPSG:32632", "EPSG:4326"])
+@pytest.mark.parametrize("gsd", [None, 1.0])
+def test_an_area_between_the_centres_of_pixels_is_refused(tmp_path, monkeypatch, crs, gsd):
+    pytest.importorskip("pyogrio")
+    monkeypatch.setattr(reader, "PIECE", 7)
+    image = write(tmp_path / "in.tif", np.full((3, 60, 80), 9, np.uint8), **PLACE)
+    # two specks far from each other, and a strip between two rows of centres
+    boxes = [(2.55, 2.55, 2.6, 2.6), (20.1, 20.1, 20.2, 20.2), (3, 5.05, 30, 5.2)]
+    area = polygon(tmp_path / "area.geojson", *boxes, crs=crs)
+    with pytest.raises(ConfigError, match="--aoi holds no pixel; expected .*in.tif, got .*area.geojson$"):
+        mapped(image, tmp_path / "map.tif", aoi=area, gsd=gsd)
+    assert not list(tmp_path.glob("map*"))
+    # with a centre in the last block
+    area = polygon(tmp_path / "area.geojson", *boxes, (34.4, 25.4, 35.6, 25.9), crs=crs)
+    with open_scene(image, aoi=area, gsd=gsd) as scene:
+        assert scene.window(0, scene.height, 0, scene.width)[1].sum() == 2
+
+
+def test_what_is_not_taken_of_an_area_is_said_once(tmp_path, caplog):
+    pytest.importorskip("pyogrio")
+    label = truth(60, 80)
+    image = write(tmp_path / "in.tif", color_image(label).numpy(), **PLACE)
+    area = polygon(tmp_path / "area.geojson", (5, 5, 15, 10))
+    content = json.loads(area.read_text())
+    ring = content["features"][0]["geometry"]["coordinates"][0]
+    content["features"].append(
+        {"type": "Feature", "geometry": {"type": "LineString", "coordinates": [ring[0], ring[2]]}}
+    )
+    del ring[-1]
+    area.write_text(json.dumps(content))
+    found, _ = read(mapped(image, tmp_path / "map.tif", aoi=area).classes)
+    assert np.array_equal(found[0], label[10:20, 10:30])
+    assert [line.split(";")[0] for line in caplog.messages if "area.geojson" in line] == [
+        "area.geojson: it has rings that do not end where they begin",
+        "area.geojson: 1 of its shapes are no polygons and left out (LineString)",
+    ]
+
+
 def test_part_and_resolution_together(tmp_path):
     pytest.importorskip("pyogrio")
     label = truth(30, 40).repeat_interleave(2, 0).repeat_interleave(2, 1)
@@ -330,11 +369,22 @@ def test_a_box_in_degrees_adds_no_row(tmp_path):
     assert valid.shape == (40, 40) and valid.all()
 
 
-@pytest.mark.parametrize("kind, value, said", [("uint8", -9999, True), ("uint8", 0.5, True), ("int16", -9999, False)])
+@pytest.mark.parametrize(
+    "kind, value, said",
+    [
+        ("uint8", -9999, True),
+        ("uint8", 0.5, True),
+        ("int16", -9999, False),
+        # as the largest of float32 is written in eight digits, which is beyond it
+        ("float32", -3.4028235e38, False),
+        ("float32", -1e39, True),
+        ("float64", -1e39, False),
+    ],
+)
 def test_a_nodata_value_that_no_pixel_can_have(tmp_path, caplog, kind, value, said):
     image = write(tmp_path / "in.tif", color_image(truth()).numpy().astype(kind), **PLACE)
     mapped(image, tmp_path / "map.tif", reading=Reading(nodata=value))
-    assert (f"in.tif: --nodata {value} is no value of {kind}, so it leaves nothing out" in caplog.text) == said
+    assert (f"in.tif: --nodata {value:.10g} is no value of {kind}, so it leaves nothing out" in caplog.text) == said
 
 
 def test_the_run_knows_its_resolution(tmp_path, drseg, small, caplog):

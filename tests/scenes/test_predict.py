@@ -108,13 +108,14 @@ def test_grid_is_kept_exactly(tmp_path, georeference, mode):
     assert np.allclose(uncertainty[0], color_image(truth())[0] / 255, atol=0.8 / 500 + 1e-6) and result.nodata == 255
 
 
-def test_ground_control_points(tmp_path):
+def test_ground_control_points(tmp_path, caplog):
     points = [GroundControlPoint(r, c, 7.0 + c / 1e4, 50 - r / 1e4, 0) for r, c in [(0, 0), (0, 70), (50, 0), (50, 70)]]
     crs = rasterio.crs.CRS.from_epsg(4326)
     image = write(tmp_path / "in.tif", color_image(truth()).numpy(), gcps=(points, crs))
     with rasterio.open(run(image, tmp_path / "map.tif").classes) as result:
         kept, kept_crs = result.gcps
     assert kept_crs == crs and [(p.row, p.col, p.x, p.y) for p in kept] == [(p.row, p.col, p.x, p.y) for p in points]
+    assert not [record for record in caplog.records if record.name.startswith("rasterio")]
 
 
 def test_names_and_colours(tmp_path):
