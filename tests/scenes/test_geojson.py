@@ -100,6 +100,54 @@ def test_edges_follow_the_pixels(tmp_path, case):
             assert area(shape) == pytest.approx(properties["area_m2"], rel=0.02)
 
 
+def written(path, value, crs, transform):
+    """The polygons of a map in degrees, and for each the pixels whose middle it holds."""
+    crs = rasterio.crs.CRS.from_user_input(crs)
+    labels = write(path / "labels.tif", value[None], nodata=255, crs=crs, transform=transform)
+    polygons.write_polygons(labels, labels, path / "part", path / "map.geojson", list("abc"))
+    features = json.loads((path / "part").read_text())["features"]
+    shapes = [shapely.geometry.shape(feature["geometry"]) for feature in features]
+    row, column = (index.ravel() for index in np.indices(value.shape))
+    # beside the middle, where the cut at 180 degrees may be
+    x, y = transform @ (column + 0.453, row + 0.532)
+    east, north = projected(crs, "EPSG:4326", x.tolist(), y.tolist())
+    held = [shapely.contains_xy(shape, (east + 180) % 360 - 180, north).reshape(value.shape) for shape in shapes]
+    return features, shapes, held
+
+
+POLE = {"EPSG:5041": 2e6, "EPSG:3413": 0.0, "EPSG:3031": 0.0}
+
+
+@pytest.mark.parametrize("crs", POLE)
+def test_blocks_at_and_around_a_pole(tmp_path, crs):
+    rng = np.random.default_rng(2)
+    for number in range(40):
+        n, block, side = (int(rng.choice(some)) for some in ((12, 18, 24, 27), (2, 3, 4), (100, 10_000, 100_000)))
+        # the pole is a corner of pixels, a hair beside one, or anywhere
+        off = rng.integers(0, n + 1, 2) + [(0, 0), (0, 0), (0.005, -0.003), rng.random(2)][number % 4]
+        few = rng.choice([0, 1, 2, 255], (-(-n // block),) * 2)
+        value = np.kron(few, np.ones((block, block)))[:n, :n].astype(np.uint8)
+        transform = from_origin(POLE[crs] - off[0] * side, POLE[crs] + off[1] * side, side, side)
+        features, shapes, held = written(tmp_path, value, crs, transform)
+        assert shapely.is_valid(shapes).all()
+        assert (np.sum(held, 0) == (value != 255)).all()
+        for feature, inside in zip(features, held, strict=True):
+            assert (value[inside] == feature["properties"]["class_id"]).all()
+
+
+def test_an_edge_whose_first_third_is_the_pole(tmp_path):
+    value = classes(80, 80, (24, 32, 60, 64), (32, 36, 44, 64), (36, 40, 36, 48), (36, 44, 60, 64))
+    _, _, held = written(tmp_path, value, "EPSG:5041", from_origin(-2e6, 6e6, 1e5, 1e5))
+    assert (held[0] == (value == 1)).all()
+
+
+def test_a_ring_around_a_pole_may_begin_where_it_goes_back(tmp_path):
+    value = classes(12, 12, (0, 3, 3, 6), (6, 9, 6, 9), (9, 12, 3, 12), around=0)
+    value[value == 1] = 255
+    _, _, held = written(tmp_path, value, "EPSG:3031", from_origin(-700, 200, 100, 100))
+    assert (held[0] == (value == 0)).all()
+
+
 def test_the_middle_of_a_long_edge_is_on_it(tmp_path):
     crs, transform, value = CASES["a tile"]
     labels = write(tmp_path / "labels.tif", value[None], nodata=255, crs=crs, transform=transform)
