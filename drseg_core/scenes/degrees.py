@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ _CENTIMETRE = 7
 """Decimals of degrees."""
 _MOVED = 0.01
 """Share of a pixel by which rounding, or a pole that is near, may move a corner."""
+_BEYOND = 0.75
+"""Pixels by which a corner may be off when it is sent to degrees and back, and is still on Earth."""
 _BENT = 0.25
 """Pixels by which an edge may leave the straight line in degrees."""
 _ASIDE = 0.1
@@ -46,12 +49,35 @@ def on_ground(transform: Any, points: Floats) -> Floats:
     return np.column_stack(transform @ (points[:, 0], points[:, 1]))
 
 
-def _to_degrees(crs: Any, points: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.column_stack(projected(crs, "EPSG:4326", *points.T.tolist()))
+def _to_degrees(grid: Any, points: Floats) -> Floats:
+    """Points of the CRS of a grid; NaN for those not on Earth.
+
+    Beyond the edge of the Earth some projections give places all the same, which lie elsewhere in the CRS.
+    """
+    degrees = np.column_stack(projected(grid.crs, "EPSG:4326", *points.T.tolist()))
+    on_earth = np.isfinite(degrees[:, 0])
+    off = np.column_stack(projected("EPSG:4326", grid.crs, *degrees[on_earth].T.tolist())) - points[on_earth]
+    if _goes_around(grid.crs):
+        off[:, 0] = np.nan_to_num(off[:, 0]) * 0
+    t = grid.transform
+    pixel = max(abs(t.a) + abs(t.b), abs(t.d) + abs(t.e))
+    # two ways between datums may differ by metres
+    on_earth[on_earth] = np.hypot(*off.T) < _BEYOND * pixel + 1e-5 * abs(points[on_earth]).max(1)
+    degrees[~on_earth] = np.nan
+    return degrees
+
+
+@lru_cache(maxsize=8)
+def _goes_around(crs: Any) -> bool:
+    """Whether the first axis is the longitude, so that a map may go on beyond its end: there the Earth begins again."""
+    if crs.is_geographic:
+        return True
+    east, _ = projected("EPSG:4326", crs, [-100, -10, 80, 170] * 2, [0] * 4 + [60] * 4)
+    return bool(np.ptp(east.reshape(2, 4), axis=0).max() < 1e-3 * np.ptp(east))
 
 
 def _places(pixel: Floats, grid: Any) -> Floats:
-    return _to_degrees(grid.crs, on_ground(grid.transform, pixel)) if len(pixel) else np.zeros((0, 2))
+    return _to_degrees(grid, on_ground(grid.transform, pixel)) if len(pixel) else np.zeros((0, 2))
 
 
 def _poles(grid: Any) -> Floats:
@@ -72,7 +98,7 @@ def _sides(grid: Any) -> Floats:
     """Two sides of some pixels all over a grid, in degrees."""
     places = [(x, y) for y in np.linspace(0, grid.height, 3) for x in np.linspace(0, grid.width, 3)]
     pixels = np.array([(x + right, y + down) for x, y in places for right, down in ((0, 0), (1, 0), (0, 1))])
-    corner, across, down = _to_degrees(grid.crs, on_ground(grid.transform, pixels)).reshape(-1, 3, 2).swapaxes(0, 1)
+    corner, across, down = _to_degrees(grid, on_ground(grid.transform, pixels)).reshape(-1, 3, 2).swapaxes(0, 1)
     # a pixel may lie on the antimeridian
     sides = (np.stack([across - corner, down - corner], 2) + 180) % 360 - 180
     return np.asarray(sides[np.isfinite(sides).all((1, 2))])
@@ -105,7 +131,7 @@ def in_degrees(shapes: NDArray[Any], grid: Any, decimals: int) -> tuple[NDArray[
     import shapely
 
     points, owner = shapely.get_coordinates(shapes, return_index=True)
-    degrees = _to_degrees(grid.crs, points)
+    degrees = _to_degrees(grid, points)
     seen = np.ones(len(shapes), bool)
     seen[owner[np.isnan(degrees[:, 0])]] = False
     kept = seen[owner]
@@ -316,6 +342,6 @@ def _unwrapped(ring: _Points, grid: Any) -> Floats:
         # a long edge that leaves the Earth between two corners that are on it, or a short one that crosses
         between = _places(np.linspace(pixel[edge], pixel[edge + 1], _BETWEEN), grid)[:, 0]
         small = np.diff(between[np.isfinite(between)])
-        turns[edge + 1] = round((_turned(small).sum() - step[edge]) / 360)
+        turns[edge + 1] = np.clip(round((_turned(small).sum() - step[edge]) / 360), -1, 1)
     degrees[:, 0] += 360 * turns.cumsum()
     return degrees

@@ -148,6 +148,61 @@ def test_a_ring_around_a_pole_may_begin_where_it_goes_back(tmp_path):
     assert (held[0] == (value == 0)).all()
 
 
+WHOLE = {
+    "sinusoidal": "ESRI:54008",
+    "Mollweide": "ESRI:54009",
+    "Winkel-Tripel": "ESRI:54042",
+    "Equal Earth": "EPSG:8857",
+    "polyconic": "ESRI:54021",
+    "Bonne": "+proj=bonne +lat_1=45",
+    "equidistant": "+proj=aeqd +lat_0=40",
+    "orthographic": "+proj=ortho +lat_0=30",
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_beyond_the_edge_of_the_earth(tmp_path, name, caplog):
+    crs = rasterio.crs.CRS.from_user_input(WHOLE[name])
+    side = 4e5 if name == "orthographic" else 1.1e6
+    transform = from_origin(-20 * side, 12 * side, side, side)
+    value = np.kron(np.random.default_rng(1).integers(0, 3, (6, 10)), np.ones((4, 4))).astype(np.uint8)
+    value[::8], value[:, ::8] = 0, 1
+    features, shapes, held = written(tmp_path, value, crs, transform)
+    assert shapely.is_valid(shapes).all()
+    row, column = (index.ravel() for index in np.indices(value.shape))
+    x, y = transform @ (column + 0.453, row + 0.532)
+    degree = projected(crs, "EPSG:4326", x.tolist(), y.tolist())
+    back = np.column_stack(projected("EPSG:4326", crs, *np.nan_to_num(degree).tolist()))
+    earth = (np.hypot(*(back - np.column_stack([x, y])).T) < 1).reshape(value.shape)
+    assert np.sum(held, 0)[earth].max() == 1
+    for feature, inside in zip(features, held, strict=True):
+        own = inside & earth
+        assert (value[own] == feature["properties"]["class_id"]).all()
+        assert own.sum() == feature["properties"]["pixels"]
+    assert features and "a corner is not on Earth" in caplog.text
+
+
+def test_a_sinusoidal_map_of_one_class_is_left_out(tmp_path, caplog):
+    value = classes(20, 40, around=0)
+    features, _, _ = written(tmp_path, value, "ESRI:54008", from_origin(-20e6, 10e6, 1e6, 1e6))
+    assert not features and "1 of 1 polygons (800 pixels) are left out" in caplog.text
+
+
+def test_rows_beyond_a_pole_are_left_out(tmp_path, caplog):
+    few = np.random.default_rng(1).integers(0, 3, (23, 45))
+    value = np.kron(few, np.ones((4, 4))).astype(np.uint8)
+    value[1], value[2], value[-2] = 0, 1, 0
+    _, shapes, _ = written(tmp_path, value, "EPSG:4326", from_origin(-181, 92, 2, 2))
+    assert shapely.is_valid(shapes).all() and len(shapes) > 300 and "are left out" in caplog.text
+
+
+def test_a_map_that_goes_around_the_earth_twice(tmp_path):
+    value = classes(8, 60, (2, 6, 4, 8), (2, 6, 50, 56))
+    features, shapes, _ = written(tmp_path, value, "EPSG:3857", from_origin(-3e7, 4e6, 1e6, 1e6))
+    assert len(features) == 2
+    assert shapes[0].centroid.x == pytest.approx((-24 / 20.0375 * 180) % 360, abs=0.1)
+
+
 def test_the_middle_of_a_long_edge_is_on_it(tmp_path):
     crs, transform, value = CASES["a tile"]
     labels = write(tmp_path / "labels.tif", value[None], nodata=255, crs=crs, transform=transform)
