@@ -55,6 +55,11 @@ def _to_degrees(grid: Any, points: Floats) -> Floats:
     Beyond the edge of the Earth some projections give places all the same, which lie elsewhere in the CRS.
     """
     degrees = np.column_stack(projected(grid.crs, "EPSG:4326", *points.T.tolist()))
+    if grid.crs.is_geographic:
+        # its pole is a line, also where that of WGS 84 lies beside it
+        last = np.flatnonzero(abs(points[:, 1]) > np.pi / 2 / grid.crs.units_factor[1] - 1e-9)
+        degrees[last, 0] = projected(grid.crs, "EPSG:4326", points[last, 0].tolist(), [0.0] * len(last))[0]
+        degrees[last, 1] = np.copysign(90, points[last, 1])
     on_earth = np.isfinite(degrees[:, 0])
     off = np.column_stack(projected("EPSG:4326", grid.crs, *degrees[on_earth].T.tolist())) - points[on_earth]
     if _goes_around(grid.crs):

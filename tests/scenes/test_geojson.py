@@ -196,6 +196,14 @@ def test_rows_beyond_a_pole_are_left_out(tmp_path, caplog):
     assert shapely.is_valid(shapes).all() and len(shapes) > 300 and "are left out" in caplog.text
 
 
+@pytest.mark.parametrize("block", [4, 40])
+def test_the_world_in_another_datum_up_to_the_poles(tmp_path, block):
+    few = np.random.default_rng(1).integers(0, 3, (-(-36 // block), 40 // block))
+    value = np.kron(few, np.ones((block, block)))[:36].astype(np.uint8)
+    _, shapes, held = written(tmp_path, value, "EPSG:4807", from_origin(-200, 100, 10, 200 / 36))
+    assert shapely.is_valid(shapes).all() and (np.sum(held, 0) == 1).all()
+
+
 def test_a_map_that_goes_around_the_earth_twice(tmp_path):
     value = classes(8, 60, (2, 6, 4, 8), (2, 6, 50, 56))
     features, shapes, _ = written(tmp_path, value, "EPSG:3857", from_origin(-3e7, 4e6, 1e6, 1e6))
