@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,9 @@ from drseg_core.data.ground import projected
 _CENTIMETRE = 7
 """Decimals of degrees."""
 _MOVED = 0.01
-"""Share of a pixel by which rounding may move a corner."""
+"""Share of a pixel by which rounding, or a pole that is near, may move a corner."""
+_BEYOND = 0.75
+"""Pixels by which a corner may be off when it is sent to degrees and back, and is still on Earth."""
 _BENT = 0.25
 """Pixels by which an edge may leave the straight line in degrees."""
 _ASIDE = 0.1
@@ -25,20 +28,20 @@ _BROAD = 90.0
 """Degrees of longitude along a piece, above which it is cut again."""
 _DEPTH = 11
 """How often a piece is cut into three: down to a hundredth of a pixel of an edge of 2000."""
+_BESIDE = 1e-4
+"""Share of an edge from a pole at which its longitude is asked for."""
 _BETWEEN = 17
 """Points along an edge that seems to go around half the world."""
-_CORNER, _POLE, _NEAR_POLE = 0, 1, 2
-"""Kinds of points: others, those at a pole, and those where an edge passes so near that it may go through it."""
 
 Floats = NDArray[np.float64]
 
 
 class _Points(NamedTuple):
-    """Points of rings in pixels and in degrees, with their kinds."""
+    """Points of rings in pixels and in degrees, and which of them are at a pole, where any longitude is true."""
 
     pixel: Floats
     degrees: Floats
-    kind: NDArray[np.int64]
+    pole: NDArray[np.bool_]
 
 
 def on_ground(transform: Any, points: Floats) -> Floats:
@@ -46,19 +49,61 @@ def on_ground(transform: Any, points: Floats) -> Floats:
     return np.column_stack(transform @ (points[:, 0], points[:, 1]))
 
 
-def _to_degrees(crs: Any, points: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.column_stack(projected(crs, "EPSG:4326", *points.T.tolist()))
+def _to_degrees(grid: Any, points: Floats) -> Floats:
+    """Points of the CRS of a grid; NaN for those not on Earth.
+
+    Beyond the edge of the Earth some projections give places all the same, which lie elsewhere in the CRS.
+    """
+    degrees = np.column_stack(projected(grid.crs, "EPSG:4326", *points.T.tolist()))
+    if grid.crs.is_geographic:
+        # its pole is a line, also where that of WGS 84 lies beside it
+        last = np.flatnonzero(abs(points[:, 1]) > np.pi / 2 / grid.crs.units_factor[1] - 1e-9)
+        degrees[last, 0] = projected(grid.crs, "EPSG:4326", points[last, 0].tolist(), [0.0] * len(last))[0]
+        degrees[last, 1] = np.copysign(90, points[last, 1])
+    on_earth = np.isfinite(degrees[:, 0])
+    off = np.column_stack(projected("EPSG:4326", grid.crs, *degrees[on_earth].T.tolist())) - points[on_earth]
+    if _goes_around(grid.crs):
+        off[:, 0] = np.nan_to_num(off[:, 0]) * 0
+    t = grid.transform
+    pixel = max(abs(t.a) + abs(t.b), abs(t.d) + abs(t.e))
+    # two ways between datums may differ by metres
+    on_earth[on_earth] = np.hypot(*off.T) < _BEYOND * pixel + 1e-5 * abs(points[on_earth]).max(1)
+    degrees[~on_earth] = np.nan
+    return degrees
+
+
+@lru_cache(maxsize=8)
+def _goes_around(crs: Any) -> bool:
+    """Whether the first axis is the longitude, so that a map may go on beyond its end: there the Earth begins again."""
+    if crs.is_geographic:
+        return True
+    east, _ = projected("EPSG:4326", crs, [-100, -10, 80, 170] * 2, [0] * 4 + [60] * 4)
+    return bool(np.ptp(east.reshape(2, 4), axis=0).max() < 1e-3 * np.ptp(east))
 
 
 def _places(pixel: Floats, grid: Any) -> Floats:
-    return _to_degrees(grid.crs, on_ground(grid.transform, pixel)) if len(pixel) else np.zeros((0, 2))
+    return _to_degrees(grid, on_ground(grid.transform, pixel)) if len(pixel) else np.zeros((0, 2))
+
+
+def _poles(grid: Any) -> Floats:
+    """The poles that are points of a grid, in pixels, with their latitudes."""
+    # in degrees they are lines
+    if grid.crs.is_geographic:
+        return np.zeros((0, 3))
+    found = []
+    for latitude in (-90.0, 90.0):
+        from_all_sides = np.column_stack(projected("EPSG:4326", grid.crs, [-90, 0, 90, 180], [latitude] * 4))
+        places = on_ground(~grid.transform, from_all_sides)
+        if (np.ptp(places, axis=0) < _MOVED).all():
+            found.append((*places.mean(0), latitude))
+    return np.array(found).reshape(-1, 3)
 
 
 def _sides(grid: Any) -> Floats:
     """Two sides of some pixels all over a grid, in degrees."""
     places = [(x, y) for y in np.linspace(0, grid.height, 3) for x in np.linspace(0, grid.width, 3)]
     pixels = np.array([(x + right, y + down) for x, y in places for right, down in ((0, 0), (1, 0), (0, 1))])
-    corner, across, down = _to_degrees(grid.crs, on_ground(grid.transform, pixels)).reshape(-1, 3, 2).swapaxes(0, 1)
+    corner, across, down = _to_degrees(grid, on_ground(grid.transform, pixels)).reshape(-1, 3, 2).swapaxes(0, 1)
     # a pixel may lie on the antimeridian
     sides = (np.stack([across - corner, down - corner], 2) + 180) % 360 - 180
     return np.asarray(sides[np.isfinite(sides).all((1, 2))])
@@ -91,7 +136,7 @@ def in_degrees(shapes: NDArray[Any], grid: Any, decimals: int) -> tuple[NDArray[
     import shapely
 
     points, owner = shapely.get_coordinates(shapes, return_index=True)
-    degrees = _to_degrees(grid.crs, points)
+    degrees = _to_degrees(grid, points)
     seen = np.ones(len(shapes), bool)
     seen[owner[np.isnan(degrees[:, 0])]] = False
     kept = seen[owner]
@@ -102,16 +147,16 @@ def in_degrees(shapes: NDArray[Any], grid: Any, decimals: int) -> tuple[NDArray[
     rings, shape_of = shapely.get_rings(shapes, return_index=True)
     ring = np.repeat(np.arange(len(rings)), shapely.get_num_coordinates(rings))
     pixel = on_ground(~grid.transform, points[kept])
-    every, ring, more = _followed(_Points(pixel, degrees, np.zeros(len(pixel), np.int64)), ring, grid)
+    every, ring, more = _followed(*_through_poles(pixel, degrees, ring, grid), grid)
     longitude = every.degrees[:, 0]
     jump = (abs(np.diff(longitude)) > 180) & (ring[1:] == ring[:-1])
     # one that crosses has points on both sides, or goes on beyond 180
-    over = np.concatenate([ring[1:][jump], ring[(abs(longitude) > 180) | (every.kind != _CORNER)]])
+    over = np.concatenate([ring[1:][jump], ring[(abs(longitude) > 180) | every.pole]])
     beyond = np.unique(shape_of[over])
     first = np.searchsorted(ring, np.arange(len(rings) + 1))
     for number in np.union1d(beyond, shape_of[more]):
         ends = [slice(first[i], first[i + 1]) for i in np.flatnonzero(shape_of == number)]
-        outlines = [_Points(every.pixel[end], every.degrees[end], every.kind[end]) for end in ends]
+        outlines = [_Points(every.pixel[end], every.degrees[end], every.pole[end]) for end in ends]
         if number in beyond:
             found[number] = _cut(outlines, grid, decimals)
         else:
@@ -130,29 +175,40 @@ def _turned(step: Any) -> Any:
     return (step + 180) % 360 - 180
 
 
+def _through_poles(
+    pixel: Floats, degrees: Floats, ring: NDArray[np.int64], grid: Any
+) -> tuple[_Points, NDArray[np.int64]]:
+    """Corners, and points where an edge passes through a pole, with the ring of each."""
+    pole = np.zeros(len(pixel), bool)
+    for *place, latitude in _poles(grid):
+        step = np.diff(pixel, axis=0)
+        share = ((place - pixel[:-1]) * step).sum(1) / np.maximum((step**2).sum(1), 1e-300)
+        near = np.hypot(*(pixel[:-1] + share[:, None] * step - place).T) < _MOVED
+        near &= (share > 0) & (share < 1) & (ring[1:] == ring[:-1])
+        at_pole = np.hypot(*(pixel - place).T) < _MOVED
+        edge = np.flatnonzero(near & ~at_pole[1:] & ~at_pole[:-1])
+        pixel[at_pole], degrees[at_pole], pole[at_pole] = place, (0, latitude), True
+        pixel, degrees = np.insert(pixel, edge + 1, place, 0), np.insert(degrees, edge + 1, (0, latitude), 0)
+        pole, ring = np.insert(pole, edge + 1, True), np.insert(ring, edge + 1, ring[edge])
+    return _Points(pixel, degrees, pole), ring
+
+
 def _followed(points: _Points, ring: NDArray[np.int64], grid: Any) -> tuple[_Points, NDArray[np.int64], Any]:
     """The points and those between them that they need, the ring of each, and the rings with more points."""
     start = np.flatnonzero(ring[1:] == ring[:-1])
     start = start[_may_bend(points, start, grid)]
     end = start + 1
-    points = _Points(points.pixel, points.degrees, points.kind.copy())
     one, other = points.degrees[start], points.degrees[end]
     for own, place, far in ((one, start, end), (other, end, start)):
-        # all longitudes are at a pole: that of an edge is the one by which it comes there
-        at_pole = np.flatnonzero(abs(own[:, 1]) > 90 - 1e-9)
+        # the longitude by which an edge comes to a pole
+        at_pole = np.flatnonzero(points.pole[place])
         here, there = points.pixel[place[at_pole]], points.pixel[far[at_pole]]
-        beside = _places(here + (there - here) * 1e-4, grid)[:, 0]
-        points.kind[place[at_pole[abs(_turned(beside - own[at_pole, 0])) > 1]]] = _POLE
-        own[at_pole, 0] = np.where(np.isfinite(beside), beside, own[at_pole, 0])
-    edge, share, more = _between(points.pixel[start], points.pixel[end], one, other, grid)
+        own[at_pole, 0] = _places(here + (there - here) * _BESIDE, grid)[:, 0]
+    edge, share, pixel, degrees = _between(points.pixel[start], points.pixel[end], one, other, grid)
     order = np.argsort(np.concatenate([np.arange(len(ring)), start[edge] + share]), kind="stable")
     ring_of = ring[start[edge]]
-    # a ring that begins at a pole also ends there
-    first, last = (np.searchsorted(ring, np.unique(ring), side) for side in ("left", "right"))
-    last = last - 1
-    points.kind[first] = points.kind[last] = np.maximum(points.kind[first], points.kind[last])
-    pixel, degrees = (np.concatenate(both)[order] for both in zip(points[:2], more[:2], strict=True))
-    joined = _Points(pixel, degrees, np.concatenate([points.kind, more.kind])[order])
+    more = _Points(pixel, degrees, np.zeros(len(pixel), bool))
+    joined = _Points(*(np.concatenate(both)[order] for both in zip(points, more, strict=True)))
     return joined, np.concatenate([ring, ring_of])[order], np.unique(ring_of)
 
 
@@ -170,8 +226,8 @@ def _may_bend(points: _Points, start: NDArray[np.int64], grid: Any) -> NDArray[n
     return np.asarray((bend > _BENT) | (abs(east) > 0.5) | (length * widest > 30))
 
 
-def _between(p: Floats, q: Floats, at_p: Floats, at_q: Floats, grid: Any) -> tuple[NDArray[np.int64], Floats, _Points]:
-    """Points between the ends of edges: the edge of each, and how far along.
+def _between(p: Floats, q: Floats, at_p: Floats, at_q: Floats, grid: Any) -> tuple[Any, Floats, Floats, Floats]:
+    """Points between the ends of edges: the edge of each, how far along, and the point in pixels and in degrees.
 
     A piece that bends too much is cut into three. At its thirds a bend that turns in the middle is seen as well.
     """
@@ -181,8 +237,8 @@ def _between(p: Floats, q: Floats, at_p: Floats, at_q: Floats, grid: Any) -> tup
     p, q = np.where(back[:, None], q, p), np.where(back[:, None], p, q)
     at_p, at_q = np.where(back[:, None], at_q, at_p), np.where(back[:, None], at_p, at_q)
     begin = np.zeros(len(p))
-    edges, shares, kinds, pixels, degrees = [], [], [], [np.zeros((0, 2))], [np.zeros((0, 2))]
-    for depth in range(_DEPTH + 1):
+    edges, shares, pixels, degrees = [edge[:0]], [begin[:0]], [p[:0]], [p[:0]]
+    for depth in range(_DEPTH):
         thirds = [p + (q - p) / 3, p + (q - p) * 2 / 3]
         length = np.hypot(*(q - p).T)
         aside = _ASIDE * np.column_stack([p[:, 1] - q[:, 1], q[:, 0] - p[:, 0]]) / length[:, None]
@@ -199,32 +255,20 @@ def _between(p: Floats, q: Floats, at_p: Floats, at_q: Floats, grid: Any) -> tup
                 wide[lost] = place[lost] - _places((third - aside)[lost], grid)
             wide[:, 0] = _turned(wide[:, 0])
             bent |= abs(_cross(total, off)) * _ASIDE > _BENT * abs(_cross(total, wide)) + 1e-9 * np.hypot(*total.T)
-        if depth == _DEPTH:
-            ends = np.flatnonzero(broad & (abs(at_p[:, 1]) > 89))
-            edges.append(edge[ends])
-            shares.append(begin[ends] + 3.0**-depth / 2)
-            kinds.append(np.full(len(ends), _NEAR_POLE))
-            pixels.append((p[ends] + q[ends]) / 2)
-            degrees.append(np.column_stack([at_p[ends, 0], np.copysign(90, at_p[ends, 1])]))
-            break
         cut = np.flatnonzero(broad | bent & (length > _SHORT))
         if not len(cut):
             break
         for number in range(2):
             edges.append(edge[cut])
             shares.append(begin[cut] + (number + 1) * 3.0 ** -(depth + 1))
-            kinds.append(np.zeros(len(cut), np.int64))
             pixels.append(thirds[number][cut])
             degrees.append(at[number][cut])
         begin = np.concatenate([begin[cut] + number * 3.0 ** -(depth + 1) for number in range(3)])
         edge = np.tile(edge[cut], 3)
         p, q = (np.concatenate([v[cut] for v in vs]) for vs in ((p, *thirds), (*thirds, q)))
         at_p, at_q = (np.concatenate([v[cut] for v in vs]) for vs in ((at_p, *at), (*at, at_q)))
-    which = np.concatenate([np.zeros(0, np.int64), *edges])
-    share = np.concatenate([np.zeros(0), *shares])
-    kind = np.concatenate([np.zeros(0, np.int64), *kinds])
-    more = _Points(np.concatenate(pixels), np.concatenate(degrees), kind)
-    return which, np.where(back[which], 1 - share, share), more
+    which, share = np.concatenate(edges), np.concatenate(shares)
+    return which, np.where(back[which], 1 - share, share), np.concatenate(pixels), np.concatenate(degrees)
 
 
 def _cross(a: Floats, b: Floats) -> Floats:
@@ -246,15 +290,19 @@ def _within_a_turn(ring: _Points, grid: Any, decimals: int) -> Any:
     import shapely
 
     points = _unwrapped(_around_poles(ring, grid), grid)
-    if abs(points[-1, 0] - points[0, 0]) > 180:
-        # around a pole, which is a line in degrees
-        pole = np.copysign(90, points[:, 1].mean())
+    west, east = points[:, 0].min(), points[:, 0].max()
+    turns = range(math.floor((west + 180) / 360), math.ceil((east + 180) / 360))
+    around = points[-1, 0] - points[0, 0]
+    if abs(around) > 180:
+        # around a pole, which is a line in degrees: once more on both sides, as a ring may go back below its begin
+        pole, more = np.copysign(90, points[:, 1].mean()), max(-turns[0], turns[-1]) + 1
+        points = np.vstack([points[:-1] + (number * around, 0) for number in range(-more, more + 1)])
         points = np.vstack([points, [(points[-1, 0], pole), (points[0, 0], pole)]])
+        turns = range(1)
     polygon = shapely.make_valid(shapely.Polygon(points))
-    west, south, east, north = polygon.bounds
     parts = []
-    for turn in range(math.floor((west + 180) / 360), math.ceil((east + 180) / 360)):
-        side = shapely.box(360 * turn - 180, south - 1, 360 * turn + 180, north + 1)
+    for turn in turns:
+        side = shapely.box(360 * turn - 180, -91, 360 * turn + 180, 91)
         parts.append(
             shapely.transform(shapely.intersection(polygon, side), lambda points, turn=turn: points - (360 * turn, 0))
         )
@@ -264,26 +312,25 @@ def _within_a_turn(ring: _Points, grid: Any, decimals: int) -> Any:
 
 def _around_poles(ring: _Points, grid: Any) -> _Points:
     """A ring whose points at a pole are lines there: from the longitude by which it comes to that by which it goes."""
-    if not (ring.kind != _CORNER).any():
+    if not ring.pole.any():
         return ring
-    pixel, degrees, kind = (values[:-1] for values in ring)
-    begin = int(np.flatnonzero(kind == _CORNER)[0])
-    pixel, degrees, kind = (np.roll(values, -begin, 0) for values in (pixel, degrees, kind))
+    begin = int(np.flatnonzero(~ring.pole)[0])
+    pixel, degrees, pole = (np.roll(values[:-1], -begin, 0) for values in ring)
     turn = np.sign(_cross(pixel - pixel[0], np.roll(pixel, -1, 0) - pixel[0]).sum())
     rows = []
     for number in range(len(pixel)):
-        if kind[number] == _CORNER:
-            rows.append((pixel[number], degrees[number], _CORNER))
+        if not pole[number]:
+            rows.append((pixel[number], degrees[number], False))
             continue
-        here, share = pixel[number], 1e-4 if kind[number] == _POLE else 1.0
+        here = pixel[number]
         before, after = pixel[number - 1] - here, pixel[(number + 1) % len(pixel)] - here
         # what lies between the two, within the ring
         out = math.atan2(after[1], after[0])
         angle = turn * (math.atan2(before[1], before[0]) - out) % (2 * math.pi)
         half = out + turn * angle / 2
         inside = 0.3 * np.array([math.cos(half), math.sin(half)])
-        sides = _places(np.stack([here + share * before, here + inside, here + share * after]), grid)
-        rows += [(here, np.array([side[0], np.copysign(90, side[1])]), _POLE) for side in sides if np.isfinite(side[0])]
+        sides = _places(here + np.stack([_BESIDE * before, inside, _BESIDE * after]), grid)
+        rows += [(here, np.array([side[0], degrees[number, 1]]), True) for side in sides if np.isfinite(side[0])]
     rows.append(rows[0])
     return _Points(*(np.array(values) for values in zip(*rows, strict=True)))
 
@@ -295,11 +342,11 @@ def _unwrapped(ring: _Points, grid: Any) -> Floats:
     turns = np.zeros(len(degrees))
     for edge in np.flatnonzero(abs(step) > 180):
         turns[edge + 1] = -round(step[edge] / 360)
-        if _CORNER != ring.kind[edge] or _CORNER != ring.kind[edge + 1]:
+        if ring.pole[edge] or ring.pole[edge + 1]:
             continue
         # a long edge that leaves the Earth between two corners that are on it, or a short one that crosses
         between = _places(np.linspace(pixel[edge], pixel[edge + 1], _BETWEEN), grid)[:, 0]
         small = np.diff(between[np.isfinite(between)])
-        turns[edge + 1] = round((_turned(small).sum() - step[edge]) / 360)
+        turns[edge + 1] = np.clip(round((_turned(small).sum() - step[edge]) / 360), -1, 1)
     degrees[:, 0] += 360 * turns.cumsum()
     return degrees

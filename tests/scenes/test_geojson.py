@@ -100,6 +100,117 @@ def test_edges_follow_the_pixels(tmp_path, case):
             assert area(shape) == pytest.approx(properties["area_m2"], rel=0.02)
 
 
+def written(path, value, crs, transform):
+    """The polygons of a map in degrees, and for each the pixels whose middle it holds."""
+    crs = rasterio.crs.CRS.from_user_input(crs)
+    labels = write(path / "labels.tif", value[None], nodata=255, crs=crs, transform=transform)
+    polygons.write_polygons(labels, labels, path / "part", path / "map.geojson", list("abc"))
+    features = json.loads((path / "part").read_text())["features"]
+    shapes = [shapely.geometry.shape(feature["geometry"]) for feature in features]
+    row, column = (index.ravel() for index in np.indices(value.shape))
+    # beside the middle, where the cut at 180 degrees may be
+    x, y = transform @ (column + 0.453, row + 0.532)
+    east, north = projected(crs, "EPSG:4326", x.tolist(), y.tolist())
+    held = [shapely.contains_xy(shape, (east + 180) % 360 - 180, north).reshape(value.shape) for shape in shapes]
+    return features, shapes, held
+
+
+POLE = {"EPSG:5041": 2e6, "EPSG:3413": 0.0, "EPSG:3031": 0.0}
+
+
+@pytest.mark.parametrize("crs", POLE)
+def test_blocks_at_and_around_a_pole(tmp_path, crs):
+    rng = np.random.default_rng(2)
+    for number in range(40):
+        n, block, side = (int(rng.choice(some)) for some in ((12, 18, 24, 27), (2, 3, 4), (100, 10_000, 100_000)))
+        # the pole is a corner of pixels, a hair beside one, or anywhere
+        off = rng.integers(0, n + 1, 2) + [(0, 0), (0, 0), (0.005, -0.003), rng.random(2)][number % 4]
+        few = rng.choice([0, 1, 2, 255], (-(-n // block),) * 2)
+        value = np.kron(few, np.ones((block, block)))[:n, :n].astype(np.uint8)
+        transform = from_origin(POLE[crs] - off[0] * side, POLE[crs] + off[1] * side, side, side)
+        features, shapes, held = written(tmp_path, value, crs, transform)
+        assert shapely.is_valid(shapes).all()
+        assert (np.sum(held, 0) == (value != 255)).all()
+        for feature, inside in zip(features, held, strict=True):
+            assert (value[inside] == feature["properties"]["class_id"]).all()
+
+
+def test_an_edge_whose_first_third_is_the_pole(tmp_path):
+    value = classes(80, 80, (24, 32, 60, 64), (32, 36, 44, 64), (36, 40, 36, 48), (36, 44, 60, 64))
+    _, _, held = written(tmp_path, value, "EPSG:5041", from_origin(-2e6, 6e6, 1e5, 1e5))
+    assert (held[0] == (value == 1)).all()
+
+
+def test_a_ring_around_a_pole_may_begin_where_it_goes_back(tmp_path):
+    value = classes(12, 12, (0, 3, 3, 6), (6, 9, 6, 9), (9, 12, 3, 12), around=0)
+    value[value == 1] = 255
+    _, _, held = written(tmp_path, value, "EPSG:3031", from_origin(-700, 200, 100, 100))
+    assert (held[0] == (value == 0)).all()
+
+
+WHOLE = {
+    "sinusoidal": "ESRI:54008",
+    "Mollweide": "ESRI:54009",
+    "Winkel-Tripel": "ESRI:54042",
+    "Equal Earth": "EPSG:8857",
+    "polyconic": "ESRI:54021",
+    "Bonne": "+proj=bonne +lat_1=45",
+    "equidistant": "+proj=aeqd +lat_0=40",
+    "orthographic": "+proj=ortho +lat_0=30",
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_beyond_the_edge_of_the_earth(tmp_path, name, caplog):
+    crs = rasterio.crs.CRS.from_user_input(WHOLE[name])
+    side = 4e5 if name == "orthographic" else 1.1e6
+    transform = from_origin(-20 * side, 12 * side, side, side)
+    value = np.kron(np.random.default_rng(1).integers(0, 3, (6, 10)), np.ones((4, 4))).astype(np.uint8)
+    value[::8], value[:, ::8] = 0, 1
+    features, shapes, held = written(tmp_path, value, crs, transform)
+    assert shapely.is_valid(shapes).all()
+    row, column = (index.ravel() for index in np.indices(value.shape))
+    x, y = transform @ (column + 0.453, row + 0.532)
+    degree = projected(crs, "EPSG:4326", x.tolist(), y.tolist())
+    back = np.column_stack(projected("EPSG:4326", crs, *np.nan_to_num(degree).tolist()))
+    earth = (np.hypot(*(back - np.column_stack([x, y])).T) < 1).reshape(value.shape)
+    assert np.sum(held, 0)[earth].max() == 1
+    for feature, inside in zip(features, held, strict=True):
+        own = inside & earth
+        assert (value[own] == feature["properties"]["class_id"]).all()
+        assert own.sum() == feature["properties"]["pixels"]
+    assert features and "a corner is not on Earth" in caplog.text
+
+
+def test_a_sinusoidal_map_of_one_class_is_left_out(tmp_path, caplog):
+    value = classes(20, 40, around=0)
+    features, _, _ = written(tmp_path, value, "ESRI:54008", from_origin(-20e6, 10e6, 1e6, 1e6))
+    assert not features and "1 of 1 polygons (800 pixels) are left out" in caplog.text
+
+
+def test_rows_beyond_a_pole_are_left_out(tmp_path, caplog):
+    few = np.random.default_rng(1).integers(0, 3, (23, 45))
+    value = np.kron(few, np.ones((4, 4))).astype(np.uint8)
+    value[1], value[2], value[-2] = 0, 1, 0
+    _, shapes, _ = written(tmp_path, value, "EPSG:4326", from_origin(-181, 92, 2, 2))
+    assert shapely.is_valid(shapes).all() and len(shapes) > 300 and "are left out" in caplog.text
+
+
+@pytest.mark.parametrize("block", [4, 40])
+def test_the_world_in_another_datum_up_to_the_poles(tmp_path, block):
+    few = np.random.default_rng(1).integers(0, 3, (-(-36 // block), 40 // block))
+    value = np.kron(few, np.ones((block, block)))[:36].astype(np.uint8)
+    _, shapes, held = written(tmp_path, value, "EPSG:4807", from_origin(-200, 100, 10, 200 / 36))
+    assert shapely.is_valid(shapes).all() and (np.sum(held, 0) == 1).all()
+
+
+def test_a_map_that_goes_around_the_earth_twice(tmp_path):
+    value = classes(8, 60, (2, 6, 4, 8), (2, 6, 50, 56))
+    features, shapes, _ = written(tmp_path, value, "EPSG:3857", from_origin(-3e7, 4e6, 1e6, 1e6))
+    assert len(features) == 2
+    assert shapes[0].centroid.x == pytest.approx((-24 / 20.0375 * 180) % 360, abs=0.1)
+
+
 def test_the_middle_of_a_long_edge_is_on_it(tmp_path):
     crs, transform, value = CASES["a tile"]
     labels = write(tmp_path / "labels.tif", value[None], nodata=255, crs=crs, transform=transform)
