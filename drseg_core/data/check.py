@@ -22,7 +22,7 @@ from drseg_core.data.folder import read_class_names
 from drseg_core.data.images import FORMATS, MAX_PIXELS, image_size, read_image, read_mask
 from drseg_core.data.manifest import MANIFEST, manifest_problem, printable, read_manifest
 from drseg_core.data.own_images import read_rgb, settle
-from drseg_core.data.pairs import LISTED, SUFFIXES, PairFolder, list_files, some, unknown_ids, without_partner
+from drseg_core.data.pairs import LISTED, SUFFIXES, PairFolder, list_files, some, unknown_ids, unread, without_partner
 from drseg_core.data.palette import Image8, overlay, with_legend
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.extras import require
@@ -194,6 +194,7 @@ def _pairs(report: CheckReport, found: SplitReport, place: PairFolder) -> list[t
     except DatasetError as error:
         report.problems.append(Finding("layout", str(error)))
         return []
+    report.warnings += [Finding("unread", message) for part in place[:2] for message in unread(part)]
     found.images += len(images)
     found.masks += len(masks)
     if not images and not masks:

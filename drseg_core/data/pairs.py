@@ -33,6 +33,9 @@ from drseg_core.data.own_images import (
 from drseg_core.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+UNREAD = (".bmp", ".gif", ".img", ".j2k", ".jfif", ".jp2", ".jpe", ".pgm", ".ppm", ".tga", ".vrt", ".webp")
+"""Suffixes of images that are not read, and are said so."""
+
 LARGE_PIXELS = 4_000_000
 """Images of a user's own set with more pixels are read in parts."""
 
@@ -41,6 +44,8 @@ LISTED = 10
 
 
 _log = logging.getLogger(__name__)
+# pictures that other programs made of those beside them
+_THUMBNAILS = ("@eadir", "thumbnails", "thumbs")
 
 
 class PairFolder(NamedTuple):
@@ -115,6 +120,8 @@ class PairDataset(SegmentationDataset):
 
     def _find_pairs(self, folder: PairFolder) -> list[Pair]:
         images, masks = (list_files(part, folder.home, self.layout) for part in (folder.images, folder.masks))
+        for message in unread(folder.images) + unread(folder.masks):
+            _log.warning("%s: %s", self._name, message)
         if not images and not masks:
             raise DatasetError(f"{self._name}: {folder.images.parent} has no image; expected {self.layout}")
         lonely = without_partner(images, masks)
@@ -321,6 +328,37 @@ def list_files(folder: Path, home: Path, layout: str) -> dict[str, Path]:
             raise DatasetError(f"data set: {printable(path)} and {other} share a name; expected one file")
         found[path.stem] = path
     return found
+
+
+def unread(folder: Path) -> list[str]:
+    """What to say of images in a folder that :func:`list_files` leaves out: in sub-folders, or of other suffixes."""
+    with os.scandir(folder) as entries:
+        seen = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    inner, other = [], []
+    read = {Path(entry.name).stem for entry in seen if _suffix(entry.name) in SUFFIXES}
+    for entry in seen:
+        # the names in a folder behind a link may never end
+        if entry.is_dir(follow_symlinks=False) and entry.name.lower() not in _THUMBNAILS:
+            if count := _count(entry.path):
+                inner.append(f"{printable(Path(entry.name))} ({count} image{'s' if count > 1 else ''})")
+        elif _suffix(entry.name) in UNREAD and Path(entry.name).stem not in read:
+            other.append(printable(Path(entry.name)))
+    said = [f"sub-folders of {printable(folder)} are not read: {some(inner)}"] if inner else []
+    if other:
+        verb = "has" if len(other) == 1 else "have"
+        expected = f"expected one of {', '.join(SUFFIXES)}"
+        said.append(f"{printable(folder)}: {some(other)} {verb} a suffix that is not read; {expected}")
+    return said
+
+
+def _count(folder: str) -> int:
+    """Images in a folder and those below it."""
+    names = [name for _, _, files in os.walk(folder) for name in files if not name.startswith(".")]
+    return sum(_suffix(name) in SUFFIXES for name in names)
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
 
 
 def without_partner(images: dict[str, Path], masks: dict[str, Path]) -> list[str]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from drseg_core.data.benchmarks import BENCHMARKS
 from drseg_core.data.check import check_data, overlay_sheet
+from drseg_core.data.folder import FolderDataset
 from drseg_core.data.images import read_mask
 from drseg_core.data.manifest import write_manifest
 from drseg_core.errors import ConfigError, DatasetError
@@ -226,3 +227,42 @@ def test_a_training_without_val_recommends_no_score(tmp_path, drseg, small):
     shutil.copytree(tmp_path / "set" / "train", tmp_path / "set" / "val")
     code, text, _ = drseg(*words, "--out", tmp_path / "again")
     assert code == 0 and "next: drseg evaluate" in text
+
+
+def test_images_that_are_not_read_are_named(tmp_path, caplog):
+    """Those in sub-folders and of other suffixes; files that lie beside images are none."""
+    masks = [np.arange(30).reshape(5, 6) % 3] * 2
+    assert own_set(tmp_path, masks).warnings == []
+    images = tmp_path / "train/images"
+    for name in (
+        ".hidden.bmp",
+        "0.png.aux.xml",
+        "0.tfw",
+        "README.md",
+        "Thumbs.db",
+        "0.bmp",
+        "thumbs/0.png",
+        "notes/a.txt",
+    ):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).touch()
+    assert check_data("folder", tmp_path).warnings == []
+    FolderDataset(tmp_path)
+    assert caplog.messages == []
+    for part in ("images", "masks"):
+        (tmp_path / "train" / part / "a/b").mkdir(parents=True)
+        (tmp_path / "train" / part / "0.png").rename(tmp_path / "train" / part / "a/b/0.png")
+        (tmp_path / "train" / part / "7.BMP").touch()
+    (images / "0.bmp").unlink()
+    expected = [
+        words
+        for folder in (images, tmp_path / "train/masks")
+        for words in (
+            f"sub-folders of {folder} are not read: a (1 image)",
+            f"{folder}: 7.BMP has a suffix that is not read; expected one of .png, .jpg, .jpeg, .tif, .tiff",
+        )
+    ]
+    report = check_data("folder", tmp_path)
+    assert said(report.warnings, "unread") == expected and report.problems == []
+    assert len(FolderDataset(tmp_path)) == 1
+    assert caplog.messages == [f"FolderDataset: {words}" for words in expected]
