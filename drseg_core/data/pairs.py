@@ -301,33 +301,49 @@ def list_files(folder: Path, home: Path, layout: str) -> dict[str, Path]:
     Raises:
         DatasetError: no such folder, a link that is broken or leaves ``home``, two files of one name.
     """
+    found, faults = find_files(folder, home, layout)
+    if faults:
+        raise DatasetError(f"data set: {next(iter(faults.values()))}")
+    return found
+
+
+def find_files(folder: Path, home: Path, layout: str) -> tuple[dict[str, Path], dict[Path, str]]:
+    """As :func:`list_files`, but with what is wrong with a file in place of an error, for each of them.
+
+    Raises:
+        DatasetError: no such folder.
+    """
     if not is_folder(folder):
         raise DatasetError(f"data set: {folder} is not a folder; expected {layout}")
     inside = home.resolve()
     found: dict[str, Path] = {}
+    faults: dict[Path, str] = {}
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         raise DatasetError(f"data set: {printable(folder)} cannot be listed: {error.strerror}") from None
-    for name in names:
-        path = folder / name
-        if path.suffix.lower() not in SUFFIXES:
-            continue
-        try:
-            target = path.resolve(strict=True)
-        except PermissionError as error:
-            raise DatasetError(f"data set: {printable(path)} cannot be read: {error.strerror}") from None
-        except (OSError, RuntimeError):
-            raise DatasetError(f"data set: {printable(path)} is a broken link; expected a file") from None
-        if not target.is_relative_to(inside):
-            raise DatasetError(f"data set: {printable(path)} is a link out of {home}; expected a file")
-        if not target.is_file():
-            raise DatasetError(f"data set: {printable(path)} is not a file; expected an image")
-        if path.stem in found:
-            other = printable(found[path.stem])
-            raise DatasetError(f"data set: {printable(path)} and {other} share a name; expected one file")
-        found[path.stem] = path
-    return found
+    for path in (folder / name for name in names if _suffix(name) in SUFFIXES):
+        fault = _fault(path, inside, home)
+        if fault is None and path.stem in found:
+            fault = f"{printable(path)} and {printable(found[path.stem])} share a name; expected one file"
+        if fault is None:
+            found[path.stem] = path
+        else:
+            faults[path] = fault
+    return found, faults
+
+
+def _fault(path: Path, inside: Path, home: Path) -> str | None:
+    """Why a file must not be read."""
+    try:
+        target = path.resolve(strict=True)
+    except PermissionError as error:
+        return f"{printable(path)} cannot be read: {error.strerror}"
+    except (OSError, RuntimeError):
+        return f"{printable(path)} is a broken link; expected a file"
+    if not target.is_relative_to(inside):
+        return f"{printable(path)} is a link out of {home}; expected a file"
+    return None if target.is_file() else f"{printable(path)} is not a file; expected an image"
 
 
 def unread(folder: Path) -> list[str]:

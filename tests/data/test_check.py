@@ -266,3 +266,30 @@ def test_images_that_are_not_read_are_named(tmp_path, caplog):
     assert said(report.warnings, "unread") == expected and report.problems == []
     assert len(FolderDataset(tmp_path)) == 1
     assert caplog.messages == [f"FolderDataset: {words}" for words in expected]
+
+
+@pytest.mark.promise("C49")
+def test_files_that_must_not_be_read_are_named_and_the_rest_is_checked(tmp_path):
+    root = tmp_path / "set"
+    own_set(root, [np.arange(30).reshape(5, 6) % 3] * 6)
+    images, masks = root / "train/images", root / "train/masks"
+    (tmp_path / "secret.png").touch()
+    for path, target in ((images / "0.png", "gone.png"), (masks / "1.png", tmp_path / "secret.png")):
+        path.unlink()
+        path.symlink_to(target)
+    save(images / "2.tif", np.zeros((5, 6, 3), np.uint8))
+    (images / "3.png").unlink()
+    (images / "3.png").mkdir()
+    save(masks / "5.png", np.full((5, 6), 9, np.uint8))
+    report = check_data("folder", root)
+    assert [finding.message.replace(f"{root}/train/", "") for finding in report.problems] == [
+        "images/0.png is a broken link; expected a file",
+        "images/2.tif and images/2.png share a name; expected one file",
+        "images/3.png is not a file; expected an image",
+        f"masks/1.png is a link out of {root}; expected a file",
+        "masks/5.png holds ids that are no class; expected 0 to 2 or 255, got 9",
+    ]
+    split = report.splits["train"]
+    assert (split.images, split.masks, len(split.readable)) == (4, 5, 2)
+    with pytest.raises(DatasetError, match="images/0.png is a broken link"):
+        FolderDataset(root)
