@@ -33,6 +33,8 @@ FOLDER = "folder"
 FEW_IDS = 3
 """Masks of a split that hold fewer ids than this, of five classes or more, look collapsed."""
 
+TRAINED = ("train", ALL)
+"""Splits that a model may be trained on; to score one, a class is enough."""
 
 MOSTLY = 0.5
 """Share of pixels without a known class from which on there is a warning."""
@@ -266,6 +268,12 @@ def _judge(report: CheckReport, split: str, found: SplitReport) -> None:
                 "and never 0 (the release's OVS_label folders are so; D2masks are not)",
             )
         )
+    if found.pixels.any() and not present:
+        message = f"{split}: no mask has a labelled pixel; expected class ids, got {IGNORE} alone, which means unknown"
+        report.problems.append(Finding("unlabelled", message))
+    if split in TRAINED and len(present) == 1 and present[0] < len(names):
+        message = f"{split}: masks hold one class, {names[present[0]]}; training needs at least 2"
+        report.warnings.append(Finding("one", message))
     report.warnings += _unknown(found, present, split, len(names))
     extra = _other_ids(found, len(names))
     if extra and len(present) <= len(names) and present != list(range(present[0], present[0] + len(present))):
@@ -295,7 +303,7 @@ def _judge(report: CheckReport, split: str, found: SplitReport) -> None:
 def _unknown(found: SplitReport, present: Sequence[int], split: str, classes: int) -> list[Finding]:
     """Findings from the pixels of 255, whose class is unknown."""
     ignored, total = int(found.pixels[IGNORE]), int(found.pixels.sum())
-    if not total or not ignored:
+    if not present or not ignored:
         return []
     share = 100 * ignored / total
     if list(present) == [0] and classes > 1:

@@ -192,7 +192,17 @@ def test_masks_that_are_mostly_unknown(tmp_path):
     assert said(report.warnings, "255") == ["train: 70 % of the pixels are 255, which means unknown; is that meant?"]
     mask[:6] = np.arange(60).reshape(6, 10) % 3
     assert said(own_set(tmp_path / "b", [mask]).warnings, "255") == []
-    assert "100 % of the pixels" in said(own_set(tmp_path / "c", [np.full((4, 4), 255)]).warnings, "255")[0]
+    report = own_set(tmp_path / "c", [np.full((4, 4), 255)])
+    expected = "train: no mask has a labelled pixel; expected class ids, got 255 alone, which means unknown"
+    assert said(report.problems, "unlabelled") == [expected] and report.warnings == []
+
+
+def test_one_class_is_enough_to_score_and_not_to_train(tmp_path):
+    own_set(tmp_path, [np.ones((4, 4))])
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    report = check_data("folder", tmp_path)
+    assert said(report.warnings, "one") == ["train: masks hold one class, road; training needs at least 2"]
+    assert report.problems == []
 
 
 def test_masks_of_0_and_255(tmp_path):
