@@ -40,6 +40,8 @@ def check(result, code: int, *words: str) -> None:
     ("words", "said"),
     [
         (["train", "--nonsense", "1"], ["unrecognized", "--nonsense"]),
+        (["train", "--data", "d", "--out", "o", "--train.ite", "7"], ["unrecognized", "--train.ite"]),
+        (["data", "check", "folder", "d", "--spl", "val"], ["unrecognized", "--spl"]),
         (["train", "--data"], ["--data", "expected one argument"]),
         (["train", "--config", "tiny"], ["required: --data, --out"]),
         (["train", "--data", "d", "--out", "o", "--train.iterations", "many"], ["train.iterations", "many"]),
