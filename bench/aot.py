@@ -283,6 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, action="append", choices=[target.arch for target in TARGETS])
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name has this in it")
     args = parser.parse_args(arguments)
+    archs = [target.arch for target in TARGETS if not args.arch or target.arch in args.arch]
+    asked = {f"sm_{arch} {name}": (arch, name) for arch in archs for name in _variants(arch) if args.only in name}
+    if not asked:
+        # a name begins with the kernel's, and goes on with its options
+        kernels = dict.fromkeys(name.partition("=")[0].rpartition(" ")[0] for name in _variants(archs[0]))
+        parser.error(f"--only {args.only} names no kernel; expected part of one of {', '.join(kernels)}")
     import triton
 
     baseline = json.loads(BASELINE.read_text(encoding="utf-8")) if BASELINE.exists() else {}
@@ -291,8 +297,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"aot: the baseline has no figures of Triton {triton.__version__}: limits only")
     if sass.disassembler() is None:
         print("aot: Triton has no nvdisasm here: issued instructions are not counted")
-    archs = [target.arch for target in TARGETS if not args.arch or target.arch in args.arch]
-    asked = {f"sm_{arch} {name}": (arch, name) for arch in archs for name in _variants(arch) if args.only in name}
     keys = {row: key_of(*_found(*one)) for row, one in asked.items()}
     figures_of = {row: {**known} for row, known in before.items()}
     old = {row for row, known in figures_of.items() if known.pop("key", "") == keys.get(row) and not args.all}

@@ -59,10 +59,34 @@ class CompareError(ValueError):
 
 
 def load(path: Path) -> list[Row]:
-    """Every row of a file, under the names that its case and its contender have now."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """Every row of a file, under the names that its case and its contender have now.
+
+    Raises:
+        CompareError: no such file, or a line of it that is no row.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise CompareError(f"{path}: not found; expected a file of rows") from None
+    except OSError as error:
+        raise CompareError(f"{path}: cannot be read: {error.strerror}; expected a file of rows") from None
+    except UnicodeDecodeError:
+        raise CompareError(f"{path}: is no text; expected a file of rows") from None
+    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     now = (("case", _CASES), ("name", _NAMES))
     return [row | {key: names[row[key]] for key, names in now if row.get(key) in names} for row in rows]
+
+
+def _row(line: str, place: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    texts = ("case", "name")
+    if not isinstance(row, dict) or any(not isinstance(row.get(key, ""), str) for key in texts):
+        got = line if len(line) < 50 else f"{line[:50]}..."
+        raise CompareError(f"{place}: is no row; expected an object as python -m bench run --out writes, got {got}")
+    return row
 
 
 def width_of(row: Row) -> list[str]:
@@ -76,10 +100,13 @@ def read(path: Path) -> dict[tuple[str, ...], Row]:
     Raises:
         CompareError: no such file, or no rows in it.
     """
-    try:
-        rows = [(_key(row), row) for row in load(path) if row.keys() >= _TIMES]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CompareError(f"{path}: is no file of rows; {' '.join(str(error).split())}") from None
+    timed = [row for row in load(path) if row.keys() >= _TIMES]
+    for row in timed:
+        if missing := [name for name in _KEY if name not in row]:
+            raise CompareError(
+                f"{path}: a row lacks {', '.join(missing)}; expected what python -m bench run --out writes"
+            )
+    rows = [(_key(row), row) for row in timed]
     found = dict(rows)
     if not found:
         raise CompareError(f"{path}: holds no timed row; expected what python -m bench run --out writes")

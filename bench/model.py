@@ -30,7 +30,9 @@ import torch
 
 from bench import memory, one_op, parts, record
 from bench.precision import PRECISIONS
-from drseg_core.errors import MissingExtraError
+from drseg_core.config.load import load_config, override
+from drseg_core.config.validate import validate
+from drseg_core.errors import DRSegError, MissingExtraError
 from drseg_core.extras import require
 from drseg_core.ops import last_backend, use_backend
 
@@ -80,7 +82,6 @@ class Job:
 
 def measure(fields: dict[str, Any]) -> dict[str, Any]:
     """The figures of a job, given by its fields, in a process that does nothing else."""
-    from drseg_core.config.load import load_config, override
     from drseg_core.evaluation.compiled import compiled_network
     from drseg_core.models.build import build_model
     from drseg_core.models.prior_cache import prior_cache
@@ -233,6 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ValueError:
             overrides[key] = value
     jobs = jobs_of(args, overrides)
+    try:
+        for config in dict.fromkeys(job.config for job in jobs):
+            validate(override(load_config(config), overrides))
+    except DRSegError as error:
+        print(f"model: {error}", file=sys.stderr)
+        return error.exit_code
     if args.dry_run:
         print(*jobs, sep="\n")
         return 0

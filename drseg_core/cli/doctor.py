@@ -39,8 +39,12 @@ def run(args: Any) -> None:
     for line in thread_lines():
         print(f"  {line}")
     print("kernels")
-    for line in kernel_lines():
-        print(f"  {line}")
+    try:
+        for line in kernel_lines():
+            print(f"  {line}")
+    except BackendUnavailableError as error:
+        # a module of DRSEG_BACKENDS
+        problems.append(str(error))
     for problem in problems:
         print(f"problem: {problem}")
     if problems:

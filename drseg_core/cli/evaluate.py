@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from drseg_core.cli.parsers import DATA_HELP, Parser, add_reading_arguments, check_output, given_reading
-from drseg_core.errors import ConfigError
+from drseg_core.errors import ConfigError, DatasetError
 
 OWN = ("folder:", "synthetic")
 """Specifications of sets that have no protocol."""
@@ -133,6 +133,11 @@ def run(args: Any) -> None:
         # the others have passed their check of --out once the scores are summed
         if not group.is_main:
             return
+        if result["mIoU"] is None:
+            split = result["data"]["split"]
+            raise DatasetError(
+                f"evaluate: no mask of {split} of {args.data} has a labelled pixel; expected class ids, got 255 alone"
+            )
         from drseg_core.files import write_text_atomic
 
         write_text_atomic(out, json.dumps(result, indent=1) + "\n")

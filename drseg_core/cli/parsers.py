@@ -53,7 +53,9 @@ class Parser(ArgumentParser):
     chosen: Parser | None = None
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=_Formatter, default_env=False, print_config=None, **options)
+        # an abbreviation would mean another option once there are more
+        plain = {"allow_abbrev": False, "default_env": False, "print_config": None}
+        super().__init__(formatter_class=_Formatter, **plain, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self

@@ -22,7 +22,7 @@ from drseg_core.data.folder import read_class_names
 from drseg_core.data.images import FORMATS, MAX_PIXELS, image_size, read_image, read_mask
 from drseg_core.data.manifest import MANIFEST, manifest_problem, printable, read_manifest
 from drseg_core.data.own_images import read_rgb, settle
-from drseg_core.data.pairs import LISTED, SUFFIXES, PairFolder, list_files, some, unknown_ids, without_partner
+from drseg_core.data.pairs import LISTED, SUFFIXES, PairFolder, find_files, some, unknown_ids, unread, without_partner
 from drseg_core.data.palette import Image8, overlay, with_legend
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.extras import require
@@ -33,6 +33,8 @@ FOLDER = "folder"
 FEW_IDS = 3
 """Masks of a split that hold fewer ids than this, of five classes or more, look collapsed."""
 
+TRAINED = ("train", ALL)
+"""Splits that a model may be trained on; to score one, a class is enough."""
 
 MOSTLY = 0.5
 """Share of pixels without a known class from which on there is a warning."""
@@ -156,8 +158,11 @@ def _settled(
     """How the images are read, by those that can be."""
     paths = []
     for place in (place for places in folders.values() for place in places):
+        files: dict[str, Path] = {}
         with contextlib.suppress(DatasetError):
-            for path in list_files(place.images, place.home, "images").values():
+            files, _ = find_files(place.images, place.home, "images")
+        for path in files.values():
+            with contextlib.suppress(DatasetError):
                 image_size(path, max_pixels=max_pixels)
                 paths.append(path)
     try:
@@ -190,15 +195,21 @@ def _begin(kind: str, root: Path, splits: Sequence[str]) -> tuple[Mapping[str, l
 
 def _pairs(report: CheckReport, found: SplitReport, place: PairFolder) -> list[tuple[Path, Path]]:
     try:
-        images, masks = (list_files(part, place.home, "images and masks") for part in place[:2])
+        (images, lost), (masks, lost_masks) = (find_files(part, place.home, "images and masks") for part in place[:2])
     except DatasetError as error:
         report.problems.append(Finding("layout", str(error)))
         return []
+    faults = lost | lost_masks
+    report.problems += [Finding("layout", message) for message in faults.values()]
+    report.warnings += [Finding("unread", message) for part in place[:2] for message in unread(part)]
     found.images += len(images)
     found.masks += len(masks)
-    if not images and not masks:
+    if not images and not masks and not faults:
         report.problems.append(Finding("layout", f"{printable(place.images)} has no image"))
-    report.problems += [Finding("pair", message) for message in without_partner(images, masks)]
+    # the partner of a file with a fault has one
+    named = {path.stem for path in faults}
+    lonely = [{stem: part[stem] for stem in part.keys() - named} for part in (images, masks)]
+    report.problems += [Finding("pair", message) for message in without_partner(*lonely)]
     return [(images[stem], masks[stem]) for stem in sorted(images.keys() & masks.keys())]
 
 
@@ -257,6 +268,12 @@ def _judge(report: CheckReport, split: str, found: SplitReport) -> None:
                 "and never 0 (the release's OVS_label folders are so; D2masks are not)",
             )
         )
+    if found.pixels.any() and not present:
+        message = f"{split}: no mask has a labelled pixel; expected class ids, got {IGNORE} alone, which means unknown"
+        report.problems.append(Finding("unlabelled", message))
+    if split in TRAINED and len(present) == 1 and present[0] < len(names):
+        message = f"{split}: masks hold one class, {names[present[0]]}; training needs at least 2"
+        report.warnings.append(Finding("one", message))
     report.warnings += _unknown(found, present, split, len(names))
     extra = _other_ids(found, len(names))
     if extra and len(present) <= len(names) and present != list(range(present[0], present[0] + len(present))):
@@ -286,7 +303,7 @@ def _judge(report: CheckReport, split: str, found: SplitReport) -> None:
 def _unknown(found: SplitReport, present: Sequence[int], split: str, classes: int) -> list[Finding]:
     """Findings from the pixels of 255, whose class is unknown."""
     ignored, total = int(found.pixels[IGNORE]), int(found.pixels.sum())
-    if not total or not ignored:
+    if not present or not ignored:
         return []
     share = 100 * ignored / total
     if list(present) == [0] and classes > 1:

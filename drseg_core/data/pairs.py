@@ -33,6 +33,9 @@ from drseg_core.data.own_images import (
 from drseg_core.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+UNREAD = (".bmp", ".gif", ".img", ".j2k", ".jfif", ".jp2", ".jpe", ".pgm", ".ppm", ".tga", ".vrt", ".webp")
+"""Suffixes of images that are not read, and are said so."""
+
 LARGE_PIXELS = 4_000_000
 """Images of a user's own set with more pixels are read in parts."""
 
@@ -41,6 +44,8 @@ LISTED = 10
 
 
 _log = logging.getLogger(__name__)
+# pictures that other programs made of those beside them
+_THUMBNAILS = ("@eadir", "thumbnails", "thumbs")
 
 
 class PairFolder(NamedTuple):
@@ -115,6 +120,8 @@ class PairDataset(SegmentationDataset):
 
     def _find_pairs(self, folder: PairFolder) -> list[Pair]:
         images, masks = (list_files(part, folder.home, self.layout) for part in (folder.images, folder.masks))
+        for message in unread(folder.images) + unread(folder.masks):
+            _log.warning("%s: %s", self._name, message)
         if not images and not masks:
             raise DatasetError(f"{self._name}: {folder.images.parent} has no image; expected {self.layout}")
         lonely = without_partner(images, masks)
@@ -294,33 +301,80 @@ def list_files(folder: Path, home: Path, layout: str) -> dict[str, Path]:
     Raises:
         DatasetError: no such folder, a link that is broken or leaves ``home``, two files of one name.
     """
+    found, faults = find_files(folder, home, layout)
+    if faults:
+        raise DatasetError(f"data set: {next(iter(faults.values()))}")
+    return found
+
+
+def find_files(folder: Path, home: Path, layout: str) -> tuple[dict[str, Path], dict[Path, str]]:
+    """As :func:`list_files`, but with what is wrong with a file in place of an error, for each of them.
+
+    Raises:
+        DatasetError: no such folder.
+    """
     if not is_folder(folder):
         raise DatasetError(f"data set: {folder} is not a folder; expected {layout}")
     inside = home.resolve()
     found: dict[str, Path] = {}
+    faults: dict[Path, str] = {}
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         raise DatasetError(f"data set: {printable(folder)} cannot be listed: {error.strerror}") from None
-    for name in names:
-        path = folder / name
-        if path.suffix.lower() not in SUFFIXES:
-            continue
-        try:
-            target = path.resolve(strict=True)
-        except PermissionError as error:
-            raise DatasetError(f"data set: {printable(path)} cannot be read: {error.strerror}") from None
-        except (OSError, RuntimeError):
-            raise DatasetError(f"data set: {printable(path)} is a broken link; expected a file") from None
-        if not target.is_relative_to(inside):
-            raise DatasetError(f"data set: {printable(path)} is a link out of {home}; expected a file")
-        if not target.is_file():
-            raise DatasetError(f"data set: {printable(path)} is not a file; expected an image")
-        if path.stem in found:
-            other = printable(found[path.stem])
-            raise DatasetError(f"data set: {printable(path)} and {other} share a name; expected one file")
-        found[path.stem] = path
-    return found
+    for path in (folder / name for name in names if _suffix(name) in SUFFIXES):
+        fault = _fault(path, inside, home)
+        if fault is None and path.stem in found:
+            fault = f"{printable(path)} and {printable(found[path.stem])} share a name; expected one file"
+        if fault is None:
+            found[path.stem] = path
+        else:
+            faults[path] = fault
+    return found, faults
+
+
+def _fault(path: Path, inside: Path, home: Path) -> str | None:
+    """Why a file must not be read."""
+    try:
+        target = path.resolve(strict=True)
+    except PermissionError as error:
+        return f"{printable(path)} cannot be read: {error.strerror}"
+    except (OSError, RuntimeError):
+        return f"{printable(path)} is a broken link; expected a file"
+    if not target.is_relative_to(inside):
+        return f"{printable(path)} is a link out of {home}; expected a file"
+    return None if target.is_file() else f"{printable(path)} is not a file; expected an image"
+
+
+def unread(folder: Path) -> list[str]:
+    """What to say of images in a folder that :func:`list_files` leaves out: in sub-folders, or of other suffixes."""
+    with os.scandir(folder) as entries:
+        seen = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    inner, other = [], []
+    read = {Path(entry.name).stem for entry in seen if _suffix(entry.name) in SUFFIXES}
+    for entry in seen:
+        # the names in a folder behind a link may never end
+        if entry.is_dir(follow_symlinks=False) and entry.name.lower() not in _THUMBNAILS:
+            if count := _count(entry.path):
+                inner.append(f"{printable(Path(entry.name))} ({count} image{'s' if count > 1 else ''})")
+        elif _suffix(entry.name) in UNREAD and Path(entry.name).stem not in read:
+            other.append(printable(Path(entry.name)))
+    said = [f"sub-folders of {printable(folder)} are not read: {some(inner)}"] if inner else []
+    if other:
+        verb = "has" if len(other) == 1 else "have"
+        expected = f"expected one of {', '.join(SUFFIXES)}"
+        said.append(f"{printable(folder)}: {some(other)} {verb} a suffix that is not read; {expected}")
+    return said
+
+
+def _count(folder: str) -> int:
+    """Images in a folder and those below it."""
+    names = [name for _, _, files in os.walk(folder) for name in files if not name.startswith(".")]
+    return sum(_suffix(name) in SUFFIXES for name in names)
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
 
 
 def without_partner(images: dict[str, Path], masks: dict[str, Path]) -> list[str]:

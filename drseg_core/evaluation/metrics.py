@@ -121,7 +121,7 @@ class ConfusionMatrix:
             classes: only these ids; all by default. Their IoU still counts the false positives of every class.
 
         Returns:
-            percent, or NaN where no class takes part.
+            percent, or NaN where no class takes part or no pixel counts.
         """
         iou, truth = self.iou(), self.truth_pixels()
         if convention not in CONVENTIONS:
@@ -129,7 +129,8 @@ class ConfusionMatrix:
                 f"mean_iou: convention is unknown; expected one of {', '.join(CONVENTIONS)}, got {convention!r}"
             )
         if convention == "all":
-            value, used = np.nan_to_num(iou), np.ones(self.num_classes, bool)
+            # where no pixel counts there is no score, which is not the worst one
+            value, used = np.nan_to_num(iou), np.full(self.num_classes, truth.any())
         else:
             value, used = iou, truth > 0 if convention == "present" else ~np.isnan(iou)
         return _mean(value, used, classes)

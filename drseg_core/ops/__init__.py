@@ -4,6 +4,7 @@
 import importlib
 import os
 
+from drseg_core.errors import BackendUnavailableError
 from drseg_core.ops._dispatch import backend_names, backend_report, last_backend, register_backend, use_backend
 from drseg_core.ops.between import knn_between
 from drseg_core.ops.csc.api import Csc, csc
@@ -46,5 +47,11 @@ __all__ = [
 ]
 
 # other people's backends register themselves when they are imported
-for _module in filter(None, os.environ.get("DRSEG_BACKENDS", "").split(",")):
-    importlib.import_module(_module.strip())
+for _module in filter(None, map(str.strip, os.environ.get("DRSEG_BACKENDS", "").split(","))):
+    try:
+        importlib.import_module(_module)
+    except Exception as error:
+        _reason = " ".join(str(error).split()) or type(error).__name__
+        raise BackendUnavailableError(
+            f"DRSEG_BACKENDS: {_module} cannot be imported: {_reason}; expected a module whose folder is on PYTHONPATH"
+        ) from error

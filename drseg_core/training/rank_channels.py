@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -76,9 +76,11 @@ def rank_channels(
     kept = options.prototypes_per_class * (10 if options.sampling == "kmeans" else 1)
     reservoir = Reservoir(classes, kept, seed)
     done, square, places = 0, torch.zeros(0), 0
+    seen: set[int] = set()
     for samples in _equal_sized(dataset, batch_size):
         feature = dense_features(model, torch.stack([sample.image for sample in samples]).to(device)).cpu()
         mask = torch.stack([sample.mask for sample in samples])
+        seen.update(mask.unique().tolist())
         own_square = feature.double().square().sum(dim=(0, 2, 3))
         square = own_square if not places else square + own_square
         places += feature.shape[0] * feature.shape[2] * feature.shape[3]
@@ -96,9 +98,8 @@ def rank_channels(
         prototype, label = class_centroids(prototype, label, options.prototypes_per_class)
     present = label.unique()
     if len(present) < 2:
-        raise DatasetError(
-            f"rank: the data set has too few classes with labelled pixels; expected at least 2, got {len(present)}"
-        )
+        found = [dataset.class_names[index] for index in present]
+        raise DatasetError(f"rank: {_too_few(getattr(dataset, 'split', 'the data set'), seen - {IGNORE}, found)}")
     if len(present) < classes:
         missing = [name for index, name in enumerate(dataset.class_names) if index not in present]
         _log.warning(
@@ -132,6 +133,17 @@ def rank_channels(
         },
         energy=square / max(places, 1),
     )
+
+
+def _too_few(split: str, seen: set[int], found: Sequence[str]) -> str:
+    """Why channels cannot be ranked by masks with ``seen`` ids, of which classes ``found`` came to the grid."""
+    expected = "expected labelled pixels of at least 2 classes"
+    if not seen:
+        return f"no mask of {split} has a labelled pixel; {expected}"
+    got = f"got those of {', '.join(found) or 'none'}"
+    if len(seen) == 1:
+        return f"masks of {split} have one class; {expected}, {got}"
+    return f"masks of {split} have too few pixels for the grid of the features; {expected} there, {got}"
 
 
 class Reservoir:

@@ -135,12 +135,34 @@ def test_work_that_is_counted_in_another_way_hides_nothing(tmp_path: Path, capsy
     assert "counted in another way" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["", "no json\n", '{"op": "x"}\n', "[1]\n"])
-def test_files_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str):
-    (tmp_path / "bad").write_text(content)
-    assert compare.main([str(tmp_path / "bad"), str(tmp_path / "bad")]) == 2
-    assert compare.main([str(tmp_path / "none"), str(tmp_path / "none")]) == 2
-    assert capsys.readouterr().err.count("compare: ") == 2
+NO_ROW = "is no row; expected an object as python -m bench run --out writes, got"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "not found; expected a file of rows"),
+        (b"", "holds no timed row"),
+        (b"\nno json\n", f":2: {NO_ROW} no json"),
+        (b'[{"op": "x"}]\n', f':1: {NO_ROW} [{{"op": "x"}}]'),
+        (b"[\n", f":1: {NO_ROW} ["),
+        (b'{"op": "x"}\n', "holds no timed row"),
+        (b'{"case": [], "name": {}}\n', NO_ROW),
+        (
+            json.dumps(dict.fromkeys(sorted(compare._TIMES), 1)).encode(),
+            "a row lacks op, case, mode, dtype, data, name",
+        ),
+        (b"\x89PNG", "is no text; expected a file of rows"),
+    ],
+)
+def test_files_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, said: str):
+    bad = tmp_path / "bad"
+    if content is not None:
+        bad.write_bytes(content)
+    for name, command in (("compare", compare), ("plot", plot)):
+        assert command.main([str(bad), str(bad)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"{name}: {bad}") and said in err and err.count("\n") == 1
 
 
 def many_rows() -> list[dict[str, Any]]:

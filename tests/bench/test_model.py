@@ -116,6 +116,24 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "open_clip_torch is not installed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config", "nope"], "nope not found; expected a YAML file or one of paper, tiny"),
+        (["--set", "model.foo=1"], "model.foo"),
+        (["--set", "model.graph.gamma=0"], "model.graph.gamma"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused_before_any_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str, more: list[str]
+):
+    monkeypatch.setattr(memory, "in_child", lambda *_: pytest.fail("a row is measured"))
+    assert model.main([*TINY, *words, *more]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("model: ") and said in err and err.count("\n") == 1 and "ConfigError" not in err
+
+
 def test_a_row_that_fails_is_told_and_the_others_are_made(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

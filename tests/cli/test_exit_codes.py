@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from drseg_core.checkpoints.checkpoint import newest_checkpoint
 from drseg_core.cli import doctor
@@ -39,6 +40,8 @@ def check(result, code: int, *words: str) -> None:
     ("words", "said"),
     [
         (["train", "--nonsense", "1"], ["unrecognized", "--nonsense"]),
+        (["train", "--data", "d", "--out", "o", "--train.ite", "7"], ["unrecognized", "--train.ite"]),
+        (["data", "check", "folder", "d", "--spl", "val"], ["unrecognized", "--spl"]),
         (["train", "--data"], ["--data", "expected one argument"]),
         (["train", "--config", "tiny"], ["required: --data, --out"]),
         (["train", "--data", "d", "--out", "o", "--train.iterations", "many"], ["train.iterations", "many"]),
@@ -135,6 +138,18 @@ def test_missing_data_is_3(drseg, small, tmp_path):
     out = tmp_path / "run"
     check(drseg("train", *small, "--data", f"folder:{tmp_path / 'absent'}", "--out", out), 3, "absent")
     assert not out.exists()
+
+
+@pytest.mark.promise("C38")
+def test_masks_without_a_label_are_3(drseg, run, folder, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "m.json"
+    shutil.copytree(folder, data)
+    for path in (data / "val/masks").iterdir():
+        Image.new("L", Image.open(path).size, 255).save(path)
+    code, text, errors = drseg("evaluate", run, "--data", f"folder:{data}", "--out", out)
+    assert code == 3 and text == "" and not out.exists()
+    said = f"no mask of val of folder:{data} has a labelled pixel; expected class ids, got 255 alone"
+    assert errors.splitlines()[-1] == f"drseg: error: evaluate: {said}"
 
 
 @pytest.mark.promise("C35")

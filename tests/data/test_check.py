@@ -12,6 +12,7 @@ from PIL import Image
 
 from drseg_core.data.benchmarks import BENCHMARKS
 from drseg_core.data.check import check_data, overlay_sheet
+from drseg_core.data.folder import FolderDataset
 from drseg_core.data.images import read_mask
 from drseg_core.data.manifest import write_manifest
 from drseg_core.errors import ConfigError, DatasetError
@@ -191,7 +192,17 @@ def test_masks_that_are_mostly_unknown(tmp_path):
     assert said(report.warnings, "255") == ["train: 70 % of the pixels are 255, which means unknown; is that meant?"]
     mask[:6] = np.arange(60).reshape(6, 10) % 3
     assert said(own_set(tmp_path / "b", [mask]).warnings, "255") == []
-    assert "100 % of the pixels" in said(own_set(tmp_path / "c", [np.full((4, 4), 255)]).warnings, "255")[0]
+    report = own_set(tmp_path / "c", [np.full((4, 4), 255)])
+    expected = "train: no mask has a labelled pixel; expected class ids, got 255 alone, which means unknown"
+    assert said(report.problems, "unlabelled") == [expected] and report.warnings == []
+
+
+def test_one_class_is_enough_to_score_and_not_to_train(tmp_path):
+    own_set(tmp_path, [np.ones((4, 4))])
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    report = check_data("folder", tmp_path)
+    assert said(report.warnings, "one") == ["train: masks hold one class, road; training needs at least 2"]
+    assert report.problems == []
 
 
 def test_masks_of_0_and_255(tmp_path):
@@ -226,3 +237,69 @@ def test_a_training_without_val_recommends_no_score(tmp_path, drseg, small):
     shutil.copytree(tmp_path / "set" / "train", tmp_path / "set" / "val")
     code, text, _ = drseg(*words, "--out", tmp_path / "again")
     assert code == 0 and "next: drseg evaluate" in text
+
+
+def test_images_that_are_not_read_are_named(tmp_path, caplog):
+    """Those in sub-folders and of other suffixes; files that lie beside images are none."""
+    masks = [np.arange(30).reshape(5, 6) % 3] * 2
+    assert own_set(tmp_path, masks).warnings == []
+    images = tmp_path / "train/images"
+    for name in (
+        ".hidden.bmp",
+        "0.png.aux.xml",
+        "0.tfw",
+        "README.md",
+        "Thumbs.db",
+        "0.bmp",
+        "thumbs/0.png",
+        "notes/a.txt",
+    ):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).touch()
+    assert check_data("folder", tmp_path).warnings == []
+    FolderDataset(tmp_path)
+    assert caplog.messages == []
+    for part in ("images", "masks"):
+        (tmp_path / "train" / part / "a/b").mkdir(parents=True)
+        (tmp_path / "train" / part / "0.png").rename(tmp_path / "train" / part / "a/b/0.png")
+        (tmp_path / "train" / part / "7.BMP").touch()
+    (images / "0.bmp").unlink()
+    expected = [
+        words
+        for folder in (images, tmp_path / "train/masks")
+        for words in (
+            f"sub-folders of {folder} are not read: a (1 image)",
+            f"{folder}: 7.BMP has a suffix that is not read; expected one of .png, .jpg, .jpeg, .tif, .tiff",
+        )
+    ]
+    report = check_data("folder", tmp_path)
+    assert said(report.warnings, "unread") == expected and report.problems == []
+    assert len(FolderDataset(tmp_path)) == 1
+    assert caplog.messages == [f"FolderDataset: {words}" for words in expected]
+
+
+@pytest.mark.promise("C49")
+def test_files_that_must_not_be_read_are_named_and_the_rest_is_checked(tmp_path):
+    root = tmp_path / "set"
+    own_set(root, [np.arange(30).reshape(5, 6) % 3] * 6)
+    images, masks = root / "train/images", root / "train/masks"
+    (tmp_path / "secret.png").touch()
+    for path, target in ((images / "0.png", "gone.png"), (masks / "1.png", tmp_path / "secret.png")):
+        path.unlink()
+        path.symlink_to(target)
+    save(images / "2.tif", np.zeros((5, 6, 3), np.uint8))
+    (images / "3.png").unlink()
+    (images / "3.png").mkdir()
+    save(masks / "5.png", np.full((5, 6), 9, np.uint8))
+    report = check_data("folder", root)
+    assert [finding.message.replace(f"{root}/train/", "") for finding in report.problems] == [
+        "images/0.png is a broken link; expected a file",
+        "images/2.tif and images/2.png share a name; expected one file",
+        "images/3.png is not a file; expected an image",
+        f"masks/1.png is a link out of {root}; expected a file",
+        "masks/5.png holds ids that are no class; expected 0 to 2 or 255, got 9",
+    ]
+    split = report.splits["train"]
+    assert (split.images, split.masks, len(split.readable)) == (4, 5, 2)
+    with pytest.raises(DatasetError, match="images/0.png is a broken link"):
+        FolderDataset(root)

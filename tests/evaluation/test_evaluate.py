@@ -73,6 +73,7 @@ def test_nothing_to_score():
 
     result = evaluate(ColorModel(), NAMES, Ignored(1), progress=False)
     assert [result[key] for key in ("mIoU", "mACC", "fwIoU", "pACC")] == [None] * 4
+    assert result["mIoU_conventions"] == {"present": None, "union": None, "all": None}
     assert list(result["per_class"]) == NAMES and result["images_all_ignored"] == 1
 
 

@@ -125,6 +125,15 @@ def test_the_baseline_has_a_row_for_every_variant():
     assert baseline and all(set(rows) == wanted for rows in baseline.values())
 
 
+def test_a_word_that_names_no_kernel_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        aot.main(["--only", "nothing_matches"])
+    *_, line = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert "--only nothing_matches names no kernel; expected part of one of prepare_prior, " in line
+    assert "graph_propagate" in line and "=" not in line and len(line) < 1000
+
+
 @pytest.mark.promise("C26")
 def test_what_has_not_changed_is_held_to_the_limits_without_a_build(tmp_path, monkeypatch, capsys):
     variant = next(iter(aot.variants(HOPPER)))

@@ -389,6 +389,21 @@ def test_one_file_of_a_stranger_joins_doctor_contract_and_bench(toy):
     assert re.search(r"\btoy\b", timed[timed.index("\n") :]) and "bench 0" in timed and " passed" in timed
 
 
+@pytest.mark.parametrize(("module", "reason"), [("absent", "No module named 'absent'"), ("toy", "no such luck")])
+def test_a_module_of_a_stranger_that_cannot_be_imported_is_named(toy, tmp_path, module, reason):
+    (tmp_path / "toy.py").write_text("raise ValueError('no such\\nluck')")
+    words = f"DRSEG_BACKENDS: {module} cannot be imported: {reason}; expected a module whose folder is on PYTHONPATH"
+    for command in (["-c", "import drseg_core.ops"], ["-m", "drseg_core", "doctor"]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env={**toy, "DRSEG_BACKENDS": module}, capture_output=True, text=True
+        )
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode != 0 and last.endswith(words), done.stderr
+    # the doctor goes on, and has one line of it
+    assert done.returncode == 5 and len(done.stderr.splitlines()) == 1
+    assert "kernels" in done.stdout and f"problem: {words}" in done.stdout
+
+
 STRANGERS = """
 import torch
 from drseg_core import nn, ops

@@ -85,23 +85,32 @@ def test_every_image_is_seen_once_in_batches_of_one_size():
     assert {shape[2] for shape in model.calls} == {16, 20}
 
 
-def test_too_few_classes_are_refused():
-    class One(Blocks):
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([255, 255], "no mask of train has a labelled pixel; expected labelled pixels of at least 2 classes"),
+        ([0, 255], "masks of train have one class; expected labelled pixels of at least 2 classes, got those of left"),
+        (
+            [0, 1],
+            "masks of train have too few pixels for the grid of the features; expected labelled pixels of at least "
+            "2 classes there, got those of left",
+        ),
+    ],
+)
+def test_too_few_classes_are_refused(ids, said):
+    class Few(Blocks):
+        split = "train"
+
         def __getitem__(self, index: int) -> Sample:
             sample = super().__getitem__(index)
-            return sample._replace(mask=torch.zeros_like(sample.mask))
+            mask = torch.full_like(sample.mask, ids[0])
+            # at no centre of a cell
+            mask[0, 0] = ids[1]
+            return sample._replace(mask=mask)
 
-    with pytest.raises(DatasetError, match="expected at least 2, got 1") as caught:
-        rank_channels(Pooled(), One(), SPSDConfig(), backbone="", weights_hash="")
-    assert caught.value.exit_code == 3
-
-    class Nothing(Blocks):
-        def __getitem__(self, index: int) -> Sample:
-            sample = super().__getitem__(index)
-            return sample._replace(mask=torch.full_like(sample.mask, 255))
-
-    with pytest.raises(DatasetError, match="expected at least 2, got 0"):
-        rank_channels(Pooled(), Nothing(), SPSDConfig(), backbone="", weights_hash="")
+    with pytest.raises(DatasetError) as caught:
+        rank_channels(Pooled(), Few(), SPSDConfig(), backbone="", weights_hash="")
+    assert caught.value.exit_code == 3 and str(caught.value) == f"rank: {said}"
 
 
 def test_the_ranking_is_that_of_the_sampled_prototypes():
