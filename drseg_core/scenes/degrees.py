@@ -295,7 +295,8 @@ def _within_a_turn(ring: _Points, grid: Any, decimals: int) -> Any:
     around = points[-1, 0] - points[0, 0]
     if abs(around) > 180:
         # around a pole, which is a line in degrees: once more on both sides, as a ring may go back below its begin
-        pole, more = np.copysign(90, points[:, 1].mean()), max(-turns[0], turns[-1]) + 1
+        within = [p[2] for p in _poles(grid) if shapely.contains_xy(shapely.Polygon(ring.pixel), *p[:2])]
+        pole, more = within[0] if within else np.copysign(90, points[:, 1].mean()), max(-turns[0], turns[-1]) + 1
         points = np.vstack([points[:-1] + (number * around, 0) for number in range(-more, more + 1)])
         points = np.vstack([points, [(points[-1, 0], pole), (points[0, 0], pole)]])
         turns = range(1)

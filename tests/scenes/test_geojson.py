@@ -148,6 +148,20 @@ def test_a_ring_around_a_pole_may_begin_where_it_goes_back(tmp_path):
     assert (held[0] == (value == 0)).all()
 
 
+@pytest.mark.parametrize("pole", [-90, 90])
+@pytest.mark.parametrize("name", ["aeqd", "laea"])
+def test_a_ring_around_a_pole_may_lie_beyond_the_equator(tmp_path, name, pole):
+    radius = {"aeqd": 19.9e6, "laea": 12.7e6}[name]
+    row, column = np.indices((40, 40))
+    far = np.hypot(row - 19.5, column - 19.5) / 20
+    value = np.select([far < 0.2, far < 0.4, far < 0.75], [2, 255, 1], 255).astype(np.uint8)
+    transform = from_origin(-radius, radius, radius / 20, radius / 20)
+    features, shapes, held = written(tmp_path, value, f"+proj={name} +lat_0={pole} +datum=WGS84", transform)
+    assert shapely.is_valid(shapes).all()
+    for feature, inside in zip(features, held, strict=True):
+        assert (inside == (value == feature["properties"]["class_id"])).all()
+
+
 WHOLE = {
     "sinusoidal": "ESRI:54008",
     "Mollweide": "ESRI:54009",
