@@ -121,7 +121,7 @@ POLE = {"EPSG:5041": 2e6, "EPSG:3413": 0.0, "EPSG:3031": 0.0}
 @pytest.mark.parametrize("crs", POLE)
 def test_blocks_at_and_around_a_pole(tmp_path, crs):
     rng = np.random.default_rng(2)
-    for number in range(40):
+    for number in range(12):
         n, block, side = (int(rng.choice(some)) for some in ((12, 18, 24, 27), (2, 3, 4), (100, 10_000, 100_000)))
         # the pole is a corner of pixels, a hair beside one, or anywhere
         off = rng.integers(0, n + 1, 2) + [(0, 0), (0, 0), (0.005, -0.003), rng.random(2)][number % 4]
@@ -165,9 +165,7 @@ def test_a_ring_around_a_pole_may_lie_beyond_the_equator(tmp_path, name, pole):
 WHOLE = {
     "sinusoidal": "ESRI:54008",
     "Mollweide": "ESRI:54009",
-    "Winkel-Tripel": "ESRI:54042",
     "Equal Earth": "EPSG:8857",
-    "polyconic": "ESRI:54021",
     "Bonne": "+proj=bonne +lat_1=45",
     "equidistant": "+proj=aeqd +lat_0=40",
     "orthographic": "+proj=ortho +lat_0=30",
