@@ -429,8 +429,8 @@ def _check_windows(window: int, overlap: int, patch: int) -> None:
 
 
 def _plain(words: Sequence[str]) -> tuple[str, ...]:
-    """Words with one space between their parts, and none around."""
-    return tuple(" ".join(word.split()) for word in words)
+    """Words with one space between their parts, and none around; a comma ends one, as in a list of classes."""
+    return tuple(" ".join(word.split()) for item in words for word in item.split(","))
 
 
 def check_words(
@@ -439,11 +439,16 @@ def check_words(
     """The classes, checked as far as words can be without a text encoder.
 
     Raises:
-        ConfigError: a template does not have exactly one ``{}``, a class has the name of the background, or a word of
-            the background is there twice, one of a class, empty, or has a colour or a control character.
+        ConfigError: ``background`` or ``templates`` is no list, a template has not exactly one ``{}``, a class has
+            the name of the background, or a word of the background is there twice, one of a class, empty, or has a
+            colour or a control character.
         DatasetError: a name is no class name.
     """
     legend = as_vocabulary(classes, "zero_shot")
+    for name, texts in {"background": background, "templates": templates}.items():
+        # which would be read letter by letter
+        if isinstance(texts, str):
+            raise ConfigError(f"zero_shot: {name} is one text; expected a list of them, got {texts!r}")
     for template in templates:
         class_prompt(BACKGROUND, template)
     # text encoders see no capitals

@@ -416,6 +416,8 @@ def test_a_map_in_super_tiles_is_that_of_one_graph(mapper: SceneZeroShot, tmp_pa
         (["roof"], ["sky", " "], "background has an empty word"),
         (["roof"], ["sky #ff0000"], "background has a colour"),
         (["roof"], ["s\0ky"], "background has a control character"),
+        (["roof", "road"], ["sky, road"], "background has a word twice"),
+        (["roof"], "sky", "background is one text; expected a list of them, got 'sky'"),
     ],
 )
 def test_words_of_the_background(classes: list[str], background: list[str], said: str) -> None:
@@ -429,7 +431,7 @@ def test_words_of_the_background(classes: list[str], background: list[str], said
 def test_the_files_of_a_map(mapper: SceneZeroShot, scene: Path, tmp_path: Path) -> None:
     out = tmp_path / "map.tif"
     found = mapper.predict(
-        scene, "roof, building#ff0000; road", out=out, background=[" sky "], scores=True, probabilities=True
+        scene, "roof, building#ff0000; road", out=out, background=[" sky , wall"], scores=True, probabilities=True
     )
     assert found.files is not None and found.class_names == ("roof", "road", "background")
     with rasterio.open(scene) as source, rasterio.open(out) as result:
@@ -439,7 +441,7 @@ def test_the_files_of_a_map(mapper: SceneZeroShot, scene: Path, tmp_path: Path) 
         tags = result.tags()
     assert json.loads(tags["class_names"]) == ["roof", "road", "background"]
     options = json.loads(tags["zero_shot"])
-    assert options["words"] == [["roof", "building"], ["road"], ["sky"]] and options["k"] == 6
+    assert options["words"] == [["roof", "building"], ["road"], ["sky", "wall"]] and options["k"] == 6
     assert options["variant"] == "segearth" and len(options["templates"]) > 5
     assert tags["clip"] == "drseg-tiny, random weights" and "means nothing" in tags["warning"]
     with rasterio.open(found.files.probabilities) as result:
