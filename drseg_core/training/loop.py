@@ -107,7 +107,7 @@ def train(
         ConfigError: ``out`` is not empty, or options are out of range or contradict each other.
         DatasetError: the data cannot be read, or have class names that cannot be prompts.
         CheckpointError: nothing to resume, another configuration, or the folder is in use.
-        NumericalError: ``train.nan_limit`` steps in a row were not finite.
+        NumericalError: ``train.nan_limit`` steps in a row were not finite, or the last ones, or all.
         ResourceError: the disk is full.
         TrainingStopped: a signal ended the training, after its state was saved.
 
@@ -215,6 +215,8 @@ class Trainer:
         seed_everything(config.seed + group.rank)
         self.fingerprint = dataset.fingerprint()
         self.step = self.position = self.skipped = 0
+        # the last of them, in a row
+        self.refused = 0
         self.saved_step = -1
         self.left_out: dict[str, str] | None = None
         self.elapsed = 0.0
@@ -284,6 +286,7 @@ class Trainer:
             if parameter.numel() == 1:
                 kept.update({name: value.view_as(parameter) for name, value in kept.items() if name != "step"})
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
+        self.refused = state.get("refused", 0)
         self.elapsed = state["elapsed"]
         if len(state["random"]) == self.group.world_size:
             restore_random_state(state["random"][self.group.rank])
@@ -315,7 +318,6 @@ class Trainer:
         progress = training_progress(self.step, self.elapsed, options)
         window = Window(len(self.dataset.class_names), self.group)
         text = self._text()
-        refused = 0
         with contextlib.ExitStack() as stack:
             signals = stack.enter_context(StopSignals())
             clock = Clock(self.elapsed)
@@ -339,19 +341,14 @@ class Trainer:
                     set_learning_rate(self.optimizer, learning_rate_factor(progress, self.step, options))
                     self.optimizer.step()
                     window.add(shared.loss, norm, output.logits.detach(), mask)
-                    refused = 0
+                    self.refused = 0
                 else:
                     self.skipped += 1
-                    refused += 1
-                    if refused >= options.nan_limit:
-                        with self._autocast():
-                            cause = first_nonfinite(self.model, image, self.tokens)
-                        raise NumericalError(
-                            f"train: {refused} steps in a row were not finite, the last at step {self.step + 1}; "
-                            f"the first bad tensor is {cause}"
-                        )
+                    self.refused += 1
                 self.optimizer.zero_grad(set_to_none=True)
                 self.step += 1
+                if self.refused >= options.nan_limit:
+                    raise self._not_finite(image)
                 self.position = batch.position + options.batch_size
                 progress = training_progress(self.step, self.elapsed, options)
                 bar.step()
@@ -364,10 +361,21 @@ class Trainer:
                     self.save()
                 if on_step is not None:
                     on_step(self.step)
+                # weights that end so are of no use, but kept
+                if progress >= 1.0 and (self.refused > 1 or self.refused == self.step):
+                    raise self._not_finite(image)
                 if shared.signal and progress < 1.0:
                     name = signal.Signals(shared.signal).name
                     message = f"train: stopped by {name} after step {self.step}; go on with --resume"
                     raise TrainingStopped(message, shared.signal)
+
+    def _not_finite(self, image: Tensor) -> NumericalError:
+        with self._autocast():
+            cause = first_nonfinite(self.model, image, self.tokens)
+        return NumericalError(
+            f"train: {self.refused} steps in a row were not finite, the last at step {self.step}; "
+            f"the first bad tensor is {cause}"
+        )
 
     def _text(self) -> Tensor:
         """The class names as the model takes them: embeddings if the text encoder is frozen."""
@@ -396,6 +404,7 @@ class Trainer:
                     "step": self.step,
                     "position": self.position,
                     "skipped": self.skipped,
+                    "refused": self.refused,
                     "elapsed": self.elapsed,
                     "optimizer": self.optimizer.state_dict(),
                     "random": random,

@@ -5,7 +5,9 @@ import csv
 import dataclasses
 import json
 import logging
+import os
 import re
+import signal
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from drseg_core.models.build import build_model
 from drseg_core.training import loop
 from drseg_core.training.loop import train
 from drseg_core.training.loss import LossSum, training_loss
+from drseg_core.training.signals import TrainingStopped
 
 
 @pytest.mark.promise("C39")
@@ -149,6 +152,30 @@ def test_bad_steps_in_a_row_stop_the_training(config, data, tmp_path, monkeypatc
     with pytest.raises(NumericalError, match="3 steps in a row were not finite, the last at step 3") as caught:
         train(override(config, {"train.nan_limit": 3}), data, tmp_path / "run", show_progress=False)
     assert caught.value.exit_code == 6
+
+
+@pytest.mark.promise("C34")
+@pytest.mark.parametrize(("steps", "bad"), [(5, (4, 5)), (1, (1,))])
+def test_a_training_that_ends_with_bad_steps_fails_and_is_kept(config, data, tmp_path, monkeypatch, steps, bad):
+    monkeypatch.setattr(loop, "training_loss", poisoned(*bad))
+    out = tmp_path / "run"
+    with pytest.raises(NumericalError, match=f"{len(bad)} steps in a row were not finite, the last at step {steps}"):
+        train(override(config, {"train.iterations": steps}), data, out, show_progress=False)
+    assert newest_checkpoint(out).step == steps
+
+
+@pytest.mark.promise("C34")
+def test_bad_steps_are_counted_across_a_resume(config, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "training_loss", poisoned(*range(100)))
+    limited = override(config, {"train.nan_limit": 4, "train.iterations": 9})
+
+    def stop(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None
+
+    with pytest.raises(TrainingStopped):
+        train(limited, data, tmp_path / "run", show_progress=False, on_step=stop)
+    with pytest.raises(NumericalError, match="4 steps in a row were not finite, the last at step 4"):
+        train(limited, data, tmp_path / "run", show_progress=False, resume=True)
 
 
 @pytest.mark.promise("C34")
