@@ -97,8 +97,8 @@ def propagation_graph(
         BackendUnavailableError: the named backend cannot run here.
 
     Note:
-        A node whose prior is not finite, or whose cosines are all negative, has no edges. It keeps its own label, and
-        the others are as if it were not there.
+        A node whose prior is not finite, or whose cosines are all negative, has no edge but one to itself, with which
+        ``S_ii`` is 1. It keeps its own label, and the others are as if it were not there.
 
     Examples:
         >>> import torch
@@ -190,6 +190,9 @@ def weigh_neighbours(
     """What :func:`weight_graph` makes of the result of :func:`choose_neighbours` for all nodes."""
     # padded slots have score -inf, and those of a prior that is not finite NaN: neither is an edge
     weight = torch.where(score > 0, score, 0) ** gamma
+    # room for the edge of a node that has none
+    lonely, own = (weight == 0).all(-1), torch.arange(index.shape[-2], device=index.device, dtype=index.dtype)
+    index = torch.cat([torch.where(lonely, own, index[..., 0])[..., None], index[..., 1:]], -1)
     if select == "cosine" and decay:
         weight *= torch.exp(-decay * _distance(index, grid[1], weight.dtype))
     return Graph.of(index, weight, backend=backend)
@@ -199,6 +202,9 @@ def normalized_graph(graph: Graph, *, backend: str | None = None) -> Graph:
     """What :func:`propagation_graph` makes of the weights of :func:`weight_graph`."""
     index, weight, lists = graph
     coefficient = degree_normalize(weight, index, norm="sym_undirected", eps=_EPS, csc=lists, backend=backend)
+    alone = (graph.degree() == 0) & (graph.degree(incoming=True, backend=backend) == 0)
+    # counted along the edge and against it
+    coefficient[..., 0].masked_fill_(alone, 0.5)
     return graph._replace(coefficient=coefficient)
 
 
@@ -311,7 +317,7 @@ def propagate_labels(
         >>> from drseg_core.nn.label_propagation import propagate_labels, propagation_graph
         >>> graph = propagation_graph(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), (1, 3), k=1)
         >>> propagate_labels(torch.tensor([[1.0], [0.0], [5.0]]), graph, 1, alpha=0.5).flatten().tolist()
-        [0.5, 0.5, 2.5]
+        [0.5, 0.5, 5.0]
     """
     y = _widened(_start("propagate_labels", labels, graph, alpha))
     check_count("propagate_labels", "steps", steps)

@@ -72,8 +72,8 @@ def neighbours(grids: Sequence[Grid | None], folders: Sequence[Path]) -> list[tu
         apart = max(apart, *(abs(v) * other.height for v in (step.b, step.e - 1)))
         if apart > _APART:
             _log.warning(
-                "%s and %s overlap on different grids, so their maps are left apart; --gsd or gdalwarp -tap makes one "
-                "grid",
+                "%s and %s overlap on different grids, so their maps are left apart; gdalwarp -tap, or --gsd with a "
+                "multiple of their pixels, makes one grid",
                 *(folders[n].name.removesuffix(".work") for n in (i, j)),
             )
             continue

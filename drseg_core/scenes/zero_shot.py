@@ -45,6 +45,8 @@ _log = logging.getLogger(__name__)
 _SQUARE = 0.05
 """Share by which the sides of a pixel may differ if distances are in metres."""
 _READING = ("bands", "nodata", "scale", "gsd", "aoi")
+_WORDS = ("background", "templates")
+_OF_FILES = ("scores", "probabilities", "polygons", "min_area", "overwrite")
 
 
 class ZeroShotMap(NamedTuple):
@@ -129,11 +131,11 @@ class SceneZeroShot:
             return arrays[0].result(files)
         threshold = options.pop("threshold", None)
         check_threshold("zero_shot", threshold)
-        words = {name: options.pop(name) for name in ("background", "templates") if name in options}
-        reading = {name: options.pop(name) for name in _READING if name in options}
-        if options:
-            raise ConfigError(f"zero_shot: {next(iter(options))} is unknown without out; expected a path in out")
-        with self._open(image, reading) as scene:
+        words = {name: options.pop(name) for name in _WORDS if name in options}
+        for name in options.keys() & set(_OF_FILES):
+            raise ConfigError(f"zero_shot: {name} is unknown without out; expected a path in out")
+        reading = options
+        with self._open(image, reading, (*_WORDS, "threshold", "out")) as scene:
             describe(scene)
             predictor, _ = self.predictor(scene, classes, **words, progress=progress)
             found = _Arrays(predictor, threshold)
@@ -189,7 +191,7 @@ class SceneZeroShot:
         check_outputs(image, out, overwrite=overwrite or kept_blocks, inputs=inputs, **wanted)
         if polygons is not None:
             require("predict", "vectors")
-        with self._open(image, reading) as scene:
+        with self._open(image, reading, (*_WORDS, "threshold", *_OF_FILES)) as scene:
             predictor, legend = self.predictor(
                 scene,
                 classes,
@@ -238,7 +240,7 @@ class SceneZeroShot:
                 return Grid(scene.crs, scene.transform, scene.height, scene.width)
 
         def predictor(scene: SceneReader) -> GraphPredictor:
-            words = {name: options[name] for name in ("background", "templates") if name in options}
+            words = {name: options[name] for name in _WORDS if name in options}
             return self.predictor(scene, classes, **words, progress=True)[0]
 
         opening = {"reading": _reading(reading), "gsd": reading.get("gsd"), "aoi": reading.get("aoi")}
@@ -260,11 +262,15 @@ class SceneZeroShot:
             >>> print(drseg.zero_shot("tiny").plan("scene.tif", ["road"]).text().splitlines()[3])
             one graph: 8 x 5 = 40 cells
         """
-        with self._open(image, reading) as scene:
+        with self._open(image, reading, _WORDS) as scene:
             return plan_cells(self.predictor(scene, classes, background, templates, limited=False)[0], scene)
 
-    def _open(self, image: str | Path, reading: dict[str, Any]) -> Any:
+    def _open(self, image: str | Path, reading: dict[str, Any], others: Sequence[str] = ()) -> Any:
+        """The scene; ``others`` are the options beside those of ``reading``, to be named where one is unknown."""
         require("zero_shot", "maps")
+        if unknown := sorted(reading.keys() - set(_READING)):
+            known = ", ".join((*others, *_READING))
+            raise ConfigError(f"zero_shot: option {unknown[0]} is unknown; expected one of {known}")
         return open_scene(image, reading=_reading(reading), gsd=reading.get("gsd"), aoi=reading.get("aoi"))
 
     def predictor(
@@ -548,8 +554,6 @@ class _Arrays:
 
 
 def _reading(options: dict[str, Any]) -> Reading:
-    if unknown := sorted(options.keys() - set(_READING)):
-        raise ConfigError(f"zero_shot: option {unknown[0]} is unknown; expected one of {', '.join(_READING)}")
     bands = options.get("bands")
     given = ReadingConfig(
         options.get("scale"), options.get("nodata"), None if bands is None else ",".join(map(str, bands))

@@ -74,10 +74,11 @@ def literal_weights(
 
 
 def literal_operator(weight: NDArray) -> NDArray:
-    """S = D^-1/2 (W + W^T) D^-1/2, D the row sums of W + W^T; a node without edges has none in S either."""
+    """S = D^-1/2 (W + W^T) D^-1/2, D the row sums of W + W^T; a node without edges has one to itself."""
     both = weight + weight.T
+    both = both + np.diag(both.sum(1) == 0)
     degree = both.sum(1)
-    scale = np.array([1 / math.sqrt(value) if value > 0 else 0.0 for value in degree])
+    scale = np.array([1 / math.sqrt(value) for value in degree])
     return scale[:, None] * both * scale[None, :]
 
 
@@ -106,7 +107,7 @@ def test_no_edge_is_longer_than_the_radius(select: Any, radius: float) -> None:
     found = operator(propagation_graph(prior, (H, W), 6, **options, radius=radius))
     expected = literal_operator(literal_weights(prior.numpy(), W, 6, **options, radius=radius))
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
-    edges = [distance(i, j, W) for i, j in np.argwhere(found > 0)]
+    edges = [distance(i, j, W) for i, j in np.argwhere(found > 0) if i != j]
     assert max(edges, default=0.0) <= radius and (radius < 1) == (not edges)
     module = LabelPropagation(6, **options, radius=radius, steps=2)
     label = targets(3)
@@ -259,7 +260,7 @@ def test_a_disconnected_graph_is_solved_piece_by_piece() -> None:
     prior = torch.cat([priors(nodes=N - 1), torch.zeros(1, D, dtype=torch.float64)])
     graph = propagation_graph(prior, (H, W), 5)
     lonely = targets(2)
-    found = solve_labels(lonely, graph, scaled=False, tolerance=1e-12)
+    found = solve_labels(lonely, graph, tolerance=1e-12)
     torch.testing.assert_close(found[-1], lonely[-1])
 
 
@@ -297,8 +298,8 @@ def test_a_prior_that_is_not_finite_is_contained(select: Any) -> None:
             weight[i, j] = absent[i, j]
     np.testing.assert_allclose(operator(graph), literal_operator(weight), rtol=1e-9, atol=1e-12)
     for found in (
-        solve_labels(label, graph, scaled=False, tolerance=1e-12),
-        propagate_labels(label, graph, 3, alpha=0.0),
+        solve_labels(label, graph, tolerance=1e-12),
+        propagate_labels(label, graph, 3, alpha=0.7),
     ):
         assert found.isfinite().all()
         torch.testing.assert_close(found[[4, 17]], label[[4, 17]])
@@ -340,8 +341,7 @@ def test_small_grids_and_half_precision() -> None:
         prior = torch.ones(height * width, 2)
         graph = propagation_graph(prior, (height, width), 75)
         label = torch.ones(height * width, 2)
-        expected = label * (1 / 0.05 if width == 2 else 1.0)
-        torch.testing.assert_close(solve_labels(label, graph, scaled=False), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(solve_labels(label, graph, scaled=False), label / 0.05, rtol=1e-5, atol=0)
     graph = propagation_graph(priors().half(), (H, W), 9)
     label = targets(2).half()
     found = solve_labels(label, graph)
@@ -442,3 +442,23 @@ def test_the_largest_labels_stay_finite(way, dtype):
     wide = way(labels.double() / largest, graph)
     assert wide.max() > 1.01
     torch.testing.assert_close(found.double() / largest, wide.clamp(-1, 1), atol=0, rtol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("radius", [None, 0.5])
+def test_a_node_without_edges_keeps_its_label(radius: float | None) -> None:
+    prior = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, -1.0], [torch.nan, 0.0], [0.0, 0.0]])
+    graph = propagation_graph(prior, (1, 5), 2, radius=radius)
+    label = torch.tensor([[3.0], [1.0], [5.0], [7.0], [-2.0]])
+    alone = slice(2 if radius is None else 0, None)
+    for way in (
+        functools.partial(propagate_labels, steps=0),
+        functools.partial(propagate_labels, steps=4),
+        solve_labels,
+    ):
+        for alpha in (0.5, 0.95):
+            found = way(label, graph, alpha=alpha)
+            torch.testing.assert_close(found[alone], label[alone])
+    assert torch.equal(smooth(graph, label)[alone], label[alone])
+    # a node that chose none, and was chosen, has edges
+    both = propagation_graph(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), (1, 2), 1)
+    assert smooth(both, torch.tensor([[1.0], [2.0]])).flatten().tolist() == [2.0, 1.0]

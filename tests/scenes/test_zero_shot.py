@@ -579,8 +579,12 @@ def test_a_threshold_is_a_score(mapper: SceneZeroShot, scene: Path, tmp_path: Pa
 def test_options_of_files_go_with_files(mapper: SceneZeroShot, scene: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="scores is unknown without out"):
         mapper.predict(scene, NAMES, scores=True)
-    with pytest.raises(ConfigError, match="option colour is unknown; expected one of bands"):
+    with pytest.raises(ConfigError, match="option colour is unknown; expected one of background, .*polygons, .*aoi$"):
         mapper.write(scene, NAMES, tmp_path / "map.tif", colour=1)
+    with pytest.raises(ConfigError, match="option view is unknown; expected one of background, .*out, bands, .*aoi$"):
+        mapper.predict(scene, NAMES, view=True)
+    with pytest.raises(ConfigError, match="option out is unknown; expected one of background, templates, bands, .*"):
+        mapper.plan(scene, NAMES, out="map.tif")
     assert list(tmp_path.iterdir()) == []
     found = mapper.predict(scene, NAMES, threshold=0.6)
     assert found.class_names == (*NAMES, "other")
