@@ -46,11 +46,11 @@ def failure(error: BaseException, command: str) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in FULL and error.filename is not None:
         return f"drseg: error: {error.filename} cannot be written: the disk is full ({error.strerror})", 7
     if isinstance(error, OSError) and error.errno in _DISK:
-        return f"drseg: error: {_one_line(error)}", 7
+        return f"drseg: error: {_of_file(error)}", 7
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"drseg: error: path is too long: {str(error.filename)[:80]}...", 2
     if isinstance(error, PermissionError):
-        return f"drseg: error: {_one_line(error)}", 2
+        return f"drseg: error: {_of_file(error)}", 2
     if isinstance(error, ImportError):
         return f"drseg: error: a library cannot be imported: {_one_line(error)}; see drseg doctor", 5
     if isinstance(error, RuntimeError) and "torchvision::nms" in str(error):
@@ -66,6 +66,13 @@ def _out_of_memory(error: BaseException) -> bool:
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _of_file(error: OSError) -> str:
+    """The file, and what the system says of it."""
+    if error.filename is None or error.strerror is None:
+        return _one_line(error)
+    return visible(f"{error.filename} cannot be used: {error.strerror}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -272,7 +272,10 @@ def _judge(report: CheckReport, split: str, found: SplitReport) -> None:
         message = f"{split}: no mask has a labelled pixel; expected class ids, got {IGNORE} alone, which means unknown"
         report.problems.append(Finding("unlabelled", message))
     if split in TRAINED and len(present) == 1 and present[0] < len(names):
-        message = f"{split}: masks hold one class, {names[present[0]]}; training needs at least 2"
+        message = (
+            f"{split}: masks hold one class, {names[present[0]]}; training needs at least 2 to rank channels, or "
+            "model.spsd.semantic_ratio 0"
+        )
         report.warnings.append(Finding("one", message))
     report.warnings += _unknown(found, present, split, len(names))
     extra = _other_ids(found, len(names))

@@ -140,10 +140,9 @@ def _too_few(split: str, seen: set[int], found: Sequence[str]) -> str:
     expected = "expected labelled pixels of at least 2 classes"
     if not seen:
         return f"no mask of {split} has a labelled pixel; {expected}"
+    few = "one class" if len(seen) == 1 else "too few pixels for the grid of the features"
     got = f"got those of {', '.join(found) or 'none'}"
-    if len(seen) == 1:
-        return f"masks of {split} have one class; {expected}, {got}"
-    return f"masks of {split} have too few pixels for the grid of the features; {expected} there, {got}"
+    return f"masks of {split} have {few}; {expected}, or model.spsd.semantic_ratio 0, {got}"
 
 
 class Reservoir:

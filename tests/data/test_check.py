@@ -201,7 +201,9 @@ def test_one_class_is_enough_to_score_and_not_to_train(tmp_path):
     own_set(tmp_path, [np.ones((4, 4))])
     shutil.copytree(tmp_path / "train", tmp_path / "val")
     report = check_data("folder", tmp_path)
-    assert said(report.warnings, "one") == ["train: masks hold one class, road; training needs at least 2"]
+    assert said(report.warnings, "one") == [
+        "train: masks hold one class, road; training needs at least 2 to rank channels, or model.spsd.semantic_ratio 0"
+    ]
     assert report.problems == []
 
 

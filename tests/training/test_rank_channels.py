@@ -89,11 +89,15 @@ def test_every_image_is_seen_once_in_batches_of_one_size():
     ("ids", "said"),
     [
         ([255, 255], "no mask of train has a labelled pixel; expected labelled pixels of at least 2 classes"),
-        ([0, 255], "masks of train have one class; expected labelled pixels of at least 2 classes, got those of left"),
+        (
+            [0, 255],
+            "masks of train have one class; expected labelled pixels of at least 2 classes, or "
+            "model.spsd.semantic_ratio 0, got those of left",
+        ),
         (
             [0, 1],
             "masks of train have too few pixels for the grid of the features; expected labelled pixels of at least "
-            "2 classes there, got those of left",
+            "2 classes, or model.spsd.semantic_ratio 0, got those of left",
         ),
     ],
 )
