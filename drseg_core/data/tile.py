@@ -132,12 +132,12 @@ def _raster_names(source: Any) -> Sequence[str] | None:
 
 
 class VectorLabels:
-    """Class ids of polygons, burnt into a tile; if two overlap, the later one counts."""
+    """Class ids of polygons, burnt into a tile; if two overlap, the later one counts, but one without a class never."""
 
     def __init__(self, shapes: Shapes, scene: RasterReader, options: TileOptions) -> None:
         self.shapes, self.transform = shapes, scene.transform
         # those of the whole file: several scenes with one file of labels have the same classes
-        names = sorted(set(shapes.all_values))
+        names = shapes.all_values
         if options.background is not None:
             names = [options.background, *(name for name in names if name != options.background)]
         self.class_names = check_class_names(names, "data tile")
@@ -155,7 +155,9 @@ class VectorLabels:
         size = tile.height, tile.width
         if not inside:
             return np.full(size, self.fill, np.uint8)
-        numbers = {name: number for number, name in enumerate(self.class_names)}
+        numbers = {"": IGNORE, **{name: number for number, name in enumerate(self.class_names)}}
+        # those without a class come first: they lie over the background alone
+        inside.sort(key=lambda i: bool(self.shapes.values[i]))
         burnt = [(self.shapes.shapes[i], numbers[self.shapes.values[i]]) for i in inside]
         return rasterize(burnt, out_shape=size, transform=place, fill=self.fill, dtype="uint8")
 

@@ -169,6 +169,34 @@ def test_polygons_far_larger_than_the_scene(tmp_path):
         assert (mask.read(1) == expected).mean() > 0.999 and len(np.unique(expected)) == 2
 
 
+def columns(path: Path, *strips: tuple) -> Path:
+    """Polygons of labels, each from one column of the scene to another, with a class."""
+    content = []
+    for west, east, kind in strips:
+        ring = [[500_000 + x, 5_600_000 - y] for x, y in ((west, 0), (west, H), (east, H), (east, 0), (west, 0))]
+        shape = {"type": "Polygon", "coordinates": [ring]}
+        content.append({"type": "Feature", "properties": {"class": kind}, "geometry": shape})
+    crs = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32632"}}
+    path.write_text(json.dumps({"type": "FeatureCollection", "crs": crs, "features": content}))
+    return path
+
+
+@pytest.mark.parametrize("background", [None, "rest"])
+def test_polygons_without_a_class_are_unknown(tmp_path, caplog, background):
+    pytest.importorskip("pyogrio")
+    # over a known one and beside it, written before and after it
+    strips = [(0, 20, None), (10, 40, 7), (30, 50, None)]
+    path = columns(tmp_path / "labels.geojson", *strips)
+    options = TileOptions(64, background=background, val_share=0)
+    done = tile_scene(scene(tmp_path / "scene.tif"), path, tmp_path / "set", options)
+    assert done.class_names == (("7",) if background is None else ("rest", "7"))
+    with rasterio.open(first_tile(tmp_path / "set", "masks")) as mask:
+        (row,) = np.unique(mask.read(1), axis=0)
+    known, rest = (0, 255) if background is None else (1, 0)
+    assert row.tolist() == [255] * 10 + [known] * 30 + [255] * 10 + [rest] * 14
+    assert caplog.messages == ["labels.geojson: 2 of its polygons have no value in 'class' and are unknown"]
+
+
 def labelled(tmp_path: Path) -> Path:
     return write(tmp_path / "labels.tif", label()[None], **PLACE)
 
