@@ -39,15 +39,16 @@ class TileOptions:
 
     Args:
         size: side of a tile in pixels.
-        field: column of a vector file with the class.
-        classes: names by the number in a raster of labels; None takes those of the file.
+        field: column of polygons with their class; None is ``class``.
+        classes: names by the number in a raster of labels, or the order of those of polygons; None takes those of the
+            file.
         background: class of pixels that no polygon covers; None leaves them unknown (255).
         val_share: share of the ground that is for validation.
         nodata: value of the scene's pixels without data, besides what the file declares.
     """
 
     size: int = 512
-    field: str = "class"
+    field: str | None = None
     classes: tuple[str, ...] | None = None
     background: str | None = None
     val_share: float = 0.2
@@ -131,16 +132,30 @@ def _raster_names(source: Any) -> Sequence[str] | None:
         return None
 
 
+def _some(names: Sequence[str]) -> str:
+    """Names for a message, at most ten."""
+    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
 class VectorLabels:
     """Class ids of polygons, burnt into a tile; if two overlap, the later one counts, but one without a class never."""
 
     def __init__(self, shapes: Shapes, scene: RasterReader, options: TileOptions) -> None:
         self.shapes, self.transform = shapes, scene.transform
         # those of the whole file: several scenes with one file of labels have the same classes
-        names = shapes.all_values
+        names: Sequence[str] = shapes.all_values if options.classes is None else options.classes
         if options.background is not None:
+            if options.background in (options.classes or ()):
+                raise ConfigError(
+                    f"data tile: --background is one of --classes; expected another name, got {options.background!r}"
+                )
             names = [options.background, *(name for name in names if name != options.background)]
         self.class_names = check_class_names(names, "data tile")
+        if missing := [name for name in shapes.all_values if name not in names]:
+            raise ConfigError(
+                f"data tile: --classes lack {_some(missing)} of the polygons; expected all of their classes, "
+                f"got {_some(names)}"
+            )
         self.fill = IGNORE if options.background is None else 0
 
     def read(self, tile: Tile) -> NDArray[np.uint8]:
@@ -192,6 +207,11 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
     for path in (scene, labels):
         if points_elsewhere(path):
             raise ConfigError(f"data tile: {path} points to something remote; expected files")
+    for name, value in (("field", options.field), ("background", options.background)):
+        if value is not None and labels.suffix.lower() in RASTERS:
+            raise ConfigError(
+                f"data tile: --{name} is for polygons; expected none with the raster {printable(labels)}, got {value!r}"
+            )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"data tile: --out is not empty; expected a new or empty folder, got {target}")
     with open_raster(scene, origin="data tile") as source:
@@ -260,7 +280,7 @@ def _stored(scene: RasterReader, options: TileOptions) -> Stored:
 def _labels(path: Path, scene: RasterReader, options: TileOptions) -> Iterator[RasterLabels | VectorLabels]:
     """The labels of a file, raster or vector."""
     if path.suffix.lower() not in RASTERS:
-        shapes = read_shapes(path, options.field, scene)
+        shapes = read_shapes(path, "class" if options.field is None else options.field, scene)
         for hint in shapes.hints:
             _log.warning("%s", hint)
         yield VectorLabels(shapes, scene, options)

@@ -197,6 +197,31 @@ def test_polygons_without_a_class_are_unknown(tmp_path, caplog, background):
     assert caplog.messages == ["labels.geojson: 2 of its polygons have no value in 'class' and are unknown"]
 
 
+def test_classes_of_polygons_are_names_in_order(tmp_path):
+    pytest.importorskip("pyogrio")
+    image = scene(tmp_path / "scene.tif")
+    path = columns(tmp_path / "labels.geojson", (0, 20, "a"), (20, 40, "b"), (40, 50, "c"))
+    for background, names, ids in ((None, "cxba", [3, 2, 0, 255]), ("r", "rcxba", [4, 3, 1, 0])):
+        out = tmp_path / names
+        options = TileOptions(64, classes=tuple("cxba"), background=background, val_share=0)
+        assert tile_scene(image, path, out, options).class_names == tuple(names)
+        with rasterio.open(first_tile(out, "masks")) as mask:
+            assert (mask.read(1) == np.repeat(ids, [20, 20, 10, 14])).all()
+    for options, said in (
+        (
+            TileOptions(classes=("b",)),
+            "--classes lack 'a', 'c' of the polygons; expected all of their classes, got 'b'",
+        ),
+        (TileOptions(classes=("a", "b"), background="b"), "--background is one of --classes; .* another name, got 'b'"),
+    ):
+        with pytest.raises(ConfigError, match=f"data tile: {said}$"):
+            tile_scene(image, path, tmp_path / "no", options)
+    many = columns(tmp_path / "many.geojson", *((i, i + 1, f"c{i:02}") for i in range(20)))
+    with pytest.raises(ConfigError, match="'c09' and 10 more of the polygons; expected all of their classes, got 'x'$"):
+        tile_scene(image, many, tmp_path / "no", TileOptions(64, classes=("x",)))
+    assert not (tmp_path / "no").exists()
+
+
 def labelled(tmp_path: Path) -> Path:
     return write(tmp_path / "labels.tif", label()[None], **PLACE)
 
@@ -435,7 +460,7 @@ def test_the_command(tmp_path, drseg, small):
     words = ["data", "tile", image, tmp_path / "labels.tif", "--out", tmp_path / "set", "--size", 64]
     for classes in ("a; b, c", "a#808080; b; c"):
         code, _, errors = drseg(*words, "--classes", classes)
-        assert code == 2 and "--classes has synonyms or colours; expected one name for each number" in errors
+        assert code == 2 and "--classes has synonyms or colours; expected one name for each class" in errors
     code, text, _ = drseg(*words, "--classes", "a; b; c")
     assert code == 0 and "classes: a; b; c" in text and "next: drseg data check folder" in text
     data = f"folder:{tmp_path / 'set'}"
