@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -24,7 +25,7 @@ from drseg_core.data.values import holds
 from drseg_core.data.vector import Shapes, read_shapes
 from drseg_core.errors import ConfigError, DatasetError, ResourceError
 from drseg_core.extras import require
-from drseg_core.files import own_prefix, parse_json, remove_dead
+from drseg_core.files import FULL, disk_is_full, free_bytes, own_prefix, parse_json, remove_dead
 
 RASTERS = (".tif", ".tiff", ".vrt", ".img", ".png")
 SMALLEST = 64
@@ -199,6 +200,8 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
     """
     options = options or TileOptions()
     require("tile_scene", "maps")
+    from rasterio._err import CPLE_BaseError
+
     scene, labels, target = Path(scene), Path(labels), Path(out)
     if options.size < SMALLEST:
         raise ConfigError(f"data tile: --size is out of range; expected at least {SMALLEST}, got {options.size}")
@@ -229,8 +232,11 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
                     target.rmdir()
                 temporary.chmod(0o755)
                 os.replace(temporary, target)
-            except OSError as error:
-                raise ResourceError(f"data tile: {target} cannot be written: {error.strerror or error}") from None
+            except (OSError, CPLE_BaseError) as error:
+                reason = " ".join(str(error.__cause__ or getattr(error, "strerror", None) or error).split())
+                if getattr(error, "errno", None) in FULL or disk_is_full(target):
+                    reason = f"the disk is full ({reason})"
+                raise ResourceError(f"data tile: {target} cannot be written: {reason}") from None
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     written = {split: len(some) for split, some in splits.items() if some}
@@ -382,6 +388,20 @@ def split_tiles(
     return {"train": train, "val": val}, len(tiles) - len(val) - len(train)
 
 
+@contextlib.contextmanager
+def _new_tile(path: Path, **profile: Any) -> Iterator[Any]:
+    """A new raster, made in memory: on a full disk GDAL would write lines of its own to the terminal."""
+    from rasterio.io import MemoryFile
+    from rasterio.shutil import copyfiles
+
+    with MemoryFile(ext=path.suffix) as memory:
+        with memory.open(**profile) as file:
+            yield file
+        if free_bytes(path) < len(memory):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        copyfiles(memory.name, str(path))
+
+
 def _write(
     folder: Path,
     scene: RasterReader,
@@ -406,18 +426,8 @@ def _write(
             image, mask = (folder / split / part / name for part in ("images", "masks"))
             for path in (image, mask):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
-                rasterio.open(
-                    image,
-                    "w",
-                    count=source.count,
-                    dtype=stored.dtype,
-                    nodata=stored.nodata,
-                    **stored.options,
-                    **profile,
-                ) as file,
-            ):
+            kept = {"dtype": stored.dtype, "nodata": stored.nodata, **stored.options, **profile}
+            with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), _new_tile(image, count=source.count, **kept) as file:
                 file.colorinterp = source.colorinterp
                 if stored.colors is not None:
                     file.write_colormap(1, stored.colors)
@@ -427,7 +437,7 @@ def _write(
                 for band, text in enumerate(source.descriptions, 1):
                     if text:
                         file.set_band_description(band, text)
-            with rasterio.open(mask, "w", count=1, dtype="uint8", nodata=IGNORE, **profile) as file:
+            with _new_tile(mask, count=1, dtype="uint8", nodata=IGNORE, **profile) as file:
                 file.write(_mask(scene, labels, tile), 1)
             files += [image, mask]
     write_manifest(folder, files)

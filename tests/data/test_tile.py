@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from drseg_core.data.folder import FolderDataset
 from drseg_core.data.own_images import read_part
 from drseg_core.data.tile import Tile, TileOptions, split_tiles, tile_scene
 from drseg_core.data.vector import read_shapes
-from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.errors import ConfigError, DatasetError, ResourceError
 from drseg_core.scenes.reader import open_scene
 from tests.data.test_own_images import write
 
@@ -381,6 +385,36 @@ def test_numbers_with_gaps_become_classes(tmp_path):
     done = tile_scene(scene(tmp_path / "scene.tif"), tmp_path / "labels.tif", tmp_path / "set", TileOptions(64))
     assert done.class_names == ("class 10", "class 20", "class 30")
     assert set(np.unique(FolderDataset(tmp_path / "set")[0].mask)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("free", [10**12, 1000])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capfd, free):
+    image, labels = scene(tmp_path / "scene.tif"), labelled(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    # also a disk that says it has room, and takes no more than this of a file
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(ResourceError) as caught:
+            tile_scene(image, labels, tmp_path / "set", TileOptions(256))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    reason = (
+        r"the disk is full \(No space left on device\)" if free == 1000 else ".* error while writing into target file"
+    )
+    assert re.fullmatch(f"data tile: .*set cannot be written: {reason}", str(caught.value))
+    # libtiff would write to the terminal
+    assert capfd.readouterr() == ("", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.tif", "scene.tif"]
+
+
+def test_a_crs_that_a_tiff_cannot_hold_is_kept(tmp_path):
+    path = scene(tmp_path / "scene.tif", crs="+proj=tpers +h=5500000 +lat_0=40")
+    assert path.with_name("scene.tif.aux.xml").exists()
+    write(tmp_path / "labels.tif", label()[None])
+    tile_scene(path, tmp_path / "labels.tif", tmp_path / "set", TileOptions(64, val_share=0))
+    with rasterio.open(path) as source, rasterio.open(first_tile(tmp_path / "set")) as tile:
+        assert tile.crs == source.crs
 
 
 @pytest.fixture
