@@ -33,8 +33,8 @@ _STRANGE = re.compile(r"[!;?\x00-\x1f\ud800-\udfff]|^//")
 class Shapes:
     """Shapes in the CRS of a scene, with the value of one column each; it is empty where a shape has none.
 
-    ``all_values`` are those of the whole file in order, each once. ``hints`` are warnings of what is not taken as the
-    file has it.
+    ``all_values`` are those of the whole file, each once, by size where they are numbers, else by letters. ``hints``
+    are warnings of what is not taken as the file has it.
     """
 
     def __init__(self, shapes: list[Any], values: list[str], all_values: list[str], hints: list[str]) -> None:
@@ -121,10 +121,11 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
             f"read_shapes: {printable(path)} has no column {field!r}; expected one of {', '.join(fields) or 'none'} "
             "(--field)"
         )
-    values = [""] * len(geometry)
+    values, kind = [""] * len(geometry), "object"
     if field is not None:
         place = fields.index(field)
-        values = [_text(value, meta["dtypes"][place], path, field) for value in columns[place]]
+        kind = meta["dtypes"][place]
+        values = [_text(value, kind, path, field) for value in columns[place]]
     hints: list[str] = []
     shapes = _decoded(geometry, path, hints)
     kept = [i for i, shape in enumerate(shapes) if shape is not None and not shape.is_empty]
@@ -140,7 +141,8 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
     if others:
         name = printable(Path(path.name))
         hints.append(f"{name}: {others.total()} of its shapes are no polygons and left out ({kinds})")
-    all_values = sorted({values[i] for i in kept} - {""})
+    numbers = kind.startswith(("int", "uint", "float"))
+    all_values = sorted({values[i] for i in kept} - {""}, key=float if numbers else str)
     if field is not None and not all_values:
         raise DatasetError(f"read_shapes: {printable(path)} has no value in column {field!r}; expected class names")
     if field is not None and (empty := sum(not values[i] for i in kept)):

@@ -295,3 +295,12 @@ def test_a_missing_value_is_no_class_and_changes_no_other(tmp_path, values, text
 def test_a_column_without_names_is_one_line(tmp_path, values, said):
     with pytest.raises(DatasetError, match=f"read_shapes: .*area.geojson {said}"):
         column(tmp_path / "area.geojson", values)
+
+
+def test_numbers_are_in_order_by_size_and_text_by_letters(tmp_path):
+    path = tmp_path / "area.geojson"
+    for missing in ([], [None]):
+        assert column(path, [10, 2, -1, 2, *missing])[1] == ["-1", "2", "10"]
+        assert column(path, [10.5, 2.0, *missing])[1] == ["2", "10.5"]
+        assert column(path, ["10", "2", *missing])[1] == ["10", "2"]
+        assert column(path, ["b", "C", "a", *missing])[1] == ["C", "a", "b"]
