@@ -93,9 +93,14 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     tile.add_argument("scene", type=str, metavar="SCENE", help="image of any size that GDAL reads")
     tile.add_argument("labels", type=str, metavar="LABELS", help="raster of class numbers, or polygons")
     tile.add_argument("--out", required=True, type=str, metavar="DATA", help="folder to write; new or empty")
-    tile.add_argument("--field", type=str, default="class", metavar="COLUMN", help="column of the polygons' class")
     tile.add_argument(
-        "--classes", type=str | None, metavar="NAMES", help='names of the numbers of a raster: "building; field"'
+        "--field", type=str | None, metavar="COLUMN", help="column of the polygons' class; class by default"
+    )
+    tile.add_argument(
+        "--classes",
+        type=str | None,
+        metavar="NAMES",
+        help='names of the numbers of a raster, or those of the polygons in order: "building; field"',
     )
     tile.add_argument("--background", type=str | None, metavar="NAME", help="class outside all polygons; else unknown")
     tile.add_argument("--size", type=int, default=512, metavar="N", help="side of a tile in pixels")
@@ -116,7 +121,7 @@ def _tile(args: Any) -> None:
     classes = None if args.classes is None else parse_classes(args.classes)
     names = None if classes is None else classes.names
     if classes is not None and classes != plain_classes(names or ()):
-        raise ConfigError(f"--classes has synonyms or colours; expected one name for each number, got {args.classes!r}")
+        raise ConfigError(f"--classes has synonyms or colours; expected one name for each class, got {args.classes!r}")
     options = TileOptions(args.size, args.field, names, args.background, args.val_share, args.nodata)
     done = tile_scene(args.scene, args.labels, args.out, options)
     print(f"classes: {'; '.join(done.class_names)}")

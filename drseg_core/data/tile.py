@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -24,7 +25,7 @@ from drseg_core.data.values import holds
 from drseg_core.data.vector import Shapes, read_shapes
 from drseg_core.errors import ConfigError, DatasetError, ResourceError
 from drseg_core.extras import require
-from drseg_core.files import own_prefix, parse_json, remove_dead
+from drseg_core.files import FULL, disk_is_full, free_bytes, own_prefix, parse_json, remove_dead
 
 RASTERS = (".tif", ".tiff", ".vrt", ".img", ".png")
 SMALLEST = 64
@@ -39,15 +40,16 @@ class TileOptions:
 
     Args:
         size: side of a tile in pixels.
-        field: column of a vector file with the class.
-        classes: names by the number in a raster of labels; None takes those of the file.
+        field: column of polygons with their class; None is ``class``.
+        classes: names by the number in a raster of labels, or the order of those of polygons; None takes those of the
+            file.
         background: class of pixels that no polygon covers; None leaves them unknown (255).
         val_share: share of the ground that is for validation.
         nodata: value of the scene's pixels without data, besides what the file declares.
     """
 
     size: int = 512
-    field: str = "class"
+    field: str | None = None
     classes: tuple[str, ...] | None = None
     background: str | None = None
     val_share: float = 0.2
@@ -131,16 +133,30 @@ def _raster_names(source: Any) -> Sequence[str] | None:
         return None
 
 
+def _some(names: Sequence[str]) -> str:
+    """Names for a message, at most ten."""
+    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
 class VectorLabels:
-    """Class ids of polygons, burnt into a tile; if two overlap, the later one counts."""
+    """Class ids of polygons, burnt into a tile; if two overlap, the later one counts, but one without a class never."""
 
     def __init__(self, shapes: Shapes, scene: RasterReader, options: TileOptions) -> None:
         self.shapes, self.transform = shapes, scene.transform
         # those of the whole file: several scenes with one file of labels have the same classes
-        names = sorted(set(shapes.all_values))
+        names: Sequence[str] = shapes.all_values if options.classes is None else options.classes
         if options.background is not None:
+            if options.background in (options.classes or ()):
+                raise ConfigError(
+                    f"data tile: --background is one of --classes; expected another name, got {options.background!r}"
+                )
             names = [options.background, *(name for name in names if name != options.background)]
         self.class_names = check_class_names(names, "data tile")
+        if missing := [name for name in shapes.all_values if name not in names]:
+            raise ConfigError(
+                f"data tile: --classes lack {_some(missing)} of the polygons; expected all of their classes, "
+                f"got {_some(names)}"
+            )
         self.fill = IGNORE if options.background is None else 0
 
     def read(self, tile: Tile) -> NDArray[np.uint8]:
@@ -155,7 +171,9 @@ class VectorLabels:
         size = tile.height, tile.width
         if not inside:
             return np.full(size, self.fill, np.uint8)
-        numbers = {name: number for number, name in enumerate(self.class_names)}
+        numbers = {"": IGNORE, **{name: number for number, name in enumerate(self.class_names)}}
+        # those without a class come first: they lie over the background alone
+        inside.sort(key=lambda i: bool(self.shapes.values[i]))
         burnt = [(self.shapes.shapes[i], numbers[self.shapes.values[i]]) for i in inside]
         return rasterize(burnt, out_shape=size, transform=place, fill=self.fill, dtype="uint8")
 
@@ -182,6 +200,8 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
     """
     options = options or TileOptions()
     require("tile_scene", "maps")
+    from rasterio._err import CPLE_BaseError
+
     scene, labels, target = Path(scene), Path(labels), Path(out)
     if options.size < SMALLEST:
         raise ConfigError(f"data tile: --size is out of range; expected at least {SMALLEST}, got {options.size}")
@@ -190,6 +210,11 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
     for path in (scene, labels):
         if points_elsewhere(path):
             raise ConfigError(f"data tile: {path} points to something remote; expected files")
+    for name, value in (("field", options.field), ("background", options.background)):
+        if value is not None and labels.suffix.lower() in RASTERS:
+            raise ConfigError(
+                f"data tile: --{name} is for polygons; expected none with the raster {printable(labels)}, got {value!r}"
+            )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"data tile: --out is not empty; expected a new or empty folder, got {target}")
     with open_raster(scene, origin="data tile") as source:
@@ -207,8 +232,11 @@ def tile_scene(scene: str | Path, labels: str | Path, out: str | Path, options: 
                     target.rmdir()
                 temporary.chmod(0o755)
                 os.replace(temporary, target)
-            except OSError as error:
-                raise ResourceError(f"data tile: {target} cannot be written: {error.strerror or error}") from None
+            except (OSError, CPLE_BaseError) as error:
+                reason = " ".join(str(error.__cause__ or getattr(error, "strerror", None) or error).split())
+                if getattr(error, "errno", None) in FULL or disk_is_full(target):
+                    reason = f"the disk is full ({reason})"
+                raise ResourceError(f"data tile: {target} cannot be written: {reason}") from None
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     written = {split: len(some) for split, some in splits.items() if some}
@@ -258,7 +286,7 @@ def _stored(scene: RasterReader, options: TileOptions) -> Stored:
 def _labels(path: Path, scene: RasterReader, options: TileOptions) -> Iterator[RasterLabels | VectorLabels]:
     """The labels of a file, raster or vector."""
     if path.suffix.lower() not in RASTERS:
-        shapes = read_shapes(path, options.field, scene)
+        shapes = read_shapes(path, "class" if options.field is None else options.field, scene)
         for hint in shapes.hints:
             _log.warning("%s", hint)
         yield VectorLabels(shapes, scene, options)
@@ -360,6 +388,20 @@ def split_tiles(
     return {"train": train, "val": val}, len(tiles) - len(val) - len(train)
 
 
+@contextlib.contextmanager
+def _new_tile(path: Path, **profile: Any) -> Iterator[Any]:
+    """A new raster, made in memory: on a full disk GDAL would write lines of its own to the terminal."""
+    from rasterio.io import MemoryFile
+    from rasterio.shutil import copyfiles
+
+    with MemoryFile(ext=path.suffix) as memory:
+        with memory.open(**profile) as file:
+            yield file
+        if free_bytes(path) < len(memory):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        copyfiles(memory.name, str(path))
+
+
 def _write(
     folder: Path,
     scene: RasterReader,
@@ -384,18 +426,8 @@ def _write(
             image, mask = (folder / split / part / name for part in ("images", "masks"))
             for path in (image, mask):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
-                rasterio.open(
-                    image,
-                    "w",
-                    count=source.count,
-                    dtype=stored.dtype,
-                    nodata=stored.nodata,
-                    **stored.options,
-                    **profile,
-                ) as file,
-            ):
+            kept = {"dtype": stored.dtype, "nodata": stored.nodata, **stored.options, **profile}
+            with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), _new_tile(image, count=source.count, **kept) as file:
                 file.colorinterp = source.colorinterp
                 if stored.colors is not None:
                     file.write_colormap(1, stored.colors)
@@ -405,7 +437,7 @@ def _write(
                 for band, text in enumerate(source.descriptions, 1):
                     if text:
                         file.set_band_description(band, text)
-            with rasterio.open(mask, "w", count=1, dtype="uint8", nodata=IGNORE, **profile) as file:
+            with _new_tile(mask, count=1, dtype="uint8", nodata=IGNORE, **profile) as file:
                 file.write(_mask(scene, labels, tile), 1)
             files += [image, mask]
     write_manifest(folder, files)

@@ -31,9 +31,10 @@ _STRANGE = re.compile(r"[!;?\x00-\x1f\ud800-\udfff]|^//")
 
 
 class Shapes:
-    """Shapes in the CRS of a scene, with the value of one column each; ``all_values`` are those of the whole file.
+    """Shapes in the CRS of a scene, with the value of one column each; it is empty where a shape has none.
 
-    ``hints`` are warnings of what is not taken as the file has it.
+    ``all_values`` are those of the whole file, each once, by size where they are numbers, else by letters. ``hints``
+    are warnings of what is not taken as the file has it.
     """
 
     def __init__(self, shapes: list[Any], values: list[str], all_values: list[str], hints: list[str]) -> None:
@@ -94,7 +95,7 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
         The shapes; none where all lie elsewhere.
 
     Raises:
-        DatasetError: no such file, no polygon, no such column, or no CRS to go by.
+        DatasetError: no such file, no polygon, no such column, one without a value or of lists, or no CRS to go by.
     """
     require("read_shapes", "vectors")
     import shapely
@@ -120,7 +121,11 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
             f"read_shapes: {printable(path)} has no column {field!r}; expected one of {', '.join(fields) or 'none'} "
             "(--field)"
         )
-    values = [""] * len(geometry) if field is None else [str(value) for value in columns[fields.index(field)]]
+    values, kind = [""] * len(geometry), "object"
+    if field is not None:
+        place = fields.index(field)
+        kind = meta["dtypes"][place]
+        values = [_text(value, kind, path, field) for value in columns[place]]
     hints: list[str] = []
     shapes = _decoded(geometry, path, hints)
     kept = [i for i, shape in enumerate(shapes) if shape is not None and not shape.is_empty]
@@ -136,6 +141,13 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
     if others:
         name = printable(Path(path.name))
         hints.append(f"{name}: {others.total()} of its shapes are no polygons and left out ({kinds})")
+    numbers = kind.startswith(("int", "uint", "float"))
+    all_values = sorted({values[i] for i in kept} - {""}, key=float if numbers else str)
+    if field is not None and not all_values:
+        raise DatasetError(f"read_shapes: {printable(path)} has no value in column {field!r}; expected class names")
+    if field is not None and (empty := sum(not values[i] for i in kept)):
+        name = printable(Path(path.name))
+        hints.append(f"{name}: {empty} of its polygons have no value in {field!r} and are unknown")
     own = meta["crs"] and CRS.from_user_input(meta["crs"])
     if bool(own) != bool(scene.crs):
         which = "the scene" if own else printable(path)
@@ -154,7 +166,24 @@ def read_shapes(path: Path, field: str | None, scene: Any) -> Shapes:
     # where one is cut, or a line of it crosses itself, a line may be left of it
     found, _ = _polygons(found)
     touching = [(shape, values[i]) for shape, i in zip(found, kept, strict=True) if not shape.is_empty]
-    return Shapes([shape for shape, _ in touching], [value for _, value in touching], [values[i] for i in kept], hints)
+    return Shapes([shape for shape, _ in touching], [value for _, value in touching], all_values, hints)
+
+
+def _text(value: Any, kind: str, path: Path, field: str) -> str:
+    """A value of a column as text; empty where there is none, or blanks alone."""
+    if isinstance(value, bytes | np.ndarray):
+        raise DatasetError(
+            f"read_shapes: {printable(path)} has lists or bytes in column {field!r}; expected text or numbers"
+        )
+    # NaN and NaT are not equal to themselves
+    if value is None or value != value:
+        return ""
+    # where one value is missing, pyogrio has whole numbers and booleans as floats
+    if kind == "bool":
+        return str(bool(value))
+    if isinstance(value, np.floating) and value.is_integer():
+        return str(int(value))
+    return str(value) if str(value).strip() else ""
 
 
 def _decoded(geometry: Any, path: Path, hints: list[str]) -> Any:

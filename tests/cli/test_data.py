@@ -199,3 +199,11 @@ def test_help(drseg, action):
 def test_an_error_inside_shows_where_with_debug(drseg, tmp_path):
     errors = drseg("data", "check", "dlrsd", tmp_path / "absent", "--debug")[2]
     assert errors.startswith("drseg: error") and "Traceback" in errors
+
+
+@pytest.mark.parametrize("option", ["--field", "--background"])
+def test_options_of_polygons_with_a_raster_of_labels_are_refused(drseg, tmp_path, option):
+    # before all work: there is no file
+    words = ["data", "tile", "scene.tif", "labels.tif", "--out", tmp_path / "set", option, "class"]
+    said = f"data tile: {option} is for polygons; expected none with the raster labels.tif, got 'class'"
+    check(drseg(*words), 2, said)

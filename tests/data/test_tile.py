@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from drseg_core.data.folder import FolderDataset
 from drseg_core.data.own_images import read_part
 from drseg_core.data.tile import Tile, TileOptions, split_tiles, tile_scene
 from drseg_core.data.vector import read_shapes
-from drseg_core.errors import ConfigError, DatasetError
+from drseg_core.errors import ConfigError, DatasetError, ResourceError
 from drseg_core.scenes.reader import open_scene
 from tests.data.test_own_images import write
 
@@ -167,6 +171,59 @@ def test_polygons_far_larger_than_the_scene(tmp_path):
         lon, _ = transform(mask.crs, "EPSG:4326", *(mask.transform @ (columns.ravel(), rows.ravel())))
         expected = np.where(np.reshape(lon, (64, 64)) > 9.004, 0, 2)
         assert (mask.read(1) == expected).mean() > 0.999 and len(np.unique(expected)) == 2
+
+
+def columns(path: Path, *strips: tuple) -> Path:
+    """Polygons of labels, each from one column of the scene to another, with a class."""
+    content = []
+    for west, east, kind in strips:
+        ring = [[500_000 + x, 5_600_000 - y] for x, y in ((west, 0), (west, H), (east, H), (east, 0), (west, 0))]
+        shape = {"type": "Polygon", "coordinates": [ring]}
+        content.append({"type": "Feature", "properties": {"class": kind}, "geometry": shape})
+    crs = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32632"}}
+    path.write_text(json.dumps({"type": "FeatureCollection", "crs": crs, "features": content}))
+    return path
+
+
+@pytest.mark.parametrize("background", [None, "rest"])
+def test_polygons_without_a_class_are_unknown(tmp_path, caplog, background):
+    pytest.importorskip("pyogrio")
+    # over a known one and beside it, written before and after it
+    strips = [(0, 20, None), (10, 40, 7), (30, 50, None)]
+    path = columns(tmp_path / "labels.geojson", *strips)
+    options = TileOptions(64, background=background, val_share=0)
+    done = tile_scene(scene(tmp_path / "scene.tif"), path, tmp_path / "set", options)
+    assert done.class_names == (("7",) if background is None else ("rest", "7"))
+    with rasterio.open(first_tile(tmp_path / "set", "masks")) as mask:
+        (row,) = np.unique(mask.read(1), axis=0)
+    known, rest = (0, 255) if background is None else (1, 0)
+    assert row.tolist() == [255] * 10 + [known] * 30 + [255] * 10 + [rest] * 14
+    assert caplog.messages == ["labels.geojson: 2 of its polygons have no value in 'class' and are unknown"]
+
+
+def test_classes_of_polygons_are_names_in_order(tmp_path):
+    pytest.importorskip("pyogrio")
+    image = scene(tmp_path / "scene.tif")
+    path = columns(tmp_path / "labels.geojson", (0, 20, "a"), (20, 40, "b"), (40, 50, "c"))
+    for background, names, ids in ((None, "cxba", [3, 2, 0, 255]), ("r", "rcxba", [4, 3, 1, 0])):
+        out = tmp_path / names
+        options = TileOptions(64, classes=tuple("cxba"), background=background, val_share=0)
+        assert tile_scene(image, path, out, options).class_names == tuple(names)
+        with rasterio.open(first_tile(out, "masks")) as mask:
+            assert (mask.read(1) == np.repeat(ids, [20, 20, 10, 14])).all()
+    for options, said in (
+        (
+            TileOptions(classes=("b",)),
+            "--classes lack 'a', 'c' of the polygons; expected all of their classes, got 'b'",
+        ),
+        (TileOptions(classes=("a", "b"), background="b"), "--background is one of --classes; .* another name, got 'b'"),
+    ):
+        with pytest.raises(ConfigError, match=f"data tile: {said}$"):
+            tile_scene(image, path, tmp_path / "no", options)
+    many = columns(tmp_path / "many.geojson", *((i, i + 1, f"c{i:02}") for i in range(20)))
+    with pytest.raises(ConfigError, match="'c09' and 10 more of the polygons; expected all of their classes, got 'x'$"):
+        tile_scene(image, many, tmp_path / "no", TileOptions(64, classes=("x",)))
+    assert not (tmp_path / "no").exists()
 
 
 def labelled(tmp_path: Path) -> Path:
@@ -330,6 +387,36 @@ def test_numbers_with_gaps_become_classes(tmp_path):
     assert set(np.unique(FolderDataset(tmp_path / "set")[0].mask)) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("free", [10**12, 1000])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capfd, free):
+    image, labels = scene(tmp_path / "scene.tif"), labelled(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    # also a disk that says it has room, and takes no more than this of a file
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(ResourceError) as caught:
+            tile_scene(image, labels, tmp_path / "set", TileOptions(256))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    reason = (
+        r"the disk is full \(No space left on device\)" if free == 1000 else ".* error while writing into target file"
+    )
+    assert re.fullmatch(f"data tile: .*set cannot be written: {reason}", str(caught.value))
+    # libtiff would write to the terminal
+    assert capfd.readouterr() == ("", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.tif", "scene.tif"]
+
+
+def test_a_crs_that_a_tiff_cannot_hold_is_kept(tmp_path):
+    path = scene(tmp_path / "scene.tif", crs="+proj=tpers +h=5500000 +lat_0=40")
+    assert path.with_name("scene.tif.aux.xml").exists()
+    write(tmp_path / "labels.tif", label()[None])
+    tile_scene(path, tmp_path / "labels.tif", tmp_path / "set", TileOptions(64, val_share=0))
+    with rasterio.open(path) as source, rasterio.open(first_tile(tmp_path / "set")) as tile:
+        assert tile.crs == source.crs
+
+
 @pytest.fixture
 def large(tmp_path, monkeypatch) -> Path:
     """One image of 200 x 330, which counts as large, and a small one."""
@@ -407,7 +494,7 @@ def test_the_command(tmp_path, drseg, small):
     words = ["data", "tile", image, tmp_path / "labels.tif", "--out", tmp_path / "set", "--size", 64]
     for classes in ("a; b, c", "a#808080; b; c"):
         code, _, errors = drseg(*words, "--classes", classes)
-        assert code == 2 and "--classes has synonyms or colours; expected one name for each number" in errors
+        assert code == 2 and "--classes has synonyms or colours; expected one name for each class" in errors
     code, text, _ = drseg(*words, "--classes", "a; b; c")
     assert code == 0 and "classes: a; b; c" in text and "next: drseg data check folder" in text
     data = f"folder:{tmp_path / 'set'}"

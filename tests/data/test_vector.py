@@ -235,7 +235,8 @@ def test_points_and_lines_beside_polygons_are_left_out_with_a_word(tmp_path):
     shapes = [rings(SQUARE), LINE, collection(rings(SQUARE), POINT, collection(inner, LINE)), POINT, None]
     found = read_shapes(geojson(tmp_path / "area.geojson", *shapes), "name", SCENE)
     # a collection of two that overlap is the ground of both
-    assert [shape.area for shape in found.shapes] == [12, 16] and found.values == ["a", "a"] == found.all_values
+    assert [shape.area for shape in found.shapes] == [12, 16]
+    assert found.values == ["a", "a"] and found.all_values == ["a"]
     (line,) = found.hints
     assert line == "area.geojson: 4 of its shapes are no polygons and left out (LineString, Point)"
 
@@ -245,3 +246,61 @@ def test_what_is_left_of_a_cut_polygon_is_no_line(tmp_path):
     spike = shapely.Polygon([(2, 3), (5, 3), (5, 7), (9, 7), (5, 7), (2, 7)])
     (shape,) = near(tmp_path / "area.gpkg", [spike], "EPSG:25832", ("EPSG:32632", 0, 9, 1, 9, 9))
     assert shape.geom_type == "Polygon" and abs(shape.area - 12) < 1e-3
+
+
+def column(path: Path, values: list) -> tuple[list, list]:
+    """What ``read_shapes`` finds in a column of these values: those of the shapes, and those of the file."""
+    shape = geojson(path, *[rings(SQUARE)] * len(values))
+    content = json.loads(shape.read_text())
+    for feature, value in zip(content["features"], values, strict=True):
+        feature["properties"] = {"name": value}
+    path.write_text(json.dumps(content))
+    found = read_shapes(path, "name", SCENE)
+    missing = found.values.count("")
+    hint = f"area.geojson: {missing} of its polygons have no value in 'name' and are unknown"
+    assert found.hints == ([hint] if missing else [])
+    return found.values, found.all_values
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        (["b", "a"], ["b", "a"]),
+        ([2, 1], ["2", "1"]),
+        # a column of whole numbers of which one is missing is one of floats in pandas, and so in its files
+        ([2.0, 1.0], ["2", "1"]),
+        ([1.5, 0.25], ["1.5", "0.25"]),
+        ([True, False], ["True", "False"]),
+        (["2026-05-01", "2025-05-01"], ["2026-05-01", "2025-05-01"]),
+        (["10:00:00", "09:00:00"], ["10:00:00", "09:00:00"]),
+    ],
+)
+def test_a_missing_value_is_no_class_and_changes_no_other(tmp_path, values, texts):
+    path = tmp_path / "area.geojson"
+    assert column(path, values) == (texts, texts[::-1])
+    assert column(path, [*values, None]) == ([*texts, ""], texts[::-1])
+    if texts == ["b", "a"]:
+        assert column(path, [*values, "", " \t"]) == ([*texts, "", ""], texts[::-1])
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([None, None], "has no value in column 'name'; expected class names$"),
+        (["", " "], "has no value in column 'name'; expected class names$"),
+        ([[1, 2], [3]], "has lists or bytes in column 'name'; expected text or numbers$"),
+        ([["a"], None], "has lists or bytes in column 'name'; expected text or numbers$"),
+    ],
+)
+def test_a_column_without_names_is_one_line(tmp_path, values, said):
+    with pytest.raises(DatasetError, match=f"read_shapes: .*area.geojson {said}"):
+        column(tmp_path / "area.geojson", values)
+
+
+def test_numbers_are_in_order_by_size_and_text_by_letters(tmp_path):
+    path = tmp_path / "area.geojson"
+    for missing in ([], [None]):
+        assert column(path, [10, 2, -1, 2, *missing])[1] == ["-1", "2", "10"]
+        assert column(path, [10.5, 2.0, *missing])[1] == ["2", "10.5"]
+        assert column(path, ["10", "2", *missing])[1] == ["10", "2"]
+        assert column(path, ["b", "C", "a", *missing])[1] == ["C", "a", "b"]
