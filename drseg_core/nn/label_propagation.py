@@ -380,7 +380,7 @@ def solve_labels(
         >>> graph = propagation_graph(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), (1, 3), k=1)
         >>> label = torch.tensor([[3.0], [0.0], [5.0]])
         >>> solve_labels(label, graph, alpha=0.5).flatten().round(decimals=4).tolist()
-        [2.0, 1.0, 2.5]
+        [2.0, 1.0, 5.0]
     """
     name = "solve_labels"
     y = _start(name, labels, graph, alpha)
