@@ -17,7 +17,7 @@ from drseg_core.config.schema import DinoConfig
 from drseg_core.errors import CheckpointError
 from drseg_core.extras import require
 from drseg_core.models.clip import PIXEL_DEVIATION, PIXEL_MEAN
-from drseg_core.models.weights import WithoutInitialWeights, difference, read_foreign_state
+from drseg_core.models.weights import WithoutInitialWeights, fitting_state, foreign_tensors
 from drseg_core.nn.resample import resample
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": (PIXEL_MEAN, PIXEL_DEVIATION),
 }
+
+# modules of a training that are no part of the encoder: a classifier, and the heads of self-distillation
+HEADS = ("head.", "dino_head.", "ibot_head.")
 
 TINY: dict[str, Any] = {"depth": 2, "embed_dim": 96, "num_heads": 4, "patch_size": 8}
 
@@ -260,15 +263,21 @@ def _load(encoder: Any, config: DinoConfig) -> None:
         raise CheckpointError(
             f"DinoPrior: weights {config.weights!r} not found; expected pretrained, null or the path of a file"
         )
-    state = read_foreign_state(str(config.weights))
-    state = {key: value for key, value in state.items() if not key.startswith("head.")}
     # timm's own translation of published checkpoints into its names
-    translate = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
-    if translate is not None:
-        state = translate(state, encoder)
+    rename = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
+
+    def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = state if rename is None else rename(state, encoder)
+        return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
     own = encoder.state_dict()
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    problem = difference(own, state)
-    if problem:
-        raise CheckpointError(f"DinoPrior: {config.weights} does not fit {config.name}; {problem}")
-    encoder.load_state_dict(state, assign=any(value.is_meta for value in own.values()))
+    fitting = fitting_state(
+        foreign_tensors(str(config.weights)),
+        own,
+        caller="DinoPrior",
+        name=str(config.weights),
+        target=config.name,
+        ignored=lambda key: key.startswith(HEADS),
+        translate=translate,
+    )
+    encoder.load_state_dict(fitting.state, assign=any(value.is_meta for value in own.values()))
