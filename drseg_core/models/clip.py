@@ -51,6 +51,8 @@ ARCHITECTURES: Mapping[str, dict[str, Any]] = {"drseg-tiny": TINY, "drseg-tiny-c
 
 # entries of OpenAI's own state dicts that are not weights
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+# last part of the names of what a model makes itself: a mask, which is -inf above its diagonal, and 0, 1, 2, ...
+BUFFERS = ("attn_mask", "position_ids")
 
 
 @functools.cache
@@ -520,7 +522,7 @@ def _load(model: Any, tensors: dict[str, Tensor], config: ClipConfig) -> None:
         caller="ClipEncoder",
         name=f"{config.name} from {config.weights}",
         target="the architecture",
-        ignored=lambda key: key in OPENAI_EXTRAS or key == "attn_mask",
+        ignored=lambda key: key in OPENAI_EXTRAS or key.rpartition(".")[2] in BUFFERS,
         translate=translate,
     )
     if own["logit_scale"].device.type == "meta":

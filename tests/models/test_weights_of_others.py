@@ -190,3 +190,14 @@ def test_names_nested_without_end_are_refused(prior: State, tmp_path: Path) -> N
     itself["again"] = itself
     assert equal(read_prior(itself, tmp_path), prior)
     assert "no name of its tensors fits" in refused(read_prior, {"a." * 5000: torch.ones(1)}, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["", "module.", "state_dict.model."])
+def test_buffers_that_clip_makes_itself_are_left_out(place: str, clip: State, tmp_path: Path) -> None:
+    mask, ids = torch.full((16, 16), -torch.inf).triu(1), torch.arange(16)[None]
+    for buffers in ({"attn_mask": mask}, {"position_ids": ids}, {"text.attn_mask": mask, "visual.position_ids": ids}):
+        assert equal(read_clip(under(place, clip | buffers), tmp_path), clip)
+    # the same values under other names are damage, or of another model
+    broken = clip | {"ln_final.bias": torch.full((64,), -torch.inf)}
+    assert "ln_final.bias has 64 non-finite values" in refused(read_clip, under(place, broken), tmp_path)
+    assert "1 unexpected: mask" in refused(read_clip, under(place, clip | {"mask": mask}), tmp_path)
