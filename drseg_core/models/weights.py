@@ -2,7 +2,7 @@
 """Weights on disk: safetensors with a checksum and metadata, and careful reading of other people's files.
 
 Nothing here unpickles objects: our own files are safetensors, and foreign ``.pt`` files are read by torch's
-weights-only reader without a second try.
+weights-only reader without a second try. Options of a training (``argparse.Namespace``) are dropped unread.
 """
 
 from __future__ import annotations
@@ -311,7 +311,9 @@ def foreign_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         content: Any = _tensors(file)
     else:
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            # options of a training, as DINO keeps them beside its weights
+            with torch.serialization.safe_globals([(_Dropped, "argparse.Namespace")]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(
                 f"read_foreign_state: {path} refused (unsafe or damaged content); expected safetensors, or a state "
@@ -417,6 +419,15 @@ def fitting_state(
             f"got {len(tensors)} such as {', '.join(sorted(tensors)[:3])}"
         )
     raise CheckpointError(f"{caller}: {name} does not fit {target}; {problem}")
+
+
+class _Dropped:
+    """Stands for a class whose objects are of no use here: holds nothing, whatever a file wants to put there."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 def _places(names: Mapping[str, Tensor], least: int) -> list[str]:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
+import os
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +204,55 @@ def test_buffers_that_clip_makes_itself_are_left_out(place: str, clip: State, tm
     broken = clip | {"ln_final.bias": torch.full((64,), -torch.inf)}
     assert "ln_final.bias has 64 non-finite values" in refused(read_clip, under(place, broken), tmp_path)
     assert "1 unexpected: mask" in refused(read_clip, under(place, clip | {"mask": mask}), tmp_path)
+
+
+class Runs:
+    """What a file would do on being read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.target}",)
+
+
+class Hooked(argparse.Namespace):
+    """Of the same base, and still another class."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_options_of_a_training_beside_the_weights_are_read_over(zipped: bool, prior: State, tmp_path: Path) -> None:
+    path, before = tmp_path / "dino.pth", torch.serialization.get_safe_globals()
+    options = argparse.Namespace(arch="vit_small", lr=0.1, crops=(0.4, 1.0), inner=argparse.Namespace(a=[1, None]))
+    content = {
+        "student": other(under("module.backbone.", prior)),
+        "teacher": under("module.backbone.", prior) | heads("module."),
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]},
+        "epoch": 100,
+        "args": options,
+    }
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert equal(DinoPrior(dataclasses.replace(DINO, weights=str(path))).encoder.state_dict(), prior)
+    # not for other readers in this process
+    assert torch.serialization.get_safe_globals() == before
+
+
+def test_other_classes_stay_refused_inside_and_beside_options(prior: State, tmp_path: Path) -> None:
+    target = tmp_path / "executed"
+    for args in (
+        argparse.Namespace(callback=Runs(target)),
+        argparse.Namespace(path=Path("a")),
+        argparse.Namespace(__setstate__=os.system),
+        Hooked(lr=0.1),
+        argparse.ArgumentParser,
+        Runs(target),
+    ):
+        message = refused(read_prior, {"teacher": prior, "args": args}, tmp_path)
+        assert "refused (unsafe or damaged content)" in message
+    assert not target.exists()
+    # no attribute of the file's is set, so none can be called
+    options = argparse.Namespace(__setstate__=OrderedDict, lr=0.1)
+    vars(options)["__class__"] = OrderedDict
+    assert equal(read_prior({"teacher": prior, "args": [options, options]}, tmp_path), prior)
+    message = refused(read_prior, argparse.Namespace(model=prior), tmp_path)
+    assert "has no state dict" in message
