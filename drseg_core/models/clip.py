@@ -268,6 +268,9 @@ class TextTower(nn.Module):
 class ClipEncoder(nn.Module):
     """Dense image features and class embeddings in CLIP's joint space.
 
+    ``weights_place`` is where in the file the weights were, such as ``state_dict.module``; empty where the whole
+    file is CLIP.
+
     Args:
         config: architecture, weights and what is trained.
         read_weights: False neither reads nor draws them, for a checkpoint that holds all of them.
@@ -297,6 +300,7 @@ class ClipEncoder(nn.Module):
         model, mean, deviation = open_clip_model(config, read_weights, file, offline, hierarchical)
         self.visual: Any = StageTower(model.visual) if hasattr(model.visual, "trunk") else VisionTower(model.visual)
         self.text = TextTower(model)
+        self.weights_place: str = getattr(model, "weights_place", "")
         self.embed_dim = int(model.text_projection.shape[1])
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
@@ -525,6 +529,7 @@ def _load(model: Any, tensors: dict[str, Tensor], config: ClipConfig) -> None:
         ignored=lambda key: key in OPENAI_EXTRAS or key.rpartition(".")[2] in BUFFERS,
         translate=translate,
     )
+    model.weights_place = fitting.place
     if own["logit_scale"].device.type == "meta":
         model.load_state_dict(fitting.state, assign=True)
     else:

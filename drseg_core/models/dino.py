@@ -46,6 +46,9 @@ class PriorMaps(NamedTuple):
 class DinoPrior(nn.Module):
     """Patch features of a frozen encoder on a given grid. Never trained, always in evaluation mode.
 
+    ``weights_place`` is where in the file the weights were, such as ``teacher.backbone``; empty where the whole file is
+    the encoder.
+
     Args:
         config: architecture, weights, input size, pixel normalisation and which features.
         read_weights: False leaves the weights as memory is, for a checkpoint that holds all of them.
@@ -72,6 +75,7 @@ class DinoPrior(nn.Module):
             )
         mean, deviation = NORMALIZATIONS[config.normalization]
         self.encoder: Any = _build(config, offline, read_weights)
+        self.weights_place: str = getattr(self.encoder, "weights_place", "")
         blocks = getattr(self.encoder, "blocks", None)
         if config.layer is not None or self._projects:
             if blocks is None or not hasattr(blocks[0], "attn"):
@@ -280,4 +284,5 @@ def _load(encoder: Any, config: DinoConfig) -> None:
         ignored=lambda key: key.startswith(HEADS),
         translate=translate,
     )
+    encoder.weights_place = fitting.place
     encoder.load_state_dict(fitting.state, assign=any(value.is_meta for value in own.values()))

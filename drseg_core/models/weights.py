@@ -456,6 +456,7 @@ def _beside(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor], place: st
     parts = place.split(".") if place else []
     above = ["".join(f"{part}." for part in parts[:depth]) for depth in range(len(parts))]
     names = {f"{start}{key}" for start in above for key in held} & tensors.keys()
+    # below it, names in front may be the same again: CLIP under visual. has a visual.visual.
     return sorted(key for key in names if not key.startswith(f"{place}."))
 
 

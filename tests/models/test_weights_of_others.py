@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import logging
 import os
 import re
 from collections import OrderedDict
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from drseg_core.checkpoints.encoders import load_encoders
 from drseg_core.config.schema import ClipConfig, DinoConfig
 from drseg_core.errors import CheckpointError
 from drseg_core.models.clip import open_clip_model
@@ -25,6 +27,8 @@ from drseg_core.models.dino import DinoPrior
 State = dict[str, Tensor]
 DINO = DinoConfig(name="drseg-tiny", weights=None, image_size=64)
 CLIP = ClipConfig(name="drseg-tiny", weights=None, image_size=64, guidance_blocks=(0, 1))
+
+WRITTEN = ((CLIP, "clip.pt"), (DINO, "prior.pth"))
 
 
 def under(place: str, state: State) -> State:
@@ -256,3 +260,20 @@ def test_other_classes_stay_refused_inside_and_beside_options(prior: State, tmp_
     assert equal(read_prior({"teacher": prior, "args": [options, options]}, tmp_path), prior)
     message = refused(read_prior, argparse.Namespace(model=prior), tmp_path)
     assert "has no state dict" in message
+
+
+def test_what_was_taken_is_said(prior: State, clip: State, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"teacher": under("backbone.", prior) | heads(), "student": other(prior)}, tmp_path / "prior.pth")
+    torch.save({"state_dict": under("module.", clip), "epoch": 3}, tmp_path / "clip.pt")
+    files = [dataclasses.replace(config, weights=str(tmp_path / file)) for config, file in WRITTEN]
+    with caplog.at_level(logging.INFO, "drseg_core"):
+        facts = load_encoders(*files, offline=True).facts
+    assert (facts["clip_place"], facts["prior_place"]) == ("state_dict.module", "teacher.backbone")
+    assert any(line.endswith("prior.pth: taken from teacher.backbone") for line in caplog.messages)
+    # nothing to say of a file that is the encoder
+    torch.save(prior, tmp_path / "prior.pth")
+    torch.save(clip, tmp_path / "clip.pt")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "drseg_core"):
+        facts = load_encoders(*files, offline=True).facts
+    assert not any(name.endswith("_place") for name in facts) and not any("taken" in line for line in caplog.messages)
