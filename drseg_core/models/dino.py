@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -269,12 +270,18 @@ def _load(encoder: Any, config: DinoConfig) -> None:
         )
     # timm's own translation of published checkpoints into its names
     rename = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
+    own = encoder.state_dict()
+    chunks = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
     def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not any(chunks.match(key) for key in own):
+            # trainings of DINOv2 keep blocks in chunks; the second number counts through all of them
+            flat = {chunks.sub(r"blocks.\1.", key): value for key, value in state.items()}
+            # two of one name would be a guess
+            state = flat if len(flat) == len(state) else state
         state = state if rename is None else rename(state, encoder)
         return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
-    own = encoder.state_dict()
     fitting = fitting_state(
         foreign_tensors(str(config.weights)),
         own,

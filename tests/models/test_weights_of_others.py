@@ -277,3 +277,13 @@ def test_what_was_taken_is_said(prior: State, clip: State, tmp_path: Path, caplo
     with caplog.at_level(logging.INFO, "drseg_core"):
         facts = load_encoders(*files, offline=True).facts
     assert not any(name.endswith("_place") for name in facts) and not any("taken" in line for line in caplog.messages)
+
+
+def test_blocks_in_chunks_are_those_of_the_encoder(prior: State, tmp_path: Path) -> None:
+    """As DINOv2 trains its larger models: the second number counts through all chunks."""
+    chunked = {re.sub(r"^blocks\.(\d+)\.", r"blocks.\1.\1.", name): value for name, value in prior.items()}
+    assert "blocks.1.1.norm1.weight" in chunked
+    assert equal(read_prior({"teacher": under("backbone.", chunked) | heads()}, tmp_path), prior)
+    # two with one number: neither is guessed
+    double = chunked | {"blocks.0.1.norm1.weight": torch.ones(96)}
+    assert "blocks" in refused(read_prior, {"teacher": under("backbone.", double)}, tmp_path)
