@@ -125,6 +125,10 @@ def load_encoders(clip: ClipConfig, prior: DinoConfig, *, offline: bool = False)
             found = DinoPrior(prior, offline=offline)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    for part, module in (("clip", encoder), ("prior", found)):
+        if module is not None and module.weights_place:
+            # names in a file may hold anything, and of any length
+            facts[f"{part}_place"] = ascii(module.weights_place)[1:-1][:200]
     return Encoders(encoder, found, facts)
 
 

@@ -25,7 +25,7 @@ from drseg_core.errors import CheckpointError, ConfigError
 from drseg_core.extras import require
 from drseg_core.models.correlation import rotate
 from drseg_core.models.prompts import class_prompts
-from drseg_core.models.weights import WithoutInitialWeights, difference, read_foreign_state
+from drseg_core.models.weights import WithoutInitialWeights, fitting_state, foreign_tensors
 
 # pixel statistics of OpenAI's CLIP, on [0, 1] RGB
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -51,6 +51,8 @@ ARCHITECTURES: Mapping[str, dict[str, Any]] = {"drseg-tiny": TINY, "drseg-tiny-c
 
 # entries of OpenAI's own state dicts that are not weights
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+# last part of the names of what a model makes itself: a mask, which is -inf above its diagonal, and 0, 1, 2, ...
+BUFFERS = ("attn_mask", "position_ids")
 
 
 @functools.cache
@@ -266,6 +268,9 @@ class TextTower(nn.Module):
 class ClipEncoder(nn.Module):
     """Dense image features and class embeddings in CLIP's joint space.
 
+    ``weights_place`` is where in the file the weights were, such as ``state_dict.module``; empty where the whole
+    file is CLIP.
+
     Args:
         config: architecture, weights and what is trained.
         read_weights: False neither reads nor draws them, for a checkpoint that holds all of them.
@@ -295,6 +300,7 @@ class ClipEncoder(nn.Module):
         model, mean, deviation = open_clip_model(config, read_weights, file, offline, hierarchical)
         self.visual: Any = StageTower(model.visual) if hasattr(model.visual, "trunk") else VisionTower(model.visual)
         self.text = TextTower(model)
+        self.weights_place: str = getattr(model, "weights_place", "")
         self.embed_dim = int(model.text_projection.shape[1])
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
@@ -436,13 +442,15 @@ def open_clip_model(
         raise ValueError(f"ClipEncoder: text pooling of {config.name} is not supported; expected the end token")
     if not stages:
         vision["patch_dropout"] = 0.0
-    state, mean, deviation = _weights(config, bool(architecture.get("quick_gelu", False)), read_weights, file, offline)
+    tensors, mean, deviation = _weights(
+        config, bool(architecture.get("quick_gelu", False)), read_weights, file, offline
+    )
     # what a checkpoint is then loaded into needs no initial weights; where weights are read, random ones of other parts
     # are drawn next, and are those of the seed
     with contextlib.nullcontext() if read_weights else WithoutInitialWeights():
         model = CLIP(**architecture)
-    if state is not None:
-        _load(model, state, f"{config.name} from {config.weights}")
+    if tensors is not None:
+        _load(model, tensors, config)
     return model, mean, deviation
 
 
@@ -472,7 +480,7 @@ def _weights(
                 f"ClipEncoder: weights {config.weights!r} of {config.name} cannot be fetched; expected a network or a "
                 f"local file in model.clip.weights, got {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
-        return read_foreign_state(path), mean, deviation
+        return foreign_tensors(path), mean, deviation
     if not read_weights:
         return None, PIXEL_MEAN, PIXEL_DEVIATION
     if not Path(config.weights).is_file():
@@ -480,10 +488,11 @@ def _weights(
         raise CheckpointError(
             f"ClipEncoder: weights {config.weights!r} not found; expected a file or a tag of {config.name} ({tags})"
         )
-    state = read_foreign_state(config.weights)
-    if all(key in state for key in OPENAI_EXTRAS) and not quick_gelu:
+    tensors = foreign_tensors(config.weights)
+    last = {key.rpartition(".")[2] for key in tensors}
+    if last.issuperset(OPENAI_EXTRAS) and not quick_gelu:
         _refuse_activation(config, True)
-    return state, PIXEL_MEAN, PIXEL_DEVIATION
+    return tensors, PIXEL_MEAN, PIXEL_DEVIATION
 
 
 def _refuse_activation(config: ClipConfig, needs_quick: bool) -> None:
@@ -494,25 +503,34 @@ def _refuse_activation(config: ClipConfig, needs_quick: bool) -> None:
     )
 
 
-def _load(model: Any, state: dict[str, Tensor], name: str) -> None:
+def _load(model: Any, tensors: dict[str, Tensor], config: ClipConfig) -> None:
     from open_clip.model import resize_pos_embed
 
     own = model.state_dict()
-    state = {key: value for key, value in state.items() if key not in OPENAI_EXTRAS and key != "attn_mask"}
-    # neither is used here, and some checkpoints store them as numbers, others as vectors of one
-    for key in ("logit_scale", "logit_bias"):
-        state.pop(key, None)
-        if key in own:
-            state[key] = own[key]
-    position = state.get("visual.positional_embedding")
-    if position is not None and position.dim() == 2 and math.isqrt(len(position) - 1) ** 2 == len(position) - 1:
-        resize_pos_embed(state, model)
-    # published checkpoints are often half precision
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    problem = difference(own, state)
-    if problem:
-        raise CheckpointError(f"ClipEncoder: {name} does not fit the architecture; {problem}")
+
+    def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        # neither is used here, and some checkpoints store them as numbers, others as vectors of one
+        for key in ("logit_scale", "logit_bias"):
+            state.pop(key, None)
+            if key in own:
+                state[key] = own[key]
+        position = state.get("visual.positional_embedding")
+        if position is not None and position.dim() == 2 and math.isqrt(len(position) - 1) ** 2 == len(position) - 1:
+            resize_pos_embed(state, model)
+        # published checkpoints are often half precision
+        return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+    fitting = fitting_state(
+        tensors,
+        own,
+        caller="ClipEncoder",
+        name=f"{config.name} from {config.weights}",
+        target="the architecture",
+        ignored=lambda key: key in OPENAI_EXTRAS or key.rpartition(".")[2] in BUFFERS,
+        translate=translate,
+    )
+    model.weights_place = fitting.place
     if own["logit_scale"].device.type == "meta":
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(fitting.state, assign=True)
     else:
-        model.load_state_dict(state)
+        model.load_state_dict(fitting.state)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from drseg_core.config.schema import DinoConfig
 from drseg_core.errors import CheckpointError
 from drseg_core.extras import require
 from drseg_core.models.clip import PIXEL_DEVIATION, PIXEL_MEAN
-from drseg_core.models.weights import WithoutInitialWeights, difference, read_foreign_state
+from drseg_core.models.weights import WithoutInitialWeights, fitting_state, foreign_tensors
 from drseg_core.nn.resample import resample
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": (PIXEL_MEAN, PIXEL_DEVIATION),
 }
+
+# modules of a training that are no part of the encoder: a classifier, and the heads of self-distillation
+HEADS = ("head.", "dino_head.", "ibot_head.")
 
 TINY: dict[str, Any] = {"depth": 2, "embed_dim": 96, "num_heads": 4, "patch_size": 8}
 
@@ -42,6 +46,9 @@ class PriorMaps(NamedTuple):
 
 class DinoPrior(nn.Module):
     """Patch features of a frozen encoder on a given grid. Never trained, always in evaluation mode.
+
+    ``weights_place`` is where in the file the weights were, such as ``teacher.backbone``; empty where the whole file is
+    the encoder.
 
     Args:
         config: architecture, weights, input size, pixel normalisation and which features.
@@ -69,6 +76,7 @@ class DinoPrior(nn.Module):
             )
         mean, deviation = NORMALIZATIONS[config.normalization]
         self.encoder: Any = _build(config, offline, read_weights)
+        self.weights_place: str = getattr(self.encoder, "weights_place", "")
         blocks = getattr(self.encoder, "blocks", None)
         if config.layer is not None or self._projects:
             if blocks is None or not hasattr(blocks[0], "attn"):
@@ -260,15 +268,28 @@ def _load(encoder: Any, config: DinoConfig) -> None:
         raise CheckpointError(
             f"DinoPrior: weights {config.weights!r} not found; expected pretrained, null or the path of a file"
         )
-    state = read_foreign_state(str(config.weights))
-    state = {key: value for key, value in state.items() if not key.startswith("head.")}
     # timm's own translation of published checkpoints into its names
-    translate = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
-    if translate is not None:
-        state = translate(state, encoder)
+    rename = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
     own = encoder.state_dict()
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    problem = difference(own, state)
-    if problem:
-        raise CheckpointError(f"DinoPrior: {config.weights} does not fit {config.name}; {problem}")
-    encoder.load_state_dict(state, assign=any(value.is_meta for value in own.values()))
+    chunks = re.compile(r"^blocks\.\d+\.(\d+)\.")
+
+    def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not any(chunks.match(key) for key in own):
+            # trainings of DINOv2 keep blocks in chunks; the second number counts through all of them
+            flat = {chunks.sub(r"blocks.\1.", key): value for key, value in state.items()}
+            # two of one name would be a guess
+            state = flat if len(flat) == len(state) else state
+        state = state if rename is None else rename(state, encoder)
+        return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+    fitting = fitting_state(
+        foreign_tensors(str(config.weights)),
+        own,
+        caller="DinoPrior",
+        name=str(config.weights),
+        target=config.name,
+        ignored=lambda key: key.startswith(HEADS),
+        translate=translate,
+    )
+    encoder.weights_place = fitting.place
+    encoder.load_state_dict(fitting.state, assign=any(value.is_meta for value in own.values()))

@@ -2,17 +2,20 @@
 """Weights on disk: safetensors with a checksum and metadata, and careful reading of other people's files.
 
 Nothing here unpickles objects: our own files are safetensors, and foreign ``.pt`` files are read by torch's
-weights-only reader without a second try.
+weights-only reader without a second try. Options of a training (``argparse.Namespace``) are dropped unread.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,19 @@ METADATA_KEY = "drseg"
 # safetensors' own bound on its header
 HEADER_LIMIT = 100_000_000
 LISTED = 10
+# how deep files of other projects nest what holds a model
+_NESTED = 8
+# names of what only wraps a model
+_WRAPPERS = ("state_dict", "model", "teacher", "module", "backbone")
+
+_log = logging.getLogger(__name__)
+
+
+class ForeignState(NamedTuple):
+    """Tensors that fit a model, and the ``place`` in the file where they were, such as ``teacher.backbone``."""
+
+    state: dict[str, Tensor]
+    place: str
 
 
 def save_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -261,9 +277,28 @@ def check_finite(state: Mapping[str, Tensor], name: str) -> None:
 
 
 def read_foreign_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """A published checkpoint (safetensors, or a ``.pt`` file of tensors) as a flat state dict on the CPU.
+    """A published checkpoint as a flat state dict on the CPU, for a model that is not known here.
 
-    Unwraps the usual containers (``state_dict``, ``model``, ``teacher``) and strips ``module.`` and ``backbone.``.
+    The usual wrappers (``state_dict``, ``model``, ``teacher``, ``module``, ``backbone``) are taken off where they hold
+    all tensors.
+
+    Raises:
+        CheckpointError: see :func:`foreign_tensors`; values that are not finite.
+    """
+    state = foreign_tensors(path)
+    while (first := {key.partition(".")[0] for key in state}) and len(first) == 1 and first.issubset(_WRAPPERS):
+        if any("." not in key for key in state):
+            break
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+    check_finite(state, f"read_foreign_state: {path}")
+    return state
+
+
+def foreign_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a published checkpoint (safetensors, or a ``.pt`` file of tensors), on the CPU.
+
+    What lies in a mapping inside the file has its names in front: ``teacher.backbone.norm.weight``. States of
+    optimizers are left out.
 
     Raises:
         CheckpointError: missing, unreadable or damaged, or holding anything but tensors and plain values.
@@ -276,28 +311,153 @@ def read_foreign_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         content: Any = _tensors(file)
     else:
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            # options of a training, as DINO keeps them beside its weights
+            with torch.serialization.safe_globals([(_Dropped, "argparse.Namespace")]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(
                 f"read_foreign_state: {path} refused (unsafe or damaged content); expected safetensors, or a state "
                 "dict that torch.load(weights_only=True) reads (convert TorchScript and pickled models first), "
                 f"got {type(error).__name__}"
             ) from error
-    for key in ("state_dict", "model", "teacher"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"read_foreign_state: {path} has no state dict; expected tensors by name, got {type(content).__name__}"
         )
-    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    for prefix in ("module.", "backbone."):
-        if state and all(key.startswith((prefix, "head.")) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    state: dict[str, Tensor] = {}
+    # a mapping may hold itself, or one many times
+    seen: set[int] = set()
+
+    def collect(part: Mapping[Any, Any], place: str, depth: int) -> None:
+        seen.add(id(part))
+        for key, value in part.items():
+            name = f"{place}{key}"
+            if isinstance(value, Tensor):
+                if name in state:
+                    raise CheckpointError(f"read_foreign_state: {path} holds {name} twice; expected one tensor a name")
+                state[name] = value
+            elif isinstance(value, Mapping) and depth < _NESTED and id(value) not in seen:
+                # moments of an optimizer have the names and shapes of the weights
+                if not str(key).startswith("optim"):
+                    collect(value, f"{name}.", depth + 1)
+
+    collect(content, "", 1)
     if not state:
         raise CheckpointError(f"read_foreign_state: {path} holds no tensors; expected a state dict")
-    check_finite(state, f"read_foreign_state: {path}")
     return state
+
+
+def fitting_state(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    caller: str,
+    name: str,
+    target: str,
+    ignored: Callable[[str], bool] = lambda key: False,
+    translate: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> ForeignState:
+    """The tensors of a foreign file that are a whole model, wherever they lie in it.
+
+    A file may hold a model under leading names (``module.``, ``teacher.backbone.``), and beside other modules such as
+    the heads of its training. The model must be whole under one of them, with nothing there that it does not have. Of
+    several that fit, a teacher or a moving average (EMA) goes before others, and a student after them.
+
+    Args:
+        tensors: what :func:`foreign_tensors` gives.
+        expected: the model's own state dict.
+        caller: what errors begin with.
+        name: what to call the file in errors.
+        target: what to call the model in errors.
+        ignored: whether a tensor, by its name below the leading ones, is no weight of the model.
+        translate: to the model's own names, where the file has others.
+
+    Raises:
+        CheckpointError: nothing fits as a whole, two things that differ fit equally well, or values are not finite.
+    """
+    best: tuple[int, int, str, dict[str, Tensor]] = (0, 0, "", {})
+    places = _places(tensors, len(expected) // 2)
+    for order in sorted({_order(place) for place in places}):
+        found: list[tuple[ForeignState, dict[str, Tensor]]] = []
+        for place in (place for place in places if _order(place) == order):
+            held = {key.removeprefix(place): value for key, value in tensors.items() if key.startswith(place)}
+            held = {key: value for key, value in held.items() if not ignored(key)}
+            try:
+                state = translate(dict(held))
+            except Exception:
+                # made for files of the architecture: what is no such file is compared as it is
+                state = held
+            if difference(expected, state):
+                # what the translation took from the model itself was not found
+                common = sum(key in expected and value is not expected[key] for key, value in state.items())
+                best = max(best, (common, -len(state), place, state), key=lambda found: found[:2])
+            elif not any(_same(state, other.state) for other, _ in found):
+                found.append((ForeignState(state, place.removesuffix(".")), held))
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{caller}: {name} holds several models that fit {target}; expected one, "
+                f"got {_some([repr(other.place) for other, _ in found])}: keep one of them in the file"
+            )
+        if found:
+            (fitting, held) = found[0]
+            twice = _beside(tensors, held, fitting.place)
+            if twice:
+                raise CheckpointError(
+                    f"{caller}: {name} holds parts of {target} twice; expected them under {fitting.place!r} alone, "
+                    f"got also {_some(twice)}"
+                )
+            check_finite(fitting.state, f"{caller}: {name}")
+            if fitting.place:
+                _log.info("%s: %s: taken from %s", caller, name, fitting.place)
+            return fitting
+    common, _, place, state = best
+    if common:
+        problem = difference(expected, state) + (f"; looked under {place.removesuffix('.')!r}" if place else "")
+    else:
+        problem = (
+            f"no name of its tensors fits; expected {len(expected)} such as {', '.join(sorted(expected)[:3])}, "
+            f"got {len(tensors)} such as {', '.join(sorted(tensors)[:3])}"
+        )
+    raise CheckpointError(f"{caller}: {name} does not fit {target}; {problem}")
+
+
+class _Dropped:
+    """Stands for a class whose objects are of no use here: holds nothing, whatever a file wants to put there."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _places(names: Mapping[str, Tensor], least: int) -> list[str]:
+    """Leading parts of names, with their dot, under which enough tensors lie; the shortest, which is empty, first."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".", _NESTED)
+        counts.update("".join(f"{part}." for part in parts[:depth]) for depth in range(1, len(parts)))
+    return ["", *sorted((place for place, count in counts.items() if count >= least), key=len)]
+
+
+def _order(place: str) -> int:
+    """Which of several models that fit goes first: 0 before 1 before 2."""
+    words = re.split(r"[._]", place.lower())
+    if "teacher" in words or "ema" in words:
+        return 0
+    return 2 if "student" in words else 1
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return all(value is other[key] or torch.equal(value, other[key]) for key, value in one.items())
+
+
+def _beside(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor], place: str) -> list[str]:
+    """Tensors above ``place`` that have the name of one below it: which of them is the model's cannot be told."""
+    parts = place.split(".") if place else []
+    above = ["".join(f"{part}." for part in parts[:depth]) for depth in range(len(parts))]
+    names = {f"{start}{key}" for start in above for key in held} & tensors.keys()
+    # below it, names in front may be the same again: CLIP under visual. has a visual.visual.
+    return sorted(key for key in names if not key.startswith(f"{place}."))
 
 
 def _readable(path: str | os.PathLike[str], caller: str) -> Path:
