@@ -141,6 +141,7 @@ def test_moments_of_an_optimizer_are_no_weights(prior: State, tmp_path: Path) ->
     assert "holds no tensors" in refused(read_prior, {"optimizer": moments, "epoch": 3}, tmp_path)
 
 
+@pytest.mark.promise("C32")
 @pytest.mark.parametrize("place", ["", "backbone.", "teacher.module.backbone."])
 def test_what_fits_only_in_part_is_refused(place: str, prior: State, clip: State, tmp_path: Path) -> None:
     for read, state, lost in (
@@ -168,6 +169,7 @@ def test_what_fits_only_in_part_is_refused(place: str, prior: State, clip: State
         assert f"{lost} has 96 non-finite values" in refused(read, under(place, broken), tmp_path)
 
 
+@pytest.mark.promise("C32")
 def test_a_tensor_that_is_also_beside_the_encoder_is_refused(prior: State, tmp_path: Path) -> None:
     message = refused(read_prior, under("backbone.", prior) | {"norm.weight": torch.ones(96)}, tmp_path)
     assert "holds parts of drseg-tiny twice; expected them under 'backbone' alone, got also norm.weight" in message
@@ -241,6 +243,7 @@ def test_options_of_a_training_beside_the_weights_are_read_over(zipped: bool, pr
     assert torch.serialization.get_safe_globals() == before
 
 
+@pytest.mark.promise("C31")
 def test_other_classes_stay_refused_inside_and_beside_options(prior: State, tmp_path: Path) -> None:
     target = tmp_path / "executed"
     for args in (
