@@ -161,6 +161,15 @@ class RasterReader:
             return None
         return f"{self.path.name}: --nodata {value:.10g} is no value of {self.dtype}, so it leaves nothing out"
 
+    def turn_warning(self) -> str | None:
+        """A warning of a photograph that viewers, and data sets, show turned."""
+        if self.source.tags().get("EXIF_Orientation", "1") == "1":
+            return None
+        return (
+            f"{self.path.name}: its EXIF data say that it is to be turned, and the map lies as its pixels are stored; "
+            "exiftran -a, or saving it in an image editor, turns the pixels"
+        )
+
     def window_warning(self) -> str | None:
         """A warning of a file that GDAL has to decode as a whole; None if parts of it can be read."""
         from PIL.JpegImagePlugin import JpegImageFile

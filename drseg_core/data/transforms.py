@@ -87,7 +87,9 @@ def augment(
     size = resized_size(height, width, crop_size)
     if size != (height, width):
         image = F.resize(image, list(size), antialias=True)
-        mask = F.resize(mask, list(size))
+        # torchvision's nearest takes the corner of a pixel, half a pixel beside the image
+        nearest = torch.nn.functional.interpolate(mask[None, None].as_subclass(Tensor), size, mode="nearest-exact")
+        mask = tv_tensors.Mask(nearest[0, 0])
     rows, columns = min(size[0], crop_size), min(size[1], crop_size)
     top = int(torch.randint(size[0] - rows + 1, (), generator=generator))
     left = int(torch.randint(size[1] - columns + 1, (), generator=generator))

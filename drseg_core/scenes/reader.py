@@ -299,7 +299,13 @@ def describe(scene: SceneReader, trained_gsd: float | None = None) -> None:
     with contextlib.suppress(RasterError):
         extreme = scene.extreme_value()
     hints = (scene.scale_warning, scene.window_warning(), scene.band_warning(), scene.nodata_warning())
-    for message in (*scene.area_hints, *hints, nodata_hint(name, extreme), _gsd_hint(scene, trained_gsd)):
+    for message in (
+        *scene.area_hints,
+        scene.turn_warning(),
+        *hints,
+        nodata_hint(name, extreme),
+        _gsd_hint(scene, trained_gsd),
+    ):
         if message is not None:
             _log.warning("%s", message)
 

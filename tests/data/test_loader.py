@@ -223,6 +223,21 @@ def test_same_size_is_not_resampled():
     assert torch.equal(mask, sample.mask) or torch.equal(mask, sample.mask.flip(-1))
 
 
+@pytest.mark.promise("C49")
+@pytest.mark.parametrize("side", [25, 32, 50, 100, 128, 200, 250])
+def test_a_resized_mask_lies_on_its_image(side):
+    """Every pixel of a mask is the pixel of the image that its middle lies in."""
+    mask = torch.arange(side, dtype=torch.uint8).repeat(side, 1)
+    sample = Sample(mask.expand(3, -1, -1).clone(), mask, "x")
+    for sample, turned in ((sample, False), (Sample(sample.image.mT.clone(), mask.mT.clone(), "x"), True)):
+        for seed in range(2):
+            image, found = _augmented(sample, seed, color_jitter=False, crop_size=64)
+            image, found = (image[0].mT, found.mT) if turned else (image[0], found)
+            # in pixels of the file; at the edges an image is blurred to one side
+            off = (found - 255 * image)[:, 8:-8]
+            assert off.mean().abs() < 0.02 and off.abs().max() <= 1
+
+
 def test_elongated_images_are_padded():
     sample = Sample(torch.full((3, 4, 100), 50, dtype=torch.uint8), torch.ones(4, 100, dtype=torch.uint8), "x")
     image, mask = _augmented(sample, color_jitter=True, crop_size=48)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from drseg_core.errors import ConfigError, RasterError
 from drseg_core.scenes.files import check_outputs
@@ -230,3 +231,14 @@ def test_bands_of_a_run_that_a_scene_lacks(drseg, tmp_path, small):
         "[5, 3, 2] (--bands chooses them; by default a run takes those of its training)"
     )
     assert drseg("predict", own, image, "--out", tmp_path / "map.tif", "--bands", "1,2,3")[0] == 0
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+def test_a_photograph_that_is_to_be_turned_is_said_so(tmp_path, caplog, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(color_image(truth()).permute(1, 2, 0).numpy()).save(tmp_path / "photo.jpg", exif=exif)
+    mapped(tmp_path / "photo.jpg", tmp_path / "map.tif")
+    assert ("photo.jpg: its EXIF data say that it is to be turned" in caplog.text) == (turn != 1)
+    with rasterio.open(tmp_path / "map.tif") as result:
+        assert result.shape == tuple(truth().shape)
