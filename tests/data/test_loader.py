@@ -228,8 +228,9 @@ def test_same_size_is_not_resampled():
 def test_a_resized_mask_lies_on_its_image(side):
     """Every pixel of a mask is the pixel of the image that its middle lies in."""
     mask = torch.arange(side, dtype=torch.uint8).repeat(side, 1)
-    sample = Sample(mask.expand(3, -1, -1).clone(), mask, "x")
-    for sample, turned in ((sample, False), (Sample(sample.image.mT.clone(), mask.mT.clone(), "x"), True)):
+    for turned in (False, True):
+        given = mask.mT.clone() if turned else mask
+        sample = Sample(given.expand(3, -1, -1).clone(), given, "x")
         for seed in range(2):
             image, found = _augmented(sample, seed, color_jitter=False, crop_size=64)
             image, found = (image[0].mT, found.mT) if turned else (image[0], found)
