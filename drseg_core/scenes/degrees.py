@@ -147,7 +147,7 @@ def in_degrees(shapes: NDArray[Any], grid: Any, decimals: int) -> tuple[NDArray[
     rings, shape_of = shapely.get_rings(shapes, return_index=True)
     ring = np.repeat(np.arange(len(rings)), shapely.get_num_coordinates(rings))
     pixel = on_ground(~grid.transform, points[kept])
-    every, ring, more = _followed(*_through_poles(pixel, degrees, ring, grid), grid)
+    every, ring, more = _followed(_at_poles(pixel, degrees, grid), ring, grid)
     longitude = every.degrees[:, 0]
     jump = (abs(np.diff(longitude)) > 180) & (ring[1:] == ring[:-1])
     # one that crosses has points on both sides, or goes on beyond 180
@@ -175,22 +175,13 @@ def _turned(step: Any) -> Any:
     return (step + 180) % 360 - 180
 
 
-def _through_poles(
-    pixel: Floats, degrees: Floats, ring: NDArray[np.int64], grid: Any
-) -> tuple[_Points, NDArray[np.int64]]:
-    """Corners, and points where an edge passes through a pole, with the ring of each."""
+def _at_poles(pixel: Floats, degrees: Floats, grid: Any) -> _Points:
+    """Corners, of which those at a pole are there exactly."""
     pole = np.zeros(len(pixel), bool)
     for *place, latitude in _poles(grid):
-        step = np.diff(pixel, axis=0)
-        share = ((place - pixel[:-1]) * step).sum(1) / np.maximum((step**2).sum(1), 1e-300)
-        near = np.hypot(*(pixel[:-1] + share[:, None] * step - place).T) < _MOVED
-        near &= (share > 0) & (share < 1) & (ring[1:] == ring[:-1])
         at_pole = np.hypot(*(pixel - place).T) < _MOVED
-        edge = np.flatnonzero(near & ~at_pole[1:] & ~at_pole[:-1])
         pixel[at_pole], degrees[at_pole], pole[at_pole] = place, (0, latitude), True
-        pixel, degrees = np.insert(pixel, edge + 1, place, 0), np.insert(degrees, edge + 1, (0, latitude), 0)
-        pole, ring = np.insert(pole, edge + 1, True), np.insert(ring, edge + 1, ring[edge])
-    return _Points(pixel, degrees, pole), ring
+    return _Points(pixel, degrees, pole)
 
 
 def _followed(points: _Points, ring: NDArray[np.int64], grid: Any) -> tuple[_Points, NDArray[np.int64], Any]:

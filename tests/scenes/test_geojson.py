@@ -135,6 +135,25 @@ def test_blocks_at_and_around_a_pole(tmp_path, crs):
             assert (value[inside] == feature["properties"]["class_id"]).all()
 
 
+@pytest.mark.parametrize("crs", POLE)
+@pytest.mark.parametrize("quarters", [(0, 1, 2, 255), (0, 0, 1, 1), (2, 0, 2, 0), (1, 1, 255, 1)])
+def test_ground_beside_a_pole_is_that_of_its_pixel(tmp_path, crs, quarters):
+    """Corners at the pole, and edges through it, to a tenth of a pixel."""
+    value = np.kron(np.reshape(quarters, (2, 2)), np.ones((6, 6))).astype(np.uint8)
+    transform = from_origin(POLE[crs] - 6e3, POLE[crs] + 6e3, 1e3, 1e3)
+    features, shapes, _ = written(tmp_path, value, crs, transform)
+    # none along 180 degrees, where polygons are cut
+    turn = np.radians(np.arange(7, 360, 18))
+    for far in (0.1, 0.3):
+        column, row = 6 + far * np.cos(turn), 6 + far * np.sin(turn)
+        east, north = projected(rasterio.crs.CRS.from_user_input(crs), "EPSG:4326", *transform @ (column, row))
+        own = value[row.astype(int), column.astype(int)]
+        for number in range(3):
+            mine = [shape for shape, f in zip(shapes, features, strict=True) if f["properties"]["class_id"] == number]
+            held = np.any([shapely.contains_xy(shape, east, north) for shape in mine or [shapely.Polygon()]], 0)
+            assert (held == (own == number)).all()
+
+
 def test_an_edge_whose_first_third_is_the_pole(tmp_path):
     value = classes(80, 80, (24, 32, 60, 64), (32, 36, 44, 64), (36, 40, 36, 48), (36, 44, 60, 64))
     _, _, held = written(tmp_path, value, "EPSG:5041", from_origin(-2e6, 6e6, 1e5, 1e5))
