@@ -94,10 +94,10 @@ def _exponential(logarithm: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a layer is what its parameters say, so that they are read here, and it need not be called."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     own = type(layer)
     changed = "forward" in layer.__dict__ or own.forward is not kind.forward or own.__call__ is not nn.Module.__call__
-    return not changed and not any(len(some) for some in hooks)
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not (changed or hooked)
 
 
 def _let_make(module: nn.Module) -> None:
@@ -418,7 +418,7 @@ class PDGR(nn.Module):
         return max(share, 1) if isinstance(share, int) else torch.sym_max(share, 1)
 
     def _check_dtype(self, features: Tensor) -> None:
-        own = self.weights[0].dtype
+        own = self.edge_bias.dtype
         cast = torch.is_autocast_enabled(features.device.type)
         # autocast leaves float64 alone
         if features.dtype != own and (not cast or torch.float64 in (own, features.dtype)):
