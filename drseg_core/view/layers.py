@@ -121,8 +121,9 @@ def value_layers(found: MapReader) -> list[Layer]:
                     f"view: {path} does not fit the map; expected {found.shape[1]} x {found.shape[0]} pixels, "
                     f"got {source.width} x {source.height}"
                 )
-            low = float(source.offsets[0])
-            high = low + LEVELS * float(source.scales[0])
+            low, step = float(source.offsets[0]), float(source.scales[0])
+            # earlier versions gave a constant the step 1, but none of these is above 1
+            high = low + LEVELS * step if step < 1 else 1.0
             scales = [pyramid(_values(path, source, band), *found.shape, VALUES) for band in range(1, source.count + 1)]
         layers.append(Layer(word, title, "values", scales, low, high))
     return layers

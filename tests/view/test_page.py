@@ -112,6 +112,16 @@ def test_without_an_image_it_is_the_map_alone(mapped, tmp_path):
     assert "<script>alert" not in text and not re.search(r"(src|href)=|https?://|url\(", text)
 
 
+def test_a_constant_of_an_earlier_map_has_no_range_beyond_1(mapped, tmp_path):
+    path = tmp_path / "map_uncertainty.tif"
+    for word in ("", "_uncertainty"):
+        shutil.copy(mapped.map.with_name(f"map{word}.tif"), tmp_path)
+    with rasterio.open(path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as file:
+        file.scales, file.offsets = (1.0,), (0.25,)
+    (_, layer) = content(write_page(tmp_path / "map.tif").path)["layers"]
+    assert (layer["key"], layer["low"], layer["high"]) == ("uncertainty", 0.25, 1.0)
+
+
 @pytest.mark.parametrize("options", [{"gsd": 0.8}, {"gsd": 0.8, "aoi": True}])
 def test_the_scene_is_read_as_the_map_was(mapped, tmp_path, options):
     """From the map alone: its transform, size and classes."""
