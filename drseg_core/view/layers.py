@@ -57,12 +57,17 @@ class Layer(NamedTuple):
 
 
 class MapReader(NamedTuple):
-    """An open class raster with its ``names`` and (T, 3) ``colors``."""
+    """An open class raster with its ``names`` and (T, 3) ``colors``.
+
+    ``words`` are all words of each class that the model was asked for, in id order. A class that only a threshold made
+    comes after them. Maps of earlier versions do not name them: None.
+    """
 
     path: Path
     source: Any
     names: tuple[str, ...]
     colors: NDArray[np.uint8]
+    words: tuple[tuple[str, ...], ...] | None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,7 +95,17 @@ def open_map(path: Path) -> Iterator[MapReader]:
             names = ()
         if not names or source.count != 1 or source.dtypes[0] != "uint8":
             raise RasterError(f"view: {path} is no map; expected a class raster with names as drseg predict writes it")
-        yield MapReader(path, source, names, colors)
+        yield MapReader(path, source, names, colors, _words(source.tags(), len(names)))
+
+
+def _words(tags: dict[str, str], classes: int) -> tuple[tuple[str, ...], ...] | None:
+    try:
+        # maps from words have them among their options
+        found = parse_json(tags["words"]) if "words" in tags else parse_json(tags["zero_shot"])["words"]
+        words = tuple(tuple(str(word) for word in each) for each in found if isinstance(each, list))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return words if words and all(words) and len(words) in (classes, classes - 1) else None
 
 
 def class_layer(found: MapReader) -> tuple[Layer, ClassAreas]:
