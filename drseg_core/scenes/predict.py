@@ -515,7 +515,7 @@ def predict_scene(
             stack.callback(own.unlink, missing_ok=True)
             own.touch()
             temporary = temporary._replace(scores=own)
-        _write(parts, files, temporary, min_area=min_area, tags={**_asked(predictor), **(tags or {})})
+        _write(parts, files, temporary, min_area=min_area, tags={**_asked(predictor, threshold), **(tags or {})})
         for path in leftovers(files):
             path.unlink(missing_ok=True)
             if path.suffix == ".html":
@@ -528,10 +528,11 @@ def predict_scene(
     return files
 
 
-def _asked(predictor: PredictsPieces) -> dict[str, str]:
-    """The tag ``words`` of a map of a run: all words of each class, as JSON."""
+def _asked(predictor: PredictsPieces, threshold: float | None) -> dict[str, str]:
+    """Tags of a map: ``words`` of a run are all words of each class, as JSON, and ``threshold`` is there if given."""
     words = getattr(predictor, "synonyms", None)
-    return {} if words is None else {"words": json.dumps(words, ensure_ascii=False)}
+    found = {} if words is None else {"words": json.dumps(words, ensure_ascii=False)}
+    return found if threshold is None else {**found, "threshold": str(float(threshold))}
 
 
 def _check_placed(files: SceneFiles, store: BlockStore, *, overwrite: bool) -> None:

@@ -49,6 +49,8 @@ def of_run(
             # "other" is as a rule that of a threshold, which has no words
             asked = names[:-1] if names[-1] == OTHER and len(names) > 1 else names
             words, note = tuple((name,) for name in asked), ONLY_FIRST
+            if len(asked) < len(names):
+                note += f", and {OTHER!r} is taken for the class of a threshold"
         own = {name: getattr(run.config.evaluation, name) for name in ("tile_size", "overlap", "batch_size")}
         chosen = {"mode": "tile", **own, **{name: value for name, value in tiles.items() if value is not None}}
         predictor = Predictor(run.model, names[: len(words)], synonyms=words, device=select_device(device), **chosen)

@@ -133,6 +133,7 @@ def write_page(
             "height": found.shape[0],
             "tile": TILE,
             "areas": areas.rows(found.names),
+            "threshold": found.threshold,
             "graph": {**packed(below.parts), "words": below.words} if below.parts else None,
             "why_no_graph": below.why_not,
         }
@@ -189,7 +190,7 @@ def _sampled(layer: Layer) -> str:
 
 def _described(layer: Layer) -> dict[str, Any]:
     scales = [[level._asdict() for level in levels] for levels in layer.scales]
-    named = {key: getattr(layer, key) for key in ("key", "title", "kind", "low", "high")}
+    named = {key: getattr(layer, key) for key in ("key", "title", "kind", "low", "high", "by_class")}
     return {**named, "scales": scales}
 
 
