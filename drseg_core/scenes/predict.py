@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -383,13 +384,13 @@ def predict_scene(
 ) -> SceneFiles:
     """Predict a scene of any size and write its map.
 
-    The class raster is uint8. It has the class ids, 255 (nodata) in invalid pixels, a colour table, and the names in
-    its tags. Beside it lie GDAL's category names and attribute table, and a style for QGIS. Uncertainty, scores and
-    probabilities are uint8 too, with scale and offset in the metadata: the uncertainty over its own range, scores from
-    0 to 1 in steps of 0.004. All rasters are Cloud Optimized GeoTIFFs. They have exactly the scene's CRS, transform
-    (also rotated or south-up), ground control points and RPCs. A scene without georeference gives a map without. The
-    overlay is reduced to ``overlay_side`` and has a legend of the classes that occur. The table of areas says how they
-    were measured.
+    The class raster is uint8. It has the class ids, 255 (nodata) in invalid pixels, a colour table, and the names and
+    their synonyms in its tags. Beside it lie GDAL's category names and attribute table, and a style for QGIS.
+    Uncertainty, scores and probabilities are uint8 too, with scale and offset in the metadata: the uncertainty over its
+    own range, scores from 0 to 1 in steps of 0.004. All rasters are Cloud Optimized GeoTIFFs. They have exactly the
+    scene's CRS, transform (also rotated or south-up), ground control points and RPCs. A scene without georeference
+    gives a map without. The overlay is reduced to ``overlay_side`` and has a legend of the classes that occur. The
+    table of areas says how they were measured.
 
     Nothing appears before all files are complete.
 
@@ -514,7 +515,7 @@ def predict_scene(
             stack.callback(own.unlink, missing_ok=True)
             own.touch()
             temporary = temporary._replace(scores=own)
-        _write(parts, files, temporary, min_area=min_area, tags=tags or {})
+        _write(parts, files, temporary, min_area=min_area, tags={**_asked(predictor, threshold), **(tags or {})})
         for path in leftovers(files):
             path.unlink(missing_ok=True)
             if path.suffix == ".html":
@@ -525,6 +526,13 @@ def predict_scene(
     if store is not None and work is not None and not work.neighbours:
         store.remove_blocks()
     return files
+
+
+def _asked(predictor: PredictsPieces, threshold: float | None) -> dict[str, str]:
+    """Tags of a map: ``words`` of a run are all words of each class, as JSON, and ``threshold`` is there if given."""
+    words = getattr(predictor, "synonyms", None)
+    found = {} if words is None else {"words": json.dumps(words, ensure_ascii=False)}
+    return found if threshold is None else {**found, "threshold": str(float(threshold))}
 
 
 def _check_placed(files: SceneFiles, store: BlockStore, *, overwrite: bool) -> None:

@@ -172,8 +172,11 @@ def _stretched(working: Path, scaled: Path, scene: Any) -> None:
             inside = value[np.isfinite(value)]
             if inside.size:
                 low, high = min(low, float(inside.min())), max(high, float(inside.max()))
-        low, high = (low, high) if low <= high else (0.0, 1.0)
-        step = (high - low) / LEVELS or 1.0
+        if low == high:
+            # a constant is an end of its range: from 0 to it, which no quantity leaves
+            low, high = min(low, 0.0), max(high, 0.0)
+        low, high = (low, high) if low < high else (0.0, 1.0)
+        step = (high - low) / LEVELS
         profile = {**source.profile, "dtype": "uint8", "nodata": IGNORE}
         if source.transform.is_identity:
             # GDAL would say that ground control points clear it

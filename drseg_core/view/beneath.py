@@ -10,20 +10,21 @@ from typing import Any
 from drseg_core.scenes.reader import SceneReader
 from drseg_core.scenes.scene_graph import GraphPredictor
 from drseg_core.view.graph import Beneath
+from drseg_core.view.layers import MapReader
 from drseg_core.view.of_run import beneath_run
 from drseg_core.view.of_words import beneath_words
 
 _log = logging.getLogger(__name__)
 
 
-def beneath_of(predictor_of: Callable[[SceneReader], Any]) -> Callable[[SceneReader, tuple[str, ...], int], Beneath]:
+def beneath_of(predictor_of: Callable[[SceneReader], Any]) -> Callable[[SceneReader, MapReader, int], Beneath]:
     """The ``beneath`` of :func:`drseg_core.view.page.write_page`, for the predictor that made a map.
 
     Args:
         predictor_of: gives it for an open scene, as :class:`drseg_core.scenes.predict.Mapper` does.
     """
 
-    def beneath(scene: SceneReader, names: tuple[str, ...], room: int) -> Beneath:
+    def beneath(scene: SceneReader, found: MapReader, room: int) -> Beneath:
         _log.info("view: the scene is computed once more, for the graph and the scores beneath the map")
         predictor = predictor_of(scene)
         if isinstance(predictor, GraphPredictor):

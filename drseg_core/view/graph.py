@@ -51,7 +51,7 @@ class Beneath(NamedTuple):
 
     ``parts`` are the graphs; if there are none, ``why_not`` says why. ``original`` and ``refined`` (T, h, w) float32
     are the correlations of Eq. 10 and 11 in cells of ``step`` pixels. They are NaN in unknown cells, or None if there
-    are none. ``words`` say what the coefficients are.
+    are none. ``words`` say what the coefficients are, and ``note`` what a reader must know.
     """
 
     parts: list[Part]
@@ -60,6 +60,7 @@ class Beneath(NamedTuple):
     original: NDArray[np.float32] | None
     refined: NDArray[np.float32] | None
     words: str = ""
+    note: str = ""
 
 
 def make_part(

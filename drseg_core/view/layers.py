@@ -26,8 +26,9 @@ class Layer(NamedTuple):
     """One thing to see.
 
     ``key`` names it on the page, and ``title`` names it for people. ``kind`` is ``picture`` (colours), ``classes``
-    (numbers of classes) or ``values`` (0 to 250 are ``low`` to ``high``). ``scales`` has the tiles of one raster, or of
-    one for each class, of which the page shows the chosen one. ``step`` is the side of its pixels in scene pixels.
+    (numbers of classes) or ``values`` (0 to 250 are ``low`` to ``high``). ``scales`` has the tiles of one raster, or
+    ``by_class`` of one for each class, of which the page shows the chosen one; a class of a threshold may have none.
+    ``step`` is the side of its pixels in scene pixels.
     """
 
     key: str
@@ -37,6 +38,7 @@ class Layer(NamedTuple):
     low: float = 0.0
     high: float = 1.0
     step: int = 1
+    by_class: bool = False
 
     @property
     def size(self) -> int:
@@ -57,12 +59,19 @@ class Layer(NamedTuple):
 
 
 class MapReader(NamedTuple):
-    """An open class raster with its ``names`` and (T, 3) ``colors``."""
+    """An open class raster with its ``names`` and (T, 3) ``colors``.
+
+    ``words`` are all words of each class that the model was asked for, in id order. A class that only a threshold made
+    comes after them. ``threshold`` is the score below which pixels are of the class "other". Maps of earlier versions
+    name neither: None.
+    """
 
     path: Path
     source: Any
     names: tuple[str, ...]
     colors: NDArray[np.uint8]
+    words: tuple[tuple[str, ...], ...] | None
+    threshold: float | None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,7 +99,26 @@ def open_map(path: Path) -> Iterator[MapReader]:
             names = ()
         if not names or source.count != 1 or source.dtypes[0] != "uint8":
             raise RasterError(f"view: {path} is no map; expected a class raster with names as drseg predict writes it")
-        yield MapReader(path, source, names, colors)
+        tags = source.tags()
+        yield MapReader(path, source, names, colors, _words(tags, len(names)), _threshold(tags))
+
+
+def _words(tags: dict[str, str], classes: int) -> tuple[tuple[str, ...], ...] | None:
+    try:
+        # maps from words have them among their options
+        found = parse_json(tags["words"]) if "words" in tags else parse_json(tags["zero_shot"])["words"]
+        words = tuple(tuple(str(word) for word in each) for each in found if isinstance(each, list))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return words if words and all(words) and len(words) in (classes, classes - 1) else None
+
+
+def _threshold(tags: dict[str, str]) -> float | None:
+    try:
+        value = float(tags["threshold"])
+    except (ValueError, KeyError):
+        return None
+    return value if 0 <= value <= 1 else None
 
 
 def class_layer(found: MapReader) -> tuple[Layer, ClassAreas]:
@@ -121,10 +149,11 @@ def value_layers(found: MapReader) -> list[Layer]:
                     f"view: {path} does not fit the map; expected {found.shape[1]} x {found.shape[0]} pixels, "
                     f"got {source.width} x {source.height}"
                 )
-            low = float(source.offsets[0])
-            high = low + LEVELS * float(source.scales[0])
+            low, step = float(source.offsets[0]), float(source.scales[0])
+            # earlier versions gave a constant the step 1, but none of these is above 1
+            high = low + LEVELS * step if step < 1 else 1.0
             scales = [pyramid(_values(path, source, band), *found.shape, VALUES) for band in range(1, source.count + 1)]
-        layers.append(Layer(word, title, "values", scales, low, high))
+        layers.append(Layer(word, title, "values", scales, low, high, by_class=word == "probabilities"))
     return layers
 
 
@@ -212,4 +241,4 @@ def cell_layers(key: str, title: str, cells: NDArray[np.float32], step: int) -> 
 
     _, height, width = cells.shape
     scales = [pyramid(read_of(part), height, width, CELLS, scale=step) for part in value]
-    return Layer(key, title, "values", scales, low, high, step)
+    return Layer(key, title, "values", scales, low, high, step, by_class=True)

@@ -20,6 +20,11 @@ from drseg_core.models.tiling import blend_window, tile_starts
 from drseg_core.ops import degree_normalize
 from drseg_core.scenes.reader import SceneReader
 from drseg_core.view.graph import GRAPH_BYTES, Beneath, Part, make_part, stride_for
+from drseg_core.view.layers import MapReader
+
+ONLY_FIRST = (
+    "Correlations: of the first word of each class only, as this map of an earlier version does not name its synonyms"
+)
 
 
 def of_run(
@@ -28,7 +33,7 @@ def of_run(
     device: str | None = None,
     progress: bool = True,
     **tiles: Any,
-) -> Callable[[SceneReader, tuple[str, ...], int], Beneath]:
+) -> Callable[[SceneReader, MapReader, int], Beneath]:
     """The ``beneath`` of :func:`drseg_core.view.page.write_page` for a trained run.
 
     Args:
@@ -38,13 +43,18 @@ def of_run(
         tiles: ``mode``, ``tile_size``, ``overlap`` and ``batch_size`` of the map; the run's by default.
     """
 
-    def beneath(scene: SceneReader, names: tuple[str, ...], room: int) -> Beneath:
-        # pixels below a threshold are of no class that has words; it is the last
-        asked = names[:-1] if names[-1] == OTHER and len(names) > 1 else names
+    def beneath(scene: SceneReader, found: MapReader, room: int) -> Beneath:
+        names, words, note = found.names, found.words, ""
+        if words is None:
+            # "other" is as a rule that of a threshold, which has no words
+            asked = names[:-1] if names[-1] == OTHER and len(names) > 1 else names
+            words, note = tuple((name,) for name in asked), ONLY_FIRST
+            if len(asked) < len(names):
+                note += f", and {OTHER!r} is taken for the class of a threshold"
         own = {name: getattr(run.config.evaluation, name) for name in ("tile_size", "overlap", "batch_size")}
         chosen = {"mode": "tile", **own, **{name: value for name, value in tiles.items() if value is not None}}
-        predictor = Predictor(run.model, asked, device=select_device(device), **chosen)
-        return beneath_run(predictor, scene, room=room, progress=progress)
+        predictor = Predictor(run.model, names[: len(words)], synonyms=words, device=select_device(device), **chosen)
+        return beneath_run(predictor, scene, room=room, progress=progress)._replace(note=note)
 
     return beneath
 

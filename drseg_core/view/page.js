@@ -37,7 +37,10 @@
 
   // tiles
 
-  const rasterOf = (layer) => layer.scales[layer.scales.length > 1 ? view.chosen : 0];
+  // undefined for a class that has none, such as that of a threshold
+  const rasterOf = (layer) => layer.scales[layer.by_class ? view.chosen : 0];
+  const titleOf = (layer) => (layer.by_class ? `${layer.title}, ${data.names[view.chosen]}` : layer.title);
+  const NONE = data.threshold === null ? "none" : `none, as it is for scores below ${data.threshold}`;
 
   function colorOf(layer, value) {
     if (value === NOTHING) return [0, 0, 0, 0];
@@ -273,7 +276,8 @@
 
   async function valueAt(layer, x, y) {
     const levels = rasterOf(layer);
-    if (!levels || layer.kind === "picture") return null;
+    if (!levels) return NOTHING;
+    if (layer.kind === "picture") return null;
     const [column, row] = [x, y].map((n) => Math.floor(n / levels[0].scale));
     const tile = tileOf(layer, 0, Math.floor(row / TILE), Math.floor(column / TILE));
     if (!tile) return NOTHING;
@@ -295,8 +299,9 @@
     data.layers.forEach((layer, i) => {
       if (found[i] === null) return;
       const known = found[i] !== NOTHING, scaled = layer.low + (found[i] / LEVELS) * (layer.high - layer.low);
-      const text = !known ? "no data" : layer.kind === "classes" ? data.names[found[i]] : short(scaled);
-      element("dt", layer.scales.length > 1 ? `${layer.title}, ${data.names[view.chosen]}` : layer.title, at("values"));
+      const missing = rasterOf(layer) ? "no data" : NONE;
+      const text = !known ? missing : layer.kind === "classes" ? data.names[found[i]] : short(scaled);
+      element("dt", titleOf(layer), at("values"));
       element("dd", text, at("values"));
       words.push(`${layer.title}: ${text}`);
     });
@@ -433,7 +438,10 @@
     const top = data.layers.filter((layer) => layer.kind === "values" && shown.has(layer.key)).pop();
     at("range").hidden = !top;
     if (!top) return;
-    [at("low").textContent, at("high").textContent, at("ranged").textContent] = [short(top.low), short(top.high), top.title];
+    const known = Boolean(rasterOf(top)), ends = known ? [top.low, top.high].map(short) : ["", ""];
+    [at("low").textContent, at("high").textContent] = ends;
+    at("range").querySelector(".ramp").hidden = !known;
+    at("ranged").textContent = known ? titleOf(top) : `${titleOf(top)}: ${NONE}`;
   }
 
   function toggle(set, key, on) {
@@ -467,7 +475,7 @@
       element("td", `${area.percent.toFixed(2)} %`, row);
     });
     at("method").textContent = data.areas[0].method;
-    const correlated = data.layers.some((layer) => layer.scales.length > 1);
+    const correlated = data.names.length > 1 && data.layers.some((layer) => layer.by_class);
     at("chooser").hidden = at("correlations").hidden = !correlated;
     for (const note of data.notes) element("li", note, at("notes"));
     for (const bar of document.querySelectorAll(".ramp")) {
@@ -477,6 +485,7 @@
     at("swipe").addEventListener("input", (event) => { view.swipe = event.target.value / 100; redraw(); });
     at("chosen").addEventListener("change", (event) => {
       view.chosen = Number(event.target.value);
+      sayRange();
       redraw();
       if (picked) pick(picked.x, picked.y);
     });

@@ -40,8 +40,8 @@ GRAPH_SHARE = 0.2
 # titles and notes
 _REST = 4096
 
-# beneath a map: its scene on the map's grid, the names of its classes, and bytes for its graphs
-BeneathOf = Callable[[SceneReader, tuple[str, ...], int], Beneath]
+# beneath a map: its scene on the map's grid, the map, and bytes for its graphs
+BeneathOf = Callable[[SceneReader, MapReader, int], Beneath]
 
 
 class Page(NamedTuple):
@@ -124,7 +124,7 @@ def write_page(
                 on_grid_of(scene, found)
                 layers.insert(0, picture_layer(scene, found))
                 if beneath is not None:
-                    below = beneath(scene, found.names, int(max_mb * 1e6 * GRAPH_SHARE))
+                    below = beneath(scene, found, int(max_mb * 1e6 * GRAPH_SHARE))
         layers += _correlations(below)
         content = {
             "names": found.names,
@@ -133,6 +133,7 @@ def write_page(
             "height": found.shape[0],
             "tile": TILE,
             "areas": areas.rows(found.names),
+            "threshold": found.threshold,
             "graph": {**packed(below.parts), "words": below.words} if below.parts else None,
             "why_no_graph": below.why_not,
         }
@@ -147,7 +148,7 @@ def write_page(
         content |= {"graph": None, "why_no_graph": "the graph of so many cells has no room here"}
         layers = fitted(layers, room - len(_json(content)))
     # such as of random weights: a page is passed on without the map that says so
-    notes = [warning] if warning else []
+    notes = [note for note in (warning, below.note) if note]
     notes += [_sampled(layer) for layer in layers if layer.finest > layer.step]
     if below.parts and below.parts[0].stride > 1:
         notes.append(f"Graph: edges of the nodes of one row and column in {below.parts[0].stride}")
@@ -189,7 +190,7 @@ def _sampled(layer: Layer) -> str:
 
 def _described(layer: Layer) -> dict[str, Any]:
     scales = [[level._asdict() for level in levels] for levels in layer.scales]
-    named = {key: getattr(layer, key) for key in ("key", "title", "kind", "low", "high")}
+    named = {key: getattr(layer, key) for key in ("key", "title", "kind", "low", "high", "by_class")}
     return {**named, "scales": scales}
 
 

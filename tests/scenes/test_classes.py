@@ -51,7 +51,9 @@ def test_pixels_below_the_threshold_are_other(tmp_path):
     found, _ = read(files.classes)
     assert (found[0, :10] == 4).all() and np.array_equal(found[0, 10:], truth().numpy()[10:])
     with rasterio.open(files.classes) as raster:
-        assert json.loads(raster.tags()["class_names"]) == [*COLORS, "other"]
+        tags = raster.tags()
+        assert json.loads(tags["class_names"]) == [*COLORS, "other"] and float(tags["threshold"]) == threshold
+        assert json.loads(tags["words"]) == [[name] for name in COLORS]
         assert raster.colormap(1)[0][:3] == (1, 2, 3) and raster.colormap(1)[4][:3] == (128, 128, 128)
     for wrong in (-0.1, 1.5):
         with pytest.raises(ConfigError, match="threshold is out of range; expected 0 to 1"):

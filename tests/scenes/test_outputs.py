@@ -117,6 +117,17 @@ def test_scores_are_scaled(tmp_path):
     assert np.nanmax(uncertainty) == pytest.approx(float(plain.uncertainty[4:].max()), abs=1e-6)
 
 
+@pytest.mark.parametrize("value", [0, 51, 120, 255])
+def test_a_constant_uncertainty_keeps_its_value_and_a_range_that_it_can_have(tmp_path, value):
+    image = write(tmp_path / "in.tif", np.full((3, 40, 50), value, np.uint8), **UTM)
+    files = run(image, tmp_path / "map.tif", mode="whole")
+    uncertainty, file = scaled(files.uncertainty)
+    # that of the fake model is the first band
+    assert (uncertainty.astype(np.float32) == np.float32(value) / np.float32(255)).all()
+    low, high = file.offsets[0], file.offsets[0] + 250 * file.scales[0]
+    assert 0 <= low < high <= 1
+
+
 @pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".parquet"])
 @pytest.mark.parametrize("min_area", [0.0, 2.0, 20.0])
 def test_polygons(tmp_path, suffix, min_area):

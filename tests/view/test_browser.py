@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from drseg_core.evaluation.inference import Predictor
 from drseg_core.nn.resample import resample
 from drseg_core.ops import knn_graph
+from drseg_core.scenes.predict import predict_scene
 from drseg_core.scenes.reader import open_scene
 from drseg_core.view.of_run import beneath_run
 from drseg_core.view.page import write_page
@@ -331,6 +333,31 @@ def test_without_a_graph_it_says_so(browser: Any, mapped: Mapped, tmp_path: Path
         "Uncertainty",
         "Score",
     ]
+    assert opened.said == []
+    opened.page.close()
+
+
+def test_a_class_of_a_threshold_has_no_correlation(browser: Any, mapped: Mapped, tmp_path: Path):
+    """Also beside one class alone."""
+    own = Predictor(mapped.predictor.model, ["pond"], mode="tile", tile_size=SIDE, overlap=OVERLAP)
+    predict_scene(own, mapped.scene, tmp_path / "map.tif", threshold=0.5, progress=False)
+    page = write_page(
+        tmp_path / "map.tif",
+        image=mapped.scene,
+        beneath=lambda scene, found, room: beneath_run(own, scene, room=room),
+    )
+    opened = Opened(browser, page.path)
+    opened.tick("refined", True)
+    assert opened.page.locator("#chosen option").all_inner_texts() == ["pond", "other"]
+    none = "none, as it is for scores below 0.5"
+    for name, said in {"pond": "", "other": f": {none}"}.items():
+        opened.page.select_option("#chosen", label=name)
+        opened.look(350, 300)
+        assert opened.page.inner_text("#ranged") == f"Refined correlation, {name}{said}"
+        assert opened.page.locator("#range .ramp").is_visible() == (not said)
+        titles, texts = (opened.page.locator(f"#values {kind}").all_inner_texts() for kind in ("dt", "dd"))
+        assert titles[-2:] == [f"Original correlation, {name}", f"Refined correlation, {name}"]
+        assert all((text == none) == bool(said) for text in texts[-2:])
     assert opened.said == []
     opened.page.close()
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,20 @@ from PIL import Image
 
 import drseg_core as drseg
 from drseg_core.errors import ConfigError, RasterError
+from drseg_core.evaluation.inference import Predictor
 from drseg_core.models.tiling import blend_window, tile_starts
 from drseg_core.nn.label_propagation import propagation_graph, weight_graph
 from drseg_core.nn.pdgr import PDGR
 from drseg_core.ops import padding_mask
+from drseg_core.scenes.predict import predict_scene
 from drseg_core.scenes.reader import open_scene
 from drseg_core.view.graph import EDGE_BYTES, Beneath, Part, make_part, packed, stride_for
 from drseg_core.view.layers import on_grid_of, open_map
-from drseg_core.view.of_run import beneath_run
+from drseg_core.view.of_run import beneath_run, of_run
 from drseg_core.view.of_words import beneath_words
 from drseg_core.view.page import write_page
 from drseg_core.view.pyramid import CLASSES, PICTURE, TILE, averaged, pyramid
-from tests.view.conftest import HEIGHT, WIDTH
+from tests.view.conftest import HEIGHT, OVERLAP, SIDE, WIDTH, Mapped
 
 rasterio = pytest.importorskip("rasterio")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -112,11 +115,46 @@ def test_without_an_image_it_is_the_map_alone(mapped, tmp_path):
     assert "<script>alert" not in text and not re.search(r"(src|href)=|https?://|url\(", text)
 
 
+def test_a_constant_of_an_earlier_map_has_no_range_beyond_1(mapped, tmp_path):
+    path = tmp_path / "map_uncertainty.tif"
+    for word in ("", "_uncertainty"):
+        shutil.copy(mapped.map.with_name(f"map{word}.tif"), tmp_path)
+    with rasterio.open(path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as file:
+        file.scales, file.offsets = (1.0,), (0.25,)
+    (_, layer) = content(write_page(tmp_path / "map.tif").path)["layers"]
+    assert (layer["key"], layer["low"], layer["high"]) == ("uncertainty", 0.25, 1.0)
+
+
+def run_of(mapped: Mapped) -> Any:
+    """A run, as far as it looks beneath a map."""
+    evaluation = SimpleNamespace(tile_size=SIDE, overlap=OVERLAP, batch_size=4)
+    return SimpleNamespace(model=mapped.predictor.model, config=SimpleNamespace(evaluation=evaluation))
+
+
+SYNONYMS = [["soil"], ["pond", "lake", "water"], ["other"]]
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_run_looks_with_all_words_of_a_map(mapped, tmp_path, earlier):
+    names, path = [words[0] for words in SYNONYMS], tmp_path / "map.tif"
+    how = {"mode": "tile", "tile_size": SIDE, "overlap": OVERLAP}
+    predictor = Predictor(mapped.predictor.model, names, synonyms=SYNONYMS, **how)
+    predict_scene(predictor, mapped.scene, path, progress=False)
+    if earlier:
+        with rasterio.open(path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as file:
+            file.update_tags(words="")
+        predictor = Predictor(mapped.predictor.model, names[:2], **how)
+    with open_map(path) as found, open_scene(mapped.scene) as scene:
+        below = of_run(run_of(mapped), progress=False)(scene, found, 10**6)
+        wanted = beneath_run(predictor, scene)
+    assert np.array_equal(below.refined, wanted.refined) and np.array_equal(below.original, wanted.original)
+    said = "first word of each class only", "'other' is taken for the class of a threshold"
+    assert all((part in below.note) == earlier for part in said)
+
+
 @pytest.mark.parametrize("options", [{"gsd": 0.8}, {"gsd": 0.8, "aoi": True}])
 def test_the_scene_is_read_as_the_map_was(mapped, tmp_path, options):
     """From the map alone: its transform, size and classes."""
-    from drseg_core.scenes.predict import predict_scene
-
     if "aoi" in options:
         x, y = 356000 + 0.5 * np.array([101.3, 400, 250]), 5645000 - 0.5 * np.array([80, 120.7, 390.2])
         ring = [[float(a), float(b)] for a, b in zip(x, y, strict=True)]
@@ -271,7 +309,6 @@ def test_correlations_of_tiles_are_blended_like_scores(mapped):
 
 def test_a_run_without_a_graph_says_so(mapped):
     from drseg_core.config.load import load_config, override
-    from drseg_core.evaluation.inference import Predictor
     from drseg_core.models.build import build_model
     from tests.view.conftest import SMALL
 
