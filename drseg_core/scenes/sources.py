@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from drseg_core.data.raster import names_files, points_elsewhere
 from drseg_core.errors import ConfigError, DatasetError
@@ -153,10 +154,21 @@ def _stac(path: Path, asset: str | None) -> Iterator[Scene]:
 
 
 def _asset_scene(path: Path, name: str, href: str) -> Scene:
+    if href.lower().startswith("file://"):
+        host, _, place = href[len("file://") :].partition("/")
+        if host.lower() not in ("", "localhost"):
+            raise ConfigError(f"predict: {path}: {href} is on another host; expected file:///PATH")
+        return Scene("/" + _decoded(place), name)
     if "://" in href or href.startswith("/vsi"):
-        return Scene(href.removeprefix("file://") if href.startswith("file://") else address(href), name)
-    # relative to the file that names it
-    return Scene(str(path.parent / href), name)
+        return Scene(address(href), name)
+    # relative to the file that names it; many writers leave names as they are, where STAC has %20 for a blank
+    named = str(path.parent / href)
+    return Scene(named if os.path.exists(named) else str(path.parent / _decoded(href)), name)
+
+
+def _decoded(text: str) -> str:
+    # what is no UTF-8 is refused later, by its name
+    return unquote(text, errors="surrogateescape")
 
 
 def _file_name(text: str) -> str:
