@@ -117,6 +117,15 @@ def test_stac(place):
             list_scenes(["bad.json"])
 
 
+def test_an_asset_without_stac_items(place):
+    for words in (["b.tif"], ["@list.txt"], ["deep", "a.TIF"]):
+        with pytest.raises(ConfigError, match=r"asset is for STAC items; expected one \(.json, .geojson\) among IMAGE"):
+            list_scenes(words, asset="red")
+    Path("items.json").write_text(json.dumps(collection({"red": {"href": "b.tif"}, "nir": {"href": "n.tif"}})))
+    Path("more.txt").write_text("items.json\n")
+    assert images("a.TIF", "@more.txt", asset="red") == ["a.TIF", "b.tif"]
+
+
 def test_hrefs_of_stac_are_decoded(place):
     for name in ("sp ace.tif", "as%20named.tif", "as named.tif", "ü#1.tif"):
         Path("deep", name).write_text("x")
