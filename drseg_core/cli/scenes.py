@@ -62,8 +62,10 @@ def add_many_arguments(parser: Any) -> None:
 
 def given_scenes(args: Any) -> list[Scene]:
     """The scenes of the command line, each with the place of its map."""
+    from drseg_core.scenes.polygons import check_min_area
     from drseg_core.scenes.sources import list_scenes, with_outputs
 
+    check_min_area("predict", args.min_area, args.polygons)
     scenes = list_scenes(args.image, asset=args.asset, remote=args.remote)
     return with_outputs(scenes, args.out, args.polygons)
 

@@ -37,7 +37,7 @@ def _colors() -> NDArray[np.uint8]:
     return candidate[chosen].astype(np.uint8)
 
 
-def _oklab(color: NDArray[np.int64]) -> NDArray[np.float64]:
+def _oklab(color: NDArray[Any]) -> NDArray[np.float64]:
     value = color / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     lms = linear @ np.array(
@@ -59,6 +59,40 @@ def palette(count: int) -> NDArray[np.uint8]:
     if not 0 <= count <= 255:
         raise ValueError(f"palette: count is out of range; expected 0 to 255, got {count}")
     return _colors()[:count].copy()
+
+
+def palette_beside(given: Sequence[Sequence[int] | None]) -> NDArray[np.uint8]:
+    """(T, 3) uint8 RGB of T classes, some of which have a colour of their own.
+
+    The others have that of :func:`palette` if it is as far from all given ones as those of T classes are from each
+    other (Oklab distance). Else they have the one that is farthest from all that are there.
+    """
+    table = palette(len(given))
+    colors = {place: color for place, color in enumerate(given) if color is not None}
+    if not colors:
+        return table
+    own = list(colors)
+    position = _oklab(table)
+    least = (_distance(position, position) + np.diag([np.inf] * len(given))).min()
+    table[own] = np.array(list(colors.values()))
+    position[own] = _oklab(table[own])
+    near = _distance(position, position[own]).min(1) < least
+    near[own] = False
+    level = np.linspace(40, 250, 12).round().astype(np.uint8)
+    candidate = np.stack(np.meshgrid(level, level, level, indexing="ij"), -1).reshape(-1, 3)
+    there = _oklab(candidate)
+    # black and white are kept free here too, but what is given matters more
+    free = 2 * _distance(there, _oklab(np.array([[0] * 3, [255] * 3]))).min(1)
+    distance = np.minimum(free, _distance(there, position[~near]).min(1))
+    for place in np.flatnonzero(near):
+        best = int(np.argmax(distance))
+        table[place] = candidate[best]
+        distance = np.minimum(distance, np.linalg.norm(there - there[best], axis=1))
+    return table
+
+
+def _distance(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.linalg.norm(one[:, None] - other, axis=-1))
 
 
 def colorize(class_index: Any, num_classes: int, colors: Any = None) -> Image8:

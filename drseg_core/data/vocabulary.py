@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.data.dataset import check_class_names, has_control
-from drseg_core.data.palette import palette
+from drseg_core.data.palette import palette, palette_beside
 from drseg_core.errors import ConfigError
 
 __all__ = ["Vocabulary", "as_vocabulary", "parse_classes"]
@@ -22,6 +22,8 @@ _log = logging.getLogger(__name__)
 
 Color = tuple[int, int, int]
 OTHER, OTHER_COLOR = "other", (128, 128, 128)
+ADDED = (OTHER, "background")
+"""Names of classes that a map may have besides those that are typed."""
 _WORD = re.compile(r"([^#]*)(?:#([0-9a-fA-F]{6})\s*)?")
 _SHOWN = 8
 
@@ -43,11 +45,13 @@ class Vocabulary(NamedTuple):
     colors: tuple[Color | None, ...]
 
     def table(self) -> NDArray[np.uint8]:
-        """(T, 3) RGB: what is given, else the colour that :func:`drseg_core.data.palette.palette` has for the id."""
+        """(T, 3) RGB: what is given, else what :func:`drseg_core.data.palette.palette_beside` has for the id."""
+        # the grey of a class that is added is no choice: beside it, maps without colours stay as they are
+        grey = [name in ADDED and color == OTHER_COLOR for name, color in zip(self.names, self.colors, strict=True)]
+        if any(color is not None and not added for color, added in zip(self.colors, grey, strict=True)):
+            return palette_beside(self.colors)
         table = palette(len(self.names))
-        for place, color in enumerate(self.colors):
-            if color is not None:
-                table[place] = color
+        table[grey] = OTHER_COLOR
         return table
 
     def text(self) -> str:
@@ -151,6 +155,13 @@ def _joined(found: Sequence[tuple[tuple[str, ...], Color | None]]) -> Vocabulary
         if word.casefold() in seen:
             raise ConfigError(f"--classes has a word twice; expected every word once, in one class, got {word!r}")
         seen.add(word.casefold())
+    named: dict[Color, str] = {}
+    for words, color in found:
+        if color is not None and named.setdefault(color, words[0]) != words[0]:
+            code = "#{:02x}{:02x}{:02x}".format(*color)
+            _log.warning(
+                "--classes: %r and %r have one colour, %s, so a map shows them alike", named[color], words[0], code
+            )
     return Vocabulary(tuple(words[0] for words, _ in found), *map(tuple, zip(*found, strict=True)))
 
 

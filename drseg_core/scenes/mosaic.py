@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.data.dataset import IGNORE
+from drseg_core.data.ground import PixelArea, projected
 from drseg_core.errors import ResourceError
 from drseg_core.evaluation.inference import Box
 from drseg_core.scenes.block_store import BlockStore
@@ -23,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 _APART = 1e-3
 """Share of a pixel by which two grids may differ and still count as one."""
+_POINTS = 17
+"""Points of a scene, along each side, that are looked for in scenes of other CRSs."""
 _HELD = 4
 """Blocks of neighbours that are held at a time."""
 
@@ -57,13 +60,18 @@ class Neighbour(NamedTuple):
 def neighbours(grids: Sequence[Grid | None], folders: Sequence[Path]) -> list[tuple[Neighbour, ...]]:
     """The neighbours of each scene; a scene that cannot be opened is None, and has none.
 
-    Scenes that overlap on different grids are left apart, with a warning.
+    Scenes that overlap on different grids, in different CRSs or without one are left apart, with a warning.
     """
+    names = [folder.name.removesuffix(".work") for folder in folders]
     found: list[list[Neighbour]] = [[] for _ in grids]
+    unknown = []
     for (i, one), (j, other) in _near(grids):
         # from the pixels of the other to those of the one
         step = ~one.transform @ other.transform
         if not (_reaches(step, other, one) and _reaches(~step, one, other)):
+            continue
+        if one.crs is None:
+            unknown.append((i, j))
             continue
         place = round(step.f), round(step.c)
         apart = max(abs(step.f - place[0]), abs(step.c - place[1]))
@@ -74,22 +82,89 @@ def neighbours(grids: Sequence[Grid | None], folders: Sequence[Path]) -> list[tu
             _log.warning(
                 "%s and %s overlap on different grids, so their maps are left apart; gdalwarp -tap, or --gsd with a "
                 "multiple of their pixels, makes one grid",
-                *(folders[n].name.removesuffix(".work") for n in (i, j)),
+                names[i],
+                names[j],
             )
             continue
         found[i].append(Neighbour(str(folders[j]), *place, other.height, other.width))
         found[j].append(Neighbour(str(folders[i]), -place[0], -place[1], one.height, one.width))
+    _say_apart(names, unknown, "have no CRS", "gdal_edit -a_srs says it")
+    _say_apart(names, _across(grids), "have different CRSs", "gdalwarp -t_srs -tap makes one grid")
     return [tuple(some) for some in found]
+
+
+def _say_apart(names: Sequence[str], pairs: Sequence[tuple[int, int]], why: str, cure: str) -> None:
+    if pairs:
+        more = f" (and {len(pairs) - 1} more pairs)" if len(pairs) > 1 else ""
+        one, other = (names[number] for number in pairs[0])
+        _log.warning("%s and %s%s overlap and %s, so their maps are left apart; %s", one, other, more, why, cure)
+
+
+def _across(grids: Sequence[Grid | None]) -> list[tuple[int, int]]:
+    """Pairs of different CRSs that share ground.
+
+    They do if points of one lie inside the other by more than a pixel, so what only touches does not.
+    """
+    placed = [
+        (n, g) for n, g in enumerate(grids) if g is not None and g.crs is not None and not g.transform.is_identity
+    ]
+    system, systems = _systems([grid for _, grid in placed])
+    if len(systems) < 2:
+        return []
+    share = np.linspace(0, 1, _POINTS)
+    row, column = (side.ravel() for side in np.meshgrid(share, share, indexing="ij"))
+    points = np.array([g.transform @ (column * g.width, row * g.height) for _, g in placed])
+    # on a sphere of radius 1, which has no date line and no poles
+    sphere = np.full((len(placed), 3, row.size), np.nan)
+    for kind, crs in enumerate(systems):
+        here = np.flatnonzero(system == kind)
+        # a local system lies nowhere on Earth
+        if PixelArea(crs, placed[here[0]][1].transform).known:
+            east, north = np.radians(_brought(crs, "EPSG:4326", points[here]))
+            sphere[here] = np.stack([np.cos(north) * np.cos(east), np.cos(north) * np.sin(east), np.sin(north)], 1)
+    # the ground between two points is no farther from them than they are from each other
+    square = sphere.reshape(-1, 3, _POINTS, _POINTS)
+    steps = (np.linalg.norm(np.diff(square, axis=axis), axis=1) for axis in (2, 3))
+    reach = np.fmax(*(np.fmax.reduce(step, axis=(1, 2)) for step in steps))[:, None]
+    low, high = np.fmin.reduce(sphere, axis=2) - reach, np.fmax.reduce(sphere, axis=2) + reach
+    near: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for one in range(len(placed)):
+        meets = ((low <= high[one]) & (low[one] <= high)).all(1) & (system != system[one])
+        for other in np.flatnonzero(meets).tolist():
+            near.setdefault((system[one], system[other]), []).append((one, other))
+    found = set()
+    for (source, target), pairs in near.items():
+        ones = sorted({one for one, _ in pairs})
+        brought = dict(zip(ones, _brought(systems[source], systems[target], points[ones]).swapaxes(0, 1), strict=True))
+        for one, other in pairs:
+            grid = placed[other][1]
+            x, y = ~grid.transform @ tuple(brought[one])
+            if ((x > 1) & (x < grid.width - 1) & (y > 1) & (y < grid.height - 1)).any():
+                found.add((placed[min(one, other)][0], placed[max(one, other)][0]))
+    return sorted(found)
+
+
+def _brought(crs: Any, target: Any, points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Points (n, 2, m) in another system, as (2, n, m)."""
+    found = projected(crs, target, points[:, 0].ravel().tolist(), points[:, 1].ravel().tolist())
+    return np.stack(found).reshape(2, len(points), -1)
+
+
+def _systems(grids: Sequence[Grid]) -> tuple[NDArray[np.int64], list[Any]]:
+    """The number of each grid's CRS, and the CRSs: those that are spelled otherwise but equal are one."""
+    systems: list[Any] = []
+    for grid in grids:
+        if grid.crs not in systems:
+            systems.append(grid.crs)
+    return np.array([systems.index(grid.crs) for grid in grids]), systems
 
 
 def _near(grids: Sequence[Grid | None]) -> Iterator[tuple[tuple[int, Grid], tuple[int, Grid]]]:
     """Pairs of one CRS whose boxes meet: few of thousands of tiles, and only these are compared closely."""
-    placed = [(number, grid) for number, grid in enumerate(grids) if grid is not None and grid.crs is not None]
-    systems: list[Any] = []
-    for _, grid in placed:
-        if grid.crs not in systems:
-            systems.append(grid.crs)
-    system = np.array([systems.index(grid.crs) for _, grid in placed])
+    # a photograph has no place; what only lacks the name of its CRS may lie beside another such
+    known = [(number, grid) for number, grid in enumerate(grids) if grid is not None]
+    placed = [(n, grid) for n, grid in known if grid.crs is not None or not grid.transform.is_identity]
+    system, _ = _systems([grid for _, grid in placed])
     corner = np.array([_corners(grid) for _, grid in placed]).reshape(-1, 4, 2)
     low, high = corner.min(1), corner.max(1)
     for row, scene in enumerate(placed):

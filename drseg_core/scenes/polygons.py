@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,18 @@ def check_degrees(path: Path, scene: Any) -> None:
         )
 
 
+def check_min_area(name: str, min_area: float, polygons: str | Path | None) -> None:
+    """Check the area below which polygons join a neighbour.
+
+    Raises:
+        ConfigError: it is not a finite number from 0 on, or there are no polygons for it.
+    """
+    if not 0 <= min_area < math.inf:
+        raise ConfigError(f"{name}: min_area is out of range; expected a finite number, at least 0, got {min_area}")
+    if min_area and polygons is None:
+        raise ConfigError(f"{name}: min_area is for polygons; expected polygons beside it, got {min_area} alone")
+
+
 def write_polygons(
     classes: Path,
     scores: Path,
@@ -108,8 +121,10 @@ def write_polygons(
         The number of polygons written.
 
     Raises:
+        ConfigError: ``min_area`` is out of range.
         ResourceError: it cannot be written.
     """
+    check_min_area("write_polygons", min_area, path)
     require("write_polygons", "vectors")
     import rasterio
 

@@ -42,7 +42,7 @@ from drseg_core.scenes.files import (
 from drseg_core.scenes.mosaic import Grid, Mosaic, Neighbour
 from drseg_core.scenes.outputs import Overlay, Part, Rasters
 from drseg_core.scenes.plan import Plan, plan_scene
-from drseg_core.scenes.polygons import check_degrees, write_polygons
+from drseg_core.scenes.polygons import check_degrees, check_min_area, write_polygons
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.style import write_attributes, write_style
 from drseg_core.scenes.threads import ReadAhead, WriteBehind, gdal_thread
@@ -175,6 +175,7 @@ def predict(
         'map.tif'
     """
     # before the model is read: that may take a while
+    check_min_area("predict", min_area, polygons)
     wanted: dict[str, Any] = {"scores": scores, "probabilities": probabilities}
     check_outputs(image, out, overwrite=overwrite, inputs=[aoi], polygons=polygons, **wanted)
     if polygons is not None:
@@ -431,6 +432,7 @@ def predict_scene(
         >>> predict_scene(predictor, "scene.tif", "map.tif", progress=False).overlay.name
         'map_overlay.png'
     """
+    check_min_area("predict_scene", min_area, polygons)
     require("predict_scene", "maps")
     files = check_outputs(
         image_path,

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from drseg_core.data.raster import names_files, points_elsewhere
 from drseg_core.errors import ConfigError, DatasetError
@@ -57,7 +58,7 @@ def list_scenes(words: Sequence[str], *, asset: str | None = None, remote: bool 
         remote: allow scenes that lie elsewhere, also those that a file such as a VRT points to.
 
     Raises:
-        ConfigError: a word stands for nothing, or for something remote without ``remote``.
+        ConfigError: a word stands for nothing, or for something remote without ``remote``; or ``asset`` for no item.
         DatasetError: a list or a STAC file cannot be read.
 
     Examples:
@@ -66,7 +67,10 @@ def list_scenes(words: Sequence[str], *, asset: str | None = None, remote: bool 
         ['scene']
     """
     found: dict[str, Scene] = {}
-    for scene in _expanded(words, asset):
+    plain = list(_listed(words))
+    if asset is not None and not any(map(_is_stac, plain)):
+        raise ConfigError(f"predict: asset is for STAC items; expected one (.json, .geojson) among IMAGE, got {asset}")
+    for scene in (scene for word in plain for scene in _expanded(word, asset)):
         if not is_text(scene.image):
             raise ConfigError(f"predict: {scene.image!a} is no UTF-8; expected a file of another name")
         if not remote:
@@ -76,35 +80,48 @@ def list_scenes(words: Sequence[str], *, asset: str | None = None, remote: bool 
     return list(found.values())
 
 
-def _expanded(words: Iterable[str], asset: str | None, lists: tuple[Path, ...] = ()) -> Iterator[Scene]:
-    """The scenes of words; ``lists`` are the nested list files that name them."""
+def _listed(words: Iterable[str], lists: tuple[Path, ...] = ()) -> Iterator[str]:
+    """Words, with those of list files in their place; ``lists`` are the nested files that name them."""
     for word in words:
-        path = Path(word)
-        if word.startswith("@"):
-            file = Path(word[1:])
-            if file.resolve() in lists:
-                raise ConfigError(f"predict: {file} names itself; expected a list of other files")
-            lines = (line.strip() for line in _text(file).splitlines())
-            inner = [line for line in lines if line and not line.startswith("#")]
-            yield from _expanded(inner, asset, (*lists, file.resolve()))
-        elif "://" in word or word.startswith("/vsi"):
-            yield Scene(address(word), Path(word).stem)
-        elif path.suffix.lower() in (".json", ".geojson"):
-            yield from _stac(path, asset)
-        elif path.is_dir():
-            there = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-            # what begins with a dot belongs to a system, or to a call that was killed
-            images = sorted(file for file in there if not file.name.startswith("."))
-            if not images:
-                raise ConfigError(f"predict: {word} has no image; expected files such as {', '.join(SUFFIXES[:3])}")
-            yield from (Scene(str(file), file.stem) for file in images)
-        elif glob.has_magic(word) and not path.exists():
-            files = sorted(name for name in glob.glob(word, recursive=True) if Path(name).is_file())
-            if not files:
-                raise ConfigError(f"predict: {word} matches no file; expected images")
-            yield from (Scene(name, Path(name).stem) for name in files)
-        else:
-            yield Scene(word, path.stem)
+        if not word.startswith("@"):
+            yield word
+            continue
+        file = Path(word[1:])
+        if file.resolve() in lists:
+            raise ConfigError(f"predict: {file} names itself; expected a list of other files")
+        lines = (line.strip() for line in _text(file).splitlines())
+        yield from _listed([line for line in lines if line and not line.startswith("#")], (*lists, file.resolve()))
+
+
+def _is_remote(word: str) -> bool:
+    return "://" in word or word.startswith("/vsi")
+
+
+def _is_stac(word: str) -> bool:
+    return Path(word).suffix.lower() in (".json", ".geojson") and not _is_remote(word)
+
+
+def _expanded(word: str, asset: str | None) -> Iterator[Scene]:
+    """The scenes of a word."""
+    path = Path(word)
+    if _is_remote(word):
+        yield Scene(address(word), path.stem)
+    elif _is_stac(word):
+        yield from _stac(path, asset)
+    elif path.is_dir():
+        there = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        # what begins with a dot belongs to a system, or to a call that was killed
+        images = sorted(file for file in there if not file.name.startswith("."))
+        if not images:
+            raise ConfigError(f"predict: {word} has no image; expected files such as {', '.join(SUFFIXES[:3])}")
+        yield from (Scene(str(file), file.stem) for file in images)
+    elif glob.has_magic(word) and not path.exists():
+        files = sorted(name for name in glob.glob(word, recursive=True) if Path(name).is_file())
+        if not files:
+            raise ConfigError(f"predict: {word} matches no file; expected images")
+        yield from (Scene(name, Path(name).stem) for name in files)
+    else:
+        yield Scene(word, path.stem)
 
 
 def address(word: str) -> str:
@@ -153,10 +170,21 @@ def _stac(path: Path, asset: str | None) -> Iterator[Scene]:
 
 
 def _asset_scene(path: Path, name: str, href: str) -> Scene:
-    if "://" in href or href.startswith("/vsi"):
-        return Scene(href.removeprefix("file://") if href.startswith("file://") else address(href), name)
-    # relative to the file that names it
-    return Scene(str(path.parent / href), name)
+    if href.lower().startswith("file://"):
+        host, _, place = href[len("file://") :].partition("/")
+        if host.lower() not in ("", "localhost"):
+            raise ConfigError(f"predict: {path}: {href} is on another host; expected file:///PATH")
+        return Scene("/" + _decoded(place), name)
+    if _is_remote(href):
+        return Scene(address(href), name)
+    # relative to the file that names it; many writers leave names as they are, where STAC has %20 for a blank
+    named = str(path.parent / href)
+    return Scene(named if os.path.exists(named) else str(path.parent / _decoded(href)), name)
+
+
+def _decoded(text: str) -> str:
+    # what is no UTF-8 is refused later, by its name
+    return unquote(text, errors="surrogateescape")
 
 
 def _file_name(text: str) -> str:

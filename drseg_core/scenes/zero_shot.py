@@ -33,6 +33,7 @@ from drseg_core.models.zero_shot import ZeroShot, check_choices
 from drseg_core.scenes.block_store import work_folder
 from drseg_core.scenes.files import SceneFiles, check_outputs
 from drseg_core.scenes.mosaic import Grid
+from drseg_core.scenes.polygons import check_min_area
 from drseg_core.scenes.predict import OPEN, Mapper, Work, check_threshold, predict_scene
 from drseg_core.scenes.reader import SceneReader, describe, open_scene
 from drseg_core.scenes.scene_graph import GraphPredictor, scene_windows
@@ -185,6 +186,7 @@ class SceneZeroShot:
             >>> files.areas.name
             'map_areas.csv'
         """
+        check_min_area("zero_shot", min_area, polygons)
         wanted: dict[str, Any] = {"scores": scores, "probabilities": probabilities, "polygons": polygons}
         inputs = [reading.get("aoi"), *(class_files(classes) if isinstance(classes, str) else ())]
         kept_blocks = work is not None and work_folder(out).is_dir()

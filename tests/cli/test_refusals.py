@@ -91,6 +91,23 @@ def test_what_cannot_be_used_leaves_no_run_folder(drseg, small, data, tmp_path, 
     assert not out.exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--polygons", "map.gpkg", "--min-area=-1"], "min_area is out of range; expected a finite number, at least 0"),
+        (["--polygons", "map.gpkg", "--min-area", "1e400"], "min_area is out of range"),
+        (["--min-area", 50], "min_area is for polygons; expected polygons beside it, got 50.0 alone"),
+        (["--asset", "red"], "asset is for STAC items"),
+    ],
+)
+def test_options_of_a_map_that_mean_nothing_are_2(drseg, run, folder, tmp_path, monkeypatch, words, said, more):
+    monkeypatch.chdir(tmp_path)
+    image = folder / "val" / "images" / "0.png"
+    check(drseg("predict", run, image, "--out", "map.tif", *words, *more), 2, said)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", ["train", "predict"])
 def test_an_output_path_that_is_too_long_is_2(drseg, small, data, run, folder, command):
     image = folder / "val" / "images" / "0.png"

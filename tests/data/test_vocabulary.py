@@ -4,9 +4,10 @@ from __future__ import annotations
 import pytest
 
 from drseg_core.data.dataset import check_class_names
-from drseg_core.data.palette import palette
+from drseg_core.data.palette import palette, palette_beside
 from drseg_core.data.vocabulary import (
     OTHER,
+    OTHER_COLOR,
     Vocabulary,
     as_vocabulary,
     never_learned,
@@ -34,7 +35,7 @@ def test_classes_as_they_are_typed(text):
         ((128, 128, 128), None, None),
     )
     assert found.text() == "road (or parking lot); roof; open field"
-    assert found.table().tolist() == [[128, 128, 128], *palette(3)[1:].tolist()]
+    assert found.table().tolist() == palette_beside(found.colors).tolist() and found.table()[0].tolist() == [128] * 3
 
 
 @pytest.mark.parametrize("text", ["building, road, tree", "building road tree"])
@@ -121,6 +122,21 @@ def test_a_class_for_the_rest():
     own = parse_classes("other; a")
     assert own.with_other() is own
     assert plain_classes(("x, y",)).synonyms == (("x, y",),)
+
+
+def test_maps_without_given_colours_have_those_of_the_palette():
+    names = [f"class {number}" for number in range(40)]
+    plain = plain_classes(names)
+    assert plain.table().tolist() == palette(40).tolist()
+    for last in (OTHER, "background"):
+        added = plain_classes([*names, last])._replace(colors=(*plain.colors, OTHER_COLOR))
+        assert added.table().tolist() == [*palette(40).tolist(), [128] * 3]
+    assert plain.with_other().table().tolist() == added.table().tolist()
+
+
+def test_one_colour_of_two_classes_is_a_warning(logged):
+    assert len(parse_classes("a#ff0000; b, c#FF0000; d#00ff00; e; f").names) == 5
+    assert logged() == ["--classes: 'a' and 'b' have one colour, #ff0000, so a map shows them alike"]
 
 
 def test_names_that_were_never_learned():

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import drseg_core as drseg
+from drseg_core.data.ground import projected
 from drseg_core.evaluation import inference
+from drseg_core.scenes import mosaic as mosaics
 from drseg_core.scenes import zero_shot_plan
 from drseg_core.scenes.block_store import BlockStore
 from drseg_core.scenes.many import Shard
@@ -215,6 +217,68 @@ def test_one_ground_stored_the_other_way_is_another_grid(caplog):
     caplog.clear()
     away = grid(Affine.translation(110, 110) @ Affine.rotation(45) @ Affine.translation(-40, -40))
     assert neighbours([upright, away], folders) == [(), ()] and caplog.text == ""
+
+
+def placed(crs: str | None, left: float, top: float, side: float = 10.0, size: int = 100) -> Grid:
+    system = None if crs is None else rasterio.crs.CRS.from_string(crs)
+    return Grid(system, Affine(side, 0, left, 0, -side, top), size, size)
+
+
+TWIN = placed("EPSG:32632", 400_000, 5_600_000)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        # one ground in two zones: 12 degrees east at 50 degrees north
+        (placed("EPSG:32632", 714_500, 5_543_500), placed("EPSG:32633", 284_500, 5_543_500), "have different CRSs"),
+        (TWIN, placed("EPSG:25832", 400_500, 5_599_700), "have different CRSs"),
+        (TWIN, placed("EPSG:4326", -180, 90, 1.0, 400), "have different CRSs"),
+        # a strip across
+        (TWIN, Grid(placed("EPSG:25832", 0, 0).crs, Affine(50, 0, 390_000, 0, -2, 5_599_700), 100, 600), "CRSs"),
+        # over the date line, and around a pole
+        (placed("EPSG:32660", 714_500, 5_543_500), placed("EPSG:32601", 284_500, 5_543_500), "have different CRSs"),
+        (placed("EPSG:3031", -500, 500), placed("EPSG:32761", 1_999_500, 2_000_500), "have different CRSs"),
+        # what only touches, lies apart, or has no place
+        (TWIN, placed("EPSG:25832", 401_000, 5_600_000), None),
+        (TWIN, placed("EPSG:25832", 401_000, 5_599_000), None),
+        (TWIN, placed("EPSG:32633", 400_000, 5_600_000), None),
+        (TWIN, placed(None, 400_000, 5_600_000), None),
+        (TWIN, placed('LOCAL_CS["site",UNIT["metre",1]]', 400_000, 5_600_000), None),
+        (placed(None, 0, 0), placed(None, 500, 0), "have no CRS"),
+        (placed(None, 0, 0), placed(None, 1000, 0), None),
+        (Grid(None, Affine.identity(), 9, 9), Grid(None, Affine.identity(), 9, 9), None),
+    ],
+)
+def test_scenes_that_share_ground_in_different_systems(caplog, one, other, said):
+    for pair in ([one, other], [other, one]):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert neighbours(pair, [Path("one.tif.work"), Path("other.tif.work")]) == [(), ()]
+        assert [record.getMessage().startswith("one.tif and other.tif overlap ") for record in caplog.records] == (
+            [] if said is None else [True]
+        )
+        assert said is None or said in caplog.text
+
+
+def test_systems_that_are_spelled_otherwise_are_one(caplog):
+    spelled = rasterio.crs.CRS.from_wkt(TWIN.crs.to_wkt(version="WKT1_ESRI"))
+    found = neighbours([TWIN, Grid(spelled, *TWIN[1:])], [Path("one.tif.work"), Path("other.tif.work")])
+    assert [len(some) for some in found] == [1, 1] and caplog.text == ""
+
+
+def test_thousands_of_tiles_in_two_systems(caplog, monkeypatch):
+    """Points are brought from one system to another by few calls, and one line says it all."""
+    calls = []
+    monkeypatch.setattr(mosaics, "projected", lambda *words: calls.append(1) or projected(*words))
+    tiles = [placed(crs, 400_000 + 1000 * (n % 30), 5_600_000 - 1000 * (n // 30)) for n in range(900)
+             for crs in ("EPSG:32632", "EPSG:25832")]  # fmt: skip
+    neighbours(tiles, [Path(f"{n}.tif.work") for n in range(len(tiles))])
+    assert len(calls) == 4
+    assert [record.getMessage() for record in caplog.records] == [
+        "0.tif and 1.tif (and 899 more pairs) overlap and have different CRSs, so their maps are left apart; "
+        "gdalwarp -t_srs -tap makes one grid"
+    ]
 
 
 def test_neighbours_of_thousands_of_tiles():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +15,7 @@ import pyogrio.raw
 import pytest
 import torch
 
+import drseg_core as drseg
 from drseg_core.data.dataset import IGNORE, has_control
 from drseg_core.data.palette import palette
 from drseg_core.data.vocabulary import plain_classes
@@ -312,6 +314,29 @@ def test_every_polygon_of_geojson_is_in_degrees(tmp_path, monkeypatch):
     assert count > 4 and pyogrio.read_info(written)["features"] == count
     west, south, east, north = pyogrio.read_bounds(written)[1]
     assert 6 < west.min() and east.max() < 8 and 50 < south.min() and north.max() < 52
+
+
+@pytest.mark.parametrize("wrong", [-1, -1e-9, math.nan, math.inf])
+def test_a_smallest_area_is_a_finite_number_from_0_on(tmp_path, wrong):
+    image, path = write(tmp_path / "in.tif", color_image(truth()).numpy()), tmp_path / "map.gpkg"
+    words = {"polygons": path, "min_area": wrong, "progress": False}
+    said = f"min_area is out of range; expected a finite number, at least 0, got {wrong}"
+    for refused in (
+        # before the model is looked for
+        lambda: drseg.predict("absent", image, out=tmp_path / "map.tif", **words),
+        lambda: predict_scene(predictor(), image, tmp_path / "map.tif", **words),
+        lambda: drseg.zero_shot("tiny").write(image, "roof; road", tmp_path / "map.tif", **words),
+        lambda: polygons.write_polygons(image, image, tmp_path / "part.gpkg", path, ["a"], min_area=wrong),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            refused()
+    for refused in (
+        lambda: drseg.predict("absent", image, out=tmp_path / "map.tif", min_area=2.5),
+        lambda: drseg.zero_shot("tiny").write(image, "roof; road", tmp_path / "map.tif", min_area=2.5),
+    ):
+        with pytest.raises(ConfigError, match="min_area is for polygons; expected polygons beside it, got 2.5 alone"):
+            refused()
+    assert [path.name for path in tmp_path.iterdir()] == ["in.tif"]
 
 
 def test_a_small_area_within_nodata_stays(tmp_path):

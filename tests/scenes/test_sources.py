@@ -117,6 +117,42 @@ def test_stac(place):
             list_scenes(["bad.json"])
 
 
+def test_an_asset_without_stac_items(place):
+    for words in (["b.tif"], ["@list.txt"], ["deep", "a.TIF"]):
+        with pytest.raises(ConfigError, match=r"asset is for STAC items; expected one \(.json, .geojson\) among IMAGE"):
+            list_scenes(words, asset="red")
+    Path("items.json").write_text(json.dumps(collection({"red": {"href": "b.tif"}, "nir": {"href": "n.tif"}})))
+    Path("more.txt").write_text("items.json\n")
+    assert images("a.TIF", "@more.txt", asset="red") == ["a.TIF", "b.tif"]
+
+
+def test_hrefs_of_stac_are_decoded(place):
+    for name in ("sp ace.tif", "as%20named.tif", "as named.tif", "ü#1.tif"):
+        Path("deep", name).write_text("x")
+    deep = place / "deep"
+
+    def image(href: str) -> str:
+        Path("deep/item.json").write_text(json.dumps(collection({"image": {"href": href}})))
+        return images("deep/item.json")[0]
+
+    for href in ("./sp%20ace.tif", "sp ace.tif"):
+        assert image(href) == "deep/sp ace.tif"
+    assert image("as%20named.tif") == "deep/as%20named.tif"
+    for name in ("sp ace.tif", "as%20named.tif", "ü#1.tif"):
+        uri = (deep / name).as_uri()
+        for href in (uri, uri.replace("file:", "FILE:"), uri.replace("///", "//localhost/")):
+            assert image(href) == str(deep / name)
+    # what is no name of a file here is refused as before
+    for href, said in (
+        ("file://host/a.tif", "file://host/a.tif is on another host; expected file:///PATH"),
+        ("file:///%76sicurl/https://host/a.tif", "/vsicurl/https://host/a.tif is remote"),
+        ("%2Fvsis3/bucket/a.tif", "/vsis3/bucket/a.tif is remote"),
+        ("a%FF.tif", r"a\\udcff.tif' is no UTF-8"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            image(href)
+
+
 def test_hidden_files_of_a_folder_are_no_scenes(place):
     # of macOS, and of a call that was killed
     for name in ("._a.tif", ".a_map-here-7-x.part.tif"):
