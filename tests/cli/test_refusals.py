@@ -101,6 +101,7 @@ def test_what_cannot_be_used_leaves_no_run_folder(drseg, small, data, tmp_path, 
         (["--asset", "red"], "asset is for STAC items"),
     ],
 )
+@pytest.mark.promise("C51")
 def test_options_of_a_map_that_mean_nothing_are_2(drseg, run, folder, tmp_path, monkeypatch, words, said, more):
     monkeypatch.chdir(tmp_path)
     image = folder / "val" / "images" / "0.png"
