@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from drseg_core.config.reading import Reading
 from drseg_core.data.dataset import IGNORE, check_class_names
 from drseg_core.data.manifest import printable, write_manifest
+from drseg_core.data.pairs import some
 from drseg_core.data.raster import RasterReader, open_raster, points_elsewhere
 from drseg_core.data.values import holds
 from drseg_core.data.vector import Shapes, read_shapes
@@ -133,11 +134,6 @@ def _raster_names(source: Any) -> Sequence[str] | None:
         return None
 
 
-def _some(names: Sequence[str]) -> str:
-    """Names for a message, at most ten."""
-    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
 class VectorLabels:
     """Class ids of polygons, burnt into a tile; if two overlap, the later one counts, but one without a class never."""
 
@@ -154,8 +150,8 @@ class VectorLabels:
         self.class_names = check_class_names(names, "data tile")
         if missing := [name for name in shapes.all_values if name not in names]:
             raise ConfigError(
-                f"data tile: --classes lack {_some(missing)} of the polygons; expected all of their classes, "
-                f"got {_some(names)}"
+                f"data tile: --classes lack {some(map(repr, missing))} of the polygons; expected all of their classes, "
+                f"got {some(map(repr, names))}"
             )
         self.fill = IGNORE if options.background is None else 0
 

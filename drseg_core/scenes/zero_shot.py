@@ -133,10 +133,10 @@ class SceneZeroShot:
         threshold = options.pop("threshold", None)
         check_threshold("zero_shot", threshold)
         words = {name: options.pop(name) for name in _WORDS if name in options}
-        for name in options.keys() & set(_OF_FILES):
-            raise ConfigError(f"zero_shot: {name} is unknown without out; expected a path in out")
-        reading = options
-        with self._open(image, reading, (*_WORDS, "threshold", "out")) as scene:
+        for name in _OF_FILES:
+            if name in options:
+                raise ConfigError(f"zero_shot: {name} is unknown without out; expected a path in out")
+        with self._open(image, options, (*_WORDS, "threshold", "out")) as scene:
             describe(scene)
             predictor, _ = self.predictor(scene, classes, **words, progress=progress)
             found = _Arrays(predictor, threshold)

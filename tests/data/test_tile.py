@@ -214,14 +214,16 @@ def test_classes_of_polygons_are_names_in_order(tmp_path):
     for options, said in (
         (
             TileOptions(classes=("b",)),
-            "--classes lack 'a', 'c' of the polygons; expected all of their classes, got 'b'",
+            "--classes lack 'a'; 'c' of the polygons; expected all of their classes, got 'b'",
         ),
         (TileOptions(classes=("a", "b"), background="b"), "--background is one of --classes; .* another name, got 'b'"),
     ):
         with pytest.raises(ConfigError, match=f"data tile: {said}$"):
             tile_scene(image, path, tmp_path / "no", options)
     many = columns(tmp_path / "many.geojson", *((i, i + 1, f"c{i:02}") for i in range(20)))
-    with pytest.raises(ConfigError, match="'c09' and 10 more of the polygons; expected all of their classes, got 'x'$"):
+    with pytest.raises(
+        ConfigError, match="'c09', and 10 more of the polygons; expected all of their classes, got 'x'$"
+    ):
         tile_scene(image, many, tmp_path / "no", TileOptions(64, classes=("x",)))
     assert not (tmp_path / "no").exists()
 
