@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,10 @@ from drseg_core.errors import CheckpointError, ConfigError
 from drseg_core.extras import require
 from drseg_core.models.correlation import rotate
 from drseg_core.models.prompts import class_prompts
+from drseg_core.models.transformers_names import clip_as_published, from_transformers, says_quick_gelu
 from drseg_core.models.weights import WithoutInitialWeights, fitting_state, foreign_tensors
+
+_log = logging.getLogger(__name__)
 
 # pixel statistics of OpenAI's CLIP, on [0, 1] RGB
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -492,6 +496,18 @@ def _weights(
     last = {key.rpartition(".")[2] for key in tensors}
     if last.issuperset(OPENAI_EXTRAS) and not quick_gelu:
         _refuse_activation(config, True)
+    if from_transformers(tensors):
+        said = says_quick_gelu(config.weights)
+        if said is None:
+            own = "QuickGELU" if quick_gelu else "exact GELU"
+            _log.warning(
+                "%s: no config.json beside it says its activation; %s, that of %s, is taken (OpenAI's is QuickGELU)",
+                config.weights,
+                own,
+                config.name,
+            )
+        elif said != quick_gelu:
+            _refuse_activation(config, said)
     return tensors, PIXEL_MEAN, PIXEL_DEVIATION
 
 
@@ -509,6 +525,7 @@ def _load(model: Any, tensors: dict[str, Tensor], config: ClipConfig) -> None:
     own = model.state_dict()
 
     def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = clip_as_published(state)
         # neither is used here, and some checkpoints store them as numbers, others as vectors of one
         for key in ("logit_scale", "logit_bias"):
             state.pop(key, None)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from drseg_core.config.schema import DinoConfig
 from drseg_core.errors import CheckpointError
 from drseg_core.extras import require
 from drseg_core.models.clip import PIXEL_DEVIATION, PIXEL_MEAN
+from drseg_core.models.transformers_names import dino_as_published
 from drseg_core.models.weights import WithoutInitialWeights, fitting_state, foreign_tensors
 from drseg_core.nn.resample import resample
 
@@ -274,12 +276,16 @@ def _load(encoder: Any, config: DinoConfig) -> None:
     chunks = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
     def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = dino_as_published(state)
         if not any(chunks.match(key) for key in own):
             # trainings of DINOv2 keep blocks in chunks; the second number counts through all of them
             flat = {chunks.sub(r"blocks.\1.", key): value for key, value in state.items()}
             # two of one name would be a guess
             state = flat if len(flat) == len(state) else state
-        state = state if rename is None else rename(state, encoder)
+        if rename is not None:
+            # timm prints what it looks for and does not find
+            with contextlib.redirect_stdout(io.StringIO()):
+                state = rename(state, encoder)
         return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
     fitting = fitting_state(
