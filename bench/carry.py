@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from bench.aot import TARGETS, Target
+from bench.aot_build import TARGETS, Target
 from bench.stub import card
 
 NOTE = "carried.json"

@@ -30,7 +30,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.aot import TARGETS
+from bench.aot_build import TARGETS
 from bench.stub import card, launched
 
 # a launch is none of these: they make views, or memory without content

@@ -31,7 +31,8 @@ import triton
 from drseg_kernels import _launch
 
 from bench import sass
-from bench.aot import REGISTERS_PER_BLOCK, TARGETS, Target, compiled_for
+from bench.aot import REGISTERS_PER_BLOCK
+from bench.aot_build import TARGETS, Target, compiled_for
 from bench.aot_variants import Variant
 from bench.launches import launched
 from bench.tables import is_timed, write_entry

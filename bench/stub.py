@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from bench.aot import Target
+from bench.aot_build import Target
 
 # launches by the kernel's name
 launched: collections.Counter[str] = collections.Counter()

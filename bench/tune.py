@@ -27,7 +27,7 @@ from drseg_kernels import _launch
 from drseg_kernels._launch import Device
 
 from bench import sass
-from bench.aot import TARGETS, Target
+from bench.aot_build import TARGETS, Target
 from bench.rank import Predictor
 from bench.tables import write_entry
 from bench.timing import Contender, interleave

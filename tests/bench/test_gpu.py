@@ -170,7 +170,7 @@ CARRY = """
 import sys, torch
 from pathlib import Path
 from bench import carry
-from bench.aot import TARGETS
+from bench.aot_build import TARGETS
 with carry.compiling(TARGETS[1]):
     from drseg_kernels import prepare_prior
     for rows in (16, 32):

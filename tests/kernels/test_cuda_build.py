@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.aot import REGISTERS_PER_BLOCK, TARGETS
+from bench.aot import REGISTERS_PER_BLOCK
+from bench.aot_build import TARGETS
 from drseg_core.ops import _cuda
 
 ROOT = Path(__file__).parents[2]

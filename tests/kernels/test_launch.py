@@ -11,7 +11,8 @@ import torch
 from drseg_kernels import _launch
 from drseg_kernels._launch import SMALLEST_SHARED, WIDEST_ROW, Device, Selection, Tile, choose, kind_of, rule
 
-from bench.aot import REGISTERS_PER_BLOCK, TARGETS
+from bench.aot import REGISTERS_PER_BLOCK
+from bench.aot_build import TARGETS
 
 DEVICES = [target.device for target in TARGETS]
 SMALL = Device("a small one", 4 << 20, 48 << 10, "sm_75")

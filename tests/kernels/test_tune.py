@@ -11,7 +11,7 @@ from drseg_kernels import _launch
 from drseg_kernels._launch import Device, Selection, Tile, choose, rule
 
 from bench import tables, tune
-from bench.aot import TARGETS
+from bench.aot_build import TARGETS
 from drseg_core.testing import CASES
 
 DEVICES = [target.device for target in TARGETS]
