@@ -17,7 +17,6 @@ float32 products in float32, use no local arrays, fuse nothing and form no addre
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -33,6 +32,7 @@ from typing import Any
 from bench import sass
 from bench.aot_build import TARGETS, Target, build, ptx_problems
 from bench.aot_variants import Variant, variants
+from bench.command import command_parser
 from bench.work import NOMINAL, work_of
 
 BASELINE = Path(__file__).parent / "aot_baseline.json"
@@ -131,9 +131,7 @@ def _reports(asked: Sequence[tuple[int, str]], stack: contextlib.ExitStack) -> I
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("aot", __doc__)
     parser.add_argument("--update", action="store_true", help="write the figures to the baseline")
     parser.add_argument("--all", action="store_true", help="build what has not changed, too")
     parser.add_argument("--arch", type=int, action="append", choices=[target.arch for target in TARGETS])

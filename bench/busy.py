@@ -11,7 +11,6 @@ interleaved, each in processes of its own; a machine that others use too says so
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import statistics
@@ -23,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench import memory, record
+from bench.command import command_parser
 from bench.model import Job
 from bench.presets import measured
 from drseg_core.data.synthetic import write_scenes
@@ -74,9 +74,7 @@ def command_milliseconds(data: Path) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench busy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("busy", __doc__)
     parser.add_argument("--busy", type=int, default=1, help="processes beside the measured one")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each kind, in turns")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of a round")

@@ -13,7 +13,6 @@ not called, and results are ignored.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 from bench.aot_build import TARGETS, Target
+from bench.command import command_parser
 from bench.stub import card
 
 NOTE = "carried.json"
@@ -79,9 +79,7 @@ def count(folder: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench carry", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("carry", __doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arch", type=int, default=90, choices=[target.arch for target in TARGETS])
     parser.add_argument("--case", action="append", metavar="NAME", help=f"{', '.join(DEFAULT_CASES)} by default")

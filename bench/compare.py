@@ -17,7 +17,6 @@ Exit code 0: none of our rows is slower or lost; 1: some are; 2: the files canno
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -25,6 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench.command import command_parser
 
 Row = dict[str, Any]
 # what the width of the edge MLP matters to
@@ -191,9 +192,7 @@ def compare(old: dict[tuple[str, ...], Row], new: dict[tuple[str, ...], Row]) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("compare", __doc__)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     args = parser.parse_args(arguments)

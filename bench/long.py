@@ -11,7 +11,6 @@ graph. What grows as a process warms up is left out: slopes are of the second ha
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
 import json
@@ -30,6 +29,7 @@ import torch
 
 import drseg_core as drseg
 from bench import record
+from bench.command import command_parser
 from drseg_core.config.load import load_config, override
 from drseg_core.data.synthetic import write_scenes
 from drseg_core.files import write_text_atomic
@@ -139,9 +139,7 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench long", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("long", __doc__)
     parser.add_argument("--seconds", type=float, default=3600, help="of each kind")
     parser.add_argument("--only", choices=list(KINDS), action="append", help="some kinds")
     parser.add_argument("--out", type=Path, help="also write the rows here, as JSON lines")

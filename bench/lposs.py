@@ -13,7 +13,6 @@ and scipy (extra bench).
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import statistics
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bench import record
+from bench.command import command_parser
 from drseg_core.nn.label_propagation import LPOSS_GRAPH, propagation_graph, solve_labels
 from drseg_core.testing import dino_like_prior
 
@@ -77,9 +77,7 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench lposs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("lposs", __doc__)
     parser.add_argument("--side", type=int, default=128, help="cells of the grid's side")
     parser.add_argument("--channels", type=int, default=768, help="of the prior")
     parser.add_argument("--classes", type=int, default=21)

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from bench import memory, one_op, parts, record
+from bench.command import command_parser
 from bench.precision import PRECISIONS
 from drseg_core.config.load import load_config, override
 from drseg_core.config.validate import validate
@@ -201,9 +202,7 @@ def text_of(row: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("model", __doc__)
     parser.add_argument("--config", action="append", help="preset or YAML file; vitb and vitl by default")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="option, e.g. model.rotations=1"

@@ -8,7 +8,6 @@ Exit codes: 0, 1 (too old, or no CUDA device where ``--device cuda`` asks for on
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from bench import carry, record
+from bench.command import command_parser
 from bench.timing import gpu_state
 
 
@@ -87,9 +87,7 @@ def found(device: str, folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench place", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("place", __doc__)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(arguments)

@@ -9,7 +9,6 @@ said so. Needs matplotlib (the ``bench`` extra).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import matplotlib
 
 from bench import compare
+from bench.command import command_parser
 from bench.compare import Row, width_of
 
 matplotlib.use("Agg")
@@ -161,9 +161,7 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("plot", __doc__)
     parser.add_argument("rows", type=Path, nargs="+", help="JSON-lines files of python -m bench run")
     parser.add_argument("--out", type=Path, default=Path("docs/bench"), help="folder")
     args = parser.parse_args(arguments)

@@ -11,7 +11,6 @@ there. Needs up to ten GB of memory and four of disk.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from bench import record
+from bench.command import command_parser
 from drseg_core.data.benchmarks import BENCHMARKS
 
 PRESETS = ("vitl", "vitb")
@@ -99,9 +99,7 @@ def measure(preset: str, name: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench presets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("presets", __doc__)
     parser.add_argument("--preset", action="append", choices=PRESETS, help="both by default")
     parser.add_argument("--set", action="append", choices=tuple(BENCHMARKS), help="all by default")
     parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")

@@ -13,7 +13,6 @@ the gap between two nodes of a graph.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import sys
@@ -28,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import record
+from bench.command import command_parser
 from bench.timing import GraphSampler, gpu_state, seconds_of, settle_clocks
 from drseg_core.ops import csc, graph_layer, linear_map, prepare_prior
 from drseg_core.testing import Case
@@ -235,9 +235,7 @@ def measure(probe: Probe, device: str, repeats: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("probe", __doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", default="", metavar="TEXT", help="probes whose name has this in it")
     parser.add_argument("--repeats", type=int, default=11, help="timed calls of each")

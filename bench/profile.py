@@ -12,7 +12,6 @@ this machine's library product and copy (``counts.py``): a kernel may do more th
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench import counts, jobs, record, whole_pdgr
+from bench.command import command_parser
 from bench.contenders import pdgr_products
 from bench.one_op import sizes_of
 from bench.precision import PRECISIONS
@@ -126,9 +126,7 @@ def text_of(row: dict[str, Any], most: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("profile", __doc__)
     parser.add_argument("--case", action="append", choices=tuple(jobs.CASES), metavar="NAME", help="a named case")
     parser.add_argument("--mode", action="append", choices=jobs.MODES, help="both by default")
     parser.add_argument("--dtype", action="append", choices=tuple(PRECISIONS), help="all by default")

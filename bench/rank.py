@@ -18,7 +18,6 @@ that can be compared), 2 (usage).
 
 from __future__ import annotations
 
-import argparse
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -34,6 +33,7 @@ from bench import sass
 from bench.aot import REGISTERS_PER_BLOCK
 from bench.aot_build import TARGETS, Target, compiled_for
 from bench.aot_variants import Variant
+from bench.command import command_parser
 from bench.launches import launched
 from bench.tables import is_timed, write_entry
 from bench.tune_candidates import DEFAULT_CASES, TABLES, candidates, decides, width_of
@@ -242,9 +242,7 @@ def _write(predictor: Predictor, table: str, case: Case, dtype: str, folder: Pat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench rank", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("rank", __doc__)
     parser.add_argument("op", nargs="?", choices=sorted(TABLES), help="all by default")
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="the large ones")
     parser.add_argument("--target", type=int, default=90, choices=[target.arch for target in TARGETS])

@@ -10,13 +10,13 @@ what the rows give.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import compare
+from bench.command import command_parser
 from bench.compare import Row, width_of
 
 BEGIN, END = "<!-- bench: {}, made by bench/report.py -->", "<!-- /bench -->"
@@ -237,9 +237,7 @@ def _rows_of(path: Path) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("report", __doc__)
     parser.add_argument("rows", type=Path, help="folder of JSON-lines files")
     parser.add_argument("pages", type=Path, nargs="+", metavar="page")
     parser.add_argument("--check", action="store_true", help="change nothing")

@@ -37,6 +37,7 @@ from pathlib import Path
 import torch
 
 from bench import jobs, one_op, paired, record, source
+from bench.command import command_parser
 from bench.precision import PRECISIONS
 from drseg_core.errors import BackendUnavailableError
 from drseg_core.ops import backend_report
@@ -59,15 +60,11 @@ def _share(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench run",
-        # what is refused is said below one line, not below all options
-        usage="python -m bench run [--op OP] [--case CASE] [--out FILE] [options]; --help has all, --list the cases",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="what --beside names:\n"
-        + "\n".join(f"  {name:<20}{text}" for name, text in (*jobs.CONTENDERS.items(), ("nothing", "only the engine"))),
-    )
+    # what is refused is said below one line, not below all options
+    usage = "python -m bench run [--op OP] [--case CASE] [--out FILE] [options]; --help has all, --list the cases"
+    parser = command_parser("run", __doc__, usage)
+    contenders = (*jobs.CONTENDERS.items(), ("nothing", "only the engine"))
+    parser.epilog = "what --beside names:\n" + "\n".join(f"  {name:<20}{text}" for name, text in contenders)
     parser.add_argument("--op", choices=("pdgr", *one_op.OPS), action="append", help="what to measure; all by default")
     parser.add_argument(
         "--case", action="append", help=f"named case; {', '.join(_DEFAULT_CASES)} by default, quicker ones with --base"

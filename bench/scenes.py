@@ -11,7 +11,6 @@ or no row is written.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import sys
@@ -26,6 +25,7 @@ from unittest import mock
 import torch
 
 from bench import record
+from bench.command import command_parser
 from bench.scene_memory import write_scene
 from drseg_core.config.load import load_config, override
 from drseg_core.evaluation.inference import Predictor
@@ -113,9 +113,7 @@ def measure(predictor: Predictor, size: tuple[int, int], repeats: int, folder: P
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench scenes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("scenes", __doc__)
     parser.add_argument("--preset", default="tiny", help="tiny by default")
     parser.add_argument("--size", default="1536x1536", metavar="WxH", help="of the scene in pixels")
     parser.add_argument("--repeats", type=int, default=3)

@@ -15,7 +15,6 @@ median is kept. Exit codes: 0, 1 (no candidate passed), 2 (usage), 5 (no CUDA de
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from drseg_kernels._launch import Device
 
 from bench import sass
 from bench.aot_build import TARGETS, Target
+from bench.command import command_parser
 from bench.rank import Predictor
 from bench.tables import write_entry
 from bench.timing import Contender, interleave
@@ -159,9 +159,7 @@ def tune(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("tune", __doc__)
     parser.add_argument("--op", action="append", choices=sorted(TABLES), help="all by default")
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="the large ones")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
