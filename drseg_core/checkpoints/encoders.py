@@ -159,7 +159,8 @@ def _is_file(value: str, option: str) -> bool:
     if value.startswith(HUB) or Path(value).is_file():
         return True
     if ":" not in value and (value.endswith(_SUFFIXES) or "/" in value):
-        raise CheckpointError(f"zero_shot: {option} {value} not found; expected a file of weights")
+        found = "is a folder" if Path(value).is_dir() else "not found"
+        raise CheckpointError(f"zero_shot: {option} {value} {found}; expected a file of weights")
     return False
 
 

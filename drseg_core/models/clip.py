@@ -489,8 +489,9 @@ def _weights(
         return None, PIXEL_MEAN, PIXEL_DEVIATION
     if not Path(config.weights).is_file():
         tags = ", ".join(list_pretrained_tags_by_model(config.name)) or "none"
+        found = "are a folder" if Path(config.weights).is_dir() else "not found"
         raise CheckpointError(
-            f"ClipEncoder: weights {config.weights!r} not found; expected a file or a tag of {config.name} ({tags})"
+            f"ClipEncoder: weights {config.weights!r} {found}; expected a file or a tag of {config.name} ({tags})"
         )
     tensors = foreign_tensors(config.weights)
     last = {key.rpartition(".")[2] for key in tensors}

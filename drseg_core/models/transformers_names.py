@@ -14,7 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from drseg_core.errors import CheckpointError
+
 _IMAGE_TOWER = "vision_model."
+# of activations: whether that is QuickGELU
+_QUICK = {"quick_gelu": True, "gelu": False}
+# what open_clip adds to a variance, and transformers by default
+_EPS = 1e-5
 # in this order; each takes the place of what an earlier one has left
 _CLIP = (
     (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
@@ -66,7 +72,7 @@ def clip_as_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ``CLIPModel``'s state dict in OpenAI's names; any other one as it is."""
     if not any(key.startswith(_IMAGE_TOWER) for key in state):
         return dict(state)
-    renamed = _joined(_renamed(state, _CLIP), "in_proj_")
+    renamed = _joined(_renamed(state, _CLIP), "in_proj_", whole=True)
     return {key: value.T if key in _TRANSPOSED else value for key, value in renamed.items()}
 
 
@@ -80,7 +86,7 @@ def dino_as_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if any(key.endswith(".attention.o_proj.weight") for key in state):
         rules += _DINO_3 + (_GATED if any(".mlp.gate_proj." in key for key in state) else _PLAIN)
     kept = {key: value for key, value in state.items() if not key.startswith(_POOLER)}
-    return _joined(_renamed(kept, rules), "qkv.")
+    return _joined(_renamed(kept, rules), "qkv.", whole=False)
 
 
 def from_transformers(names: Iterable[str]) -> bool:
@@ -89,17 +95,39 @@ def from_transformers(names: Iterable[str]) -> bool:
 
 
 def says_quick_gelu(path: str) -> bool | None:
-    """Whether the ``config.json`` beside a ``CLIPModel``'s file says QuickGELU; None where nothing says which.
+    """Whether the ``config.json`` beside a ``CLIPModel``'s file says QuickGELU; None where there is none to be read.
 
     The file itself does not hold it. OpenAI's weights have QuickGELU, most others do not.
+
+    Raises:
+        CheckpointError: it is of another model than a CLIP, or of one that open_clip would not compute as it does.
     """
     try:
         content = json.loads(Path(path).with_name("config.json").read_text(encoding="utf-8"))
-        # transformers leaves out what is its default
-        found = (content.get("vision_config") or {}).get("hidden_act", "quick_gelu")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return {"quick_gelu": True, "gelu": False}.get(found) if isinstance(found, str) else None
+    if not isinstance(content, dict):
+        return None
+    towers = [content.get(name) or {} for name in ("vision_config", "text_config")]
+    # transformers leaves out what is its default
+    kinds = {str(tower.get("hidden_act", "quick_gelu")) for tower in towers if isinstance(tower, dict)}
+    small = {tower.get("layer_norm_eps", _EPS) for tower in towers if isinstance(tower, dict)}
+    model = content.get("model_type", "clip")
+    problem: tuple[str, object, object]
+    if model != "clip":
+        problem = ("model_type", "clip", model)
+    elif small != {_EPS}:
+        problem = ("layer_norm_eps", _EPS, _words(small))
+    elif len(kinds) != 1 or not kinds <= _QUICK.keys():
+        problem = ("hidden_act", f"one of {_words(_QUICK)} in both towers", _words(kinds))
+    else:
+        return _QUICK[kinds.pop()]
+    what, right, found = problem
+    raise CheckpointError(f"ClipEncoder: config.json beside {path} has another {what}; expected {right}, got {found}")
+
+
+def _words(values: Iterable[object]) -> str:
+    return " and ".join(sorted(map(str, values)))
 
 
 def _renamed(state: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
@@ -112,22 +140,23 @@ def _renamed(state: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) ->
     return result
 
 
-def _joined(state: dict[str, Tensor], joint: str) -> dict[str, Tensor]:
-    """Projections ``q_``, ``k_`` and ``v_`` of each block one below the other, zeros for a bias that is left out."""
-    parts = re.compile(rf"^(.*\.attn\.)[qkv]_{re.escape(joint)}(weight|bias)$")
-    result = {}
-    for key, value in state.items():
-        match = parts.match(key)
-        if match is None:
-            result[key] = value
-            continue
-        start, kind = match.groups()
-        name = f"{start}{joint}{kind}"
-        if name not in result:
-            three = [state.get(f"{start}{letter}_{joint}{kind}") for letter in "qkv"]
-            if kind == "bias":
-                three = [torch.zeros_like(value) if part is None else part for part in three]
-            if any(part is None for part in three):
-                raise ValueError(f"{name}: a projection is missing")
-            result[name] = torch.cat([part for part in three if part is not None])
+def _joined(state: dict[str, Tensor], joint: str, *, whole: bool) -> dict[str, Tensor]:
+    """Projections ``q_``, ``k_`` and ``v_`` of each block one below the other.
+
+    Zeros stand for a bias that no block has, unless they must be ``whole``. What is incomplete stays in parts, which
+    fit no model.
+    """
+    parts = re.compile(rf"^(.*\.attn\.)([qkv])_{re.escape(joint)}(weight|bias)$")
+    found = [match for match in map(parts.match, state) if match is not None]
+    biased = {match[2] for match in found if match[3] == "bias"}
+    result = {key: value for key, value in state.items() if parts.match(key) is None}
+    for start, kind in dict.fromkeys((match[1], match[3]) for match in found):
+        names = {letter: f"{start}{letter}_{joint}{kind}" for letter in "qkv"}
+        held = {letter: state[name] for letter, name in names.items() if name in state}
+        wanted = set("qkv") if kind == "weight" or whole else biased
+        if held.keys() >= wanted:
+            like = next(iter(held.values()))
+            result[f"{start}{joint}{kind}"] = torch.cat([held.get(letter, torch.zeros_like(like)) for letter in "qkv"])
+        else:
+            result |= {names[letter]: value for letter, value in held.items()}
     return result

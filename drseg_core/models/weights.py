@@ -34,6 +34,8 @@ LISTED = 10
 _NESTED = 8
 # names of what only wraps a model
 _WRAPPERS = ("state_dict", "model", "teacher", "module", "backbone")
+# names of what is only a part of a model, or a list of parts
+_PART = re.compile(r"-\d{5}-of-(?P<parts>\d{5})\.|\.index\.json$")
 
 _log = logging.getLogger(__name__)
 
@@ -304,6 +306,12 @@ def foreign_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         CheckpointError: missing, unreadable or damaged, or holding anything but tensors and plain values.
     """
     file = _readable(path, "read_foreign_state")
+    part = _PART.search(file.name)
+    if part is not None and int(part["parts"] or 0) != 1:
+        raise CheckpointError(
+            f"read_foreign_state: {path} is {'one part of' if part['parts'] else 'a list of the parts of'} a model; "
+            "expected one file with all tensors: join the parts first"
+        )
     with open(file, "rb") as stream:
         start = stream.read(9)
     if file.suffix == ".safetensors" or start[8:9] == b"{":

@@ -70,12 +70,18 @@ def clip_model(clip: State) -> State:
     return state
 
 
-def read_clip(state: State, folder: Path, activation: Any = "gelu") -> State:
+def described(activation: str | None = "gelu", **changes: Any) -> dict[str, Any]:
+    """A ``config.json``: with an activation for both towers, and what else it says."""
+    tower = {} if activation is None else {"hidden_act": activation}
+    return {"model_type": "clip", "vision_config": tower, "text_config": tower, **changes}
+
+
+def read_clip(state: State, folder: Path, config: Any = None) -> State:
+    """What is read of a ``CLIPModel``; without a config.json where that is False."""
     path = folder / "model.safetensors"
     save_file({name: value.contiguous() for name, value in state.items()}, path)
-    if activation != "no file":
-        vision = {} if activation is None else {"hidden_act": activation}
-        (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
+    if config is not False:
+        (folder / "config.json").write_text(json.dumps(described() if config is None else config))
     return open_clip_model(dataclasses.replace(CLIP, weights=str(path)), True)[0].state_dict()
 
 
@@ -92,15 +98,38 @@ def test_an_activation_that_is_not_the_models_is_refused(
 ) -> None:
     """Left out of config.json, it is what transformers takes by default: that of OpenAI."""
     with pytest.raises(ValueError, match=r"trained with QuickGELU; expected model\.clip\.name drseg-tiny-quickgelu"):
-        read_clip(clip_model, tmp_path, activation)
+        read_clip(clip_model, tmp_path, described(activation))
 
 
-@pytest.mark.parametrize("activation", ["no file", "relu"])
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"vision_config": {"hidden_act": "gelu_new"}}, r"another hidden_act; expected .*, got gelu and gelu_new$"),
+        (
+            {"text_config": {}},
+            r"hidden_act; expected one of gelu and quick_gelu in both towers, got gelu and quick_gelu$",
+        ),
+        ({"text_config": None}, "another hidden_act"),
+        (
+            {"text_config": {"hidden_act": "gelu", "layer_norm_eps": 1e-6}},
+            "another layer_norm_eps; expected 1e-05, got",
+        ),
+        ({"model_type": "siglip"}, "another model_type; expected clip, got siglip"),
+    ],
+)
+def test_what_open_clip_would_compute_otherwise_is_refused(
+    changes: dict[str, Any], problem: str, clip_model: State, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=problem):
+        read_clip(clip_model, tmp_path, described(**changes))
+
+
+@pytest.mark.parametrize("config", [False, [1]])
 def test_an_activation_that_nothing_says_is_a_warning(
-    activation: str, clip_model: State, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config: Any, clip_model: State, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "drseg_core"):
-        read_clip(clip_model, tmp_path, activation)
+        read_clip(clip_model, tmp_path, config)
     (said,) = caplog.messages
     assert "no config.json beside it says its activation; exact GELU, that of drseg-tiny, is taken" in said
 
@@ -114,10 +143,31 @@ def test_one_with_its_activation_beside_it_says_nothing(
 
 
 def test_a_clip_model_without_a_projection_is_refused_in_names_of_the_model(clip_model: State, tmp_path: Path) -> None:
-    for name in ("visual_projection.weight", "vision_model.encoder.layers.1.self_attn.k_proj.weight"):
-        with pytest.raises(CheckpointError, match="does not fit the architecture; .* missing: .*") as caught:
+    for name, ours in (
+        ("visual_projection.weight", "visual.proj"),
+        ("vision_model.encoder.layers.1.self_attn.k_proj.weight", "visual.transformer.resblocks.1.attn.in_proj_weight"),
+        ("text_model.encoder.layers.0.self_attn.q_proj.bias", "transformer.resblocks.0.attn.in_proj_bias"),
+    ):
+        with pytest.raises(CheckpointError, match=f"does not fit the architecture; 1 missing: {ours}[; (]") as caught:
             read_clip({key: value for key, value in clip_model.items() if key != name}, tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_parts_of_a_model_are_refused(clip_model: State, tmp_path: Path) -> None:
+    for name in (
+        "model-00002-of-00003.safetensors",
+        "model.safetensors.index.json",
+        "model-00001-of-00001.safetensors",
+    ):
+        save_file(clip_model, tmp_path / name)
+        config = dataclasses.replace(CLIP, weights=str(tmp_path / name))
+        if "of-00001" in name:
+            open_clip_model(config, True)
+            continue
+        with pytest.raises(CheckpointError, match=r"is (one part|a list of the parts) of a model; expected one file"):
+            open_clip_model(config, True)
+    with pytest.raises(CheckpointError, match="are a folder; expected a file or a tag"):
+        open_clip_model(dataclasses.replace(CLIP, weights=str(tmp_path)), True)
 
 
 def layers(start: str, blocks: int, names: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -267,6 +317,13 @@ def test_a_dinov3_model_is_read(gated: bool, biased: bool) -> None:
     first = {"fc1_g": "gate_proj", "fc1_x": "up_proj"} if gated else {"fc1": "up_proj"}
     for mine, theirs in {**first, "fc2": "down_proj"}.items():
         assert torch.equal(found[f"blocks.0.mlp.{mine}.weight"], state[f"layer.0.mlp.{theirs}.weight"])
+
+
+def test_a_bias_that_only_some_blocks_have_is_refused() -> None:
+    state = dinov3(32, 16, 2, gated=False, biased=True)
+    del state["layer.1.attention.v_proj.bias"]
+    found = dino_as_published(state)
+    assert "blocks.0.attn.qkv.bias" in found and "blocks.1.attn.qkv.bias" not in found
 
 
 @pytest.mark.parametrize("place", ["", "backbone.", "teacher.backbone."])
