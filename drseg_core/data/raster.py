@@ -92,6 +92,11 @@ class RasterReader:
             )
 
     @property
+    def has_color_table(self) -> bool:
+        """Whether its one band holds places in a table of colours."""
+        return self._colors is not None
+
+    @property
     def crs(self) -> Any:
         return self.source.crs
 

@@ -287,7 +287,8 @@ def describe(scene: SceneReader, trained_gsd: float | None = None) -> None:
     """Say how a scene is read: bands and scale, and what may be wrong with them."""
     name = scene.path.name
     order = ", ".join(map(str, scene.bands))
-    label = "red, green, blue are bands" if len(scene.bands) == 3 else "gray is band"
+    one = "colours are those of the table of band" if scene.has_color_table else "gray is band"
+    label = "red, green, blue are bands" if len(scene.bands) == 3 else one
     _log.info("%s: %s %s (%s)", name, label, order, scene.band_source)
     pairs = scene.pairs()
     if pairs is not None:

@@ -299,6 +299,18 @@ def test_colours_that_are_not_red_green_and_blue_are_refused(tmp_path, mode, suf
             pass
 
 
+def test_a_table_of_colours_is_read_and_said(tmp_path, caplog):
+    path, value = tmp_path / "scene.png", RNG.integers(0, 3, (20, 30)).astype(np.uint8)
+    colors = np.array([(255, 0, 0), (0, 128, 255), (9, 8, 7)], np.uint8)
+    image = Image.fromarray(value)
+    image.putpalette(colors.tobytes())
+    image.save(path)
+    with caplog.at_level(logging.INFO, "drseg_core"), open_scene(path) as scene:
+        assert np.array_equal(scene.rows(0, 20)[0].numpy(), colors[value].transpose(2, 0, 1))
+        describe(scene)
+    assert "scene.png: colours are those of the table of band 1 (the only one)" in caplog.text
+
+
 def test_a_colour_table_of_16_bits_is_refused(tmp_path):
     root = folder(tmp_path / "set", [PIXELS[:1].astype(np.uint16)], photometric="PALETTE")
     image = root / "train/images/0.tif"
