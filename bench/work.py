@@ -264,7 +264,7 @@ _WORK: dict[str, Callable[[_Sizes], Work]] = {
     "_edge_coefficient_fwd_kernel": _edge_coefficient,
     "_edge_coefficient_bwd_kernel_slope": _slope,
     "_degree_normalize_fwd_kernel_row": _slots(2),
-    "_degree_normalize_bwd_kernel_row": _slots(2),
+    "_degree_normalize_bwd_kernel_row": _slots(3),
     "_degree_normalize_fwd_kernel_scale": _scale,
     "_degree_normalize_fwd_kernel_edges": _slots(1),
     "_degree_normalize_bwd_kernel_degree": _degree,

@@ -95,12 +95,13 @@ void gradient_of_sample(Sample<T> sample, const T* grad, int64_t norm, T eps, T*
     return;
   }
   std::vector<T> term(slots);
+  // a weight meets its degree before a gradient, as forward: the product of the two may be too large for a number
   if (norm == kRow) {
     for (int64_t i = 0; i < nodes; ++i) {
       const int64_t first = i * slots;
       const T inverse = 1 / (row_sum(sample.weight + first, slots) + eps);
-      for (int64_t k = 0; k < slots; ++k) term[k] = grad[first + k] * sample.weight[first + k];
-      const T through = inverse * row_sum(term.data(), slots);
+      for (int64_t k = 0; k < slots; ++k) term[k] = grad[first + k] * (sample.weight[first + k] * inverse);
+      const T through = row_sum(term.data(), slots);
       for (int64_t k = 0; k < slots; ++k) out[first + k] = inverse * (grad[first + k] - through);
     }
     return;
@@ -112,9 +113,9 @@ void gradient_of_sample(Sample<T> sample, const T* grad, int64_t norm, T eps, T*
   for (int64_t i = 0; i < nodes; ++i) {
     for (int64_t k = 0; k < slots; ++k) {
       const int64_t e = i * slots + k, j = clamp_index(sample.index[e], nodes);
-      const T share = half * grad[e] * sample.weight[e];
-      term[k] = share * scales.end[j];
-      to_end[j] += share * scales.start[i];
+      const T weight = sample.weight[e], share = half * grad[e];
+      term[k] = share * (weight * scales.end[j]);
+      to_end[j] += share * (weight * scales.start[i]);
     }
     to_start[i] = row_sum(term.data(), slots);
   }

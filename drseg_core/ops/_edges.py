@@ -117,12 +117,10 @@ def run_backward(
     if source_bias is not None and wants_shift:
         to_shift = to_source.sum(tuple(range(to_source.dim() - 1))).to(source_bias.dtype)
     parts = [to_source if wants_source else source.new_empty(0), to_target]
-    if stacked and wants_source:
-        parts = [torch.empty_like(source, memory_format=torch.contiguous_format), source.new_empty(0)]
-        for half, value in zip(parts[0].chunk(2, -1), (to_source, to_target), strict=True):
-            half.copy_(value) if inverse_norm is None else torch.mul(value, inverse_norm.unsqueeze(-1), out=half)
-    elif inverse_norm is not None:
+    if inverse_norm is not None:
         parts = [value * inverse_norm.unsqueeze(-1) if value.numel() else value for value in parts]
+    if stacked and wants_source:
+        parts = [torch.cat(parts, -1), source.new_empty(0)]
     like = (source, source if target is None else target)
     parts = [value.to(half.dtype) for value, half in zip(parts, like, strict=True)]
     return (*parts, to_vector, to_bias, to_shift, *(last or [source.new_empty(0)]))

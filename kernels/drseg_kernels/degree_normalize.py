@@ -40,14 +40,17 @@ def _degree_normalize_bwd_kernel_row(grad_ptr, weight_ptr, grad_weight_ptr, slot
     """Norm ``row``: the gradient to the weights of a row, through its degree."""
     first = tl.program_id(0).to(tl.int64) * slots
     total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, slots, BLOCK_N):
+        k = start + tl.arange(0, BLOCK_N)
+        total += tl.load(weight_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
+    inverse = 1.0 / (tl.sum(total, axis=0) + eps)
     product = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, slots, BLOCK_N):
         k = start + tl.arange(0, BLOCK_N)
         weight = tl.load(weight_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
-        total += weight
-        product += weight * tl.load(grad_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
-    inverse = 1.0 / (tl.sum(total, axis=0) + eps)
-    through = inverse * tl.sum(product, axis=0)
+        # a weight meets its degree before a gradient: the product of the two may be too large for a number
+        product += weight * inverse * tl.load(grad_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
+    through = tl.sum(product, axis=0)
     for start in range(0, slots, BLOCK_N):
         k = start + tl.arange(0, BLOCK_N)
         grad = tl.load(grad_ptr + first + k, mask=k < slots, other=0.0).to(tl.float32)
@@ -141,7 +144,7 @@ def to_degrees(
     BLOCK_N: tl.constexpr,
 ):
     """Sums of gradient times weight, and with SCALED times the scale of the other end: over the edges that leave a
-    node, and over those that end in it."""
+    node, and over those that end in it. The scale comes first: gradient times weight may be too large for a number."""
     total = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, slots, BLOCK_N):
         k = first + tl.arange(0, BLOCK_N)
@@ -149,11 +152,10 @@ def to_degrees(
         edge = node * slots + k
         if SCALED:
             other = sample + within(tl.load(index_ptr + edge, mask=slot, other=0), nodes)
-        share = tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
-        share = share * tl.load(weight_ptr + edge, mask=slot, other=0.0).to(tl.float32)
+        share = tl.load(weight_ptr + edge, mask=slot, other=0.0).to(tl.float32)
         if SCALED:
             share = share * tl.load(end_ptr + other, mask=slot, other=0.0)
-        total += share
+        total += share * tl.load(grad_ptr + edge, mask=slot, other=0.0).to(tl.float32)
     leaving = tl.sum(total, axis=0)
 
     last = tl.load(indptr_ptr + node + 1).to(tl.int64)
@@ -162,11 +164,10 @@ def to_degrees(
         place = first + tl.arange(0, BLOCK_N)
         incoming = place < last
         edge = tl.load(perm_ptr + place, mask=incoming, other=0)
-        share = tl.load(grad_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
-        share = share * tl.load(weight_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
+        share = tl.load(weight_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
         if SCALED:
             share = share * tl.load(start_ptr + edge // slots, mask=incoming, other=0.0)
-        total += share
+        total += share * tl.load(grad_ptr + edge, mask=incoming, other=0.0).to(tl.float32)
     return leaving, tl.sum(total, axis=0)
 
 

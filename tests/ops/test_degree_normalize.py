@@ -50,6 +50,16 @@ class TestDegreeNormalize(OpContract):
             torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
 
     @pytest.mark.promise("C5")
+    @pytest.mark.parametrize("size", [1e37, 3e38], ids=str)
+    def test_degrees_and_gradients_beyond_float32_are_finite(self, variant, call, size):
+        """A degree that is too large makes its coefficients 0; of weight times gradient alone nothing follows."""
+        inputs = self.inputs(variant)
+        weight = torch.full_like(inputs["weight"], size, dtype=torch.float32).requires_grad_()
+        coefficient = call(**{**inputs, "weight": weight})
+        (grad,) = torch.autograd.grad(coefficient, weight, torch.linspace(-100, 200, weight.numel()).view_as(weight))
+        assert coefficient.isfinite().all() and grad.isfinite().all()
+
+    @pytest.mark.promise("C5")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
     def test_smallest_eps_is_finite(self, variant, call, dtype):
         inputs = self.inputs(variant)

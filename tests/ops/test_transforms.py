@@ -9,7 +9,9 @@ from contract import leaves, output_gradient, run
 from fused import FUSED, GRAPH_LAYER_RELU
 from subjects import SUBJECTS, Inputs, Subject
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from drseg_core import ops
 from drseg_core.nn import PDGR
 from drseg_core.testing import CASES
 
@@ -42,6 +44,45 @@ def test_grad_is_what_backward_gives(subject):
     got = torch.func.grad(lambda *given: (call(*given) * expected["given"]).sum(), every)(*values)
     for name, value in zip(subject.differentiable, got, strict=True):
         assert torch.equal(value, expected[f"grad_{name}"]), name
+
+
+class Held(torch.nn.Module):
+    """A program as a module, which is what ``torch.export`` takes."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def forward(self, *given):
+        return self.run(*given)
+
+
+def decomposed(run, given):
+    program = torch.export.export(Held(run), given)
+    plain = program.run_decompositions(torch.export.default_decompositions() | ops.decompositions())
+    assert not any("drseg" in str(node.target) for node in plain.graph.nodes)
+    return plain.module()(*given)
+
+
+def test_a_step_of_one_size_is_decomposed_into_plain_operators(subject):
+    """Forward and backward: no reference may write into part of a tensor, which not every compiler follows."""
+    inputs, values = parts(subject)
+    call = with_differentiable(subject, inputs)
+    every = tuple(range(len(values)))
+    gradient = torch.func.grad(lambda *given: call(*given).square().sum(), every)
+    for run_once in (call, make_fx(gradient)(*values)):
+        got, right = decomposed(run_once, tuple(values)), run_once(*values)
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_one_size_are_decomposed_into_plain_operators():
+    prior = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0))
+    index = ops.knn_graph(prior, (3, 4), 4)
+
+    def cosine(prior: Tensor) -> Tensor:
+        return ops.score_parts(prior, (3, 4), index).cosine
+
+    torch.testing.assert_close(decomposed(cosine, (prior,)), cosine(prior), rtol=0, atol=1e-6)
 
 
 def test_jacrev_has_the_gradient_of_every_output(subject):

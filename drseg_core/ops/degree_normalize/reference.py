@@ -68,19 +68,20 @@ def degree_normalize_backward(
     dtype = weight.dtype
     grad, weight = _wide(grad), _wide(weight)
     neighbour = index.long().clamp(0, torch.sym_max(index.shape[1] - 1, 0))
+    # a weight meets its degree before a gradient, as forward: the product of the two may be too large for a number
     if norm == "sym_count":
         return (grad / _slots(index)).to(dtype)
     if norm == "row":
         inverse = (weight.sum(-1, keepdim=True) + eps).reciprocal()
-        return (inverse * (grad - inverse * (grad * weight).sum(-1, keepdim=True))).to(dtype)
+        return (inverse * (grad - (grad * (weight * inverse)).sum(-1, keepdim=True))).to(dtype)
     if norm == "sym_undirected":
         grad = grad / 2
     start, end = _scales(weight, neighbour, norm, eps)
     far = _at_neighbour(end, neighbour)
     near = start[:, :, None]
     # d(degree ** -1/2) = -1/2 degree ** -3/2, factor by factor: the cube of a scale may be too small for a number
-    grad_start = start * (start * (-0.5 * start * (grad * weight * far).sum(-1)))
-    grad_end = end * (end * (-0.5 * end * _column_sum(grad * weight * near, neighbour)))
+    grad_start = start * (start * (-0.5 * start * (grad * (weight * far)).sum(-1)))
+    grad_end = end * (end * (-0.5 * end * _column_sum(grad * (weight * near), neighbour)))
     through_row: Tensor
     if norm == "sym_row":
         through_row, through_column = grad_start + grad_end, None

@@ -95,7 +95,8 @@ def edge_coefficient(
         vector: (E,) second layer, or (1, E), the weight of ``nn.Linear(E, 1)``.
         bias: () or (1,), the bias of the second layer.
         inverse_norm, source_bias: as in ``edge_weight``.
-        mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
+        mask: bool, shape of ``index``; where False the weight is 0 without gradient. It is NaN where the features of
+            either end are not finite: a mask does not hide those.
         score: the scores of ``knn_graph`` in place of a mask, shape of ``index``; a slot with ``-inf`` is padding.
         exponent: as in ``edge_weight``. A weight that is infinite makes coefficients NaN.
         norm: see ``degree_normalize``.

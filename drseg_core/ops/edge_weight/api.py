@@ -43,11 +43,12 @@ def edge_weight(
         inverse_norm: (B, N) or (N,), float32 or float64. Both halves of a node are multiplied by it. So halves of
             unnormalised features become those of normalised ones. It gets no gradient.
         source_bias: (E,), bias of the first layer, added to ``source`` after ``inverse_norm`` is applied.
-        mask: bool, shape of ``index``; where False the weight is 0 without gradient (NaN if the row is not finite).
+        mask: bool, shape of ``index``; where False the weight is 0 without gradient. It is NaN where the features of
+            either end are not finite: a mask does not hide those.
         score: the scores of ``knn_graph`` in place of a mask, shape of ``index``; a slot with ``-inf`` is padding.
         exponent: shape of ``index``, float32 or float64; multiplies the weight by its exponential. What padding has
-            does not matter. Elsewhere NaN makes the weight NaN, ``-inf`` makes it 0, and above 88 (of float32) it is
-            infinite. A weight of 0 has no gradient.
+            does not matter. Elsewhere NaN makes the weight NaN and ``-inf`` makes it 0. Above 88 (of float32) it is
+            infinite, or NaN where the weight without it is 0 in float32. A weight of 0 has no gradient.
         csc: ``csc(index)``, for the gradient to ``target``; None makes it in every backward.
         validate: refuse indices outside [0, N) (synchronises a GPU); otherwise they are clamped into it.
         backend: one of ``backend_names()``; None takes the best that can run.

@@ -121,23 +121,33 @@ def edge_weight_backward(
         # whatever its exponent is
         slope = torch.where(weight == 0, 0, factor * -torch.expm1(-weight / factor))
     grad_logit = grad * slope
-    grad_source, grad_target = source.new_zeros(source.shape), target.new_zeros(target.shape)
     grad_vector = vector.new_zeros(vector.shape)
+    # put together, as in the forward: not every compiler follows a write into part of a tensor
+    of_samples: tuple[list[Tensor], list[Tensor]] = ([], [])
     for b in range(batch):
+        of_rows, to_target = [], target.new_zeros(target.shape[1:])
         for first in range(0, nodes, block):
             rows = slice(first, first + block)
             near = neighbour[b, rows]
             hidden = (source[b, rows, None] + target[b][near]).relu()
             logit = grad_logit[b, rows]
             if wants_vector:
-                grad_vector += (logit.unsqueeze(-1) * hidden).sum((0, 1))
+                grad_vector = grad_vector + (logit.unsqueeze(-1) * hidden).sum((0, 1))
             if not wants_source and not wants_target:
                 continue
             grad_hidden = (logit.unsqueeze(-1) * vector).masked_fill(hidden <= 0, 0)
             if wants_source:
-                grad_source[b, rows] = grad_hidden.sum(1)
+                of_rows.append(grad_hidden.sum(1))
             if wants_target:
-                grad_target[b].index_add_(0, near.flatten(), grad_hidden.flatten(0, 1))
+                to_target = to_target.index_add(0, near.flatten(), grad_hidden.flatten(0, 1))
+        for samples, of_sample in zip(
+            of_samples, (torch.cat(of_rows) if of_rows else to_target, to_target), strict=True
+        ):
+            samples.append(of_sample)
+    grad_source, grad_target = (
+        torch.stack(samples) if samples else torch.zeros_like(given)
+        for samples, given in zip(of_samples, (source, target), strict=True)
+    )
     results = (grad_source, grad_target, grad_vector, grad_logit.sum(), grad * weight)[: len(inputs)]
     return tuple(
         result.to(given.dtype).reshape(given.shape) if need else given.new_empty(0)

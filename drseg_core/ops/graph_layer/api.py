@@ -133,7 +133,7 @@ def graph_layer(
         eps: of ``layer_norm``, > 0.
         undirected: follow every edge in both directions.
         scale: (B, N) or (N,), float32 or float64, from ``edge_coefficient(apart=True)``. A coefficient is multiplied by
-            the scales of both ends of its edge. It gets no gradient here. None multiplies nothing.
+            the scales of both ends of its edge, in the wider dtype of those. It gets no gradient here. None is 1.
         csc: ``csc(index)``, for reversed edges and for the gradient to ``x``; None makes it in every call.
         hand_on: also return the coefficient, for the next layer over the same graph. The kernels of the layers then add
             up their gradients to it, without extra passes. It shares the memory of the one given.

@@ -105,7 +105,7 @@ def compose(propagate: tuple[Callable[..., Tensor], Run]) -> tuple[Run, Run]:
             moments = [value.unsqueeze(-1) for value in (mean, rstd)]
             # the library's sums over the rows depend on the number of threads
             if output_mask[3]:
-                found[3] = (given - moments[0]).mul_(moments[1]).mul_(inner).sum((0, 1))
+                found[3] = ((given - moments[0]) * moments[1] * inner).sum((0, 1))
             if output_mask[4]:
                 found[4] = inner.sum((0, 1))
             if any(output_mask[:3]):

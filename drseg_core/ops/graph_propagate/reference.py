@@ -101,10 +101,13 @@ def graph_propagate_backward(
             return grad_x, (near * start.unsqueeze(2)).sum(-1).to(coefficient.dtype)
         neighbour = index.long().clamp(0, max(nodes - 1, 0))
         block = _row_block(end, k, block)
-        grad_coefficient = coefficient.new_zeros(coefficient.shape)
+        # put together, as in the forward: not every compiler follows a write into part of a tensor
+        samples = []
         for b in range(batch):
-            for first in range(0, nodes, block):
-                rows = slice(first, first + block)
-                dot = (end[b][neighbour[b, rows]] * start[b, rows].unsqueeze(1)).sum(-1)
-                grad_coefficient[b, rows] = dot.to(coefficient.dtype)
+            dots = [
+                (end[b][neighbour[b, rows]] * start[b, rows].unsqueeze(1)).sum(-1)
+                for rows in (slice(first, first + block) for first in range(0, nodes, block))
+            ]
+            samples.append(torch.cat(dots) if dots else wide_x.new_zeros(nodes, k))
+        grad_coefficient = torch.stack(samples).to(coefficient.dtype) if samples else torch.zeros_like(coefficient)
     return grad_x, grad_coefficient
