@@ -153,6 +153,11 @@ def test_a_clip_model_without_a_projection_is_refused_in_names_of_the_model(clip
         assert "\n" not in str(caught.value)
 
 
+def test_a_clip_model_whose_keys_have_no_bias_is_refused(clip_model: State, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"5 missing: .*in_proj_bias"):
+        read_clip({key: value for key, value in clip_model.items() if not key.endswith("k_proj.bias")}, tmp_path)
+
+
 def test_parts_of_a_model_are_refused(clip_model: State, tmp_path: Path) -> None:
     for name in (
         "model-00002-of-00003.safetensors",
