@@ -11,6 +11,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from drseg_core.nn.resample import resample
 from drseg_core.ops import (
@@ -99,6 +105,9 @@ def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     own = type(layer)
     changed = "forward" in layer.__dict__ or own.forward is not kind.forward or own.__call__ is not nn.Module.__call__
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    # hooks of all modules
+    hooked = hooked or _global_forward_hooks or _global_forward_pre_hooks
+    hooked = hooked or _global_backward_hooks or _global_backward_pre_hooks
     return not (changed or hooked)
 
 

@@ -173,3 +173,53 @@ def test_parametrizations_and_onlookers_are_taken():
     torch.testing.assert_close(found, expected)
     found.sum().backward()
     assert all(p.grad is not None for p in module.edge_source.parameters())
+
+
+ALL_MODULES = {
+    "forward": nn.modules.module.register_module_forward_hook,
+    "forward_pre": nn.modules.module.register_module_forward_pre_hook,
+    "full_backward": nn.modules.module.register_module_full_backward_hook,
+    "full_backward_pre": nn.modules.module.register_module_full_backward_pre_hook,
+}
+
+
+@pytest.mark.parametrize("kind", ALL_MODULES)
+def test_hooks_of_all_modules_see_every_layer(kind):
+    module = PDGR(4, 5, k=3)
+    features, prior = torch.randn(1, 4, 3, 3, requires_grad=True), torch.randn(1, 5, 3, 3)
+    expected = module(features, prior)
+    seen: list[nn.Module] = []
+    handle = ALL_MODULES[kind](lambda layer, *_: seen.append(layer))
+    try:
+        found = module(features, prior)
+        found.sum().backward()
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, expected)
+    layers = {module, module.edge_source, module.edge_target, module.dropout, module.output_norm}
+    assert set(seen) == layers and len(seen) == len(layers)
+    seen.clear()
+    module(features, prior).sum().backward()
+    assert not seen
+
+
+def test_what_a_hook_of_all_modules_changes_counts_in_compiled_code_too():
+    torch.compiler.reset()
+    module = PDGR(4, 5, k=3)
+    features, prior = torch.randn(1, 4, 3, 3), torch.randn(1, 5, 3, 3)
+    plain = module(features, prior)
+
+    def call(*given: Tensor) -> Tensor:
+        return module(*given)
+
+    torch.testing.assert_close(torch.compile(call, backend="eager", fullgraph=True)(features, prior), plain)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda layer, given, output: output + 1 if isinstance(layer, nn.LayerNorm) else None
+    )
+    try:
+        torch.testing.assert_close(module(features, prior), plain + 1)
+        torch.compiler.reset()
+        found = torch.compile(call, backend="eager", fullgraph=True)(features, prior)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, plain + 1)
