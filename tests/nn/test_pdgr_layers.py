@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,3 +224,23 @@ def test_what_a_hook_of_all_modules_changes_counts_in_compiled_code_too():
     finally:
         handle.remove()
     torch.testing.assert_close(found, plain + 1)
+
+
+def test_quantisers_by_exact_type_take_layers_that_are_made_plain_as_the_page_says():
+    page = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding="utf-8")
+    (code,) = (block.split("```")[0] for block in page.split("```python\n")[1:] if "quantize_dynamic" in block)
+    said: dict[str, Any] = {}
+    exec(code, said)
+    module, quantized = said["pdgr"], said["quantized"]
+    features, prior = torch.randn(1, 8, 5, 5), torch.randn(1, 16, 5, 5)
+    expected = module(features, prior)
+    kind = torch.ao.nn.quantized.dynamic.Linear
+    assert type(quantized.edge_source) is kind and type(quantized.edge_target) is kind
+    found = quantized(features, prior)
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+    module.qconfig = torch.ao.quantization.get_default_qat_qconfig()
+    trained = torch.ao.quantization.prepare_qat(module.train())
+    trained(features, prior).square().sum().backward()
+    for layer in (trained.edge_source, trained.edge_target):
+        assert type(layer) is torch.ao.nn.qat.Linear and layer.weight.grad is not None
