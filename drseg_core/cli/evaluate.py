@@ -27,7 +27,8 @@ examples:
   torchrun --nproc-per-node 2 -m drseg_core evaluate run --data loveda:datasets --protocol rskt --out metrics.json
 
 The output says what gave the scores: hashes of weights, class names and data, protocol, options, command, versions.
-Images of a set of your own are scored as drseg predict maps them: tiles at native resolution.
+Images of a set of your own are scored as drseg predict maps them: tiles at native resolution. There --mode alone
+decides, and the run's evaluation.mode counts for benchmark sets without a protocol.
 The class names of the data set are the prompts; they need not be those of the training. A protocol fixes split,
 classes, ignored labels, windows and the mean by name: rskt (the benchmark of the paper), clean (held-out images,
 no "no-data" class), ovrs, segearth.
@@ -46,7 +47,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         "--mode",
         type=Literal["whole", "tile"] | None,
         help="tiles at native resolution, as in drseg predict (the default for a set of your own), or the whole image "
-        "(the default for a benchmark set)",
+        "(for a benchmark set the run's evaluation.mode is the default)",
     )
     add_tile_arguments(parser)
     add_reading_arguments(parser, default="by default as in training")
@@ -98,6 +99,14 @@ def evaluation_options(config: Any, args: Any) -> Any:
     names = ("mode", "tile_size", "overlap", "batch_size")
     given = {name: getattr(args, name, None) for name in names}
     return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def _as_predicted(args: Any, protocol: Any) -> bool:
+    """Whether the images are cut into tiles, for the map that ``drseg predict`` makes.
+
+    The run's ``mode`` is not asked: every run has one, and it does not tell a choice from the default.
+    """
+    return args.mode is None and protocol is None and args.data.startswith(OWN)
 
 
 def chosen_protocol(args: Any) -> Any:
@@ -153,6 +162,8 @@ def run(args: Any) -> None:
         options = result["evaluation"]
         how = f"tiles of {options['tile_size']} pixels, overlap {options['overlap']}, at native resolution"
         print(f"mode {options['mode']}: {how if options['mode'] == 'tile' else 'each image in one piece'}")
+        if _as_predicted(args, protocol):
+            print("of a set of your own --mode alone decides this, whatever evaluation.mode of the run is")
     _print_calibration(result["calibration"])
     print(f"weights {result['weights_sha256'][:12]}, class names {result['class_names_sha256'][:12]}")
     print(f"written: {out}")
@@ -198,8 +209,7 @@ def _scores(args: Any, protocol: Any, group: Any) -> dict[str, Any]:
         check_held_out(protocol, args.data, trained_on)
     check_class_names(loaded.model, dataset.class_names)
     options = evaluation_options(loaded.config.evaluation, args)
-    if args.mode is None and protocol is None and args.data.startswith(OWN):
-        # the map that drseg predict makes
+    if _as_predicted(args, protocol):
         options = dataclasses.replace(options, mode="tile")
     views = None if protocol is None else protocol.views
     # of the weights as they were read: also those of frozen parts that the run's folder does not hold

@@ -361,7 +361,8 @@ class EvaluationConfig:
 
     Args:
         mode: ``whole`` resizes the whole image into the model (the protocol); ``tile`` runs overlapping tiles at
-            native resolution.
+            native resolution. ``drseg evaluate`` scores a set of your own in tiles whatever this says: there its
+            ``--mode`` alone decides.
         tile_size: side of a tile in pixels.
         overlap: pixels shared by neighbouring tiles.
         batch_size: images or tiles per forward pass.

@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from drseg_core.nn.resample import resample
 from drseg_core.ops import (
@@ -97,6 +105,9 @@ def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     own = type(layer)
     changed = "forward" in layer.__dict__ or own.forward is not kind.forward or own.__call__ is not nn.Module.__call__
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    # hooks of all modules
+    hooked = hooked or _global_forward_hooks or _global_forward_pre_hooks
+    hooked = hooked or _global_backward_hooks or _global_backward_pre_hooks
     return not (changed or hooked)
 
 
@@ -131,11 +142,73 @@ def _size(name: str, value: int) -> int:
     return check_count("PDGR", name, value, positive=True)
 
 
-def _check_scales(affinity: Affinity, gamma: float, decay: float, largest_gamma: float | None) -> None:
+def _number(name: str, value: object) -> float:
+    return float(check_number("PDGR", name, value, positive=name == "gamma"))
+
+
+def _flag(name: str, value: Any) -> Any:
+    check_flag("PDGR", name, value)
+    return value
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        check_choice("PDGR", name, value, choices)
+        return value
+
+    return check
+
+
+def _backend(name: str, value: Any) -> Any:
+    return None if value is None else _one_of(backend_names())(name, value)
+
+
+def _start(name: str, value: object) -> float | None:
+    """The start of a learned number, which a float32 can be divided by, or multiplied by."""
+    if value is None:
+        return None
+    start = check_number("PDGR", name, value, positive=True)
+    if name == "edge_temperature" and start < _SMALLEST_TEMPERATURE:
+        raise ValueError(f"PDGR: {name} is too small; expected at least {_SMALLEST_TEMPERATURE}, got {start}")
+    if name == "edge_decay" and start > _LARGEST_DECAY:
+        raise ValueError(f"PDGR: {name} is too large; expected at most {_LARGEST_DECAY}, got {start}")
+    return start
+
+
+class _Option:
+    """An option that is checked whenever it is set, and kept as a plain attribute.
+
+    There is no ``__get__``: Python, and a compiler, then read that attribute itself, and older pickles have it.
+    """
+
+    name: str
+
+    def __init__(self, check: Callable[[str, Any], Any]) -> None:
+        self.check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __set__(self, module: PDGR, value: Any) -> None:
+        options = {**module.__dict__, self.name: self.check(self.name, value)}
+        # while the module is made, some are missing
+        if "weights" in module._modules:
+            _check_scales(options, len(module.weights))
+        module.__dict__[self.name] = options[self.name]
+
+
+def _option(check: Callable[[str, Any], Any]) -> Any:
+    return _Option(check)
+
+
+def _check_scales(options: dict[str, Any], layers: int) -> None:
     """Refuse scales of Eq. 7 of which the scores, or the weights, would leave the range of float32."""
-    if largest_gamma is not None and affinity in ("exp", "gauss") and gamma > largest_gamma:
+    affinity, gamma, decay = options["affinity"], options["gamma"], options["decay"]
+    # one that counts edges does not divide by the weights, and the LayerNorm squares what all layers multiply
+    most = _LARGEST_GAMMA_OF_WEIGHTS / (2 * layers if options["norm"] == "sym_count" else 1)
+    if options["use_affinity_as_weight"] and affinity in ("exp", "gauss") and gamma > most:
         raise ValueError(
-            f"PDGR: gamma is too large; expected gamma <= {largest_gamma:.4g} with use_affinity_as_weight, "
+            f"PDGR: gamma is too large; expected gamma <= {most:.4g} with use_affinity_as_weight, "
             f"affinity {affinity} and this norm, got {gamma}"
         )
     largest = torch.finfo(torch.float32).max
@@ -144,16 +217,6 @@ def _check_scales(affinity: Affinity, gamma: float, decay: float, largest_gamma:
             raise ValueError(f"PDGR: {name} is too large; expected {name} <= {largest:.4g}, got {value}")
     if affinity != "product" and decay / gamma > largest:
         raise ValueError(f"PDGR: gamma is too small; expected decay / gamma <= {largest:.4g}, got {decay} / {gamma}")
-
-
-def _check_starts(temperature: float | None, decay: float | None) -> None:
-    """Refuse starts that a float32 cannot be divided by, or multiplied by."""
-    if temperature is not None and temperature < _SMALLEST_TEMPERATURE:
-        raise ValueError(
-            f"PDGR: edge_temperature is too small; expected at least {_SMALLEST_TEMPERATURE}, got {temperature}"
-        )
-    if decay is not None and decay > _LARGEST_DECAY:
-        raise ValueError(f"PDGR: edge_decay is too large; expected at most {_LARGEST_DECAY}, got {decay}")
 
 
 # The three start themselves: who resets a model module by module, parents first, would else draw them anew.
@@ -263,6 +326,21 @@ class PDGR(nn.Module):
         (2, 36, 8)
     """
 
+    affinity: Affinity = _option(_one_of(get_args(Affinity)))
+    self_loop: SelfLoop = _option(_one_of(get_args(SelfLoop)))
+    norm: Norm = _option(_one_of(get_args(Norm)))
+    gamma: float = _option(_number)
+    decay: float = _option(_number)
+    norm_scale: float = _option(_number)
+    edge_temperature: float | None = _option(_start)
+    edge_decay: float | None = _option(_start)
+    normalize_prior: bool = _option(_flag)
+    residual: bool = _option(_flag)
+    use_affinity_as_weight: bool = _option(_flag)
+    resample_prior: bool = _option(_flag)
+    keep_format: bool = _option(_flag)
+    backend: str | None = _option(_backend)
+
     def __init__(
         self,
         channels: int,
@@ -294,46 +372,25 @@ class PDGR(nn.Module):
         edge_hidden, layers = _size("edge_hidden", edge_hidden), _size("layers", layers)
         hidden = channels if hidden is None else _size("hidden", hidden)
         self.k = k
-        check_choice("PDGR", "affinity", affinity, get_args(Affinity))
-        check_choice("PDGR", "self_loop", self_loop, get_args(SelfLoop))
-        check_choice("PDGR", "norm", norm, get_args(Norm))
-        gamma, decay = check_number("PDGR", "gamma", gamma, positive=True), check_number("PDGR", "decay", decay)
-        dropout, norm_scale = check_number("PDGR", "dropout", dropout), check_number("PDGR", "norm_scale", norm_scale)
+        self.affinity, self.self_loop, self.norm = affinity, self_loop, norm
+        self.gamma, self.decay = gamma, decay
+        dropout, self.norm_scale = check_number("PDGR", "dropout", dropout), norm_scale
         if dropout > 1:
             raise ValueError(f"PDGR: dropout is out of range; expected 0 <= dropout <= 1, got {dropout}")
-        if edge_temperature is not None:
-            edge_temperature = check_number("PDGR", "edge_temperature", edge_temperature, positive=True)
-        if edge_decay is not None:
-            edge_decay = check_number("PDGR", "edge_decay", edge_decay, positive=True)
-        for name, flag in {
-            "normalize_prior": normalize_prior,
-            "bias": bias,
-            "residual": residual,
-            "use_affinity_as_weight": use_affinity_as_weight,
-            "resample_prior": resample_prior,
-            "keep_format": keep_format,
-        }.items():
-            check_flag("PDGR", name, flag)
-        # one that counts edges does not divide by the weights, and the LayerNorm squares what all layers multiply
-        most = _LARGEST_GAMMA_OF_WEIGHTS / (2 * layers if norm == "sym_count" else 1)
-        _check_scales(affinity, gamma, decay, most if use_affinity_as_weight else None)
-        _check_starts(edge_temperature, edge_decay)
-        if backend is not None:
-            check_choice("PDGR", "backend", backend, backend_names())
-        self.channels, self.prior_dim = channels, prior_dim
-        self.affinity, self.gamma, self.decay = affinity, float(gamma), float(decay)
-        self.self_loop, self.norm = self_loop, norm
+        self.edge_temperature, self.edge_decay = edge_temperature, edge_decay
+        check_flag("PDGR", "bias", bias)
         self.normalize_prior, self.residual = normalize_prior, residual
         self.use_affinity_as_weight = use_affinity_as_weight
         self.resample_prior, self.keep_format = resample_prior, keep_format
+        _check_scales(self.__dict__, layers)
         self.backend = backend
+        self.channels, self.prior_dim = channels, prior_dim
 
         # the two halves of the edge MLP's first layer, so that [d_i || d_j] never exists
         self.edge_source: nn.Linear = _Half(prior_dim, edge_hidden)
         self.edge_target: nn.Linear = _Half(prior_dim, edge_hidden, bias=False)
         self.edge_vector = nn.Parameter(torch.empty(edge_hidden))
         self.edge_bias = nn.Parameter(torch.empty(1))
-        self.edge_temperature, self.edge_decay = edge_temperature, edge_decay
         self.edge_log_temperature, self.edge_log_decay = _logarithm(edge_temperature), _logarithm(edge_decay)
         widths = [channels] + [hidden] * (layers - 1) + [channels]
         self.weights: nn.ParameterList = _Maps(
@@ -341,8 +398,7 @@ class PDGR(nn.Module):
         )
         self.biases = _Maps(nn.Parameter(torch.empty(out)) for out in widths[1:]) if bias else None
         self.dropout = nn.Dropout(dropout)
-        self.output_norm: nn.LayerNorm = _OutputNorm(channels, norm_scale)
-        self.norm_scale = norm_scale
+        self.output_norm: nn.LayerNorm = _OutputNorm(channels, self.norm_scale)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -379,6 +435,10 @@ class PDGR(nn.Module):
         super().__setstate__(state)
         if k is not None:
             self.k = k
+        for name, parameter in inspect.signature(PDGR.__init__).parameters.items():
+            if isinstance(vars(PDGR).get(name), _Option):
+                # an option that came later
+                self.__dict__.setdefault(name, parameter.default)
 
     def __prepare_scriptable__(self) -> None:
         # torch.jit.script asks every module for this first, and its own error has a dozen lines

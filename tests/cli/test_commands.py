@@ -14,6 +14,7 @@ from drseg_core.checkpoints.channels import load_channels
 from drseg_core.checkpoints.checkpoint import newest_checkpoint
 from drseg_core.cli import doctor
 from drseg_core.cli.predict import areas_text
+from drseg_core.config.load import load_config
 
 
 def test_train_writes_a_run_and_says_what_is_next(drseg, run, data):
@@ -96,6 +97,20 @@ def test_evaluate_writes_the_promised_keys(drseg, run, data, tmp_path):
         "evaluate", run, "--data", data, "--out", tiled, "--mode", "tile", "--tile-size", 32, "--overlap", 16
     )
     assert code == 0 and json.loads(tiled.read_text())["evaluation"]["overlap"] == 16
+
+
+def test_evaluate_says_that_the_configuration_does_not_choose_tiles_of_an_own_set(drseg, run, data, tmp_path):
+    def printed(*words):
+        code, text, errors = drseg("evaluate", run, "--data", data, "--out", tmp_path / "m.json", "--overwrite", *words)
+        assert code == 0, errors
+        return text
+
+    said = "of a set of your own --mode alone decides this, whatever evaluation.mode of the run is"
+    assert load_config(run / "config.yaml").evaluation.mode == "whole"
+    text = printed()
+    assert "mode tile: " in text and said in text
+    text = printed("--mode", "whole")
+    assert "mode whole: " in text and said not in text
 
 
 def test_kept_features_change_nothing(drseg, run, data, tmp_path):

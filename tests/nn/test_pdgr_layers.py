@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,3 +174,73 @@ def test_parametrizations_and_onlookers_are_taken():
     torch.testing.assert_close(found, expected)
     found.sum().backward()
     assert all(p.grad is not None for p in module.edge_source.parameters())
+
+
+ALL_MODULES = {
+    "forward": nn.modules.module.register_module_forward_hook,
+    "forward_pre": nn.modules.module.register_module_forward_pre_hook,
+    "full_backward": nn.modules.module.register_module_full_backward_hook,
+    "full_backward_pre": nn.modules.module.register_module_full_backward_pre_hook,
+}
+
+
+@pytest.mark.parametrize("kind", ALL_MODULES)
+def test_hooks_of_all_modules_see_every_layer(kind):
+    module = PDGR(4, 5, k=3)
+    features, prior = torch.randn(1, 4, 3, 3, requires_grad=True), torch.randn(1, 5, 3, 3)
+    expected = module(features, prior)
+    seen: list[nn.Module] = []
+    handle = ALL_MODULES[kind](lambda layer, *_: seen.append(layer))
+    try:
+        found = module(features, prior)
+        found.sum().backward()
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, expected)
+    layers = {module, module.edge_source, module.edge_target, module.dropout, module.output_norm}
+    assert set(seen) == layers and len(seen) == len(layers)
+    seen.clear()
+    module(features, prior).sum().backward()
+    assert not seen
+
+
+def test_what_a_hook_of_all_modules_changes_counts_in_compiled_code_too():
+    torch.compiler.reset()
+    module = PDGR(4, 5, k=3)
+    features, prior = torch.randn(1, 4, 3, 3), torch.randn(1, 5, 3, 3)
+    plain = module(features, prior)
+
+    def call(*given: Tensor) -> Tensor:
+        return module(*given)
+
+    torch.testing.assert_close(torch.compile(call, backend="eager", fullgraph=True)(features, prior), plain)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda layer, given, output: output + 1 if isinstance(layer, nn.LayerNorm) else None
+    )
+    try:
+        torch.testing.assert_close(module(features, prior), plain + 1)
+        torch.compiler.reset()
+        found = torch.compile(call, backend="eager", fullgraph=True)(features, prior)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, plain + 1)
+
+
+def test_quantisers_by_exact_type_take_layers_that_are_made_plain_as_the_page_says():
+    page = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding="utf-8")
+    (code,) = (block.split("```")[0] for block in page.split("```python\n")[1:] if "quantize_dynamic" in block)
+    said: dict[str, Any] = {}
+    exec(code, said)
+    module, quantized = said["pdgr"], said["quantized"]
+    features, prior = torch.randn(1, 8, 5, 5), torch.randn(1, 16, 5, 5)
+    expected = module(features, prior)
+    kind = torch.ao.nn.quantized.dynamic.Linear
+    assert type(quantized.edge_source) is kind and type(quantized.edge_target) is kind
+    found = quantized(features, prior)
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+    module.qconfig = torch.ao.quantization.get_default_qat_qconfig()
+    trained = torch.ao.quantization.prepare_qat(module.train())
+    trained(features, prior).square().sum().backward()
+    for layer in (trained.edge_source, trained.edge_target):
+        assert type(layer) is torch.ao.nn.qat.Linear and layer.weight.grad is not None

@@ -274,6 +274,71 @@ def test_neighbours_may_be_set_later():
         module.k = 1.5
 
 
+SET_LATER: list[tuple[dict[str, Any], str, Any]] = [
+    ({}, "affinity", "typo"),
+    ({}, "self_loop", "Exclude"),
+    ({}, "norm", "none"),
+    ({}, "gamma", 0),
+    ({}, "gamma", "1"),
+    ({}, "decay", -1.0),
+    ({}, "decay", math.inf),
+    ({"decay": 1e30}, "gamma", 1e-30),
+    ({"gamma": 1e-30}, "decay", 1e30),
+    ({"decay": 1e30, "gamma": 1e-30, "affinity": "product"}, "affinity", "exp"),
+    ({"use_affinity_as_weight": True}, "gamma", 100.0),
+    ({"use_affinity_as_weight": True, "gamma": 50.0}, "norm", "sym_count"),
+    ({"use_affinity_as_weight": True, "gamma": 100.0, "affinity": "linear"}, "affinity", "gauss"),
+    ({"gamma": 100.0}, "use_affinity_as_weight", True),
+    ({}, "norm_scale", -1.0),
+    (BOTH, "edge_temperature", 1e-39),
+    (BOTH, "edge_decay", 0.0),
+    ({}, "backend", "odd"),
+    *[({}, flag, 1) for flag in ("normalize_prior", "residual", "resample_prior", "keep_format")],
+]
+
+
+@pytest.mark.parametrize("options,name,value", SET_LATER, ids=lambda value: str(value))
+def test_an_option_that_is_set_later_is_refused_as_at_the_construction(options, name, value):
+    module = copy.deepcopy(make(**options))
+    with pytest.raises((TypeError, ValueError), match="^PDGR: ") as made:
+        make(**{**options, name: value})
+    kept = getattr(module, name)
+    with pytest.raises(made.type) as later:
+        setattr(module, name, value)
+    assert str(later.value) == str(made.value) and getattr(module, name) == kept
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_options_that_are_set_later_count(compiled):
+    torch.compiler.reset()
+    features, prior = maps()
+    module = make()
+    called = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
+    called(features, prior)
+    options = {"affinity": "linear", "self_loop": "exclude", "norm": "row", "gamma": 2, "decay": 3.0, "residual": True}
+    for name, value in options.items():
+        setattr(module, name, value)
+    assert type(module.gamma) is float
+    expected = make(**options)
+    expected.load_state_dict(module.state_dict())
+    assert torch.equal(called(features, prior), expected(features, prior))
+
+
+def test_options_are_plain_attributes_of_older_and_newer_pickles():
+    features, prior = maps()
+    module = make(gamma=2.0, keep_format=False)
+    state = module.__getstate__()
+    assert state["gamma"] == 2.0 and state["keep_format"] is False
+    for name in ("resample_prior", "backend"):
+        del state[name]
+    older = PDGR.__new__(PDGR)
+    older.__setstate__(state)
+    assert older.resample_prior is False and older.backend is None and older.keep_format is False
+    assert torch.equal(older(features, prior), module(features, prior))
+    with pytest.raises(ValueError, match="^PDGR: gamma is out of range"):
+        older.gamma = -2.0
+
+
 @pytest.mark.promise("C21")
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_modules_of_different_shares_are_compiled_with_gradients(dynamic):
