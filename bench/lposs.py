@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bench import record
-from bench.command import command_parser
+from bench.command import command_parser, rows_file
 from drseg_core.nn.label_propagation import LPOSS_GRAPH, propagation_graph, solve_labels
 from drseg_core.testing import dino_like_prior
 
@@ -83,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, default=21)
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each, in turns")
     parser.add_argument("--threads", type=int, help="of both sides")
-    parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
+    parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the rows to")
     args = parser.parse_args(arguments)
     missing = [name for name in ("faiss", "scipy") if importlib.util.find_spec(name) is None]
     if missing:

@@ -32,12 +32,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from bench import jobs, one_op, paired, record, source
-from bench.command import command_parser
+from bench.command import command_parser, rows_file
 from bench.precision import PRECISIONS
 from drseg_core.errors import BackendUnavailableError
 from drseg_core.ops import backend_report
@@ -89,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory", action=argparse.BooleanOptionalAction, default=True, help="peaks beside times of pdgr"
     )
-    parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
+    parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the rows to")
     parser.add_argument("--list", action="store_true", help="print the cases and what can be measured there, and end")
     parser.add_argument("--dry-run", action="store_true", help="print the jobs and what can run them, and end")
     parser.add_argument("--base", metavar="REF", help="race this checkout against a git ref")
@@ -118,8 +117,6 @@ def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[j
         parser.error(
             f"nothing to measure of {', '.join(ops)}{where}; expected a line of --list (pdgr has large cases only)"
         )
-    if args.out is not None and args.out.is_dir():
-        parser.error(f"--out is a folder; expected a file to add rows to, got {args.out}")
     if args.out is not None and args.out.is_file() and (lines := len(args.out.read_bytes().splitlines())):
         print(f"bench: rows are added to {args.out}, which has {lines}", file=sys.stderr)
     if args.gate and args.base is None:
