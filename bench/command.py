@@ -20,6 +20,13 @@ def command_parser(name: str, text: str | None, usage: str | None = None) -> arg
     )
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected a number >= 1")
+    return value
+
+
 def rows_file(text: str) -> Path:
     """The file of ``--out``, to which rows can be added: what cannot be written is refused before anything is timed."""
     path = Path(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,26 @@ def test_abbreviations_are_refused(command: str, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as stop:
         main([command, "--hel"])
     assert stop.value.code == 2 and "usage: python -m bench" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("run", ("repeats", "slow-repeats", "threads", "rounds")),
+        ("lposs", ("side", "channels", "classes", "rounds", "threads")),
+        ("busy", ("busy", "rounds", "repeats")),
+        ("host", ("repeats", "rounds")),
+        ("scenes", ("repeats", "threads")),
+    ],
+)
+def test_counts_below_one_are_refused(command: str, options: Sequence[str], capsys: pytest.CaptureFixture[str]):
+    for option in options:
+        for value in ("0", "-1"):
+            with pytest.raises(SystemExit) as stop:
+                main([command, f"--{option}", value])
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert stop.value.code == 2
+            assert said.endswith(f"error: argument --{option}: {value} is out of range; expected a number >= 1")
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if "rows_file" in (BENCH / f"{name}.py").read_text()])
