@@ -235,8 +235,8 @@ def check_edges(
     if exponent is not None:
         check_tensor(op, "exponent", exponent, ("B", "N", "K"), (torch.float32, torch.float64))
     given = {"source": source, "target": target, "vector": vector, "bias": bias, "source_bias": source_bias}
-    given["exponent"] = exponent
-    check_same_device(op, **given, index=index, inverse_norm=inverse_norm, mask=mask, score=score)
+    given |= {"exponent": exponent, "inverse_norm": inverse_norm, "score": score}
+    check_same_device(op, **given, index=index, mask=mask)
     check_no_tangent(op, **{name: value for name, value in given.items() if value is not None})
     check_shape(op, "vector", vector, (width,), "(E,)")
     if bias.numel() != 1:
