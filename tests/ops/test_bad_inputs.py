@@ -783,37 +783,6 @@ def test_forward_mode_is_refused_and_not_dropped(op):
         assert torch.equal(torch.func.grad(lambda tensor, f=function: f(tensor).sum())(value), expected)
 
 
-@pytest.mark.parametrize("op", ["edge_weight", "edge_coefficient"])
-def test_forward_mode_is_refused_of_what_has_no_gradient_too(op):
-    given = {key: value for key, value in good("edge_weight").items() if key != "mask"}
-    edges = given["index"].shape
-    for name, value in (("inverse_norm", torch.ones(edges[:-1])), ("score", torch.ones(edges))):
-
-        def function(tensor: Tensor, name: str = name) -> Tensor:
-            return call(op, {**given, name: tensor})
-
-        rule = "forward-mode tangent; expected reverse-mode"
-        refuse(lambda f=function, v=value: torch.func.jvp(f, (v,), (v,)), TypeError, f"{op}: {name} ", rule)
-
-
-@pytest.mark.parametrize(
-    ("op", "name", "flag"),
-    [
-        ("knn_graph", "prior", "check_finite"),
-        ("edge_weight", "index", "validate"),
-        ("graph_propagate", "index", "validate"),
-        ("degree_normalize", "weight", "validate"),
-    ],
-)
-def test_vmap_over_what_is_read_is_refused(op, name, flag):
-    given = {**good(op), flag: True}
-
-    def mapped() -> Tensor:
-        return torch.vmap(lambda one: call(op, {**given, name: one}))(given[name][None])
-
-    refuse(mapped, TypeError, f"{op}: {name} ", "torch.vmap, and its values are read; expected a batch dimension B ")
-
-
 @pytest.mark.parametrize("op", SUBJECTS)
 def test_vmap_gives_what_a_loop_gives(op):
     given, name = good(op), SUBJECTS[op].differentiable[0]
