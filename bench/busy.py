@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench import memory, record
-from bench.command import command_parser
+from bench.command import command_parser, positive, rows_file
 from bench.model import Job
 from bench.presets import measured
 from drseg_core.data.synthetic import write_scenes
@@ -75,10 +75,10 @@ def command_milliseconds(data: Path) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser("busy", __doc__)
-    parser.add_argument("--busy", type=int, default=1, help="processes beside the measured one")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each kind, in turns")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of a round")
-    parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
+    parser.add_argument("--busy", type=positive, default=1, help="processes beside the measured one")
+    parser.add_argument("--rounds", type=positive, default=3, help="processes of each kind, in turns")
+    parser.add_argument("--repeats", type=positive, default=7, help="timed calls of a round")
+    parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the rows to")
     args = parser.parse_args(arguments)
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     loads: list[float] = []

@@ -49,21 +49,48 @@ _KEY = ("op", "case", "mode", "dtype", "data", "name")
 _TIMES = {"p20_ms", "p50_ms", "p80_ms", "repeats", "sizes"}
 # of one kind of machine
 _MACHINE = ("device", "threads", "instruction_set", "forced_level")
+# what is read from rows, here and by whoever else reads them: texts, and numbers that are finite
+_TEXTS = (*_KEY, "device", "instruction_set", "forced_level", "torch", "date")
+_NUMBERS = (
+    "p20_ms", "p50_ms", "p80_ms", "repeats", "threads", "ratio_to_engine", "share_of_ceiling", "flop", "byte",
+    "peak_mb", "process_mb", "pdgr_share", "images_per_second",
+)  # fmt: skip
+_OBJECTS = ("sizes", "ceiling", "overrides")
+# of these everything is divided by
+_ABOVE_ZERO = ("byte", "ceiling.gflops", "ceiling.copy_gbs", "ceiling.least_ms")
+# null where there is none
+_OPTIONAL = ("forced_level", "ceiling", "overrides", "peak_mb", "pdgr_share")
+_WORDS = {"fwd": "forward", "fwd+bwd": "forward + backward"}
+_AS_WRITTEN = "expected what python -m bench run --out writes"
 # what two runs of one version differ by beyond the spread within them (2 cores of an AMD EPYC, 2026-11)
 _BETWEEN_RUNS = 0.05
 # relative deviation of times of which there are too few to have one
 _FEW, _DEVIATION_OF_FEW = 3, 0.1
+# logarithm of a factor beyond all times; the exponential of a larger one is no float
+_ANY = 700.0
 
 
 class CompareError(ValueError):
     """Files that cannot be read, or do not belong together."""
 
 
+class _Stored(dict[str, Any]):
+    """A row, or an object in it, that says where it is if something is read that it lacks."""
+
+    def __init__(self, values: Row, place: str, within: str = "") -> None:
+        super().__init__(values)
+        self._place, self._within = place, within
+
+    def __missing__(self, name: str) -> Any:
+        raise CompareError(f"{self._place}: a row lacks {self._within}{name}; {_AS_WRITTEN}")
+
+
 def load(path: Path) -> list[Row]:
     """Every row of a file, under the names that its case and its contender have now.
 
     Raises:
-        CompareError: no such file, or a line of it that is no row.
+        CompareError: no such file, or a line of it that is no row, or holds a value of another kind. Whoever reads what
+            a row lacks gets one, too.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -73,21 +100,56 @@ def load(path: Path) -> list[Row]:
         raise CompareError(f"{path}: cannot be read: {error.strerror}; expected a file of rows") from None
     except UnicodeDecodeError:
         raise CompareError(f"{path}: is no text; expected a file of rows") from None
-    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    now = (("case", _CASES), ("name", _NAMES))
-    return [row | {key: names[row[key]] for key, names in now if row.get(key) in names} for row in rows]
+    return [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _row(line: str, place: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
-    texts = ("case", "name")
-    if not isinstance(row, dict) or any(not isinstance(row.get(key, ""), str) for key in texts):
-        got = line if len(line) < 50 else f"{line[:50]}..."
-        raise CompareError(f"{place}: is no row; expected an object as python -m bench run --out writes, got {got}")
-    return row
+    if not isinstance(row, dict):
+        raise CompareError(
+            f"{place}: is no row; expected an object as python -m bench run --out writes, got {_cut(line)}"
+        )
+    for name, value in row.items():
+        if value is not None or name not in _OPTIONAL:
+            _check(name, value, place)
+    for name in _OBJECTS:
+        if row.get(name) is not None:
+            row[name] = _Stored(row[name], place, f"{name}.")
+    now = (("case", _CASES), ("name", _NAMES))
+    return _Stored(row | {key: names[row[key]] for key, names in now if row.get(key) in names}, place)
+
+
+def _check(name: str, value: Any, place: str) -> None:
+    """Refuse a value that is not of the kind that is read under this name."""
+    expected = None
+    if name in _TEXTS and not isinstance(value, str):
+        expected = "a text"
+    elif name in _OBJECTS and not isinstance(value, dict):
+        expected = "an object"
+    elif name in _NUMBERS or name.startswith(("sizes.", "ceiling.")):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # an integer may be larger than every float
+        if not number or not abs(value) <= sys.float_info.max:
+            expected = "a finite number"
+        elif name in _ABOVE_ZERO and not value > 0:
+            expected = "a number above 0"
+    elif name in ("sizes", "ceiling"):
+        for inner, one in value.items():
+            _check(f"{name}.{inner}", one, place)
+    if expected is not None:
+        raise CompareError(f"{place}: {name} cannot be read; expected {expected}, got {_cut(json.dumps(value))}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) < 50 else f"{text[:50]}..."
+
+
+def words_of(mode: str) -> str:
+    """``forward + backward``; a mode without other words is its own."""
+    return _WORDS.get(mode, mode)
 
 
 def width_of(row: Row) -> list[str]:
@@ -104,13 +166,11 @@ def read(path: Path) -> dict[tuple[str, ...], Row]:
     timed = [row for row in load(path) if row.keys() >= _TIMES]
     for row in timed:
         if missing := [name for name in _KEY if name not in row]:
-            raise CompareError(
-                f"{path}: a row lacks {', '.join(missing)}; expected what python -m bench run --out writes"
-            )
+            raise CompareError(f"{path}: a row lacks {', '.join(missing)}; {_AS_WRITTEN}")
     rows = [(_key(row), row) for row in timed]
     found = dict(rows)
     if not found:
-        raise CompareError(f"{path}: holds no timed row; expected what python -m bench run --out writes")
+        raise CompareError(f"{path}: holds no timed row; {_AS_WRITTEN}")
     if len(rows) > len(found):
         again = len(rows) - len(found)
         print(f"compare: {path} has {again} of its rows measured again later; the last of each counts", file=sys.stderr)
@@ -185,7 +245,7 @@ def compare(old: dict[tuple[str, ...], Row], new: dict[tuple[str, ...], Row]) ->
         ratio = times[1] / times[0] * moved
         noise = _BETWEEN_RUNS + 3 * math.hypot(_standard_error(before), _standard_error(after))
         # in logarithms: what is beyond it differs by more than noise with the ceilings and without them
-        resolution = math.expm1(noise + abs(math.log(moved)))
+        resolution = math.expm1(min(noise + abs(math.log(moved)), _ANY))
         verdict = "slower" if ratio > 1 + resolution else "faster" if ratio < 1 / (1 + resolution) else "same"
         found.append(Comparison(key, verdict, times, ratio, resolution, alike))
     return found

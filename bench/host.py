@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from bench.aot_build import TARGETS
-from bench.command import command_parser
+from bench.command import command_parser, positive
 from bench.stub import card, launched
 
 # a launch is none of these: they make views, or memory without content
@@ -156,8 +156,8 @@ def one_round(repeats: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser("host", __doc__)
     parser.add_argument("--base", metavar="REF", help="another version beside this one")
-    parser.add_argument("--repeats", type=int, default=200, help="timed calls of a round")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each version, in turns")
+    parser.add_argument("--repeats", type=positive, default=200, help="timed calls of a round")
+    parser.add_argument("--rounds", type=positive, default=3, help="processes of each version, in turns")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:

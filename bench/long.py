@@ -29,7 +29,7 @@ import torch
 
 import drseg_core as drseg
 from bench import record
-from bench.command import command_parser
+from bench.command import command_parser, rows_file
 from drseg_core.config.load import load_config, override
 from drseg_core.data.synthetic import write_scenes
 from drseg_core.files import write_text_atomic
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser("long", __doc__)
     parser.add_argument("--seconds", type=float, default=3600, help="of each kind")
     parser.add_argument("--only", choices=list(KINDS), action="append", help="some kinds")
-    parser.add_argument("--out", type=Path, help="also write the rows here, as JSON lines")
+    parser.add_argument("--out", type=rows_file, help="also write the rows here, as JSON lines")
     args = parser.parse_args(arguments)
     kinds = args.only or list(KINDS)
     with multiprocessing.get_context("spawn").Pool(len(kinds)) as pool:

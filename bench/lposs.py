@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bench import record
-from bench.command import command_parser
+from bench.command import command_parser, positive, rows_file
 from drseg_core.nn.label_propagation import LPOSS_GRAPH, propagation_graph, solve_labels
 from drseg_core.testing import dino_like_prior
 
@@ -78,12 +77,12 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser("lposs", __doc__)
-    parser.add_argument("--side", type=int, default=128, help="cells of the grid's side")
-    parser.add_argument("--channels", type=int, default=768, help="of the prior")
-    parser.add_argument("--classes", type=int, default=21)
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each, in turns")
-    parser.add_argument("--threads", type=int, help="of both sides")
-    parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
+    parser.add_argument("--side", type=positive, default=128, help="cells of the grid's side")
+    parser.add_argument("--channels", type=positive, default=768, help="of the prior")
+    parser.add_argument("--classes", type=positive, default=21)
+    parser.add_argument("--rounds", type=positive, default=3, help="measurements of each, in turns")
+    parser.add_argument("--threads", type=positive, help="of both sides")
+    parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the rows to")
     args = parser.parse_args(arguments)
     missing = [name for name in ("faiss", "scipy") if importlib.util.find_spec(name) is None]
     if missing:

@@ -23,13 +23,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import memory, one_op, parts, record
-from bench.command import command_parser
+from bench.command import command_parser, rows_file
 from bench.precision import PRECISIONS
 from drseg_core.config.load import load_config, override
 from drseg_core.config.validate import validate
@@ -218,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="timed calls")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dry-run", action="store_true", help="list the rows and measure nothing")
-    parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
+    parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the rows to")
     args = parser.parse_args(arguments)
     for name in ("batch", "repeats"):
         if (value := getattr(args, name)) is not None and value < 1:

@@ -18,7 +18,7 @@ import matplotlib
 
 from bench import compare
 from bench.command import command_parser
-from bench.compare import Row, width_of
+from bench.compare import Row, width_of, words_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -29,7 +29,6 @@ _COLOURS = {
     "naive": "#8c4fa3", "faiss": "#4c9f9a",
 }  # fmt: skip
 _BOUND = "#888888"
-_WORDS = {"fwd": "forward", "fwd+bwd": "forward + backward"}
 
 
 def _nodes(row: Row) -> int:
@@ -54,7 +53,7 @@ def speedup(rows: Sequence[Row], figure: Any) -> bool:
         ]  # fmt: skip
         if others:
             size = f"{engine['sizes']['B']} x {engine['sizes']['h']}x{engine['sizes']['w']}"
-            words = [engine["op"], ", ".join([size, *width_of(engine)]), _WORDS[engine["mode"]]]
+            words = [engine["op"], ", ".join([size, *width_of(engine)]), words_of(engine["mode"])]
             groups.append(("\n".join(words), others))
     if not groups:
         return False
@@ -105,7 +104,7 @@ def scaling(rows: Sequence[Row], figure: Any) -> bool:
 def roofline(rows: Sequence[Row], figure: Any) -> bool:
     """Rate over intensity of every engine row below the ceilings that its run measured."""
     # where an op's backends are compared, the first one is the engine
-    chosen = [row for row in rows if "ceiling" in row and row["ratio_to_engine"] == 1]
+    chosen = [row for row in rows if row.get("ceiling") and row["ratio_to_engine"] == 1]
     if not chosen:
         return False
     axes = figure.subplots()
@@ -118,7 +117,7 @@ def roofline(rows: Sequence[Row], figure: Any) -> bool:
     for row in chosen:
         rate = row["flop"] / row["p50_ms"] / 1e6
         mark = "s" if row["mode"] == "fwd" else "^"
-        label = ", ".join([row["op"], *width_of(row), _WORDS[row["mode"]]])
+        label = ", ".join([row["op"], *width_of(row), words_of(row["mode"])])
         colour = f"C{sorted({one['op'] for one in chosen}).index(row['op'])}"
         # hollow: the wide edge MLP
         fill = "none" if row["case"].endswith("_e256") else "full"
@@ -166,16 +165,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/bench"), help="folder")
     args = parser.parse_args(arguments)
     try:
-        rows = [row for path in args.rows for row in compare.read(path).values()]
+        return _draw_files(args.rows, args.out)
     except compare.CompareError as error:
         print(f"plot: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        print(f"plot: --out cannot be written: {error.strerror}; expected a folder, got {args.out}", file=sys.stderr)
+    return 2
+
+
+def _draw_files(paths: Sequence[Path], out: Path) -> int:
+    rows = [row for path in paths for row in compare.read(path).values()]
     machines = {(row["device"], row["threads"], row["instruction_set"]) for row in rows}
     if len(machines) != 1:
-        print(f"plot: rows are of {len(machines)} kinds of machine; expected one", file=sys.stderr)
-        return 2
+        raise compare.CompareError(f"rows are of {len(machines)} kinds of machine; expected one")
     matplotlib.rcParams["svg.hashsalt"] = "drseg"
     device, threads, level = machines.pop()
     machine = device if "gpu" in rows[0] else f"{device}, {threads} threads, {level}"
-    made = draw(rows, args.out, f"{machine}; torch {rows[0]['torch']}, {rows[0]['date']}")
+    made = draw(rows, out, f"{machine}; torch {rows[0]['torch']}, {rows[0]['date']}")
     return 0 if made else 2

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from bench import record
-from bench.command import command_parser
+from bench.command import command_parser, rows_file
 from drseg_core.data.benchmarks import BENCHMARKS
 
 PRESETS = ("vitl", "vitb")
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser("presets", __doc__)
     parser.add_argument("--preset", action="append", choices=PRESETS, help="both by default")
     parser.add_argument("--set", action="append", choices=tuple(BENCHMARKS), help="all by default")
-    parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
+    parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the rows to")
     args = parser.parse_args(arguments)
     failed = False
     print(

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import record
-from bench.command import command_parser
+from bench.command import command_parser, rows_file
 from bench.timing import GraphSampler, gpu_state, seconds_of, settle_clocks
 from drseg_core.ops import csc, graph_layer, linear_map, prepare_prior
 from drseg_core.testing import Case
@@ -239,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", default="", metavar="TEXT", help="probes whose name has this in it")
     parser.add_argument("--repeats", type=int, default=11, help="timed calls of each")
-    parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
+    parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the rows to")
     args = parser.parse_args(arguments)
     if args.repeats < 1:
         parser.error(f"--repeats is out of range; expected >= 1, got {args.repeats}")

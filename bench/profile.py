@@ -15,7 +15,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench import counts, jobs, record, whole_pdgr
-from bench.command import command_parser
+from bench.command import command_parser, rows_file
 from bench.contenders import pdgr_products
 from bench.one_op import sizes_of
 from bench.precision import PRECISIONS
@@ -134,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=10, help="that are profiled")
     parser.add_argument("--most", type=int, default=40, help="kernels that are printed; the file has all")
-    parser.add_argument("--out", type=Path, help="JSON-lines file to add the profiles to")
+    parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the profiles to")
     args = parser.parse_args(arguments)
     if args.steps < 1:
         parser.error(f"--steps is out of range; expected >= 1, got {args.steps}")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench import compare
 from bench.command import command_parser
-from bench.compare import Row, width_of
+from bench.compare import Row, width_of, words_of
 
 BEGIN, END = "<!-- bench: {}, made by bench/report.py -->", "<!-- /bench -->"
 SUMMARY = "<!-- summary: {}, made by bench/report.py -->"
@@ -28,7 +28,6 @@ _SUMMARIZED = [
     ("knn_graph", 8, 576, None, "fwd"),
     ("knn_graph", 1, 16384, None, "fwd"),
 ]
-_WORDS = {"fwd": "forward", "fwd+bwd": "forward + backward"}
 _PICTURES = {
     "speedup": "times as long as the engine takes, on a DINO-like prior",
     "scaling": "time of one image over N, and the matrix that the others hold",
@@ -75,7 +74,7 @@ def _module_table(rows: Sequence[Row]) -> list[str]:
         literal = _find(rows, name="literal", **{key: row[key] for key in ("op", "case", "mode", "data", "dtype")})
         memory = [f"{one['peak_mb']:.0f}" if one and one.get("peak_mb") else "-" for one in (row, literal)]
         own = [f"{name} {row['sizes'][name]}" for name, values in sizes.items() if len(values) > 1] + _dtype(row)
-        cells = [", ".join([_grid(row), *own, _WORDS[row["mode"]]]), row["data"], _ms(row["p50_ms"])]
+        cells = [", ".join([_grid(row), *own, words_of(row["mode"])]), row["data"], _ms(row["p50_ms"])]
         cells += [_times(rows, row, name, 0) for name in ("literal", "factored")]
         cells += [_times(rows, row, "compiled"), _times(rows, row, "matmul_lower_bound", 2), *memory]
         lines.append("| " + " | ".join(cells) + " |")
@@ -114,7 +113,7 @@ def _op_table(rows: Sequence[Row]) -> list[str]:
     ]
     for row in engines:
         cells = [
-            ", ".join([f"`{row['op']}`", _grid(row), *width_of(row), *_dtype(row), _WORDS[row["mode"]]]),
+            ", ".join([f"`{row['op']}`", _grid(row), *width_of(row), *_dtype(row), words_of(row["mode"])]),
             row["name"],
         ]
         cells += [_ms(row["p50_ms"]), "-" if row["name"] == "reference" else _times(rows, row, "reference")]
@@ -178,7 +177,7 @@ def summary(folder: Path, page: Path) -> str:
             if not same or (row["name"], row["data"], row["dtype"]) != ("engine", "dino", "float32"):
                 continue
             kind = "PDGR" if op == "pdgr" else "k-NN selection"
-            cells = [f"{kind}, {batch} x {nodes} nodes, {_WORDS[mode]}", _ms(row["p50_ms"])]
+            cells = [f"{kind}, {batch} x {nodes} nodes, {words_of(mode)}", _ms(row["p50_ms"])]
             plain = _times(rows, row, "literal", 0) if op == "pdgr" else _times(rows, row, "naive", 2)
             lines.append("| " + " | ".join([*cells, plain, _times(rows, row, "compiled")]) + " |")
     return "\n".join([*lines, ""])
@@ -224,7 +223,7 @@ def section(folder: Path, page: Path) -> str:
 
 def _shown(picture: str, rows: Sequence[Row]) -> list[Row]:
     """What a picture is made of."""
-    timed = [row for row in rows if "ceiling" in row]
+    timed = [row for row in rows if row.get("ceiling")]
     kinds: dict[str, Callable[[Row], bool]] = {"speedup": lambda row: row["data"] == "dino", "scaling": _is_selection}
     return list(filter(kinds.get(picture), timed))
 
@@ -247,7 +246,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _renew(rows: Path, page: Path, check: bool) -> int:
     """The exit code for one page."""
-    text = page.read_text(encoding="utf-8")
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "is no text"
+        print(f"report: {page} cannot be read: {why}; expected a page with a section", file=sys.stderr)
+        return 2
     name = rows.resolve().name
     makers = {mark.format(name): maker for mark, maker in ((BEGIN, section), (SUMMARY, summary))}
     wanted = text
@@ -259,7 +263,7 @@ def _renew(rows: Path, page: Path, check: bool) -> int:
             return 2
         try:
             made = maker(rows, page)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             print(f"report: {rows} cannot be used: {error}", file=sys.stderr)
             return 2
         before, rest = wanted.split(begin)
@@ -271,5 +275,9 @@ def _renew(rows: Path, page: Path, check: bool) -> int:
         if wanted != text:
             print(f"report: {page} is not what the rows of {rows} give; run it without --check")
         return int(wanted != text)
-    page.write_text(wanted, encoding="utf-8")
+    try:
+        page.write_text(wanted, encoding="utf-8")
+    except OSError as error:
+        print(f"report: {page} cannot be written: {error.strerror}; expected a writable page", file=sys.stderr)
+        return 2
     return 0

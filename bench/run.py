@@ -32,24 +32,16 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from bench import jobs, one_op, paired, record, source
-from bench.command import command_parser
+from bench.command import command_parser, positive, rows_file
 from bench.precision import PRECISIONS
 from drseg_core.errors import BackendUnavailableError
 from drseg_core.ops import backend_report
 
 _DEFAULT_CASES = ("paper_vitl_24x24", "paper_vitl_24x24_e256")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; expected a number >= 1")
-    return value
 
 
 def _share(text: str) -> float:
@@ -83,18 +75,18 @@ def _parser() -> argparse.ArgumentParser:
         help="what the engine stands beside, see below; all by default",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--repeats", type=_positive, default=7, help="timed calls")
-    parser.add_argument("--slow-repeats", type=_positive, default=2, help="of the literal module and the largest cases")
-    parser.add_argument("--threads", type=_positive, help="torch's threads; one with --base on a CPU")
+    parser.add_argument("--repeats", type=positive, default=7, help="timed calls")
+    parser.add_argument("--slow-repeats", type=positive, default=2, help="of the literal module and the largest cases")
+    parser.add_argument("--threads", type=positive, help="torch's threads; one with --base on a CPU")
     parser.add_argument(
         "--memory", action=argparse.BooleanOptionalAction, default=True, help="peaks beside times of pdgr"
     )
-    parser.add_argument("--out", type=Path, help="JSON-lines file to add the rows to")
+    parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the rows to")
     parser.add_argument("--list", action="store_true", help="print the cases and what can be measured there, and end")
     parser.add_argument("--dry-run", action="store_true", help="print the jobs and what can run them, and end")
     parser.add_argument("--base", metavar="REF", help="race this checkout against a git ref")
     parser.add_argument("--gate", action="store_true", help="with --base: exit code 1 if it got worse")
-    parser.add_argument("--rounds", type=_positive, default=61, help="with --base: pairs at most")
+    parser.add_argument("--rounds", type=positive, default=61, help="with --base: pairs at most")
     parser.add_argument("--tolerance", type=_share, default=paired.TOLERANCE, help="with --base: slowdown that is none")
     return parser
 
@@ -118,8 +110,6 @@ def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[j
         parser.error(
             f"nothing to measure of {', '.join(ops)}{where}; expected a line of --list (pdgr has large cases only)"
         )
-    if args.out is not None and args.out.is_dir():
-        parser.error(f"--out is a folder; expected a file to add rows to, got {args.out}")
     if args.out is not None and args.out.is_file() and (lines := len(args.out.read_bytes().splitlines())):
         print(f"bench: rows are added to {args.out}, which has {lines}", file=sys.stderr)
     if args.gate and args.base is None:

@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 
 from bench import record
-from bench.command import command_parser
+from bench.command import command_parser, positive, rows_file
 from bench.scene_memory import write_scene
 from drseg_core.config.load import load_config, override
 from drseg_core.evaluation.inference import Predictor
@@ -116,10 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser("scenes", __doc__)
     parser.add_argument("--preset", default="tiny", help="tiny by default")
     parser.add_argument("--size", default="1536x1536", metavar="WxH", help="of the scene in pixels")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU: others read and write")
-    parser.add_argument("--out", type=Path, help="JSON-lines file to add the row to")
+    parser.add_argument("--threads", type=positive, default=1, help="of torch on a CPU: others read and write")
+    parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the row to")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     width, height = map(int, args.size.split("x"))

@@ -22,6 +22,7 @@ from drseg_core.ops._checks import (
     check_grid,
     check_number,
     check_tensor,
+    check_unmapped,
 )
 from drseg_core.ops.graph import check_graph
 from drseg_core.ops.prepare_prior.api import rows_of
@@ -247,6 +248,7 @@ def _start(name: str, labels: Tensor, graph: Graph, alpha: float) -> Tensor:
             f"{name}: graph does not match labels; expected {tuple(labels.shape[:-1])} before K, "
             f"got {tuple(graph.index.shape)}"
         )
+    check_unmapped(name, labels=labels)
     # one such label would reach every node
     if not labels.isfinite().all():
         raise NumericalError(f"{name}: labels are not finite; expected finite values, got NaN or Inf")
@@ -384,6 +386,8 @@ def solve_labels(
     """
     name = "solve_labels"
     y = _start(name, labels, graph, alpha)
+    # how many iterations are left is read
+    check_unmapped(name, **{"graph.index": graph.index, "graph.coefficient": graph.coefficient})
     _check_solver_options(name, scaled, tolerance, max_iterations, must_converge)
     if y.numel() == 0:
         return labels.clone()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from drseg_core.errors import NumericalError
@@ -90,6 +91,21 @@ def check_no_tangent(op: str, **tensors: Tensor) -> None:
             raise TypeError(
                 f"{op}: {name} has a forward-mode tangent; expected reverse-mode differentiation (backward), got jvp"
             )
+
+
+def check_unmapped(op: str, **tensors: Tensor) -> None:
+    """Refuse ``torch.vmap`` over what is read on the host: torch's own words ask for a report of a fault."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    for name, tensor in tensors.items():
+        # a transform within vmap wraps what vmap has wrapped
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                raise TypeError(
+                    f"{op}: {name} is mapped by torch.vmap, and its values are read; "
+                    "expected a batch dimension B instead, got a mapped tensor"
+                )
+            tensor = functorch.get_unwrapped(tensor)
 
 
 def check_csc(op: str, csc: object, index: Tensor) -> None:
@@ -235,8 +251,8 @@ def check_edges(
     if exponent is not None:
         check_tensor(op, "exponent", exponent, ("B", "N", "K"), (torch.float32, torch.float64))
     given = {"source": source, "target": target, "vector": vector, "bias": bias, "source_bias": source_bias}
-    given["exponent"] = exponent
-    check_same_device(op, **given, index=index, inverse_norm=inverse_norm, mask=mask, score=score)
+    given |= {"exponent": exponent, "inverse_norm": inverse_norm, "score": score}
+    check_same_device(op, **given, index=index, mask=mask)
     check_no_tangent(op, **{name: value for name, value in given.items() if value is not None})
     check_shape(op, "vector", vector, (width,), "(E,)")
     if bias.numel() != 1:
@@ -253,6 +269,7 @@ def check_edges(
 
 def check_index_values(op: str, index: Tensor, nodes: int) -> None:
     """Refuse an index outside ``[0, nodes)``. Reads the data, so it synchronises a GPU."""
+    check_unmapped(op, index=index)
     bad = (index < 0) | (index >= nodes)
     if bool(bad.any()):
         position = bad.nonzero()[0].tolist()
@@ -265,6 +282,7 @@ def check_index_values(op: str, index: Tensor, nodes: int) -> None:
 
 def check_weight_values(op: str, weight: Tensor) -> None:
     """Refuse a negative or non-finite edge weight. Reads the data, so it synchronises a GPU."""
+    check_unmapped(op, weight=weight)
     bad = ~(weight >= 0) | weight.isinf()
     if bool(bad.any()):
         position = bad.nonzero()[0].tolist()
@@ -277,6 +295,7 @@ def check_weight_values(op: str, weight: Tensor) -> None:
 
 def check_finite_rows(op: str, name: str, value: Tensor) -> None:
     """Refuse non-finite features, naming the first bad node. Reads the data, so it synchronises a GPU."""
+    check_unmapped(op, **{name: value})
     bad = (~value.isfinite()).sum(-1)
     if bool(bad.any()):
         position = bad.nonzero()[0].tolist()

@@ -98,7 +98,8 @@ Compose = Callable[..., tuple[Run, Run]]
 
 _tables: dict[str, tuple[Backend, ...]] = {}
 # every backend that some op has: ours, and those that others add
-_names: tuple[str, ...] = ("native", "cuda", "triton", "reference")
+_OURS = ("native", "cuda", "triton", "reference")
+_names: tuple[str, ...] = _OURS
 _fusions: dict[str, tuple[tuple[str, ...], Compose, bool]] = {}
 
 
@@ -168,8 +169,9 @@ def register_backend(
         op: name of the op.
         name: name of the backend, a word of your choice.
         run: the forward. It takes the arguments of the op's ``reference.py`` in that order, and returns the same
-            values in new tensors. A function without an argument ``csc`` is not given the graph's columns. One without
-            ``exponent`` refuses edges that have exponents.
+            values in new tensors. Another shape or dtype, or an argument given back, is refused. A function without an
+            argument ``csc`` is not given the graph's columns. One without ``exponent`` refuses edges that have
+            exponents.
         why_not: given a device type (``"cpu"``, ``"cuda"``), says in a few words why ``run`` cannot run there, or
             returns None when it can.
         run_backward: the gradients, as the function of that name in ``reference.py``; None if the op has none.
@@ -323,6 +325,35 @@ def asked_once(function: Run) -> Run:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def check_result(op: str, found: Any, arguments: Sequence[Any], names: Sequence[str], fake: Run) -> None:
+    """Refuse what a registered backend of another, which ran last, must not return; ours are not looked at.
+
+    Args:
+        op: name of the op. found: what it returned for ``arguments``, called ``names``. fake: what gives the shapes
+            and dtypes of its results.
+
+    Raises:
+        RuntimeError: a result has another shape or dtype, or is one of the arguments.
+    """
+    if len(_names) == len(_OURS) or (name := _last.of.get(op)) in (None, *_OURS):
+        return
+    expected = fake(*(value.to("meta") if isinstance(value, Tensor) else value for value in arguments))
+    right, got = (_kinds(values) for values in (expected, found))
+    if got != right:
+        raise RuntimeError(f"{op}: backend {name} gave a wrong result; expected {right}, got {got}")
+    for argument, value in zip(names, arguments, strict=False):
+        if any(value is one for one in (found if isinstance(found, tuple) else (found,))):
+            raise RuntimeError(f"{op}: backend {name} gave back its argument; expected a new tensor, got {argument}")
+
+
+def _kinds(values: Any) -> str:
+    several = values if isinstance(values, (tuple, list)) else (values,)
+    return " and ".join(
+        f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" if isinstance(one, Tensor) else type(one).__name__
+        for one in several
+    )
 
 
 @asked_once

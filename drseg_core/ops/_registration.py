@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from drseg_core.ops._dispatch import check_result
+
 PLAIN: dict[str, Callable[..., Any]] = {}
 """Of every schema: what computes it by torch's own operators; its arguments are the schema's."""
 
@@ -60,10 +62,14 @@ def define(
                 found = run(*arguments)
         else:
             found = run(*arguments)
+        if not is_backward:
+            check_result(op, found, arguments, names, fake)
         # as the fake promises, however a backend lays out its result
         return found.contiguous() if isinstance(found, Tensor) else tuple(value.contiguous() for value in found)
 
-    place = list(inspect.signature(run).parameters).index("backend")
+    names = tuple(inspect.signature(run).parameters)
+    is_backward = op.endswith("_backward")
+    place = names.index("backend")
     PLAIN[op] = plain or (lambda *arguments: run(*arguments[:place], "reference", *arguments[place + 1 :]))
     name = f"drseg::{op}"
     torch.library.define(name, schema)

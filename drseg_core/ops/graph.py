@@ -19,6 +19,9 @@ class Graph(NamedTuple):
     anew. Columns belong to one index: for another index call ``Graph.of`` again. The operator of an undirected graph
     (see ``degree_normalize``) is ``propagate(x) + propagate_transposed(x)``.
 
+    What ``torch.save`` wrote is loaded after ``torch.serialization.add_safe_globals([Graph, Csc])``, both of
+    ``drseg_core.ops``, or with ``weights_only=False``, which runs whatever the file holds.
+
     Args:
         index: (B, N, K) or (N, K) neighbour indices, int32 or int64; any indices, repeated ones too.
         coefficient: shape of ``index``, floating-point.

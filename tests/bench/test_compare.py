@@ -60,6 +60,7 @@ def slower(by: float) -> dict[str, float]:
         ({**slower(1.5), "ceiling": None}, "slower", 1),
         # as slow, but the rows are too noisy to tell
         ({**slower(1.5), "p20_ms": 60.0, "p80_ms": 400.0}, "same", 0),
+        ({**slower(1.5), "p80_ms": 1e7}, "same", 0),
     ],
 )
 def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], verdict: str, code: int):
@@ -147,9 +148,10 @@ NO_ROW = "is no row; expected an object as python -m bench run --out writes, got
         (b'[{"op": "x"}]\n', f':1: {NO_ROW} [{{"op": "x"}}]'),
         (b"[\n", f":1: {NO_ROW} ["),
         (b'{"op": "x"}\n', "holds no timed row"),
-        (b'{"case": [], "name": {}}\n', NO_ROW),
+        (b'{"case": [], "name": {}}\n', ":1: case cannot be read; expected a text, got []"),
+        (b"[" * 10**5, f":1: {NO_ROW} [[[["),
         (
-            json.dumps(dict.fromkeys(sorted(compare._TIMES), 1)).encode(),
+            json.dumps(dict.fromkeys(sorted(compare._TIMES), 1) | {"sizes": {}}).encode(),
             "a row lacks op, case, mode, dtype, data, name",
         ),
         (b"\x89PNG", "is no text; expected a file of rows"),
@@ -163,6 +165,89 @@ def test_files_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         assert command.main([str(bad), str(bad)]) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"{name}: {bad}") and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"p50_ms": "a"}, 'p50_ms cannot be read; expected a finite number, got "a"'),
+        ({"p50_ms": None}, "p50_ms cannot be read; expected a finite number, got null"),
+        ({"p20_ms": float("nan")}, "p20_ms cannot be read; expected a finite number, got NaN"),
+        ({"p80_ms": 10**400}, "p80_ms cannot be read; expected a finite number, got 1000"),
+        ({"repeats": True}, "repeats cannot be read; expected a finite number, got true"),
+        ({"flop": [1]}, "flop cannot be read; expected a finite number, got [1]"),
+        ({"byte": 0}, "byte cannot be read; expected a number above 0, got 0"),
+        ({"sizes": [1]}, "sizes cannot be read; expected an object, got [1]"),
+        ({"sizes": {"B": "one"}}, 'sizes.B cannot be read; expected a finite number, got "one"'),
+        ({"ceiling": 5}, "ceiling cannot be read; expected an object, got 5"),
+        ({"ceiling": {"least_ms": -1.0}}, "ceiling.least_ms cannot be read; expected a number above 0, got -1.0"),
+        ({"overrides": [1]}, "overrides cannot be read; expected an object, got [1]"),
+        ({"device": ["a CPU"]}, 'device cannot be read; expected a text, got ["a CPU"]'),
+        ({"threads": {}}, "threads cannot be read; expected a finite number, got {}"),
+        ({"date": 2026}, "date cannot be read; expected a text, got 2026"),
+    ],
+    ids=str,
+)
+def test_values_of_another_kind_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+):
+    (tmp_path / "results").mkdir()
+    bad = write(tmp_path / "results" / "bad.jsonl", row(mode="fwd+bwd"), row(**changes))
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN.format('results')}\n{report.END}\n")
+    for command, words in (
+        (compare, [bad, bad]), (plot, [bad, "--out", tmp_path / "out"]), (report, [tmp_path / "results", page])
+    ):  # fmt: skip
+        assert command.main([*map(str, words)]) == 2
+        err = capsys.readouterr().err
+        assert f"{bad}:2: {said}" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("lacks", ["device", "ratio_to_engine", "sizes.h", "ceiling.gflops", "date"])
+def test_what_a_picture_or_a_table_needs_and_a_row_lacks_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lacks: str
+):
+    (tmp_path / "results").mkdir()
+    outer, _, inner = lacks.partition(".")
+    rows = many_rows()
+    for one in rows:
+        (one[outer] if inner else one).pop(inner or outer, None)
+    bad = write(tmp_path / "results" / "bad.jsonl", *rows)
+    assert plot.main([str(bad), "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert f"plot: {bad}:" in err and err.endswith(
+        f": a row lacks {lacks}; expected what python -m bench run --out writes\n"
+    )
+    if inner != "gflops":
+        page = tmp_path / "page.md"
+        page.write_text(f"{report.BEGIN.format('results')}\n{report.END}\n")
+        assert report.main([str(tmp_path / "results"), str(page)]) == 2
+        err = capsys.readouterr().err
+        assert f"a row lacks {lacks};" in err and err.count("\n") == 1
+
+
+def test_rows_of_a_mode_of_another_have_pictures_and_tables(tmp_path: Path):
+    (tmp_path / "results").mkdir()
+    path = write(tmp_path / "results" / "rows.jsonl", *(one | {"mode": "bwd", "ceiling": None} for one in many_rows()))
+    assert plot.main([str(path), "--out", str(tmp_path / "out")]) == 0
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN.format('results')}\n{report.END}\n")
+    assert report.main([str(tmp_path / "results"), str(page)]) == 0
+
+
+def test_pages_that_are_no_text_or_not_there_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "results").mkdir()
+    picture = tmp_path / "page.png"
+    picture.write_bytes(b"\x89PNG")
+    for page, why in ((tmp_path / "absent.md", "No such file or directory"), (picture, "is no text")):
+        assert report.main([str(tmp_path / "results"), str(page)]) == 2
+        assert capsys.readouterr().err == f"report: {page} cannot be read: {why}; expected a page with a section\n"
+
+
+def test_pictures_without_a_folder_to_be_in_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = write(tmp_path / "rows.jsonl", *many_rows())
+    assert plot.main([str(path), "--out", str(path)]) == 2
+    assert capsys.readouterr().err == f"plot: --out cannot be written: File exists; expected a folder, got {path}\n"
 
 
 def many_rows() -> list[dict[str, Any]]:

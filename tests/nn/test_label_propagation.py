@@ -420,6 +420,24 @@ def test_wrong_arguments_are_named_in_one_line(call: Any, error: type[Exception]
     assert "\n" not in str(caught.value) and "expected" in str(caught.value) and "got" in str(caught.value)
 
 
+def test_vmap_is_refused_where_values_are_read_and_batches_do_the_same() -> None:
+    several, graphs = torch.randn(3, 6, 2), torch.stack([GRAPH.coefficient] * 3)
+    for way in (functools.partial(propagate_labels, steps=2), solve_labels):
+        name = way.func.__name__ if isinstance(way, functools.partial) else way.__name__
+        words = (
+            f"^{name}: labels is mapped by torch.vmap, and its values are read; expected a batch dimension B instead"
+        )
+        with pytest.raises(TypeError, match=words):
+            torch.vmap(lambda one, way=way: way(one, GRAPH))(several)
+        with pytest.raises(TypeError, match=words):
+            torch.vmap(torch.func.grad(lambda one, way=way: way(one, GRAPH).sum()))(several)
+    with pytest.raises(TypeError, match="^solve_labels: graph.coefficient is mapped by torch.vmap"):
+        torch.vmap(lambda one: solve_labels(LABEL, GRAPH._replace(coefficient=one)))(graphs)
+    # nothing of a graph is read in the steps
+    found = torch.vmap(lambda one: propagate_labels(LABEL, GRAPH._replace(coefficient=one), 2))(graphs)
+    torch.testing.assert_close(found[1], propagate_labels(LABEL, GRAPH, 2))
+
+
 @pytest.mark.parametrize("tolerance", [1e-23, 1e-10, np.float16(1e-4)])
 def test_no_tolerance_ends_in_nan(tolerance):
     torch.manual_seed(2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a contract class for every backend that can run here, and each of its variants."""
+"""Runs a contract class for every backend that can run here, and each of its variants; backends for one test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from drseg_core.ops import backend_report
+from drseg_core import ops
+from drseg_core.ops import _dispatch, backend_report
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -23,3 +24,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "variant" in metafunc.fixturenames:
         variants = cls.subject.variants[: 1 if hasattr(metafunc.function, "with_one_variant") else None]
         metafunc.parametrize("variant", variants, ids=["-".join(map(str, v.values())) or "plain" for v in variants])
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Backends that are gone after the test."""
+    for name in ("_tables", "_names"):
+        monkeypatch.setattr(_dispatch, name, type(getattr(_dispatch, name))(getattr(_dispatch, name)))
+    yield ops.register_backend
+    monkeypatch.undo()
+    _dispatch.table.cache_clear()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -268,3 +269,19 @@ def test_nothing_undirected():
         graph = Graph.of(torch.zeros(shape, dtype=torch.int32), torch.zeros(shape))
         x = torch.ones(*shape[:2], 5)
         assert torch.equal(graph.undirected().propagate(x), torch.zeros_like(x))
+
+
+def test_a_saved_graph_is_loaded_as_its_docstring_says(tmp_path):
+    graph = Graph.of(torch.tensor([[0, 1], [1, 1]]), torch.full((2, 2), 0.5))
+    torch.save(graph, tmp_path / "graph.pt")
+    for known in ([], [Graph], [ops.Csc]):
+        with torch.serialization.safe_globals(known), pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "graph.pt")
+    with torch.serialization.safe_globals([Graph, ops.Csc]):
+        safe = torch.load(tmp_path / "graph.pt")
+    for found in (safe, torch.load(tmp_path / "graph.pt", weights_only=False)):
+        assert type(found) is Graph and type(found.csc) is ops.Csc
+        x = torch.randn(2, 3)
+        assert torch.equal(found.propagate_transposed(x), graph.propagate_transposed(x))
+    words = " ".join(str(Graph.__doc__).split())
+    assert "add_safe_globals([Graph, Csc])" in words and "weights_only=False" in words

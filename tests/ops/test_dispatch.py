@@ -478,16 +478,6 @@ def test_a_fused_op_runs_on_the_parts_of_a_stranger(toy):
     ]
 
 
-@pytest.fixture
-def registered(monkeypatch):
-    """Backends that are gone after the test."""
-    for name in ("_tables", "_names"):
-        monkeypatch.setattr(_dispatch, name, type(getattr(_dispatch, name))(getattr(_dispatch, name)))
-    yield ops.register_backend
-    monkeypatch.undo()
-    _dispatch.table.cache_clear()
-
-
 def test_a_stranger_may_keep_its_results_and_lay_them_out_as_it_likes(registered):
     kept: list[Tensor] = []
 

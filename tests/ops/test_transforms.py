@@ -149,6 +149,33 @@ def test_forward_mode_is_refused_in_one_line(subject):
     assert leaves(subject, inputs)
 
 
+@pytest.mark.parametrize("op", ["edge_weight", "edge_coefficient"])
+def test_forward_mode_is_refused_of_what_has_no_gradient_too(op):
+    given = SUBJECTS["edge_weight"].make_inputs(TINY, torch.float32)
+    given.pop("mask", None)
+    edges = given["index"].shape
+    for name, value in (("inverse_norm", torch.ones(edges[:-1])), ("score", torch.ones(edges))):
+        with pytest.raises(TypeError, match=f"^{op}: {name} has a forward-mode tangent; expected .*, got jvp$"):
+            torch.func.jvp(lambda one, name=name: getattr(ops, op)(**{**given, name: one}), (value,), (value,))
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [("edge_weight", "index"), ("graph_propagate", "index"), ("degree_normalize", "weight")]
+)
+def test_vmap_over_what_is_validated_is_refused(op, name):
+    given = {**SUBJECTS[op].make_inputs(TINY, torch.float32), "validate": True}
+    words = (
+        f"^{op}: {name} is mapped by torch.vmap, and its values are read; expected a batch dimension B instead, got "
+    )
+    with pytest.raises(TypeError, match=words):
+        torch.vmap(lambda one: getattr(ops, op)(**{**given, name: one}))(given[name][None])
+
+
+def test_vmap_over_priors_that_must_be_finite_is_refused():
+    with pytest.raises(TypeError, match="^knn_graph: prior is mapped by torch.vmap"):
+        torch.vmap(lambda one: ops.knn_graph(one, (2, 3), 3, check_finite=True))(torch.randn(2, 6, 4))
+
+
 def test_no_samples_give_no_results(subject):
     inputs, values = parts(subject)
     call = with_differentiable(subject, inputs)
