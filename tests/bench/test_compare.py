@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +241,7 @@ def test_pages_that_are_no_text_or_not_there_are_refused(tmp_path: Path, capsys:
     (tmp_path / "results").mkdir()
     picture = tmp_path / "page.png"
     picture.write_bytes(b"\x89PNG")
-    for page, why in ((tmp_path / "absent.md", "No such file or directory"), (picture, "is no text")):
+    for page, why in ((tmp_path / "absent.md", os.strerror(errno.ENOENT)), (picture, "is no text")):
         assert report.main([str(tmp_path / "results"), str(page)]) == 2
         assert capsys.readouterr().err == f"report: {page} cannot be read: {why}; expected a page with a section\n"
 
@@ -247,7 +249,8 @@ def test_pages_that_are_no_text_or_not_there_are_refused(tmp_path: Path, capsys:
 def test_pictures_without_a_folder_to_be_in_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write(tmp_path / "rows.jsonl", *many_rows())
     assert plot.main([str(path), "--out", str(path)]) == 2
-    assert capsys.readouterr().err == f"plot: --out cannot be written: File exists; expected a folder, got {path}\n"
+    why = os.strerror(errno.EEXIST)
+    assert capsys.readouterr().err == f"plot: --out cannot be written: {why}; expected a folder, got {path}\n"
 
 
 def many_rows() -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -57,8 +59,8 @@ def test_rows_that_cannot_be_written_are_refused_before_anything_is_measured(
     (tmp_path / "file").touch()
     for out, why in (
         (tmp_path, "is a folder"),
-        (tmp_path / "file" / "rows.jsonl", "cannot be written: File exists"),
-        (tmp_path / "new" / ("x" * 300), "cannot be written: File name too long"),
+        (tmp_path / "file" / "rows.jsonl", f"cannot be written: {os.strerror(errno.EEXIST)}"),
+        (tmp_path / "new" / ("x" * 300), f"cannot be written: {os.strerror(errno.ENAMETOOLONG)}"),
     ):
         with pytest.raises(SystemExit) as stop:
             main([command, "--out", str(out)])

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import resource
 import shutil
@@ -401,9 +403,8 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capfd, free):
             tile_scene(image, labels, tmp_path / "set", TileOptions(256))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    reason = (
-        r"the disk is full \(No space left on device\)" if free == 1000 else ".* error while writing into target file"
-    )
+    full = re.escape(f"the disk is full ({os.strerror(errno.ENOSPC)})")
+    reason = full if free == 1000 else ".* error while writing into target file"
     assert re.fullmatch(f"data tile: .*set cannot be written: {reason}", str(caught.value))
     # libtiff would write to the terminal
     assert capfd.readouterr() == ("", "")
