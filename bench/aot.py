@@ -37,8 +37,6 @@ from bench.work import NOMINAL, work_of
 
 BASELINE = Path(__file__).parent / "aot_baseline.json"
 GROWTH = 1.1
-
-
 REGISTERS_PER_THREAD = 255
 REGISTERS_PER_BLOCK = 65_536
 

@@ -111,12 +111,12 @@ def says_quick_gelu(path: str) -> bool | None:
     towers = [content.get(name) or {} for name in ("vision_config", "text_config")]
     # transformers leaves out what is its default
     kinds = {str(tower.get("hidden_act", "quick_gelu")) for tower in towers if isinstance(tower, dict)}
-    small = {tower.get("layer_norm_eps", _EPS) for tower in towers if isinstance(tower, dict)}
+    small = {str(tower.get("layer_norm_eps", _EPS)) for tower in towers if isinstance(tower, dict)}
     model = content.get("model_type", "clip")
     problem: tuple[str, object, object]
     if model != "clip":
         problem = ("model_type", "clip", model)
-    elif small != {_EPS}:
+    elif small != {str(_EPS)}:
         problem = ("layer_norm_eps", _EPS, _words(small))
     elif len(kinds) != 1 or not kinds <= _QUICK.keys():
         problem = ("hidden_act", f"one of {_words(_QUICK)} in both towers", _words(kinds))

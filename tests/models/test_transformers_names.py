@@ -114,6 +114,7 @@ def test_an_activation_that_is_not_the_models_is_refused(
             {"text_config": {"hidden_act": "gelu", "layer_norm_eps": 1e-6}},
             "another layer_norm_eps; expected 1e-05, got",
         ),
+        ({"vision_config": {"layer_norm_eps": [1]}}, r"another layer_norm_eps; expected 1e-05, got 1e-05 and \[1\]$"),
         ({"model_type": "siglip"}, "another model_type; expected clip, got siglip"),
     ],
 )

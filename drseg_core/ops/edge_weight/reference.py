@@ -123,7 +123,7 @@ def edge_weight_backward(
     grad_logit = grad * slope
     grad_vector = vector.new_zeros(vector.shape)
     # put together, as in the forward: not every compiler follows a write into part of a tensor
-    of_samples: tuple[list[Tensor], list[Tensor]] = ([], [])
+    to_sources, to_targets = [], []
     for b in range(batch):
         of_rows, to_target = [], target.new_zeros(target.shape[1:])
         for first in range(0, nodes, block):
@@ -140,14 +140,10 @@ def edge_weight_backward(
                 of_rows.append(grad_hidden.sum(1))
             if wants_target:
                 to_target = to_target.index_add(0, near.flatten(), grad_hidden.flatten(0, 1))
-        for samples, of_sample in zip(
-            of_samples, (torch.cat(of_rows) if of_rows else to_target, to_target), strict=True
-        ):
-            samples.append(of_sample)
-    grad_source, grad_target = (
-        torch.stack(samples) if samples else torch.zeros_like(given)
-        for samples, given in zip(of_samples, (source, target), strict=True)
-    )
+        to_sources.append(torch.cat(of_rows) if of_rows else torch.zeros_like(source[b]))
+        to_targets.append(to_target)
+    grad_source = torch.stack(to_sources) if to_sources else torch.zeros_like(source)
+    grad_target = torch.stack(to_targets) if to_targets else torch.zeros_like(target)
     results = (grad_source, grad_target, grad_vector, grad_logit.sum(), grad * weight)[: len(inputs)]
     return tuple(
         result.to(given.dtype).reshape(given.shape) if need else given.new_empty(0)
