@@ -38,6 +38,7 @@ from drseg_core.errors import ConfigError
 from drseg_core.extras import installed, require
 from drseg_core.files import is_text
 from drseg_core.processor import prepare
+from drseg_core.scenes.workers import local_workers
 
 # for each command: what it does, and the extras that it needs
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -132,8 +133,9 @@ def _run(arguments: list[str]) -> int:
     # what only prints has nothing to share out
     idle = name in _IDLE or getattr(parsed, "print_config", False) or getattr(parsed, "name", None) == "list"
     # before torch is imported, and said once by processes that torchrun starts together
-    workers = getattr(parsed, "cluster", None) or ""
-    words = None if idle else prepare(processes=int(workers) if workers.isdecimal() else 1)
+    where = getattr(parsed, "cluster", None)
+    workers = None if where is None else local_workers(where)
+    words = None if idle else prepare(processes=workers or 1)
     if words is not None and os.environ.get("RANK", "0") == "0":
         logging.getLogger("drseg_core").info("%s", words)
     module.run(parsed)

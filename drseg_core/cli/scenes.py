@@ -61,10 +61,17 @@ def add_many_arguments(parser: Any) -> None:
 
 
 def given_scenes(args: Any) -> list[Scene]:
-    """The scenes of the command line, each with the place of its map."""
+    """The scenes of the command line, each with the place of its map.
+
+    Raises:
+        ConfigError: they cannot be shared out as asked, or have no place for their maps.
+    """
     from drseg_core.scenes.polygons import check_min_area
     from drseg_core.scenes.sources import list_scenes, with_outputs
 
+    given_shard(args)
+    if args.cluster is not None and (args.shard is not None or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise ConfigError("--cluster makes all blocks; expected neither --shard nor torchrun beside it")
     check_min_area("predict", args.min_area, args.polygons)
     scenes = list_scenes(args.image, asset=args.asset, remote=args.remote)
     return with_outputs(scenes, args.out, args.polygons)
@@ -88,9 +95,6 @@ def check_scenes(args: Any, scenes: Sequence[Scene], inputs: Sequence[str | Path
     from drseg_core.scenes.files import check_input_stays, check_outputs, scene_files
     from drseg_core.view.page import page_path
 
-    given_shard(args)
-    if args.cluster is not None and (args.shard is not None or os.environ.get("WORLD_SIZE", "1") != "1"):
-        raise ConfigError("--cluster makes all blocks; expected neither --shard nor torchrun beside it")
     report = None if args.report is None else Path(args.report)
     if report is not None:
         if report.is_dir() or not report.absolute().parent.is_dir():

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from drseg_core.errors import DRSegError
+from drseg_core.errors import BackendUnavailableError, DRSegError
 from drseg_core.extras import require
 from drseg_core.scenes.mosaic import Neighbour
 from drseg_core.scenes.predict import Mapper, Work
 from drseg_core.scenes.sources import Scene
+from drseg_core.scenes.workers import local_workers
 
 _PARTS = 2
 """Of each scene for each worker: one that is slow holds up little."""
@@ -73,15 +74,17 @@ def open_cluster(where: str, recipe: Callable[[], Mapper]) -> Iterator[Cluster]:
         recipe: makes the mapper.
 
     Raises:
+        ConfigError: ``where`` is neither.
         MissingExtraError: ``distributed`` is not installed.
+        BackendUnavailableError: no scheduler answers there.
     """
+    workers = local_workers(where)
     require("predict", "cluster")
-    from distributed import Client, LocalCluster
+    from distributed import LocalCluster
 
     with contextlib.ExitStack() as stack:
         address: Any = where
-        if where.isdecimal():
-            workers = max(int(where), 1)
+        if workers is not None:
             stack.enter_context(_same_environment())
             with _deaf_children():
                 local = LocalCluster(
@@ -93,7 +96,26 @@ def open_cluster(where: str, recipe: Callable[[], Mapper]) -> Iterator[Cluster]:
                     silence_logs=logging.ERROR,
                 )
             address = stack.enter_context(local)
-        yield Cluster(stack.enter_context(Client(address)), recipe)
+        yield Cluster(stack.enter_context(_client(address)), recipe)
+
+
+def _client(address: Any) -> Any:
+    from distributed import Client
+
+    log = logging.getLogger("distributed")
+    before = log.level
+    # the error says it in one line
+    log.setLevel(logging.CRITICAL)
+    try:
+        return Client(address)
+    # of the other kinds are connections that lack a library or a setting, such as a certificate
+    except (OSError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise BackendUnavailableError(
+            f"--cluster: no scheduler answers; expected one at {address}, got {reason or type(error).__name__}"
+        ) from None
+    finally:
+        log.setLevel(before)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,10 +56,11 @@ class Shard(NamedTuple):
         Raises:
             ConfigError: it is not ``i/n`` with i from 1 to n.
         """
-        first, _, last = text.partition("/")
-        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        # Python refuses to read a number of thousands of digits
+        found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
             raise ConfigError(f"--shard has a wrong value; expected i/n with i from 1 to n, got {text}")
-        return cls(int(first) - 1, int(last))
+        return cls(int(found[1]) - 1, int(found[2]))
 
 
 class Outcome(NamedTuple):

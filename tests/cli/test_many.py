@@ -128,6 +128,20 @@ def test_workers_of_a_cluster_write_the_bytes_of_one(drseg, run, scenes, whole, 
     assert code == 2 and "--cluster makes all blocks; expected neither --shard nor torchrun beside it" in errors
 
 
+@pytest.mark.parametrize("how", [(), ("--dry-run",)])
+def test_how_a_call_is_shared_out_is_checked_first(drseg, tmp_path, how):
+    """Before the run and the scene are looked for."""
+    words = ["predict", tmp_path / "no run", tmp_path / "absent.tif", "--out", tmp_path / "map.tif", *how]
+    for where in ("abc", "-1", "0", "tcp://host", "9" * 5000):
+        code, _, errors = drseg(*words, "--cluster", where)
+        assert code == 2 and errors.count("\n") == 1
+        assert "--cluster has a wrong value; expected the address of a scheduler, tcp://HOST:PORT, or a num" in errors
+    code, _, errors = drseg(*words, "--shard", "0/3")
+    assert code == 2 and "--shard has a wrong value" in errors
+    code, _, errors = drseg(*words, "--shard", "1/3", "--cluster", "2")
+    assert code == 2 and "--cluster makes all blocks" in errors
+
+
 @pytest.mark.promise("C33")
 def test_ctrl_c_is_one_line_with_workers_too(run, scenes, tmp_path):
     """A terminal sends it to all processes."""

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import numpy as np
 import pytest
 
-from drseg_core.errors import MissingExtraError, RasterError
+from drseg_core.errors import BackendUnavailableError, ConfigError, MissingExtraError, RasterError
 from drseg_core.scenes import cluster as module
+from drseg_core.scenes.workers import local_workers
 from tests.scenes.test_many import color_mapper, content, expected, folder, mapped, narrow_strips
 from tests.scenes.test_predict import NORTH_UP, write
 
@@ -56,3 +58,46 @@ def test_without_the_extra(monkeypatch):
     monkeypatch.setattr(module, "require", absent)
     with pytest.raises(MissingExtraError, match="predict cluster"):
         module.open_cluster("2", color_mapper).__enter__()
+
+
+def test_what_a_cluster_is_called():
+    assert local_workers("1") == 1 and local_workers("1024") == 1024
+    for address in ("tcp://127.0.0.1:8786", "tls://host:1", "node-3.site.org:65535", "tcp://[::1]:8786"):
+        assert local_workers(address) is None
+    wrong = (
+        "",
+        "0",
+        "-1",
+        "1025",
+        "1.5",
+        "abc",
+        "host",
+        "tcp://host",
+        "host:0",
+        "host:65536",
+        "http://host:80",
+        "9" * 5000,
+    )
+    for where in (*wrong, "tcp://host:8786/", "tcp://two words:1", "\u0664"):
+        with pytest.raises(ConfigError, match="--cluster has a wrong value; expected the address of a scheduler"):
+            local_workers(where)
+        with pytest.raises(ConfigError, match="--cluster has a wrong value"):
+            module.open_cluster(where, color_mapper).__enter__()
+
+
+def test_no_scheduler_answers(caplog):
+    pytest.importorskip("distributed", reason="the extra cluster is not installed")
+    import dask
+
+    with socket.socket() as closed, dask.config.set({"distributed.comm.timeouts.connect": "300ms"}):
+        # bound, so nobody else takes it, but not listening
+        closed.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{closed.getsockname()[1]}"
+        # the second lacks a certificate
+        for address in (f"tcp://{place}", f"tls://{place}", place):
+            with pytest.raises(BackendUnavailableError) as refused:
+                module.open_cluster(address, color_mapper).__enter__()
+            words = str(refused.value)
+            assert words.startswith(f"--cluster: no scheduler answers; expected one at {address}, got ")
+            assert "\n" not in words and refused.value.exit_code == 5
+    assert caplog.text == ""

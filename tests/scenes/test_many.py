@@ -509,7 +509,7 @@ def test_shards_make_blocks_and_a_last_call_the_maps(folder, expected, tmp_path,
 
 def test_what_a_shard_is_called():
     assert Shard.of("1/1") == (0, 1) and Shard.of("20/20") == (19, 20)
-    for wrong in ("0/3", "4/3", "1", "a/b", "-1/3", "1/3/5", ""):
+    for wrong in ("0/3", "4/3", "1", "a/b", "-1/3", "1/3/5", "", "1/" + "9" * 5000):
         with pytest.raises(ConfigError, match="--shard has a wrong value; expected i/n with i from 1 to n, got"):
             Shard.of(wrong)
 
