@@ -19,6 +19,7 @@ from drseg_core.data.raster import names_files, points_elsewhere
 from drseg_core.errors import ConfigError, DatasetError
 from drseg_core.files import is_text, parse_json
 from drseg_core.scenes.files import scene_files
+from drseg_core.scenes.tags import names_in
 
 __all__ = ["Scene", "list_scenes", "with_outputs"]
 
@@ -279,7 +280,7 @@ def _is_map(path: Path) -> bool:
     import rasterio
 
     with contextlib.suppress(rasterio.errors.RasterioError), rasterio.open(path) as source:
-        return "class_names" in source.tags()
+        return bool(names_in(source.tags()))
     return False
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ from drseg_core.data.dataset import IGNORE
 from drseg_core.data.ground import PixelArea
 from drseg_core.data.raster import open_raster
 from drseg_core.errors import ConfigError, RasterError
-from drseg_core.files import parse_json
 from drseg_core.scenes.areas import ClassAreas
 from drseg_core.scenes.reader import SceneReader
+from drseg_core.scenes.tags import names_in, words_in
 from drseg_core.scenes.writer import LEVELS
 from drseg_core.view.pyramid import CELLS, CLASSES, PICTURE, VALUES, Level, Read, pyramid
 
@@ -90,27 +90,16 @@ def open_map(path: Path) -> Iterator[MapReader]:
         RasterError: no such file, or no class raster with names.
     """
     with open_raster(path, origin="view") as source:
+        tags = source.tags()
+        names = names_in(tags)
         try:
-            names = parse_json(source.tags().get("class_names", ""))
             table = source.colormap(1)
-            names = tuple(str(name) for name in names)
             colors = np.array([table[i][:3] for i in range(len(names))], np.uint8)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError):
             names = ()
         if not names or source.count != 1 or source.dtypes[0] != "uint8":
             raise RasterError(f"view: {path} is no map; expected a class raster with names as drseg predict writes it")
-        tags = source.tags()
-        yield MapReader(path, source, names, colors, _words(tags, len(names)), _threshold(tags))
-
-
-def _words(tags: dict[str, str], classes: int) -> tuple[tuple[str, ...], ...] | None:
-    try:
-        # maps from words have them among their options
-        found = parse_json(tags["words"]) if "words" in tags else parse_json(tags["zero_shot"])["words"]
-        words = tuple(tuple(str(word) for word in each) for each in found if isinstance(each, list))
-    except (ValueError, KeyError, TypeError):
-        return None
-    return words if words and all(words) and len(words) in (classes, classes - 1) else None
+        yield MapReader(path, source, names, colors, words_in(tags, len(names)), _threshold(tags))
 
 
 def _threshold(tags: dict[str, str]) -> float | None:
@@ -149,12 +138,22 @@ def value_layers(found: MapReader) -> list[Layer]:
                     f"view: {path} does not fit the map; expected {found.shape[1]} x {found.shape[0]} pixels, "
                     f"got {source.width} x {source.height}"
                 )
+            wanted = ("uint8",) * (len(found.names) if word == "probabilities" else 1)
+            if tuple(source.dtypes) != wanted:
+                raise RasterError(
+                    f"view: {path} is not what drseg predict writes beside a map; expected {_bands(wanted)}, "
+                    f"got {_bands(source.dtypes)}"
+                )
             low, step = float(source.offsets[0]), float(source.scales[0])
             # earlier versions gave a constant the step 1, but none of these is above 1
             high = low + LEVELS * step if step < 1 else 1.0
             scales = [pyramid(_values(path, source, band), *found.shape, VALUES) for band in range(1, source.count + 1)]
         layers.append(Layer(word, title, "values", scales, low, high, by_class=word == "probabilities"))
     return layers
+
+
+def _bands(dtypes: Sequence[str]) -> str:
+    return f"{len(dtypes)} band{'s' * (len(dtypes) > 1)} of {' and '.join(dict.fromkeys(dtypes))}"
 
 
 def _values(path: Path, source: Any, band: int) -> Read:

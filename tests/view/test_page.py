@@ -25,6 +25,7 @@ from drseg_core.models.tiling import blend_window, tile_starts
 from drseg_core.nn.label_propagation import propagation_graph, weight_graph
 from drseg_core.nn.pdgr import PDGR
 from drseg_core.ops import padding_mask
+from drseg_core.scenes import sources
 from drseg_core.scenes.predict import predict_scene
 from drseg_core.scenes.reader import open_scene
 from drseg_core.view.graph import EDGE_BYTES, Beneath, Part, make_part, packed, stride_for
@@ -123,6 +124,65 @@ def test_a_constant_of_an_earlier_map_has_no_range_beyond_1(mapped, tmp_path):
         file.scales, file.offsets = (1.0,), (0.25,)
     (_, layer) = content(write_page(tmp_path / "map.tif").path)["layers"]
     assert (layer["key"], layer["low"], layer["high"]) == ("uncertainty", 0.25, 1.0)
+
+
+@pytest.fixture
+def copied(mapped, tmp_path) -> Path:
+    """A map with what lies beside it, to be changed."""
+    for path in mapped.map.parent.glob("map*.tif"):
+        shutil.copy(path, tmp_path)
+    return tmp_path / "map.tif"
+
+
+@pytest.mark.parametrize(
+    ("word", "dtype", "count", "said"),
+    [
+        ("uncertainty", "float32", 1, "expected 1 band of uint8, got 1 band of float32"),
+        ("scores", "uint16", 1, "expected 1 band of uint8, got 1 band of uint16"),
+        ("scores", "uint8", 2, "expected 1 band of uint8, got 2 bands of uint8"),
+        ("probabilities", "float32", 3, "expected 3 bands of uint8, got 3 bands of float32"),
+        ("probabilities", "uint8", 2, "expected 3 bands of uint8, got 2 bands of uint8"),
+    ],
+)
+def test_a_raster_of_another_kind_beside_a_map_is_refused(copied, word, dtype, count, said):
+    path = copied.with_name(f"map_{word}.tif")
+    how = {"driver": "GTiff", "width": WIDTH, "height": HEIGHT, "count": count, "dtype": dtype}
+    with rasterio.open(path, "w", **how) as file:
+        file.write(np.zeros((count, HEIGHT, WIDTH), dtype))
+    with pytest.raises(RasterError, match=f"map_{word}.tif is not what drseg predict writes beside a map; {said}"):
+        write_page(copied)
+
+
+def tagged(path: Path, **tags: str) -> None:
+    with rasterio.open(path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as file:
+        file.update_tags(**tags)
+
+
+NO_TEXTS = ['"abc"', '{"a": 1, "b": 2, "c": 3}', "[1, 2, 3]",
+            '["a", NaN, "c"]', '["a", " ", "c"]', '["a", "\\ud800", "c"]',
+            '["a", ["b"], "c"]', '["a", null, "c"]', "[]", "{}", "3", "", "[" * 20_000]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", NO_TEXTS)
+def test_names_that_are_no_list_of_texts_make_no_map(copied, names):
+    tagged(copied, class_names=names)
+    with pytest.raises(RasterError, match="is no map; expected a class raster with names as drseg predict writes it"):
+        write_page(copied)
+    assert not sources._is_map(copied)
+
+
+def test_words_that_are_no_texts_are_not_known(copied):
+    def words() -> Any:
+        with open_map(copied) as found:
+            return found.words
+
+    assert sources._is_map(copied) and words() == (("bare soil",), ("roof",), ("pond",))
+    for each in NO_TEXTS:
+        for text in (f'[["a"], ["b"], {each or "[]"}]', each):
+            tagged(copied, words=text)
+            assert words() is None, text
+    tagged(copied, words='["a", "b", "c", ["d"], ["e"], ["f"]]')
+    assert words() is None
 
 
 def run_of(mapped: Mapped) -> Any:
