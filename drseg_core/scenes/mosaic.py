@@ -64,14 +64,14 @@ def neighbours(grids: Sequence[Grid | None], folders: Sequence[Path]) -> list[tu
     """
     names = [folder.name.removesuffix(".work") for folder in folders]
     found: list[list[Neighbour]] = [[] for _ in grids]
-    unknown = []
+    unknown, halfway, shifted = (list[tuple[int, int]]() for _ in range(3))
     for (i, one), (j, other) in _near(grids):
         # from the pixels of the other to those of the one
         step = ~one.transform @ other.transform
         if not (_reaches(step, other, one) and _reaches(~step, one, other)):
             continue
-        if one.crs is None:
-            unknown.append((i, j))
+        if one.crs is None or other.crs is None:
+            (unknown if one.crs == other.crs else halfway).append((i, j))
             continue
         place = round(step.f), round(step.c)
         apart = max(abs(step.f - place[0]), abs(step.c - place[1]))
@@ -79,17 +79,15 @@ def neighbours(grids: Sequence[Grid | None], folders: Sequence[Path]) -> list[tu
         apart = max(apart, *(abs(v) * other.width for v in (step.a - 1, step.d)))
         apart = max(apart, *(abs(v) * other.height for v in (step.b, step.e - 1)))
         if apart > _APART:
-            _log.warning(
-                "%s and %s overlap on different grids, so their maps are left apart; gdalwarp -tap, or --gsd with a "
-                "multiple of their pixels, makes one grid",
-                names[i],
-                names[j],
-            )
+            shifted.append((i, j))
             continue
         found[i].append(Neighbour(str(folders[j]), *place, other.height, other.width))
         found[j].append(Neighbour(str(folders[i]), -place[0], -place[1], one.height, one.width))
-    _say_apart(names, unknown, "have no CRS", "gdal_edit -a_srs says it")
-    _say_apart(names, _across(grids), "have different CRSs", "gdalwarp -t_srs -tap makes one grid")
+    warp = "gdalwarp -tap, or --gsd with a multiple of their pixels, makes one grid"
+    _say_apart(names, shifted, "on different grids", warp)
+    _say_apart(names, unknown, "and have no CRS", "gdal_edit -a_srs says it")
+    _say_apart(names, halfway, "and only one of them has a CRS", "gdal_edit -a_srs says that of the other")
+    _say_apart(names, _across(grids), "and have different CRSs", "gdalwarp -t_srs -tap makes one grid")
     return [tuple(some) for some in found]
 
 
@@ -97,7 +95,7 @@ def _say_apart(names: Sequence[str], pairs: Sequence[tuple[int, int]], why: str,
     if pairs:
         more = f" (and {len(pairs) - 1} more pairs)" if len(pairs) > 1 else ""
         one, other = (names[number] for number in pairs[0])
-        _log.warning("%s and %s%s overlap and %s, so their maps are left apart; %s", one, other, more, why, cure)
+        _log.warning("%s and %s%s overlap %s, so their maps are left apart; %s", one, other, more, why, cure)
 
 
 def _across(grids: Sequence[Grid | None]) -> list[tuple[int, int]]:
@@ -160,16 +158,22 @@ def _systems(grids: Sequence[Grid]) -> tuple[NDArray[np.int64], list[Any]]:
 
 
 def _near(grids: Sequence[Grid | None]) -> Iterator[tuple[tuple[int, Grid], tuple[int, Grid]]]:
-    """Pairs of one CRS whose boxes meet: few of thousands of tiles, and only these are compared closely."""
-    # a photograph has no place; what only lacks the name of its CRS may lie beside another such
+    """Pairs of one CRS whose boxes meet: few of thousands of tiles, and only these are compared closely.
+
+    A scene that lacks the name of its CRS is taken to be in that of each scene that has a place.
+    """
+    # a photograph has no place; what only lacks the name of its CRS may lie beside another
     known = [(number, grid) for number, grid in enumerate(grids) if grid is not None]
     placed = [(n, grid) for n, grid in known if grid.crs is not None or not grid.transform.is_identity]
     system, _ = _systems([grid for _, grid in placed])
+    nameless = np.array([grid.crs is None for _, grid in placed], bool)
+    sited = np.array([not grid.transform.is_identity for _, grid in placed], bool)
     corner = np.array([_corners(grid) for _, grid in placed]).reshape(-1, 4, 2)
     low, high = corner.min(1), corner.max(1)
     for row, scene in enumerate(placed):
         rest = slice(row + 1, None)
-        meets = ((low[rest] <= high[row]) & (low[row] <= high[rest])).all(1) & (system[rest] == system[row])
+        same = (system[rest] == system[row]) | (nameless[rest] != nameless[row]) & sited[rest] & sited[row]
+        meets = ((low[rest] <= high[row]) & (low[row] <= high[rest])).all(1) & same
         yield from ((scene, placed[row + 1 + other]) for other in np.flatnonzero(meets))
 
 

@@ -185,7 +185,7 @@ def test_who_is_a_neighbour(caplog):
     with caplog.at_level(logging.WARNING):
         shifted, finer = grid(50.5, 0), grid(20, 0, side=0.5)
         assert neighbours([grids[0], shifted, finer], [Path(f"{n}.tif.work") for n in range(3)]) == [(), (), ()]
-    assert "0.tif and 1.tif overlap on different grids, so their maps are left apart" in caplog.text
+    assert "0.tif and 1.tif (and 2 more pairs) overlap on different grids, so their maps are left apart" in caplog.text
 
 
 def test_one_ground_stored_the_other_way_is_another_grid(caplog):
@@ -243,7 +243,11 @@ TWIN = placed("EPSG:32632", 400_000, 5_600_000)
         (TWIN, placed("EPSG:25832", 401_000, 5_600_000), None),
         (TWIN, placed("EPSG:25832", 401_000, 5_599_000), None),
         (TWIN, placed("EPSG:32633", 400_000, 5_600_000), None),
-        (TWIN, placed(None, 400_000, 5_600_000), None),
+        # one coordinate, of which one does not say where
+        (TWIN, placed(None, 400_500, 5_599_900), "only one of them has a CRS"),
+        (TWIN, placed(None, 401_000, 5_600_000), None),
+        (Grid(None, Affine.identity(), 9, 9), placed("EPSG:32632", -5, 5), None),
+        (Grid(TWIN.crs, Affine.identity(), 9, 9), placed(None, -5, 5), None),
         (TWIN, placed('LOCAL_CS["site",UNIT["metre",1]]', 400_000, 5_600_000), None),
         (placed(None, 0, 0), placed(None, 500, 0), "have no CRS"),
         (placed(None, 0, 0), placed(None, 1000, 0), None),
@@ -278,6 +282,18 @@ def test_thousands_of_tiles_in_two_systems(caplog, monkeypatch):
     assert [record.getMessage() for record in caplog.records] == [
         "0.tif and 1.tif (and 899 more pairs) overlap and have different CRSs, so their maps are left apart; "
         "gdalwarp -t_srs -tap makes one grid"
+    ]
+
+
+def test_one_line_says_all_pairs_of_a_kind(caplog):
+    """Their number grows with the square of that of the scenes."""
+    shifted = [placed("EPSG:32632", 400_000 + 0.5 * n, 5_600_000) for n in range(8)]
+    nowhere = [placed(None, 400_000 + n, 5_600_000) for n in range(3)]
+    neighbours([*shifted, *nowhere], [Path(f"{n}.tif.work") for n in range(11)])
+    assert [record.getMessage().partition(", so ")[0] for record in caplog.records] == [
+        "0.tif and 1.tif (and 27 more pairs) overlap on different grids",
+        "8.tif and 9.tif (and 2 more pairs) overlap and have no CRS",
+        "0.tif and 8.tif (and 23 more pairs) overlap and only one of them has a CRS",
     ]
 
 
