@@ -20,6 +20,11 @@ from drseg_core.files import disk_is_full
 LEVELS = 250
 """Steps of a value from 0 to 1 that is stored in 8 bits: 0 to 250, with the scale in the metadata; 255 is nodata."""
 
+_ROUNDING = 2**-20
+"""An entropy of float32 shares is not known better: the largest share is rounded to 2**-24, and a sum over classes adds
+up such errors. It is so near 0 too: where the best class has a share of 1 as rounded, the entropy may be 1e-16.
+"""
+
 _BLOCK = 256
 _COG = {"driver": "COG", "compress": "DEFLATE", "blocksize": 512, "bigtiff": "IF_SAFER", "overviews": "AUTO"}
 
@@ -66,7 +71,7 @@ def raster_like(
         count: number of bands.
         resampling: how overviews are resampled.
         stretch: the result is 8-bit, from the lowest value that was written to the highest, with scale and offset in
-            the metadata.
+            the metadata. The values are from 0 to 1, and those that differ by rounding alone are a constant.
 
     Raises:
         ResourceError: it cannot be written in full; the message names ``path``.
@@ -162,7 +167,7 @@ def _place(target: Any, scene: Any) -> None:
 
 
 def _stretched(working: Path, scaled: Path, scene: Any) -> None:
-    """Floating point values in 8 bits, over their own range."""
+    """Values from 0 to 1 in 8 bits, over their own range."""
     import rasterio
 
     low, high = np.inf, -np.inf
@@ -172,9 +177,12 @@ def _stretched(working: Path, scaled: Path, scene: Any) -> None:
             inside = value[np.isfinite(value)]
             if inside.size:
                 low, high = min(low, float(inside.min())), max(high, float(inside.max()))
-        if low == high:
-            # a constant is an end of its range: from 0 to it, which no quantity leaves
-            low, high = min(low, 0.0), max(high, 0.0)
+        constant = None
+        # rounding would look like something of the scene
+        if 0 <= high - low <= _ROUNDING:
+            constant = high if high > _ROUNDING else 0.0
+            # a constant is the end of its range, which begins at 0
+            low, high = 0.0, constant
         low, high = (low, high) if low < high else (0.0, 1.0)
         step = (high - low) / LEVELS
         profile = {**source.profile, "dtype": "uint8", "nodata": IGNORE}
@@ -187,7 +195,8 @@ def _stretched(working: Path, scaled: Path, scene: Any) -> None:
             target.descriptions = source.descriptions
             for _, window in source.block_windows(1):
                 value = source.read(1, window=window)
-                share = np.where(np.isfinite(value), (value - low) / step, IGNORE)
+                share = ((value if constant is None else constant) - low) / step
+                share = np.where(np.isfinite(value), share, IGNORE)
                 target.write(share.round().astype(np.uint8), 1, window=window)
 
 

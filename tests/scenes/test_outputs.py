@@ -24,7 +24,9 @@ from drseg_core.evaluation.inference import Predictor
 from drseg_core.scenes import polygons
 from drseg_core.scenes.areas import METHOD, ClassAreas, PixelArea
 from drseg_core.scenes.predict import predict_scene
+from drseg_core.scenes.reader import open_scene
 from drseg_core.scenes.style import category_names, write_attributes, write_style
+from drseg_core.scenes.writer import raster_like
 from tests.evaluation.fake import COLORS, ColorModel, color_image
 from tests.scenes.test_predict import NAMES, NORTH_UP, predictor, read, run, scaled, truth, write
 
@@ -128,6 +130,44 @@ def test_a_constant_uncertainty_keeps_its_value_and_a_range_that_it_can_have(tmp
     assert (uncertainty.astype(np.float32) == np.float32(value) / np.float32(255)).all()
     low, high = file.offsets[0], file.offsets[0] + 250 * file.scales[0]
     assert 0 <= low < high <= 1
+
+
+@pytest.mark.parametrize(
+    ("least", "range_", "shown"),
+    [
+        # what the entropy of a model that is sure or has no idea differs by: rounding
+        (0.0, 3e-16, (0.0, 0.0, 1.0)),
+        (1e-7, 7e-7, (0.0, 0.0, 1.0)),
+        (0.5, 3e-7, (0.5, 0.0, 0.5)),
+        (1 - 2**-21, 2**-21, (1.0, 0.0, 1.0)),
+        (1e-6, 8e-7, (1.8e-6, 0.0, 1.8e-6)),
+        (0.0, 1e-5, (None, 0.0, 1e-5)),
+        (0.5, 1e-5, (None, 0.5, 0.50001)),
+    ],
+)
+def test_an_uncertainty_that_differs_by_rounding_alone_is_constant(tmp_path, least, range_, shown):
+    share = np.random.default_rng(0).random((60, 70))
+    share[0, :2] = 0, 1
+    value = (least + range_ * share).astype(np.float32)
+    value[1] = np.nan
+    image = write(tmp_path / "in.tif", np.zeros((3, 60, 70), np.uint8), **UTM)
+    path = tmp_path / "out.tif"
+    # its place is taken by an empty file
+    path.touch()
+    with open_scene(image) as scene:
+        how = {"dtype": "float32", "nodata": np.nan, "resampling": "AVERAGE", "stretch": True}
+        with raster_like(scene, path, path, **how) as target:
+            target.write(value, 1)
+    found, file = scaled(path)
+    constant, low, high = shown
+    known = np.isfinite(value)
+    assert np.array_equal(np.isfinite(found[0]), known)
+    assert file.offsets[0] == pytest.approx(low, abs=1e-7)
+    assert file.offsets[0] + 250 * file.scales[0] == pytest.approx(high, rel=1e-6)
+    if constant is None:
+        assert np.abs(found[0] - value)[known].max() <= 0.51 * range_ / 250 and len(np.unique(found[0][known])) > 50
+    else:
+        assert np.unique(found[0][known]) == pytest.approx([constant], rel=1e-6)
 
 
 @pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".parquet"])
