@@ -122,6 +122,9 @@ bench: install  ## time the named cases (pytest-benchmark)
 # the last release where there is one
 BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD~1)
 regress: install  ## every kernel right, then none slower than at BASE (a git ref; the last release)
+	@# a wrong BASE is known before minutes of tests
+	@git rev-parse --verify --quiet "$(BASE)^{commit}" >/dev/null || \
+		{ echo 'regress: BASE is no commit; expected a branch, tag or commit, got $(BASE)' >&2; exit 2; }
 	$(BIN)/python -m pytest -q tests/ops tests/nn/test_pdgr.py
 	$(BIN)/python -m bench run --base $(BASE) --gate
 

@@ -241,6 +241,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("pages", type=Path, nargs="+", metavar="page")
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args(arguments)
+    if not args.rows.is_dir():
+        what = "is no folder" if args.rows.exists() else "not found"
+        print(f"report: {args.rows} {what}; expected a folder of rows", file=sys.stderr)
+        return 2
     return max(_renew(args.rows, page, args.check) for page in args.pages)
 
 

@@ -51,6 +51,12 @@ def _share(text: str) -> float:
     return value
 
 
+def _ref(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; expected a branch, tag or commit")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     # what is refused is said below one line, not below all options
     usage = "python -m bench run [--op OP] [--case CASE] [--out FILE] [options]; --help has all, --list the cases"
@@ -84,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the rows to")
     parser.add_argument("--list", action="store_true", help="print the cases and what can be measured there, and end")
     parser.add_argument("--dry-run", action="store_true", help="print the jobs and what can run them, and end")
-    parser.add_argument("--base", metavar="REF", help="race this checkout against a git ref")
+    parser.add_argument("--base", type=_ref, metavar="REF", help="race this checkout against a git ref")
     parser.add_argument("--gate", action="store_true", help="with --base: exit code 1 if it got worse")
     parser.add_argument("--rounds", type=positive, default=61, help="with --base: pairs at most")
     parser.add_argument("--tolerance", type=_share, default=paired.TOLERANCE, help="with --base: slowdown that is none")
@@ -182,6 +188,8 @@ def _race(chosen: Sequence[jobs.Job], args: argparse.Namespace) -> int:
     # each, one took 2.1 ms and the other 7.9 for the same call (2 cores of an Intel Xeon, 2026-11).
     threads = args.threads or (1 if args.device == "cpu" else None)
     try:
+        # a wrong one is known before minutes of building
+        source.commit_of(args.base)
         new = source.working_tree()
         with source.checkout(args.base) as base:
             verdicts = []

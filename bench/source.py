@@ -119,6 +119,18 @@ def working_tree() -> Source:
     return Source("new", ROOT, native_library(ROOT), _git("rev-parse", "HEAD"))
 
 
+def commit_of(ref: str) -> str:
+    """The commit that a ref names.
+
+    Raises:
+        SourceError: git knows no such commit.
+    """
+    try:
+        return _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+    except SourceError:
+        raise SourceError(f"no such commit; expected a branch, tag or commit of this repository, got {ref}") from None
+
+
 @contextlib.contextmanager
 def checkout(ref: str) -> Iterator[Source]:
     """The project at a ref, in a folder that is gone afterwards.
@@ -126,10 +138,7 @@ def checkout(ref: str) -> Iterator[Source]:
     Raises:
         SourceError: git knows no such commit, or its native library does not build.
     """
-    try:
-        commit = _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
-    except SourceError:
-        raise SourceError(f"no such commit; expected a branch, tag or commit of this repository, got {ref}") from None
+    commit = commit_of(ref)
     with tempfile.TemporaryDirectory(prefix="drseg-base-") as folder:
         tree = Path(folder) / "tree"
         _git("worktree", "add", "--quiet", "--detach", str(tree), commit)

@@ -304,6 +304,11 @@ def test_the_readme_section_is_what_the_rows_give(tmp_path: Path, capsys: pytest
     readme.write_text("no marks")
     assert report.main([str(folder), str(readme)]) == 2
     assert "no place for the section" in capsys.readouterr().err
+    before = readme.read_bytes()
+    for wrong, what in ((folder / "missing", "not found"), (readme, "is no folder")):
+        assert report.main([str(wrong), str(readme)]) == 2
+        assert capsys.readouterr().err == f"report: {wrong} {what}; expected a folder of rows\n"
+    assert readme.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -150,8 +151,30 @@ def test_arguments_of_a_race_that_mean_nothing(arguments: list[str]):
     assert error.value.code == 2
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("base", ["no-such-ref", ""])
+def test_an_unknown_ref_ends_make_regress_before_its_tests(base: str):
+    # no Python is there to run them
+    words = ["make", "-o", "install", "regress", f"BASE={base}", "BIN=/nowhere"]
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    expected = f"regress: BASE is no commit; expected a branch, tag or commit, got {base}".strip()
+    assert done.returncode == 2 and done.stderr.splitlines()[0].strip() == expected
+    assert "pytest" not in done.stdout
+
+
+@pytest.mark.parametrize("base", ["", " "])
+def test_an_empty_ref_is_refused(base: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as error:
+        run.main(["--base", base, "--case", "tiny_3x4"])
+    said = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and said[-1].endswith("argument --base: is empty; expected a branch, tag or commit")
+
+
 def test_an_unknown_ref_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(source, "native_library", lambda tree: None)
+    def built(tree: Path) -> None:
+        raise AssertionError("a library is built, which takes minutes")
+
+    monkeypatch.setattr(source, "native_library", built)
     assert run.main(["--base", "no-such-ref", "--case", "tiny_3x4"]) == 2
     expected = "no such commit; expected a branch, tag or commit of this repository, got no-such-ref"
     assert f"--base no-such-ref cannot be measured: {expected}" in capsys.readouterr().err

@@ -254,6 +254,7 @@ def test_a_gate_that_compared_nothing_does_not_pass(
     left = iter(verdicts)
     tree = source.Source("base", Path(), None, "abc")
     monkeypatch.setattr(source, "working_tree", lambda: tree)
+    monkeypatch.setattr(source, "commit_of", lambda ref: "abc")
     monkeypatch.setattr(source, "checkout", lambda ref: contextlib.nullcontext(tree))
     monkeypatch.setattr(paired, "judge", lambda *_, **__: paired.Verdict(next(left)))
     arguments = ["--base", "v0", "--gate", "--op", "edge_weight", "--case", "paper_vitl_24x24"]
