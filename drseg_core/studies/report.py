@@ -130,8 +130,8 @@ def difference_text(first: Scores, second: Scores) -> str | None:
 
 
 def _paper_columns(row: PaperRow | None) -> dict[str, str | None]:
-    columns = zip(("paper: mIoU", "fwIoU ", "mACC "), (row or PaperRow())[:3], strict=True)
-    return {title: None if value is None else f"{value:.2f}" for title, value in columns}
+    columns = zip(("mIoU", "fwIoU", "mACC"), (row or PaperRow())[:3], strict=True)
+    return {f"paper: {title}": None if value is None else f"{value:.2f}" for title, value in columns}
 
 
 def by_set(study: TrainingStudy, scores: Mapping[str, Scores]) -> list[dict[str, Any]]:

@@ -63,3 +63,12 @@ def test_every_page_has_its_numbers_and_its_picture(path):
     for variant in content.get("variants", []):
         if variant["mean"]["mIoU"] is not None:
             assert text_of(Spread(**variant["mean"]["mIoU"])) in page
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.md")), ids=lambda path: path.stem)
+def test_no_table_has_two_columns_of_one_heading(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for line, below in zip(lines, lines[1:], strict=False):
+        if below.startswith("|---"):
+            header = [cell.strip() for cell in line.strip("|").split("|")]
+            assert len(header) == len(set(header)), line

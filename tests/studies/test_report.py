@@ -6,7 +6,7 @@ import math
 import pytest
 
 from drseg_core.studies.paper import PaperRow
-from drseg_core.studies.report import Order, by_set, markdown, order, over_tests, spread, text_of
+from drseg_core.studies.report import Order, by_set, markdown, order, over_tests, rows, spread, text_of
 from drseg_core.studies.tables import Section, TrainingStudy, Variant
 
 
@@ -75,6 +75,15 @@ def test_the_page_says_what_was_not_run_and_what_it_is_compared_with():
     assert "5 steps after 7 of the dual encoder, which saw captions alone, seeds" in page
     page = markdown(study, scores, {}, {**facts, "seconds": 90.1})
     assert "`drseg study t`; trained at commit abc; 2 minutes, one process after another\n" in page
+
+
+def test_each_column_of_the_paper_says_so():
+    metrics = {"a": {"mIoU": 10.0, "fwIoU": 20.0, "mACC": 30.0}}
+    study = TrainingStudy("t", "Title", (Variant("x", "X", {}, PaperRow(1.0, 2.0, 3.0)), Variant("y", "Y", {})))
+    first, second = rows(study, {"x": {0: metrics}}, {})
+    papers = {"paper: mIoU": "1.00", "paper: fwIoU": "2.00", "paper: mACC": "3.00"}
+    assert first == {"": "X", "mIoU": "10.0", "fwIoU": "20.0", "mACC": "30.0", **papers}
+    assert second.keys() == first.keys() and {second[key] for key in papers} == {None}
 
 
 def test_sets_stand_one_by_one_beside_the_paper_s():
