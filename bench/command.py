@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 from pathlib import Path
 
 
@@ -21,10 +22,21 @@ def command_parser(name: str, text: str | None, usage: str | None = None) -> arg
 
 
 def positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number; expected one >= 1") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is out of range; expected a number >= 1")
     return value
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """Width and height of ``WxH``."""
+    found = re.fullmatch("([1-9][0-9]{0,6})x([1-9][0-9]{0,6})", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text} is no size; expected WxH in pixels, such as 1536x1024")
+    return int(found[1]), int(found[2])
 
 
 def rows_file(text: str) -> Path:

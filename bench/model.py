@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from bench import memory, one_op, parts, record
-from bench.command import command_parser, rows_file
+from bench.command import command_parser, positive, rows_file
 from bench.precision import PRECISIONS
 from drseg_core.config.load import load_config, override
 from drseg_core.config.validate import validate
@@ -213,8 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=one_op.backends(), action="append", help="of the ops")
     parser.add_argument("--kept-prior", action="store_true", help="inference reads the prior's features from files")
     parser.add_argument("--channels-last", action="store_true", help="weights of the convolutions too")
-    parser.add_argument("--batch", type=int, help="images per call; 1 by default, on a GPU 4")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls")
+    parser.add_argument("--batch", type=positive, help="images per call; 1 by default, on a GPU 4")
+    parser.add_argument("--repeats", type=positive, default=3, help="timed calls")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dry-run", action="store_true", help="list the rows and measure nothing")
     parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the rows to")

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import record
-from bench.command import command_parser, rows_file
+from bench.command import command_parser, positive, rows_file
 from bench.timing import GraphSampler, gpu_state, seconds_of, settle_clocks
 from drseg_core.ops import csc, graph_layer, linear_map, prepare_prior
 from drseg_core.testing import Case
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser("probe", __doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", default="", metavar="TEXT", help="probes whose name has this in it")
-    parser.add_argument("--repeats", type=int, default=11, help="timed calls of each")
+    parser.add_argument("--repeats", type=positive, default=11, help="timed calls of each")
     parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the rows to")
     args = parser.parse_args(arguments)
     if args.repeats < 1:

@@ -22,7 +22,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench import counts, jobs, record, whole_pdgr
-from bench.command import command_parser, rows_file
+from bench.command import command_parser, positive, rows_file
 from bench.contenders import pdgr_products
 from bench.one_op import sizes_of
 from bench.precision import PRECISIONS
@@ -131,8 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=tuple(PRECISIONS), help="all by default")
     parser.add_argument("--data", default="dino", choices=whole_pdgr.DATA, help="the prior")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--steps", type=int, default=10, help="that are profiled")
-    parser.add_argument("--most", type=int, default=40, help="kernels that are printed; the file has all")
+    parser.add_argument("--steps", type=positive, default=10, help="that are profiled")
+    parser.add_argument("--most", type=positive, default=40, help="kernels that are printed; the file has all")
     parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the profiles to")
     args = parser.parse_args(arguments)
     if args.steps < 1:

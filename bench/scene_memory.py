@@ -10,7 +10,6 @@ scene is mapped in a process of its own; GDAL's cache is part of the peak.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import sys
@@ -25,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.command import command_parser, pixels, positive
+from drseg_core.data.dataset import IGNORE
 from drseg_core.testing.memory import high_water
 
 BOUND = 10**9
@@ -97,16 +98,19 @@ def measured(height: int, width: int, classes: int, *, valid: tuple[int, int] | 
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.scene_memory", description=__doc__)
-    parser.add_argument("--size", action="append", metavar="WxH", help="size of a scene in pixels")
-    parser.add_argument("--classes", type=int, default=100)
+    parser = command_parser("scene_memory", __doc__)
+    # no command of python -m bench
+    parser.prog = "python -m bench.scene_memory"
+    parser.add_argument("--size", type=pixels, action="append", metavar="WxH", help="size of a scene in pixels")
+    parser.add_argument("--classes", type=positive, default=100, help="at most 255")
     args = parser.parse_args(words)
+    if args.classes > IGNORE:
+        parser.error(f"argument --classes: {args.classes} is out of range; expected 1 to {IGNORE}")
     worst = 0.0
-    for size in args.size or ("30000x2000", "2000x30000"):
-        width, height = map(int, size.split("x"))
+    for width, height in args.size or ((30000, 2000), (2000, 30000)):
         found = measured(height, width, args.classes)
         worst = max(worst, found["bytes"])
-        print(json.dumps({"size": size, "classes": args.classes, **found}), flush=True)
+        print(json.dumps({"size": f"{width}x{height}", "classes": args.classes, **found}), flush=True)
     print(f"largest: {worst / 1e6:.0f} MB above the model; bound {BOUND / 1e6:.0f} MB")
     return 0 if worst <= BOUND else 1
 

@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 
 from bench import record
-from bench.command import command_parser, positive, rows_file
+from bench.command import command_parser, pixels, positive, rows_file
 from bench.scene_memory import write_scene
 from drseg_core.config.load import load_config, override
 from drseg_core.evaluation.inference import Predictor
@@ -115,23 +115,24 @@ def measure(predictor: Predictor, size: tuple[int, int], repeats: int, folder: P
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser("scenes", __doc__)
     parser.add_argument("--preset", default="tiny", help="tiny by default")
-    parser.add_argument("--size", default="1536x1536", metavar="WxH", help="of the scene in pixels")
+    parser.add_argument("--size", type=pixels, default="1536x1536", metavar="WxH", help="of the scene in pixels")
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=positive, default=1, help="of torch on a CPU: others read and write")
     parser.add_argument("--out", type=rows_file, help="JSON-lines file to add the row to")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    width, height = map(int, args.size.split("x"))
+    width, height = args.size
+    size = f"{width}x{height}"
     with tempfile.TemporaryDirectory(prefix="drseg-scenes-") as folder:
         try:
             figures = measure(random_predictor(args.preset, args.device), (height, width), args.repeats, Path(folder))
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1
-    case = {"op": "scene", "case": args.size, "preset": args.preset, "threads": args.threads}
+    case = {"op": "scene", "case": size, "preset": args.preset, "threads": args.threads}
     print(
-        f"{args.preset}, {args.size}: forward passes {figures['forward_s']:.2f} s, map {figures['threads_s']:.2f} s "
+        f"{args.preset}, {size}: forward passes {figures['forward_s']:.2f} s, map {figures['threads_s']:.2f} s "
         f"({figures['share_of_model']:.0%} of the model's speed), in one thread {figures['one_thread_s']:.2f} s "
         f"({figures['share_of_model_one_thread']:.0%})"
     )

@@ -27,7 +27,7 @@ from drseg_kernels._launch import Device
 
 from bench import sass
 from bench.aot_build import TARGETS, Target
-from bench.command import command_parser
+from bench.command import command_parser, positive
 from bench.rank import Predictor
 from bench.tables import write_entry
 from bench.timing import Contender, interleave
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", action="append", choices=sorted(TABLES), help="all by default")
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="the large ones")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=30, help="timed calls of each candidate")
+    parser.add_argument("--repeats", type=positive, default=30, help="timed calls of each candidate")
     parser.add_argument(
         "--candidates", type=int, default=5, metavar="N", help="time so many beside the rule's, by prediction"
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import scenes
+from bench import model as whole_model
+from bench import probe, profile, scene_memory, scenes, tune
 from drseg_core.evaluation.inference import Predictor
 from tests.evaluation.fake import COLORS, ColorModel
 
@@ -43,3 +44,23 @@ def test_maps_that_differ_give_no_row(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scenes, "map_seconds", other)
     assert scenes.main(["--size", "90x70", "--out", str(tmp_path / "rows.jsonl")]) == 1
     assert "the maps differ" in capsys.readouterr().err and not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        *((main, ["--size", size], f"argument --size: {size} is no size; expected WxH in pixels, such as 1536x1024")
+          for main in (scenes.main, scene_memory.main) for size in ("axb", "10", "0x5", "5x-5", "5x5x5")),
+        (scene_memory.main, ["--classes", "0"], "argument --classes: 0 is out of range; expected a number >= 1"),
+        (scene_memory.main, ["--classes", "256"], "argument --classes: 256 is out of range; expected 1 to 255"),
+        (scenes.main, ["--repeats", "a"], "argument --repeats: a is no whole number; expected one >= 1"),
+        *((main, [option, "0"], f"argument {option}: 0 is out of range; expected a number >= 1")
+          for main, options in ((whole_model.main, ("--batch", "--repeats")), (probe.main, ("--repeats",)),
+                                (profile.main, ("--steps", "--most")), (tune.main, ("--repeats",)))
+          for option in options),
+    ],
+)  # fmt: skip
+def test_sizes_and_counts_that_are_none(command, arguments, said, capsys):
+    with pytest.raises(SystemExit) as error:
+        command(arguments)
+    assert error.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(f"error: {said}")
