@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
@@ -18,10 +18,11 @@ from drseg_core.config.zero_shot import NO_PRIOR
 from drseg_core.errors import CheckpointError, ConfigError
 from drseg_core.extras import require
 from drseg_core.models.clip import ARCHITECTURES, ClipEncoder
-from drseg_core.models.dino import NORMALIZATIONS, DinoPrior
+from drseg_core.models.dino import DinoPrior
+from drseg_core.models.pixel_statistics import NORMALIZATIONS, described_normalization
 from drseg_core.models.weights import WithoutInitialWeights
 
-Normalization = Literal["sat", "imagenet", "clip"]
+Normalization = Literal["sat", "imagenet", "clip", "half"]
 RANDOM = "random"
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
 
@@ -111,6 +112,8 @@ def load_encoders(clip: ClipConfig, prior: DinoConfig, *, offline: bool = False)
         if source is not None:
             sources[part] = source
     files = dict(zip(sources, fetched(list(sources.values()), offline=offline), strict=True))
+    clip = clip if "clip" in sources else _as_described(clip)
+    prior = prior if "prior" in sources else _as_described(prior)
     facts = _facts("clip", clip.name, clip.weights, files.get("clip"))
     try:
         encoder = _clip(clip, files.get("clip"), offline)
@@ -130,6 +133,13 @@ def load_encoders(clip: ClipConfig, prior: DinoConfig, *, offline: bool = False)
             # names in a file may hold anything, and of any length
             facts[f"{part}_place"] = ascii(module.weights_place)[1:-1][:200]
     return Encoders(encoder, found, facts)
+
+
+def _as_described(config: Any) -> Any:
+    """With the pixel statistics that stand beside a file of weights, where they do."""
+    path = config.weights
+    found = described_normalization(path) if path is not None and Path(path).is_file() else None
+    return config if found is None else dataclasses.replace(config, normalization=found)
 
 
 def _clip(config: ClipConfig, file: Path | None, offline: bool) -> ClipEncoder:

@@ -25,6 +25,8 @@ class ClipConfig:
         trainable: what is trained: ``attention`` means the query and value projections of both towers, ``all``
             everything, ``visual`` the image tower (SED), ``position`` its position embedding (SAN).
         template: prompt into which the class name is put.
+        normalization: pixel mean and deviation: ``clip`` (OpenAI's), ``half`` (0.5 and 0.5: some of LAION's),
+            ``imagenet`` or ``sat``. Null takes those of an open_clip tag, and else ``clip``.
     """
 
     name: str = "ViT-L-14-336-quickgelu"
@@ -33,6 +35,7 @@ class ClipConfig:
     guidance_blocks: tuple[int, int] = (7, 15)
     trainable: Literal["attention", "all", "visual", "position", "none"] = "attention"
     template: str = "A photo of a {} in the scene"
+    normalization: Literal["clip", "half", "imagenet", "sat"] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class DinoConfig:
         name: timm architecture; ``drseg-tiny`` is the small one that ships with this package.
         weights: ``pretrained`` (timm's hub weights), path of a local weight file, or null for random initial weights.
         image_size: side in pixels to which images are resized before DINO.
-        normalization: pixel mean and deviation: ``sat`` (SAT-493M), ``imagenet`` or ``clip``.
+        normalization: pixel mean and deviation: ``sat`` (SAT-493M), ``imagenet``, ``clip`` or ``half``.
         features: patch ``tokens`` after the final norm, or the attention's ``key`` or ``value`` of one block.
             ``constant`` is the same everywhere, a control: what is left of a graph is distance alone.
         layer: block from which the features come, from 0; null takes the last.
@@ -58,7 +61,7 @@ class DinoConfig:
     name: str = "vit_large_patch16_dinov3.sat493m"
     weights: str | None = "pretrained"
     image_size: int = 384
-    normalization: Literal["sat", "imagenet", "clip"] = "sat"
+    normalization: Literal["sat", "imagenet", "clip", "half"] = "sat"
     features: Literal["tokens", "key", "value", "constant"] = "tokens"
     layer: int | None = None
     guidance_blocks: tuple[int, int] = (7, 15)

@@ -20,11 +20,13 @@ Numbers of two protocols cannot be compared, even where the set and the metric h
     label have no part in the loss. Otherwise as ``rskt``.
 ``ovrs``
     OVRS on its four sets, with the same images and classes as ``rskt``, but in sliding windows. The image is resized to
-    640 x 640. The scores of four windows of 384 at stride 256, and of the whole image at 384, are averaged.
+    640 x 640. The scores of four windows of 384 at stride 256, and of the whole image at 384, are averaged. The logits
+    of each are enlarged to 384 before they are made scores.
 ``segearth``
     SegEarth-OV, a public protocol that needs only the original archives. Validation images (test for UAVid and VDD),
     other class names, 16 classes of iSAID with background, 7 of LoveDA and UAVid (cars are one class). Long side at
-    448, windows of 224 at stride 112. A class that is only predicted counts as 0. It does not have DLRSD.
+    448, windows of 224 at stride 112, whose logits are averaged. A class that is only predicted counts as 0. It does
+    not have DLRSD.
 
     Potsdam, Vaihingen and iSAID are cut differently than in the benchmark (``drseg data prepare potsdam --patch 512
     --edges shift``). 14 test tiles then give the 2,016 images that it states, so its stride is 512 in effect.
@@ -61,6 +63,7 @@ class Views:
         pad: both sides of the resized image are padded to a multiple of it, with CLIP's mean colour. The padding is
             then stretched over the image like the rest (a fault of the public code). None pads nothing. Not with
             windows.
+        mean_of: what is averaged over windows: ``scores`` in [0, 1], or ``logits``.
     """
 
     edge: int
@@ -70,6 +73,7 @@ class Views:
     stride: int | None = None
     whole: bool = True
     pad: int | None = None
+    mean_of: Literal["scores", "logits"] = "scores"
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "udd5": SetView("val", ("vegetation", "building", "road", "vehicle", "background")),
             "vdd": SetView("test", ("background", "facade", "road", "vegetation", "vehicle", "roof", "water")),
         },
-        Views(448, "long", window=224, stride=112, whole=False),
+        Views(448, "long", window=224, stride=112, whole=False, mean_of="logits"),
         "union",
     ),
 }  # fmt: skip

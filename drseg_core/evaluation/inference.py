@@ -217,13 +217,18 @@ class Predictor:
     @torch.no_grad()
     def _forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (B, T, h', w') and uncertainty (B, 1, h, w) of images (B, 3, H, W) uint8, in float32."""
+        logits, uncertainty = self._logits(image)
+        return logits.sigmoid(), uncertainty
+
+    def _logits(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`_forward` makes scores of, and the uncertainty."""
         pixels = image.to(self.device).float() / 255
         with self.autocast():
             output = self._network(pixels, self.text)
         logits = output.logits
         if not torch.isfinite(logits).all():
             raise NumericalError("Predictor: logits are not finite; expected finite values from the model")
-        return self.per_class(logits).float().sigmoid(), output.uncertainty.float()
+        return self.per_class(logits).float(), output.uncertainty.float()
 
     def per_class(self, value: Tensor) -> Tensor:
         """Values (B, W, h, w) of every word to (B, T, h, w): the best word of each class."""

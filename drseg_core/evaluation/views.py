@@ -13,7 +13,7 @@ from torch import Tensor
 from drseg_core.data.protocols import Views
 from drseg_core.device import PrecisionName
 from drseg_core.evaluation.inference import Prediction, Predictor
-from drseg_core.models.clip import PIXEL_MEAN
+from drseg_core.models.pixel_statistics import PIXEL_MEAN
 from drseg_core.models.tiling import tile_starts
 
 
@@ -30,10 +30,11 @@ def resized_size(height: int, width: int, views: Views) -> tuple[int, int]:
 class ViewPredictor(Predictor):
     """Predicts with the views of a protocol; all views of a pixel count the same.
 
-    With windows, scores are enlarged to the resized image and averaged there: first over the windows, then that mean
-    with the whole image. The result is enlarged to the image. Without windows, scores are enlarged to the image at
-    once. If the protocol pads, the scores of the padding are stretched over the image too. Images go through the model
-    one by one.
+    With windows, logits are enlarged to a window's size. They are made scores there, as the public code of CAT-Seg and
+    OVRS does, or after all else where the protocol averages logits. The mean on the resized image is first that over
+    the windows, then that with the whole image, whose logits are enlarged to a window too. The result is enlarged to
+    the image. Without windows, scores are enlarged to the image at once. If the protocol pads, the scores of the
+    padding are stretched over the image too. Images go through the model one by one.
 
     Args:
         model: see :class:`Predictor`.
@@ -78,11 +79,13 @@ class ViewPredictor(Predictor):
         else:
             mean = self._windows(resized, self.views.window, self.views.stride or self.views.window)
             if self.views.whole:
-                mean = (mean + torch.cat(self._scores(resized[None], size), dim=1)[0]) / 2
-        return _at_size(mean, (int(image.shape[1]), int(image.shape[2])))
+                side = self.views.window
+                mean = (mean + _enlarged(self._scores(resized[None], (side, side)), size)[0]) / 2
+        found = _at_size(mean, (int(image.shape[1]), int(image.shape[2])))
+        return found._replace(score=found.score.sigmoid()) if self.views.mean_of == "logits" else found
 
     def _windows(self, image: Tensor, side: int, stride: int) -> Tensor:
-        """Mean (T + 1, H, W) of scores and uncertainty over the windows; these are smaller if the image is."""
+        """Mean (T + 1, H, W) of scores (or logits) and uncertainty over the windows, smaller if the image is."""
         _, height, width = image.shape
         rows, columns = min(side, height), min(side, width)
         corners = [
@@ -94,15 +97,18 @@ class ViewPredictor(Predictor):
         for first in range(0, len(corners), self.batch_size):
             some = corners[first : first + self.batch_size]
             batch = torch.stack([image[:, y : y + rows, x : x + columns] for y, x in some])
-            value = torch.cat(self._scores(batch, (rows, columns)), dim=1)
+            value = self._scores(batch, (rows, columns))
             for window, (y, x) in zip(value, some, strict=True):
                 total[:-1, y : y + rows, x : x + columns] += window
                 total[-1, y : y + rows, x : x + columns] += 1
         return total[:-1] / total[-1]
 
-    def _scores(self, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        score, uncertainty = self._forward(image)
-        return _enlarged(score, size), _enlarged(uncertainty, size)
+    def _scores(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Scores, or logits, and uncertainty (B, T + 1, *size) of windows."""
+        logits, uncertainty = self._logits(image)
+        value = _enlarged(logits, size)
+        value = value if self.views.mean_of == "logits" else value.sigmoid()
+        return torch.cat([value, _enlarged(uncertainty, size)], dim=1)
 
 
 def _padded(image: Tensor, multiple: int) -> Tensor:

@@ -25,15 +25,12 @@ from drseg_core.config.schema import ClipConfig
 from drseg_core.errors import CheckpointError, ConfigError
 from drseg_core.extras import require
 from drseg_core.models.correlation import rotate
+from drseg_core.models.pixel_statistics import NORMALIZATIONS, Statistics, described_normalization, warn_of_other
 from drseg_core.models.prompts import class_prompts
 from drseg_core.models.transformers_names import clip_as_published, from_transformers, says_quick_gelu
 from drseg_core.models.weights import WithoutInitialWeights, fitting_state, foreign_tensors
 
 _log = logging.getLogger(__name__)
-
-# pixel statistics of OpenAI's CLIP, on [0, 1] RGB
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 TINY: dict[str, Any] = {
     "embed_dim": 64,
@@ -301,13 +298,13 @@ class ClipEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        model, mean, deviation = open_clip_model(config, read_weights, file, offline, hierarchical)
+        model, statistics = open_clip_model(config, read_weights, file, offline, hierarchical)
         self.visual: Any = StageTower(model.visual) if hasattr(model.visual, "trunk") else VisionTower(model.visual)
         self.text = TextTower(model)
         self.weights_place: str = getattr(model, "weights_place", "")
         self.embed_dim = int(model.text_projection.shape[1])
-        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(statistics.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_deviation", torch.tensor(statistics.deviation).view(3, 1, 1), persistent=False)
         if isinstance(self.visual, VisionTower):
             inner = len(self.visual.blocks) - 1
             if len(config.guidance_blocks) != 2 or not all(0 <= index < inner for index in config.guidance_blocks):
@@ -422,9 +419,14 @@ def open_clip_model(
     file: Path | None = None,
     offline: bool = False,
     hierarchical: bool = False,
-) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
+) -> tuple[Any, Statistics]:
     """An open_clip model with its weights, and its pixel statistics. No registry of open_clip is touched."""
     require("ClipEncoder", "model")
+    if config.normalization is not None and config.normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"ClipEncoder: normalization is unknown; expected {', '.join(NORMALIZATIONS)} or null, "
+            f"got {config.normalization!r}"
+        )
     from open_clip.model import CLIP
 
     architecture = _architecture(config.name)
@@ -446,32 +448,32 @@ def open_clip_model(
         raise ValueError(f"ClipEncoder: text pooling of {config.name} is not supported; expected the end token")
     if not stages:
         vision["patch_dropout"] = 0.0
-    tensors, mean, deviation = _weights(
-        config, bool(architecture.get("quick_gelu", False)), read_weights, file, offline
-    )
+    tensors, statistics = _weights(config, bool(architecture.get("quick_gelu", False)), read_weights, file, offline)
     # what a checkpoint is then loaded into needs no initial weights; where weights are read, random ones of other parts
     # are drawn next, and are those of the seed
     with contextlib.nullcontext() if read_weights else WithoutInitialWeights():
         model = CLIP(**architecture)
     if tensors is not None:
         _load(model, tensors, config)
-    return model, mean, deviation
+    return model, statistics
 
 
 def _weights(
     config: ClipConfig, quick_gelu: bool, read_weights: bool, file: Path | None, offline: bool
-) -> tuple[dict[str, Tensor] | None, Any, Any]:
+) -> tuple[dict[str, Tensor] | None, Statistics]:
+    statistics = NORMALIZATIONS[config.normalization or "clip"]
     if config.weights is None:
-        return None, PIXEL_MEAN, PIXEL_DEVIATION
+        return None, statistics
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 
     tag = get_pretrained_cfg(config.name, config.weights)
     if tag:
         if bool(tag.get("quick_gelu", False)) != quick_gelu:
             _refuse_activation(config, not quick_gelu)
-        mean, deviation = tag.get("mean") or PIXEL_MEAN, tag.get("std") or PIXEL_DEVIATION
+        if config.normalization is None:
+            statistics = Statistics(tag.get("mean") or statistics.mean, tag.get("std") or statistics.deviation)
         if not read_weights:
-            return None, mean, deviation
+            return None, statistics
         if offline and file is None:
             raise CheckpointError(
                 f"ClipEncoder: weights {config.weights!r} of {config.name} are not here; "
@@ -484,9 +486,9 @@ def _weights(
                 f"ClipEncoder: weights {config.weights!r} of {config.name} cannot be fetched; expected a network or a "
                 f"local file in model.clip.weights, got {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
-        return foreign_tensors(path), mean, deviation
+        return foreign_tensors(path), statistics
     if not read_weights:
-        return None, PIXEL_MEAN, PIXEL_DEVIATION
+        return None, statistics
     if not Path(config.weights).is_file():
         tags = ", ".join(list_pretrained_tags_by_model(config.name)) or "none"
         found = "are a folder" if Path(config.weights).is_dir() else "not found"
@@ -509,7 +511,15 @@ def _weights(
             )
         elif said != quick_gelu:
             _refuse_activation(config, said)
-    return tensors, PIXEL_MEAN, PIXEL_DEVIATION
+    if config.normalization is not None:
+        warn_of_other(config.weights, "model.clip.normalization", config.normalization)
+    # not taken from there without a word: a checkpoint has the option, and may outlive the file
+    elif (described := described_normalization(config.weights)) not in (None, "clip"):
+        raise ValueError(
+            f"ClipEncoder: the description beside {config.weights} has other pixel statistics; "
+            f"expected model.clip.normalization {described}, got null, which means clip"
+        )
+    return tensors, statistics
 
 
 def _refuse_activation(config: ClipConfig, needs_quick: bool) -> None:

@@ -18,20 +18,13 @@ from torch import Tensor, nn
 from drseg_core.config.schema import DinoConfig
 from drseg_core.errors import CheckpointError
 from drseg_core.extras import require
-from drseg_core.models.clip import PIXEL_DEVIATION, PIXEL_MEAN
+from drseg_core.models.pixel_statistics import NORMALIZATIONS, warn_of_other
 from drseg_core.models.transformers_names import dino_as_published
 from drseg_core.models.weights import WithoutInitialWeights, fitting_state, foreign_tensors
 from drseg_core.nn.resample import resample
 
 if TYPE_CHECKING:
     from drseg_core.models.prior_cache import PriorCache
-
-# pixel mean and deviation on [0, 1] RGB; sat is what the SAT-493M weights were trained with
-NORMALIZATIONS = {
-    "sat": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": (PIXEL_MEAN, PIXEL_DEVIATION),
-}
 
 # modules of a training that are no part of the encoder: a classifier, and the heads of self-distillation
 HEADS = ("head.", "dino_head.", "ibot_head.")
@@ -252,6 +245,7 @@ def _build(config: DinoConfig, offline: bool, read_weights: bool) -> Any:
         )
     if file:
         _load(encoder, config)
+        warn_of_other(str(config.weights), "model.dino.normalization", config.normalization)
     return encoder
 
 

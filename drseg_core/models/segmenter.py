@@ -156,8 +156,8 @@ class Segmenter(nn.Module):
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
         """AdamW groups of everything that is trained.
 
-        CLIP has its own rate; normalisation layers, embeddings and logarithms have no weight decay; the weights of
-        Eq. 8 have their own epsilon.
+        CLIP has its own rate; normalisation layers, embeddings and the logarithms of Eq. 8 have no weight decay; the
+        weights of Eq. 8 have their own epsilon.
         """
         exempt = {
             id(parameter)

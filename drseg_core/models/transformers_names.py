@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,11 @@ def says_quick_gelu(path: str) -> bool | None:
         return None
     if not isinstance(content, dict):
         return None
-    towers = [content.get(name) or {} for name in ("vision_config", "text_config")]
+    # older files have a tower twice; transformers takes all of the second
+    towers: list[Any] = [
+        next((content[key] for key in (f"{name}_dict", name) if content.get(key) is not None), {})
+        for name in ("vision_config", "text_config")
+    ]
     # transformers leaves out what is its default
     kinds = {str(tower.get("hidden_act", "quick_gelu")) for tower in towers if isinstance(tower, dict)}
     small = {str(tower.get("layer_norm_eps", _EPS)) for tower in towers if isinstance(tower, dict)}

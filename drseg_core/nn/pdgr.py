@@ -41,6 +41,12 @@ Affinity = Literal["exp", "linear", "power", "product", "gauss"]
 SelfLoop = Literal["in_topk", "exclude", "extra"]
 Norm = Literal["sym_row", "sym_count", "sym_inout", "row", "sym_undirected"]
 
+# options that parameters start from, and these parameters
+_STARTS = {
+    "edge_temperature": "edge_log_temperature",
+    "edge_decay": "edge_log_decay",
+    "norm_scale": "output_norm.weight",
+}
 # its exponential leaves room in float32 for the sum of the weights of some hundred neighbours
 _LARGEST_GAMMA_OF_WEIGHTS = 80.0
 # of the learned starts, of which exponentials of logarithms are taken
@@ -154,7 +160,8 @@ def _flag(name: str, value: Any) -> Any:
 def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], Any]:
     def check(name: str, value: Any) -> Any:
         check_choice("PDGR", name, value, choices)
-        return value
+        # no string of numpy, for which a compiler has no form
+        return str(value)
 
     return check
 
@@ -194,6 +201,11 @@ class _Option:
         # while the module is made, some are missing
         if "weights" in module._modules:
             _check_scales(options, len(module.weights))
+            if self.name in _STARTS and options[self.name] != module.__dict__.get(self.name):
+                raise ValueError(
+                    f"PDGR: {self.name} is where a learned number starts; expected it when the module is made, or "
+                    f"another value of {_STARTS[self.name]}, got {value!r} for {module.__dict__.get(self.name)!r}"
+                )
         module.__dict__[self.name] = options[self.name]
 
 
@@ -689,6 +701,10 @@ class PDGR(nn.Module):
         """
         x, grid = _nodes("features", features, self.channels, None if grid is None else check_grid("PDGR", grid))
         weights, biases = _list("weights", self.weights), self.biases and _list("biases", self.biases)
+        if biases is not None and len(biases) != len(weights):
+            raise ValueError(
+                f"PDGR: biases has another length; expected one for each of {len(weights)} weights, got {len(biases)}"
+            )
         self._check_dtype(features)
         undirected, norm = self.norm == "sym_undirected", self.output_norm
         # another layer, or one with hooks, is called

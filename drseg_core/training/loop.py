@@ -362,12 +362,24 @@ class Trainer:
                 if on_step is not None:
                     on_step(self.step)
                 # weights that end so are of no use, but kept
-                if progress >= 1.0 and (self.refused > 1 or self.refused == self.step):
-                    raise self._not_finite(image)
+                if progress >= 1.0:
+                    self._check_end(image, text)
                 if shared.signal and progress < 1.0:
                     name = signal.Signals(shared.signal).name
                     message = f"train: stopped by {name} after step {self.step}; go on with --resume"
                     raise TrainingStopped(message, shared.signal)
+
+    def _check_end(self, image: Tensor, text: Tensor) -> None:
+        """Refuse weights that no later step looks at."""
+        if self.refused > 1 or self.refused == self.step:
+            raise self._not_finite(image)
+        with torch.no_grad(), self._autocast():
+            if torch.isfinite(self.model(image, text).logits).all():
+                return
+            cause = first_nonfinite(self.model, image, self.tokens)
+        raise NumericalError(
+            f"train: logits are not finite after the last step, {self.step}; the first bad tensor is {cause}"
+        )
 
     def _not_finite(self, image: Tensor) -> NumericalError:
         with self._autocast():

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from drseg_core.data.protocols import PROTOCOLS, Views
 from drseg_core.evaluation.inference import Predictor
 from drseg_core.evaluation.views import ViewPredictor, resized_size
-from drseg_core.models.clip import PIXEL_MEAN
+from drseg_core.models.pixel_statistics import PIXEL_MEAN
 from tests.evaluation.fake import COLORS, ColorModel, color_image
 
 NAMES = list(COLORS)
@@ -94,3 +95,61 @@ def test_scores_are_averaged_windows_first_then_with_the_whole():
     image = torch.zeros(3, 48, 48, dtype=torch.uint8)
     score = ViewPredictor(Counting(), NAMES, views)(image).score
     assert torch.allclose(score, torch.tensor((0.5 + torch.sigmoid(torch.tensor(4.0)).item()) / 2), atol=1e-5)
+
+
+def test_ovrs_gives_what_its_public_code_computes():
+    """Logits are enlarged to the window, then made scores, which the other order would round off at borders."""
+
+    class Steep(ColorModel):
+        def forward(self, image, text):
+            output = super().forward(image, text)
+            return output._replace(logits=40 * output.logits)
+
+    label = (torch.arange(640)[:, None] // 37 + torch.arange(640) // 53) % 4
+    image, views = color_image(label), PROTOCOLS["ovrs"].views
+    found = ViewPredictor(Steep(reduce=16), NAMES, views)(image)
+
+    # as that code has it: unfold, model, fold, and the whole at the size of a window
+    model, text = Steep(reduce=16), torch.tensor(list(COLORS.values()))
+    pixels = image[None].float() / 255
+    unfold = torch.nn.Unfold(384, stride=256)
+    windows = unfold(pixels)[0].T.view(-1, 3, 384, 384)
+    logits = [model(shown, text).logits for shown in (windows, pixels)]
+    each, whole = (F.interpolate(x, 384, mode="bilinear", align_corners=False).sigmoid() for x in logits)
+    whole = F.interpolate(whole, 640, mode="bilinear", align_corners=False)
+    fold = torch.nn.Fold(640, 384, stride=256)
+    mean = fold(each.flatten(1).T[None]) / fold(unfold(torch.ones(1, 1, 640, 640)))
+    score = ((mean + whole) / 2)[0]
+    torch.testing.assert_close(found.score, score.amax(0), rtol=0, atol=1e-5)
+    assert (found.class_index == score.argmax(0)).float().mean() > 0.9999
+
+    # the test can tell the two orders apart
+    each, whole = (F.interpolate(x.sigmoid(), 384, mode="bilinear", align_corners=False) for x in logits)
+    whole = F.interpolate(whole, 640, mode="bilinear", align_corners=False)
+    mean = fold(each.flatten(1).T[None]) / fold(unfold(torch.ones(1, 1, 640, 640)))
+    assert (((mean + whole) / 2)[0].amax(0) - score.amax(0)).abs().max() > 0.1
+
+
+@pytest.mark.promise("C50")
+def test_segearth_averages_logits():
+    """As its public code does; scores of logits 9 and -3 would have the mean 0.52 instead of 0.95."""
+
+    class Changing(ColorModel):
+        def forward(self, image, text):
+            output = super().forward(image, text)
+            bright = image.mean((1, 2, 3)) > 0.5
+            value = torch.where(bright, 9.0, -3.0)[:, None, None, None].expand_as(output.logits).clone()
+            value[:, 1:] = -9.0
+            return output._replace(logits=value)
+
+    image = torch.zeros(3, 24, 48, dtype=torch.uint8)
+    image[:, :, 24:] = 255
+    views = Views(48, "long", window=24, stride=24, whole=False, mean_of="logits")
+    assert PROTOCOLS["segearth"].views.mean_of == views.mean_of and PROTOCOLS["ovrs"].views.mean_of == "scores"
+    score = ViewPredictor(Changing(), NAMES, views)(image).score
+    torch.testing.assert_close(score[:, 24:], torch.full((24, 24), 9.0).sigmoid())
+    overlapping = Views(36, "square", window=24, stride=12, whole=False, mean_of="logits")
+    square = torch.zeros(3, 36, 36, dtype=torch.uint8)
+    square[:, :, 18:] = 255
+    score = ViewPredictor(Changing(), NAMES, overlapping)(square).score
+    torch.testing.assert_close(score[:, 14:22], torch.full((36, 8), 3.0).sigmoid())

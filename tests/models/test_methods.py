@@ -155,7 +155,7 @@ class TestSED:
     def test_dense_features_are_the_encoder_s_own_of_one_place(self, method):
         """Where one place is all there is, pooling changes nothing: open_clip's embedding of the image."""
         config = method("sed", model__clip__name="drseg-tiny-convnext", model__clip__image_size=32).model.clip
-        model, _, _ = open_clip_model(config, True, hierarchical=True)
+        model, _ = open_clip_model(config, True, hierarchical=True)
         image = torch.rand(2, 3, 32, 32)
         with torch.no_grad():
             expected = model.eval().encode_image(image)

@@ -18,6 +18,7 @@ from drseg_core.config.schema import ClipConfig, DinoConfig
 from drseg_core.models import clip as clip_module
 from drseg_core.models.clip import ClipEncoder
 from drseg_core.models.dino import DinoPrior
+from drseg_core.models.pixel_statistics import PIXEL_DEVIATION, PIXEL_MEAN
 
 WIDTH, CONTEXT, WORDS, JOINT = 64, 77, 49408, 32
 # the image tower needs two inner blocks for guidance
@@ -194,9 +195,7 @@ def test_dino_v1_training_checkpoint(tmp_path: Path, shallow: int, size: int) ->
     config = DinoConfig(name="vit_base_patch8_224", weights=str(path), image_size=size, normalization="clip")
     prior = DinoPrior(config)
     image = torch.rand(1, 3, size, size)
-    mean, deviation = (
-        torch.tensor(part).view(3, 1, 1) for part in (clip_module.PIXEL_MEAN, clip_module.PIXEL_DEVIATION)
-    )
+    mean, deviation = (torch.tensor(part).view(3, 1, 1) for part in (PIXEL_MEAN, PIXEL_DEVIATION))
     side = size // 8
     expected = dino_v1(state, (image - mean) / deviation, shallow)
     torch.testing.assert_close(prior(image, (side, side)), expected, rtol=1e-3, atol=1e-4)

@@ -116,6 +116,9 @@ def test_an_activation_that_is_not_the_models_is_refused(
         ),
         ({"vision_config": {"layer_norm_eps": [1]}}, r"another layer_norm_eps; expected 1e-05, got 1e-05 and \[1\]$"),
         ({"model_type": "siglip"}, "another model_type; expected clip, got siglip"),
+        # older files have a tower twice, and transformers takes the second
+        ({"text_config_dict": {"hidden_act": "quick_gelu"}}, "in both towers, got gelu and quick_gelu$"),
+        ({"vision_config_dict": {"layer_norm_eps": 1e-6}}, "another layer_norm_eps"),
     ],
 )
 def test_what_open_clip_would_compute_otherwise_is_refused(

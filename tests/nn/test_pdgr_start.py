@@ -9,6 +9,7 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -322,6 +323,39 @@ def test_options_that_are_set_later_count(compiled):
     expected = make(**options)
     expected.load_state_dict(module.state_dict())
     assert torch.equal(called(features, prior), expected(features, prior))
+
+
+@pytest.mark.parametrize("start", [None, 2.0])
+def test_starts_of_what_is_learned_are_no_options_of_a_module_that_has_it(start):
+    """They would change what is printed, and nothing that is computed."""
+    module = make(edge_temperature=start, edge_decay=start, norm_scale=0.5)
+    for name, parameter in (("edge_temperature", "edge_log_temperature"), ("edge_decay", "edge_log_decay")):
+        for other in {None, 2.0, 3.0} - {start}:
+            with pytest.raises(ValueError, match=f"^PDGR: {name} is where a learned number starts; .*{parameter}"):
+                setattr(module, name, other)
+        setattr(module, name, start)
+        assert getattr(module, name) == start
+    with pytest.raises(ValueError, match=r"another value of output_norm\.weight, got 1\.0 for 0\.5"):
+        module.norm_scale = 1.0
+    assert module.norm_scale == 0.5
+
+
+def test_strings_of_numpy_are_plain_ones():
+    torch.compiler.reset()
+    features, prior = maps()
+    module = make()
+    for name, value in (("affinity", "gauss"), ("self_loop", "extra"), ("norm", "row"), ("backend", "reference")):
+        setattr(module, name, np.str_(value))
+        assert type(getattr(module, name)) is str
+    expected = module(features, prior)
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(features, prior), expected)
+
+
+def test_weights_and_biases_of_another_number_are_refused():
+    module = make(layers=2)
+    module.weights = torch.nn.ParameterList([*module.weights, torch.nn.Parameter(torch.eye(C))])
+    with pytest.raises(ValueError, match="^PDGR: biases has another length; expected one for each of 3 weights, got 2"):
+        module(*maps())
 
 
 def test_options_are_plain_attributes_of_older_and_newer_pickles():

@@ -165,6 +165,14 @@ def test_a_training_that_ends_with_bad_steps_fails_and_is_kept(config, data, tmp
 
 
 @pytest.mark.promise("C34")
+def test_a_last_step_that_spoils_the_weights_fails_and_is_kept(config, data, tmp_path):
+    far = override(config, {"train.learning_rate": 1e30, "train.iterations": 1})
+    with pytest.raises(NumericalError, match="not finite after the last step, 1; the first bad tensor is ") as found:
+        train(far, data, tmp_path / "run", show_progress=False)
+    assert found.value.exit_code == 6 and newest_checkpoint(tmp_path / "run").step == 1
+
+
+@pytest.mark.promise("C34")
 def test_bad_steps_are_counted_across_a_resume(config, data, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "training_loss", poisoned(*range(100)))
     limited = override(config, {"train.nan_limit": 4, "train.iterations": 9})
@@ -412,7 +420,8 @@ def test_frozen_text_is_encoded_once(config, data, tmp_path, monkeypatch, traina
     monkeypatch.setattr(loop, "model_of", build)
     config = override(config, {"model.clip.trainable": trainable})
     once = train(config, data, tmp_path / "once", show_progress=False)
-    assert len(calls) == (1 if trainable == "none" else config.train.iterations)
+    # a text encoder that is trained is asked in each step, and when the last one is looked at
+    assert len(calls) == (1 if trainable == "none" else config.train.iterations + 1)
     if trainable == "none":
         monkeypatch.setattr(loop.Trainer, "_text", lambda trainer: trainer.tokens)
         again = train(config, data, tmp_path / "again", show_progress=False)

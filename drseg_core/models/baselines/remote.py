@@ -37,7 +37,7 @@ class RemoteGuidance(nn.Module):
                 f"RemoteGuidance: weights {config.weights!r} not found; expected null or the path of a file"
             )
         tower = ClipConfig(name=config.name, weights=config.weights, image_size=config.image_size)
-        model, mean, deviation = open_clip_model(tower, read_weights)
+        model, statistics = open_clip_model(tower, read_weights)
         self.visual = VisionTower(model.visual)
         depth, patch = len(self.visual.blocks), self.visual.patch_size[0]
         if len(config.guidance_blocks) != 2 or not all(0 <= index < depth for index in config.guidance_blocks):
@@ -53,8 +53,8 @@ class RemoteGuidance(nn.Module):
         # what comes after the last of the two blocks is never computed
         self.visual.blocks = self.visual.blocks[: max(config.guidance_blocks) + 1]
         del self.visual.ln_post, self.visual.proj
-        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(statistics.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_deviation", torch.tensor(statistics.deviation).view(3, 1, 1), persistent=False)
         self.requires_grad_(False)
 
     @torch.no_grad()
