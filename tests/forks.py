@@ -141,8 +141,12 @@ def in_ranks(work: Work, logs: Path, count: int = 2, seconds: int = 300) -> list
     return [(child.wait(), *child.communicate()) for child in children]
 
 
-def in_torchrun(words: Sequence[str], logs: Path, seconds: int = 600) -> tuple[int, str, str]:
-    """Exit code, ``stdout`` and ``stderr`` of a command in two processes of torchrun itself, which is a child here."""
+def in_torchrun(words: Sequence[str], logs: Path, seconds: int = 600, *, anew: bool = True) -> tuple[int, str, str]:
+    """Exit code, ``stdout`` and ``stderr`` of a command in two processes of torchrun itself, which is a child here.
+
+    Unless ``anew`` its processes are children of it, which have all imports: those of two new ones take longer than
+    most commands.
+    """
 
     def agent() -> int:
         from torch.distributed import run
@@ -150,7 +154,22 @@ def in_torchrun(words: Sequence[str], logs: Path, seconds: int = 600) -> tuple[i
         run.main(["--nproc-per-node", "2", "--standalone", "-m", "drseg_core", *words])
         return 0
 
+    def agent_of_forks() -> int:
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0, "start_method": "fork"}
+        elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **options), _command)(list(words))
+        return 0
+
     path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    child = Fork(agent, logs / "torchrun.out", logs / "torchrun.err", seconds=seconds, environment=environment)
+    work = agent if anew else agent_of_forks
+    child = Fork(work, logs / "torchrun.out", logs / "torchrun.err", seconds=seconds, environment=environment)
     return (child.wait(), *child.communicate())
+
+
+def _command(words: list[str]) -> None:
+    from drseg_core.cli.main import main
+
+    if code := main(words):
+        raise RuntimeError(f"exit code {code}")

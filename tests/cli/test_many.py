@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -104,23 +103,32 @@ def test_shards(drseg, run, scenes, whole, tmp_path):
 def test_two_processes_write_the_bytes_of_one(run, scenes, whole, tmp_path):
     out = tmp_path / "maps"
     words = ["predict", str(run), str(scenes), "--out", f"{out}/{{name}}.tif", "--device", "cpu"]
-    code, text, errors = in_torchrun(words, tmp_path)
+    code, text, errors = in_torchrun(words, tmp_path, anew=False)
     assert code == 0, errors
     assert text.count("mapped: 5 of 5 scenes") == 1 and text.count(" -> ") == 5
     assert content(out) == content(whole)
 
 
-def test_workers_of_a_cluster_write_the_bytes_of_one(drseg, run, scenes, whole, tmp_path, monkeypatch):
+# what the workers import
+ON_CLUSTER = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"), *sys.path)), "OMP_NUM_THREADS": "1"}
+
+
+def test_workers_of_a_cluster_write_the_bytes_of_one(drseg, run, scenes, whole, tmp_path):
     pytest.importorskip("distributed", reason="the extra cluster is not installed")
-    # what the workers import
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "kernels"), *sys.path)))
     bad = tmp_path / "bad.tif"
     bad.write_text("no image")
     words = ["predict", run, scenes, bad, "--out", tmp_path / "maps", "--device", "cpu", "--cluster", 2]
-    before = dict(os.environ)
-    code, text, errors = drseg(*words, "--keep-going")
-    # Dask has settings for its workers, one thread of MKL among them
-    assert dict(os.environ) == before
+
+    def on_cluster() -> int:
+        before = dict(os.environ)
+        code = main([str(word) for word in (*words, "--keep-going")])
+        # Dask has settings for its workers, one thread of MKL among them
+        assert dict(os.environ) == before
+        return code
+
+    call = Fork(on_cluster, tmp_path / "said", tmp_path / "errors", seconds=300, environment=ON_CLUSTER)
+    text, errors = call.communicate()
+    code = call.returncode
     assert code == 8 and "mapped: 5 of 6 scenes" in text and f"failed: {bad}" in errors
     kept = {name: data for name, data in content(tmp_path / "maps").items() if ".work" not in name}
     assert kept == content(whole)
@@ -146,16 +154,13 @@ def test_how_a_call_is_shared_out_is_checked_first(drseg, tmp_path, how):
 def test_ctrl_c_is_one_line_with_workers_too(run, scenes, tmp_path):
     """A terminal sends it to all processes."""
     pytest.importorskip("distributed", reason="the extra cluster is not installed")
-    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     words = ["predict", str(run), str(scenes), "--out", f"{tmp_path}/", "--device", "cpu", "--cluster", "2"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "drseg_core", *words],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+
+    def in_a_session() -> int:
+        os.setsid()
+        return main(words)
+
+    started = Fork(in_a_session, tmp_path / "said", tmp_path / "errors", seconds=240, environment=ON_CLUSTER)
     try:
         end = time.monotonic() + 120
         # Path.glob raises where a folder goes meanwhile
@@ -163,7 +168,7 @@ def test_ctrl_c_is_one_line_with_workers_too(run, scenes, tmp_path):
             assert started.poll() is None
             time.sleep(0.01)
         os.killpg(started.pid, signal.SIGINT)
-        _, errors = started.communicate(timeout=120)
+        _, errors = started.communicate()
     finally:
         started.kill()
     assert started.returncode == 130 and errors.splitlines()[-1] == "drseg: interrupted"

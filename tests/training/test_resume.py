@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from drseg_core.training import loop
 from drseg_core.training.logs import read_log
 from drseg_core.training.loop import train
 from drseg_core.training.signals import TrainingStopped
+from tests.few_words import few_words  # noqa: F401
 from tests.forks import in_ranks, in_torchrun
+
+pytestmark = pytest.mark.usefixtures("few_words")
 
 
 def differences(a: Any, b: Any, name: str = "") -> list[str]:
@@ -57,11 +61,17 @@ def stop_after(step: int, number: int = signal.SIGTERM):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(config, data, tmp_path_factory) -> dict[str, Any]:
-    """The state after 6 steps of 2 images, of 5 there are: step 3 ends in the middle of the second pass."""
+def finished(config, data, tmp_path_factory) -> Path:
+    """A run of 6 steps of 2 images, of 5 there are: step 3 ends in the middle of the second pass."""
     run = tmp_path_factory.mktemp("straight") / "run"
     train(config, data, run, show_progress=False)
-    return final_state(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(finished) -> dict[str, Any]:
+    """The state at the end of it."""
+    return final_state(finished)
 
 
 def stopped_run(config, data, run: Path, step: int = 2) -> None:
@@ -69,6 +79,20 @@ def stopped_run(config, data, run: Path, step: int = 2) -> None:
         train(config, data, run, show_progress=False, on_step=stop_after(step))
     assert caught.value.exit_code == 143
     assert newest_checkpoint(run).step == step + 1
+
+
+@pytest.fixture(scope="module")
+def stopped(config, data, tmp_path_factory) -> Callable[..., None]:
+    """``stopped(run, step)`` makes a stopped run, of which each is trained once."""
+    place = tmp_path_factory.mktemp("stopped")
+
+    def make(run: Path, step: int = 2) -> None:
+        kept = place / str(step)
+        if not kept.exists():
+            stopped_run(config, data, kept, step)
+        shutil.copytree(kept, run)
+
+    return make
 
 
 @pytest.mark.promise("C24")
@@ -79,9 +103,9 @@ def test_two_runs_are_equal(config, data, tmp_path, uninterrupted):
 
 @pytest.mark.promise("C30")
 @pytest.mark.parametrize("step", [1, 2, 4])
-def test_resumed_equals_uninterrupted(config, data, tmp_path, uninterrupted, step):
+def test_resumed_equals_uninterrupted(config, data, tmp_path, uninterrupted, stopped, step):
     run = tmp_path / "run"
-    stopped_run(config, data, run, step)
+    stopped(run, step)
     torch.manual_seed(99)
     train(config, data, run, resume=True, show_progress=False)
     assert differences(uninterrupted, final_state(run)) == []
@@ -110,11 +134,11 @@ def test_the_number_of_workers_does_not_matter(config, data, tmp_path, uninterru
 
 
 @pytest.mark.promise("C30")
-def test_several_stops(config, data, tmp_path, uninterrupted):
+def test_several_stops(config, data, tmp_path, uninterrupted, stopped):
     run = tmp_path / "run"
-    for step in (1, 3):
-        with pytest.raises(TrainingStopped):
-            train(config, data, run, resume=step > 1, show_progress=False, on_step=stop_after(step))
+    stopped(run, step=1)
+    with pytest.raises(TrainingStopped):
+        train(config, data, run, resume=True, show_progress=False, on_step=stop_after(3))
     train(config, data, run, resume=True, show_progress=False)
     assert differences(uninterrupted, final_state(run)) == []
 
@@ -122,10 +146,10 @@ def test_several_stops(config, data, tmp_path, uninterrupted):
 @pytest.mark.promise("C30")
 @pytest.mark.parametrize("sabotage", ["random", "position", "optimizer", "weights"])
 def test_a_resume_that_forgets_something_fails_the_comparison(
-    config, data, tmp_path, uninterrupted, monkeypatch, sabotage
+    config, data, tmp_path, uninterrupted, stopped, monkeypatch, sabotage
 ):
     run = tmp_path / "run"
-    stopped_run(config, data, run)
+    stopped(run)
     if sabotage == "random":
         monkeypatch.setattr(loop, "restore_random_state", lambda state: None)
     elif sabotage == "position":
@@ -169,9 +193,9 @@ def part(config, data, run: Path, resume: bool) -> None:
 
 
 @pytest.mark.promise("C29")
-def test_damage_goes_back_one_checkpoint(config, data, tmp_path, uninterrupted, caplog):
+def test_damage_goes_back_one_checkpoint(config, data, tmp_path, finished, uninterrupted, caplog):
     run = tmp_path / "run"
-    train(config, data, run, show_progress=False)
+    shutil.copytree(finished, run)
     newest = generations(run)[0]
     content = (newest / TRAINING).read_bytes()
     (newest / TRAINING).write_bytes(content[: len(content) // 2])
@@ -180,17 +204,17 @@ def test_damage_goes_back_one_checkpoint(config, data, tmp_path, uninterrupted, 
     assert differences(uninterrupted, final_state(run)) == []
 
 
-def test_a_finished_run_resumes_to_nothing(config, data, tmp_path, uninterrupted):
+def test_a_finished_run_resumes_to_nothing(config, data, tmp_path, finished):
     run = tmp_path / "run"
-    train(config, data, run, show_progress=False)
+    shutil.copytree(finished, run)
     before = generations(run)[0].stat().st_mtime_ns
     train(config, data, run, resume=True, show_progress=False)
     assert generations(run)[0].stat().st_mtime_ns == before
 
 
-def test_more_iterations_may_be_asked_for(config, data, tmp_path):
+def test_more_iterations_may_be_asked_for(config, data, tmp_path, finished):
     run = tmp_path / "run"
-    train(config, data, run, show_progress=False)
+    shutil.copytree(finished, run)
     longer = override(config, {"train.iterations": 8, "train.checkpoint_every": 5, "train.log_every": 1})
     train(longer, data, run, resume=True, show_progress=False)
     assert newest_checkpoint(run).step == 8
@@ -209,9 +233,9 @@ def test_more_iterations_may_be_asked_for(config, data, tmp_path):
         ({"train.batch_size": 1}, "train.batch_size: 2 then, 1 now"),
     ],
 )
-def test_another_configuration_is_refused(config, data, tmp_path, change, message):
+def test_another_configuration_is_refused(config, data, tmp_path, stopped, change, message):
     run = tmp_path / "run"
-    stopped_run(config, data, run, step=1)
+    stopped(run, step=1)
     before = (run / "config.yaml").read_bytes()
     with pytest.raises(CheckpointError, match=message):
         train(override(config, change), data, run, resume=True, show_progress=False)
@@ -260,9 +284,9 @@ def test_a_run_goes_on_whose_edge_bias_was_a_single_number(config, data, tmp_pat
 
 
 @pytest.mark.promise("C32")
-def test_other_classes_and_other_data_are_refused(config, data, other_data, tmp_path):
+def test_other_classes_and_other_data_are_refused(config, other_data, tmp_path, stopped):
     run = tmp_path / "run"
-    stopped_run(config, data, run, step=1)
+    stopped(run, step=1)
     manifest = (run / "manifest.json").read_bytes()
     with pytest.raises(CheckpointError, match="dataset_sha256: [0-9a-f]{12} then, [0-9a-f]{12} now"):
         train(config, other_data, run, resume=True, show_progress=False)
@@ -356,10 +380,10 @@ def test_interrupt_says_how_to_go_on(config, data, tmp_path):
 
 
 @pytest.mark.promise("C30")
-def test_processes_started_again_by_torchrun_go_on(config, data, tmp_path, uninterrupted, monkeypatch):
+def test_processes_started_again_by_torchrun_go_on(config, data, tmp_path, uninterrupted, stopped, monkeypatch):
     run = tmp_path / "run"
+    stopped(run)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    stopped_run(config, data, run)
     with pytest.raises(ConfigError, match="not empty"):
         train(config, data, run, show_progress=False)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -372,7 +396,7 @@ def train_words(config_file: Path, data: str, run: Path, *more: str) -> list[str
 
 
 def in_two_processes(*given: Any) -> None:
-    code, _, errors = in_torchrun(train_words(*given), given[2].parent)
+    code, _, errors = in_torchrun(train_words(*given), given[2].parent, anew=False)
     assert code == 0, errors
 
 
@@ -395,7 +419,8 @@ def test_two_processes_are_one(config, data, tmp_path, caplog):
     they end bit for bit where they would have; and one process can go on with their run."""
     config = override(config, {"model.graph.dropout": 0.0})
     # so small a rate leaves the first weights
-    train(override(config, {"train.learning_rate": 1e-30}), data, tmp_path / "start", show_progress=False)
+    unmoved = override(config, {"train.learning_rate": 1e-30, "train.iterations": 1})
+    train(unmoved, data, tmp_path / "start", show_progress=False)
     train(config, data, tmp_path / "one", show_progress=False)
     config_file = tmp_path / "config.yaml"
     config_file.write_text((tmp_path / "one" / "config.yaml").read_text())
