@@ -88,8 +88,9 @@ class Launch:
     threads: int
     programs: int
     program: int = -1
-    since_barrier: list[Access] = field(default_factory=list)
-    _has_written: bool = False
+    # since the last barrier; loads are most, and meet no other load
+    loads: list[Access] = field(default_factory=list)
+    changes: list[Access] = field(default_factory=list)
     writes: list[tuple[int, Access]] = field(default_factory=list)
     reads: list[tuple[int, Access]] = field(default_factory=list)
 
@@ -115,10 +116,10 @@ class Launch:
         raise AccessError(f"{self.kernel}, program {self.program} of {self.programs}: {problem}")
 
     def access(self, kind: str, address: np.ndarray, mask: np.ndarray, size: int) -> None:
-        if kind == LOAD and not (self.is_looked_at or self._has_written):
+        if kind == LOAD and not (self.is_looked_at or self.changes):
             return
         shape = np.shape(address)
-        address, mask = np.ravel(address), np.ravel(np.broadcast_to(mask, shape))
+        address, mask = np.ravel(address), np.ravel(mask if mask.shape == shape else np.broadcast_to(mask, shape))
         place = np.flatnonzero(mask)
         if not place.size:
             return
@@ -127,16 +128,15 @@ class Launch:
         operand = bisect.bisect_right(self._begins, access.first) - 1
         if operand < 0 or access.last + size > self._ends[operand]:
             self.fail(f"a {kind} lies outside of every operand")
-        for earlier in self.since_barrier:
+        for earlier in self.changes if kind == LOAD else (*self.loads, *self.changes):
             if access.meets(earlier) and not access.by_the_same_threads(earlier, self.threads):
                 self.fail(f"a {kind} after a {earlier.kind} of the same elements; expected a barrier between them")
-        self.since_barrier.append(access)
-        self._has_written |= kind != LOAD
+        (self.loads if kind == LOAD else self.changes).append(access)
         (self.reads if kind == LOAD else self.writes).append((self.program, access))
 
     def barrier(self) -> None:
-        self.since_barrier.clear()
-        self._has_written = False
+        self.loads.clear()
+        self.changes.clear()
 
     def end(self) -> None:
         """Nothing that one program writes may be touched by another one."""
