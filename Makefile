@@ -26,7 +26,7 @@ SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=
 # whole maps from words
 ELSEWHERE_TESTS ?= tests/config tests/evaluation tests/scenes \
 	--deselect=tests/evaluation/test_precision.py::TestCompiled \
-	$(addprefix --ignore=tests/scenes/test_,zero_shot.py super_tiles.py memory.py many.py mosaic.py cluster.py \
+	$(addprefix --ignore=tests/scenes/test_,zero_shot.py super_tiles.py memory.py many.py mosaic.py cluster.py geojson.py \
 		own_sets.py graph_rows.py areas.py stored_scale.py) \
 	$(addprefix tests/data/test_,images.py folder.py check.py archives.py manifest.py) \
 	$(addprefix tests/cli/test_,commands.py exit_codes.py refusals.py) tests/ops/test_contract.py \

@@ -9,8 +9,10 @@ import pytest
 from drseg_core.studies import channels, expected_time, registry, runner
 from drseg_core.studies.evidence import STUDIES
 from drseg_core.studies.registry import studies
+from tests.few_words import few_words  # noqa: F401
 from tests.studies.in_memory import learn_in_memory
 
+pytestmark = pytest.mark.usefixtures("few_words")
 SMALL = ("--quick", "--steps", "1", "--start-steps", "1")
 
 

@@ -25,6 +25,9 @@ from drseg_core.training import loop
 from drseg_core.training.loop import train
 from drseg_core.training.loss import LossSum, training_loss
 from drseg_core.training.signals import TrainingStopped
+from tests.few_words import few_words  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("few_words")
 
 
 @pytest.mark.promise("C39")

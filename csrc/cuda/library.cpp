@@ -1,6 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Operators of the CUDA library, registered through PyTorch's stable ABI: one build serves every later torch.
-#include "cuda/library.h"
+// It is C++: nvcc would read torch's headers once for every architecture.
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/operators.h"
+#ifdef DRSEG_EMULATE
+#include "cuda/device.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
 
 // What this was built for, as drseg_core/ops/_cuda.py reads it: `cpu`, or architectures, + behind one that has PTX.
 extern "C" __attribute__((visibility("default"))) const char* drseg_native_cuda_built_for() {
