@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from drseg_core.config.schema import ReadingConfig
@@ -27,6 +28,23 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
         raise DatasetError(f"read_class_names: {path} cannot be read as UTF-8 text: {error}") from None
     names = [line.strip() for line in lines]
     return check_class_names([n for n in names if n and not n.startswith("#")], f"read_class_names: {path}")
+
+
+def check_class_lines(class_names: Sequence[str], origin: str) -> tuple[str, ...]:
+    """The names, each of which is read back from a line of its own.
+
+    Raises:
+        DatasetError: what :func:`check_class_names` refuses, a name that begins with ``#``, as what is left out does,
+            or one with blanks around it.
+    """
+    names = check_class_names(class_names, origin)
+    for name in names:
+        if name != name.strip() or name.startswith(("#", "\ufeff")):
+            raise DatasetError(
+                f"{origin}: class name cannot be a line of classes.txt; expected one that does not begin with # and "
+                f"has no blanks around it, got {ascii(name)}"
+            )
+    return names
 
 
 class FolderDataset(PairDataset):

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drseg_core.config.reading import Reading
-from drseg_core.data.dataset import IGNORE, check_class_names
+from drseg_core.data.dataset import IGNORE
+from drseg_core.data.folder import check_class_lines
 from drseg_core.data.manifest import printable, write_manifest
 from drseg_core.data.pairs import some
 from drseg_core.data.raster import RasterReader, open_raster, points_elsewhere
@@ -103,7 +104,7 @@ class RasterLabels:
         else:
             self.class_names = tuple(f"class {value}" for value in values)
             self.ids = {value: place for place, value in enumerate(values)}
-        check_class_names(self.class_names, "data tile")
+        check_class_lines(self.class_names, "data tile")
 
     def _values(self, scene: RasterReader) -> list[int]:
         found: set[int] = set()
@@ -147,7 +148,7 @@ class VectorLabels:
                     f"data tile: --background is one of --classes; expected another name, got {options.background!r}"
                 )
             names = [options.background, *(name for name in names if name != options.background)]
-        self.class_names = check_class_names(names, "data tile")
+        self.class_names = check_class_lines(names, "data tile")
         if missing := [name for name in shapes.all_values if name not in names]:
             raise ConfigError(
                 f"data tile: --classes lack {some(map(repr, missing))} of the polygons; expected all of their classes, "

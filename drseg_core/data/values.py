@@ -109,6 +109,6 @@ def nodata_hint(name: object, found: tuple[float, float] | None) -> str | None:
         return None
     value = f"{found[0]:g}" if abs(found[0]) >= 1e15 or found[0] != int(found[0]) else f"{int(found[0])}"
     return (
-        f"{name}: {100 * found[1]:.0f} % of the pixels have the value {value} in all bands, and no nodata value is "
-        f"declared; --nodata {value} leaves them out"
+        f"{name}: {100 * found[1]:.0f} % of the pixels have the value {value} in all bands, and nothing in the "
+        f"file takes them out; --nodata {value} does"
     )

@@ -204,8 +204,8 @@ def test_nodata_that_nobody_declared_is_named(tmp_path, caplog, value, kind):
     FolderDataset(folder(tmp_path / "set", [many]))
     said = [record.message for record in caplog.records if "nodata" in record.message]
     assert said == [
-        f"0.tif: 40 % of the pixels have the value {value} in all bands, and no nodata value is declared; "
-        f"--nodata {value} leaves them out"
+        f"0.tif: 40 % of the pixels have the value {value} in all bands, and nothing in the file takes "
+        f"them out; --nodata {value} does"
     ]
 
 

@@ -238,6 +238,31 @@ def first_tile(folder: Path, part: str = "images") -> Path:
     return folder / "train" / part / "r0000_c0000.tif"
 
 
+@pytest.mark.promise("C35")
+@pytest.mark.parametrize("name", ["#1 road", "road ", "\u00a0road", "\ufeffroad"])
+def test_names_that_classes_txt_would_not_give_back_are_refused(tmp_path, name):
+    """A line that begins with # is left out when it is read, and every name after it would move by one."""
+    path = scene(tmp_path / "scene.tif")
+    write(tmp_path / "labels.tif", label()[None], nodata=255, **PLACE)
+    with pytest.raises(DatasetError, match="class name cannot be a line of classes.txt; .*got '") as caught:
+        tile_scene(path, tmp_path / "labels.tif", tmp_path / "set", TileOptions(64, classes=(name, "field", "water")))
+    assert "\n" not in str(caught.value) and not (tmp_path / "set").exists()
+    pytest.importorskip("pyogrio")
+    square = {"type": "Polygon", "coordinates": [[[0, 0], [9, 0], [9, 9], [0, 0]]]}
+    shapes = {
+        "type": "FeatureCollection",
+        "features": [
+            {"type": "Feature", "properties": {"class": each}, "geometry": square} for each in (name, "field")
+        ],
+    }
+    (tmp_path / "labels.geojson").write_text(json.dumps(shapes))
+    with pytest.raises(DatasetError, match="class name cannot be a line of classes.txt"):
+        tile_scene(path, tmp_path / "labels.geojson", tmp_path / "set", TileOptions(64))
+    with pytest.raises(DatasetError, match="class name cannot be a line of classes.txt"):
+        tile_scene(path, tmp_path / "labels.geojson", tmp_path / "set", TileOptions(64, background=name))
+    assert not (tmp_path / "set").exists()
+
+
 def test_lines_are_no_labels(tmp_path, caplog):
     pytest.importorskip("pyogrio")
     content = []
