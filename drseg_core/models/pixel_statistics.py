@@ -31,7 +31,8 @@ NORMALIZATIONS = {
 """By name: of DINOv3's SAT-493M weights, of most encoders of images, of OpenAI's CLIP, and of some of LAION's."""
 
 # of transformers, and of open_clip, which has them one level deeper
-_FILES = (("preprocessor_config.json", None, "image_mean", "image_std"),) + (
+_FILES = (
+    ("preprocessor_config.json", None, "image_mean", "image_std"),
     ("open_clip_config.json", "preprocess_cfg", "mean", "std"),
 )
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from drseg_core.checkpoints.encoders import load_encoders
-from drseg_core.config.schema import ClipConfig, DinoConfig
+from drseg_core.config.schema import ClipConfig, DinoConfig, RemoteConfig
 from drseg_core.errors import CheckpointError, ConfigError
+from drseg_core.models.baselines.remote import RemoteGuidance
 from drseg_core.models.clip import ClipEncoder, open_clip_model
 from drseg_core.models.dino import DinoPrior
 from drseg_core.models.pixel_statistics import NORMALIZATIONS, described_normalization
@@ -122,3 +123,11 @@ def test_unknown_names_are_refused():
         open_clip_model(dataclasses.replace(CLIP, normalization="x"), True)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="normalization is unknown"):
         load_encoders(dataclasses.replace(CLIP, normalization="x"), DINO)  # type: ignore[arg-type]
+
+
+def test_a_remote_clip_has_those_of_openai_whatever_is_described(beside, logged):
+    """It has no option for others, so it must not be told to set one."""
+    folder = beside(HALF, HALF)
+    config = RemoteConfig(name="drseg-tiny", weights=str(folder / "clip.pt"), image_size=64, guidance_blocks=(0, 1))
+    assert means(RemoteGuidance(config)) == [0.481, 0.458, 0.408]
+    assert "has the pixel statistics of half" in logged()[0]

@@ -36,7 +36,8 @@ class RemoteGuidance(nn.Module):
             raise CheckpointError(
                 f"RemoteGuidance: weights {config.weights!r} not found; expected null or the path of a file"
             )
-        tower = ClipConfig(name=config.name, weights=config.weights, image_size=config.image_size)
+        # it has no option for others, so a description beside its file is a warning
+        tower = ClipConfig(name=config.name, weights=config.weights, image_size=config.image_size, normalization="clip")
         model, statistics = open_clip_model(tower, read_weights)
         self.visual = VisionTower(model.visual)
         depth, patch = len(self.visual.blocks), self.visual.patch_size[0]
